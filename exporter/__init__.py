@@ -1,0 +1,34 @@
+"""vssm: prune vision state-space models, export them to ONNX, run them with native kernels.
+
+Importing this package needs numpy alone; torch, onnx and onnxruntime come with their first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from exporter._version import __version__
+
+_PUBLIC = {
+    "ForwardDetails": "exporter.models",
+    "PruneSchedule": "exporter.schedule",
+    "check_parity": "exporter.pipeline",
+    "create_model": "exporter.models",
+    "export": "exporter.onnx_export",
+    "list_models": "exporter.models",
+    "load_checkpoint": "exporter.checkpoint",
+    "open_session": "exporter.pipeline",
+    "preprocess": "exporter.preprocess",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'exporter' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,156 @@
+"""The oracle: every operator as plain PyTorch, short enough to check against the paper.
+
+Differentiable and dtype-generic: sums and state are float32, or float64 where the inputs are.
+Sources: selective scan, Gu & Dao, arXiv:2312.00752, Algorithm 2; hidden-state alignment and
+token selection, Zhan et al., arXiv:2409.18962.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Steps whose decays (batch, steps, K, d_inner, d_state) are held at once: bounds the memory.
+_CHUNK = 64
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor,
+    delta_bias: Tensor,
+    order: Tensor,
+    gap: Tensor,
+    z: Tensor | None = None,
+    delta0: Tensor | None = None,
+    delta_softplus: bool = True,
+    params_by_step: bool = False,
+    scale: float = 1.0,
+) -> Tensor:
+    """All directions of a layer, summed in token order.
+
+    Per direction k and step t, with q = order[b, k, t] and s = t if params_by_step else q::
+
+        dt = softplus(delta[b, s, k] + delta_bias[k])
+        h  = exp(D_t * A[k]) * h + dt * B[b, s, k] * u[b, q, k]
+        y[b, q] += scale * (C[b, s, k] . h + D[k] * u[b, q, k])
+
+    where D_t = gap * dt, or dt + (gap - 1) * delta0 when `delta0` is given.
+
+    Args:
+        u: (batch, seqlen, 1 or K, d_inner) scan input.
+        delta: (batch, seqlen, 1 or K, d_inner) step size before bias and softplus.
+        A: (1 or K, d_inner, d_state), negative.
+        B: (batch, seqlen, 1 or K, d_state).
+        C: (batch, seqlen, 1 or K, d_state).
+        D: (1 or K, d_inner) skip.
+        delta_bias: (Kd, d_inner), Kd as in `delta`.
+        order: (1 or batch, K, seqlen) integers, the token of each step; a permutation.
+        gap: (1 or batch, K, seqlen) integers, the original places a step stands for.
+        z: (batch, seqlen, d_inner) gate: y is multiplied by silu(z).
+        delta0: (Kd, d_inner) step size of a pruned token, after bias and softplus.
+
+    Returns:
+        y (batch, seqlen, d_inner), dtype of `u`.
+    """
+    compute = torch.promote_types(u.dtype, torch.float32)
+    directions = order.shape[1]
+    token = order.long().expand(u.shape[0], -1, -1)
+
+    def in_token_steps(x: Tensor) -> Tensor:
+        return _take(x.to(compute).expand(-1, -1, directions, -1), token)
+
+    def in_param_steps(x: Tensor) -> Tensor:
+        if params_by_step:
+            return x.to(compute).expand(-1, -1, directions, -1)
+        return in_token_steps(x)
+
+    u_step, dt = in_token_steps(u), in_param_steps(delta) + delta_bias.to(compute)
+    if delta_softplus:
+        dt = functional.softplus(dt)
+    extra = gap.transpose(1, 2)[..., None].to(compute) - 1  # (1 or batch, seqlen, K, 1)
+    extra = torch.cat([torch.zeros_like(extra[:, :1]), extra[:, 1:]], dim=1)  # h = 0 before it
+    span = dt + extra * (dt if delta0 is None else delta0.to(compute))
+    y_step = _recurrence(
+        span, A.to(compute), dt * u_step, in_param_steps(B), in_param_steps(C)
+    ) + D.to(compute) * u_step
+    index = token.transpose(1, 2)[..., None].expand_as(y_step)
+    y = torch.zeros_like(y_step).scatter(1, index, y_step).sum(2) * scale
+    if z is not None:
+        y = y * functional.silu(z.to(compute))
+    return y.to(u.dtype)
+
+
+def _take(x: Tensor, token: Tensor) -> Tensor:
+    """Rows of x (batch, seqlen, K, width) in the steps' order token (batch, K, seqlen)."""
+    index = token.transpose(1, 2)[..., None].expand(-1, -1, -1, x.shape[-1])
+    return x.gather(1, index)
+
+
+def _recurrence(span: Tensor, A: Tensor, inject: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """y_t = C_t . h_t, h_t = exp(span_t A) h_{t-1} + inject_t B_t; all (batch, seqlen, K, width)."""
+    h = inject.new_zeros(*inject.shape[:1], *inject.shape[2:], A.shape[-1])
+    outputs = []
+    for start in range(0, inject.shape[1], _CHUNK):
+        part = slice(start, start + _CHUNK)
+        decay = torch.exp(span[:, part, :, :, None] * A)
+        source = inject[:, part, :, :, None] * B[:, part, :, None, :]
+        states = []
+        for a, b in zip(decay.unbind(1), source.unbind(1), strict=True):
+            h = torch.addcmul(b, a, h)
+            states.append(h)
+        outputs.append(torch.einsum("btken,btkn->btke", torch.stack(states, 1), C[:, part]))
+    return torch.cat(outputs, 1)
+
+
+def token_gather(
+    score: Tensor,
+    position: Tensor,
+    xs: Sequence[Tensor],
+    *,
+    num_keep: int,
+    protected_position: int = -1,
+) -> tuple[Tensor, list[Tensor]]:
+    """Keep the protected token and the highest scores, in ascending slot order.
+
+    Equal scores keep the lower slot, -0 equals +0, NaN ranks below -inf, the protected token
+    above +inf.
+
+    Args:
+        score: (batch, seqlen), larger is kept.
+        position: (1 or batch, seqlen) integers, distinct within an image: original places.
+        xs: tensors (batch, seqlen, width) whose rows are gathered.
+        num_keep: tokens kept per image, the protected one included.
+        protected_position: original place of the token that is always kept; -1 for none.
+
+    Returns:
+        kept_position (batch, num_keep), dtype of `position`; each x's kept rows (batch, num_keep, width).
+
+    Raises:
+        ValueError: `num_keep` is outside [1, seqlen].
+    """
+    batch, seqlen = score.shape
+    if not 1 <= num_keep <= seqlen:
+        raise ValueError(
+            f"num_keep={num_keep} is outside [1, {seqlen}], the tokens of this layer; "
+            "derive it from keep_ratio with PruneSchedule.num_keep()"
+        )
+    place = position.expand(batch, -1)
+    # Two stable sorts, least significant key first: the score, then its class (the protected
+    # token, numbers, NaN). A single sort would let NaN lead and would tie the protected with +inf.
+    rank = torch.where(score.isnan(), 2, 1)
+    if protected_position >= 0:
+        rank = torch.where(place == protected_position, 0, rank)
+    number = torch.where(score.isnan(), 0.0, score)
+    by_score = torch.argsort(number, dim=1, descending=True, stable=True)
+    by_class = torch.argsort(rank.gather(1, by_score), dim=1, stable=True)
+    kept = by_score.gather(1, by_class)[:, :num_keep].sort(dim=1).values
+    rows = [x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])) for x in xs]
+    return place.gather(1, kept), rows

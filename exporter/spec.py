@@ -1,0 +1,150 @@
+"""The operator table: name, inputs, outputs, types and attributes of every `vssm` operator.
+
+The one Python copy of the contract. ONNX schemas, fake kernels, fallback bodies and tests read it;
+`plugins/kernels/op_table.h` holds the C++ copy, and a test compares the two through
+`describe_table()` and the library's `vssm_operator_table()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+DOMAIN: Final = "vssm"
+OPERATOR_VERSION: Final = 1
+MAX_D_STATE: Final = 256
+FLOAT_TYPES: Final = ("float32", "float16", "bfloat16")
+# What every node carries, so that TensorRT's parser finds the plugin (it reads the node, not the schema).
+PLUGIN_ATTRIBUTES: Final = {"plugin_namespace": "vssm", "plugin_version": "1"}
+
+
+@dataclass(frozen=True)
+class OperandSpec:
+    """One input or output: `dtype` is "float32", "int32" or a type variable ("T", "T0", "T1")."""
+
+    name: str
+    dtype: str
+    shape: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.dtype}[{','.join(self.shape)}]"
+
+
+@dataclass(frozen=True)
+class AttributeSpec:
+    """One attribute; `default` None means that it must be given."""
+
+    name: str
+    kind: type[int] | type[float]
+    default: int | float | None
+
+    def __str__(self) -> str:
+        default = "" if self.default is None else f"={self.default:g}"
+        return f"{self.name}:{self.kind.__name__}{default}"
+
+
+@dataclass(frozen=True)
+class OperatorSpec:
+    """One operator. `types` lists the allowed bindings of the type variables, in sorted-name order."""
+
+    name: str
+    inputs: tuple[OperandSpec, ...]
+    outputs: tuple[OperandSpec, ...]
+    attributes: tuple[AttributeSpec, ...]
+    types: tuple[tuple[str, ...], ...]
+
+    @property
+    def type_variables(self) -> tuple[str, ...]:
+        """Names of the type variables, sorted: ("T",), ("T0",) or ("T0", "T1")."""
+        return tuple(sorted({o.dtype for o in self.inputs if o.dtype.startswith("T")}))
+
+    def __str__(self) -> str:
+        inputs = ", ".join(map(str, self.inputs))
+        outputs = ", ".join(map(str, self.outputs))
+        attributes = ", ".join(map(str, self.attributes))
+        types = " | ".join(",".join(t) for t in self.types)
+        variables = ",".join(self.type_variables)
+        return f"{self.name}({inputs}) -> ({outputs}) {{{attributes}}} {variables} in {types}"
+
+
+_SCAN_INPUTS = (
+    OperandSpec("u", "T", ("batch", "seqlen", "Ku", "d_inner")),
+    OperandSpec("delta", "T", ("batch", "seqlen", "Kd", "d_inner")),
+    OperandSpec("A", "float32", ("Ka", "d_inner", "d_state")),
+    OperandSpec("B", "T", ("batch", "seqlen", "Kb", "d_state")),
+    OperandSpec("C", "T", ("batch", "seqlen", "Kc", "d_state")),
+    OperandSpec("D", "float32", ("Ks", "d_inner")),
+    OperandSpec("delta_bias", "float32", ("Kd", "d_inner")),
+    OperandSpec("order", "int32", ("1|batch", "K", "seqlen")),
+    OperandSpec("gap", "int32", ("1|batch", "K", "seqlen")),
+)
+_SCAN_OUTPUTS = (OperandSpec("y", "T", ("batch", "seqlen", "d_inner")),)
+_SCAN_ATTRIBUTES = (
+    AttributeSpec("delta_softplus", int, 1),
+    AttributeSpec("params_by_step", int, 0),
+    AttributeSpec("scale", float, 1.0),
+)
+_SCAN_TYPES = tuple((t,) for t in FLOAT_TYPES)
+_GATHER_ATTRIBUTES = (
+    AttributeSpec("num_keep", int, None),
+    AttributeSpec("protected_position", int, -1),
+)
+_SCORE = OperandSpec("score", "float32", ("batch", "seqlen"))
+_POSITION = OperandSpec("position", "int32", ("1|batch", "seqlen"))
+_KEPT = OperandSpec("kept_position", "int32", ("batch", "num_keep"))
+
+
+def _x(i: int) -> OperandSpec:
+    return OperandSpec(f"x{i}", f"T{i}", ("batch", "seqlen", f"d{i}"))
+
+
+def _y(i: int) -> OperandSpec:
+    return OperandSpec(f"y{i}", f"T{i}", ("batch", "num_keep", f"d{i}"))
+
+
+SELECTIVE_SCAN: Final = OperatorSpec(
+    "SelectiveScan", _SCAN_INPUTS, _SCAN_OUTPUTS, _SCAN_ATTRIBUTES, _SCAN_TYPES
+)
+GATED_SELECTIVE_SCAN: Final = OperatorSpec(
+    "GatedSelectiveScan",
+    (*_SCAN_INPUTS, OperandSpec("z", "T", ("batch", "seqlen", "d_inner"))),
+    _SCAN_OUTPUTS,
+    _SCAN_ATTRIBUTES,
+    _SCAN_TYPES,
+)
+SELECTIVE_SCAN_CONSTANT_GAP: Final = OperatorSpec(
+    "SelectiveScanConstantGap",
+    (*_SCAN_INPUTS, OperandSpec("delta0", "float32", ("Kd", "d_inner"))),
+    _SCAN_OUTPUTS,
+    _SCAN_ATTRIBUTES,
+    _SCAN_TYPES,
+)
+TOKEN_GATHER: Final = OperatorSpec(
+    "TokenGather",
+    (_SCORE, _POSITION, _x(0), _x(1)),
+    (_KEPT, _y(0), _y(1)),
+    _GATHER_ATTRIBUTES,
+    (
+        ("float32", "float32"),
+        ("float16", "float16"),
+        ("bfloat16", "bfloat16"),
+        ("float16", "float32"),
+        ("bfloat16", "float32"),
+    ),
+)
+TOKEN_GATHER1: Final = OperatorSpec(
+    "TokenGather1",
+    (_SCORE, _POSITION, _x(0)),
+    (_KEPT, _y(0)),
+    _GATHER_ATTRIBUTES,
+    tuple((t,) for t in FLOAT_TYPES),
+)
+
+SCAN_OPERATORS: Final = (SELECTIVE_SCAN, GATED_SELECTIVE_SCAN, SELECTIVE_SCAN_CONSTANT_GAP)
+GATHER_OPERATORS: Final = (TOKEN_GATHER, TOKEN_GATHER1)
+OPERATORS: Final = {op.name: op for op in (*SCAN_OPERATORS, *GATHER_OPERATORS)}
+
+
+def describe_table() -> str:
+    """Text of the whole table, one operator a line, to compare with the native library's."""
+    return "".join(f"{op}\n" for op in OPERATORS.values())
