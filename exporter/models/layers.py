@@ -1,0 +1,47 @@
+"""Layers shared by the models: norms in float32 or wider, embeddings, position tables."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 or wider."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) to (..., width); the result is as wide as the norm's own arithmetic."""
+        x = wide(x)
+        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis, in float32 or wider."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., width) to (..., width); the result is as wide as the norm's own arithmetic."""
+        return super().forward(wide(input))
+
+
+def resize_grid(
+    table: Tensor, old: tuple[int, int], new: tuple[int, int], *, mode: str = "bicubic"
+) -> Tensor:
+    """A position table (1, old_h * old_w, width) resized to (1, new_h * new_w, width).
+
+    Bicubic, align_corners=False, as the official loaders do.
+    """
+    width = table.shape[-1]
+    grid = wide(table).reshape(1, *old, width).permute(0, 3, 1, 2)
+    grid = functional.interpolate(grid, size=new, mode=mode, align_corners=False)
+    return grid.permute(0, 2, 3, 1).reshape(1, -1, width).to(table.dtype)
