@@ -1,0 +1,141 @@
+"""Checked reading of JSON: every complaint names the field it is about."""
+
+from __future__ import annotations
+
+import decimal
+import json
+import math
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, NoReturn, TypeVar
+
+_Result = TypeVar("_Result")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DECIMAL = re.compile(r"[0-9]{1,9}(\.[0-9]{1,30})?")
+
+
+class FieldError(ValueError):
+    """A field of a JSON file has a wrong type or value; the message starts with its path."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One JSON value and the path that leads to it, such as `inputs[0].shape[1]`."""
+
+    value: Any
+    path: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Node:
+        """The root of a JSON text; NaN and Infinity, which JSON lacks, are refused."""
+        return cls(json.loads(text, parse_constant=_refuse_constant))
+
+    def at(self, key: str) -> Node:
+        """The member `key`, which must be there."""
+        path = f"{self.path}.{key}" if self.path else key
+        if not isinstance(self.value, dict):
+            self._refuse("an object")
+        if key not in self.value:
+            raise FieldError(f"{path} is missing")
+        return Node(self.value[key], path)
+
+    def text(self) -> str:
+        """A string that is not empty."""
+        if not isinstance(self.value, str) or not self.value:
+            self._refuse("a text that is not empty")
+        return str(self.value)
+
+    def flag(self) -> bool:
+        """True or false."""
+        if not isinstance(self.value, bool):
+            self._refuse("true or false")
+        return bool(self.value)
+
+    def integer(self, low: int, high: int | None = None) -> int:
+        """An integer of at least `low` and at most `high`."""
+        value = self.value
+        if isinstance(value, bool) or not isinstance(value, int):
+            self._refuse("an integer")
+        if value < low or (high is not None and value > high):
+            self._refuse(f"at least {low}" if high is None else f"in [{low}, {high}]")
+        return int(value)
+
+    def number(self, *, above: float = -math.inf) -> float:
+        """A finite number greater than `above`."""
+        value = self.value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self._refuse("a number")
+        if not above < value < math.inf:
+            self._refuse(f"finite and greater than {above}")
+        return float(value)
+
+    def choice(self, allowed: Collection[str]) -> str:
+        """One of the texts `allowed`."""
+        if not isinstance(self.value, str) or self.value not in allowed:
+            self._refuse(f"one of {', '.join(allowed)}")
+        return str(self.value)
+
+    def sha256(self) -> str:
+        """A SHA-256 in lower-case hexadecimal digits."""
+        if not isinstance(self.value, str) or not _SHA256.fullmatch(self.value):
+            self._refuse("64 lower-case hexadecimal digits")
+        return str(self.value)
+
+    def keep_ratio(self) -> str:
+        """A decimal number in (0, 1], as a string: binary floats would change the keep counts."""
+        if not isinstance(self.value, str) or not _DECIMAL.fullmatch(self.value):
+            self._refuse("a decimal number written as a string")
+        if not 0 < decimal.Decimal(self.value) <= 1:
+            self._refuse("in (0, 1]")
+        return str(self.value)
+
+    def mapping(self) -> dict[str, Any]:
+        """An object, unchecked inside."""
+        if not isinstance(self.value, dict):
+            self._refuse("an object")
+        return dict(self.value)
+
+    def entries(self, *, at_least: int = 0, file_names: bool = False) -> list[tuple[str, Node]]:
+        """Members of an object; `file_names`: each key is a plain name inside the directory."""
+        members = self.mapping()
+        if len(members) < at_least:
+            self._refuse(f"an object of at least {at_least} members")
+        for key in members:
+            # "../x" or "/x" in an edited file would make us read or delete outside the directory.
+            if not key or (file_names and (key in {".", ".."} or PurePosixPath(key).name != key)):
+                raise FieldError(f"{self.path} has the key {key!r}, which is not a plain name")
+        return [(key, self.at(key)) for key in members]
+
+    def key_integer(self, low: int) -> int:
+        """The last part of the path, an integer of at least `low` in its usual form."""
+        key = self.path.rpartition(".")[2]
+        if not key.isascii() or not key.isdigit() or str(int(key)) != key or int(key) < low:
+            raise FieldError(f"{self.path}: {key!r} is not an integer of at least {low}")
+        return int(key)
+
+    def items(self, *, at_least: int = 0, exactly: int | None = None) -> list[Node]:
+        """Elements of a list."""
+        if not isinstance(self.value, list):
+            self._refuse("a list")
+        count = len(self.value)
+        if count < at_least or (exactly is not None and count != exactly):
+            raise FieldError(
+                f"{self.path} has {count} elements instead of "
+                + (f"at least {at_least}" if exactly is None else f"{exactly}")
+            )
+        return [Node(value, f"{self.path}[{i}]") for i, value in enumerate(self.value)]
+
+    def optional(self, parse: Callable[[Node], _Result]) -> _Result | None:
+        """None for null, else what `parse` makes of the value."""
+        return None if self.value is None else parse(self)
+
+    def _refuse(self, rule: str) -> NoReturn:
+        shown = repr(self.value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        raise FieldError(f"{self.path or 'the file'}={shown} must be {rule}")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise FieldError(f"{name} is not a JSON number")
