@@ -19,9 +19,9 @@ _PUBLIC = {
     "list_models": "exporter.models",
     "load_checkpoint": "exporter.checkpoint",
     "open_session": "exporter.pipeline",
-    "preprocess": "exporter.preprocess",
+    "preprocess": "exporter.preprocessing",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the keys are strings
 
 
 def __getattr__(name: str) -> Any:

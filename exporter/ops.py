@@ -6,7 +6,6 @@ implementation for any device through the oracle, and autograd through the oracl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 from exporter import reference
+from exporter.ops_rules import check_operands, check_scan_values
 from exporter.spec import (
     GATED_SELECTIVE_SCAN,
     GATHER_OPERATORS,
-    MAX_D_STATE,
     OPERATORS,
     SCAN_OPERATORS,
     SELECTIVE_SCAN,
@@ -62,7 +61,7 @@ def selective_scan(
     Which operator it is follows from the operands: gated with `z`, constant gap with `delta0`.
 
     Raises:
-        ValueError: a shape or value breaks the operator's contract, or both `z` and `delta0` are given.
+        ValueError: a shape or value breaks the contract, or both `z` and `delta0` are given.
     """
     if z is not None and delta0 is not None:
         raise ValueError(
@@ -86,7 +85,13 @@ def token_gather(
     num_keep: int,
     protected_position: int = -1,
 ) -> tuple[Tensor, list[Tensor]]:
-    """One `vssm` gather node: the arguments and result of `reference.token_gather`, one or two xs."""
+    """One `vssm` gather node: arguments and result of `reference.token_gather`, one or two xs.
+
+    Raises:
+        ValueError: a shape or value breaks the contract, or there is another number of xs.
+    """
+    if len(xs) not in {1, 2}:
+        raise ValueError(f"len(xs)={len(xs)}: TokenGather takes 1 or 2 tensors; call it again")
     op = GATHER_OPERATORS[2 - len(xs)]
     kept, *rows = torch_op(op)(score, position, *xs, num_keep, protected_position)
     return kept, rows
@@ -100,78 +105,6 @@ def _schema(op: OperatorSpec) -> str:
         )
     outputs = ", ".join("Tensor" for _ in op.outputs)
     return f"{_TORCH_NAMES[op.name]}({', '.join(arguments)}) -> ({outputs})"
-
-
-def _require(holds: bool, value: str, rule: str, remedy: str) -> None:
-    if not holds:
-        raise ValueError(f"{value}: {rule}; {remedy}")
-
-
-def _check_shapes(op: OperatorSpec, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Bind the table's symbolic sizes to these tensors; the sizes by name.
-
-    Raises:
-        ValueError: a rank or size contradicts the table.
-    """
-    sizes: dict[str, int] = {}
-    for operand in op.inputs:
-        shape = tensors[operand.name].shape
-        value = f"{op.name} {operand.name}.shape={tuple(shape)}"
-        wanted = f"[{', '.join(operand.shape)}]"
-        _require(
-            len(shape) == len(operand.shape), value, f"must have the axes {wanted}", "reshape it"
-        )
-        for name, size in zip(operand.shape, shape, strict=True):
-            if name == "1|batch":
-                fits = size == 1 or size == sizes["batch"]
-            else:
-                fits = sizes.setdefault(name, size) == size
-            _require(
-                fits,
-                value,
-                f"its axis {name} contradicts {sizes.get(name, sizes.get('batch'))}",
-                f"its axes are {wanted}",
-            )
-    directions = sizes.get("K", 1)
-    for name in ("Ku", "Kd", "Ka", "Kb", "Kc", "Ks"):
-        size = sizes.get(name, 1)
-        _require(
-            size == 1 or size == directions,
-            f"{op.name} {name}={size}",
-            f"is neither 1 nor K={directions}, the directions of `order`",
-            "give one row for all directions or one each",
-        )
-    if "d_state" in sizes:
-        _require(
-            1 <= sizes["d_state"] <= MAX_D_STATE,
-            f"{op.name} d_state={sizes['d_state']}",
-            f"is outside [1, {MAX_D_STATE}]",
-            "split the state over several scans",
-        )
-    return sizes
-
-
-def _check_scan_values(named: dict[str, Any]) -> None:
-    """The rules of `order`, `gap` and the attributes, which only a run can see."""
-    order, gap = named["order"], named["gap"]
-    seqlen = order.shape[-1]
-    steps = torch.arange(seqlen, device=order.device)
-    _require(
-        bool((order.long().sort(-1).values == steps).all()),
-        "order",
-        f"must be a permutation of [0, {seqlen}) for every image and direction",
-        "build it from argsort or arange",
-    )
-    _require(
-        bool((gap[..., 1:] >= 1).all()) and bool((gap[..., :1] >= 0).all()),
-        f"gap with minimum {int(gap.min()) if gap.numel() else 0}",
-        "must be at least 1 after a direction's first step, and not negative there",
-        "a dense scan has gap 1 everywhere",
-    )
-    scale = named["scale"]
-    _require(math.isfinite(scale), f"scale={scale}", "must be finite", "1.0 is the default")
-    for flag in ("delta_softplus", "params_by_step"):
-        _require(named[flag] in {0, 1}, f"{flag}={named[flag]}", "must be 0 or 1", "0 is no")
 
 
 def _named(op: OperatorSpec, args: Sequence[Any]) -> dict[str, Any]:
@@ -198,8 +131,8 @@ def _gather_reference(op: OperatorSpec, args: Sequence[Any]) -> tuple[Tensor, ..
 def _scan_kernel(op: OperatorSpec) -> Callable[..., Tensor]:
     def run(*args: Any) -> Tensor:
         named = _named(op, args)
-        _check_shapes(op, named)
-        _check_scan_values(named)
+        check_operands(op, named)
+        check_scan_values(op, named)
         return _scan_reference(op, args).contiguous()
 
     return run
@@ -208,7 +141,7 @@ def _scan_kernel(op: OperatorSpec) -> Callable[..., Tensor]:
 def _scan_fake(op: OperatorSpec) -> Callable[..., Tensor]:
     def fake(*args: Any) -> Tensor:
         named = _named(op, args)
-        _check_shapes(op, named)
+        check_operands(op, named)
         u: Tensor = named["u"]
         return u.new_empty(u.shape[0], u.shape[1], u.shape[3])
 
@@ -217,7 +150,7 @@ def _scan_fake(op: OperatorSpec) -> Callable[..., Tensor]:
 
 def _gather_kernel(op: OperatorSpec) -> Callable[..., tuple[Tensor, ...]]:
     def run(*args: Any) -> tuple[Tensor, ...]:
-        _check_shapes(op, _named(op, args))
+        check_operands(op, _named(op, args))
         return tuple(t.contiguous() for t in _gather_reference(op, args))
 
     return run
@@ -226,15 +159,8 @@ def _gather_kernel(op: OperatorSpec) -> Callable[..., tuple[Tensor, ...]]:
 def _gather_fake(op: OperatorSpec) -> Callable[..., tuple[Tensor, ...]]:
     def fake(*args: Any) -> tuple[Tensor, ...]:
         named = _named(op, args)
-        _check_shapes(op, named)
-        seqlen, keep = named["score"].shape[1], named["num_keep"]
-        _require(
-            1 <= keep <= seqlen,
-            f"num_keep={keep}",
-            f"is outside [1, {seqlen}], the tokens of this layer",
-            "derive it from keep_ratio with PruneSchedule.num_keep()",
-        )
-        batch = named["score"].shape[0]
+        check_operands(op, named)
+        batch, keep = named["score"].shape[0], named["num_keep"]
         rows = [named[o.name] for o in op.inputs if o.name.startswith("x")]
         kept = named["position"].new_empty(batch, keep)
         return (kept, *(x.new_empty(batch, keep, x.shape[2]) for x in rows))

@@ -16,6 +16,7 @@ from torch.nn import functional
 from exporter import ops, reference
 from exporter.schedule import Stage
 
+
 @dataclass(frozen=True)
 class Tokens:
     """What the blocks are told about the tokens that are present.
@@ -56,7 +57,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class ScanOutputs:
-    """What scores are made from: y by direction or summed, (batch, seqlen, d_inner), and the gate z."""
+    """What scores are made from: a scan's y (batch, seqlen, d_inner) and the gate z."""
 
     y: Tensor
     z: Tensor
@@ -117,13 +118,18 @@ def prune(
     Returns:
         The tokens after the stage, their hidden and residual rows, and what was chosen.
     """
+    position = tokens.position.expand(score.shape[0], -1)
+    if tokens.kept is not None:  # what was masked before is not present
+        position, score = position.gather(1, tokens.kept), score.gather(1, tokens.kept)
     if stage.schedule.importance == "random":
         score = _random_score(stage, score)
     if stage.num_keep == stage.seqlen:
-        position = tokens.position.expand(score.shape[0], -1)
         return tokens, hidden, residual, StageResult(position, score)
     if stage.schedule.alignment == "masked":
-        return _mask(stage, tokens, score, hidden, residual)
+        kept, _ = reference.token_gather(
+            score, position, [], num_keep=stage.num_keep, protected_position=_protected(stage)
+        )
+        return *_mask(tokens, kept.long(), hidden, residual), StageResult(kept, score)
     if stage.schedule.importance == "as_released":
         kept, rows = _gather_recentred(stage, tokens, score, [hidden, residual])
     else:
@@ -149,26 +155,17 @@ def prune(
 
 
 def _mask(
-    stage: Stage, tokens: Tokens, score: Tensor, hidden: Tensor, residual: Tensor
-) -> tuple[Tokens, Tensor, Tensor, StageResult]:
-    """Zero the pruned tokens once and leave them in place."""
-    present = score
-    if tokens.kept is not None:
-        gone = torch.ones_like(score, dtype=torch.bool).scatter(1, tokens.kept, False)
-        present = score.masked_fill(gone, -torch.inf)
-    kept, _ = reference.token_gather(
-        present, tokens.position, [], num_keep=stage.num_keep, protected_position=_protected(stage)
-    )
-    slots = kept.long()  # nothing has moved: a token's slot is its place
-    mask = torch.zeros_like(hidden[..., 0]).scatter(1, slots, 1.0)[..., None]
-    after = replace(tokens, kept=slots)
-    return after, hidden * mask, residual * mask.to(residual.dtype), StageResult(kept, score)
+    tokens: Tokens, slots: Tensor, hidden: Tensor, residual: Tensor
+) -> tuple[Tokens, Tensor, Tensor]:
+    """Zero all but `slots` (batch, n) and leave them in place: a token's slot is its place."""
+    gone = torch.ones_like(hidden[..., :1], dtype=torch.bool).scatter(1, slots[..., None], False)
+    return replace(tokens, kept=slots), hidden.masked_fill(gone, 0), residual.masked_fill(gone, 0)
 
 
 def _gather_recentred(
     stage: Stage, tokens: Tokens, score: Tensor, xs: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The released code's choice: the best patches in order, the class token put in their middle."""
+    """The released code's choice: the best patches in order, the class token in their middle."""
     if stage.cls_slot is None:
         raise AssertionError("as_released stages have a static class slot")
     slot, middle = stage.cls_slot, stage.num_keep // 2
@@ -208,10 +205,15 @@ def _line_order(position: Tensor, directions: int) -> Tensor:
 
 
 def _line_gap(position: Tensor, directions: int) -> Tensor:
-    """(batch, K, seqlen) int32 from ascending places: the distance to the place stepped from."""
-    distance = position[:, 1:] - position[:, :-1]
-    forward = functional.pad(distance, (1, 0), value=1)
-    backward = functional.pad(distance.flip(1), (1, 0), value=1)
-    return torch.stack([forward, backward][:directions], dim=1)
+    """(batch, K, seqlen) int32 from ascending places: the distance to the place stepped from.
 
-
+    A first step's gap is 0, which every operator ignores. Constant indices instead of a flip, so
+    that the exported graph has none.
+    """
+    last = position.shape[1] - 1
+    steps = torch.arange(last + 1, device=position.device)
+    before = (steps - 1).clamp(min=0)
+    higher = torch.stack([steps, last - before][:directions])
+    lower = torch.stack([before, last - steps][:directions])
+    ahead, behind = (position.index_select(1, i.flatten()) for i in (higher, lower))
+    return (ahead - behind).reshape(-1, directions, last + 1)

@@ -56,6 +56,9 @@ def selective_scan(
         gap: (1 or batch, K, seqlen) integers, the original places a step stands for.
         z: (batch, seqlen, d_inner) gate: y is multiplied by silu(z).
         delta0: (Kd, d_inner) step size of a pruned token, after bias and softplus.
+        delta_softplus: whether dt is softplus(delta + bias) or the sum itself.
+        params_by_step: whether delta, B, C of step t are those of token t instead of token q.
+        scale: factor of the sum over directions.
 
     Returns:
         y (batch, seqlen, d_inner), dtype of `u`.
@@ -78,9 +81,10 @@ def selective_scan(
     extra = gap.transpose(1, 2)[..., None].to(compute) - 1  # (1 or batch, seqlen, K, 1)
     extra = torch.cat([torch.zeros_like(extra[:, :1]), extra[:, 1:]], dim=1)  # h = 0 before it
     span = dt + extra * (dt if delta0 is None else delta0.to(compute))
-    y_step = _recurrence(
-        span, A.to(compute), dt * u_step, in_param_steps(B), in_param_steps(C)
-    ) + D.to(compute) * u_step
+    y_step = (
+        _recurrence(span, A.to(compute), dt * u_step, in_param_steps(B), in_param_steps(C))
+        + D.to(compute) * u_step
+    )
     index = token.transpose(1, 2)[..., None].expand_as(y_step)
     y = torch.zeros_like(y_step).scatter(1, index, y_step).sum(2) * scale
     if z is not None:
@@ -95,7 +99,7 @@ def _take(x: Tensor, token: Tensor) -> Tensor:
 
 
 def _recurrence(span: Tensor, A: Tensor, inject: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """y_t = C_t . h_t, h_t = exp(span_t A) h_{t-1} + inject_t B_t; all (batch, seqlen, K, width)."""
+    """y_t = C_t . h_t, h_t = exp(span_t A) h_{t-1} + inject_t B_t; (batch, seqlen, K, width)."""
     h = inject.new_zeros(*inject.shape[:1], *inject.shape[2:], A.shape[-1])
     outputs = []
     for start in range(0, inject.shape[1], _CHUNK):
@@ -131,7 +135,8 @@ def token_gather(
         protected_position: original place of the token that is always kept; -1 for none.
 
     Returns:
-        kept_position (batch, num_keep), dtype of `position`; each x's kept rows (batch, num_keep, width).
+        kept_position (batch, num_keep), dtype of `position`; each x's kept rows
+        (batch, num_keep, width).
 
     Raises:
         ValueError: `num_keep` is outside [1, seqlen].

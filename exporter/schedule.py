@@ -74,6 +74,11 @@ class PruneSchedule:
                 f"importance='as_released' with alignment={alignment!r}: the released code moves "
                 "the class token, which makes gaps meaningless; use alignment='none'"
             )
+        if importance == "as_released" and (source != "sum" or gated):
+            raise ValueError(
+                f"importance='as_released' with source={source!r}, gated={gated}: the released "
+                "code scores by the gated backward scan and knows no other; leave both out"
+            )
         values = {
             "ratios": _checked_ratios(ratios),
             "alignment": alignment,
@@ -108,11 +113,11 @@ class PruneSchedule:
             block, colon, ratio = pair.partition(":")
             if not colon or not block.strip().isdecimal():
                 raise ValueError(
-                    f"schedule={text!r}: {pair!r} is not BLOCK:RATIO; write for example 5:0.8,10:0.8"
+                    f"schedule={text!r}: {pair!r} is not BLOCK:RATIO; write 5:0.8,10:0.8"
                 )
             if int(block) in ratios:
                 raise ValueError(
-                    f"schedule={text!r}: block {int(block)} is named twice; give each block one ratio"
+                    f"schedule={text!r}: block {int(block)} is named twice; give one ratio"
                 )
             ratios[int(block)] = ratio.strip()
         return cls(
@@ -131,8 +136,11 @@ class PruneSchedule:
         ceil(ratio * patches) as the paper's code counts, plus one if that is even where the
         layout asks for odd counts (Vim: the class token is among them), at most all; ratio 1
         keeps everything.
+
+        Raises:
+            ValueError: `ratio` is not in (0, 1].
         """
-        exact = _decimal(ratio)
+        exact = _checked_ratio(ratio)
         patches = seqlen - (0 if layout.cls_index is None else 1)
         if exact == 1 or patches == 0:
             return seqlen
@@ -176,7 +184,8 @@ def plan_stages(
 
     Raises:
         ValueError: a block lies outside the model.
-        UnsupportedError: the model has no such scan direction or no class token to re-centre.
+        UnsupportedError: the model has no such scan direction, or as_released finds no class token
+            to re-centre or keeps no patch beside it.
     """
     if schedule is None:
         return {}
@@ -199,40 +208,48 @@ def plan_stages(
                 "a schedule names the block after which tokens go, counted from 1"
             )
         keep = PruneSchedule.num_keep(ratio, layout, seqlen)
+        recentred = schedule.importance == "as_released"
+        if recentred and keep == 1 < seqlen:
+            raise UnsupportedError(
+                f"ratio={ratio} after block {block} keeps one of {seqlen} tokens, the class token; "
+                "importance='as_released' keeps patches beside it: keep more"
+            )
         stages[block] = Stage(index, block, seqlen, keep, layout, schedule, slot)
+        if keep < seqlen:  # else nothing moves
+            slot = keep // 2 if recentred else None
         seqlen = keep
-        slot = keep // 2 if schedule.importance == "as_released" else None
     return stages
 
 
 def _choice(name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}; choose one of these")
+        raise ValueError(
+            f"{name}={value!r} is not one of {', '.join(allowed)}; choose one of these"
+        )
 
 
-def _decimal(ratio: Ratio) -> Decimal:
+def _checked_ratio(ratio: Ratio, where: str = "") -> Decimal:
     try:
-        return Decimal(str(ratio))
+        exact = Decimal(str(ratio))
     except InvalidOperation:
         raise ValueError(
-            f"ratio={ratio!r} is not a number; give the share of tokens kept, for example 0.8"
+            f"ratio={ratio!r}{where} is not a number; give the share of tokens kept, such as 0.8"
         ) from None
+    if not (exact.is_finite() and 0 < exact <= 1):
+        raise ValueError(
+            f"ratio={ratio}{where} is outside (0, 1]; it is the share of tokens kept, 1 keeps all"
+        )
+    return exact
 
 
 def _checked_ratios(ratios: Mapping[int, Ratio]) -> dict[int, Decimal]:
     if not ratios:
         raise ValueError(
-            "ratios={}: an empty schedule prunes nothing; leave the schedule out (None) for a dense model"
+            "ratios={}: an empty schedule prunes nothing; use schedule=None for a dense model"
         )
     checked: dict[int, Decimal] = {}
     for block, ratio in ratios.items():
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:
             raise ValueError(f"block={block!r} is not an integer from 1; blocks are counted from 1")
-        exact = _decimal(ratio)
-        if not (exact.is_finite() and 0 < exact <= 1):
-            raise ValueError(
-                f"ratio={ratio} after block {block} is outside (0, 1]; "
-                "it is the share of tokens kept, 1 keeps all"
-            )
-        checked[block] = exact
+        checked[block] = _checked_ratio(ratio, f" after block {block}")
     return dict(sorted(checked.items()))

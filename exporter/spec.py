@@ -14,7 +14,7 @@ DOMAIN: Final = "vssm"
 OPERATOR_VERSION: Final = 1
 MAX_D_STATE: Final = 256
 FLOAT_TYPES: Final = ("float32", "float16", "bfloat16")
-# What every node carries, so that TensorRT's parser finds the plugin (it reads the node, not the schema).
+# What every node carries: TensorRT's parser finds the plugin by the node, not by the schema.
 PLUGIN_ATTRIBUTES: Final = {"plugin_namespace": "vssm", "plugin_version": "1"}
 
 
@@ -45,7 +45,7 @@ class AttributeSpec:
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """One operator. `types` lists the allowed bindings of the type variables, in sorted-name order."""
+    """One operator. `types` lists the allowed bindings of the type variables, sorted by name."""
 
     name: str
     inputs: tuple[OperandSpec, ...]

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import torch
+
 from exporter.models.base import ForwardDetails, VisionModel
-from exporter.models.vim import Vim, VimConfig
+from exporter.models.vim import Vim
+from exporter.models.vim_config import VimConfig
 from exporter.schedule import PruneSchedule
 
-__all__ = ["MODELS", "ForwardDetails", "VisionModel", "create_model", "list_models"]
+__all__ = [
+    "MODELS",
+    "ForwardDetails",
+    "VisionModel",
+    "create_model",
+    "list_models",
+    "model_from_config",
+]
 
+_SEED: Final = 0
 # Family, constructor, configuration class, and what a name changes in it.
 _Builder = Callable[..., VisionModel]
 MODELS: Final[dict[str, tuple[_Builder, Any, dict[str, Any]]]] = {
@@ -35,7 +46,10 @@ def create_model(
     num_classes: int = 1000,
     **overrides: Any,
 ) -> VisionModel:
-    """A model in eval mode with the official state_dict keys and seeded-by-torch initial weights.
+    """A model in eval mode with the official state_dict keys and seeded initial weights.
+
+    The weights depend on the configuration alone, not on torch's global generator, which is left
+    as it was.
 
     Args:
         name: one of `list_models()`.
@@ -47,14 +61,27 @@ def create_model(
         ValueError: the name, an override or the schedule does not fit.
         UnsupportedError: the configuration cannot be pruned.
     """
-    if name not in MODELS:
-        raise ValueError(f"name={name!r} is not a model; choose one of {', '.join(MODELS)}")
-    build, config_class, changes = MODELS[name]
+    _, _, changes = _entry(name)
+    return model_from_config(name, {**changes, "num_classes": num_classes, **overrides}, schedule)
+
+
+def model_from_config(
+    name: str, config: Mapping[str, Any], schedule: PruneSchedule | None = None
+) -> VisionModel:
+    """A model from its whole configuration, as model.json holds it; errors as `create_model`'s."""
+    build, config_class, _ = _entry(name)
     fields = [f.name for f in dataclasses.fields(config_class)]
-    unknown = sorted(set(overrides) - set(fields))
+    unknown = sorted(set(config) - set(fields))
     if unknown:
         raise ValueError(
             f"overrides={unknown}: {name} has no such option; its options are {', '.join(fields)}"
         )
-    config = config_class(**{**changes, "num_classes": num_classes, **overrides})
-    return build(config, schedule, name=name).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_SEED)  # torch.manual_seed would seed GPUs as well
+        return build(config_class(**config), schedule, name=name).eval()
+
+
+def _entry(name: str) -> tuple[_Builder, Any, dict[str, Any]]:
+    if name not in MODELS:
+        raise ValueError(f"name={name!r} is not a model; choose one of {', '.join(MODELS)}")
+    return MODELS[name]

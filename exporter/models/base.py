@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from exporter.manifest import CheckpointInfo
 from exporter.pruning import StageResult
-from exporter.schedule import PruneSchedule
+from exporter.schedule import PruneSchedule, Stage, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,47 @@ class ForwardDetails:
     blocks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class BlockCost:
+    """One block, by token, in multiply-adds.
+
+    `shared` is what directions share, `directional` the linear and convolution layers of one,
+    `states` the channel-states d_inner * d_state of one, `per_token` its skip and gate.
+    """
+
+    shared: int
+    directional: int
+    directions: int
+    states: int
+    per_token: int
+
+
 class VisionModel(nn.Module):
-    """Base of the models. A subclass sets `name`, `schedule`, `image_size` and fills `_forward`."""
+    """Base of the models. A subclass sets these attributes and fills `_forward`.
+
+    Attributes:
+        name: for reports and model.json.
+        config: the family's configuration, a dataclass.
+        schedule: token pruning, None for the dense model.
+        stages: the schedule's stages by block, in order.
+        layout: the tokens before pruning.
+        image_size: (height, width) in pixels.
+        num_classes: width of the logits.
+        traced_blocks: how many blocks `forward_details(with_blocks=True)` reports.
+        checkpoint: the file the weights were loaded from, None for initial weights.
+        published_directions: scan directions that the published FLOPs count.
+    """
 
     name: str
+    config: Any
     schedule: PruneSchedule | None
+    stages: dict[int, Stage]
+    layout: TokenLayout
     image_size: tuple[int, int]
+    num_classes: int
+    traced_blocks: int
+    checkpoint: CheckpointInfo | None = None
+    published_directions = 1  # that the published FLOPs count
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, num_classes) of images (batch, 3, height, width), normalised."""
@@ -60,9 +96,16 @@ class VisionModel(nn.Module):
         """A checkpoint's tensors made to fit this model, such as a resized position table."""
         return state
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype of the projections; norms, residual and state are float32 or wider."""
+    def fixed_cost(self) -> int:
+        """Multiply-adds outside the blocks, for one image."""
+        raise NotImplementedError
+
+    def block_cost(self) -> BlockCost:
+        """Cost of a block, by token."""
+        raise NotImplementedError
+
+    def stays_wide(self, name: str) -> bool:
+        """Whether a parameter stays float32 in a half-precision export (an island)."""
         raise NotImplementedError
 
 

@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis, in float32 or wider."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.LayerNorm has
         """(..., width) to (..., width); the result is as wide as the norm's own arithmetic."""
         return super().forward(wide(input))
 

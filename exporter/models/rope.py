@@ -46,7 +46,7 @@ def rope_tables(d_model: int, grid: tuple[int, int], pretrained: int) -> RopeTab
 
 
 def rotate(x: Tensor, tables: RopeTables, tokens: Tokens) -> Tensor:
-    """x (batch, seqlen, d_model) turned by its tokens' places.
+    """Turn x (batch, seqlen, d_model) turned by its tokens' places.
 
     As in the official code the first token is left alone where a class token makes the length
     odd, even when that class token stands elsewhere.

@@ -9,105 +9,31 @@ block's norm, and pruning gathers both with the same slots.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from exporter.errors import CheckpointError, UnsupportedError
-from exporter.models.base import ForwardDetails, VisionModel, details
+from exporter.models.base import BlockCost, ForwardDetails, VisionModel, details
 from exporter.models.layers import LayerNorm, RMSNorm, resize_grid, wide
 from exporter.models.rope import rope_tables, rotate
-from exporter.models.vim_mixer import VimMixer, VimMixerConfig
+from exporter.models.vim_config import VimConfig
+from exporter.models.vim_mixer import VimMixer
 from exporter.pruning import ScoreRule, StageResult, Tokens, prune, score_rule
 from exporter.schedule import PruneSchedule, TokenLayout, plan_stages
 
-CLASS_TOKENS = ("middle", "head", "double", "none")
-POOLS = ("mean", "max", "last")
-
-
-@dataclass(frozen=True)
-class VimConfig:
-    """The switches of the official constructor under this package's names.
-
-    `class_token` is the place of the class token; without one `pool` reads the tokens. `divide_out`
-    halves the sum of both directions (official if_divide_out; the released models all do).
-    """
-
-    image_size: int | tuple[int, int] = 224
-    patch_size: int = 16
-    stride: int = 16
-    depth: int = 24
-    d_model: int = 192
-    d_state: int = 16
-    d_conv: int = 4
-    expand: int = 2
-    dt_rank: int | None = None
-    num_classes: int = 1000
-    class_token: str = "middle"
-    pool: str = "mean"
-    bimamba: str = "v2"
-    bidirectional_layers: bool = False
-    divide_out: bool = True
-    rms_norm: bool = True
-    norm_eps: float = 1e-5
-    rope: bool = False
-    rope_residual: bool = False
-    rope_grid: int = 14
-    layer_scale: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("class_token", CLASS_TOKENS), ("pool", POOLS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}; choose one"
-                )
-        for name in ("patch_size", "stride", "depth", "d_model", "d_state", "d_conv", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is below 1; give a positive size")
-        if min(self.image_height_width) < self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
-                "give a larger image"
-            )
-        if self.rope and self.class_token == "double":
-            raise ValueError("rope=True with class_token='double': no released model; use another")
-        if self.bidirectional_layers and (self.bimamba != "none" or self.depth % 2):
-            raise ValueError(
-                "bidirectional_layers=True needs bimamba='none' and an even depth: layers work in "
-                "pairs, one in each direction"
-            )
-
-    @property
-    def image_height_width(self) -> tuple[int, int]:
-        """Image size in pixels as (height, width)."""
-        if isinstance(self.image_size, int):
-            return self.image_size, self.image_size
-        return self.image_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches as (rows, columns)."""
-        height, width = self.image_height_width
-        return tuple((side - self.patch_size) // self.stride + 1 for side in (height, width))  # type: ignore[return-value]
-
-    @property
-    def patches(self) -> int:
-        """Number of patch tokens."""
-        return math.prod(self.grid)
-
-    @property
-    def class_places(self) -> tuple[int, ...]:
-        """Places of the class tokens among all tokens."""
-        if self.class_token == "double":
-            return 0, self.patches + 1
-        return {"middle": (self.patches // 2,), "head": (0,), "none": ()}[self.class_token]
-
-    @property
-    def seqlen(self) -> int:
-        """Tokens before pruning, class tokens included."""
-        return self.patches + len(self.class_places)
+_WIDE_PARAMETERS = (
+    "A_log",
+    "A_b_log",
+    "mixer.D",
+    "mixer.D_b",
+    "dt_proj.bias",
+    "dt_proj_b.bias",
+    "pos_embed",
+    "cls_token",
+    "cls_token_head",
+    "cls_token_tail",
+)
 
 
 class PatchEmbed(nn.Module):
@@ -119,7 +45,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(batch, 3, height, width) to (batch, patches, d_model)."""
-        return self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        return wide(self.proj(images.to(self.proj.weight.dtype))).flatten(2).transpose(1, 2)
 
 
 class VimBlock(nn.Module):
@@ -128,7 +54,7 @@ class VimBlock(nn.Module):
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
         self.norm = _norm(config)
-        self.mixer = VimMixer(_mixer_config(config))
+        self.mixer = VimMixer(config.mixer)
 
     def forward(
         self, hidden: Tensor | None, residual: Tensor, tokens: Tokens, rule: ScoreRule | None
@@ -159,7 +85,9 @@ class Vim(VisionModel):
     ) -> None:
         super().__init__()
         self.name, self.config, self.schedule = name, config, schedule
-        self.image_size = config.image_height_width
+        self.image_size, self.num_classes = config.image_height_width, config.num_classes
+        # Pairs of layers have no single stream to report.
+        self.traced_blocks = 0 if config.bidirectional_layers else config.depth
         self._refuse(config, schedule)
         places = config.class_places
         self.layout = TokenLayout(config.seqlen, places[0] if places else None, keep_odd=True)
@@ -207,14 +135,13 @@ class Vim(VisionModel):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype of the projections."""
-        return self.head.weight.dtype
+    def stays_wide(self, name: str) -> bool:
+        """Norms, embeddings and what the scan takes as float32."""
+        return name.endswith(_WIDE_PARAMETERS) or ".norm." in name or name.startswith("norm_f.")
 
     def _embed(self, images: Tensor) -> Tensor:
         """Tokens (batch, seqlen, d_model), class tokens in their places, positions added."""
-        patches = wide(self.patch_embed(images))
+        patches = self.patch_embed(images)
         pieces, start = [], 0
         for before, (key, place) in enumerate(
             zip(self._class_keys(), self.config.class_places, strict=True)
@@ -246,6 +173,8 @@ class Vim(VisionModel):
             if stage is not None:
                 tokens, hidden, residual, result = prune(stage, tokens, score, hidden, residual)
                 chosen.append(result)
+        if hidden is None:
+            raise AssertionError("VimConfig asks for at least one block")
         return details(self._logits(hidden, residual, tokens), chosen, blocks)
 
     def _layer_pairs(self, residual: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -285,17 +214,36 @@ class Vim(VisionModel):
         if self.config.pool == "last":
             return self._classify(self.norm_f(x[:, -1]))
         x = self.norm_f(x)
-        return self._classify(x.mean(1)) if self.config.pool == "mean" else self._classify(x).amax(1)
+        return (
+            self._classify(x.mean(1)) if self.config.pool == "mean" else self._classify(x).amax(1)
+        )
 
     def _classify(self, features: Tensor) -> Tensor:
-        return wide(self.head(features.to(self.compute_dtype)))
+        return wide(self.head(features.to(self.head.weight.dtype)))
 
     def _class_tokens(self, x: Tensor, tokens: Tokens) -> Tensor:
         """The class tokens' rows (batch, 1 or 2, d_model), wherever pruning has put them."""
-        if tokens.position.shape[0] == 1:  # nothing has moved
+        if tokens.position.shape[1] == tokens.full_seqlen:  # nothing has moved
             return torch.cat([x[:, place : place + 1] for place in self.config.class_places], dim=1)
-        is_class = tokens.position[..., None] == self.layout.cls_index
-        return torch.where(is_class, x, 0.0).sum(1, keepdim=True)
+        is_class = torch.eq(tokens.position[..., None], self.config.class_places[0])
+        return torch.where(is_class, x, torch.zeros((), dtype=x.dtype)).sum(1, keepdim=True)
+
+    def fixed_cost(self) -> int:
+        """Multiply-adds of the patch embedding and the classifier."""
+        c = self.config
+        return c.d_model * (c.patches * 3 * c.patch_size * c.patch_size + c.num_classes)
+
+    def block_cost(self) -> BlockCost:
+        """Cost of any block, by token."""
+        c, mixer = self.config, self.config.mixer
+        inner, low = mixer.d_inner, mixer.dt_rank
+        return BlockCost(
+            shared=3 * c.d_model * inner,
+            directional=inner * (c.d_conv + low + 2 * c.d_state + low),
+            directions=1 if c.bimamba == "none" else 2,
+            states=inner * c.d_state,
+            per_token=2 * inner,
+        )
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resize a position table of another grid, class rows taken out and put back.
@@ -329,16 +277,3 @@ class Vim(VisionModel):
 
 def _norm(config: VimConfig) -> nn.Module:
     return (RMSNorm if config.rms_norm else LayerNorm)(config.d_model, eps=config.norm_eps)
-
-
-def _mixer_config(config: VimConfig) -> VimMixerConfig:
-    return VimMixerConfig(
-        d_model=config.d_model,
-        d_inner=config.expand * config.d_model,
-        d_state=config.d_state,
-        d_conv=config.d_conv,
-        dt_rank=config.dt_rank or math.ceil(config.d_model / 16),
-        bimamba=config.bimamba,
-        divide_out=config.divide_out,
-        layer_scale=config.layer_scale,
-    )

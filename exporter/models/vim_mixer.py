@@ -18,7 +18,10 @@ BIMAMBA = ("v2", "v1", "none")
 
 @dataclass(frozen=True)
 class VimMixerConfig:
-    """Sizes of one mixer. `bimamba`: "v2" own weights backward, "v1" an own A only, "none" forward."""
+    """Sizes of one mixer.
+
+    `bimamba` is "v2" (own weights for the backward direction), "v1" (an own A only) or "none".
+    """
 
     d_model: int
     d_inner: int
@@ -71,6 +74,12 @@ class VimMixer(nn.Module):
     direction `conv1d_b`, `x_proj_b`, `dt_proj_b`, `A_b_log`, `D_b` (v1: `A_b_log` only).
     """
 
+    conv1d: nn.Conv1d
+    A_log: nn.Parameter
+    A_b_log: nn.Parameter
+    D: nn.Parameter
+    D_b: nn.Parameter
+
     def __init__(self, config: VimMixerConfig) -> None:
         super().__init__()
         self.config = config
@@ -79,7 +88,7 @@ class VimMixer(nn.Module):
         for suffix in self._branches():
             self._add_branch(suffix)
         if config.bimamba == "v1":
-            self.A_b_log = nn.Parameter(_initial_A_log(config))
+            self.A_b_log = nn.Parameter(_initial_a_log(config))
         self.out_proj = nn.Linear(inner, width, bias=False)
         if config.layer_scale is not None:
             self.gamma = nn.Parameter(config.layer_scale * torch.ones(width))
@@ -96,7 +105,7 @@ class VimMixer(nn.Module):
         self.add_module(f"x_proj{suffix}", x_proj)
         self.add_module(f"dt_proj{suffix}", _initial_dt_proj(c))
         log, skip = ("A_log", "D") if not suffix else ("A_b_log", "D_b")
-        self.register_parameter(log, nn.Parameter(_initial_A_log(c)))
+        self.register_parameter(log, nn.Parameter(_initial_a_log(c)))
         self.register_parameter(skip, nn.Parameter(torch.ones(c.d_inner)))
 
     def _stack(self, name: str) -> Tensor:
@@ -106,8 +115,9 @@ class VimMixer(nn.Module):
     def forward(
         self, x: Tensor, tokens: Tokens, rule: ScoreRule | None
     ) -> tuple[Tensor, Tensor | None]:
-        """(batch, seqlen, d_model) to the same, and the (batch, seqlen) score if there is a rule."""
-        x_weight, z_weight = self.in_proj.weight.chunk(2)
+        """Mixed (batch, seqlen, d_model), and the (batch, seqlen) score if there is a rule."""
+        inner = self.config.d_inner
+        x_weight, z_weight = self.in_proj.weight[:inner], self.in_proj.weight[inner:]
         # Channel-major for the convolution: weight @ x^T, which needs no transpose of its result.
         operands = self._operands(self._convolve(x_weight @ x.transpose(1, 2), tokens))
         z = functional.linear(x, z_weight)
@@ -118,29 +128,29 @@ class VimMixer(nn.Module):
         return out, score
 
     def _convolve(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """silu of each branch's convolution: (batch, d_inner, seqlen) to (batch, branches, d_inner, seqlen).
+        """Each branch's convolution and silu of x (batch, d_inner, seqlen).
 
-        The backward branch is causal in reversed order: the same weight flipped, padded behind.
+        The backward branch is causal in reversed order: its weight flipped, padded behind.
+
+        Returns:
+            (batch, branches, d_inner, seqlen).
         """
         index = tokens.position.long()[:, None].expand_as(x) if tokens.conv_on_grid else None
         if index is not None:
             x = x.new_zeros(*x.shape[:2], tokens.full_seqlen).scatter(2, index, x)
+        dtype = x.dtype
+        # Two-dimensional with height 1: runtimes have faster depthwise kernels for it.
+        x = x[:, :, None].to(self.conv1d.weight.dtype)
         pad = self.config.d_conv - 1
         outputs = []
         for suffix in self._branches():
-            conv = self.get_submodule(f"conv1d{suffix}")
+            conv: nn.Conv1d = getattr(self, f"conv1d{suffix}")
             weight = conv.weight.flip(-1) if suffix else conv.weight
             padded = functional.pad(x, (0, pad) if suffix else (pad, 0))
-            # Two-dimensional with height 1: runtimes have faster depthwise kernels for it.
             outputs.append(
-                functional.conv2d(
-                    padded[:, :, None],
-                    weight[:, :, None],
-                    conv.bias,
-                    groups=self.config.d_inner,
-                )
+                functional.conv2d(padded, weight[:, :, None], conv.bias, groups=self.config.d_inner)
             )
-        y = functional.silu(torch.cat(outputs, dim=1))
+        y = functional.silu(torch.cat(outputs, dim=1).to(dtype))
         y = y.reshape(y.shape[0], len(outputs), self.config.d_inner, y.shape[-1])
         return y if index is None else y.gather(3, index[:, None].expand(-1, len(outputs), -1, -1))
 
@@ -150,8 +160,8 @@ class VimMixer(nn.Module):
         q = self._stack("x_proj{b}.weight") @ u
         dt, B, C = q.split([c.dt_rank, c.d_state, c.d_state], dim=2)
         delta = dt.transpose(2, 3) @ self._stack("dt_proj{b}.weight").transpose(1, 2)
-        A_log = [self.A_log] if c.bimamba == "none" else [self.A_log, self.A_b_log]
-        D = [self.D] if c.bimamba != "v2" else [self.D, self.D_b]
+        A_log: list[Tensor] = [self.A_log] if c.bimamba == "none" else [self.A_log, self.A_b_log]
+        D: list[Tensor] = [self.D] if c.bimamba != "v2" else [self.D, self.D_b]
         return ScanOperands(
             u=u.permute(0, 3, 1, 2),
             delta=delta.transpose(1, 2),
@@ -169,24 +179,24 @@ class VimMixer(nn.Module):
         if rule is None and not tokens.constant_gap:
             return self._node(operands, tokens.order, tokens.gap, z=z), None
         delta0 = self._delta0() if tokens.constant_gap else None
-        directions = tokens.order.shape[1]
-        if rule is None or not rule.by_direction or directions == 1:
-            y = self._node(operands, tokens.order, tokens.gap, delta0=delta0)
-            scored = y
+        if rule is None or not rule.by_direction or tokens.order.shape[1] == 1:
+            scored = y = self._node(operands, tokens.order, tokens.gap, delta0=delta0)
         else:
-            parts = [
-                self._node(
-                    operands.direction(k),
-                    tokens.order[:, k : k + 1],
-                    tokens.gap[:, k : k + 1],
-                    delta0=None if delta0 is None else delta0[k : k + 1] if len(delta0) > 1 else delta0,
-                )
-                for k in range(directions)
-            ]
-            scored = parts[0] if rule.source == "forward" else parts[1]
-            y = parts[0] + parts[1]
+            ahead, back = (self._direction(operands, k, tokens, delta0) for k in (0, 1))
+            scored = ahead if rule.source == "forward" else back
+            y = ahead + back
         score = None if rule is None else rule.score(ScanOutputs(scored, z))
         return y * functional.silu(z), score
+
+    def _direction(
+        self, operands: ScanOperands, k: int, tokens: Tokens, delta0: Tensor | None
+    ) -> Tensor:
+        """One direction of the scan alone, (batch, seqlen, d_inner)."""
+        only = slice(k, k + 1)
+        if delta0 is not None and delta0.shape[0] > 1:
+            delta0 = delta0[only]
+        order, gap = tokens.order[:, only], tokens.gap[:, only]
+        return self._node(operands.direction(k), order, gap, delta0=delta0)
 
     def _node(
         self,
@@ -214,7 +224,7 @@ class VimMixer(nn.Module):
         )
 
     def _delta0(self) -> Tensor:
-        """Step size of an all-zero token, (branches, d_inner): its convolution is the bias alone."""
+        """Step size (branches, d_inner) of an all-zero token: its convolution is the bias alone."""
         rank = self.config.dt_rank
         conv = functional.silu(wide(self._stack("conv1d{b}.bias")))
         low = wide(self._stack("x_proj{b}.weight"))[:, :rank] @ conv[..., None]
@@ -222,7 +232,7 @@ class VimMixer(nn.Module):
         return functional.softplus(step + wide(self._stack("dt_proj{b}.bias")))
 
 
-def _initial_A_log(config: VimMixerConfig) -> Tensor:
+def _initial_a_log(config: VimMixerConfig) -> Tensor:
     """S4D-real: A = -(1 ... d_state) in every channel."""
     return torch.log(torch.arange(1, config.d_state + 1).float()).repeat(config.d_inner, 1)
 
