@@ -1,0 +1,86 @@
+"""`model.json` of an export: what the model and its graph say of themselves."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import onnx
+
+from exporter._version import __version__
+from exporter.manifest import BlockOutput, Manifest, Preprocessing, ScheduleInfo, TensorInfo
+from exporter.models.base import VisionModel
+from exporter.schedule import PruneSchedule
+from exporter.spec import DOMAIN, OPERATOR_VERSION
+
+
+def used_operators(proto: onnx.ModelProto) -> list[str]:
+    """Names of our operators in the graph, sorted."""
+    return sorted({node.op_type for node in proto.graph.node if node.domain == DOMAIN})
+
+
+def block_outputs(model: VisionModel) -> tuple[BlockOutput, ...]:
+    """Value names of what each block returns, as the graph and model.json have them."""
+    return tuple(
+        BlockOutput(block, f"block_{block}.hidden", f"block_{block}.residual")
+        for block in range(1, model.traced_blocks + 1)
+    )
+
+
+def describe_export(
+    model: VisionModel,
+    proto: onnx.ModelProto,
+    *,
+    dtype: str,
+    preprocessing: Preprocessing | None,
+    labels: Sequence[str] | None,
+    files: dict[str, str],
+) -> Manifest:
+    """The manifest of an export: `files` maps the names written beside it to their hashes."""
+    packages = ("torch", "onnx", "onnxscript", "numpy")
+    return Manifest(
+        name=model.name,
+        config=asdict(model.config),
+        inputs=tuple(map(_tensor_info, proto.graph.input)),
+        outputs=tuple(map(_tensor_info, proto.graph.output)),
+        dtype=dtype,
+        opset=proto.opset_import[0].version,
+        files=files,
+        operators=dict.fromkeys(used_operators(proto), OPERATOR_VERSION),
+        versions={
+            "vssm-exporter": __version__,
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+        weights="initial" if model.checkpoint is None else "checkpoint",
+        schedule=_schedule_info(model),
+        block_outputs=block_outputs(model),
+        preprocessing=preprocessing or Preprocessing.for_image_size(model.image_size),
+        checkpoint=model.checkpoint,
+        labels=None if labels is None else tuple(labels),
+    )
+
+
+def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
+    return TensorInfo(value.name, str(dtype), shape)
+
+
+def _schedule_info(model: VisionModel) -> ScheduleInfo | None:
+    schedule: PruneSchedule | None = model.schedule
+    if schedule is None:
+        return None
+    return ScheduleInfo(
+        blocks={block: str(ratio) for block, ratio in schedule.ratios.items()},
+        alignment=schedule.alignment,
+        importance=schedule.importance,
+        source=schedule.source,
+        gated=schedule.gated,
+        conv=schedule.conv,
+        step_parameters=schedule.step_parameters,
+        num_keep=tuple(stage.num_keep for stage in model.stages.values()),
+        cls_position=model.layout.cls_index,
+        seed=schedule.seed if schedule.importance == "random" else None,
+    )

@@ -1,0 +1,58 @@
+"""Multiply-adds of a model, dense or pruned, by the rule that gives the published figures.
+
+Linear and convolution layers count one multiply-add once; a scan counts
+9 * seqlen * d_inner * d_state plus one each for the skip and the gate; alignment adds
+2 * d_inner * d_state for every pruned place and layer. The published figures of Vim count one of
+its two directions; the true ones count both. Source: Zhan et al., arXiv:2409.18962, checked
+against its tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from exporter.models.base import VisionModel
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one image costs. FLOPs in multiply-adds; `exps` are the scans' exponentials.
+
+    Attributes:
+        published: by the published rule (one direction for Vim), alignment included.
+        true: with every direction counted, alignment included.
+        alignment: the part of `true` that hidden-state alignment adds.
+        gemm: multiply-adds in matrix products and convolutions.
+        exps: evaluations of exp in the scans, all directions.
+    """
+
+    published: int
+    true: int
+    alignment: int
+    gemm: int
+    exps: int
+
+
+def count(model: VisionModel) -> Work:
+    """The work of one image through `model`, its schedule included."""
+    fixed = model.fixed_cost()
+    total = {"published": fixed, "true": fixed, "alignment": 0, "gemm": fixed, "exps": 0}
+    seqlen = full = model.layout.seqlen
+    aligned = model.schedule is not None and model.schedule.alignment in {"gap", "constant"}
+    masked = model.schedule is not None and model.schedule.alignment == "masked"
+    for block in range(1, model.config.depth + 1):
+        cost = model.block_cost()
+        scan = 9 * seqlen * cost.states + seqlen * cost.per_token
+        once = 2 * cost.states * (full - seqlen) if aligned else 0
+        linear = seqlen * (cost.shared + cost.directions * cost.directional)
+        counted = model.published_directions
+        total["published"] += seqlen * (cost.shared + counted * cost.directional)
+        total["published"] += counted * (scan + once)
+        total["true"] += linear + cost.directions * (scan + once)
+        total["alignment"] += cost.directions * once
+        total["gemm"] += linear
+        total["exps"] += cost.directions * seqlen * cost.states
+        stage = model.stages.get(block)
+        if stage is not None and not masked:
+            seqlen = stage.num_keep
+    return Work(**total)

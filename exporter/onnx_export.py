@@ -1,0 +1,239 @@
+"""A model to `model.onnx` and `model.json`: torch.export, graph passes, fallback bodies last."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx import inliner
+from onnxscript import values
+from torch import Tensor, nn
+
+from exporter import onnx_passes, ops
+from exporter._version import __version__
+from exporter.artifact import INLINED_FILE, MODEL_FILE, WEIGHTS_FILE, Artifact
+from exporter.checkpoint import save_safetensors
+from exporter.errors import UnsupportedError
+from exporter.export_manifest import block_outputs, describe_export, used_operators
+from exporter.files import sha256_of, staged_directory
+from exporter.manifest import Preprocessing, write_manifest
+from exporter.models.base import VisionModel
+from exporter.onnx_bodies import SUPPORTED_OPSETS, build_functions
+from exporter.onnx_schemas import register_schemas
+from exporter.spec import DOMAIN, OPERATOR_VERSION, OPERATORS, PLUGIN_ATTRIBUTES, OperatorSpec
+
+DTYPES: Final = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+INPUT: Final = "images"
+# ONNX IR 10: the newest that ONNX Runtime 1.20 and TensorRT 10 both read.
+_IR_VERSION: Final = 10
+_BATCH: Final = "batch"
+
+
+def export(
+    model: VisionModel,
+    directory: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    opset: int = 18,
+    inline: bool = False,
+    weights: bool = True,
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] | None = None,
+    force: bool = False,
+) -> Artifact:
+    """Write the model as one ONNX file for every runtime, and beside it what `check` needs.
+
+    Args:
+        model: a model of `create_model`; it is left as it was.
+        directory: where model.onnx, model.json and weights.safetensors go.
+        dtype: "float32", "float16" or "bfloat16" of the projections and scan operands; norms,
+            residual, A, D, step-size bias, decay and state are float32 in all of them, and so
+            are input and logits.
+        opset: version of the standard operators, 18 to 20.
+        inline: also write model.inlined.onnx, without functions, for runtimes that read none.
+        weights: also write weights.safetensors, the oracle of `vssm check`.
+        preprocessing: how images become inputs; None for the official evaluation at this size.
+        labels: a name for every class.
+        force: replace the export that `directory` holds.
+
+    Raises:
+        TypeError: `model` is not one of this package's models.
+        ValueError: `dtype`, `opset` or `labels` does not fit.
+        UnsupportedError: the schedule has no exported form (alignment "masked").
+        ArtifactError: the directory cannot be written, or holds an export and not `force`.
+    """
+    _refuse(model, dtype, opset, labels)
+    with staged_directory(directory, force=force) as staging:
+        proto = build_proto(model, dtype=dtype, opset=opset)
+        onnx.save(proto, staging / MODEL_FILE)
+        onnx.checker.check_model(str(staging / MODEL_FILE), full_check=True)
+        if inline:
+            onnx.save(inliner.inline_local_functions(proto), staging / INLINED_FILE)
+        if weights:
+            state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+            wide = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+            save_safetensors(wide, staging / WEIGHTS_FILE)
+        manifest = describe_export(
+            model,
+            proto,
+            dtype=dtype,
+            preprocessing=preprocessing,
+            labels=labels,
+            files={path.name: sha256_of(path) for path in sorted(staging.iterdir())},
+        )
+        write_manifest(staging, manifest)
+    return Artifact(Path(directory).absolute(), manifest)
+
+
+def build_proto(model: VisionModel, *, dtype: str, opset: int) -> onnx.ModelProto:
+    """The model as a ModelProto with dynamic batch, custom nodes at top level and their bodies.
+
+    Args:
+        model: left as it was.
+        dtype: one of DTYPES.
+        opset: 18 to 20.
+    """
+    register_schemas()
+    traced = _Traced(_cast_copy(model, DTYPES[dtype]))
+    names = traced.output_names()
+    graph = _trace(traced, model.image_size, opset)
+    onnx_passes.fold_weights(graph)
+    onnx_passes.rename_inputs(graph, [INPUT], _BATCH)
+    onnx_passes.name_outputs(graph, names, public=1 + len(traced.stages))
+    onnx_passes.strip_initializer_prefix(graph, "model.")
+    onnx_passes.tidy(graph)
+    graph.ir_version = _IR_VERSION
+    graph.opset_imports.clear()
+    graph.opset_imports.update({"": opset, DOMAIN: OPERATOR_VERSION})
+    graph.producer_name, graph.producer_version = "vssm-exporter", __version__
+    proto = ir.to_proto(graph)
+    # Last: optimisers and version converters inline or drop functions.
+    proto.functions.extend(build_functions(used_operators(proto), opset))
+    return proto
+
+
+class _Traced(nn.Module):
+    """What is traced: public outputs first, then every block's streams, to be named."""
+
+    def __init__(self, model: VisionModel) -> None:
+        super().__init__()
+        self.model = model
+        self.stages = () if model.schedule is None else tuple(model.schedule.ratios)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        found = self.model.forward_details(images, with_blocks=True)
+        # Each output its own value: a stage's choice may be an input of the next.
+        return (
+            found.logits,
+            *(kept.clone() for kept in found.kept_positions),
+            *(stream for block in found.blocks for stream in block),
+        )
+
+    def output_names(self) -> list[str]:
+        kept = [f"kept_positions_{stage}" for stage in range(len(self.stages))]
+        streams = [
+            name
+            for block in block_outputs(self.model)
+            for name in (block.hidden, block.residual)
+            if name is not None
+        ]
+        return ["logits", *kept, *streams]
+
+
+def _refuse(model: VisionModel, dtype: str, opset: int, labels: Sequence[str] | None) -> None:
+    if not isinstance(model, VisionModel):
+        raise TypeError(
+            f"model={type(model).__name__} is not a model of this package; make it with "
+            "exporter.create_model"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}; choose one of these")
+    if opset not in SUPPORTED_OPSETS:
+        raise ValueError(
+            f"opset={opset} is outside {SUPPORTED_OPSETS[0]} to {SUPPORTED_OPSETS[-1]}, for which "
+            "there are fallback bodies; choose one of these"
+        )
+    if model.schedule is not None and model.schedule.alignment == "masked":
+        raise UnsupportedError(
+            "alignment='masked' keeps every token and is a PyTorch reference only; export with "
+            "alignment='gap', 'constant' or 'none'"
+        )
+    if labels is not None and len(labels) != model.num_classes:
+        raise ValueError(
+            f"labels={len(labels)} for {model.num_classes} classes; give one label a class"
+        )
+
+
+def _cast_copy(model: VisionModel, dtype: torch.dtype) -> VisionModel:
+    """A copy on the CPU in eval mode, its projections in `dtype`, its islands in float32.
+
+    ONNX has no bfloat16 convolution before opset 22: there they are islands too.
+    """
+    twin = copy.deepcopy(model).cpu().eval().float()
+    for owner, module in twin.named_modules():
+        if dtype == torch.bfloat16 and isinstance(module, nn.Conv1d | nn.Conv2d):
+            continue
+        for name, parameter in module.named_parameters(owner, recurse=False):
+            if not twin.stays_wide(name):
+                parameter.data = parameter.data.to(dtype)
+    return twin
+
+
+def _trace(traced: _Traced, image_size: tuple[int, int], opset: int) -> ir.Model:
+    example = torch.zeros(2, 3, *image_size)
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(
+            traced, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim(_BATCH)}}
+        )
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            custom_translation_table={ops.torch_op(o): _translation(o) for o in OPERATORS.values()},
+            verbose=False,
+        )
+    if exported is None:
+        raise AssertionError("torch.onnx.export returns a program when it is given no file")
+    model: ir.Model = exported.model
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes on packages that it could translate too, such as torchvision."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _translation(op: OperatorSpec) -> Callable[..., Any]:
+    """How torch's exporter writes one of our operators: a node of our domain."""
+    build = getattr(values.Opset(DOMAIN, OPERATOR_VERSION), op.name)
+    inputs = len(op.inputs)
+
+    def translate(*args: Any) -> Any:
+        given = dict(zip((a.name for a in op.attributes), args[inputs:], strict=False))
+        defaults = {a.name: a.default for a in op.attributes}
+        return build(*args[:inputs], **{**defaults, **given}, **PLUGIN_ATTRIBUTES)
+
+    return translate
