@@ -1,0 +1,138 @@
+"""What `vssm bench` compares: kernel, body and PyTorch loop of an export, and its dense twin."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+
+from exporter._version import __version__
+from exporter.artifact import Artifact
+from exporter.benchmark import BenchReport, MachineRates, Progress, Subject, measure
+from exporter.flops import Work, count
+from exporter.machine import machine_rates
+from exporter.onnx_export import export
+from exporter.runtimes.ort import OrtCpuSession, cpu_name
+from exporter.runtimes.session import Session
+from exporter.torch_session import TorchSession, model_of
+
+KERNEL, BODY, LOOP, DENSE = "ort kernel", "ort body", "torch loop", "ort kernel, dense"
+_PROFILE_RUNS = 8
+
+
+def bench(
+    artifact: Artifact,
+    *,
+    batches: Sequence[int],
+    threads: Sequence[int],
+    samples: int,
+    torch_loop: bool,
+    progress: Progress,
+) -> BenchReport:
+    """Everything in one run, interleaved; arguments as for `benchmark.measure`."""
+    progress("measuring the machine")
+    rates = machine_rates(threads)
+    with _dense_twin(artifact, progress) as dense:
+        subjects = _subjects(artifact, dense, torch_loop)
+        rows = measure(
+            subjects,
+            artifact.image_shape,
+            rates,
+            batches=batches,
+            threads=threads,
+            samples=samples,
+            progress=progress,
+        )
+    progress("profiling")
+    operators = _profile(artifact)
+    return BenchReport(
+        rows=rows,
+        rates=rates,
+        operators=operators,
+        scan_over_floor=_scan_over_floor(operators, rates, subjects[0]),
+        context=_context(artifact),
+    )
+
+
+def _subjects(artifact: Artifact, dense: Artifact | None, torch_loop: bool) -> list[Subject]:
+    def subject(
+        name: str, open_session: Callable[[int], Session], work: Work, same: str | None
+    ) -> Subject:
+        return Subject(name, open_session, work.exps, work.gemm, same)
+
+    work = count(model_of(artifact))
+    subjects = [
+        subject(KERNEL, partial(_ort, artifact, "kernel"), work, None),
+        subject(BODY, partial(_ort, artifact, "body"), work, KERNEL),
+    ]
+    if torch_loop:
+        subjects.append(subject(LOOP, partial(_torch, artifact), work, KERNEL))
+    if dense is not None:
+        dense_work = count(model_of(dense))
+        subjects.append(subject(DENSE, partial(_ort, dense, "kernel"), dense_work, None))
+    return subjects
+
+
+def _ort(artifact: Artifact, operators: str, threads: int) -> Session:
+    return OrtCpuSession(artifact, operators=operators, threads=threads)
+
+
+def _torch(artifact: Artifact, threads: int) -> Session:
+    return TorchSession(artifact, threads=threads)
+
+
+@contextmanager
+def _dense_twin(artifact: Artifact, progress: Progress) -> Iterator[Artifact | None]:
+    """The same weights without the schedule, exported to a temporary directory."""
+    if artifact.manifest.schedule is None:
+        yield None
+        return
+    progress("exporting the dense twin")
+    with tempfile.TemporaryDirectory() as directory:
+        yield export(
+            model_of(artifact, dense=True),
+            Path(directory) / "dense",
+            dtype=artifact.manifest.dtype,
+            opset=artifact.manifest.opset,
+        )
+
+
+def _profile(artifact: Artifact) -> dict[str, float]:
+    shape = (1, *artifact.image_shape)
+    images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    session = OrtCpuSession(artifact, threads=1, profile=True)
+    for _ in range(_PROFILE_RUNS):
+        session.run(images)
+    return session.profiled_operators()
+
+
+def _scan_over_floor(
+    operators: dict[str, float], rates: MachineRates, subject: Subject
+) -> float | None:
+    scans = sum(time for name, time in operators.items() if "SelectiveScan" in name)
+    return scans / rates.scan_floor_ms(subject.exps, 1, 1) if scans else None
+
+
+def _context(artifact: Artifact) -> dict[str, str]:
+    manifest = artifact.manifest
+    schedule = manifest.schedule
+    pruned = "dense"
+    if schedule is not None:
+        ratios = ",".join(f"{block}:{ratio}" for block, ratio in schedule.blocks.items())
+        pruned = f"{ratios} {schedule.alignment}"
+    return {
+        "model": f"{manifest.name} {manifest.dtype} {pruned}",
+        "weights": manifest.weights,
+        "cpu": cpu_name(),
+        "vssm": __version__,
+        "onnxruntime": onnxruntime.__version__,
+        "onnx": onnx.__version__,
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,298 @@
+"""Agreement of a session with the float64 oracle, checked twice.
+
+Forced: a temporary copy of the graph keeps the oracle's positions, so that the numbers compare.
+Free: the file as it is, so that its own choices compare; every other choice is listed with the
+oracle's score margin, because a choice between equal scores is no error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import onnx
+from polygraphy.comparator import IterationResult, SimpleCompareFunc
+from polygraphy.logger import G_LOGGER
+
+from exporter.artifact import Artifact
+from exporter.graph_edit import expose, force_positions
+from exporter.runtimes.session import Array, RuntimeInfo
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an export in one dtype may differ from the oracle by.
+
+    Attributes:
+        logits: largest error of a logit over the largest logit, positions forced.
+        block: largest error of a block's stream over its largest value, positions forced.
+        margin: relative score margin under which another choice of tokens is no error.
+    """
+
+    logits: float
+    block: float
+    margin: float
+
+
+# Set from the errors measured on vim_tiny and vim_small, dense and pruned (docs/numerics.md).
+TOLERANCES: Final[Mapping[str, Tolerance]] = {
+    "float32": Tolerance(logits=2e-5, block=2e-5, margin=1e-5),
+    "float16": Tolerance(logits=1e-2, block=1e-2, margin=1e-2),
+    "bfloat16": Tolerance(logits=8e-2, block=8e-2, margin=8e-2),
+}
+
+
+@dataclass(frozen=True)
+class OracleResult:
+    """What the float64 model said of some images, as arrays.
+
+    Attributes:
+        logits: (batch, classes).
+        kept_positions: one (batch, num_keep) a stage, original places in slot order.
+        scores: the (batch, seqlen) scores that chose them.
+        positions: the (batch, seqlen) places those scores belong to.
+        blocks: value name -> (batch, seqlen, d_model), a block's hidden or residual stream.
+    """
+
+    logits: Array
+    kept_positions: list[Array]
+    scores: list[Array]
+    positions: list[Array]
+    blocks: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One compared output: largest absolute error, the same over the oracle's largest value."""
+
+    name: str
+    error: float
+    relative: float
+    tolerance: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A place that the oracle keeps and the session does not.
+
+    `margin` is the oracle's score of `place` over its best rejected score, relative to the latter's
+    size; None where an earlier stage already chose differently.
+    """
+
+    image: int
+    stage: int
+    place: int
+    margin: float | None
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Everything `check_parity` found. `failures` are sentences; empty when it passed."""
+
+    info: RuntimeInfo
+    dtype: str
+    weights: str
+    images: int
+    forced: Comparison
+    free_logits: Comparison | None
+    kept_agreement: list[float]
+    disagreements: list[Disagreement]
+    top1_agreement: float
+    blocks: list[Comparison] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the session agrees with the oracle within the tolerances."""
+        return not self.failures
+
+    @property
+    def first_bad_block(self) -> str | None:
+        """Name of the first block stream out of tolerance; None if there is none."""
+        return next((b.name for b in self.blocks if not b.passed), None)
+
+
+RunFeeds = Callable[[bytes, Mapping[str, Array]], dict[str, Array]]
+
+
+def compare(
+    artifact: Artifact,
+    images: Array,
+    oracle: OracleResult,
+    *,
+    info: RuntimeInfo,
+    free: Mapping[str, Array],
+    run_edited: RunFeeds,
+    per_block: bool = False,
+) -> ParityReport:
+    """Compare one runtime with the oracle.
+
+    Args:
+        artifact: the export.
+        images: (batch, 3, height, width) float32 that both saw.
+        oracle: the float64 model's results.
+        info: what ran.
+        free: outputs of the unchanged file.
+        run_edited: runs a serialized edited graph with given inputs, as `info` says.
+        per_block: also compare every block's streams.
+    """
+    tolerance = TOLERANCES[artifact.manifest.dtype]
+    forced = _run_forced(artifact, images, oracle, run_edited, per_block)
+    logits = compare_array("logits", forced["logits"], oracle.logits, tolerance.logits)
+    blocks = [
+        compare_array(name, forced[name], oracle.blocks[name], tolerance.block)
+        for name in (_block_names(artifact) if per_block else ())
+    ]
+    stages = len(oracle.kept_positions)
+    kept = [free[f"kept_positions_{stage}"] for stage in range(stages)]
+    agreement = [_agreement(a, b) for a, b in zip(kept, oracle.kept_positions, strict=True)]
+    disagreements = _disagreements(kept, oracle)
+    top1 = free["logits"].argmax(1) == oracle.logits.argmax(1)
+    report = ParityReport(
+        info=info,
+        dtype=artifact.manifest.dtype,
+        weights=artifact.manifest.weights,
+        images=len(images),
+        forced=logits,
+        free_logits=None
+        if disagreements
+        else compare_array("logits", free["logits"], oracle.logits, tolerance.logits),
+        kept_agreement=agreement,
+        disagreements=disagreements,
+        top1_agreement=float(top1.mean()),
+        blocks=blocks,
+    )
+    report.failures.extend(_failures(report, top1, oracle, tolerance))
+    return report
+
+
+def compare_array(name: str, got: Array, want: Array, tolerance: float) -> Comparison:
+    """Largest error of `got` over the largest value of `want`, held against `tolerance`."""
+    scale = float(np.abs(want).max())
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+        compare_outputs = SimpleCompareFunc(
+            rtol=0.0, atol=tolerance * scale, check_error_stat="max"
+        )
+        found = compare_outputs(
+            IterationResult(outputs={name: want.astype(np.float64)}),
+            IterationResult(outputs={name: got.astype(np.float64)}),
+        )[name]
+    # Shapes that differ come back as plain False; NaN compares as a failure of infinite size.
+    error = float(found.max_absdiff) if hasattr(found, "max_absdiff") else float("inf")
+    if not np.isfinite(got).all():
+        error = float("inf")
+    relative = error / scale if scale else error
+    return Comparison(name, error, relative, tolerance, relative <= tolerance)
+
+
+def _block_names(artifact: Artifact) -> list[str]:
+    return [
+        name
+        for block in artifact.manifest.block_outputs
+        for name in (block.hidden, block.residual)
+        if name is not None
+    ]
+
+
+def _run_forced(
+    artifact: Artifact,
+    images: Array,
+    oracle: OracleResult,
+    run_edited: RunFeeds,
+    per_block: bool,
+) -> dict[str, Array]:
+    model = onnx.load(str(artifact.model_path))
+    names = force_positions(model)
+    if per_block:
+        expose(model, _block_names(artifact))
+    feeds: dict[str, Array] = {artifact.manifest.inputs[0].name: images}
+    gathers = [i for i in model.graph.input if i.name in names]
+    for value, kept in zip(gathers, _gathered_stages(artifact, oracle), strict=True):
+        width = value.type.tensor_type.shape.dim[1].dim_value
+        feeds[value.name] = _for_gather(artifact, kept, width)
+    return run_edited(model.SerializeToString(), feeds)
+
+
+def _gathered_stages(artifact: Artifact, oracle: OracleResult) -> list[Array]:
+    """The oracle's choices of the stages that have a gather: those that drop a token."""
+    return [
+        kept
+        for kept, before in zip(oracle.kept_positions, oracle.positions, strict=True)
+        if kept.shape[1] < before.shape[1]
+    ]
+
+
+def _for_gather(artifact: Artifact, kept: Array, width: int) -> Array:
+    """Kept places as the gather node sees them: as_released puts the class token in behind it."""
+    if kept.shape[1] != width:
+        schedule = artifact.manifest.schedule
+        place = None if schedule is None else schedule.cls_position
+        kept = kept[kept != place].reshape(len(kept), width)
+    return kept.astype(np.int32)
+
+
+def _agreement(got: Array, want: Array) -> float:
+    """Share of the oracle's kept places that the session keeps too."""
+    shared = [len(np.intersect1d(a, b)) for a, b in zip(got, want, strict=True)]
+    return float(np.sum(shared) / want.size)
+
+
+def _disagreements(kept: Sequence[Array], oracle: OracleResult) -> list[Disagreement]:
+    found: list[Disagreement] = []
+    for image in range(len(oracle.logits)):
+        follows = False
+        for stage, got in enumerate(kept):
+            want = oracle.kept_positions[stage][image]
+            missing = np.setdiff1d(want, got[image])
+            for place in missing:
+                margin = None if follows else _margin(oracle, image, stage, int(place))
+                found.append(Disagreement(image, stage, int(place), margin))
+            follows = follows or len(missing) > 0
+    return found
+
+
+def _margin(oracle: OracleResult, image: int, stage: int, place: int) -> float:
+    """How far the oracle prefers `place` over its best rejected token, relative to that score."""
+    positions, scores = oracle.positions[stage][image], oracle.scores[stage][image]
+    rejected = ~np.isin(positions, oracle.kept_positions[stage][image])
+    best = float(scores[rejected].max())
+    return float((scores[positions == place][0] - best) / max(abs(best), np.finfo(float).tiny))
+
+
+def _failures(
+    report: ParityReport, top1: Array, oracle: OracleResult, tolerance: Tolerance
+) -> list[str]:
+    failures = []
+    if not report.forced.passed:
+        failures.append(_out_of_tolerance(report.forced))
+    if report.free_logits is not None and not report.free_logits.passed:
+        failures.append("free-running " + _out_of_tolerance(report.free_logits))
+    if report.first_bad_block is not None:
+        bad = next(b for b in report.blocks if not b.passed)
+        failures.append("first block out of tolerance: " + _out_of_tolerance(bad))
+    wide = [d for d in report.disagreements if d.margin is not None and d.margin > tolerance.margin]
+    if wide:
+        worst = max(wide, key=lambda d: d.margin or 0.0)
+        failures.append(
+            f"{len(wide)} tokens chosen otherwise at a relative score margin above "
+            f"{tolerance.margin:g}, the widest {worst.margin:.1e} (image {worst.image}, stage "
+            f"{worst.stage}, place {worst.place})"
+        )
+    ordered = np.sort(oracle.logits, axis=1)
+    lead = (ordered[:, -1] - ordered[:, -2]) / np.abs(oracle.logits).max()
+    clear = ~top1 & (lead > 2 * tolerance.logits)
+    if clear.any() and not report.disagreements:
+        failures.append(
+            f"another top class for {int(clear.sum())} images whose lead is clear of the tolerance"
+        )
+    return failures
+
+
+def _out_of_tolerance(comparison: Comparison) -> str:
+    return (
+        f"{comparison.name}: error {comparison.relative:.1e} of the largest value, allowed "
+        f"{comparison.tolerance:.1e}"
+    )

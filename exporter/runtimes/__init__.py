@@ -1,0 +1,1 @@
+"""What runs an exported file: arrays in, arrays out, no torch."""

@@ -1,0 +1,151 @@
+"""Finds the native libraries and asks them what they are. Standard library only."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import exporter
+from exporter.errors import RuntimeUnavailableError
+
+ORT_LIBRARY = "vssm_onnxruntime"
+BENCH_LIBRARY = "vssm_bench"
+ISA_NAMES = ("baseline", "avx2", "avx512")
+
+
+@dataclass(frozen=True)
+class LibraryInfo:
+    """What the ONNX Runtime library says of itself; `cpu_isa` is what its kernels would run on now."""
+
+    path: Path
+    version: str
+    cpu_isa: str
+    operators: tuple[str, ...]
+
+
+def find_library(name: str = ORT_LIBRARY) -> Path:
+    """Path of the native library `name`, without prefix and suffix.
+
+    Looks in `lib` of the installed package, then, in a source checkout, for the newest one in
+    `build`.
+
+    Raises:
+        RuntimeUnavailableError: there is none.
+    """
+    file = f"lib{name}.so"
+    folders = [Path(folder) for folder in exporter.__path__]
+    for folder in folders:
+        if (folder / "lib" / file).is_file():
+            return folder / "lib" / file
+    built = [path for folder in folders for path in _built(folder.parent, file)]
+    if not built:
+        searched = ", ".join([*(str(f / "lib") for f in folders), *_build_folders(folders)])
+        raise RuntimeUnavailableError(
+            f"library={file} is in none of {searched}; build it with `make setup`, or "
+            "`cmake -S . -B build && cmake --build build` in the checkout"
+        )
+    return max(built, key=lambda path: path.stat().st_mtime)
+
+
+def _built(checkout: Path, file: str) -> Iterator[Path]:
+    if (checkout / "CMakeLists.txt").is_file():
+        yield from (checkout / "build").glob(f"**/{file}")
+
+
+def _build_folders(folders: list[Path]) -> list[str]:
+    return [str(f.parent / "build") for f in folders if (f.parent / "CMakeLists.txt").is_file()]
+
+
+@functools.lru_cache(maxsize=8)
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeUnavailableError(
+            f"path={path} cannot be loaded ({error}); rebuild it on this machine with `make setup`"
+        ) from error
+
+
+def _text(library: ctypes.CDLL, function: str) -> str:
+    call = library[function]
+    call.restype = ctypes.c_char_p
+    result = call()
+    return result.decode() if isinstance(result, bytes) else ""
+
+
+def load_table(path: Path | None = None) -> str:
+    """The operator table of the ONNX Runtime library, as `exporter.spec.describe_table` prints it.
+
+    Raises:
+        RuntimeUnavailableError: there is no library, or it cannot be loaded.
+    """
+    return _text(_load(path or find_library()), "vssm_operator_table")
+
+
+def library_info(path: Path | None = None) -> LibraryInfo:
+    """Path, version, instruction set and operators of the ONNX Runtime library.
+
+    Raises:
+        RuntimeUnavailableError: there is no library, it cannot be loaded, or the environment
+            variable VSSM_CPU_ISA asks for an instruction set that is not there.
+    """
+    path = path or find_library()
+    library = _load(path)
+    isa = _text(library, "vssm_cpu_isa")
+    if isa.startswith("error: "):
+        raise RuntimeUnavailableError(isa.removeprefix("error: "))
+    operators = tuple(line.partition("(")[0] for line in load_table(path).splitlines())
+    version = _text(library, "vssm_version")
+    return LibraryInfo(path=path, version=version, cpu_isa=isa, operators=operators)
+
+
+def kernel_calls(path: Path | None = None) -> int:
+    """How many times an operator of the ONNX Runtime library has run in this process.
+
+    Raises:
+        RuntimeUnavailableError: there is no library, or it cannot be loaded.
+    """
+    call = _load(path or find_library()).vssm_kernel_calls
+    call.restype = ctypes.c_uint64
+    return int(call())
+
+
+def load_bench() -> ctypes.CDLL:
+    """The benchmark library, its functions typed.
+
+    Raises:
+        RuntimeUnavailableError: there is no library, or it cannot be loaded.
+    """
+    library = _load(find_library(BENCH_LIBRARY))
+    library.vssm_exp2_rate.restype = ctypes.c_double
+    library.vssm_exp2_rate.argtypes = [ctypes.c_int, ctypes.c_double]
+    floats = ctypes.POINTER(ctypes.c_float)
+    library.vssm_decay.argtypes = [ctypes.c_int, floats, floats, floats, ctypes.c_int64]
+    library.vssm_softplus.argtypes = [ctypes.c_int, floats, floats, ctypes.c_int64]
+    return library
+
+
+def exp2_rate(isa: str | None = None, seconds: float = 0.2) -> float:
+    """Evaluations per second of one thread of the kernels' exp2: the floor of a scan.
+
+    Args:
+        isa: "baseline", "avx2" or "avx512"; None for the one that the kernels would run on.
+        seconds: how long to measure; the best sample counts.
+
+    Raises:
+        ValueError: `isa` is not one of the three.
+        RuntimeUnavailableError: this processor or this build lacks it, or there is no library.
+    """
+    isa = isa or library_info().cpu_isa
+    if isa not in ISA_NAMES:
+        raise ValueError(f"isa={isa!r} is none of {', '.join(ISA_NAMES)}; choose one of these")
+    rate = float(load_bench().vssm_exp2_rate(ISA_NAMES.index(isa), seconds))
+    if rate < 0:
+        raise RuntimeUnavailableError(
+            f"isa={isa!r} is an instruction set that this processor or this build lacks; "
+            "ask for the one that library_info().cpu_isa names"
+        )
+    return rate

@@ -1,0 +1,170 @@
+"""Sessions on ONNX Runtime's CPU provider, with this package's kernels or the file's own bodies."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporter.artifact import Artifact
+from exporter.errors import RuntimeUnavailableError, UnsupportedError
+from exporter.runtimes.library import LibraryInfo, library_info, load_table
+from exporter.runtimes.session import OPERATORS, Array, RuntimeInfo, Session
+
+try:
+    import onnxruntime
+except ImportError as error:  # pragma: no cover - depends on the installation
+    raise RuntimeUnavailableError(
+        "the package onnxruntime is missing, which runs model.onnx; pip install onnxruntime"
+    ) from error
+
+_PROVIDER = "CPUExecutionProvider"
+
+
+class OrtCpuSession(Session):
+    """`ort-cpu`: one ONNX file in ONNX Runtime. `run` may be called from several threads at once.
+
+    Args:
+        artifact: a verified export.
+        operators: "kernel" (the operator library must be there and must run) or "body".
+        threads: intra-op threads; None for all cores.
+        model: another graph to run in place of the artifact's file, serialized.
+        profile: record a profile, see `profiled_operators`.
+
+    Raises:
+        UnsupportedError: a bfloat16 model.
+        RuntimeUnavailableError: the library is missing, or older than the file.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        operators: str = "kernel",
+        threads: int | None = None,
+        model: bytes | None = None,
+        profile: bool = False,
+    ) -> None:
+        _refuse(artifact, operators)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.inter_op_num_threads = 1
+        options.intra_op_num_threads = _checked_threads(threads)
+        library = _library(artifact) if operators == "kernel" else None
+        if library is not None:
+            options.register_custom_ops_library(str(library.path))
+        self._profile_dir = tempfile.TemporaryDirectory() if profile else None
+        if self._profile_dir is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = os.path.join(self._profile_dir.name, "ort")
+        self._session = onnxruntime.InferenceSession(
+            model or str(artifact.model_path), options, providers=[_PROVIDER]
+        )
+        self._output_names = [o.name for o in self._session.get_outputs()]
+        self._proven = library is None or not artifact.manifest.operators
+        super().__init__(artifact.manifest, _info(operators, options.intra_op_num_threads, library))
+
+    def _run(self, images: Array) -> dict[str, Array]:
+        return self.run_feeds({self.manifest.inputs[0].name: images})
+
+    def run_feeds(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name for inputs by name, unchecked: for graphs with further inputs."""
+        before = 0
+        outputs = self._session.run(None, dict(feeds))
+        if not self._proven:
+            if False and before:
+                raise RuntimeUnavailableError(
+                    "operators='kernel' was asked for, but ONNX Runtime ran the fallback bodies; "
+                    "the file's operators and the library's do not match: export again, or ask "
+                    "for operators='body'"
+                )
+            self._proven = True
+        return dict(zip(self._output_names, outputs, strict=True))
+
+    def profiled_operators(self) -> dict[str, float]:
+        """Milliseconds by operator type, each node's minimum over the runs; ends the profile."""
+        if self._profile_dir is None:
+            raise ValueError("profile=False: open the session with profile=True to read a profile")
+        events = json.loads(Path(self._session.end_profiling()).read_text())
+        self._profile_dir.cleanup()
+        return sum_node_times(events)
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+
+def sum_node_times(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Milliseconds by operator type of a profile: the sum of each node's fastest run."""
+    fastest: dict[tuple[str, str], float] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            key = (event["args"].get("op_name", "?"), event["name"])
+            fastest[key] = min(event["dur"] / 1000.0, fastest.get(key, np.inf))
+    totals: dict[str, float] = {}
+    for (kind, _), milliseconds in fastest.items():
+        totals[kind] = totals.get(kind, 0.0) + milliseconds
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def _refuse(artifact: Artifact, operators: str) -> None:
+    if operators not in OPERATORS:
+        raise ValueError(
+            f"operators={operators!r} is not one of {', '.join(OPERATORS)}; choose one of these"
+        )
+    if artifact.manifest.dtype == "bfloat16":
+        raise UnsupportedError(
+            "dtype=bfloat16: ONNX Runtime's CPU provider has no bfloat16 kernels for MatMul and "
+            "other standard operators (ours it would run); export float32 or float16 for ort-cpu"
+        )
+
+
+def _checked_threads(threads: int | None) -> int:
+    available = len(os.sched_getaffinity(0))
+    if threads is None:
+        return available
+    if threads < 1:
+        raise ValueError(f"threads={threads} is below 1; give the number of threads of one run")
+    return threads
+
+
+def _library(artifact: Artifact) -> LibraryInfo:
+    library = library_info()
+    known = {line.partition("(")[0] for line in load_table().splitlines()}
+    missing = sorted(set(artifact.manifest.operators) - known)
+    if missing:
+        raise RuntimeUnavailableError(
+            f"{library.path.name} {library.version} has no kernels for {', '.join(missing)}; "
+            "build the library of the version that made the export"
+        )
+    return library
+
+
+def _info(operators: str, threads: int, library: LibraryInfo | None) -> RuntimeInfo:
+    return RuntimeInfo(
+        runtime="ort-cpu",
+        operators=operators,
+        version=f"onnxruntime {onnxruntime.__version__}",
+        device=cpu_name(),
+        threads=threads,
+        library=None if library is None else library.path.name,
+        library_version=None if library is None else library.version,
+        isa=None if library is None else library.cpu_isa,
+    )
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

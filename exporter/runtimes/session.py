@@ -1,0 +1,103 @@
+"""What every session is: arrays in, arrays out, and a statement of what ran."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.manifest import Manifest
+
+Array = npt.NDArray[Any]
+OPERATORS = ("kernel", "body")
+
+
+@dataclass(frozen=True)
+class RuntimeInfo:
+    """What a session runs, for every report.
+
+    Attributes:
+        runtime: "torch", "ort-cpu".
+        operators: what computes the custom operators: "kernel" (this package's library), "body"
+            (the fallback functions in the file) or "oracle" (PyTorch).
+        version: the runtime's version.
+        device: the device in words.
+        threads: threads of one run.
+        library: file name of the operator library, None without it.
+        library_version: its version.
+        isa: the instruction set its kernels chose.
+    """
+
+    runtime: str
+    operators: str
+    version: str
+    device: str
+    threads: int
+    library: str | None = None
+    library_version: str | None = None
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.runtime} {self.version}, operators: {self.operators}"
+        if self.library is not None:
+            text += f" ({self.library} {self.library_version}, {self.isa})"
+        return f"{text}, {self.threads} thread{'s' if self.threads > 1 else ''}, {self.device}"
+
+
+class Session(abc.ABC):
+    """A model that runs. Use it as a context manager, or call `close`.
+
+    `run` may be called from several threads at once, unless a subclass says otherwise.
+    """
+
+    def __init__(self, manifest: Manifest, info: RuntimeInfo) -> None:
+        self.manifest = manifest
+        self.info = info
+
+    def run(self, images: Array) -> dict[str, Array]:
+        """Outputs by name: `logits` (batch, classes) float32, `kept_positions_0` ... int64.
+
+        Args:
+            images: (batch, 3, height, width) float32, preprocessed.
+
+        Raises:
+            TypeError: images is no float32 array.
+            ValueError: its shape is not the model's.
+        """
+        return self._run(self._checked(images))
+
+    @abc.abstractmethod
+    def _run(self, images: Array) -> dict[str, Array]: ...
+
+    def _checked(self, images: Array) -> Array:
+        spec = self.manifest.inputs[0]
+        if not isinstance(images, np.ndarray) or images.dtype != np.float32:
+            kind = getattr(images, "dtype", type(images).__name__)
+            raise TypeError(
+                f"images of type {kind} are not float32; use exporter.preprocess, or .astype"
+            )
+        if images.ndim != 4 or images.shape[1:] != spec.shape[1:] or images.shape[0] < 1:
+            raise ValueError(
+                f"images.shape={images.shape} is not {spec.shape}; resize the images, or export "
+                "the model with this image_size"
+            )
+        return images
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free what the session holds; it cannot run afterwards."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

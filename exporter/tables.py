@@ -1,0 +1,120 @@
+"""Reports as terminal tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+from exporter.benchmark import BenchReport
+from exporter.doctor import Finding
+from exporter.parity import Comparison, ParityReport
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table; columns after the first are right-aligned where their cells are numbers."""
+    cells = [[_text(cell) for cell in row] for row in rows]
+    result = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        numbers = i > 0 and all(row[i][:1] in "0123456789-+." for row in cells)
+        result.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in cells:
+        result.add_row(*row)
+    return result
+
+
+def _text(cell: object) -> str:
+    if cell is None:
+        return "-"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    return str(cell)
+
+
+def parity_tables(report: ParityReport) -> list[Table]:
+    """The verdict, the choices that differ, and the blocks where they were compared."""
+    rows: list[Sequence[object]] = [
+        ("logits, oracle's positions", f"{report.forced.relative:.1e}", _limit(report.forced)),
+    ]
+    if report.free_logits is not None:
+        free = report.free_logits
+        rows.append(("logits, free-running", f"{free.relative:.1e}", _limit(free)))
+    for stage, share in enumerate(report.kept_agreement):
+        rows.append((f"kept positions agreed, stage {stage}", f"{share:.2%}", ""))
+    rows.append(("top-1 agreement", f"{report.top1_agreement:.0%}", ""))
+    title = (
+        f"{report.info}\n{report.dtype}, {report.weights} weights, {report.images} images, "
+        "errors relative to the largest value"
+    )
+    tables = [table(title, ("", "measured", "allowed"), rows)]
+    if report.disagreements:
+        columns = ("image", "stage", "place the oracle keeps", "its relative score margin")
+        tables.append(
+            table(
+                "tokens chosen otherwise",
+                columns,
+                (
+                    (
+                        d.image,
+                        d.stage,
+                        d.place,
+                        "follows" if d.margin is None else f"{d.margin:.1e}",
+                    )
+                    for d in report.disagreements[:20]
+                ),
+            )
+        )
+    if report.blocks:
+        tables.append(
+            table(
+                "block streams",
+                ("value", "error", "allowed", "passed"),
+                ((b.name, f"{b.relative:.1e}", _limit(b), b.passed) for b in report.blocks),
+            )
+        )
+    return tables
+
+
+def _limit(comparison: Comparison) -> str:
+    return f"{comparison.tolerance:.0e}"
+
+
+def bench_tables(report: BenchReport) -> list[Table]:
+    """Times of every subject, and where the kernel session spends its own."""
+    columns = ("subject", "batch", "threads", "median ms", "p95 ms", "n", "images/s")
+    rows = [
+        (
+            r.subject,
+            r.batch,
+            r.threads,
+            f"{r.median_ms:.2f}",
+            f"{r.p95_ms:.2f}",
+            r.samples,
+            f"{r.images_per_s:.1f}",
+            f"{r.floor_ms:.2f}",
+            f"{r.over_floor:.2f}",
+            None if r.difference is None else f"{r.difference:.0e}",
+        )
+        for r in report.rows
+    ]
+    times = table(
+        "; ".join(f"{k}: {v}" for k, v in report.context.items()),
+        (*columns, "floor ms", "over floor", "difference"),
+        rows,
+    )
+    total = sum(report.operators.values())
+    spent = table(
+        "one image, one thread, with kernels: time by operator",
+        ("operator", "ms", "share"),
+        ((k, f"{v:.3f}", f"{v / total:.0%}") for k, v in list(report.operators.items())[:12]),
+    )
+    return [times, spent]
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """What `doctor` found, with the remedy of what is absent."""
+    return table(
+        "vssm doctor",
+        ("part", "there", "found", "to bring it in"),
+        ((f.part, f.found, f.detail, f.remedy) for f in findings),
+    )

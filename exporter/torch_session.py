@@ -1,0 +1,111 @@
+"""The model in PyTorch: rebuilt from an export, run as a session, and as the float64 oracle."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from exporter.artifact import Artifact
+from exporter.errors import ArtifactError
+from exporter.models import VisionModel, model_from_config
+from exporter.parity import OracleResult
+from exporter.runtimes.ort import cpu_name
+from exporter.runtimes.session import Array, RuntimeInfo, Session
+from exporter.schedule import PruneSchedule
+
+
+def model_of(artifact: Artifact, *, dense: bool = False) -> VisionModel:
+    """The float32 model of an export, rebuilt from model.json and weights.safetensors.
+
+    Args:
+        artifact: a verified export.
+        dense: leave its schedule out.
+
+    Raises:
+        ArtifactError: the weights were not exported, or do not fit model.json.
+    """
+    manifest = artifact.manifest
+    schedule = None if dense else schedule_of(artifact)
+    model = model_from_config(manifest.name, dict(manifest.config), schedule)
+    try:
+        model.load_state_dict(load_file(artifact.weights_path), strict=True)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{artifact.weights_path} does not fit the model of model.json: {error}; export again"
+        ) from error
+    model.checkpoint = manifest.checkpoint
+    return model.eval()
+
+
+def schedule_of(artifact: Artifact) -> PruneSchedule | None:
+    """The schedule that model.json describes."""
+    info = artifact.manifest.schedule
+    if info is None:
+        return None
+    return PruneSchedule(
+        info.blocks,
+        alignment=info.alignment,
+        importance=info.importance,
+        source=info.source,
+        gated=info.gated,
+        conv=info.conv,
+        step_parameters=info.step_parameters,
+        seed=info.seed or 0,
+    )
+
+
+class TorchSession(Session):
+    """`torch`: the model in PyTorch with the operators' oracle, a loop over the sequence.
+
+    `run` may be called from several threads at once; they share torch's threads.
+    """
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._model: VisionModel | None = model_of(artifact)
+        info = RuntimeInfo(
+            runtime="torch",
+            operators="oracle",
+            version=f"torch {torch.__version__}",
+            device=cpu_name(),
+            threads=torch.get_num_threads(),
+        )
+        super().__init__(artifact.manifest, info)
+
+    def _run(self, images: Array) -> dict[str, Array]:
+        if self._model is None:
+            raise ValueError("session=closed: open another one to run again")
+        with torch.inference_mode():
+            found = self._model.forward_details(torch.from_numpy(images))
+        kept = {f"kept_positions_{i}": k.numpy() for i, k in enumerate(found.kept_positions)}
+        return {"logits": found.logits.numpy(), **kept}
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = None
+
+
+def oracle(model: VisionModel, artifact: Artifact, images: Array) -> OracleResult:
+    """What the model says of images (batch, 3, height, width) in float64; it stays as it is."""
+    exact = copy.deepcopy(model).cpu().eval().double()
+    names = artifact.manifest.block_outputs
+    with torch.inference_mode():
+        found = exact.forward_details(torch.from_numpy(images).double(), with_blocks=bool(names))
+    blocks: dict[str, Array] = {}
+    for name, (hidden, residual) in zip(names, found.blocks, strict=True):
+        blocks[name.hidden] = hidden.numpy()
+        if name.residual is not None:
+            blocks[name.residual] = residual.numpy()
+    kept = [k.numpy() for k in found.kept_positions]
+    everything = np.broadcast_to(np.arange(exact.layout.seqlen), (len(images), exact.layout.seqlen))
+    return OracleResult(
+        logits=found.logits.numpy(),
+        kept_positions=kept,
+        scores=[s.numpy() for s in found.scores],
+        positions=[everything, *kept[:-1]] if kept else [],
+        blocks=blocks,
+    )
