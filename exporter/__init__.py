@@ -13,6 +13,8 @@ from exporter._version import __version__
 _PUBLIC = {
     "ForwardDetails": "exporter.models",
     "PruneSchedule": "exporter.schedule",
+    "Session": "exporter.runtimes.session",
+    "bench_directory": "exporter.pipeline",
     "check_parity": "exporter.pipeline",
     "create_model": "exporter.models",
     "export": "exporter.onnx_export",

@@ -109,7 +109,7 @@ def _plot(rows: Sequence[Row]) -> str:
 
     figure = Figure(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
-    labels = [f"{r.subject}, batch {r.batch}, {r.threads} thr." for r in rows]
+    labels = [f"{r.subject}, batch {r.batch}, {r.threads} threads" for r in rows]
     places = list(range(len(rows)))
     axes.barh(places, [r.median_ms for r in rows], color="#4c78a8", label="median")
     axes.plot([r.floor_ms for r in rows], places, "k|", markersize=12, label="floor")

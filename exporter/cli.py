@@ -13,6 +13,7 @@ from rich.console import Console
 
 from exporter import pipeline
 from exporter._version import __version__
+from exporter.artifact import Artifact
 from exporter.errors import VssmError
 from exporter.files import atomic_write_bytes
 
@@ -60,9 +61,10 @@ def _version(
 @app.command()
 def models(json_file: Json = None) -> None:
     """List the models with their size and cost."""
+    from exporter.flops import describe_models
     from exporter.tables import table
 
-    rows = pipeline.describe_models()
+    rows = describe_models()
     _write_json(json_file, rows)
     columns = ("model", "parameters", "image", "tokens", "GFLOPs published rule", "true")
     console.print(
@@ -130,8 +132,12 @@ def export(
     )
     with console.status("working") as status:
         artifact = pipeline.export_model(request, output, progress=status.update)
+    _write_json(json_file, dataclasses.asdict(artifact.manifest))
+    _print_export(artifact)
+
+
+def _print_export(artifact: Artifact) -> None:
     manifest = artifact.manifest
-    _write_json(json_file, dataclasses.asdict(manifest))
     if manifest.checkpoint is None:
         console.print("[yellow]no checkpoint given: these are the seeded initial weights[/]")
     else:

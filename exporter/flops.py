@@ -10,8 +10,11 @@ against its tables.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from exporter.models.base import VisionModel
+import torch
+
+from exporter.models import VisionModel, create_model, list_models
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,15 @@ def count(model: VisionModel) -> Work:
     seqlen = full = model.layout.seqlen
     aligned = model.schedule is not None and model.schedule.alignment in {"gap", "constant"}
     masked = model.schedule is not None and model.schedule.alignment == "masked"
+    on_grid = model.schedule is not None and model.schedule.conv == "grid"
     for block in range(1, model.config.depth + 1):
         cost = model.block_cost()
         scan = 9 * seqlen * cost.states + seqlen * cost.per_token
         once = 2 * cost.states * (full - seqlen) if aligned else 0
-        linear = seqlen * (cost.shared + cost.directions * cost.directional)
+        branch = seqlen * cost.branch + (full if on_grid else seqlen) * cost.convolution
+        linear = seqlen * cost.shared + cost.branches * branch
         counted = model.published_directions
-        total["published"] += seqlen * (cost.shared + counted * cost.directional)
+        total["published"] += seqlen * cost.shared + min(counted, cost.branches) * branch
         total["published"] += counted * (scan + once)
         total["true"] += linear + cost.directions * (scan + once)
         total["alignment"] += cost.directions * once
@@ -56,3 +61,23 @@ def count(model: VisionModel) -> Work:
         if stage is not None and not masked:
             seqlen = stage.num_keep
     return Work(**total)
+
+
+def describe_models() -> list[dict[str, Any]]:
+    """Name, parameters, image size, tokens and cost of every model, without making its weights."""
+    rows: list[dict[str, Any]] = []
+    for name in list_models():
+        with torch.device("meta"):
+            model = create_model(name)
+        work = count(model)
+        rows.append(
+            {
+                "name": name,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "image_size": model.image_size,
+                "tokens": model.layout.seqlen,
+                "flops_published": work.published,
+                "flops_true": work.true,
+            }
+        )
+    return rows

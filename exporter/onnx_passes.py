@@ -37,7 +37,8 @@ def name_outputs(model: ir.Model, names: Sequence[str], *, public: int) -> None:
             raise ValueError(f"output {name!r} is the same value as another; give it its own node")
         taken.add(id(value))
         value.name = name
-    del model.graph.outputs[public:]
+    while len(model.graph.outputs) > public:  # a slice would leave them marked as outputs
+        model.graph.outputs.pop()
 
 
 def rename_inputs(model: ir.Model, names: Sequence[str], batch: str) -> None:

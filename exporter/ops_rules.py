@@ -89,7 +89,7 @@ def _check_sizes(op: OperatorSpec, named: Mapping[str, Any]) -> dict[str, int]:
             else:
                 known = f"{symbol}={sizes.setdefault(symbol, size)} of the inputs before it"
                 fits = sizes[symbol] == size
-            _require(fits, value, f"its axis {symbol} must be {known}", axes)
+            _require(fits, value, f"must have on its axis {symbol} {known}", axes)
     for symbol, size in sizes.items():
         if symbol != "batch":
             _require(size >= 1, f"{op.name} {symbol}={size}", "must be at least 1", "drop the node")
@@ -135,7 +135,7 @@ def _check_attributes(op: OperatorSpec, named: Mapping[str, Any], sizes: Mapping
 
 def _require(holds: bool, value: str, rule: str, remedy: str) -> None:
     if not holds:
-        raise ValueError(f"{value}: {rule}; {remedy}")
+        raise ValueError(f"{value} {rule}; {remedy}")
 
 
 def _span(x: Tensor) -> str:

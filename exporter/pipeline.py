@@ -282,31 +282,6 @@ def bench_directory(
     return report
 
 
-def describe_models() -> list[dict[str, Any]]:
-    """Name, size and cost of every model, without making its weights."""
-    import torch
-
-    from exporter.flops import count
-    from exporter.models import create_model, list_models
-
-    rows: list[dict[str, Any]] = []
-    for name in list_models():
-        with torch.device("meta"):
-            model = create_model(name)
-        work = count(model)
-        rows.append(
-            {
-                "name": name,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "image_size": model.image_size,
-                "tokens": model.layout.seqlen,
-                "flops_published": work.published,
-                "flops_true": work.true,
-            }
-        )
-    return rows
-
-
 def _write_report(artifact: Artifact, name: str, report: ParityReport | BenchReport) -> None:
     text = json.dumps(dataclasses.asdict(report), indent=2)
     atomic_write_bytes(artifact.directory / name, f"{text}\n".encode())

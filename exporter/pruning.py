@@ -7,6 +7,7 @@ Vision State Space Models", NeurIPS 2024, arXiv:2409.18962.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,7 +74,7 @@ class ScoreRule:
 
     @property
     def by_direction(self) -> bool:
-        """Whether single directions are scored, so that they must be scanned apart."""
+        """Whether a single direction is scored, so that it must be scanned by itself too."""
         return self.source != "sum"
 
     def score(self, outputs: ScanOutputs) -> Tensor:
@@ -193,9 +194,9 @@ def _protected(stage: Stage) -> int:
 
 
 def _random_score(stage: Stage, score: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 * stage.schedule.seed + stage.block)
-    drawn = torch.rand(1, stage.seqlen, generator=generator, dtype=torch.float64)
-    return drawn.to(score).expand_as(score)
+    draw = random.Random(f"{stage.schedule.seed}:{stage.block}")  # a constant of the exported graph
+    drawn = [draw.random() for _ in range(stage.seqlen)]
+    return torch.tensor(drawn, dtype=score.dtype, device=score.device).expand_as(score)
 
 
 def _line_order(position: Tensor, directions: int) -> Tensor:

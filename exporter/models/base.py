@@ -33,12 +33,15 @@ class ForwardDetails:
 class BlockCost:
     """One block, by token, in multiply-adds.
 
-    `shared` is what directions share, `directional` the linear and convolution layers of one,
-    `states` the channel-states d_inner * d_state of one, `per_token` its skip and gate.
+    `shared` is what branches share, `branch` the linear layers and `convolution` the convolution
+    of one; `states` the channel-states d_inner * d_state of one scan direction, `per_token` its
+    skip and gate.
     """
 
     shared: int
-    directional: int
+    branch: int
+    convolution: int
+    branches: int
     directions: int
     states: int
     per_token: int

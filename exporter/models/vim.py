@@ -80,6 +80,8 @@ class Vim(VisionModel):
         UnsupportedError: these switches cannot be pruned.
     """
 
+    config: VimConfig
+
     def __init__(
         self, config: VimConfig, schedule: PruneSchedule | None = None, *, name: str = "vim"
     ) -> None:
@@ -239,7 +241,9 @@ class Vim(VisionModel):
         inner, low = mixer.d_inner, mixer.dt_rank
         return BlockCost(
             shared=3 * c.d_model * inner,
-            directional=inner * (c.d_conv + low + 2 * c.d_state + low),
+            branch=inner * (low + 2 * c.d_state + low),
+            convolution=inner * c.d_conv,
+            branches=2 if c.bimamba == "v2" else 1,
             directions=1 if c.bimamba == "none" else 2,
             states=inner * c.d_state,
             per_token=2 * inner,

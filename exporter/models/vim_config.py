@@ -44,6 +44,10 @@ class VimConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.image_size, int):  # JSON knows lists only
             object.__setattr__(self, "image_size", tuple(self.image_size))
+            if len(self.image_size) != 2:
+                raise ValueError(
+                    f"image_size={self.image_size} has not two sides; give (height, width)"
+                )
         for name, allowed in (("class_token", CLASS_TOKENS), ("pool", POOLS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -56,7 +60,9 @@ class VimConfig:
             "d_model",
             "d_state",
             "d_conv",
+            "expand",
             "num_classes",
+            *(() if self.dt_rank is None else ("dt_rank",)),
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; give a positive size")
@@ -67,6 +73,11 @@ class VimConfig:
             )
         if self.rope and self.class_token == "double":
             raise ValueError("rope=True with class_token='double': no released model; use another")
+        if self.rope and self.d_model % 4:
+            raise ValueError(
+                f"d_model={self.d_model} with rope=True is not a multiple of 4, which rows and "
+                "columns need to turn pairs of channels; give one that is"
+            )
         if self.bidirectional_layers and (self.bimamba != "none" or self.depth % 2):
             raise ValueError(
                 "bidirectional_layers=True needs bimamba='none' and an even depth: layers work in "

@@ -179,12 +179,11 @@ class VimMixer(nn.Module):
         if rule is None and not tokens.constant_gap:
             return self._node(operands, tokens.order, tokens.gap, z=z), None
         delta0 = self._delta0() if tokens.constant_gap else None
-        if rule is None or not rule.by_direction or tokens.order.shape[1] == 1:
-            scored = y = self._node(operands, tokens.order, tokens.gap, delta0=delta0)
-        else:
-            ahead, back = (self._direction(operands, k, tokens, delta0) for k in (0, 1))
-            scored = ahead if rule.source == "forward" else back
-            y = ahead + back
+        scored = y = self._node(operands, tokens.order, tokens.gap, delta0=delta0)
+        if rule is not None and rule.by_direction and tokens.order.shape[1] > 1:
+            # Once more by itself: the layer's own result stays bit for bit the dense model's.
+            k = 0 if rule.source == "forward" else 1
+            scored = self._direction(operands, k, tokens, delta0)
         score = None if rule is None else rule.score(ScanOutputs(scored, z))
         return y * functional.silu(z), score
 

@@ -1,0 +1,50 @@
+"""Small exported models that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import exporter
+from exporter.artifact import Artifact
+from exporter.models import VisionModel
+
+# 37 tokens, the class token in the middle; odd widths everywhere.
+MICRO: dict[str, Any] = {
+    "image_size": 48,
+    "patch_size": 8,
+    "stride": 8,
+    "depth": 3,
+    "d_model": 20,
+    "d_state": 5,
+    "num_classes": 7,
+}
+SCHEDULE = "1:0.7,2:0.8"
+
+
+def micro(
+    schedule: str | None = SCHEDULE, *, rules: dict[str, Any] | None = None, **changes: Any
+) -> VisionModel:
+    """A micro Vim whose scan matters: fixture weights, pruned after blocks 1 and 2."""
+    from official_data import fill_weights
+
+    parsed = None
+    if schedule is not None:
+        ratios = {int(b): r for b, r in (pair.split(":") for pair in schedule.split(","))}
+        parsed = exporter.PruneSchedule(ratios, **(rules or {}))
+    model = exporter.create_model("vim_tiny", schedule=parsed, **{**MICRO, **changes})
+    fill_weights(model)
+    return model
+
+
+def images(model: VisionModel, batch: int = 2, *, seed: int = 0) -> np.ndarray:
+    """Normal images (batch, 3, height, width) float32 for a model."""
+    shape = (batch, 3, *model.image_size)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def exported(tmp_path: Path, model: VisionModel, **options: Any) -> Artifact:
+    """The model's export in a fresh directory below `tmp_path`."""
+    return exporter.export(model, tmp_path / "out", **options)

@@ -1,0 +1,271 @@
+"""The command line: exit codes, messages, files; every bad input ends in code 2 and no file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exports import MICRO, micro
+from PIL import Image
+
+from exporter.checkpoint import save_safetensors
+from exporter.cli import main
+
+SIZES = [f"--set={key}={json.dumps(value)}" for key, value in MICRO.items() if key != "num_classes"]
+MODEL = ["vim_tiny", "--num-classes=7", *SIZES]
+
+
+class Run:
+    """Runs `vssm` in this process: `run(arguments)` gives the exit code; `out` what it said."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
+        self.capsys, self.patch, self.out = capsys, patch, ""
+
+    def __call__(self, *arguments: object) -> int:
+        self.patch.setattr(sys, "argv", ["vssm", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        else:
+            code = 0
+        captured = self.capsys.readouterr()
+        self.out = " ".join((captured.out + captured.err).split())
+        return code
+
+
+@pytest.fixture
+def vssm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("COLUMNS", "200")
+    return Run(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "micro.safetensors"
+    save_safetensors(micro(None).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_export_check_run_bench(vssm: Run, tmp_path: Path, checkpoint: Path, picture: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--checkpoint", checkpoint, "--schedule", "1:0.7,2:0.8", "-o", out)
+    assert vssm("export", *MODEL, *arguments) == 0, vssm.out
+    assert "weights: micro.safetensors" in vssm.out
+    assert "tokens kept by stage: [27, 21]" in vssm.out
+
+    assert vssm("check", out, "--per-block", "--json", tmp_path / "check.json") == 0, vssm.out
+    assert "operators: kernel" in vssm.out
+    assert "passed" in vssm.out
+    for file in (tmp_path / "check.json", out / "parity.json"):
+        assert json.loads(file.read_text())["failures"] == []
+    assert vssm("check", out, "--operators=body", "--image", picture) == 0, vssm.out
+
+    assert vssm("run", out, picture, "--top=3", "--json", tmp_path / "run.json") == 0, vssm.out
+    (result,) = json.loads((tmp_path / "run.json").read_text())["images"]
+    best = [p["probability"] for p in result["predictions"]]
+    assert len(best) == 3
+    assert best == sorted(best, reverse=True)
+
+    assert vssm("bench", out, "--batch=1,2", "--samples=2", "--threads=1,2") == 0, vssm.out
+    report = json.loads((out / "bench.json").read_text())
+    subjects = {"ort kernel", "ort body", "torch loop", "ort kernel, dense"}
+    assert {r["subject"] for r in report["rows"]} == subjects
+    assert {(r["batch"], r["threads"]) for r in report["rows"]} == {(1, 1), (2, 1), (1, 2), (2, 2)}
+    page = (out / "bench.html").read_text()
+    assert "<svg" in page
+    assert "ort kernel, dense" in page
+    assert vssm("check", out) == 0, "reports beside the export do not spoil it"
+
+
+def test_seeded_weights_are_said(vssm: Run, tmp_path: Path) -> None:
+    assert vssm("export", *MODEL, "-o", tmp_path / "out", "--no-weights") == 0
+    assert "seeded initial weights" in vssm.out
+    assert vssm("check", tmp_path / "out") == 2
+    assert "--no-weights" in vssm.out
+
+
+def test_a_failed_check_is_exit_code_1(
+    vssm: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporter import parity
+
+    assert vssm("export", *MODEL, "-o", tmp_path / "out") == 0
+    strict = parity.Tolerance(logits=1e-12, block=1e-12, margin=0.0)
+    monkeypatch.setattr(parity, "TOLERANCES", {"float32": strict})
+    assert vssm("check", tmp_path / "out") == 1
+    assert "failed: logits: error" in vssm.out
+    assert json.loads((tmp_path / "out/parity.json").read_text())["failures"]
+
+
+def test_models_and_doctor(vssm: Run, tmp_path: Path) -> None:
+    assert vssm("models", "--json", tmp_path / "models.json") == 0
+    rows = {r["name"]: r for r in json.loads((tmp_path / "models.json").read_text())}
+    assert rows["vim_tiny"]["parameters"] == 7_148_008
+    assert rows["vim_base"]["parameters"] == 97_598_440
+    assert rows["vim_small_stride8"]["tokens"] == 730
+    assert vssm("doctor", "--json", tmp_path / "doctor.json") == 0
+    findings = {f["part"]: f for f in json.loads((tmp_path / "doctor.json").read_text())}
+    assert findings["operator library (ONNX Runtime)"]["found"]
+    assert findings["onnxruntime"]["found"]
+    assert all(f["remedy"] for f in findings.values() if not f["found"])
+
+
+def labels_file(path: Path) -> Path:
+    path.write_text("one\ntwo\n")
+    return path
+
+
+BAD_EXPORTS: list[tuple[list[str], str]] = [
+    (["vim_huge"], "name='vim_huge' is not a model"),
+    ([*MODEL, "--schedule=1:1.5"], "outside (0, 1]"),
+    ([*MODEL, "--schedule=1:0"], "outside (0, 1]"),
+    ([*MODEL, "--schedule=1:x"], "is not a number"),
+    ([*MODEL, "--schedule=9:0.8"], "block=9 of the schedule is outside the model's blocks 1 to 3"),
+    ([*MODEL, "--schedule=0:0.8"], "block=0 is not an integer from 1"),
+    ([*MODEL, "--schedule="], "is not BLOCK:RATIO"),
+    ([*MODEL, "--schedule=1:0.8,1:0.7"], "block 1 is named twice"),
+    ([*MODEL, "--schedule=1:0.8", "--alignment=foo"], "alignment='foo' is not one of"),
+    ([*MODEL, "--schedule=1:0.8", "--alignment=masked"], "alignment='masked'"),
+    ([*MODEL, "--schedule=1:0.8", "--importance=as_released"], "alignment='none'"),
+    ([*MODEL, "--dtype=int8"], "dtype='int8'"),
+    ([*MODEL, "--opset=17"], "opset=17"),
+    ([*MODEL, "--set=colour=3"], "has no such option"),
+    ([*MODEL, "--set=depth"], "is not KEY=VALUE"),
+    ([*MODEL, "--set=depth=0"], "depth=0 is below 1"),
+    ([*MODEL, "--checkpoint=nowhere.pth"], "nowhere.pth"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_EXPORTS, ids=lambda v: str(v)[-40:])
+def test_bad_exports(vssm: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+    assert vssm("export", *arguments, "-o", tmp_path / "out") == 2
+    assert message in vssm.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def _truncated(path: Path, good: Path) -> None:
+    path.write_bytes(good.read_bytes()[:-100])
+
+
+def _foreign(path: Path, good: Path) -> None:
+    Image.new("RGB", (4, 4)).save(path, format="JPEG")
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("evil_was_here"),))
+
+
+def _code(path: Path, good: Path) -> None:
+    path.write_bytes(pickle.dumps({"model": _Evil()}))
+
+
+def _missing(path: Path, good: Path) -> None:
+    state = micro(None).state_dict()
+    del state["layers.1.mixer.D"]
+    torch.save({"model": state}, path)
+
+
+def _unexpected(path: Path, good: Path) -> None:
+    torch.save({"model": {**micro(None).state_dict(), "extra.weight": torch.ones(1)}}, path)
+
+
+def _misshapen(path: Path, good: Path) -> None:
+    torch.save({"model": {**micro(None).state_dict(), "head.bias": torch.ones(9)}}, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_truncated, "bad."),
+        (_foreign, "bad."),
+        (_code, "bad."),
+        (_missing, "layers.1.mixer.D"),
+        (_unexpected, "extra.weight"),
+        (_misshapen, "head.bias"),
+    ],
+)
+def test_bad_checkpoints(
+    vssm: Run,
+    tmp_path: Path,
+    checkpoint: Path,
+    spoil: Any,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suffix = "safetensors" if spoil is _truncated else "pth"
+    bad = tmp_path / f"bad.{suffix}"
+    spoil(bad, checkpoint)
+    assert vssm("export", *MODEL, "--checkpoint", bad, "-o", tmp_path / "out") == 2
+    assert message in vssm.out
+    assert "Traceback" not in vssm.out
+    assert list(tmp_path.iterdir()) == [bad]
+
+
+def test_bad_outputs(vssm: Run, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert vssm("export", *MODEL, "-o", file) == 2
+    assert "is not a directory" in vssm.out
+    assert vssm("export", *MODEL, "-o", file / "below") == 2
+    assert file.read_text() == "mine"
+    assert vssm("export", *MODEL, "-o", tmp_path / "out") == 0
+    assert vssm("export", *MODEL, "-o", tmp_path / "out") == 2
+    assert "--force" in vssm.out
+    assert vssm("export", *MODEL, "-o", tmp_path / "out", "--force") == 0
+
+
+def test_bad_artifacts_and_images(vssm: Run, tmp_path: Path, picture: Path) -> None:
+    out = tmp_path / "out"
+    assert vssm("export", *MODEL, "-o", out) == 0
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    assert vssm("run", out, text) == 2
+    assert "text.png" in vssm.out
+    assert vssm("run", out, tmp_path / "absent.png") == 2
+    assert vssm("run", out, picture, "--labels", labels_file(tmp_path / "labels.txt")) == 2
+    assert "names 2 classes" in vssm.out
+    assert vssm("run", out, picture, "--top=0") == 2
+    assert vssm("bench", out, "--batch=1,x") == 2
+    assert vssm("bench", out, "--batch=0", "--no-torch") == 2
+    assert vssm("check", out, "--runtime=cuda") == 2
+    with (out / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    for command in ("check", "bench"):
+        assert vssm(command, out) == 2
+        assert "model.onnx" in vssm.out
+    assert vssm("run", out, picture) == 2
+    (out / "model.json").write_text('{"format_version": 1}')
+    assert vssm("check", out) == 2
+    assert "model.json" in vssm.out
+
+
+def test_usage_errors_are_exit_code_2_and_help_is_0(vssm: Run) -> None:
+    assert vssm("export") == 2
+    assert vssm("unknown") == 2
+    assert vssm("--help") == 0
+    assert "export" in vssm.out
+    assert vssm("--version") == 0
+
+
+def test_the_installed_command() -> None:
+    command = [sys.executable, "-m", "exporter.cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("vssm 0.")
