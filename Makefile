@@ -1,0 +1,89 @@
+# Set-up, checks and packaging. Everything lives in .venv and build/; `make help` lists the targets.
+#   PYTHON=python3.12     the interpreter that .venv is made with (3.10 or newer)
+#   PIP_ARGS="..."        options for every pip call: a mirror, or a CPU build of torch with
+#                         PIP_ARGS="--extra-index-url <index with CPU wheels>"
+PYTHON ?= python3
+PIP_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEPENDENCIES := $(VENV)/.dependencies-stamp
+INSTALLED := $(VENV)/.installed-stamp
+SETUP_LOG := build/setup.log
+
+CXX_FILES := $(shell find plugins benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CMAKE_FILES := CMakeLists.txt $(shell find plugins benchmarks -name CMakeLists.txt -o -name '*.cmake')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help setup demo test test-all lint format wheel clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(INSTALLED) ## .venv with the pinned packages, the native library and the vssm command
+	@echo "setup: ready; $(BIN)/vssm doctor says what was found"
+
+demo: setup ## prune, export, prove and measure a model; ends with the path of a report
+	@echo "demo: examples/demo.py, results in demo/"
+	@$(BIN)/python examples/demo.py -o demo
+
+test: setup lint ## lint, then the tests; needs no GPU
+	@echo "test: pytest"
+	@$(BIN)/python -m pytest -q
+
+test-all: setup lint ## the same with the tests that take long
+	@echo "test-all: pytest with the slow tests"
+	@$(BIN)/python -m pytest -q --slow
+
+lint: $(DEPENDENCIES) ## ruff, mypy --strict, clang-format, gersemi, typos; changes nothing
+	@echo "lint: ruff check"
+	@$(BIN)/ruff check .
+	@echo "lint: ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "lint: mypy --strict"
+	@$(BIN)/mypy --strict
+	@echo "lint: clang-format"
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	@echo "lint: gersemi"
+	@$(BIN)/gersemi --check $(CMAKE_FILES)
+	@echo "lint: typos"
+	@$(BIN)/typos
+
+format: $(DEPENDENCIES) ## let the formatters rewrite the files
+	@echo "format: ruff, clang-format, gersemi"
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CXX_FILES)
+	@$(BIN)/gersemi --in-place $(CMAKE_FILES)
+
+wheel: setup ## wheel and source distribution in dist/
+	@echo "wheel: building into dist/"
+	@$(BIN)/python -m build --no-isolation --outdir dist
+
+clean: ## remove what was built and cached; .venv stays (rm -r .venv for a new one)
+	@echo "clean: build/, dist/, demo/ and caches"
+	@rm -rf build dist demo .mypy_cache .ruff_cache .hypothesis
+	@find exporter examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(DEPENDENCIES): constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "setup: PYTHON=$(PYTHON) is missing or older than 3.10; pass another with PYTHON="; exit 1; }
+	@test -x $(BIN)/python || { echo "setup: creating $(VENV)"; $(PYTHON) -m venv $(VENV); } || { \
+	  rm -rf $(VENV); echo "setup: no venv module; install it (Debian: python3-venv)"; exit 1; }
+	@echo "setup: installing the pinned packages into $(VENV)"
+	@$(PIP) install $(PIP_ARGS) --requirement constraints.txt
+	@touch $@
+
+# The build sees the pinned packages only (no isolation), so pip never resolves another torch.
+$(INSTALLED): $(DEPENDENCIES) pyproject.toml exporter/_version.py $(CXX_FILES) $(CMAKE_FILES)
+	@command -v $${CXX:-c++} > /dev/null || { \
+	  echo "setup: no C++ compiler; install one (Debian: g++) or name it with CXX="; exit 1; }
+	@echo "setup: building the native library and installing the package (log: $(SETUP_LOG))"
+	@mkdir -p $(dir $(SETUP_LOG))
+	@$(PIP) install $(PIP_ARGS) --verbose --constraint constraints.txt --no-build-isolation \
+	  --editable '.[dev]' > $(SETUP_LOG) 2>&1 || { cat $(SETUP_LOG); exit 1; }
+	@sed -nE 's/^ *-- (vssm[^:]*: )/setup: \1/p' $(SETUP_LOG)
+	@touch $@

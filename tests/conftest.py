@@ -1,0 +1,52 @@
+"""Fixed seeds, two torch threads, and what is left out with its reason."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+THREADS = 2
+SEED = 0
+
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(THREADS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # for the processes that tests start
+    hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = {}
+    if not config.getoption("--slow"):
+        left_out["slow"] = "takes long: run by `make test-all` (pytest --slow)"
+    if any(item.get_closest_marker("gpu") for item in items) and not _has_gpu():
+        left_out["gpu"] = "no NVIDIA GPU that this build of torch can use"
+    for item in items:
+        for name, reason in left_out.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+def _has_gpu() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a driver that is too old warns: then there is none
+        return torch.cuda.is_available()
