@@ -60,7 +60,7 @@ def test_rows_hold_times_rates_and_floor() -> None:
     open_fast, fast = fake(0.002, answer=1.05)
     subjects = [
         Subject("slow", open_slow, exps=1_000_000, macs=10_000_000),
-        Subject("fast", open_fast, exps=0, macs=0, same_as="slow"),
+        Subject("fast", open_fast, exps=1, macs=1, same_as="slow"),
     ]
     rows = measure(subjects, (3, 4, 4), RATES, batches=(1, 4), threads=(1, 2), samples=5)
     assert [(r.subject, r.batch, r.threads) for r in rows] == [
