@@ -39,8 +39,8 @@ class Tolerance:
 # Set from the errors measured on vim_tiny and vim_small, dense and pruned (docs/numerics.md).
 TOLERANCES: Final[Mapping[str, Tolerance]] = {
     "float32": Tolerance(logits=2e-5, block=2e-5, margin=1e-5),
-    "float16": Tolerance(logits=5e-3, block=5e-3, margin=5e-3),
-    "bfloat16": Tolerance(logits=4e-2, block=4e-2, margin=4e-2),
+    "float16": Tolerance(logits=1e-2, block=1e-2, margin=1e-2),
+    "bfloat16": Tolerance(logits=6e-2, block=6e-2, margin=6e-2),
 }
 
 
