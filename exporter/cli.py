@@ -61,10 +61,9 @@ def _version(
 @app.command()
 def models(json_file: Json = None) -> None:
     """List the models with their size and cost."""
-    from exporter.flops import describe_models
     from exporter.tables import table
 
-    rows = describe_models()
+    rows = pipeline.describe_models()
     _write_json(json_file, rows)
     columns = ("model", "parameters", "image", "tokens", "GFLOPs published rule", "true")
     console.print(

@@ -10,11 +10,8 @@ against its tables.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from exporter.models import VisionModel, create_model, list_models
+from exporter.models.base import VisionModel
 
 
 @dataclass(frozen=True)
@@ -61,23 +58,3 @@ def count(model: VisionModel) -> Work:
         if stage is not None and not masked:
             seqlen = stage.num_keep
     return Work(**total)
-
-
-def describe_models() -> list[dict[str, Any]]:
-    """Name, parameters, image size, tokens and cost of every model, without making its weights."""
-    rows: list[dict[str, Any]] = []
-    for name in list_models():
-        with torch.device("meta"):
-            model = create_model(name)
-        work = count(model)
-        rows.append(
-            {
-                "name": name,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "image_size": model.image_size,
-                "tokens": model.layout.seqlen,
-                "flops_published": work.published,
-                "flops_true": work.true,
-            }
-        )
-    return rows

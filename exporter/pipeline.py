@@ -282,6 +282,13 @@ def bench_directory(
     return report
 
 
+def describe_models() -> list[dict[str, Any]]:
+    """Name, parameters, image size, tokens and cost of every model."""
+    from exporter.models import catalog
+
+    return catalog.describe_models()
+
+
 def _write_report(artifact: Artifact, name: str, report: ParityReport | BenchReport) -> None:
     text = json.dumps(dataclasses.asdict(report), indent=2)
     atomic_write_bytes(artifact.directory / name, f"{text}\n".encode())

@@ -176,7 +176,7 @@ def torch_behind(imports: Mapping[str, list[Import]]) -> list[str]:
 
 def undeclared_packages(imports: Mapping[str, list[Import]], declared: Iterable[str]) -> list[str]:
     """Imports of packages that are neither standard nor among `declared` (import names)."""
-    known = {*sys.stdlib_module_names, PACKAGE, *declared}
+    known = {*sys.stdlib_module_names, PACKAGE, *declared, _DYNAMIC}  # arrows judge the last
     return [
         f"{PACKAGE}/{file}.py:{item.line} imports {item.name}, which pyproject.toml does not list"
         for file, names in imports.items()

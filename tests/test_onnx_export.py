@@ -111,7 +111,7 @@ def test_every_configuration_exports_pruned(tmp_path: Path, config: dict[str, ob
 
 @pytest.mark.parametrize(
     "config",
-    [{"class_token": "double"}, {"bimamba": "none", "bidirectional_layers": True}],
+    [{"class_token": "double"}, {"bimamba": "none", "bidirectional_layers": True, "depth": 2}],
     ids=str,
 )
 def test_configurations_that_cannot_prune_export_dense(

@@ -119,6 +119,11 @@ class Vim(VisionModel):
                 "bidirectional_layers=True cannot be pruned: a pair of layers has no single scan "
                 "to score; use the dense model"
             )
+        if schedule.step_parameters != "rank":
+            raise UnsupportedError(
+                f"step_parameters={schedule.step_parameters!r} is PlainMamba's choice; Vim's "
+                "steps have the parameters of their own tokens: leave it out"
+            )
         backward = schedule.source == "backward" or schedule.importance == "as_released"
         if config.bimamba == "none" and backward:
             raise UnsupportedError(

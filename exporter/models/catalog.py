@@ -1,0 +1,30 @@
+"""What `vssm models` prints: every model's size and cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from exporter.flops import count
+from exporter.models import create_model, list_models
+
+
+def describe_models() -> list[dict[str, Any]]:
+    """Name, parameters, image size, tokens and cost of every model, without making its weights."""
+    rows: list[dict[str, Any]] = []
+    for name in list_models():
+        with torch.device("meta"):
+            model = create_model(name)
+        work = count(model)
+        rows.append(
+            {
+                "name": name,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "image_size": model.image_size,
+                "tokens": model.layout.seqlen,
+                "flops_published": work.published,
+                "flops_true": work.true,
+            }
+        )
+    return rows
