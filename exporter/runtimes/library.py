@@ -18,7 +18,7 @@ ISA_NAMES = ("baseline", "avx2", "avx512")
 
 @dataclass(frozen=True)
 class LibraryInfo:
-    """What the ONNX Runtime library says of itself; `cpu_isa` is what its kernels would run on now."""
+    """What the ONNX Runtime library says of itself; `cpu_isa` is what its kernels run on now."""
 
     path: Path
     version: str
