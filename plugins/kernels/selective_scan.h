@@ -1,0 +1,61 @@
+// Contract of SelectiveScan, GatedSelectiveScan and SelectiveScanConstantGap.
+#ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_H_
+#define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_H_
+
+#include "plugins/kernels/types.h"
+
+namespace vssm {
+
+constexpr int64_t kMaxDState = 256;
+
+/// All directions of a layer, summed in token order. Per direction k and step t, with
+/// q = order[b, k, t] and s = params_by_step ? t : q:
+///
+///   dt   = softplus(delta[b, s, k] + delta_bias[k])       (no softplus when delta_softplus is 0)
+///   span = gap[b, k, t] dt,  or  dt + (gap[b, k, t] - 1) delta0[k];  at t = 0: dt
+///   h    = exp(span A[k]) h + dt B[b, s, k] u[b, q, k]
+///   y[b, q] += scale (C[b, s, k] . h + D[k] u[b, q, k]);  at the end, if gated: y *= silu(z)
+///
+/// Contiguous, channels last; T is float32, float16 or bfloat16, and state, decay and sums are
+/// float32. Ku, Kd, Ka, Kb, Kc and Ks are each 1 (shared) or `directions`.
+/// Sources: Gu & Dao, arXiv:2312.00752, Algorithm 2; alignment: Zhan et al., arXiv:2409.18962.
+struct SelectiveScanArgs {
+  const char* name = "SelectiveScan";  // the operator's, for messages
+  Operand u;                           // T (batch, seqlen, Ku, d_inner)
+  Operand delta;                       // T (batch, seqlen, Kd, d_inner)
+  Operand A;                           // float32 (Ka, d_inner, d_state), negative
+  Operand B;                           // T (batch, seqlen, Kb, d_state)
+  Operand C;                           // T (batch, seqlen, Kc, d_state)
+  Operand D;                           // float32 (Ks, d_inner)
+  Operand delta_bias;                  // float32 (Kd, d_inner)
+  Operand order;                       // int32 (1 or batch, directions, seqlen), permutations
+  Operand gap;                         // int32 (1 or batch, directions, seqlen), >= 1 after t = 0
+  bool gated = false;                  // GatedSelectiveScan: there is a z
+  bool constant_gap = false;           // SelectiveScanConstantGap: there is a delta0
+  Operand z;                           // T (batch, seqlen, d_inner)
+  Operand delta0;                      // float32 (Kd, d_inner)
+  int64_t delta_softplus = 1;
+  int64_t params_by_step = 0;
+  float scale = 1.0F;
+  void* y = nullptr;  // T (batch, seqlen, d_inner), overwritten
+};
+
+/// The sizes that `check` found, for kernels.
+struct SelectiveScanShape {
+  int64_t batch, seqlen, directions, d_inner, d_state;
+  int64_t Ku, Kd, Ka, Kb, Kc, Ks;
+  bool order_per_image, gap_per_image;
+};
+
+/// Every rule on ranks, sizes, types and attributes, once, for every adapter. Reads no data.
+Status check(const SelectiveScanArgs& args, SelectiveScanShape* shape);
+
+/// Every rule on values: `order` a permutation in range, `gap` >= 1. Needs host memory.
+Status check_values(const SelectiveScanArgs& args, const SelectiveScanShape& shape);
+
+/// Checks, then runs on the fastest instruction set of this processor (or VSSM_CPU_ISA's).
+Status selective_scan_cpu(const SelectiveScanArgs& args, const ParallelFor& parallel_for);
+
+}  // namespace vssm
+
+#endif  // VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_H_

@@ -1,0 +1,29 @@
+// One OrtCustomOp for each operator of the table and each binding of its types.
+#ifndef VSSM_PLUGINS_ONNXRUNTIME_CUSTOM_OP_H_
+#define VSSM_PLUGINS_ONNXRUNTIME_CUSTOM_OP_H_
+
+#include "plugins/kernels/op_table.h"
+#include "plugins/onnxruntime/ort_abi.h"
+
+namespace vssm::ort {
+
+/// What ONNX Runtime holds: its own struct first, then which row of the table this is.
+struct BoundOp : CustomOp {
+  const OperatorSpec* spec;
+  const TypeBinding* binding;
+};
+
+/// How a family of operators makes, runs and destroys a kernel and infers shapes.
+struct Implementation {
+  decltype(CustomOp::CreateKernelV2) create;
+  decltype(CustomOp::KernelComputeV2) compute;
+  decltype(CustomOp::KernelDestroy) destroy;
+  decltype(CustomOp::InferOutputShapeFn) infer;
+};
+
+extern const Implementation kSelectiveScan;
+extern const Implementation kTokenGather;
+
+}  // namespace vssm::ort
+
+#endif  // VSSM_PLUGINS_ONNXRUNTIME_CUSTOM_OP_H_
