@@ -295,19 +295,6 @@ void scan_unit(const ScanPlan& plan, int64_t image, int64_t block) {
   }
 }
 
-template <class Isa>
-void widen(const void* source, DType dtype, float* target, int64_t count) {
-  const auto* half = static_cast<const uint16_t*>(source);
-  using L = Lanes<Isa>;
-  for (int64_t i = 0; i < count; i += kChannels) {
-    const typename Isa::Part part(count - i);
-    const auto row = dtype == DType::kFloat16
-                         ? L::template load_part<DType::kFloat16>(half + i, part)
-                         : L::template load_part<DType::kBFloat16>(half + i, part);
-    L::template store_part<DType::kFloat32>(target + i, part, row);
-  }
-}
-
 }  // namespace vssm
 
 #endif  // VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CPU_IMPL_H_

@@ -8,6 +8,9 @@
 #define VSSM_SAME_OP(member) \
   static_assert(offsetof(vssm::ort::CustomOp, member) == offsetof(OrtCustomOp, member), #member)
 
+#define VSSM_SAME_VALUE(ours, theirs) \
+  static_assert(static_cast<int>(ours) == static_cast<int>(theirs), #theirs)
+
 static_assert(ORT_API_VERSION >= vssm::ort::kApiVersion, "this header is older than API 17");
 VSSM_SAME_API(CreateStatus);
 VSSM_SAME_API(GetErrorCode);
@@ -66,10 +69,10 @@ VSSM_SAME_OP(KernelComputeV2);
 VSSM_SAME_OP(InferOutputShapeFn);
 VSSM_SAME_OP(GetStartVersion);
 VSSM_SAME_OP(GetEndVersion);
-static_assert(vssm::ort::kFloat == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-static_assert(vssm::ort::kInt32 == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
-static_assert(vssm::ort::kFloat16 == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
-static_assert(vssm::ort::kBFloat16 == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16);
-static_assert(vssm::ort::kIntAttribute == ORT_OP_ATTR_INT);
-static_assert(vssm::ort::kRequired == INPUT_OUTPUT_REQUIRED);
-static_assert(vssm::ort::kInvalidArgument == ORT_INVALID_ARGUMENT);
+VSSM_SAME_VALUE(vssm::ort::kFloat, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+VSSM_SAME_VALUE(vssm::ort::kInt32, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
+VSSM_SAME_VALUE(vssm::ort::kFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
+VSSM_SAME_VALUE(vssm::ort::kBFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16);
+VSSM_SAME_VALUE(vssm::ort::kIntAttribute, ORT_OP_ATTR_INT);
+VSSM_SAME_VALUE(vssm::ort::kRequired, INPUT_OUTPUT_REQUIRED);
+VSSM_SAME_VALUE(vssm::ort::kInvalidArgument, ORT_INVALID_ARGUMENT);

@@ -6,7 +6,7 @@
 namespace vssm::ort {
 namespace {
 
-const Api* g_api = nullptr;
+std::atomic<const Api*> g_api{nullptr};
 std::atomic<uint64_t> g_calls{0};
 
 DType dtype_of(ElementType type) {
@@ -83,8 +83,8 @@ void run_parallel(void* host, ParallelFor::Task task, size_t count, void* argume
 
 }  // namespace
 
-const Api& api() { return *g_api; }
-void set_api(const Api* table) { g_api = table; }
+const Api& api() { return *g_api.load(std::memory_order_relaxed); }
+void set_api(const Api* table) { g_api.store(table, std::memory_order_relaxed); }
 
 ort::Status* to_ort(const vssm::Status& status) {
   return status.ok() ? nullptr : api().CreateStatus(kInvalidArgument, status.message());

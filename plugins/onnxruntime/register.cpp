@@ -1,6 +1,8 @@
 // The library's exports: RegisterCustomOps for ONNX Runtime, and what exporter/runtimes/library.py
 // asks. Every operator of the table is registered with every binding of its types, because a
 // registered name hides the fallback body: a missing type would be an error, not a slower run.
+#include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <mutex>
 #include <string>
@@ -113,7 +115,12 @@ ort::Status* shared_domain(const Api& table, OpDomain** domain) {
 
 ort::Status* register_all(SessionOptions* options, const ApiBase* base) {
   const Api* table = base->GetApi(kApiVersion);
-  if (table == nullptr) return nullptr;  // older than 1.17: no table, so no way to say it either
+  if (table == nullptr) {
+    // Every ONNX Runtime has the first version's table, which suffices to say so.
+    const Api* first = base->GetApi(1);
+    return first == nullptr ? nullptr
+                            : first->CreateStatus(kFail, "vssm: needs ONNX Runtime 1.17 or newer");
+  }
   if (!self_test(*table)) return table->CreateStatus(kFail, "vssm: unexpected ONNX Runtime ABI");
   set_api(table);
   vssm::Status status;
