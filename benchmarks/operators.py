@@ -5,8 +5,8 @@
 Every variant of a shape runs in turn, two samples each a round, so ratios within a table hold when
 the machine drifts: the first sample finds the caches as the variant before left them ("cold"), the
 second its own inputs in them ("warm", what the median, the percentiles and the floor's multiple are
-of). The floor is the scan's exponentials at the exp2 rate of one thread, measured
-in the same run with the kernel's own code for that instruction set.
+of). The floor is the scan's exponentials at the exp2 rate of one thread with the kernel's own code
+for that instruction set: the median of samples taken in the same rounds, so at the same clock.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,7 +36,7 @@ _ISA = "VSSM_CPU_ISA"  # read by the library at every run
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense Vim layer: both directions in one node."""
+    """The scans of a dense layer: all directions in one node, or in a node each (`separate`)."""
 
     name: str
     batch: int
@@ -45,11 +44,19 @@ class Shape:
     d_inner: int
     d_state: int = 16
     directions: int = 2
+    shared: str = ""  # the inputs of one direction for all: of u, delta, A, B, C, D
+    separate: bool = False
+
+    def axis(self, operand: str) -> int:
+        """Size of an operand's direction axis."""
+        return 1 if operand in self.shared.split() else self.directions
 
     @property
     def exps(self) -> int:
-        """Evaluations of exp."""
-        return self.batch * self.directions * self.seqlen * self.d_inner * self.d_state
+        """Evaluations of exp, those that directions may share counted once."""
+        alone = self.separate or max(self.axis("delta"), self.axis("A")) > 1
+        scans = self.directions if alone else 1
+        return self.batch * scans * self.seqlen * self.d_inner * self.d_state
 
 
 @dataclass(frozen=True)
@@ -67,11 +74,17 @@ class Timing:
     over_floor: float | None
 
 
+_PLAIN_MAMBA = "u delta A C D"
 SHAPES = (
     Shape("Vim-T layer", 1, 197, 384),
     Shape("Vim-S layer", 1, 197, 768),
     Shape("Vim-T layer, batch 8", 8, 197, 384),
-    Shape("Vim-T layer, d_state 1", 1, 197, 384, d_state=1),
+    Shape("PlainMamba-L1 layer", 1, 196, 384, directions=4, shared=_PLAIN_MAMBA),
+    Shape("PlainMamba-L1, 4 nodes", 1, 196, 384, directions=4, shared=_PLAIN_MAMBA, separate=True),
+    Shape("PlainMamba-L3 layer", 1, 196, 896, directions=4, shared=_PLAIN_MAMBA),
+    Shape("PlainMamba-L3, 4 nodes", 1, 196, 896, directions=4, shared=_PLAIN_MAMBA, separate=True),
+    Shape("VMamba-T layer, stage 1", 1, 3136, 96, d_state=1, directions=4, shared="u"),
+    Shape("VMamba layer, D 192", 1, 3136, 192, d_state=1, directions=4, shared="u"),
 )
 
 
@@ -88,7 +101,7 @@ def main() -> None:
     console.print(", ".join(f"exp2 {k}: {v / 1e9:.1f} G/s a thread" for k, v in rates.items()))
     timings = []
     for shape in SHAPES:
-        measured = time_shape(shape, rates, threads, options.samples)
+        measured = time_shape(shape, list(rates), threads, options.samples)
         timings += measured
         rows = [tuple(_cell(v) for v in list(asdict(t).values())[1:]) for t in measured]
         columns = ("variant", "threads", "median ms", "p5", "p95", "cold", "floor ms", "over floor")
@@ -114,44 +127,48 @@ def available_isas() -> list[str]:
     return found
 
 
-def time_shape(
-    shape: Shape, rates: Mapping[str, float], threads: list[int], samples: int
-) -> list[Timing]:
+def time_shape(shape: Shape, isas: list[str], threads: list[int], samples: int) -> list[Timing]:
     """Every instruction set at every thread count, and the body on one thread."""
     feeds = scan_feeds(shape)
-    model = scan_model()
-    variants = [(isa, count) for isa in rates for count in threads]
+    model = scan_model(shape)
+    variants = [(isa, count) for isa in isas for count in threads]
     sessions = [open_session(model, count, library=True) for _, count in variants]
     variants.append(("body", 1))
     sessions.append(open_session(model, 1, library=False))
     times: list[list[tuple[float, float]]] = [[] for _ in variants]
+    rates: dict[str, list[float]] = {isa: [] for isa in isas}
     want = None
     for sample in range(samples + 1):
+        for isa in isas:
+            rates[isa].append(exp2_rate(isa, seconds=0.0))
         for (isa, _), session, taken in zip(variants, sessions, times, strict=True):
-            if isa in rates:
+            if isa in isas:
                 os.environ[_ISA] = isa
+            elif sample % 10 != 1:
+                continue  # bodies take long
             marks = [time.perf_counter()]
             for _ in range(2):
-                (y,) = session.run(None, feeds)
+                outputs = session.run(None, feeds)
                 marks.append(time.perf_counter())
             if sample > 0:
                 taken.append((1e3 * (marks[1] - marks[0]), 1e3 * (marks[2] - marks[1])))
+            y = sum(outputs)
             want = y if want is None else want
             if not np.abs(y - want).max() <= 1e-4 * np.abs(want).max():
                 raise SystemExit(f"{isa} gives other numbers: a timing of these says nothing")
     os.environ.pop(_ISA, None)
     return [
-        _timing(shape, variant, np.array(taken), rates.get(variant[0]))
+        _timing(shape, variant, np.array(taken), rates.get(variant[0], []))
         for variant, taken in zip(variants, times, strict=True)
     ]
 
 
 def _timing(
-    shape: Shape, variant: tuple[str, int], taken: np.ndarray, rate: float | None
+    shape: Shape, variant: tuple[str, int], taken: np.ndarray, rates: list[float]
 ) -> Timing:
     cold, warm = taken.T
     median = float(np.median(warm))
-    floor = None if rate is None else 1e3 * shape.exps / (rate * variant[1])
+    floor = 1e3 * shape.exps / (float(np.median(rates)) * variant[1]) if rates else None
     return Timing(
         shape.name,
         *variant,
@@ -173,43 +190,59 @@ def scan_feeds(shape: Shape) -> dict[str, np.ndarray]:
         return rng.standard_normal(size).astype(np.float32)
 
     steps = np.arange(seqlen, dtype=np.int32)
-    return {
-        "u": normal(batch, seqlen, k, inner),
-        "delta": normal(batch, seqlen, k, inner),
-        "A": -np.exp(normal(k, inner, shape.d_state)),
-        "B": normal(batch, seqlen, k, shape.d_state),
-        "C": normal(batch, seqlen, k, shape.d_state),
-        "D": normal(k, inner),
-        "delta_bias": normal(k, inner) - 3,
-        "order": np.stack([steps, steps[::-1]][:k])[None],
+    side = round(seqlen**0.5)
+    turned = steps.reshape(side, side).T.reshape(-1) if k > 2 else steps
+    orders = np.stack([steps, steps[::-1], turned, turned[::-1]][:k])
+    feeds = {
+        "u": normal(batch, seqlen, shape.axis("u"), inner),
+        "delta": normal(batch, seqlen, shape.axis("delta"), inner),
+        "A": -np.exp(normal(shape.axis("A"), inner, shape.d_state)),
+        "B": normal(batch, seqlen, shape.axis("B"), shape.d_state),
+        "C": normal(batch, seqlen, shape.axis("C"), shape.d_state),
+        "D": normal(shape.axis("D"), inner),
+        "delta_bias": normal(shape.axis("delta"), inner) - 3,
+        "order": orders[None],
         "gap": np.ones((1, k, seqlen), np.int32),
     }
+    if shape.separate:
+        for i in range(k):
+            feeds[f"B{i}"] = np.ascontiguousarray(feeds["B"][:, :, i : i + 1])
+            feeds[f"order{i}"] = orders[None, i : i + 1]
+        feeds["gap"] = np.ones((1, 1, seqlen), np.int32)
+        del feeds["B"], feeds["order"]
+    return feeds
 
 
-def scan_model() -> bytes:
-    """One SelectiveScan node with its body."""
+def scan_model(shape: Shape) -> bytes:
+    """The SelectiveScan node of a shape with its body; or one node a direction, y0, y1, ..."""
     spec = OPERATORS["SelectiveScan"]
     kinds = {"T": TensorProto.FLOAT, "float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
+    attributes = {a.name: a.default for a in spec.attributes}
+    if "delta" in shape.shared:
+        attributes["params_by_step"] = 1
 
     def value(name: str, dtype: str, rank: int) -> object:
-        shape = [f"{name}{axis}" for axis in range(rank)]
-        return helper.make_tensor_value_info(name, kinds[dtype], shape)
+        sizes = [f"{name}{axis}" for axis in range(rank)]
+        return helper.make_tensor_value_info(name, kinds[dtype], sizes)
 
-    attributes = {a.name: a.default for a in spec.attributes}
-    node = helper.make_node(
-        spec.name,
-        [o.name for o in spec.inputs],
-        ["y"],
-        domain=DOMAIN,
-        **attributes,
-        **PLUGIN_ATTRIBUTES,
-    )
-    graph = helper.make_graph(
-        [node],
-        "scan",
-        [value(o.name, o.dtype, len(o.shape)) for o in spec.inputs],
-        [value("y", "T", 3)],
-    )
+    suffixes = [str(i) for i in range(shape.directions)] if shape.separate else [""]
+    inputs: dict[str, object] = {}
+    nodes = []
+    for suffix in suffixes:
+        names = {o.name: o.name + (suffix if o.name in ("B", "order") else "") for o in spec.inputs}
+        inputs |= {names[o.name]: value(names[o.name], o.dtype, len(o.shape)) for o in spec.inputs}
+        nodes.append(
+            helper.make_node(
+                spec.name,
+                list(names.values()),
+                [f"y{suffix}"],
+                domain=DOMAIN,
+                **attributes,
+                **PLUGIN_ATTRIBUTES,
+            )
+        )
+    outputs = [value(f"y{suffix}", "T", 3) for suffix in suffixes]
+    graph = helper.make_graph(nodes, "scan", list(inputs.values()), outputs)
     imports = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     model.functions.extend(build_functions([spec.name], 18))

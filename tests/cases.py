@@ -7,6 +7,73 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Sizes of scans that hurt: 1, primes, an edge of the blocks of 16 channels or steps and one past
+# it, several blocks; every shared axis; every d_state with a kernel of its own, and the largest.
+SCAN_SIZES: list[dict[str, Any]] = [
+    {"seqlen": 1, "d_inner": 1, "d_state": 1, "directions": 1},
+    {"seqlen": 2, "d_inner": 5, "d_state": 16, "directions": 2, "shared": "u"},
+    {"seqlen": 63, "d_inner": 16, "d_state": 3, "directions": 4, "shared": "udACD"},
+    {"seqlen": 64, "d_inner": 17, "d_state": 17, "directions": 1, "batch": 3},
+    {"seqlen": 65, "d_inner": 100, "d_state": 16, "directions": 2, "batch": 2, "per_image": True},
+    {"seqlen": 197, "d_inner": 48, "d_state": 16, "directions": 2, "order": "ends", "gap": "ones"},
+    {"seqlen": 197, "d_inner": 16, "d_state": 8, "directions": 4, "shared": "u"},
+    {"seqlen": 257, "d_inner": 17, "d_state": 1, "directions": 4, "batch": 2},
+    {"seqlen": 33, "d_inner": 150, "d_state": 1, "directions": 4, "shared": "u"},
+    {"seqlen": 20, "d_inner": 250, "d_state": 1, "directions": 2},
+    {"seqlen": 257, "d_inner": 16, "d_state": 64, "directions": 2, "shared": "BC", "gap": "large"},
+    {"seqlen": 17, "d_inner": 5, "d_state": 256, "directions": 2, "shared": "AB", "batch": 2},
+    {
+        "seqlen": 64,
+        "d_inner": 16,
+        "d_state": 1,
+        "directions": 1,
+        "gap": "large",
+        "batch": 2,
+        "per_image": True,
+    },
+    {
+        "seqlen": 63,
+        "d_inner": 33,
+        "d_state": 16,
+        "directions": 4,
+        "shared": "D",
+        "batch": 3,
+        "per_image": True,
+    },
+]
+
+# Directions that share step sizes, A and C, so that with params_by_step they go on together
+# (PlainMamba); where gaps are "pairs", some agree and some do not. The last three only look like
+# it: five directions, 65 states, a C for each direction.
+TOGETHER_SIZES: list[dict[str, Any]] = [
+    {
+        "seqlen": 196,
+        "d_inner": 33,
+        "d_state": 16,
+        "directions": 4,
+        "shared": "udACD",
+        "gap": "ones",
+    },
+    {"seqlen": 1, "d_inner": 1, "d_state": 1, "directions": 2, "shared": "udAC"},
+    {"seqlen": 7, "d_inner": 16, "d_state": 3, "directions": 3, "shared": "dACD", "gap": "ones"},
+    {"seqlen": 65, "d_inner": 17, "d_state": 17, "directions": 4, "shared": "udABCD", "batch": 2},
+    {"seqlen": 63, "d_inner": 20, "d_state": 1, "directions": 4, "shared": "dAC", "gap": "pairs"},
+    {
+        "seqlen": 64,
+        "d_inner": 40,
+        "d_state": 16,
+        "directions": 4,
+        "shared": "udACD",
+        "batch": 3,
+        "per_image": True,
+        "gap": "pairs",
+    },
+    {"seqlen": 40, "d_inner": 16, "d_state": 64, "directions": 3, "shared": "udAC", "gap": "large"},
+    {"seqlen": 9, "d_inner": 5, "d_state": 4, "directions": 5, "shared": "udAC", "gap": "ones"},
+    {"seqlen": 9, "d_inner": 5, "d_state": 65, "directions": 4, "shared": "udAC", "gap": "ones"},
+    {"seqlen": 9, "d_inner": 5, "d_state": 16, "directions": 4, "shared": "udA", "gap": "pairs"},
+]
+
 
 def scan_case(
     *,
@@ -34,7 +101,7 @@ def scan_case(
         dtype: of u, delta, B, C and z.
         shared: the inputs whose K axis is 1, from the letters u, d(elta), A, B, C, D.
         order: "random", or "ends" for forward and backward in turn.
-        gap: "random" (1 to 4), "large" (up to 10,000) or "ones".
+        gap: "random" (1 to 4), "large" (up to 10,000), "pairs" (1 or 2) or "ones".
         per_image: whether order and gap differ between images.
         extra: "z", "delta0" or nothing: the tenth input.
         seed: of every number.
@@ -81,7 +148,8 @@ def _gap(images: int, directions: int, seqlen: int, *, kind: str, make: torch.Ge
     shape = (images, directions, seqlen)
     if kind == "ones":
         return torch.ones(shape, dtype=torch.int32)
-    gap = torch.randint(1, 10_001 if kind == "large" else 5, shape, generator=make)
+    end = {"random": 5, "large": 10_001, "pairs": 3}[kind]
+    gap = torch.randint(1, end, shape, generator=make)
     gap[..., 0] = 0  # without effect at a first step
     return gap.to(torch.int32)
 

@@ -8,7 +8,13 @@ import threading
 import numpy as np
 import pytest
 import torch
-from cases import gather_case, scan_case, scan_reference_arguments
+from cases import (
+    SCAN_SIZES,
+    TOGETHER_SIZES,
+    gather_case,
+    scan_case,
+    scan_reference_arguments,
+)
 from native import ONNX_TYPES, isa_parameters, make_session, run_operator
 from tolerances import HALF_FACTOR, SCAN_TOLERANCE
 
@@ -20,38 +26,8 @@ ISAS = isa_parameters()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
 SCANS = [spec.name for spec in SCAN_OPERATORS]
-# Sizes that hurt: 1, primes, an edge of the blocks of 16 channels or steps and one past it; every
-# shared axis; every d_state that has a kernel of its own and the largest one.
-SHAPES = [
-    {"seqlen": 1, "d_inner": 1, "d_state": 1, "directions": 1},
-    {"seqlen": 2, "d_inner": 5, "d_state": 16, "directions": 2, "shared": "u"},
-    {"seqlen": 63, "d_inner": 16, "d_state": 3, "directions": 4, "shared": "udACD"},
-    {"seqlen": 64, "d_inner": 17, "d_state": 17, "directions": 1, "batch": 3},
-    {"seqlen": 65, "d_inner": 100, "d_state": 16, "directions": 2, "batch": 2, "per_image": True},
-    {"seqlen": 197, "d_inner": 48, "d_state": 16, "directions": 2, "order": "ends", "gap": "ones"},
-    {"seqlen": 197, "d_inner": 16, "d_state": 8, "directions": 4, "shared": "u"},
-    {"seqlen": 257, "d_inner": 17, "d_state": 1, "directions": 4, "batch": 2},
-    {"seqlen": 257, "d_inner": 16, "d_state": 64, "directions": 2, "shared": "BC", "gap": "large"},
-    {"seqlen": 17, "d_inner": 5, "d_state": 256, "directions": 2, "shared": "AB", "batch": 2},
-    {
-        "seqlen": 64,
-        "d_inner": 16,
-        "d_state": 1,
-        "directions": 1,
-        "gap": "large",
-        "batch": 2,
-        "per_image": True,
-    },
-    {
-        "seqlen": 63,
-        "d_inner": 33,
-        "d_state": 16,
-        "directions": 4,
-        "shared": "D",
-        "batch": 3,
-        "per_image": True,
-    },
-]
+SHAPES = SCAN_SIZES + TOGETHER_SIZES
+TOGETHER = {"directions": 4, "shared": "udACD"}
 
 
 @functools.lru_cache(maxsize=256)
@@ -76,7 +52,8 @@ def _error(got, expected):
 def test_scan_matches_oracle(index, name, dtype, isa, monkeypatch):
     monkeypatch.setenv("VSSM_CPU_ISA", isa)
     case = _case(index, EXTRA[name], dtype)
-    attributes = (("params_by_step", index % 2), ("scale", 0.5 if index % 3 == 0 else 1.0))
+    by_step = index % 2 if index < len(SCAN_SIZES) else 1
+    attributes = (("params_by_step", by_step), ("scale", 0.5 if index % 3 == 0 else 1.0))
     expected = _oracle(index, EXTRA[name], dtype, attributes)
     error = _error(run_operator(name, case, **dict(attributes))["y"], expected)
     assert error <= SCAN_TOLERANCE[dtype]
@@ -87,25 +64,30 @@ def test_scan_matches_oracle(index, name, dtype, isa, monkeypatch):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", SCANS)
-def test_scan_without_softplus_and_with_growing_states(name, isa, monkeypatch):
+@pytest.mark.parametrize("together", [False, True])
+def test_scan_without_softplus_and_with_growing_states(together, name, isa, monkeypatch):
     """Negative steps and positive A: arguments that the fast exp2 does not take."""
     monkeypatch.setenv("VSSM_CPU_ISA", isa)
-    case = scan_case(seqlen=40, d_inner=20, extra=EXTRA[name], gap="ones")
+    shared = TOGETHER if together else {}
+    case = scan_case(seqlen=40, d_inner=20, extra=EXTRA[name], gap="ones", **shared)
     case["delta"], case["delta_bias"] = case["delta"] * 0.01, case["delta_bias"] * 0
     case["A"][:, ::3] *= -1
-    got = run_operator(name, case, delta_softplus=0)["y"]
-    expected = reference.selective_scan(**scan_reference_arguments(case), delta_softplus=False)
+    attributes = {"delta_softplus": 0, "params_by_step": int(together)}
+    got = run_operator(name, case, **attributes)["y"]
+    expected = reference.selective_scan(**scan_reference_arguments(case), **attributes)
     assert _error(got, expected) <= SCAN_TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("spike", [30.0, 1e3, 1e6])
-def test_scan_survives_spikes_of_delta(spike, isa, monkeypatch):
+@pytest.mark.parametrize("together", [False, True])
+def test_scan_survives_spikes_of_delta(together, spike, isa, monkeypatch):
     monkeypatch.setenv("VSSM_CPU_ISA", isa)
-    case = scan_case(seqlen=100, d_inner=20, d_state=16)
+    case = scan_case(seqlen=100, d_inner=20, d_state=16, **(TOGETHER if together else {}))
     case["delta"][:, ::7] += spike
-    expected = reference.selective_scan(**scan_reference_arguments(case))
-    assert _error(run_operator("SelectiveScan", case)["y"], expected) <= 2e-6
+    attributes = {"params_by_step": int(together)}
+    expected = reference.selective_scan(**scan_reference_arguments(case), **attributes)
+    assert _error(run_operator("SelectiveScan", case, **attributes)["y"], expected) <= 2e-6
 
 
 @pytest.mark.parametrize("isa", ISAS)

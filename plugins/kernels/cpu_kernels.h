@@ -10,16 +10,19 @@
 
 namespace vssm {
 
-// Channels of a unit of work: one AVX-512 vector, two AVX2 vectors, four of SSE2 or NEON.
+// Channels of a block: one AVX-512 vector, two AVX2 vectors, four of SSE2 or NEON.
 constexpr int64_t kChannels = 16;
-// The states of a unit and its A lie on the stack of whatever thread runs it: 2 x 16 KiB at most.
+// Blocks of a unit of work at most; more than one where a channel has a single state.
+constexpr int64_t kWidest = 4;
+// The states of a block and its A lie on the stack of whatever thread runs it: 2 x 16 KiB at most.
 constexpr int64_t kMaxStates = 256;
 
 /// A checked scan, ready to run. Shapes as in selective_scan.h.
 struct ScanPlan {
   int64_t batch, seqlen, directions, d_inner, d_state;
   int64_t Ku, Kd, Ka, Kb, Kc, Ks;
-  DType dtype;  // of u, delta, z and y
+  int64_t blocks_per_unit;  // of kChannels channels; 1 to kWidest
+  DType dtype;              // of u, delta, z and y
   const void *u, *delta;
   const float* A;
   const float *B, *C;  // already float32
@@ -37,8 +40,8 @@ struct ScanPlan {
 /// One instruction set's kernels.
 struct CpuKernels {
   const char* name;
-  /// All directions of channels [block kChannels, ...) of one image.
-  void (*scan_unit)(const ScanPlan& plan, int64_t image, int64_t block);
+  /// All directions of the channels from unit * blocks_per_unit * kChannels on, of one image.
+  void (*scan_unit)(const ScanPlan& plan, int64_t image, int64_t unit);
   /// float16 or bfloat16 to float32, exact.
   void (*widen)(const void* source, DType dtype, float* target, int64_t count);
   /// Pieces for tests and for the floor of a benchmark; `count` is a multiple of kChannels.

@@ -170,6 +170,12 @@ struct Lanes {
   };
 };
 
+/// An instruction set with a better way specialises this.
+template <class Isa>
+struct FunctionsOf {
+  using Type = typename Lanes<Isa>::Functions;
+};
+
 /// float16 or bfloat16 to float32, exact.
 template <class Isa>
 void widen(const void* source, DType dtype, float* target, int64_t count) {

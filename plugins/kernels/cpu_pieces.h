@@ -22,7 +22,7 @@ void decay_values(const float* dt, const float* A, float* target, int64_t count)
 template <class Isa>
 void softplus_values(const float* x, float* target, int64_t count) {
   const typename Isa::FlushDenormals flush;
-  const typename Lanes<Isa>::Functions functions;
+  const typename FunctionsOf<Isa>::Type functions;
   for (int64_t i = 0; i < count; i += Isa::kLanes) {
     Isa::store(target + i, functions.softplus(Isa::load(x + i)));
   }

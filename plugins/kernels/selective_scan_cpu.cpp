@@ -13,7 +13,7 @@ static_assert(kMaxDState <= kMaxStates, "a larger d_state needs larger units");
 struct Job {
   const CpuKernels* kernels;
   ScanPlan plan;
-  int64_t blocks;
+  int64_t units;  // of an image
   // Half types only: B and C of each image are converted once, not once a block of channels.
   const uint16_t *half_B, *half_C;
   float *B, *C;
@@ -55,10 +55,18 @@ ScanPlan plan_from(const SelectiveScanArgs& args, const SelectiveScanShape& shap
   return plan;
 }
 
+/// Wide units where memory counts, as even in number and size as they get.
+int64_t blocks_per_unit(const SelectiveScanShape& shape) {
+  if (shape.d_state > 1) return 1;
+  const int64_t blocks = (shape.d_inner + kChannels - 1) / kChannels;
+  const int64_t units = 2 * ((blocks + 2 * kWidest - 1) / (2 * kWidest));
+  return (blocks + units - 1) / units;
+}
+
 void run_unit(void* argument, size_t index) {
   const Job& job = *static_cast<const Job*>(argument);
   const auto unit = static_cast<int64_t>(index);
-  job.kernels->scan_unit(job.plan, unit / job.blocks, unit % job.blocks);
+  job.kernels->scan_unit(job.plan, unit / job.units, unit % job.units);
 }
 
 void widen_image(void* argument, size_t index) {
@@ -84,7 +92,9 @@ Status selective_scan_cpu(const SelectiveScanArgs& args, const ParallelFor& para
   if (shape.batch == 0) return {};
 
   job.plan = plan_from(args, shape);
-  job.blocks = (shape.d_inner + kChannels - 1) / kChannels;
+  job.plan.blocks_per_unit = blocks_per_unit(shape);
+  const int64_t channels = kChannels * job.plan.blocks_per_unit;
+  job.units = (shape.d_inner + channels - 1) / channels;
   std::unique_ptr<float[]> scratch;
   if (job.plan.dtype != DType::kFloat32) {
     const int64_t tokens = shape.batch * shape.seqlen;
@@ -103,7 +113,7 @@ Status selective_scan_cpu(const SelectiveScanArgs& args, const ParallelFor& para
     job.plan.sums = scratch.get() + b + c;
     parallel_for(widen_image, static_cast<size_t>(shape.batch), &job);
   }
-  parallel_for(run_unit, static_cast<size_t>(shape.batch * job.blocks), &job);
+  parallel_for(run_unit, static_cast<size_t>(shape.batch * job.units), &job);
   return {};
 }
 

@@ -83,6 +83,11 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
 
+  /// Of two arguments the one that is further from what fits_decay takes.
+  static VSSM_INLINE Vec max_bits(Vec a, Vec b) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+  }
+
   /// Whether Decay::fast holds for arguments down to this lowest one: all in [-125 octaves, -0].
   /// As integers the bits of negative floats count up from those of -0; positive ones and NaN are
   /// above them all, so one comparison tells.

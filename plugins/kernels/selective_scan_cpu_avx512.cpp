@@ -95,6 +95,11 @@ struct Avx512 {
                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(safe, 16)));
   }
 
+  /// Of two arguments the one that is further from what fits_decay takes.
+  static VSSM_INLINE Vec max_bits(Vec a, Vec b) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+
   /// Whether Decay::fast holds for arguments down to this lowest one: all in [-125 octaves, -0].
   /// As integers the bits of negative floats count up from those of -0; positive ones and NaN are
   /// above them all, so one comparison tells.
@@ -157,7 +162,112 @@ struct Avx512 {
   };
 };
 
+// For e^x: 2^(i / 32), less i 2^18 in its bits (see Avx512Functions::exp).
+alignas(64) const float kPower[32] = {
+    1.0F,        0.9953236F,  0.99088687F, 0.98669523F, 0.9827539F, 0.9790684F, 0.9756443F,
+    0.97248745F, 0.96960354F, 0.9669987F,  0.9646789F,  0.9626505F, 0.9609198F, 0.95949334F,
+    0.9583778F,  0.95758F,    0.95710677F, 0.9569654F,  0.9571631F, 0.9577072F, 0.9586054F,
+    0.95986545F, 0.96149516F, 0.96350276F, 0.9658964F,  0.9686847F, 0.9718761F, 0.97547954F,
+    0.97950405F, 0.98395884F, 0.9888533F,  0.9941971F,
+};
+// log1p(i w + r) as a cubic in r, w = 33 / 1024: minimax fits for |r| <= w / 2, of the relative
+// error where that matters (the first five), the first one exact at 0.
+alignas(64) const float kLog0[32] = {
+    0.0F,        0.031718183F, 0.06246117F, 0.09228715F, 0.12124924F, 0.14939609F, 0.17677234F,
+    0.20341904F, 0.2293741F,   0.2546725F,  0.27934664F, 0.30342662F, 0.32694036F, 0.34991387F,
+    0.3723714F,  0.3943357F,   0.4158279F,  0.4368679F,  0.4574743F,  0.47766465F, 0.4974554F,
+    0.51686203F, 0.5358993F,   0.5545808F,  0.5729197F,  0.59092844F, 0.6086185F,  0.6260011F,
+    0.6430867F,  0.6598852F,   0.67640626F, 0.6926588F,
+};
+alignas(64) const float kLog1[32] = {
+    0.99999994F, 0.9687794F,  0.9394495F, 0.91184324F, 0.8858131F,  0.8612279F,  0.83797055F,
+    0.81593627F, 0.7950311F,  0.7751703F, 0.7562777F,  0.73828405F, 0.72112674F, 0.7047488F,
+    0.68909824F, 0.6741277F,  0.6597938F, 0.6460568F,  0.6328801F,  0.62023014F, 0.60807604F,
+    0.59638906F, 0.58514285F, 0.574313F,  0.5638766F,  0.55381286F, 0.544102F,   0.53472584F,
+    0.52566737F, 0.5169107F,  0.5084409F, 0.50024426F,
+};
+alignas(64) const float kLog2[32] = {
+    -0.49996415F, -0.4693231F,  -0.4413331F,  -0.4157739F,  -0.3923724F,  -0.3708925F,
+    -0.35112932F, -0.33290476F, -0.31606314F, -0.30046797F, -0.2859992F,  -0.27255097F,
+    -0.26002946F, -0.24835144F, -0.23744284F, -0.2272375F,  -0.21767624F, -0.20870599F,
+    -0.20027903F, -0.19235234F, -0.1848871F,  -0.17784816F, -0.17120369F, -0.16492474F,
+    -0.158985F,   -0.15336046F, -0.1480292F,  -0.14297117F, -0.13816804F, -0.13360295F,
+    -0.12926042F, -0.12511787F,
+};
+alignas(64) const float kLog3[32] = {
+    0.3273773F,   0.3040839F,   0.27681944F,  0.25299415F,  0.23188072F,  0.21295275F,  0.19616093F,
+    0.18108918F,  0.16752274F,  0.15527833F,  0.14419869F,  0.13414858F,  0.12501116F,  0.11668509F,
+    0.109082304F, 0.102125935F, 0.09574871F,  0.08989159F,  0.084502615F, 0.07953594F,  0.07495099F,
+    0.070711784F, 0.06678634F,  0.06314615F,  0.059765782F, 0.056622446F, 0.053695735F, 0.0509673F,
+    0.04842063F,  0.046040844F, 0.043814484F, 0.04220579F,
+};
+
+/// exp, softplus and silu from tables of 32 entries: half the multiplications of the polynomials
+/// in cpu_lanes.h.
+struct Avx512Functions {
+  using Vec = __m512;
+  Vec power[2], log[4][2];
+  Vec unit, magic, ln2, ln2_low, q0, q1, lowest, per_cell, cell;
+
+  VSSM_INLINE Avx512Functions() {
+    const float* const tables[] = {kLog0, kLog1, kLog2, kLog3};
+    for (int half = 0; half < 2; ++half) {
+      power[half] = Avx512::load(kPower + 16 * half);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) log[i][half] = Avx512::load(tables[i] + 16 * half);
+    }
+    unit = Avx512::opaque(46.16624F);  // 32 / ln(2)
+    magic = Avx512::opaque(12582912.0F);
+    ln2 = Avx512::opaque(0.021660804748535156F);  // ln(2) / 32 in two parts
+    ln2_low = Avx512::opaque(4.4643961416568345e-08F);
+    q0 =
+        Avx512::opaque(1.0000147F);  // e^r = 1 + r (q0 + q1 r) for |r| <= ln(2) / 64, within 5.4e-8
+    q1 = Avx512::opaque(0.5000049F);
+    lowest = Avx512::opaque(-87.0F);
+    per_cell = Avx512::opaque(1024.0F / 33.0F);
+    cell = Avx512::opaque(33.0F / 1024.0F);
+  }
+
+  static VSSM_INLINE Vec look_up(const Vec* table, Vec index) {
+    return _mm512_permutex2var_ps(table[0], _mm512_castps_si512(index), table[1]);
+  }
+
+  /// e^x for x in [-87, 88], below: clamped. A NaN gives any value.
+  VSSM_INLINE Vec exp(Vec x) const {
+    x = _mm512_max_ps(lowest, x);
+    const Vec t = _mm512_fmadd_ps(x, unit, magic);  // its low bits are n, the nearest cell
+    const Vec n = t - magic;
+    const Vec r = _mm512_fnmadd_ps(n, ln2_low, _mm512_fnmadd_ps(n, ln2, x));
+    // 2^(n / 32): the low five bits of n choose an entry that lacks what they add to its bits.
+    const Vec whole = _mm512_castsi512_ps(_mm512_add_epi32(
+        _mm512_castps_si512(look_up(power, t)), _mm512_slli_epi32(_mm512_castps_si512(t), 18)));
+    // Not whole + whole r (...): that product may be a denormal, which counts as zero.
+    return whole * _mm512_fmadd_ps(_mm512_fmadd_ps(q1, r, q0), r, _mm512_set1_ps(1.0F));
+  }
+
+  /// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), relative error about 2e-7 for every x.
+  VSSM_INLINE Vec softplus(Vec x) const {
+    const Vec e = exp(Avx512::negative_abs(x));
+    const Vec t = _mm512_fmadd_ps(e, per_cell, magic);
+    const Vec r = _mm512_fnmadd_ps(t - magic, cell, e);
+    Vec p = _mm512_fmadd_ps(look_up(log[3], t), r, look_up(log[2], t));
+    p = _mm512_fmadd_ps(p, r, look_up(log[1], t));
+    p = _mm512_fmadd_ps(p, r, look_up(log[0], t));
+    return p + Avx512::max(_mm512_setzero_ps(), x);
+  }
+
+  VSSM_INLINE Vec silu(Vec x) const {
+    const Vec e = exp(_mm512_min_ps(_mm512_set1_ps(87.0F), _mm512_setzero_ps() - x));
+    return x / (_mm512_set1_ps(1.0F) + e);
+  }
+};
+
 }  // namespace
+
+template <>
+struct FunctionsOf<Avx512> {
+  using Type = Avx512Functions;
+};
 
 const CpuKernels kAvx512Kernels = {
     "avx512",

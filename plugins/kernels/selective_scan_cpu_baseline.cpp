@@ -43,10 +43,16 @@ struct Baseline {
   static VSSM_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm_max_ps((__m128)a, (__m128)b); }
   static VSSM_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm_min_ps((__m128)a, (__m128)b); }
   static VSSM_INLINE bool all(Int4 mask) { return _mm_movemask_ps((__m128)mask) == 15; }
+  /// Of two arguments the one that is further from what fits_decay takes. SSE2 compares 16 bits at
+  /// once: the upper ones decide, so -125.25 may pass for the limit; the fast exp2 takes that, too.
+  static VSSM_INLINE Vec max_bits(Vec a, Vec b) {
+    return (Vec)_mm_max_epi16((__m128i)a, (__m128i)b);
+  }
 #else
   static VSSM_INLINE Vec choose(Int4 mask, Vec a, Vec b) {
     return (Vec)((mask & (Int4)a) | (~mask & (Int4)b));
   }
+  static VSSM_INLINE Vec max_bits(Vec a, Vec b) { return choose((Int4)a > (Int4)b, a, b); }
   static VSSM_INLINE Vec max(Vec a, Vec b) { return choose(a > b, a, b); }
   static VSSM_INLINE Vec min(Vec a, Vec b) { return choose(a < b, a, b); }
   static VSSM_INLINE bool all(Int4 mask) { return (mask[0] & mask[1] & mask[2] & mask[3]) != 0; }
