@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,19 +43,25 @@ class Artifact:
         path = self.directory / WEIGHTS_FILE
         if not path.exists():
             raise ArtifactError(
-                f"{path} is not there: the export was made with --no-weights, and this needs the "
-                "model in PyTorch; export again with weights"
+                f"{path} is not there: the export was made with --no-weights, or lost them, and "
+                "this needs the model in PyTorch; export again with weights"
             )
         return path
 
 
-def open_artifact(artifact: Artifact | str | os.PathLike[str]) -> Artifact:
-    """Read and verify an exported directory; an Artifact is verified again.
+def open_artifact(
+    artifact: Artifact | str | os.PathLike[str], *, only: Collection[str] | None = None
+) -> Artifact:
+    """Read and verify an exported directory, wherever it is now; an Artifact is verified again.
+
+    Args:
+        artifact: the export.
+        only: the files to verify besides model.json; None for all.
 
     Raises:
         ArtifactError: it is no export, or a file's hash is not the one in model.json.
     """
-    directory = artifact.directory if isinstance(artifact, Artifact) else Path(artifact)
+    directory = artifact.directory if isinstance(artifact, Artifact) else Path(artifact).absolute()
     manifest = read_manifest(directory)
-    verify(directory, manifest)
+    verify(directory, manifest, only=only)
     return Artifact(directory, manifest)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from exporter.benchmark import BenchReport, Row
 from exporter.files import atomic_write_bytes
+from exporter.runtimes.session import plural
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em }
@@ -36,7 +37,8 @@ def page(report: BenchReport) -> str:
     total = sum(report.operators.values())
     scan = report.scan_over_floor
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>vssm bench</title><style>{_STYLE}</style></head>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>vssm bench</title><style>{_STYLE}</style></head>
 <body><h1>vssm bench</h1><ul>{context}</ul>
 <p>Latency of one batch; subjects were run in turn, so compare ratios within this page. The floor is
 the exponentials of the scans at this machine's measured exp2 rate
@@ -109,7 +111,7 @@ def _plot(rows: Sequence[Row]) -> str:
 
     figure = Figure(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
-    labels = [f"{r.subject}, batch {r.batch}, {r.threads} threads" for r in rows]
+    labels = [f"{r.subject}, batch {r.batch}, {plural(r.threads, 'thread')}" for r in rows]
     places = list(range(len(rows)))
     axes.barh(places, [r.median_ms for r in rows], color="#4c78a8", label="median")
     axes.plot([r.floor_ms for r in rows], places, "k|", markersize=12, label="floor")

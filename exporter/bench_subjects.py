@@ -15,10 +15,18 @@ import torch
 
 from exporter._version import __version__
 from exporter.artifact import Artifact
-from exporter.benchmark import BenchReport, MachineRates, Progress, Subject, measure
+from exporter.benchmark import (
+    BenchReport,
+    MachineRates,
+    Progress,
+    Subject,
+    check_arguments,
+    measure,
+)
 from exporter.flops import Work, count
 from exporter.machine import machine_rates
 from exporter.onnx_export import export
+from exporter.runtimes.library import library_info
 from exporter.runtimes.ort import OrtCpuSession, cpu_name
 from exporter.runtimes.session import Session
 from exporter.torch_session import TorchSession, model_of
@@ -37,6 +45,7 @@ def bench(
     progress: Progress,
 ) -> BenchReport:
     """Everything in one run, interleaved; arguments as for `benchmark.measure`."""
+    check_arguments(batches, threads, samples)
     progress("measuring the machine")
     rates = machine_rates(threads)
     with _dense_twin(artifact, progress) as dense:
@@ -50,6 +59,10 @@ def bench(
             samples=samples,
             progress=progress,
         )
+    command = (
+        f"vssm bench {artifact.directory} --batch {','.join(map(str, batches))} --threads "
+        f"{','.join(map(str, threads))} --samples {samples}{'' if torch_loop else ' --no-torch'}"
+    )
     progress("profiling")
     operators = _profile(artifact)
     return BenchReport(
@@ -57,7 +70,7 @@ def bench(
         rates=rates,
         operators=operators,
         scan_over_floor=_scan_over_floor(operators, rates, subjects[0]),
-        context=_context(artifact),
+        context={**_context(artifact), "command": command},
     )
 
 
@@ -108,9 +121,10 @@ def _profile(artifact: Artifact) -> dict[str, float]:
     shape = (1, *artifact.image_shape)
     images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     session = OrtCpuSession(artifact, threads=1, profile=True)
-    for _ in range(_PROFILE_RUNS):
-        session.run(images)
-    return session.profiled_operators()
+    with session:
+        for _ in range(_PROFILE_RUNS):
+            session.run(images)
+        return session.profiled_operators()
 
 
 def _scan_over_floor(
@@ -121,7 +135,7 @@ def _scan_over_floor(
 
 
 def _context(artifact: Artifact) -> dict[str, str]:
-    manifest = artifact.manifest
+    manifest, library = artifact.manifest, library_info()
     schedule = manifest.schedule
     pruned = "dense"
     if schedule is not None:
@@ -130,7 +144,9 @@ def _context(artifact: Artifact) -> dict[str, str]:
     return {
         "model": f"{manifest.name} {manifest.dtype} {pruned}",
         "weights": manifest.weights,
+        "images": "x".join(map(str, artifact.image_shape)) + " float32, after 2 runs to warm up",
         "cpu": cpu_name(),
+        "kernels": f"{library.path.name} {library.version}, {library.cpu_isa}",
         "vssm": __version__,
         "onnxruntime": onnxruntime.__version__,
         "onnx": onnx.__version__,

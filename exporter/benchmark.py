@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from exporter.runtimes.session import Array, Session
+from exporter.runtimes.session import Array, Session, checked_threads, plural
 
 Progress = Callable[[str], None]
 
@@ -106,6 +106,21 @@ class BenchReport:
         raise KeyError(f"no row for subject={subject!r}, batch={batch}, threads={threads}")
 
 
+def check_arguments(batches: Sequence[int], threads: Sequence[int], samples: int) -> None:
+    """Refuse what `measure` would refuse, before anything is made ready for it.
+
+    Raises:
+        ValueError: there is no number, one is below 1, or named twice; too many threads.
+    """
+    for name, values in (("batches", batches), ("threads", threads), ("samples", (samples,))):
+        if not values or min(values) < 1:
+            raise ValueError(f"{name}={list(values)}: must be at least 1; give positive numbers")
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name}={list(values)} names one twice; name each once")
+    for count in threads:
+        checked_threads(count)
+
+
 def measure(
     subjects: Sequence[Subject],
     image_shape: tuple[int, ...],
@@ -130,17 +145,16 @@ def measure(
     Raises:
         ValueError: an argument is below 1, or outputs that must agree do not.
     """
-    for name, values in (("batches", batches), ("threads", threads), ("samples", (samples,))):
-        if not values or min(values) < 1:
-            raise ValueError(f"{name}={list(values)}: must be at least 1; give positive numbers")
+    check_arguments(batches, threads, samples)
     rows: list[Row] = []
     for count in threads:
-        sessions = [subject.open(count) for subject in subjects]
+        sessions: list[Session] = []
         try:
+            sessions.extend(subject.open(count) for subject in subjects)
             for batch in batches:
                 shape = (batch, *image_shape)
                 images = np.random.default_rng(batch).standard_normal(shape).astype(np.float32)
-                progress(f"batch {batch}, {count} thread{'s' if count > 1 else ''}")
+                progress(f"batch {batch}, {plural(count, 'thread')}")
                 times, logits = _alternate(sessions, images, samples)
                 for i, subject in enumerate(subjects):
                     floor = rates.floor_ms(subject, batch, count)
@@ -149,7 +163,7 @@ def measure(
                     row = _row(subject.name, (batch, count), times[i], floor_ms=floor, info=info)
                     rows.append(replace(row, difference=difference))
         finally:
-            for session in sessions:
+            for session in reversed(sessions):
                 session.close()
     return rows
 

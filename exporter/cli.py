@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.status import Status
+from rich.text import Text
 
 from exporter import pipeline
 from exporter._version import __version__
 from exporter.artifact import Artifact
-from exporter.errors import VssmError
-from exporter.files import atomic_write_bytes
+from exporter.cli_options import integers, options
+from exporter.errors import ArtifactError, VssmError
+from exporter.files import check_writable
+from exporter.pipeline_export import ExportRequest, export_model
 
 app = typer.Typer(
     name="vssm",
@@ -24,11 +28,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune vision state-space models, export them to ONNX, run, prove and measure them.",
 )
-console = Console()
-_errors = Console(stderr=True)
+# File names and labels are shown as they are, whatever brackets or colons they hold.
+console = Console(markup=False, emoji=False)
+_errors = Console(stderr=True, markup=False, emoji=False)
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Refuse at once what could not be written at the end."""
+    if path is not None:
+        check_writable(path)
+    return path
+
 
 Directory = Annotated[Path, typer.Argument(help="What `vssm export` wrote.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_writable, help="Also write the result to this file."),
+]
 Runtime = Annotated[str, typer.Option(help="ort-cpu or torch.")]
 Operators = Annotated[
     str | None, typer.Option(help="kernel (the default) or body, for ONNX Runtime.")
@@ -37,16 +53,24 @@ Threads = Annotated[int | None, typer.Option(help="Threads of one run; all cores
 
 
 def main() -> None:
-    """Run the command; exit code 0 success, 1 a check failed, 2 bad usage or input."""
+    """Run the command; exit code 0 success, 1 a check failed, 2 bad usage or input, 3 a fault."""
     try:
         app()
-    except (VssmError, ValueError, TypeError) as error:
-        _errors.print(f"[bold red]error[/]: {_plain(error)}", soft_wrap=True)
+    except (VssmError, ValueError, TypeError, OSError, MemoryError) as error:
+        _say(_errors, "error", "bold red", f": {error or type(error).__name__}")
         sys.exit(2)
+    except Exception:  # not 1: a script would take it for a failed check
+        traceback.print_exc()
+        _say(_errors, "fault", "bold red", ": unexpected; unless memory ran out, please report it")
+        sys.exit(3)
 
 
-def _plain(error: Exception) -> str:
-    return str(error).replace("[", r"\[")
+def _say(where: Console, word: str, style: str, rest: str = "") -> None:
+    where.print(Text.assemble((word, style), rest), soft_wrap=True)
+
+
+def _show(status: Status) -> Callable[[str], None]:
+    return lambda step: status.update(Text(step))
 
 
 @app.callback(invoke_without_command=True)
@@ -64,7 +88,6 @@ def models(json_file: Json = None) -> None:
     from exporter.tables import table
 
     rows = pipeline.describe_models()
-    _write_json(json_file, rows)
     columns = ("model", "parameters", "image", "tokens", "GFLOPs published rule", "true")
     console.print(
         table(
@@ -83,6 +106,7 @@ def models(json_file: Json = None) -> None:
             ),
         )
     )
+    _write_json(json_file, rows)
 
 
 @app.command()
@@ -92,10 +116,12 @@ def export(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights; seeded ones without.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")] = False,
     schedule: Annotated[str | None, typer.Option(help="BLOCK:RATIO,..., 5:0.8,10:0.8.")] = None,
-    alignment: Annotated[str, typer.Option(help="gap, constant or none.")] = "gap",
+    alignment: Annotated[
+        str | None, typer.Option(help="gap (the default), constant or none.")
+    ] = None,
     importance: Annotated[
-        str, typer.Option(help="clip, sum, l1, l2, as_released or random.")
-    ] = "clip",
+        str | None, typer.Option(help="clip (the default), sum, l1, l2, as_released or random.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     opset: Annotated[int, typer.Option(help="18 to 20.")] = 18,
     num_classes: Annotated[int, typer.Option(help="Width of the classifier.")] = 1000,
@@ -113,7 +139,7 @@ def export(
     json_file: Json = None,
 ) -> None:
     """Export a model, pruned or dense, to model.onnx and model.json."""
-    request = pipeline.ExportRequest(
+    request = ExportRequest(
         name=name,
         checkpoint=checkpoint,
         source="ema" if ema else "model",
@@ -123,22 +149,22 @@ def export(
         dtype=dtype,
         opset=opset,
         num_classes=num_classes,
-        options=_options(option or []),
+        options=options(option or []),
         labels=labels,
         inline=inline,
         weights=not no_weights,
         force=force,
     )
     with console.status("working") as status:
-        artifact = pipeline.export_model(request, output, progress=status.update)
-    _write_json(json_file, dataclasses.asdict(artifact.manifest))
+        artifact = export_model(request, output, progress=_show(status))
     _print_export(artifact)
+    _write_json(json_file, artifact.manifest)
 
 
 def _print_export(artifact: Artifact) -> None:
     manifest = artifact.manifest
     if manifest.checkpoint is None:
-        console.print("[yellow]no checkpoint given: these are the seeded initial weights[/]")
+        console.print("no checkpoint given: these are the seeded initial weights", style="yellow")
     else:
         console.print(f"weights: {manifest.checkpoint.file}")
     if manifest.schedule is not None:
@@ -173,14 +199,18 @@ def check(
             threads=threads,
             per_block=per_block,
         )
-    _write_json(json_file, dataclasses.asdict(report))
     for shown in parity_tables(report):
         console.print(shown)
     for failure in report.failures:
-        console.print(f"[bold red]failed[/]: {failure}", soft_wrap=True)
+        _say(console, "failed", "bold red", f": {failure}")
+    _write_json(json_file, report)
+    try:
+        pipeline.write_json(directory / "parity.json", report)
+    except ArtifactError as error:  # a check may look at what it cannot write to
+        _say(_errors, "parity.json was not written", "yellow", f": {error}")
     if not report.passed:
         raise typer.Exit(1)
-    console.print("[bold green]passed[/]")
+    _say(console, "passed", "bold green")
 
 
 @app.command()
@@ -206,13 +236,13 @@ def run(
         labels=labels,
         top=top,
     )
-    _write_json(json_file, {"runtime": dataclasses.asdict(info), "images": results})
     rows = (
         (r["file"] if i == 0 else "", p["label"], f"{p['probability']:.4f}")
         for r in results
         for i, p in enumerate(r["predictions"])
     )
     console.print(table(str(info), ("image", "class", "probability"), rows))
+    _write_json(json_file, {"runtime": info, "images": results})
 
 
 @app.command()
@@ -233,16 +263,16 @@ def bench(
     with console.status("measuring") as status:
         measured = pipeline.bench_directory(
             directory,
-            batches=_integers("batch", batch),
-            threads=_integers("threads", threads),
+            batches=integers("batch", batch),
+            threads=integers("threads", threads),
             samples=samples,
             torch_loop=torch_loop,
             page=report,
-            progress=status.update,
+            progress=_show(status),
         )
-    _write_json(json_file, dataclasses.asdict(measured))
     for shown in bench_tables(measured):
         console.print(shown)
+    _write_json(json_file, measured)
     console.print(f"wrote {report or directory / 'bench.html'}")
 
 
@@ -253,34 +283,13 @@ def doctor(json_file: Json = None) -> None:
     from exporter.tables import findings_table
 
     findings = examine()
-    _write_json(json_file, [dataclasses.asdict(f) for f in findings])
     console.print(findings_table(findings))
+    _write_json(json_file, findings)
 
 
 def _write_json(path: Path | None, value: Any) -> None:
     if path is not None:
-        text = json.dumps(value, indent=2, default=str)
-        atomic_write_bytes(path, f"{text}\n".encode())
-
-
-def _integers(name: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{name}={text!r} is not a list of integers; write 1,8") from None
-
-
-def _options(pairs: list[str]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set {pair}: is not KEY=VALUE; write for example image_size=384")
-        try:
-            options[key] = json.loads(value)
-        except json.JSONDecodeError:
-            options[key] = value
-    return options
+        pipeline.write_json(path, value)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ def examine() -> list[Finding]:
         Finding("vssm-exporter", True, f"{__version__}, Python {platform.python_version()}"),
         Finding("machine", True, _machine()),
         _operator_library(),
-        *(_package(name, remedy) for name, remedy in _PACKAGES),
+        *(_package(names, remedy) for names, remedy in _PACKAGES),
         _providers(),
-        _command("C++ compiler", ("c++", "g++", "clang++"), "install g++ 9 or newer, or set CXX"),
+        _command("C++ compiler", _COMPILERS, "install g++ 9 or newer, or set CXX"),
         _command("CMake", ("cmake",), "pip install cmake"),
         _nvcc(),
         _gpu(),
@@ -43,12 +43,15 @@ def examine() -> list[Finding]:
 
 
 _PACKAGES = (
-    ("torch", "pip install torch: models, export, the oracle"),
-    ("onnx", "pip install onnx: export and check"),
-    ("onnxruntime", "pip install onnxruntime: sessions ort-cpu"),
-    ("matplotlib", "pip install matplotlib: plots in reports"),
-    ("tensorrt", "pip install tensorrt on a machine with an NVIDIA GPU: TensorRT engines"),
+    (("torch",), "pip install torch: models, export, the oracle"),
+    (("onnx",), "pip install onnx: export and check"),
+    (("onnxruntime", "onnxruntime-gpu"), "pip install onnxruntime: sessions ort-cpu"),
+    (("matplotlib",), "pip install matplotlib: plots in reports"),
+    (("tensorrt",), "pip install tensorrt on a machine with an NVIDIA GPU: TensorRT engines"),
 )
+
+
+_COMPILERS = (*filter(None, [os.environ.get("CXX")]), "c++", "g++", "clang++")
 
 
 def _machine() -> str:
@@ -73,11 +76,14 @@ def _operator_library() -> Finding:
     return Finding(part, True, f"{info.path}, version {info.version}, kernels for {info.cpu_isa}")
 
 
-def _package(name: str, remedy: str) -> Finding:
-    try:
-        return Finding(name, True, importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(name, False, "not installed", remedy)
+def _package(names: tuple[str, ...], remedy: str) -> Finding:
+    """A distribution under any of its names, the usual one first."""
+    for name in names:
+        try:
+            return Finding(name, True, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Finding(names[0], False, "not installed", remedy)
 
 
 def _providers() -> Finding:

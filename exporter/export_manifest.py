@@ -36,8 +36,13 @@ def describe_export(
     preprocessing: Preprocessing | None,
     labels: Sequence[str] | None,
     files: dict[str, str],
+    initial: bool,
 ) -> Manifest:
-    """The manifest of an export: `files` maps the names written beside it to their hashes."""
+    """The manifest of an export: `files` maps the names written beside it to their hashes.
+
+    `initial` says whether the weights are the seeded ones of `create_model`.
+    """
+    origin = "initial" if initial else "custom"
     packages = ("torch", "onnx", "onnxscript", "numpy")
     return Manifest(
         name=model.name,
@@ -52,7 +57,7 @@ def describe_export(
             "vssm-exporter": __version__,
             **{name: importlib.metadata.version(name) for name in packages},
         },
-        weights="initial" if model.checkpoint is None else "checkpoint",
+        weights=origin if model.checkpoint is None else "checkpoint",
         schedule=_schedule_info(model),
         block_outputs=block_outputs(model),
         preprocessing=preprocessing or Preprocessing.for_image_size(model.image_size),
@@ -73,7 +78,7 @@ def _schedule_info(model: VisionModel) -> ScheduleInfo | None:
     if schedule is None:
         return None
     return ScheduleInfo(
-        blocks={block: str(ratio) for block, ratio in schedule.ratios.items()},
+        blocks={b: f"{ratio.normalize():f}" for b, ratio in schedule.ratios.items()},
         alignment=schedule.alignment,
         importance=schedule.importance,
         source=schedule.source,

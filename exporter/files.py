@@ -28,6 +28,7 @@ EXPORT_FILES: Final = frozenset(
         "weights.safetensors",
         "parity.json",
         "bench.json",
+        "bench.html",
     }
 )
 _CHUNK: Final = 1 << 20
@@ -81,6 +82,25 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that could not be written, before the work that is to fill it.
+
+    Raises:
+        ArtifactError: it is no regular file (a rename would put one in place of a link such as
+            /dev/stdout), or its directory is not there or not to be written to.
+    """
+    target = Path(path)
+    reason = ""
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_file()):
+        reason = "not a regular file"
+    elif not target.parent.is_dir():
+        reason = "its directory is not there"
+    elif not os.access(target.parent, os.W_OK | os.X_OK):
+        reason = "no permission"
+    if reason:
+        raise _unwritable(target, OSError(0, reason))
 
 
 @contextlib.contextmanager

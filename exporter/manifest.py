@@ -47,7 +47,7 @@ __all__ = [
 
 INTERPOLATIONS: Final = ("bicubic", "bilinear", "nearest")
 TENSOR_TYPES: Final = (*FLOAT_TYPES, "int64", "int32")
-WEIGHTS: Final = ("checkpoint", "initial")
+WEIGHTS: Final = ("checkpoint", "initial", "custom")
 BATCH: Final = "batch"
 _MAX_SIDE: Final = 1 << 16
 _MIN_SEED: Final = -(1 << 63)

@@ -98,6 +98,8 @@ class Manifest:
 
     `files` maps every other file of the directory to its SHA-256, `operators` the custom operators
     in the graph to their versions, `versions` the packages that made the export to theirs.
+    `weights` is "checkpoint" (from the file that `checkpoint` names), "initial" (the seeded ones of
+    `create_model`) or "custom" (any other).
     """
 
     name: str

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +27,7 @@ from exporter.errors import UnsupportedError
 from exporter.export_manifest import block_outputs, describe_export, used_operators
 from exporter.files import sha256_of, staged_directory
 from exporter.manifest import Preprocessing, write_manifest
-from exporter.models.base import VisionModel
+from exporter.models import VisionModel, model_from_config
 from exporter.onnx_bodies import SUPPORTED_OPSETS, build_functions
 from exporter.onnx_schemas import register_schemas
 from exporter.spec import DOMAIN, OPERATOR_VERSION, OPERATORS, PLUGIN_ATTRIBUTES, OperatorSpec
@@ -71,11 +72,13 @@ def export(
 
     Raises:
         TypeError: `model` is not one of this package's models.
-        ValueError: `dtype`, `opset` or `labels` does not fit.
+        ValueError: `dtype`, `opset` or `labels` does not fit; the weights are not those of the
+            model's configuration, on no real device, or not finite in `dtype`.
         UnsupportedError: the schedule has no exported form (alignment "masked").
         ArtifactError: the directory cannot be written, or holds an export and not `force`.
     """
     _refuse(model, dtype, opset, labels)
+    initial = _initial_weights(model)
     with staged_directory(directory, force=force) as staging:
         proto = build_proto(model, dtype=dtype, opset=opset)
         onnx.save(proto, staging / MODEL_FILE)
@@ -93,6 +96,7 @@ def export(
             preprocessing=preprocessing,
             labels=labels,
             files={path.name: sha256_of(path) for path in sorted(staging.iterdir())},
+            initial=initial,
         )
         write_manifest(staging, manifest)
     return Artifact(Path(directory).absolute(), manifest)
@@ -177,10 +181,37 @@ def _refuse(model: VisionModel, dtype: str, opset: int, labels: Sequence[str] | 
         )
 
 
+def _initial_weights(model: VisionModel) -> bool:
+    """Whether the weights are the seeded ones of `create_model`; they must fit its configuration.
+
+    A model whose head was replaced, say, would be exported under a configuration that is not its.
+    """
+    state = model.state_dict()
+    if meta := [key for key, value in state.items() if value.is_meta]:
+        raise ValueError(
+            f"model: {len(meta)} weights, {meta[0]} the first, are on device meta, which holds no "
+            "values; create the model on a real device and load its weights"
+        )
+    with torch.device("cpu"):
+        seeded = model_from_config(model.name, asdict(model.config), model.schedule).state_dict()
+    shapes, wanted = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, seeded))
+    for key in sorted({*shapes, *wanted}):
+        if shapes.get(key) != wanted.get(key):
+            raise ValueError(
+                f"model: {key} has shape {shapes.get(key)}, but {model.name} with its "
+                f"configuration {wanted.get(key)}; create the model with the options that fit, "
+                "such as num_classes, and load the weights into it"
+            )
+    return all(torch.equal(value.to(state[k].dtype), state[k].cpu()) for k, value in seeded.items())
+
+
 def _cast_copy(model: VisionModel, dtype: torch.dtype) -> VisionModel:
     """A copy on the CPU in eval mode, its projections in `dtype`, its islands in float32.
 
     ONNX has no bfloat16 convolution before opset 22: there they are islands too.
+
+    Raises:
+        ValueError: a weight is NaN, infinite, or beyond the range of its dtype.
     """
     twin = copy.deepcopy(model).cpu().eval().float()
     for owner, module in twin.named_modules():
@@ -189,11 +220,17 @@ def _cast_copy(model: VisionModel, dtype: torch.dtype) -> VisionModel:
         for name, parameter in module.named_parameters(owner, recurse=False):
             if not twin.stays_wide(name):
                 parameter.data = parameter.data.to(dtype)
+    bad = [key for key, value in twin.state_dict().items() if not bool(value.isfinite().all())]
+    if bad:
+        raise ValueError(
+            f"model: NaN, infinity, or values beyond {dtype} in {', '.join(bad[:6])} ({len(bad)} "
+            "in all); mend them, or export float32 if they are only too large"
+        )
     return twin
 
 
 def _trace(traced: _Traced, image_size: tuple[int, int], opset: int) -> ir.Model:
-    example = torch.zeros(2, 3, *image_size)
+    example = torch.zeros(2, 3, *image_size, dtype=torch.float32, device="cpu")
     with torch.no_grad(), _quiet():
         program = torch.export.export(
             traced, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim(_BATCH)}}

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporter.artifact import Artifact, open_artifact
+from exporter.artifact import MODEL_FILE, Artifact, open_artifact
 from exporter.benchmark import BenchReport, Progress
-from exporter.files import atomic_write_bytes
+from exporter.files import atomic_write_bytes, check_writable
 from exporter.parity import ParityReport, compare
 from exporter.preprocessing import preprocess, read_labels
 from exporter.runtimes.session import Array, RuntimeInfo, Session
-from exporter.schedule import PruneSchedule
 
 if TYPE_CHECKING:
     from exporter.models import VisionModel
 
 RUNTIMES = ("ort-cpu", "torch")
+_RUN_BATCH = 16  # images a run of `classify`
 
 
 def open_session(
@@ -50,7 +50,7 @@ def open_session(
     """
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime={runtime!r} is not one of {', '.join(RUNTIMES)}; choose one")
-    opened = open_artifact(artifact)
+    opened = open_artifact(artifact, only=None if runtime == "torch" else (MODEL_FILE,))
     if runtime == "torch":
         if operators is not None:
             raise ValueError(
@@ -86,7 +86,7 @@ def check_parity(
         per_block: also compare every block's streams, and name the first out of tolerance.
 
     Raises:
-        ValueError: the runtime is the oracle itself.
+        ValueError: the runtime is the oracle itself, or `model` is another one than was exported.
         ArtifactError, RuntimeUnavailableError, UnsupportedError: as for `open_session`.
     """
     if runtime == "torch":
@@ -96,7 +96,7 @@ def check_parity(
     from exporter.runtimes.ort import OrtCpuSession
     from exporter.torch_session import model_of, oracle
 
-    opened = open_artifact(artifact)
+    opened = open_artifact(artifact, only=None if model is None else (MODEL_FILE,))
     with open_session(opened, runtime, operators=operators, threads=threads) as session:
         images = sample_images(opened) if images is None else images
         free = session.run(images)
@@ -125,64 +125,6 @@ def sample_images(artifact: Artifact, count: int = 4, *, seed: int = 0) -> Array
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class ExportRequest:
-    """What `vssm export` was asked for; the fields are its options."""
-
-    name: str
-    checkpoint: Path | None = None
-    source: str = "model"
-    schedule: str | None = None
-    alignment: str = "gap"
-    importance: str = "clip"
-    dtype: str = "float32"
-    opset: int = 18
-    num_classes: int = 1000
-    options: Mapping[str, Any] = field(default_factory=dict)
-    labels: Path | None = None
-    inline: bool = False
-    weights: bool = True
-    force: bool = False
-
-
-def export_model(
-    request: ExportRequest, directory: Path, *, progress: Progress = lambda _: None
-) -> Artifact:
-    """Build, load, export; nothing is written unless all of it succeeds.
-
-    Raises:
-        ValueError, VssmError: as `create_model`, `load_checkpoint` and `export` do.
-    """
-    from exporter.checkpoint import load_checkpoint
-    from exporter.models import create_model
-    from exporter.onnx_export import export
-
-    schedule = None
-    if request.schedule is not None:
-        schedule = PruneSchedule.parse(
-            request.schedule, alignment=request.alignment, importance=request.importance
-        )
-    progress(f"building {request.name}")
-    model = create_model(
-        request.name, schedule=schedule, num_classes=request.num_classes, **request.options
-    )
-    labels = None if request.labels is None else read_labels(request.labels, request.num_classes)
-    if request.checkpoint is not None:
-        progress(f"loading {request.checkpoint}")
-        load_checkpoint(model, request.checkpoint, source=request.source)
-    progress("tracing and writing")
-    return export(
-        model,
-        directory,
-        dtype=request.dtype,
-        opset=request.opset,
-        inline=request.inline,
-        weights=request.weights,
-        labels=labels,
-        force=request.force,
-    )
-
-
 def check_directory(
     directory: Path,
     runtime: str,
@@ -192,10 +134,10 @@ def check_directory(
     threads: int | None = None,
     per_block: bool = False,
 ) -> ParityReport:
-    """`check_parity` on an export's own weights; writes parity.json beside it."""
+    """`check_parity` on an export's own weights and image files; None of these: noise."""
     artifact = open_artifact(directory)
     images = preprocess(list(image_files), artifact) if image_files else None
-    report = check_parity(
+    return check_parity(
         None,
         artifact,
         runtime,
@@ -204,8 +146,6 @@ def check_directory(
         threads=threads,
         per_block=per_block,
     )
-    _write_report(artifact, "parity.json", report)
-    return report
 
 
 def classify(
@@ -221,37 +161,46 @@ def classify(
     """The `top` classes of image files, with their softmax probabilities.
 
     Raises:
-        ValueError: a file is no image, the labels do not fit, or `top` is below 1.
+        ValueError: a file is no image, its logits are not finite, the labels do not fit, or `top`
+            is below 1.
     """
     if top < 1:
         raise ValueError(f"top={top} is below 1; give the number of classes to print")
-    artifact = open_artifact(directory)
+    artifact = open_artifact(directory, only=(MODEL_FILE,))
     manifest = artifact.manifest
     classes = int(manifest.outputs[0].shape[1])
     names = manifest.labels if labels is None else read_labels(labels, classes)
-    images = preprocess(list(files), artifact)
-    with open_session(artifact, runtime, operators=operators, threads=threads) as session:
-        logits = session.run(images)["logits"].astype(np.float64)
-        info = session.info
-    shares = np.exp(logits - logits.max(1, keepdims=True))
-    shares /= shares.sum(1, keepdims=True)
     results: list[dict[str, Any]] = []
-    for file, share in zip(files, shares, strict=True):
-        best = np.argsort(-share, kind="stable")[:top]
-        results.append(
-            {
-                "file": str(file),
-                "predictions": [
-                    {
-                        "class": int(c),
-                        "label": str(c) if names is None else names[c],
-                        "probability": float(share[c]),
-                    }
-                    for c in best
-                ],
-            }
+    with open_session(artifact, runtime, operators=operators, threads=threads) as session:
+        for start in range(0, len(files), _RUN_BATCH):
+            some = files[start : start + _RUN_BATCH]
+            logits = session.run(preprocess(list(some), artifact))["logits"]
+            results += [
+                {"file": str(file), "predictions": _predictions(file, scores, names, top)}
+                for file, scores in zip(some, logits, strict=True)
+            ]
+        return results, session.info
+
+
+def _predictions(
+    file: Path, logits: Array, names: Sequence[str] | None, top: int
+) -> list[dict[str, Any]]:
+    """The best classes of one image, with softmax over logits (classes,)."""
+    if not np.isfinite(logits).all():
+        raise ValueError(
+            f"image={file} has logits that are NaN or infinite: the model overflows; see "
+            "`vssm check --per-block --image FILE`, or export it in float32"
         )
-    return results, info
+    shares = np.exp(logits.astype(np.float64) - logits.max())
+    shares /= shares.sum()
+    return [
+        {
+            "class": int(c),
+            "label": str(c) if names is None else names[c],
+            "probability": float(shares[c]),
+        }
+        for c in np.argsort(-shares, kind="stable")[:top]
+    ]
 
 
 def bench_directory(
@@ -269,6 +218,9 @@ def bench_directory(
     from exporter.bench_subjects import bench
 
     artifact = open_artifact(directory)
+    page = page or artifact.directory / "bench.html"
+    for path in (page, artifact.directory / "bench.json"):
+        check_writable(path)
     report = bench(
         artifact,
         batches=batches,
@@ -277,8 +229,8 @@ def bench_directory(
         torch_loop=torch_loop,
         progress=progress,
     )
-    _write_report(artifact, "bench.json", report)
-    write_page(report, page or artifact.directory / "bench.html")
+    write_json(artifact.directory / "bench.json", report)
+    write_page(report, page)
     return report
 
 
@@ -289,6 +241,20 @@ def describe_models() -> list[dict[str, Any]]:
     return catalog.describe_models()
 
 
-def _write_report(artifact: Artifact, name: str, report: ParityReport | BenchReport) -> None:
-    text = json.dumps(dataclasses.asdict(report), indent=2)
-    atomic_write_bytes(artifact.directory / name, f"{text}\n".encode())
+def write_json(path: Path, value: Any) -> None:
+    """Write a report, or what JSON can hold; infinity and NaN, which it lacks, as "inf", "nan".
+
+    Raises:
+        ArtifactError: the path cannot be written.
+    """
+    atomic_write_bytes(path, f"{json.dumps(_plain(value), indent=2, allow_nan=False)}\n".encode())
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-from exporter.benchmark import BenchReport
+from exporter.benchmark import BenchReport, Row
 from exporter.doctor import Finding
 from exporter.parity import Comparison, ParityReport
+from exporter.runtimes.session import plural
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
@@ -37,8 +38,10 @@ def parity_tables(report: ParityReport) -> list[Table]:
         ("logits, oracle's positions", f"{report.forced.relative:.1e}", _limit(report.forced)),
     ]
     if report.free_logits is not None:
+        alike = report.images_alike
+        some = "" if alike == report.images else f", {alike} images of the same choices"
         free = report.free_logits
-        rows.append(("logits, free-running", f"{free.relative:.1e}", _limit(free)))
+        rows.append((f"logits, free-running{some}", f"{free.relative:.1e}", _limit(free)))
     for stage, share in enumerate(report.kept_agreement):
         rows.append((f"kept positions agreed, stage {stage}", f"{share:.2%}", ""))
     rows.append(("top-1 agreement", f"{report.top1_agreement:.0%}", ""))
@@ -80,35 +83,37 @@ def _limit(comparison: Comparison) -> str:
 
 
 def bench_tables(report: BenchReport) -> list[Table]:
-    """Times of every subject, and where the kernel session spends its own."""
-    columns = ("subject", "batch", "threads", "median ms", "p95 ms", "n", "images/s")
-    rows = [
-        (
-            r.subject,
-            r.batch,
-            r.threads,
-            f"{r.median_ms:.2f}",
-            f"{r.p95_ms:.2f}",
-            r.samples,
-            f"{r.images_per_s:.1f}",
-            f"{r.floor_ms:.2f}",
-            f"{r.over_floor:.2f}",
-            None if r.difference is None else f"{r.difference:.0e}",
+    """What ran where, times of every subject, and where the kernel session spends its own."""
+    columns = ("subject", "median", "p95", "images/s", "floor", "x floor", "diff")
+    groups: dict[tuple[int, int, int], list[Row]] = {}
+    for row in report.rows:
+        groups.setdefault((row.batch, row.threads, row.samples), []).append(row)
+    times = [
+        table(
+            f"batch {batch}, {plural(threads, 'thread')}: ms a batch, {samples} samples",
+            columns,
+            (
+                (
+                    r.subject,
+                    f"{r.median_ms:.2f}",
+                    f"{r.p95_ms:.2f}",
+                    f"{r.images_per_s:.1f}",
+                    f"{r.floor_ms:.2f}",
+                    f"{r.over_floor:.2f}",
+                    None if r.difference is None else f"{r.difference:.0e}",
+                )
+                for r in rows
+            ),
         )
-        for r in report.rows
+        for (batch, threads, samples), rows in groups.items()
     ]
-    times = table(
-        "; ".join(f"{k}: {v}" for k, v in report.context.items()),
-        (*columns, "floor ms", "over floor", "difference"),
-        rows,
-    )
     total = sum(report.operators.values())
     spent = table(
-        "one image, one thread, with kernels: time by operator",
+        "one image, one thread, with kernels",
         ("operator", "ms", "share"),
         ((k, f"{v:.3f}", f"{v / total:.0%}") for k, v in list(report.operators.items())[:12]),
     )
-    return [times, spent]
+    return [table("measured", ("", ""), report.context.items()), *times, spent]
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:

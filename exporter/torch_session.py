@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from exporter.errors import ArtifactError
 from exporter.models import VisionModel, model_from_config
 from exporter.parity import OracleResult
 from exporter.runtimes.ort import cpu_name
-from exporter.runtimes.session import Array, RuntimeInfo, Session
+from exporter.runtimes.session import CLOSED, Array, RuntimeInfo, Session, checked_threads
 from exporter.schedule import PruneSchedule
 
 
@@ -57,44 +60,71 @@ def schedule_of(artifact: Artifact) -> PruneSchedule | None:
     )
 
 
-class TorchSession(Session):
-    """`torch`: the model in PyTorch with the operators' oracle, a loop over the sequence.
+def _refuse_another(model: VisionModel, artifact: Artifact) -> None:
+    exported, given = json.loads(json.dumps([artifact.manifest.config, asdict(model.config)]))
+    if exported != given or _rules(schedule_of(artifact)) != _rules(model.schedule):
+        raise ValueError(
+            f"model: {model.name} of this configuration and schedule is not the model of this "
+            f"export, in {artifact.directory}; pass the one that was exported, or export it again"
+        )
 
-    `run` may be called from several threads at once; they share torch's threads.
+
+def _rules(schedule: PruneSchedule | None) -> dict[str, Any]:
+    """What a schedule does: its seed only where it draws."""
+    rules = {} if schedule is None else dict(vars(schedule))
+    return rules if rules.get("importance") == "random" else {**rules, "seed": 0}
+
+
+class TorchSession(Session):
+    """`torch`: the float32 model in PyTorch with the operators' oracle, a loop over the sequence.
+
+    `run` may be called from several threads at once; they share torch's threads, whose number
+    `threads` sets for the whole process until `close`.
     """
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
         self._model: VisionModel | None = model_of(artifact)
+        self._threads_before = torch.get_num_threads()
+        if threads is not None:
+            torch.set_num_threads(checked_threads(threads))
         info = RuntimeInfo(
             runtime="torch",
             operators="oracle",
-            version=f"torch {torch.__version__}",
+            version=f"torch {torch.__version__} float32",
             device=cpu_name(),
             threads=torch.get_num_threads(),
         )
         super().__init__(artifact.manifest, info)
 
     def _run(self, images: Array) -> dict[str, Array]:
-        if self._model is None:
-            raise ValueError("session=closed: open another one to run again")
+        model = self._model
+        if model is None:
+            raise ValueError(CLOSED)
         with torch.inference_mode():
-            found = self._model.forward_details(torch.from_numpy(images))
+            found = model.forward_details(torch.from_numpy(np.array(images)))
         kept = {f"kept_positions_{i}": k.numpy() for i, k in enumerate(found.kept_positions)}
         return {"logits": found.logits.numpy(), **kept}
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model, and give torch back the threads it had."""
+        if self._model is not None:
+            torch.set_num_threads(self._threads_before)
         self._model = None
 
 
 def oracle(model: VisionModel, artifact: Artifact, images: Array) -> OracleResult:
-    """What the model says of images (batch, 3, height, width) in float64; it stays as it is."""
+    """What the model says of images (batch, 3, height, width) in float64; it stays as it is.
+
+    Raises:
+        ValueError: it is not the model that was exported, whatever its weights.
+    """
+    _refuse_another(model, artifact)
     exact = copy.deepcopy(model).cpu().eval().double()
     names = artifact.manifest.block_outputs
     with torch.inference_mode():
-        found = exact.forward_details(torch.from_numpy(images).double(), with_blocks=bool(names))
+        found = exact.forward_details(
+            torch.from_numpy(np.array(images)).double(), with_blocks=bool(names)
+        )
     blocks: dict[str, Array] = {}
     for name, (hidden, residual) in zip(names, found.blocks, strict=True):
         blocks[name.hidden] = hidden.numpy()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import random
 import warnings
+from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from command import Run
+from PIL import Image
 
 THREADS = 1
 SEED = 0
@@ -44,6 +47,20 @@ def _seeds() -> None:
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
+
+
+@pytest.fixture
+def vssm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("COLUMNS", "200")
+    return Run(capsys, monkeypatch)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
 
 
 def _has_gpu() -> bool:

@@ -107,6 +107,24 @@ def test_bad_arguments(options: dict[str, object]) -> None:
         measure([], (3, 4, 4), RATES, **options)
 
 
+def test_what_would_be_measured_twice_or_hang_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"batches=\[1, 1\] names one twice"):
+        measure([], (3, 4, 4), RATES, batches=(1, 1))
+    with pytest.raises(ValueError, match=r"threads=100000 is outside"):
+        measure([], (3, 4, 4), RATES, threads=(100_000,))
+
+
+def test_sessions_are_closed_where_another_does_not_open() -> None:
+    open_right, right = fake()
+
+    def refuse(_: int) -> Session:
+        raise RuntimeError("none here")
+
+    with pytest.raises(RuntimeError, match=r"none here"):
+        measure([Subject("a", open_right, 1, 1), Subject("b", refuse, 1, 1)], (3, 4, 4), RATES)
+    assert [session.closed for session in right] == [True]
+
+
 def test_the_machine_is_measured() -> None:
     rates = machine_rates([1])
     assert 1e7 < rates.exp2 < 1e12

@@ -9,56 +9,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from exports import MICRO, micro
+from command import MODEL, Run
+from exports import micro
 from PIL import Image
 
 from exporter.checkpoint import save_safetensors
-from exporter.cli import main
-
-SIZES = [f"--set={key}={json.dumps(value)}" for key, value in MICRO.items() if key != "num_classes"]
-MODEL = ["vim_tiny", "--num-classes=7", *SIZES]
-
-
-class Run:
-    """Runs `vssm` in this process: `run(arguments)` gives the exit code; `out` what it said."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
-        self.capsys, self.patch, self.out = capsys, patch, ""
-
-    def __call__(self, *arguments: object) -> int:
-        self.patch.setattr(sys, "argv", ["vssm", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        else:
-            code = 0
-        captured = self.capsys.readouterr()
-        self.out = " ".join((captured.out + captured.err).split())
-        return code
-
-
-@pytest.fixture
-def vssm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("COLUMNS", "200")
-    return Run(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "micro.safetensors"
     save_safetensors(micro(None).state_dict(), path)
-    return path
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    path = tmp_path / "picture.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
     return path
 
 
@@ -132,6 +95,17 @@ def labels_file(path: Path) -> Path:
 
 
 BAD_EXPORTS: list[tuple[list[str], str]] = [
+    ([*MODEL, "--alignment=none"], "alignment='none' without a schedule"),
+    ([*MODEL, "--importance=l1"], "importance='l1' without a schedule"),
+    ([*MODEL, "--ema"], "source='ema' without a checkpoint"),
+    ([*MODEL, "--set=num_classes=5"], "--num-classes N"),
+    ([*MODEL, "--set=depth=abc"], "depth='abc' is not of type int"),
+    ([*MODEL, "--set=depth=2.5"], "depth=2.5 is not of type int"),
+    ([*MODEL, "--set=rope=no"], "rope='no' is not of type bool"),
+    ([*MODEL, "--set=divide_out=False"], "divide_out='False' is not of type bool"),
+    ([*MODEL, "--set=depth=true"], "depth=True is not of type int"),
+    ([*MODEL, "--set=layer_scale=abc"], "layer_scale='abc' is not of type"),
+    ([*MODEL, "--set=image_size=48.5"], "image_size=48.5 is not of type int or tuple or list"),
     (["vim_huge"], "name='vim_huge' is not a model"),
     ([*MODEL, "--schedule=1:1.5"], "outside (0, 1]"),
     ([*MODEL, "--schedule=1:0"], "outside (0, 1]"),

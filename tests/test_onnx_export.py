@@ -216,7 +216,7 @@ def test_directory_may_move_and_says_everything(tmp_path: Path, pruned: Artifact
     assert manifest.schedule is not None
     assert manifest.schedule.num_keep == (27, 21)
     assert manifest.schedule.cls_position == 18
-    assert manifest.weights == "initial"
+    assert manifest.weights == "custom"
     assert manifest.labels == tuple("abcdefg")
     assert [o.name for o in manifest.outputs] == ["logits", "kept_positions_0", "kept_positions_1"]
     assert manifest.inputs[0].shape == ("batch", 3, 48, 48)
@@ -228,6 +228,15 @@ def test_directory_may_move_and_says_everything(tmp_path: Path, pruned: Artifact
 def test_same_model_gives_the_same_bytes(tmp_path: Path, pruned: Artifact) -> None:
     again = exported(tmp_path, micro(), inline=True)
     assert again.manifest.files == pruned.manifest.files
+
+
+def test_torchs_default_dtype_changes_nothing(tmp_path: Path, pruned: Artifact) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        artifact = exported(tmp_path, micro().float(), inline=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert artifact.manifest.files["model.onnx"] == pruned.manifest.files["model.onnx"]
 
 
 def test_refusals(tmp_path: Path) -> None:

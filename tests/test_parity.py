@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +18,8 @@ from exporter.artifact import Artifact
 from exporter.files import sha256_of
 from exporter.graph_edit import expose, force_positions
 from exporter.manifest import write_manifest
-from exporter.parity import TOLERANCES, compare_array
+from exporter.parity import TOLERANCES, OracleResult, _disagreements, compare_array
+from exporter.runtimes.ort import OrtCpuSession
 from exporter.torch_session import oracle
 
 
@@ -91,7 +93,7 @@ def test_other_choices_are_listed_with_their_margin(artifact: Artifact, tmp_path
     first = [d for d in report.disagreements if d.stage == 0]
     assert first
     assert all(d.margin is not None and d.margin > 0 for d in first)
-    assert report.free_logits is None
+    assert report.images_alike < 4
     assert any("chosen otherwise at a relative score margin" in f for f in report.failures)
 
 
@@ -104,9 +106,77 @@ def test_margin_is_the_oracles(artifact: Artifact, tmp_path: Path) -> None:
         scores = micro().double().forward_details(torch.from_numpy(x).double()).scores[0]
     score = scores[found.image].clone()
     score[18] = torch.inf  # the class token is protected
-    best_rejected = score.sort(descending=True).values[27]
-    want = float((scores[found.image, found.place] - best_rejected) / best_rejected.abs())
+    with exporter.open_session(bad) as session:
+        kept = session.run(x)["kept_positions_0"][found.image]
+    chosen = scores[found.image].topk(27).indices
+    instead = score[[place for place in kept if place != 18 and place not in chosen]]
+    want = float((score[found.place] - instead.min()) / scores[found.image].abs().max())
     assert found.margin == pytest.approx(want, rel=1e-9)
+
+
+def chosen(kept: list[int], *, scores: list[float], want: list[int]) -> list[float | None]:
+    """Margins of one image's places, of which the oracle keeps `want` and protects place 0."""
+    result = OracleResult(
+        logits=np.ones((1, 2)),
+        kept_positions=[np.array([want])],
+        scores=[np.array([scores])],
+        positions=[np.arange(len(scores))[None]],
+        blocks={},
+    )
+    return [d.margin for d in _disagreements([np.array([kept])], result, 0)]
+
+
+def test_margin_tells_a_tie_from_a_wrong_choice() -> None:
+    scores = [0.0, 4.0, 1.0, 1.0 - 1e-7, 0.1]
+    assert chosen([0, 1, 2], scores=scores, want=[0, 1, 2]) == []
+    assert chosen([0, 1, 3], scores=scores, want=[0, 1, 2]) == [pytest.approx(1e-7 / 4, rel=1e-6)]
+    # The oracle's second best is close, but the one kept instead is far below both.
+    assert chosen([0, 1, 4], scores=scores, want=[0, 1, 2]) == [pytest.approx(0.9 / 4)]
+    # Scores of both signs: a cut near zero is as fine a choice as any other.
+    signed = [0.0, 4.0, 1e-9, -1e-9, -4.0]
+    assert chosen([0, 1, 3], scores=signed, want=[0, 1, 2]) == [pytest.approx(5e-10)]
+
+
+def test_no_score_excuses_a_lost_class_token_or_a_place_twice() -> None:
+    scores = [0.0, 4.0, 3.0, 2.0]
+    assert chosen([1, 2], scores=scores, want=[0, 1]) == [np.inf]
+    assert chosen([0, 0], scores=scores, want=[0, 1]) == [np.inf]
+    assert chosen([0, 9], scores=scores, want=[0, 1]) == [np.inf]
+    assert chosen([0, 1, 2, 2], scores=scores, want=[0, 1, 2, 3]) == [np.inf]
+
+
+def test_images_chosen_alike_are_compared_though_others_are_not(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image's tie must not hide another's wrong logits."""
+    good = OrtCpuSession.run
+
+    def spoilt(session: OrtCpuSession, x: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = good(session, x)
+        kept = outputs["kept_positions_0"]
+        kept[0, -1] = np.setdiff1d(np.arange(37), kept[0])[0]
+        outputs["logits"][1] *= 1.01
+        return outputs
+
+    monkeypatch.setattr(OrtCpuSession, "run", spoilt)
+    report = exporter.check_parity(None, artifact)
+    assert report.images_alike == 3
+    assert report.free_logits is not None
+    assert any(f.startswith("free-running logits") for f in report.failures)
+
+
+def test_a_model_of_one_class_can_be_checked(tmp_path: Path) -> None:
+    assert exporter.check_parity(None, exported(tmp_path, micro(num_classes=1))).passed
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"schedule": None}, {"schedule": "1:0.5"}, {"rules": {"alignment": "none"}}, {"depth": 4}],
+    ids=str,
+)
+def test_another_model_is_no_oracle(artifact: Artifact, other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"is not the model of this export.*export it again"):
+        exporter.check_parity(micro(**other), artifact)
 
 
 def test_forced_graph_keeps_what_it_is_given(artifact: Artifact) -> None:
@@ -118,8 +188,6 @@ def test_forced_graph_keeps_what_it_is_given(artifact: Artifact) -> None:
     rng = np.random.default_rng(5)
     first = np.stack([np.sort(rng.permutation(37)[:27]) for _ in range(2)]).astype(np.int32)
     second = np.stack([np.sort(rng.permutation(row)[:21]) for row in first]).astype(np.int32)
-    from exporter.runtimes.ort import OrtCpuSession
-
     with OrtCpuSession(artifact, operators="body", model=model.SerializeToString()) as session:
         feeds = {"images": images(micro(), 2), names[0]: first, names[1]: second}
         got = session.run_feeds(feeds)
@@ -134,6 +202,9 @@ def test_compare_array_fails_on_nan_and_shape() -> None:
     assert not compare_array("x", want + 4.1e-5, want, 1e-5).passed
     assert not compare_array("x", np.array([[np.nan, -4.0]]), want, 1e-5).passed
     assert not compare_array("x", np.ones((1, 3)), want, 1e-5).passed
+    nothing = compare_array("x", want, np.array([[np.nan, -4.0]]), 1e-5)
+    assert not nothing.passed
+    assert nothing.relative == np.inf
 
 
 def test_the_oracle_cannot_be_checked_against_itself(artifact: Artifact) -> None:

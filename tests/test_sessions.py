@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from exports import exported, images, micro
 
 import exporter
@@ -59,10 +60,10 @@ def test_a_body_in_place_of_the_kernel_is_an_error(artifact: Artifact) -> None:
 
 
 def test_missing_library_is_an_error(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
+    def missing(*_: object) -> None:
         raise RuntimeUnavailableError("library=libvssm_onnxruntime.so is in none of these")
 
-    monkeypatch.setattr("exporter.runtimes.ort.library_info", missing)
+    monkeypatch.setattr("exporter.runtimes.library.find_library", missing)
     with pytest.raises(RuntimeUnavailableError, match=r"libvssm_onnxruntime"):
         exporter.open_session(artifact, "ort-cpu")
     with exporter.open_session(artifact, "ort-cpu", operators="body") as session:
@@ -102,16 +103,66 @@ def test_bad_arguments(artifact: Artifact) -> None:
         exporter.open_session(artifact, "ort-cpu", operators="fast")
     with pytest.raises(ValueError, match=r"operators='body' with runtime='torch'"):
         exporter.open_session(artifact, "torch", operators="body")
-    with pytest.raises(ValueError, match=r"threads=0 is below 1"):
-        exporter.open_session(artifact, threads=0)
+    for runtime in ("ort-cpu", "torch"):
+        for threads in (-1, 0, 1025, 10**20):
+            with pytest.raises(ValueError, match=r"threads=-?\d+ is outside \[1, 1024\]"):
+                exporter.open_session(artifact, runtime, threads=threads)
+        with pytest.raises(TypeError, match=r"threads='2' is not an integer"):
+            exporter.open_session(artifact, runtime, threads="2")
+
+
+@pytest.mark.parametrize("runtime", ["ort-cpu", "torch"])
+def test_a_closed_session_says_so(artifact: Artifact, runtime: str) -> None:
+    session = exporter.open_session(artifact, runtime)
+    session.close()
+    session.close()
+    with pytest.raises(ValueError, match=r"session=closed"):
+        session.run(images(micro(), 1))
+
+
+def test_a_torch_session_gives_the_threads_back(artifact: Artifact) -> None:
+    before = torch.get_num_threads()
+    with exporter.open_session(artifact, "torch", threads=before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("runtime", "operators"), RUNS)
+def test_views_and_read_only_images_run(
+    artifact: Artifact, runtime: str, operators: str | None
+) -> None:
+    view = images(micro(), 2)[:, ::-1]  # BGR to RGB
+    view.setflags(write=False)
+    with exporter.open_session(artifact, runtime, operators=operators) as session:
+        want = session.run(np.ascontiguousarray(view))["logits"]
+        np.testing.assert_array_equal(session.run(view)["logits"], want)
+
+
+def test_a_session_needs_the_model_file_alone(tmp_path: Path) -> None:
+    artifact = exported(tmp_path, micro())
+    artifact.weights_path.unlink()
+    with exporter.open_session(artifact) as session:
+        assert session.run(images(micro(), 1))["logits"].shape == (1, 7)
+    assert exporter.check_parity(micro(), artifact).passed
+    with pytest.raises(ArtifactError, match=r"weights.safetensors"):
+        exporter.open_session(artifact, "torch")
+
+
+def test_what_onnxruntime_refuses_is_said_in_one_line(artifact: Artifact) -> None:
+    model = onnx.load(artifact.model_path)
+    model.ir_version = 999
+    with pytest.raises(UnsupportedError, match=r"ONNX Runtime .* cannot open .*model.onnx"):
+        OrtCpuSession(artifact, model=model.SerializeToString())
+    with OrtCpuSession(artifact) as session, pytest.raises(UnsupportedError, match=r"cannot run"):
+        session.run_feeds({"images": np.zeros((1, 3, 8, 8), np.float32)})
 
 
 def test_bad_images(artifact: Artifact) -> None:
     x = images(micro(), 1)
     with exporter.open_session(artifact, operators="body") as session:
-        with pytest.raises(TypeError, match=r"float64 are not float32"):
+        with pytest.raises(TypeError, match=r"float64 is no NumPy array of float32"):
             session.run(x.astype(np.float64))
-        with pytest.raises(TypeError, match=r"list are not float32"):
+        with pytest.raises(TypeError, match=r"list of no dtype is no NumPy array"):
             session.run(x.tolist())
         for shape in ((1, 3, 48, 40), (3, 48, 48), (0, 3, 48, 48)):
             with pytest.raises(ValueError, match=r"images.shape=.* is not \('batch', 3, 48, 48\)"):
@@ -134,9 +185,10 @@ def test_a_changed_file_is_not_opened(tmp_path: Path) -> None:
 
 def test_profile_names_our_operators(artifact: Artifact) -> None:
     session = OrtCpuSession(artifact, threads=1, profile=True)
-    for _ in range(2):
-        session.run(images(micro(), 1))
-    times = session.profiled_operators()
+    with session:
+        for _ in range(2):
+            session.run(images(micro(), 1))
+        times = session.profiled_operators()
     assert {"SelectiveScan", "GatedSelectiveScan", "TokenGather"} <= set(times)
     assert list(times.values()) == sorted(times.values(), reverse=True)
 

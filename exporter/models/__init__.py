@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -59,6 +59,7 @@ def create_model(
 
     Raises:
         ValueError: the name, an override or the schedule does not fit.
+        TypeError: an override has another type than its field.
         UnsupportedError: the configuration cannot be pruned.
     """
     _, _, changes = _entry(name)
@@ -76,9 +77,24 @@ def model_from_config(
         raise ValueError(
             f"overrides={unknown}: {name} has no such option; its options are {', '.join(fields)}"
         )
+    _check_types(config_class, config)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_SEED)  # torch.manual_seed would seed GPUs as well
         return build(config_class(**config), schedule, name=name).eval()
+
+
+def _check_types(config_class: Any, config: Mapping[str, Any]) -> None:
+    """Refuse a text for a number, or for true or false: any text counts as true."""
+    hints = get_type_hints(config_class)
+    for key, value in config.items():
+        allowed = get_args(hints[key]) or (hints[key],)
+        kinds = tuple(tuple if get_origin(kind) is tuple else kind for kind in allowed)
+        kinds += ((list,) if tuple in kinds else ()) + ((int,) if float in kinds else ())
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise TypeError(
+                f"{key}={value!r} is not of type {names}; give one (true, 16, [32, 48])"
+            )
 
 
 def _entry(name: str) -> tuple[_Builder, Any, dict[str, Any]]:

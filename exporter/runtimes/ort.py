@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ import numpy as np
 from exporter.artifact import Artifact
 from exporter.errors import RuntimeUnavailableError, UnsupportedError
 from exporter.runtimes.library import LibraryInfo, kernel_calls, library_info
-from exporter.runtimes.session import OPERATORS, Array, RuntimeInfo, Session
+from exporter.runtimes.session import (
+    CLOSED,
+    OPERATORS,
+    Array,
+    RuntimeInfo,
+    Session,
+    checked_threads,
+)
 
 try:
     import onnxruntime
@@ -38,7 +46,7 @@ class OrtCpuSession(Session):
         profile: record a profile, see `profiled_operators`.
 
     Raises:
-        UnsupportedError: a bfloat16 model.
+        UnsupportedError: a bfloat16 model, or one that this ONNX Runtime does not read.
         RuntimeUnavailableError: the library is missing, or older than the file.
     """
 
@@ -55,7 +63,7 @@ class OrtCpuSession(Session):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.inter_op_num_threads = 1
-        options.intra_op_num_threads = _checked_threads(threads)
+        options.intra_op_num_threads = checked_threads(threads)
         # Threads spin within a run, not after it: several sessions in one process (a benchmark, a
         # server) would otherwise take the cores from each other. Waking them costs microseconds.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -66,9 +74,9 @@ class OrtCpuSession(Session):
         if self._profile_dir is not None:
             options.enable_profiling = True
             options.profile_file_prefix = os.path.join(self._profile_dir.name, "ort")
-        self._session = onnxruntime.InferenceSession(
-            model or str(artifact.model_path), options, providers=[_PROVIDER]
-        )
+        file = model or str(artifact.model_path)
+        with _ort_errors(f"open {artifact.model_path}"):
+            self._session = onnxruntime.InferenceSession(file, options, providers=[_PROVIDER])
         self._output_names = [o.name for o in self._session.get_outputs()]
         self._proven = library is None or not artifact.manifest.operators
         super().__init__(artifact.manifest, _info(operators, options.intra_op_num_threads, library))
@@ -78,8 +86,12 @@ class OrtCpuSession(Session):
 
     def run_feeds(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name for inputs by name, unchecked: for graphs with further inputs."""
-        before = kernel_calls()
-        outputs = self._session.run(None, dict(feeds))
+        session = self._session
+        if session is None:
+            raise ValueError(CLOSED)
+        before = 0 if self._proven else kernel_calls()
+        with _ort_errors("run the model"):
+            outputs = session.run(None, dict(feeds))
         if not self._proven:
             if kernel_calls() == before:
                 raise RuntimeUnavailableError(
@@ -94,13 +106,13 @@ class OrtCpuSession(Session):
         """Milliseconds by operator type, each node's minimum over the runs; ends the profile."""
         if self._profile_dir is None:
             raise ValueError("profile=False: open the session with profile=True to read a profile")
-        events = json.loads(Path(self._session.end_profiling()).read_text())
-        self._profile_dir.cleanup()
-        return sum_node_times(events)
+        return sum_node_times(json.loads(Path(self._session.end_profiling()).read_text()))
 
     def close(self) -> None:
-        """Free the session."""
+        """Free the session and its profile."""
         self._session = None
+        if self._profile_dir is not None:
+            self._profile_dir.cleanup()
 
 
 def sum_node_times(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -128,13 +140,15 @@ def _refuse(artifact: Artifact, operators: str) -> None:
         )
 
 
-def _checked_threads(threads: int | None) -> int:
-    available = len(os.sched_getaffinity(0))
-    if threads is None:
-        return available
-    if threads < 1:
-        raise ValueError(f"threads={threads} is below 1; give the number of threads of one run")
-    return threads
+@contextmanager
+def _ort_errors(task: str) -> Iterator[None]:
+    """ONNX Runtime's errors, which have no common base, as one of ours."""
+    try:
+        yield
+    except Exception as error:
+        raise UnsupportedError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot {task}: {error}"
+        ) from error
 
 
 def _library(artifact: Artifact) -> LibraryInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import os
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,13 @@ from exporter.manifest import Manifest
 
 Array = npt.NDArray[Any]
 OPERATORS = ("kernel", "body")
+CLOSED = "session=closed: open another one to run again"
+_MAX_THREADS = 1024
+
+
+def plural(count: int, noun: str) -> str:
+    """The count and the noun, as in "2 threads"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,26 @@ class RuntimeInfo:
         text = f"{self.runtime} {self.version}, operators: {self.operators}"
         if self.library is not None:
             text += f" ({self.library} {self.library_version}, {self.isa})"
-        return f"{text}, {self.threads} thread{'s' if self.threads > 1 else ''}, {self.device}"
+        return f"{text}, {plural(self.threads, 'thread')}, {self.device}"
+
+
+def checked_threads(threads: int | None) -> int:
+    """Threads of one run; None gives the cores that this process may use.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is outside [1, 1024]; a runtime starts what it is told, and hangs.
+    """
+    if threads is None:
+        return len(os.sched_getaffinity(0))
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise TypeError(f"threads={threads!r} is not an integer; give the number of threads")
+    if not 1 <= threads <= _MAX_THREADS:
+        raise ValueError(
+            f"threads={threads} is outside [1, {_MAX_THREADS}]; give the number of threads of one "
+            "run, at best that of the cores"
+        )
+    return threads
 
 
 class Session(abc.ABC):
@@ -76,9 +103,9 @@ class Session(abc.ABC):
     def _checked(self, images: Array) -> Array:
         spec = self.manifest.inputs[0]
         if not isinstance(images, np.ndarray) or images.dtype != np.float32:
-            kind = getattr(images, "dtype", type(images).__name__)
+            kind = f"{type(images).__name__} of {getattr(images, 'dtype', 'no dtype')}"
             raise TypeError(
-                f"images of type {kind} are not float32; use exporter.preprocess, or .astype"
+                f"images={kind} is no NumPy array of float32; use exporter.preprocess, or .astype"
             )
         if images.ndim != 4 or images.shape[1:] != spec.shape[1:] or images.shape[0] < 1:
             raise ValueError(
