@@ -177,10 +177,10 @@ class VimMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Gated y (batch, seqlen, d_inner), and the score where one is asked for."""
         if rule is None and not tokens.constant_gap:
-            return self._node(operands, tokens.order, tokens.gap, z=z), None
+            return self._node(operands, tokens.steps.order, tokens.steps.gap, z=z), None
         delta0 = self._delta0() if tokens.constant_gap else None
-        scored = y = self._node(operands, tokens.order, tokens.gap, delta0=delta0)
-        if rule is not None and rule.by_direction and tokens.order.shape[1] > 1:
+        scored = y = self._node(operands, tokens.steps.order, tokens.steps.gap, delta0=delta0)
+        if rule is not None and rule.by_direction and tokens.steps.order.shape[1] > 1:
             # Once more by itself: the layer's own result stays bit for bit the dense model's.
             k = 0 if rule.source == "forward" else 1
             scored = self._direction(operands, k, tokens, delta0)
@@ -194,7 +194,7 @@ class VimMixer(nn.Module):
         only = slice(k, k + 1)
         if delta0 is not None and delta0.shape[0] > 1:
             delta0 = delta0[only]
-        order, gap = tokens.order[:, only], tokens.gap[:, only]
+        order, gap = tokens.steps.order[:, only], tokens.steps.gap[:, only]
         return self._node(operands.direction(k), order, gap, delta0=delta0)
 
     def _node(
