@@ -63,15 +63,15 @@ class Tokens:
         return self.position.long() + image[:, None] * self.full_seqlen
 
     def to_places(self, x: Tensor) -> Tensor:
-        """x (batch, seqlen, width) at its places among zeros, (batch, full_seqlen, width)."""
+        """Rows x (batch, seqlen, width) at their places in zeros (batch, full_seqlen, width)."""
         if self.complete:
             return x
         table = x.new_zeros(x.shape[0] * self.full_seqlen, x.shape[2])
-        return table.index_put((self.row,), x).unflatten(0, (-1, self.full_seqlen))
+        return table.index_put((self.row,), x).reshape(-1, self.full_seqlen, x.shape[2])
 
     def from_places(self, table: Tensor) -> Tensor:
         """The tokens' rows (batch, seqlen, width) of a table (batch, full_seqlen, width)."""
-        return table if self.complete else table.flatten(0, 1)[self.row]
+        return table if self.complete else table.reshape(-1, table.shape[2])[self.row]
 
 
 @dataclass(frozen=True)
