@@ -91,7 +91,9 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights; seeded ones without.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")] = False,
-    schedule: Annotated[str | None, typer.Option(help="BLOCK:RATIO,..., 5:0.8,10:0.8.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="BLOCK:RATIO,..., such as 5:0.8,10:0.8; or default.")
+    ] = None,
     alignment: Annotated[str, typer.Option(help="gap, constant or none.")] = "gap",
     importance: Annotated[
         str, typer.Option(help="clip, sum, l1, l2, as_released or random.")

@@ -155,13 +155,15 @@ def export_model(
     """
     from exporter.checkpoint import load_checkpoint
     from exporter.models import create_model
+    from exporter.models.schedules import default_schedule
     from exporter.onnx_export import export
 
     schedule = None
-    if request.schedule is not None:
-        schedule = PruneSchedule.parse(
-            request.schedule, alignment=request.alignment, importance=request.importance
-        )
+    rules = {"alignment": request.alignment, "importance": request.importance}
+    if request.schedule == "default":
+        schedule = default_schedule(request.name, **rules)
+    elif request.schedule is not None:
+        schedule = PruneSchedule.parse(request.schedule, **rules)
     progress(f"building {request.name}")
     model = create_model(
         request.name, schedule=schedule, num_classes=request.num_classes, **request.options
