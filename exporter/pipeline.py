@@ -159,7 +159,7 @@ def export_model(
     from exporter.onnx_export import export
 
     schedule = None
-    rules = {"alignment": request.alignment, "importance": request.importance}
+    rules: dict[str, Any] = {"alignment": request.alignment, "importance": request.importance}
     if request.schedule == "default":
         schedule = default_schedule(request.name, **rules)
     elif request.schedule is not None:
