@@ -17,6 +17,7 @@ _PUBLIC = {
     "bench_directory": "exporter.pipeline",
     "check_parity": "exporter.pipeline",
     "create_model": "exporter.models",
+    "default_schedule": "exporter.models.schedules",
     "export": "exporter.onnx_export",
     "list_models": "exporter.models",
     "load_checkpoint": "exporter.checkpoint",

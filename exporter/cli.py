@@ -115,7 +115,9 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights; seeded ones without.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")] = False,
-    schedule: Annotated[str | None, typer.Option(help="BLOCK:RATIO,..., 5:0.8,10:0.8.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="BLOCK:RATIO,..., such as 5:0.8,10:0.8; or default.")
+    ] = None,
     alignment: Annotated[
         str | None, typer.Option(help="gap (the default), constant or none.")
     ] = None,

@@ -23,7 +23,11 @@ def used_operators(proto: onnx.ModelProto) -> list[str]:
 def block_outputs(model: VisionModel) -> tuple[BlockOutput, ...]:
     """Value names of what each block returns, as the graph and model.json have them."""
     return tuple(
-        BlockOutput(block, f"block_{block}.hidden", f"block_{block}.residual")
+        BlockOutput(
+            block,
+            f"block_{block}.hidden",
+            f"block_{block}.residual" if model.residual_stream else None,
+        )
         for block in range(1, model.traced_blocks + 1)
     )
 

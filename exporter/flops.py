@@ -3,8 +3,9 @@
 Linear and convolution layers count one multiply-add once; a scan counts
 9 * seqlen * d_inner * d_state plus one each for the skip and the gate; alignment adds
 2 * d_inner * d_state for every pruned place and layer. The published figures of Vim count one of
-its two directions; the true ones count both. Source: Zhan et al., arXiv:2409.18962, checked
-against its tables.
+its two directions, those of PlainMamba all four, and both the alignment once a layer; the true ones
+count every direction in everything. step_parameters "full", a reference, counts as "rank". Source:
+Zhan et al., arXiv:2409.18962, checked against its tables.
 """
 
 from __future__ import annotations
@@ -40,17 +41,20 @@ def count(model: VisionModel) -> Work:
     seqlen = full = model.layout.seqlen
     aligned = model.schedule is not None and model.schedule.alignment in {"gap", "constant"}
     masked = model.schedule is not None and model.schedule.alignment == "masked"
-    on_grid = model.schedule is not None and model.schedule.conv == "grid"
+    grid = model.schedule is not None and model.schedule.conv == "grid"
     for block in range(1, model.config.depth + 1):
         cost = model.block_cost()
         scan = 9 * seqlen * cost.states + seqlen * cost.per_token
         once = 2 * cost.states * (full - seqlen) if aligned else 0
-        branch = seqlen * cost.branch + (full if on_grid else seqlen) * cost.convolution
+        branch = (
+            seqlen * cost.branch + (full if grid or cost.on_grid else seqlen) * cost.convolution
+        )
         linear = seqlen * cost.shared + cost.branches * branch
+        gate = seqlen * cost.gate
         counted = model.published_directions
         total["published"] += seqlen * cost.shared + min(counted, cost.branches) * branch
-        total["published"] += counted * (scan + once)
-        total["true"] += linear + cost.directions * (scan + once)
+        total["published"] += counted * scan + once + gate
+        total["true"] += linear + cost.directions * (scan + once) + gate
         total["alignment"] += cost.directions * once
         total["gemm"] += linear
         total["exps"] += cost.directions * seqlen * cost.states

@@ -186,8 +186,8 @@ def compare_array(name: str, got: Array, want: Array, tolerance: float) -> Compa
             rtol=0.0, atol=tolerance * scale, check_error_stat="max"
         )
         found = compare_outputs(
-            IterationResult(outputs={name: want.astype(np.float64)}),
-            IterationResult(outputs={name: got.astype(np.float64)}),
+            IterationResult(outputs={name: np.ascontiguousarray(want, np.float64)}),
+            IterationResult(outputs={name: np.ascontiguousarray(got, np.float64)}),
         )[name]
     # Shapes that differ come back as plain False; NaN compares as a failure of infinite size.
     error = float(found.max_absdiff) if hasattr(found, "max_absdiff") else float("inf")

@@ -43,16 +43,19 @@ def export_model(
     """
     from exporter.checkpoint import load_checkpoint
     from exporter.models import create_model
+    from exporter.models.schedules import default_schedule
     from exporter.onnx_export import export
 
     _refuse_idle_options(request)
     schedule = None
-    if request.schedule is not None:
-        schedule = PruneSchedule.parse(
-            request.schedule,
-            alignment=request.alignment or "gap",
-            importance=request.importance or "clip",
-        )
+    rules: dict[str, Any] = {
+        "alignment": request.alignment or "gap",
+        "importance": request.importance or "clip",
+    }
+    if request.schedule == "default":
+        schedule = default_schedule(request.name, **rules)
+    elif request.schedule is not None:
+        schedule = PruneSchedule.parse(request.schedule, **rules)
     progress(f"building {request.name}")
     model = create_model(
         request.name, schedule=schedule, num_classes=request.num_classes, **request.options

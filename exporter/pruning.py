@@ -8,7 +8,9 @@ Vision State Space Models", NeurIPS 2024, arXiv:2409.18962.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch.nn import functional
 
 from exporter import ops, reference
 from exporter.schedule import Stage
+from exporter.walks import Steps, Walks
 
 
 @dataclass(frozen=True)
@@ -24,28 +27,51 @@ class Tokens:
 
     Attributes:
         position: (1 or batch, seqlen) int32, the original place of each token.
-        order: (1, K, seqlen) int32, the token of each scan step.
-        gap: (1 or batch, K, seqlen) int32, places each step stands for.
-        constant_gap: pruned places decay by delta0 instead of the kept token's step.
+        walks: the directions in which layers scan.
+        steps: the scan's steps over the tokens present.
         full_seqlen: tokens before any pruning.
+        constant_gap: pruned places decay by delta0 instead of the kept token's step.
         conv_on_grid: convolutions see the full list, with zeros at pruned places.
+        full_parameters: a step has delta, B and C of its place in the full list.
         kept: slots (batch, n) that still count, where pruned tokens stay in place (masked).
     """
 
     position: Tensor
-    order: Tensor
-    gap: Tensor
-    constant_gap: bool
+    walks: Walks
+    steps: Steps
     full_seqlen: int
+    constant_gap: bool = False
     conv_on_grid: bool = False
+    full_parameters: bool = False
     kept: Tensor | None = None
 
     @classmethod
-    def dense(cls, seqlen: int, directions: int, device: torch.device) -> Tokens:
-        """All tokens of a line, scanned forward (and backward when there are two directions)."""
+    def dense(cls, walks: Walks, seqlen: int, device: torch.device) -> Tokens:
+        """All tokens."""
         position = torch.arange(seqlen, dtype=torch.int32, device=device)[None]
-        order = _line_order(position, directions)
-        return cls(position, order, torch.ones_like(order), False, seqlen)
+        return cls(position, walks, walks.dense(), seqlen)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every token is still in its place."""
+        return self.position.shape[1] == self.full_seqlen
+
+    @cached_property
+    def row(self) -> Tensor:
+        """(batch, seqlen) int64: each token's row in a table (batch * full_seqlen, width)."""
+        image = torch.arange(self.position.shape[0], device=self.position.device)
+        return self.position.long() + image[:, None] * self.full_seqlen
+
+    def to_places(self, x: Tensor) -> Tensor:
+        """Rows x (batch, seqlen, width) at their places in zeros (batch, full_seqlen, width)."""
+        if self.complete:
+            return x
+        table = x.new_zeros(x.shape[0] * self.full_seqlen, x.shape[2])
+        return table.index_put((self.row,), x).reshape(-1, self.full_seqlen, x.shape[2])
+
+    def from_places(self, table: Tensor) -> Tensor:
+        """The tokens' rows (batch, seqlen, width) of a table (batch, full_seqlen, width)."""
+        return table if self.complete else table.reshape(-1, table.shape[2])[self.row]
 
 
 @dataclass(frozen=True)
@@ -105,19 +131,19 @@ def score_rule(stage: Stage | None) -> ScoreRule | None:
 
 
 def prune(
-    stage: Stage, tokens: Tokens, score: Tensor, hidden: Tensor, residual: Tensor
-) -> tuple[Tokens, Tensor, Tensor, StageResult]:
-    """Make one stage: choose by `score` (batch, seqlen) and gather hidden and residual alike.
+    stage: Stage, tokens: Tokens, score: Tensor, streams: Sequence[Tensor]
+) -> tuple[Tokens, list[Tensor], StageResult]:
+    """Make one stage: choose by `score` (batch, seqlen) and gather every stream alike.
 
     Args:
         stage: what to do.
         tokens: the tokens present.
         score: (batch, seqlen) from the block's ScoreRule.
-        hidden: (batch, seqlen, d_model), the block's mixer output.
-        residual: (batch, seqlen, d_model), the stream it will be added to.
+        streams: one or two (batch, seqlen, d_model), what the block returned: Vim's mixer output
+            and the residual it will be added to, or the sum of both.
 
     Returns:
-        The tokens after the stage, their hidden and residual rows, and what was chosen.
+        The tokens after the stage, their rows of each stream, and what was chosen.
     """
     position = tokens.position.expand(score.shape[0], -1)
     if tokens.kept is not None:  # what was masked before is not present
@@ -125,46 +151,50 @@ def prune(
     if stage.schedule.importance == "random":
         score = _random_score(stage, score)
     if stage.num_keep == stage.seqlen:
-        return tokens, hidden, residual, StageResult(position, score)
+        return tokens, list(streams), StageResult(position, score)
     if stage.schedule.alignment == "masked":
         kept, _ = reference.token_gather(
             score, position, [], num_keep=stage.num_keep, protected_position=_protected(stage)
         )
-        return *_mask(tokens, kept.long(), hidden, residual), StageResult(kept, score)
+        return *_mask(tokens, kept.long(), streams), StageResult(kept, score)
     if stage.schedule.importance == "as_released":
-        kept, rows = _gather_recentred(stage, tokens, score, [hidden, residual])
+        kept, rows = _gather_recentred(stage, tokens, score, streams)
     else:
         kept, rows = ops.token_gather(
             score,
             tokens.position,
-            [hidden, residual],
+            streams,
             num_keep=stage.num_keep,
             protected_position=_protected(stage),
         )
-    aligned = stage.schedule.alignment in {"gap", "constant"}
-    order = _line_order(kept[:1], tokens.order.shape[1])
-    gap = _line_gap(kept, tokens.order.shape[1]) if aligned else torch.ones_like(order)
-    after = replace(
+    return _after(stage, tokens, kept), rows, StageResult(kept, score)
+
+
+def _after(stage: Stage, tokens: Tokens, kept: Tensor) -> Tokens:
+    """What is present once only the places `kept` (batch, num_keep) are left."""
+    schedule = stage.schedule
+    steps = tokens.walks.among(kept)
+    if schedule.alignment == "none":
+        steps = replace(steps, gap=torch.ones_like(steps.order))
+    return replace(
         tokens,
         position=kept,
-        order=order,
-        gap=gap,
-        constant_gap=stage.schedule.alignment == "constant",
-        conv_on_grid=stage.schedule.conv == "grid",
+        steps=steps,
+        constant_gap=schedule.alignment == "constant",
+        conv_on_grid=schedule.conv == "grid",
+        full_parameters=schedule.step_parameters == "full",
     )
-    return after, rows[0], rows[1], StageResult(kept, score)
 
 
-def _mask(
-    tokens: Tokens, slots: Tensor, hidden: Tensor, residual: Tensor
-) -> tuple[Tokens, Tensor, Tensor]:
+def _mask(tokens: Tokens, slots: Tensor, streams: Sequence[Tensor]) -> tuple[Tokens, list[Tensor]]:
     """Zero all but `slots` (batch, n) and leave them in place: a token's slot is its place."""
-    gone = torch.ones_like(hidden[..., :1], dtype=torch.bool).scatter(1, slots[..., None], False)
-    return replace(tokens, kept=slots), hidden.masked_fill(gone, 0), residual.masked_fill(gone, 0)
+    ones = torch.ones_like(streams[0][..., :1], dtype=torch.bool)
+    gone = ones.scatter(1, slots[..., None], False)
+    return replace(tokens, kept=slots), [x.masked_fill(gone, 0) for x in streams]
 
 
 def _gather_recentred(
-    stage: Stage, tokens: Tokens, score: Tensor, xs: list[Tensor]
+    stage: Stage, tokens: Tokens, score: Tensor, xs: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """The released code's choice: the best patches in order, the class token in their middle."""
     if stage.cls_slot is None:
@@ -197,24 +227,3 @@ def _random_score(stage: Stage, score: Tensor) -> Tensor:
     draw = random.Random(f"{stage.schedule.seed}:{stage.block}")  # a constant of the exported graph
     drawn = [draw.random() for _ in range(stage.seqlen)]
     return torch.tensor(drawn, dtype=score.dtype, device=score.device).expand_as(score)
-
-
-def _line_order(position: Tensor, directions: int) -> Tensor:
-    """(1, K, seqlen) int32: first to last, and for two directions last to first."""
-    steps = torch.arange(position.shape[1], dtype=torch.int32, device=position.device)
-    return torch.stack([steps, steps.flip(0)][:directions])[None]
-
-
-def _line_gap(position: Tensor, directions: int) -> Tensor:
-    """(batch, K, seqlen) int32 from ascending places: the distance to the place stepped from.
-
-    A first step's gap is 0, which every operator ignores. Constant indices instead of a flip, so
-    that the exported graph has none.
-    """
-    last = position.shape[1] - 1
-    steps = torch.arange(last + 1, device=position.device)
-    before = (steps - 1).clamp(min=0)
-    higher = torch.stack([steps, last - before][:directions])
-    lower = torch.stack([before, last - steps][:directions])
-    ahead, behind = (position.index_select(1, i.flatten()) for i in (higher, lower))
-    return (ahead - behind).reshape(-1, directions, last + 1)

@@ -102,6 +102,7 @@ class PruneSchedule:
         source: str = "sum",
         gated: bool = False,
         conv: str = "compact",
+        step_parameters: str = "rank",
     ) -> PruneSchedule:
         """Read "5:0.8,10:0.8": block:ratio pairs, as the command line takes them.
 
@@ -127,6 +128,7 @@ class PruneSchedule:
             source=source,
             gated=gated,
             conv=conv,
+            step_parameters=step_parameters,
         )
 
     @staticmethod

@@ -128,7 +128,7 @@ def oracle(model: VisionModel, artifact: Artifact, images: Array) -> OracleResul
     blocks: dict[str, Array] = {}
     for name, (hidden, residual) in zip(names, found.blocks, strict=True):
         blocks[name.hidden] = hidden.numpy()
-        if name.residual is not None:
+        if name.residual is not None and residual is not None:
             blocks[name.residual] = residual.numpy()
     kept = [k.numpy() for k in found.kept_positions]
     everything = np.broadcast_to(np.arange(exact.layout.seqlen), (len(images), exact.layout.seqlen))

@@ -24,17 +24,42 @@ MICRO: dict[str, Any] = {
 SCHEDULE = "1:0.7,2:0.8"
 
 
+# PlainMamba: a grid of 6 x 5 places.
+MICRO_PLAIN: dict[str, Any] = {
+    "image_size": (24, 20),
+    "patch_size": 4,
+    "depth": 4,
+    "d_model": 20,
+    "d_state": 5,
+    "num_classes": 7,
+    "stem_width": 8,
+}
+
+
 def micro(
     schedule: str | None = SCHEDULE, *, rules: dict[str, Any] | None = None, **changes: Any
 ) -> VisionModel:
     """A micro Vim whose scan matters: fixture weights, pruned after blocks 1 and 2."""
+    return _filled("vim_tiny", schedule, rules, {**MICRO, **changes})
+
+
+def micro_plain(
+    schedule: str | None = SCHEDULE, *, rules: dict[str, Any] | None = None, **changes: Any
+) -> VisionModel:
+    """A micro PlainMamba L1 likewise."""
+    return _filled("plain_mamba_l1", schedule, rules, {**MICRO_PLAIN, **changes})
+
+
+def _filled(
+    name: str, schedule: str | None, rules: dict[str, Any] | None, options: dict[str, Any]
+) -> VisionModel:
     from official_data import fill_weights
 
     parsed = None
     if schedule is not None:
         ratios = {int(b): r for b, r in (pair.split(":") for pair in schedule.split(","))}
         parsed = exporter.PruneSchedule(ratios, **(rules or {}))
-    model = exporter.create_model("vim_tiny", schedule=parsed, **{**MICRO, **changes})
+    model = exporter.create_model(name, schedule=parsed, **options)
     fill_weights(model)
     return model
 

@@ -35,7 +35,7 @@ LAYERS = (
     Layer("documents", "shared", ("files", "json_fields", "manifest*", "artifact"), ("leaves",)),
     Layer("oracle", "making", ("reference",), ("leaves",)),
     Layer("operators", "making", ("ops*",), ("leaves", "oracle")),
-    Layer("pruning", "making", ("pruning",), ("leaves", "oracle", "operators")),
+    Layer("pruning", "making", ("pruning", "walks"), ("leaves", "oracle", "operators")),
     Layer("checkpoint", "making", ("checkpoint*", "unpickle*", "pickle_*"), _SHARED),
     Layer("models", "making", ("models/*", "flops"), _MODELS[:-1]),
     Layer("graph", "making", ("onnx_bod*", "onnx_schemas", "onnx_passes"), ("leaves",)),
@@ -62,8 +62,8 @@ _UNLISTED = Layer("no layer", "none", (), ())
 _TORCH = ("torch", "torchvision", "safetensors.torch")
 HEAVY = {
     _TORCH: (
-        *("reference", "ops*", "pruning", "models/*", "checkpoint*", "unpickle*", "pickle_*"),
-        *("onnx_export*", "torch_session", "bench_subjects"),
+        *("reference", "ops*", "pruning", "walks", "models/*", "checkpoint*", "unpickle*"),
+        *("pickle_*", "onnx_export*", "torch_session", "bench_subjects"),
     ),
     ("onnx", "onnx_ir", "onnxscript"): (
         *("onnx_*", "export_*", "graph_edit", "parity*", "machine", "bench_subjects"),

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import exporter
 from exporter.models import VisionModel
+from exporter.models.plain_mamba import PlainMamba
+from exporter.models.plain_mamba_config import PlainMambaConfig
 from exporter.models.vim import Vim
 from exporter.models.vim_config import VimConfig
 
@@ -91,6 +93,40 @@ def micro_vim(case: str = "mid_div2", schedule: Any = None, **changes: Any) -> V
     model = fill_weights(Vim(micro_config(case, **changes), schedule))
     assert isinstance(model, Vim)
     return model
+
+
+def plain_mamba_config(case: str, **changes: Any) -> PlainMambaConfig:
+    """The configuration of a case of micro_plain_mamba, for the images that it was run with."""
+    document = manifest("micro_plain_mamba")["cases"][case]
+    official = document["config"]
+    fields: dict[str, Any] = {
+        "image_size": document["input_hw"],
+        "patch_size": official["patch_size"],
+        "depth": official["num_layers"],
+        "d_model": official["embed_dims"],
+        "d_state": official["layer_cfgs"]["mamba_cfg"]["d_state"],
+        "stem_convs": official["num_convs_patch_embed"],
+        "layers_with_dwconv": official["layers_with_dwconv"],
+        "num_classes": 10,
+    }
+    return PlainMambaConfig(**{**fields, **changes})
+
+
+def micro_plain_mamba(
+    case: str = "odd_odd_3x5", schedule: Any = None, *, name: str = "plain_mamba", **changes: Any
+) -> PlainMamba:
+    """A small PlainMamba, float32: the backbone has the weights of its case, the head others."""
+    model = PlainMamba(plain_mamba_config(case, **changes), schedule, name=name)
+    fill_weights(model.head)
+    fill_weights(model.backbone)
+    return model.eval()
+
+
+def plain_mamba_images(case: str) -> Tensor:
+    """The official images of a case of micro_plain_mamba, float32."""
+    document = manifest("micro_plain_mamba")["cases"][case]
+    shape = (2, 3, *document["input_hw"])
+    return torch.from_numpy(fill.make_input(shape, key=document["input_key"]))
 
 
 def relative_error(got: Tensor | np.ndarray, want: Tensor | np.ndarray) -> float:

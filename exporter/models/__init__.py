@@ -9,6 +9,8 @@ from typing import Any, Final, get_args, get_origin, get_type_hints
 import torch
 
 from exporter.models.base import ForwardDetails, VisionModel
+from exporter.models.plain_mamba import PlainMamba
+from exporter.models.plain_mamba_config import PlainMambaConfig
 from exporter.models.vim import Vim
 from exporter.models.vim_config import VimConfig
 from exporter.schedule import PruneSchedule
@@ -31,6 +33,13 @@ MODELS: Final[dict[str, tuple[_Builder, Any, dict[str, Any]]]] = {
     "vim_base": (Vim, VimConfig, {"d_model": 768}),
     "vim_tiny_stride8": (Vim, VimConfig, {"d_model": 192, "stride": 8}),
     "vim_small_stride8": (Vim, VimConfig, {"d_model": 384, "stride": 8}),
+    "plain_mamba_l1": (
+        PlainMamba,
+        PlainMambaConfig,
+        {"d_model": 192, "stem_convs": 1, "layers_with_dwconv": (0,)},
+    ),
+    "plain_mamba_l2": (PlainMamba, PlainMambaConfig, {"d_model": 384}),
+    "plain_mamba_l3": (PlainMamba, PlainMambaConfig, {"d_model": 448, "depth": 36}),
 }
 
 

@@ -21,12 +21,13 @@ class ForwardDetails:
         kept_positions: one (batch, num_keep) int64 of original places per stage.
         scores: the (batch, seqlen) scores that chose them, of the tokens present before the stage.
         blocks: (hidden, residual) after each block, before its stage; only where asked for.
+            residual is None in models of one stream.
     """
 
     logits: Tensor
     kept_positions: list[Tensor]
     scores: list[Tensor]
-    blocks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    blocks: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class BlockCost:
 
     `shared` is what branches share, `branch` the linear layers and `convolution` the convolution
     of one; `states` the channel-states d_inner * d_state of one scan direction, `per_token` its
-    skip and gate.
+    skip, and its gate where every direction has one; `gate` is that of a sum of directions.
+    `on_grid` says that the convolution runs over every place, whatever is pruned.
     """
 
     shared: int
@@ -45,6 +47,8 @@ class BlockCost:
     directions: int
     states: int
     per_token: int
+    gate: int = 0
+    on_grid: bool = False
 
 
 class VisionModel(nn.Module):
@@ -59,6 +63,7 @@ class VisionModel(nn.Module):
         image_size: (height, width) in pixels.
         num_classes: width of the logits.
         traced_blocks: how many blocks `forward_details(with_blocks=True)` reports.
+        residual_stream: whether a block reports a residual stream beside its output.
         checkpoint: the file the weights were loaded from, None for initial weights.
         published_directions: scan directions that the published FLOPs count.
     """
@@ -71,6 +76,7 @@ class VisionModel(nn.Module):
     image_size: tuple[int, int]
     num_classes: int
     traced_blocks: int
+    residual_stream = True
     checkpoint: CheckpointInfo | None = None
     published_directions = 1  # that the published FLOPs count
 
@@ -113,7 +119,7 @@ class VisionModel(nn.Module):
 
 
 def details(
-    logits: Tensor, chosen: list[StageResult], blocks: list[tuple[Tensor, Tensor]]
+    logits: Tensor, chosen: list[StageResult], blocks: list[tuple[Tensor, Tensor | None]]
 ) -> ForwardDetails:
     """The public details of a pass from what its stages chose."""
     return ForwardDetails(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -45,3 +48,39 @@ def resize_grid(
     grid = wide(table).reshape(1, *old, width).permute(0, 3, 1, 2)
     grid = functional.interpolate(grid, size=new, mode=mode, align_corners=False)
     return grid.permute(0, 2, 3, 1).reshape(1, -1, width).to(table.dtype)
+
+
+def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias, float32 or wider, of the convolution that is `conv` and then `norm`.
+
+    With the stored statistics, in training too: they belong to the checkpoint.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise AssertionError("the batch norms of these models keep their statistics")
+    scale = wide(norm.weight) / torch.sqrt(wide(norm.running_var) + norm.eps)
+    shift = wide(norm.bias) - wide(norm.running_mean) * scale
+    return wide(conv.weight) * scale[:, None, None, None], shift
+
+
+def over_grid(x: Tensor, grid: tuple[int, int], conv: Callable[[Tensor], Tensor]) -> Tensor:
+    """Row-major tokens x (batch, places, width) through a convolution over their grid."""
+    maps = conv(x.reshape(-1, *grid, x.shape[2]).permute(0, 3, 1, 2))
+    return maps.permute(0, 2, 3, 1).reshape(-1, x.shape[1], maps.shape[1])
+
+
+def initial_a_log(d_inner: int, d_state: int) -> Tensor:
+    """S4D-real: A = -(1 ... d_state) in every channel."""
+    return torch.log(torch.arange(1, d_state + 1).float()).repeat(d_inner, 1)
+
+
+def initial_dt_proj(dt_rank: int, d_inner: int) -> nn.Linear:
+    """Step sizes log-uniform in [1e-3, 1e-1] at the start, as Mamba draws them."""
+    layer = nn.Linear(dt_rank, d_inner)
+    bound = dt_rank**-0.5
+    nn.init.uniform_(layer.weight, -bound, bound)
+    dt = torch.exp(torch.rand(d_inner) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(
+        min=1e-4
+    )
+    with torch.no_grad():
+        layer.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+    return layer

@@ -21,6 +21,7 @@ from exporter.models.vim_config import VimConfig
 from exporter.models.vim_mixer import VimMixer
 from exporter.pruning import ScoreRule, StageResult, Tokens, prune, score_rule
 from exporter.schedule import PruneSchedule, TokenLayout, plan_stages
+from exporter.walks import LineWalks
 
 _WIDE_PARAMETERS = (
     "A_log",
@@ -164,10 +165,11 @@ class Vim(VisionModel):
     def _forward(self, images: Tensor, with_blocks: bool) -> ForwardDetails:
         residual = self._embed(images)
         directions = 1 if self.config.bimamba == "none" else 2
-        tokens = Tokens.dense(self.config.seqlen, directions, images.device)
+        walks = LineWalks(self.config.seqlen, directions, images.device)
+        tokens = Tokens.dense(walks, self.config.seqlen, images.device)
         hidden: Tensor | None = None
         chosen: list[StageResult] = []
-        blocks: list[tuple[Tensor, Tensor]] = []
+        blocks: list[tuple[Tensor, Tensor | None]] = []
         if self.config.bidirectional_layers:
             hidden, residual = self._layer_pairs(residual, tokens)
             return details(self._logits(hidden, residual, tokens), chosen, blocks)
@@ -178,7 +180,8 @@ class Vim(VisionModel):
             if with_blocks:
                 blocks.append((hidden, residual))
             if stage is not None:
-                tokens, hidden, residual, result = prune(stage, tokens, score, hidden, residual)
+                tokens, streams, result = prune(stage, tokens, score, [hidden, residual])
+                hidden, residual = streams
                 chosen.append(result)
         if hidden is None:
             raise AssertionError("VimConfig asks for at least one block")
@@ -230,7 +233,7 @@ class Vim(VisionModel):
 
     def _class_tokens(self, x: Tensor, tokens: Tokens) -> Tensor:
         """The class tokens' rows (batch, 1 or 2, d_model), wherever pruning has put them."""
-        if tokens.position.shape[1] == tokens.full_seqlen:  # nothing has moved
+        if tokens.complete:  # nothing has moved
             return torch.cat([x[:, place : place + 1] for place in self.config.class_places], dim=1)
         is_class = torch.eq(tokens.position[..., None], self.config.class_places[0])
         return torch.where(is_class, x, torch.zeros((), dtype=x.dtype)).sum(1, keepdim=True)

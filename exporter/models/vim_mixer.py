@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from exporter import ops
-from exporter.models.layers import wide
+from exporter.models.layers import initial_a_log, initial_dt_proj, wide
 from exporter.pruning import ScanOutputs, ScoreRule, Tokens
 
 BIMAMBA = ("v2", "v1", "none")
@@ -88,7 +87,7 @@ class VimMixer(nn.Module):
         for suffix in self._branches():
             self._add_branch(suffix)
         if config.bimamba == "v1":
-            self.A_b_log = nn.Parameter(_initial_a_log(config))
+            self.A_b_log = nn.Parameter(initial_a_log(config.d_inner, config.d_state))
         self.out_proj = nn.Linear(inner, width, bias=False)
         if config.layer_scale is not None:
             self.gamma = nn.Parameter(config.layer_scale * torch.ones(width))
@@ -103,9 +102,9 @@ class VimMixer(nn.Module):
         self.add_module(f"conv1d{suffix}", conv)
         x_proj = nn.Linear(c.d_inner, c.dt_rank + 2 * c.d_state, bias=False)
         self.add_module(f"x_proj{suffix}", x_proj)
-        self.add_module(f"dt_proj{suffix}", _initial_dt_proj(c))
+        self.add_module(f"dt_proj{suffix}", initial_dt_proj(c.dt_rank, c.d_inner))
         log, skip = ("A_log", "D") if not suffix else ("A_b_log", "D_b")
-        self.register_parameter(log, nn.Parameter(_initial_a_log(c)))
+        self.register_parameter(log, nn.Parameter(initial_a_log(c.d_inner, c.d_state)))
         self.register_parameter(skip, nn.Parameter(torch.ones(c.d_inner)))
 
     def _stack(self, name: str) -> Tensor:
@@ -177,10 +176,10 @@ class VimMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Gated y (batch, seqlen, d_inner), and the score where one is asked for."""
         if rule is None and not tokens.constant_gap:
-            return self._node(operands, tokens.order, tokens.gap, z=z), None
+            return self._node(operands, tokens.steps.order, tokens.steps.gap, z=z), None
         delta0 = self._delta0() if tokens.constant_gap else None
-        scored = y = self._node(operands, tokens.order, tokens.gap, delta0=delta0)
-        if rule is not None and rule.by_direction and tokens.order.shape[1] > 1:
+        scored = y = self._node(operands, tokens.steps.order, tokens.steps.gap, delta0=delta0)
+        if rule is not None and rule.by_direction and tokens.steps.order.shape[1] > 1:
             # Once more by itself: the layer's own result stays bit for bit the dense model's.
             k = 0 if rule.source == "forward" else 1
             scored = self._direction(operands, k, tokens, delta0)
@@ -194,7 +193,7 @@ class VimMixer(nn.Module):
         only = slice(k, k + 1)
         if delta0 is not None and delta0.shape[0] > 1:
             delta0 = delta0[only]
-        order, gap = tokens.order[:, only], tokens.gap[:, only]
+        order, gap = tokens.steps.order[:, only], tokens.steps.gap[:, only]
         return self._node(operands.direction(k), order, gap, delta0=delta0)
 
     def _node(
@@ -229,21 +228,3 @@ class VimMixer(nn.Module):
         low = wide(self._stack("x_proj{b}.weight"))[:, :rank] @ conv[..., None]
         step = (wide(self._stack("dt_proj{b}.weight")) @ low)[..., 0]
         return functional.softplus(step + wide(self._stack("dt_proj{b}.bias")))
-
-
-def _initial_a_log(config: VimMixerConfig) -> Tensor:
-    """S4D-real: A = -(1 ... d_state) in every channel."""
-    return torch.log(torch.arange(1, config.d_state + 1).float()).repeat(config.d_inner, 1)
-
-
-def _initial_dt_proj(config: VimMixerConfig) -> nn.Linear:
-    """Step sizes log-uniform in [1e-3, 1e-1] at the start, as Mamba draws them."""
-    layer = nn.Linear(config.dt_rank, config.d_inner)
-    bound = config.dt_rank**-0.5
-    nn.init.uniform_(layer.weight, -bound, bound)
-    dt = torch.exp(
-        torch.rand(config.d_inner) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)
-    ).clamp(min=1e-4)
-    with torch.no_grad():
-        layer.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-    return layer
