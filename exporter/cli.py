@@ -75,7 +75,7 @@ def models(json_file: Json = None) -> None:
                     r["name"],
                     f"{r['parameters']:,}",
                     "x".join(map(str, r["image_size"])),
-                    r["tokens"],
+                    " ".join(map(str, r["stage_tokens"])),
                     f"{r['flops_published'] / 1e9:.2f}",
                     f"{r['flops_true'] / 1e9:.2f}",
                 )

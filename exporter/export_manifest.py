@@ -23,7 +23,11 @@ def used_operators(proto: onnx.ModelProto) -> list[str]:
 def block_outputs(model: VisionModel) -> tuple[BlockOutput, ...]:
     """Value names of what each block returns, as the graph and model.json have them."""
     return tuple(
-        BlockOutput(block, f"block_{block}.hidden", f"block_{block}.residual")
+        BlockOutput(
+            block,
+            f"block_{block}.hidden",
+            f"block_{block}.residual" if model.residual_stream else None,
+        )
         for block in range(1, model.traced_blocks + 1)
     )
 
@@ -70,7 +74,7 @@ def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
 
 def _schedule_info(model: VisionModel) -> ScheduleInfo | None:
     schedule: PruneSchedule | None = model.schedule
-    if schedule is None:
+    if schedule is None or model.layout is None:
         return None
     return ScheduleInfo(
         blocks={block: str(ratio) for block, ratio in schedule.ratios.items()},

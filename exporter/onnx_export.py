@@ -139,7 +139,7 @@ class _Traced(nn.Module):
         return (
             found.logits,
             *(kept.clone() for kept in found.kept_positions),
-            *(stream for block in found.blocks for stream in block),
+            *(stream for block in found.blocks for stream in block if stream is not None),
         )
 
     def output_names(self) -> list[str]:

@@ -11,6 +11,8 @@ import torch
 from exporter.models.base import ForwardDetails, VisionModel
 from exporter.models.vim import Vim
 from exporter.models.vim_config import VimConfig
+from exporter.models.vmamba import VMamba
+from exporter.models.vmamba_config import VMambaConfig
 from exporter.schedule import PruneSchedule
 
 __all__ = [
@@ -23,6 +25,15 @@ __all__ = [
 ]
 
 _SEED: Final = 0
+_VANILLA: Final[dict[str, Any]] = {
+    "d_state": 16,
+    "expand": 2.0,
+    "conv_bias": True,
+    "gate": True,
+    "mlp_ratio": 0.0,
+    "patch_embed": "v1",
+    "downsample": "v1",
+}
 # Family, constructor, configuration class, and what a name changes in it.
 _Builder = Callable[..., VisionModel]
 MODELS: Final[dict[str, tuple[_Builder, Any, dict[str, Any]]]] = {
@@ -31,6 +42,23 @@ MODELS: Final[dict[str, tuple[_Builder, Any, dict[str, Any]]]] = {
     "vim_base": (Vim, VimConfig, {"d_model": 768}),
     "vim_tiny_stride8": (Vim, VimConfig, {"d_model": 192, "stride": 8}),
     "vim_small_stride8": (Vim, VimConfig, {"d_model": 384, "stride": 8}),
+    "vmamba_tiny_s1l8": (VMamba, VMambaConfig, {"depths": (2, 2, 8, 2)}),
+    "vmamba_tiny_s2l5": (VMamba, VMambaConfig, {"depths": (2, 2, 5, 2), "expand": 2.0}),
+    "vmamba_small_s2l15": (VMamba, VMambaConfig, {"depths": (2, 2, 15, 2), "expand": 2.0}),
+    "vmamba_small_s1l20": (VMamba, VMambaConfig, {"depths": (2, 2, 20, 2)}),
+    "vmamba_base_s2l15": (
+        VMamba,
+        VMambaConfig,
+        {"depths": (2, 2, 15, 2), "d_model": 128, "expand": 2.0},
+    ),
+    "vmamba_base_s1l20": (VMamba, VMambaConfig, {"depths": (2, 2, 20, 2), "d_model": 128}),
+    "vanilla_vmamba_tiny": (VMamba, VMambaConfig, {**_VANILLA, "depths": (2, 2, 9, 2)}),
+    "vanilla_vmamba_small": (VMamba, VMambaConfig, {**_VANILLA, "depths": (2, 2, 27, 2)}),
+    "vanilla_vmamba_base": (
+        VMamba,
+        VMambaConfig,
+        {**_VANILLA, "depths": (2, 2, 27, 2), "d_model": 128},
+    ),
 }
 
 

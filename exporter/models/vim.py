@@ -167,7 +167,7 @@ class Vim(VisionModel):
         tokens = Tokens.dense(self.config.seqlen, directions, images.device)
         hidden: Tensor | None = None
         chosen: list[StageResult] = []
-        blocks: list[tuple[Tensor, Tensor]] = []
+        blocks: list[tuple[Tensor, Tensor | None]] = []
         if self.config.bidirectional_layers:
             hidden, residual = self._layer_pairs(residual, tokens)
             return details(self._logits(hidden, residual, tokens), chosen, blocks)
