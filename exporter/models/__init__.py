@@ -9,6 +9,8 @@ from typing import Any, Final
 import torch
 
 from exporter.models.base import ForwardDetails, VisionModel
+from exporter.models.groupmamba import GroupMamba
+from exporter.models.groupmamba_config import GroupMambaConfig
 from exporter.models.vim import Vim
 from exporter.models.vim_config import VimConfig
 from exporter.models.vmamba import VMamba
@@ -58,6 +60,17 @@ MODELS: Final[dict[str, tuple[_Builder, Any, dict[str, Any]]]] = {
         VMamba,
         VMambaConfig,
         {**_VANILLA, "depths": (2, 2, 27, 2), "d_model": 128},
+    ),
+    "groupmamba_tiny": (GroupMamba, GroupMambaConfig, {}),
+    "groupmamba_small": (
+        GroupMamba,
+        GroupMambaConfig,
+        {"stem_width": 64, "widths": (64, 128, 348, 512), "depths": (3, 4, 16, 3)},
+    ),
+    "groupmamba_base": (
+        GroupMamba,
+        GroupMambaConfig,
+        {"stem_width": 64, "widths": (96, 192, 424, 512), "depths": (3, 6, 21, 3)},
     ),
 }
 

@@ -144,8 +144,9 @@ def refuse_schedule(family: str, schedule: PruneSchedule | None) -> None:
         UnsupportedError: there is a schedule.
     """
     if schedule is not None:
+        asked = ",".join(f"{block}:{ratio}" for block, ratio in schedule.ratios.items())
         raise UnsupportedError(
-            f"schedule={dict(schedule.ratios)}: {family} is hierarchical, its convolutions and "
+            f"schedule={asked!r}: {family} is hierarchical, its convolutions and "
             "downsampling need whole maps and no token can leave them; use schedule=None, or "
             "prune a model whose tokens form a plain sequence (vim_*, plain_mamba_*)"
         )

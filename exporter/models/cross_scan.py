@@ -22,7 +22,6 @@ from exporter.models.base import BlockCost
 from exporter.models.layers import Conv2d, LayerNorm, wide
 
 WALKS: Final = ("rows", "columns", "rows_back", "columns_back")
-CROSS: Final = WALKS
 
 
 def walk_order(grid: tuple[int, int], walks: Sequence[str]) -> Tensor:
@@ -37,6 +36,20 @@ def walk_order(grid: tuple[int, int], walks: Sequence[str]) -> Tensor:
     orders = {"rows": rows, "columns": columns}
     orders |= {f"{name}_back": order.flip(0) for name, order in orders.items()}
     return torch.stack([orders[walk] for walk in walks])[None]
+
+
+class Walks(nn.Module):
+    """A map's size and the walks over it, as the scan takes them; no part of the state_dict."""
+
+    order: Tensor
+    gap: Tensor
+
+    def __init__(self, grid: tuple[int, int], walks: Sequence[str]) -> None:
+        super().__init__()
+        self.grid = grid
+        order = walk_order(grid, walks)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("gap", torch.ones_like(order), persistent=False)
 
 
 @dataclass(frozen=True)
@@ -91,24 +104,21 @@ class CrossScanMixer(nn.Module):
         self.conv2d = Conv2d(c.d_inner, c.d_inner, 3, padding=1, groups=c.d_inner, bias=c.conv_bias)
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=False)
 
-    def forward(self, x: Tensor, grid: tuple[int, int], order: Tensor, gap: Tensor) -> Tensor:
-        """Mixed tokens (batch, seqlen, d_model) of x, a row-major map of size `grid`.
-
-        `order` and `gap` are (1, directions, seqlen) int32.
-        """
-        inner = self.config.d_inner
+    def forward(self, x: Tensor, walks: Walks) -> Tensor:
+        """Mixed tokens (batch, seqlen, d_model) of x, the row-major map that is walked over."""
+        inner, grid = self.config.d_inner, walks.grid
         dtype = self.in_proj.weight.dtype
         x = x.to(dtype)
         # Channel-major for the convolution: weight @ x^T, which needs no transpose of its result.
         u = (self.in_proj.weight[:inner] @ x.transpose(1, 2)).reshape(-1, inner, *grid)
         u = functional.silu(self.conv2d(u).to(dtype))
         u = u.permute(0, 2, 3, 1).reshape(-1, math.prod(grid), 1, inner)
-        y = self.out_norm(self._scan(u, order, gap)).to(dtype)
+        y = self.out_norm(self._scan(u, walks)).to(dtype)
         if self.config.gate:
             y = y * functional.silu(functional.linear(x, self.in_proj.weight[inner:]))
         return functional.linear(y, self.out_proj.weight)
 
-    def _scan(self, u: Tensor, order: Tensor, gap: Tensor) -> Tensor:
+    def _scan(self, u: Tensor, walks: Walks) -> Tensor:
         """Sum of the walks (batch, seqlen, d_inner) of u (batch, seqlen, 1, d_inner)."""
         c = self.config
         k = c.directions
@@ -122,8 +132,8 @@ class CrossScanMixer(nn.Module):
             self._by_direction(C, c.d_state),
             D=wide(self.Ds).reshape(k, c.d_inner),
             delta_bias=wide(self.dt_projs_bias),
-            order=order,
-            gap=gap,
+            order=walks.order,
+            gap=walks.gap,
         )
 
     def _low_projection(self) -> Tensor:

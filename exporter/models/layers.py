@@ -34,6 +34,14 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(wide(input))
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over the channels of a map, in float32 or wider."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.BatchNorm2d has
+        """(batch, channels, height, width) to the same; as wide as the norm's own arithmetic."""
+        return super().forward(wide(input))
+
+
 class Linear(nn.Linear):
     """A linear layer that casts its input to its own dtype: islands end where it begins."""
 

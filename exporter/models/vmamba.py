@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from exporter.models.base import BlockCost, ForwardDetails, VisionModel, details, refuse_schedule
-from exporter.models.cross_scan import CrossScanMixer, walk_order
+from exporter.models.cross_scan import CrossScanMixer, Walks
 from exporter.models.layers import Conv2d, LayerNorm, Linear, to_map, to_tokens, wide
 from exporter.models.vmamba_config import SCANS, VMambaConfig
 from exporter.models.vmamba_keys import adapt_keys
@@ -58,9 +58,9 @@ class VMambaBlock(nn.Module):
             self.norm2 = LayerNorm(width, eps=_EPS)
             self.mlp = Mlp(width, hidden, gated=config.gated_mlp)
 
-    def forward(self, x: Tensor, grid: tuple[int, int], order: Tensor, gap: Tensor) -> Tensor:
+    def forward(self, x: Tensor, walks: Walks) -> Tensor:
         """(batch, seqlen, width), the residual stream, to the same."""
-        x = x + wide(self.op(self.norm(x), grid, order, gap))
+        x = x + wide(self.op(self.norm(x), walks))
         if self.mlp is not None:
             x = x + wide(self.mlp(self.norm2(x)))
         return x
@@ -103,15 +103,9 @@ class MergeDownsample(nn.Module):
 class VMambaStage(nn.Module):
     """Blocks on one map, then the way to the next; the last stage has none."""
 
-    order: Tensor
-    gap: Tensor
-
     def __init__(self, config: VMambaConfig, stage: int) -> None:
         super().__init__()
-        self.grid = config.grids[stage]
-        order = walk_order(self.grid, SCANS[config.scan])
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("gap", torch.ones_like(order), persistent=False)
+        self.walks = Walks(config.grids[stage], SCANS[config.scan])
         self.blocks = nn.ModuleList(VMambaBlock(config, stage) for _ in range(config.depths[stage]))
         self.downsample: nn.Module | None = None
         if stage + 1 < len(config.depths):
@@ -126,9 +120,9 @@ class VMambaStage(nn.Module):
         """Tokens of this stage to those of the next, and what each block returned."""
         blocks = []
         for block in self.blocks:
-            x = block(x, self.grid, self.order, self.gap)
+            x = block(x, self.walks)
             blocks.append(x)
-        return x if self.downsample is None else self.downsample(x, self.grid), blocks
+        return x if self.downsample is None else self.downsample(x, self.walks.grid), blocks
 
 
 class VMamba(VisionModel):
@@ -188,8 +182,7 @@ class VMamba(VisionModel):
         if "5" in parts:
             height, width = self.image_size
             half = (math.ceil(height / 2), math.ceil(width / 2))
-            x = functional.gelu(x.to(parts["5"].weight.dtype))
-            x = parts["7"](to_tokens(parts["5"](to_map(x, half))))
+            x = parts["7"](to_tokens(parts["5"](to_map(functional.gelu(x), half))))
         if self.config.pos_embed:
             x = x + to_tokens(self.pos_embed)
         return x

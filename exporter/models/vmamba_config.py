@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from exporter.models.cross_scan import CROSS, CrossScanConfig
+from exporter.models.cross_scan import WALKS, CrossScanConfig
 
 # The walks of the official forward types: "v05_noz" and "v0", "v051d_noz", "v052d_noz".
 SCANS: Final = {
-    "cross": CROSS,
+    "cross": WALKS,
     "unidi": ("rows",) * 4,
     "bidi": ("rows", "rows", "rows_back", "rows_back"),
 }
