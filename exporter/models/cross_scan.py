@@ -139,7 +139,10 @@ class CrossScanMixer(nn.Module):
     def _low_projection(self) -> Tensor:
         """x_proj_weight as one matrix: the rows for dt of all directions, then B's, then C's."""
         rank, state = self.config.dt_rank, self.config.d_state
-        weight = self.x_proj_weight  # slices: the exporter folds no Split
+        weight = self.x_proj_weight
+        if self.config.directions == 1:
+            return weight[0]
+        # Slices: the exporter folds no Split.
         parts = (weight[:, :rank], weight[:, rank : rank + state], weight[:, rank + state :])
         return torch.cat([part.flatten(0, 1) for part in parts])
 
