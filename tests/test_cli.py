@@ -119,6 +119,8 @@ def test_models_and_doctor(vssm: Run, tmp_path: Path) -> None:
     assert rows["vim_tiny"]["parameters"] == 7_148_008
     assert rows["vim_base"]["parameters"] == 97_598_440
     assert rows["vim_small_stride8"]["tokens"] == 730
+    assert rows["vim_tiny"]["stage_tokens"] == [197]
+    assert rows["vmamba_tiny_s1l8"]["stage_tokens"] == [3136, 784, 196, 49]
     assert vssm("doctor", "--json", tmp_path / "doctor.json") == 0
     findings = {f["part"]: f for f in json.loads((tmp_path / "doctor.json").read_text())}
     assert findings["operator library (ONNX Runtime)"]["found"]
@@ -133,6 +135,7 @@ def labels_file(path: Path) -> Path:
 
 BAD_EXPORTS: list[tuple[list[str], str]] = [
     (["vim_huge"], "name='vim_huge' is not a model"),
+    (["vmamba_tiny_s1l8", "--schedule", "1:0.8"], "VMamba is hierarchical"),
     ([*MODEL, "--schedule=1:1.5"], "outside (0, 1]"),
     ([*MODEL, "--schedule=1:0"], "outside (0, 1]"),
     ([*MODEL, "--schedule=1:x"], "is not a number"),
