@@ -68,14 +68,15 @@ def models(json_file: Json = None) -> None:
     columns = ("model", "parameters", "image", "tokens", "GFLOPs published rule", "true")
     console.print(
         table(
-            "models (multiply-adds; the published rule counts one of Vim's two directions)",
+            "models (tokens of the first block; multiply-adds; the published rule counts one of "
+            "Vim's two directions)",
             columns,
             (
                 (
                     r["name"],
                     f"{r['parameters']:,}",
                     "x".join(map(str, r["image_size"])),
-                    " ".join(map(str, r["stage_tokens"])),
+                    r["tokens"],
                     f"{r['flops_published'] / 1e9:.2f}",
                     f"{r['flops_true'] / 1e9:.2f}",
                 )
