@@ -91,7 +91,8 @@ def models(json_file: Json = None) -> None:
     columns = ("model", "parameters", "image", "tokens", "GFLOPs published rule", "true")
     console.print(
         table(
-            "models (multiply-adds; the published rule counts one of Vim's two directions)",
+            "models (tokens of the first block; multiply-adds; the published rule counts one of "
+            "Vim's two directions)",
             columns,
             (
                 (

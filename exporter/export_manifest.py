@@ -79,7 +79,7 @@ def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
 
 def _schedule_info(model: VisionModel) -> ScheduleInfo | None:
     schedule: PruneSchedule | None = model.schedule
-    if schedule is None:
+    if schedule is None or model.layout is None:
         return None
     return ScheduleInfo(
         blocks={b: f"{ratio.normalize():f}" for b, ratio in schedule.ratios.items()},

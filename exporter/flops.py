@@ -38,12 +38,12 @@ def count(model: VisionModel) -> Work:
     """The work of one image through `model`, its schedule included."""
     fixed = model.fixed_cost()
     total = {"published": fixed, "true": fixed, "alignment": 0, "gemm": fixed, "exps": 0}
-    seqlen = full = model.layout.seqlen
+    left: int | None = None  # tokens after the last stage
     aligned = model.schedule is not None and model.schedule.alignment in {"gap", "constant"}
     masked = model.schedule is not None and model.schedule.alignment == "masked"
     grid = model.schedule is not None and model.schedule.conv == "grid"
-    for block in range(1, model.config.depth + 1):
-        cost = model.block_cost()
+    for block, (full, cost) in enumerate(model.block_costs(), start=1):
+        seqlen = full if left is None else left
         scan = 9 * seqlen * cost.states + seqlen * cost.per_token
         once = 2 * cost.states * (full - seqlen) if aligned else 0
         branch = (
@@ -60,5 +60,5 @@ def count(model: VisionModel) -> Work:
         total["exps"] += cost.directions * seqlen * cost.states
         stage = model.stages.get(block)
         if stage is not None and not masked:
-            seqlen = stage.num_keep
+            left = stage.num_keep
     return Work(**total)

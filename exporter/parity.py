@@ -18,23 +18,8 @@ from polygraphy.logger import G_LOGGER
 
 from exporter.artifact import Artifact
 from exporter.graph_edit import expose, force_positions
+from exporter.parity_tolerance import Tolerance
 from exporter.runtimes.session import Array, RuntimeInfo
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What an export in one dtype may differ from the oracle by.
-
-    Attributes:
-        logits: largest error of a logit over the largest logit, positions forced.
-        block: largest error of a block's stream over its largest value, positions forced.
-        margin: relative score margin under which another choice of tokens is no error.
-    """
-
-    logits: float
-    block: float
-    margin: float
-
 
 # Set from the errors measured on vim_tiny and vim_small, dense and pruned (docs/numerics.md).
 TOLERANCES: Final[Mapping[str, Tolerance]] = {
@@ -148,7 +133,7 @@ def compare(
         run_edited: runs a serialized edited graph with given inputs, as `info` says.
         per_block: also compare every block's streams.
     """
-    tolerance = TOLERANCES[artifact.manifest.dtype]
+    tolerance = TOLERANCES[artifact.manifest.dtype].of_model(artifact.manifest.name)
     streams = _block_names(artifact) if per_block else []
     forced = _run_forced(artifact, images, oracle, run_edited, streams)
     logits = compare_array("logits", forced["logits"], oracle.logits, tolerance.logits)

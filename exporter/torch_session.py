@@ -131,11 +131,16 @@ def oracle(model: VisionModel, artifact: Artifact, images: Array) -> OracleResul
         if name.residual is not None and residual is not None:
             blocks[name.residual] = residual.numpy()
     kept = [k.numpy() for k in found.kept_positions]
-    everything = np.broadcast_to(np.arange(exact.layout.seqlen), (len(images), exact.layout.seqlen))
     return OracleResult(
         logits=found.logits.numpy(),
         kept_positions=kept,
         scores=[s.numpy() for s in found.scores],
-        positions=[everything, *kept[:-1]] if kept else [],
+        positions=[_every_position(exact, len(images)), *kept[:-1]] if kept else [],
         blocks=blocks,
     )
+
+
+def _every_position(model: VisionModel, batch: int) -> Array:
+    """Places (batch, seqlen) of the tokens before the first stage."""
+    seqlen = 0 if model.layout is None else model.layout.seqlen
+    return np.broadcast_to(np.arange(seqlen), (batch, seqlen))

@@ -82,6 +82,8 @@ def test_models_and_doctor(vssm: Run, tmp_path: Path) -> None:
     assert rows["vim_tiny"]["parameters"] == 7_148_008
     assert rows["vim_base"]["parameters"] == 97_598_440
     assert rows["vim_small_stride8"]["tokens"] == 730
+    assert rows["vim_tiny"]["stage_tokens"] == [197]
+    assert rows["vmamba_tiny_s1l8"]["stage_tokens"] == [3136, 784, 196, 49]
     assert vssm("doctor", "--json", tmp_path / "doctor.json") == 0
     findings = {f["part"]: f for f in json.loads((tmp_path / "doctor.json").read_text())}
     assert findings["operator library (ONNX Runtime)"]["found"]
@@ -107,6 +109,7 @@ BAD_EXPORTS: list[tuple[list[str], str]] = [
     ([*MODEL, "--set=layer_scale=abc"], "layer_scale='abc' is not of type"),
     ([*MODEL, "--set=image_size=48.5"], "image_size=48.5 is not of type int or tuple or list"),
     (["vim_huge"], "name='vim_huge' is not a model"),
+    (["vmamba_tiny_s1l8", "--schedule", "1:0.8"], "VMamba is hierarchical"),
     ([*MODEL, "--schedule=1:1.5"], "outside (0, 1]"),
     ([*MODEL, "--schedule=1:0"], "outside (0, 1]"),
     ([*MODEL, "--schedule=1:x"], "is not a number"),

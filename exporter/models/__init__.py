@@ -9,10 +9,14 @@ from typing import Any, Final, get_args, get_origin, get_type_hints
 import torch
 
 from exporter.models.base import ForwardDetails, VisionModel
+from exporter.models.groupmamba import GroupMamba
+from exporter.models.groupmamba_config import GroupMambaConfig
 from exporter.models.plain_mamba import PlainMamba
 from exporter.models.plain_mamba_config import PlainMambaConfig
 from exporter.models.vim import Vim
 from exporter.models.vim_config import VimConfig
+from exporter.models.vmamba import VMamba
+from exporter.models.vmamba_config import VMambaConfig
 from exporter.schedule import PruneSchedule
 
 __all__ = [
@@ -25,6 +29,15 @@ __all__ = [
 ]
 
 _SEED: Final = 0
+_VANILLA: Final[dict[str, Any]] = {
+    "d_state": 16,
+    "expand": 2.0,
+    "conv_bias": True,
+    "gate": True,
+    "mlp_ratio": 0.0,
+    "patch_embed": "v1",
+    "downsample": "v1",
+}
 # Family, constructor, configuration class, and what a name changes in it.
 _Builder = Callable[..., VisionModel]
 MODELS: Final[dict[str, tuple[_Builder, Any, dict[str, Any]]]] = {
@@ -40,6 +53,34 @@ MODELS: Final[dict[str, tuple[_Builder, Any, dict[str, Any]]]] = {
     ),
     "plain_mamba_l2": (PlainMamba, PlainMambaConfig, {"d_model": 384}),
     "plain_mamba_l3": (PlainMamba, PlainMambaConfig, {"d_model": 448, "depth": 36}),
+    "vmamba_tiny_s1l8": (VMamba, VMambaConfig, {"depths": (2, 2, 8, 2)}),
+    "vmamba_tiny_s2l5": (VMamba, VMambaConfig, {"depths": (2, 2, 5, 2), "expand": 2.0}),
+    "vmamba_small_s2l15": (VMamba, VMambaConfig, {"depths": (2, 2, 15, 2), "expand": 2.0}),
+    "vmamba_small_s1l20": (VMamba, VMambaConfig, {"depths": (2, 2, 20, 2)}),
+    "vmamba_base_s2l15": (
+        VMamba,
+        VMambaConfig,
+        {"depths": (2, 2, 15, 2), "d_model": 128, "expand": 2.0},
+    ),
+    "vmamba_base_s1l20": (VMamba, VMambaConfig, {"depths": (2, 2, 20, 2), "d_model": 128}),
+    "vanilla_vmamba_tiny": (VMamba, VMambaConfig, {**_VANILLA, "depths": (2, 2, 9, 2)}),
+    "vanilla_vmamba_small": (VMamba, VMambaConfig, {**_VANILLA, "depths": (2, 2, 27, 2)}),
+    "vanilla_vmamba_base": (
+        VMamba,
+        VMambaConfig,
+        {**_VANILLA, "depths": (2, 2, 27, 2), "d_model": 128},
+    ),
+    "groupmamba_tiny": (GroupMamba, GroupMambaConfig, {}),
+    "groupmamba_small": (
+        GroupMamba,
+        GroupMambaConfig,
+        {"stem_width": 64, "widths": (64, 128, 348, 512), "depths": (3, 4, 16, 3)},
+    ),
+    "groupmamba_base": (
+        GroupMamba,
+        GroupMambaConfig,
+        {"stem_width": 64, "widths": (96, 192, 424, 512), "depths": (3, 6, 21, 3)},
+    ),
 }
 
 

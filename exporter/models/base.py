@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from exporter.errors import UnsupportedError
 from exporter.manifest import CheckpointInfo
 from exporter.pruning import StageResult
 from exporter.schedule import PruneSchedule, Stage, TokenLayout
@@ -59,7 +60,7 @@ class VisionModel(nn.Module):
         config: the family's configuration, a dataclass.
         schedule: token pruning, None for the dense model.
         stages: the schedule's stages by block, in order.
-        layout: the tokens before pruning.
+        layout: the tokens before pruning; None for models that cannot prune.
         image_size: (height, width) in pixels.
         num_classes: width of the logits.
         traced_blocks: how many blocks `forward_details(with_blocks=True)` reports.
@@ -72,7 +73,7 @@ class VisionModel(nn.Module):
     config: Any
     schedule: PruneSchedule | None
     stages: dict[int, Stage]
-    layout: TokenLayout
+    layout: TokenLayout | None
     image_size: tuple[int, int]
     num_classes: int
     traced_blocks: int
@@ -110,8 +111,17 @@ class VisionModel(nn.Module):
         raise NotImplementedError
 
     def block_cost(self) -> BlockCost:
-        """Cost of a block, by token."""
+        """Cost of a block, by token, in a model whose blocks are all alike."""
         raise NotImplementedError
+
+    def block_costs(self) -> list[tuple[int, BlockCost]]:
+        """Tokens before pruning and cost by token of every block, in order.
+
+        Models whose blocks differ give their own; the others a `layout` and a `block_cost`.
+        """
+        if self.layout is None:
+            raise NotImplementedError
+        return [(self.layout.seqlen, self.block_cost())] * self.config.depth
 
     def stays_wide(self, name: str) -> bool:
         """Whether a parameter stays float32 in a half-precision export (an island)."""
@@ -128,3 +138,18 @@ def details(
         [c.score for c in chosen],
         blocks,
     )
+
+
+def refuse_schedule(family: str, schedule: PruneSchedule | None) -> None:
+    """Hierarchical models are dense only.
+
+    Raises:
+        UnsupportedError: there is a schedule.
+    """
+    if schedule is not None:
+        asked = ",".join(f"{block}:{ratio}" for block, ratio in schedule.ratios.items())
+        raise UnsupportedError(
+            f"schedule={asked!r}: {family} is hierarchical, its convolutions and "
+            "downsampling need whole maps and no token can leave them; use schedule=None, or "
+            "prune a model whose tokens form a plain sequence (vim_*, plain_mamba_*)"
+        )

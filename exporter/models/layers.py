@@ -37,6 +37,40 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(wide(input))
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over the channels of a map, in float32 or wider."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.BatchNorm2d has
+        """(batch, channels, height, width) to the same; as wide as the norm's own arithmetic."""
+        return super().forward(wide(input))
+
+
+class Linear(nn.Linear):
+    """A linear layer that casts its input to its own dtype: islands end where it begins."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
+        """(..., in_features) to (..., out_features) in the weight's dtype."""
+        return super().forward(input.to(self.weight.dtype))
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that casts its input to its own dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d has
+        """(batch, in_channels, height, width) to (batch, out_channels, ...)."""
+        return super().forward(input.to(self.weight.dtype))
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """A map (batch, channels, height, width) as row-major tokens, float32 or wider."""
+    return wide(x).flatten(2).transpose(1, 2)
+
+
+def to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Row-major tokens (batch, seqlen, channels) as a map (batch, channels, height, width)."""
+    return x.transpose(1, 2).reshape(-1, x.shape[2], *grid)
+
+
 def resize_grid(
     table: Tensor, old: tuple[int, int], new: tuple[int, int], *, mode: str = "bicubic"
 ) -> Tensor:

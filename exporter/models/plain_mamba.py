@@ -145,7 +145,7 @@ class PlainMamba(VisionModel):
 
     def _forward(self, images: Tensor, with_blocks: bool) -> ForwardDetails:
         x = self.backbone.patch_embed(images) + wide(self.backbone.pos_embed)
-        tokens = Tokens.dense(self.walks, self.layout.seqlen, images.device)
+        tokens = Tokens.dense(self.walks, self.config.seqlen, images.device)
         chosen: list[StageResult] = []
         blocks: list[tuple[Tensor, Tensor | None]] = []
         for number, layer in enumerate(self.backbone.layers, start=1):
