@@ -26,6 +26,9 @@ CASES: tuple[tuple[str, str | None, tuple[int, ...], tuple[int, ...], bool], ...
     ("vim_tiny", None, (1,), (1,), True),
     ("vim_tiny", "10:0.8", (1, 8), (1, 2), False),
     ("vim_small", "5:0.8,10:0.8,15:0.8", (1, 8), (1, 2), False),
+    ("plain_mamba_l3", "default", (1,), (1,), False),
+    ("vmamba_tiny_s1l8", None, (1,), (1,), False),
+    ("groupmamba_tiny", None, (1,), (1,), False),
 )
 
 
@@ -59,7 +62,12 @@ def bench(
     samples: int,
 ) -> Any:
     """Export one model with seeded weights and measure it."""
-    parsed = None if schedule is None else exporter.PruneSchedule.parse(schedule)
+    parsed = None
+    if schedule is not None:
+        default = schedule == "default"
+        parsed = (
+            exporter.default_schedule(name) if default else exporter.PruneSchedule.parse(schedule)
+        )
     model = exporter.create_model(name, schedule=parsed)
     with tempfile.TemporaryDirectory() as directory:
         exporter.export(model, Path(directory) / name)

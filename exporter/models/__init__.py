@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, Final, get_args, get_origin, get_type_hints
 
@@ -137,7 +138,8 @@ def _check_types(config_class: Any, config: Mapping[str, Any]) -> None:
     """Refuse a text for a number, or for true or false: any text counts as true."""
     hints = get_type_hints(config_class)
     for key, value in config.items():
-        allowed = get_args(hints[key]) or (hints[key],)
+        union = isinstance(hints[key], types.UnionType)
+        allowed = get_args(hints[key]) if union else (hints[key],)
         kinds = tuple(tuple if get_origin(kind) is tuple else kind for kind in allowed)
         kinds += ((list,) if tuple in kinds else ()) + ((int,) if float in kinds else ())
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
