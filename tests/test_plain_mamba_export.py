@@ -19,7 +19,7 @@ from exporter.models import VisionModel
 from exporter.models.schedules import default_schedule
 from exporter.onnx_export import _cast_copy, build_proto
 from exporter.parity import TOLERANCES
-from exporter.pipeline import ExportRequest, export_model
+from exporter.pipeline_export import ExportRequest, export_model
 from exporter.spec import DOMAIN
 
 # Largest error over the largest logit of a micro export, measured (float32 9e-7); twice of that.
