@@ -3,7 +3,7 @@
 First a small Vim trained on real handwritten digits (examples/vim_digits.safetensors), whose
 accuracy can be counted, then full-size vim_tiny with seeded weights, whose speed matters.
 
-    python examples/demo.py -o demo           about three minutes on two cores
+    python examples/demo.py -o demo           about one minute on two cores
     python examples/demo.py -o demo --quick   fewer images and samples
 """
 
