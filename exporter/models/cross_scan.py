@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from exporter import ops
 from exporter.models.base import BlockCost
-from exporter.models.layers import Conv2d, LayerNorm, wide
+from exporter.models.layers import Conv2d, LayerNorm, initial_a_log, wide
 
 WALKS: Final = ("rows", "columns", "rows_back", "columns_back")
 
@@ -38,7 +38,7 @@ def walk_order(grid: tuple[int, int], walks: Sequence[str]) -> Tensor:
     return torch.stack([orders[walk] for walk in walks])[None]
 
 
-class Walks(nn.Module):
+class MapWalks(nn.Module):
     """A map's size and the walks over it, as the scan takes them; no part of the state_dict."""
 
     order: Tensor
@@ -95,8 +95,7 @@ class CrossScanMixer(nn.Module):
             torch.empty(c.directions, c.d_inner, c.dt_rank).uniform_(-bound, bound)
         )
         self.dt_projs_bias = nn.Parameter(_initial_step_bias(c.directions, c.d_inner))
-        states = torch.arange(1, c.d_state + 1).float()  # S4D-real: A = -(1 ... d_state)
-        self.A_logs = nn.Parameter(torch.log(states).repeat(c.directions * c.d_inner, 1))
+        self.A_logs = nn.Parameter(initial_a_log(c.directions * c.d_inner, c.d_state))
         self.Ds = nn.Parameter(torch.ones(c.directions * c.d_inner))
         self.out_norm = LayerNorm(c.d_inner, eps=1e-5)
         width = 2 * c.d_inner if c.gate else c.d_inner
@@ -104,7 +103,7 @@ class CrossScanMixer(nn.Module):
         self.conv2d = Conv2d(c.d_inner, c.d_inner, 3, padding=1, groups=c.d_inner, bias=c.conv_bias)
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=False)
 
-    def forward(self, x: Tensor, walks: Walks) -> Tensor:
+    def forward(self, x: Tensor, walks: MapWalks) -> Tensor:
         """Mixed tokens (batch, seqlen, d_model) of x, the row-major map that is walked over."""
         inner, grid = self.config.d_inner, walks.grid
         dtype = self.in_proj.weight.dtype
@@ -118,7 +117,7 @@ class CrossScanMixer(nn.Module):
             y = y * functional.silu(functional.linear(x, self.in_proj.weight[inner:]))
         return functional.linear(y, self.out_proj.weight)
 
-    def _scan(self, u: Tensor, walks: Walks) -> Tensor:
+    def _scan(self, u: Tensor, walks: MapWalks) -> Tensor:
         """Sum of the walks (batch, seqlen, d_inner) of u (batch, seqlen, 1, d_inner)."""
         c = self.config
         k = c.directions

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from exporter.models.base import BlockCost, ForwardDetails, VisionModel, details, refuse_schedule
-from exporter.models.cross_scan import WALKS, CrossScanMixer, Walks
+from exporter.models.cross_scan import WALKS, CrossScanMixer, MapWalks
 from exporter.models.groupmamba_config import GROUPS, GroupMambaConfig
 from exporter.models.layers import BatchNorm2d, Conv2d, LayerNorm, Linear, to_map, to_tokens, wide
 from exporter.schedule import PruneSchedule
@@ -185,7 +185,8 @@ class GroupMamba(VisionModel):
         self.image_size, self.num_classes = config.image_height_width, config.num_classes
         self.layout, self.stages, self.traced_blocks = None, {}, config.depth
         self.walks = nn.ModuleList(
-            nn.ModuleList(Walks(grid, [walk]) for walk in WALKS) for grid in (*config.grids, (1, 1))
+            nn.ModuleList(MapWalks(grid, [walk]) for walk in WALKS)
+            for grid in (*config.grids, (1, 1))
         )
         for stage, depth in enumerate(config.depths):
             embed = Downsample(config, stage) if stage else Stem(config)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from exporter.models.base import BlockCost, ForwardDetails, VisionModel, details, refuse_schedule
-from exporter.models.cross_scan import CrossScanMixer, Walks
+from exporter.models.cross_scan import CrossScanMixer, MapWalks
 from exporter.models.layers import Conv2d, LayerNorm, Linear, to_map, to_tokens, wide
 from exporter.models.vmamba_config import SCANS, VMambaConfig
 from exporter.models.vmamba_keys import adapt_keys
@@ -58,7 +58,7 @@ class VMambaBlock(nn.Module):
             self.norm2 = LayerNorm(width, eps=_EPS)
             self.mlp = Mlp(width, hidden, gated=config.gated_mlp)
 
-    def forward(self, x: Tensor, walks: Walks) -> Tensor:
+    def forward(self, x: Tensor, walks: MapWalks) -> Tensor:
         """(batch, seqlen, width), the residual stream, to the same."""
         x = x + wide(self.op(self.norm(x), walks))
         if self.mlp is not None:
@@ -105,7 +105,7 @@ class VMambaStage(nn.Module):
 
     def __init__(self, config: VMambaConfig, stage: int) -> None:
         super().__init__()
-        self.walks = Walks(config.grids[stage], SCANS[config.scan])
+        self.walks = MapWalks(config.grids[stage], SCANS[config.scan])
         self.blocks = nn.ModuleList(VMambaBlock(config, stage) for _ in range(config.depths[stage]))
         self.downsample: nn.Module | None = None
         if stage + 1 < len(config.depths):
