@@ -56,6 +56,19 @@ Status check_values(const SelectiveScanArgs& args, const SelectiveScanShape& sha
 /// Checks, then runs on the fastest instruction set of this processor (or VSSM_CPU_ISA's).
 Status selective_scan_cpu(const SelectiveScanArgs& args, const ParallelFor& parallel_for);
 
+/// The CUDA kernels. kAuto takes the one that was measured faster for the shape; the others are
+/// what TensorRT tries as tactics.
+enum class ScanVariant : int32_t { kAuto = 0, kThroughput = 1, kLatency = 2 };
+constexpr ScanVariant kScanVariants[] = {ScanVariant::kThroughput, ScanVariant::kLatency};
+
+/// Device memory that a launch needs at this shape; never less for larger sizes.
+int64_t selective_scan_cuda_workspace(const SelectiveScanShape& shape, DType dtype,
+                                      ScanVariant variant);
+
+/// Checks all but values, then launches. Built where there is a CUDA compiler (VSSM_CUDA).
+Status selective_scan_cuda(const SelectiveScanArgs& args, ScanVariant variant,
+                           const CudaLaunch& launch);
+
 }  // namespace vssm
 
 #endif  // VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_H_

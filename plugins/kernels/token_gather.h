@@ -36,6 +36,12 @@ Status check(const TokenGatherArgs& args, TokenGatherShape* shape);
 /// Checks, then runs.
 Status token_gather_cpu(const TokenGatherArgs& args, const ParallelFor& parallel_for);
 
+/// Device memory that a launch needs at this shape; never less for larger sizes.
+int64_t token_gather_cuda_workspace(const TokenGatherShape& shape);
+
+/// Checks, then launches. Built where there is a CUDA compiler (VSSM_CUDA).
+Status token_gather_cuda(const TokenGatherArgs& args, const CudaLaunch& launch);
+
 }  // namespace vssm
 
 #endif  // VSSM_PLUGINS_KERNELS_TOKEN_GATHER_H_

@@ -1,4 +1,5 @@
-// What every operator contract is made of: Status, Operand, ParallelFor. Standard library only.
+// What every operator contract is made of: Status, Operand, ParallelFor, CudaLaunch. Standard
+// library only.
 #ifndef VSSM_PLUGINS_KERNELS_TYPES_H_
 #define VSSM_PLUGINS_KERNELS_TYPES_H_
 
@@ -71,6 +72,16 @@ struct ParallelFor {
     }
     for (size_t i = 0; i < count; ++i) task(argument, i);
   }
+};
+
+/// Where a CUDA launcher puts its work. A launcher enqueues on `stream` of the current device and
+/// returns: it allocates nothing, never synchronises, and may be captured in a CUDA graph. Every
+/// pointer of its arguments is device memory, which it cannot look at: for order, gap and position
+/// of any value it touches no memory outside its operands.
+struct CudaLaunch {
+  void* stream = nullptr;     // cudaStream_t
+  void* workspace = nullptr;  // device memory, 256-byte aligned; see <operator>_cuda_workspace
+  int64_t workspace_bytes = 0;
 };
 
 }  // namespace vssm
