@@ -1,0 +1,68 @@
+"""What a run needs, looked for before anything is started. Standard library only."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+_PACKAGES = {
+    "torch": "a build for CUDA",
+    "numpy": "arrays",
+    "onnx": "export",
+    "onnxscript": "export",
+    "safetensors": "weights",
+    "rich": "tables",
+    "typer": "the command line under test",
+    "pytest": "the tests",
+}
+_TOOLS = {"cmake": "the build", "ninja": "the build", "c++": "the build"}
+CUDA_FOLDERS = ("/usr/local/cuda/bin",)
+
+
+def find_tool(name: str) -> str | None:
+    """A command in the PATH or in CUDA's own folder; the compiler may be named by CXX."""
+    if name == "c++":
+        return shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++")
+    homes = [os.environ[key] for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)]
+    folders = [*(f"{home}/bin" for home in homes), *CUDA_FOLDERS]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+def missing() -> Iterator[str]:
+    """What is not there, and what it is for: one line each."""
+    gpu = _output([sys.executable, "-c", _GPU]) if importlib.util.find_spec("torch") else None
+    if find_tool("nvidia-smi") is None:
+        yield "an NVIDIA GPU and its driver (nvidia-smi is not in the PATH)"
+    elif not (_output(["nvidia-smi", "-L"]) or "").strip():
+        yield "an NVIDIA GPU (nvidia-smi -L lists none)"
+    if gpu is not None and not gpu.startswith("gpu"):
+        yield f"a PyTorch that can use the GPU ({gpu})"
+    if find_tool("nvcc") is None:
+        yield "nvcc, CUDA's compiler (put it in the PATH or set CUDA_HOME)"
+    for name, purpose in _TOOLS.items():
+        if find_tool(name) is None:
+            yield f"{name}, for {purpose}"
+    for name, purpose in _PACKAGES.items():
+        if importlib.util.find_spec(name) is None:
+            yield f"the Python package {name}, for {purpose} ({sys.executable})"
+
+
+_GPU = """
+import warnings
+warnings.simplefilter("ignore")
+import torch
+usable = torch.cuda.is_available()
+print("gpu" if usable else f"torch {torch.__version__} finds no CUDA device")
+"""
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return None if command[0] == "nvidia-smi" else f"{command[0]}: {error}"
+    return done.stdout.strip()

@@ -1,0 +1,224 @@
+"""Our scan against mamba-ssm's and Triton's, in every dtype, batch size and length.
+
+Every case: both variants and the automatic choice, operands in the cache and not, outputs checked
+against the float64 oracle. The cases that the targets ask for come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import mamba, shapes
+from benchmarks.gpu.native import VARIANTS, Kernels
+from benchmarks.gpu.program import Report, label, main
+from benchmarks.gpu.shapes import ALLOWED, DTYPES, ScanShape
+from benchmarks.gpu.timing import (
+    Clock,
+    Subject,
+    copies_for,
+    measure,
+    one_line,
+    relative_error,
+    sizes,
+)
+
+OURS = "vssm"
+MAMBA = "mamba-ssm"
+TRITON = "triton"
+SEPARATE = "vssm auto, a call a direction"
+_LENGTHS = (197, 157, 125, 101)
+_BATCHES = (128, 1, 8, 32)
+_BUILD = Path("build/mamba_ssm")
+# A baseline's own rounding: it may sum in its own type.
+_BASELINE_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What is here to compare with; None where it is not."""
+
+    mamba: Any = None
+    triton: Any = None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A subject before it is timed: its calls by copy, and its result (batch, seqlen, d_inner)."""
+
+    name: str
+    call: Callable[[int], Any]
+    result: Callable[[], Tensor]
+    dense: bool = False  # it knows no gaps: checked against the scan with gaps of one
+    ours: bool = True
+
+
+def cases(quick: bool) -> Iterator[ScanShape]:
+    """The shapes, those of the targets first."""
+    half = "float16"
+    for name in ("vim_tiny", "vim_small"):
+        yield from (shapes.vim(name, batch, half) for batch in _BATCHES[:2])
+        yield from (shapes.vim(name, 128, half, seqlen) for seqlen in (157, 101))
+    yield shapes.plain_mamba_l3(128, half)
+    if quick:
+        return
+    done = {(128, 197), (1, 197), (128, 157), (128, 101)}
+    for dtype in DTYPES:
+        for batch in _BATCHES:
+            for seqlen in _LENGTHS:
+                if dtype == half and (batch, seqlen) in done:
+                    continue
+                yield from (shapes.vim(n, batch, dtype, seqlen) for n in ("vim_tiny", "vim_small"))
+    for batch in (1, 128):
+        yield from shapes.hierarchical(batch, half)
+    yield shapes.plain_mamba_l3(1, half)
+
+
+def run(report: Report, clock: Clock) -> None:
+    """Every case until the time is over."""
+    kernels = Kernels()
+    baselines = find_baselines(report)
+    for shape in cases(report.quick):
+        if report.over:
+            report.absent(label(shape.case), "the stage's time was over")
+            continue
+        case(report, clock, shape, kernels=kernels, baselines=baselines)
+
+
+def find_baselines(report: Report) -> Baselines:
+    """mamba-ssm and Triton, or a line that says why not."""
+    found: dict[str, Any] = {}
+    try:
+        found["mamba"] = mamba.load(_BUILD.resolve())
+    except Exception as error:
+        report.absent(MAMBA, one_line(error))
+    try:
+        from benchmarks.gpu import triton_scan
+
+        found["triton"] = triton_scan
+    except ImportError as error:
+        report.absent(TRITON, one_line(error))
+    return Baselines(**found)
+
+
+def case(
+    report: Report, clock: Clock, shape: ScanShape, *, kernels: Kernels, baselines: Baselines
+) -> None:
+    """Check and time one shape."""
+    first = shapes.operands(shape, clock.device)
+    copies = copies_for(sizes(first.values()), clock.cache_bytes)
+    given = [first, *(_copy(first) for _ in range(copies - 1))]
+    images = sorted({0, shape.batch - 1})
+    want = shapes.oracle(shape, first, images)
+    dense = {**first, "gap": torch.ones_like(first["gap"])} if shape.pruned else first
+    want_dense = shapes.oracle(shape, dense, images) if shape.pruned else want
+    subjects, checked = [], {}
+    for contender in _contenders(report, shape, given, kernels=kernels, baselines=baselines):
+        allowed = ALLOWED[DTYPES[shape.dtype]] * (1.0 if contender.ours else _BASELINE_FACTOR)
+        lost = report.wrong if contender.ours else report.absent
+        name = f"{contender.name}, {label(shape.case)}"
+        try:
+            contender.call(0)
+            error = relative_error(
+                contender.result()[images], want_dense if contender.dense else want
+            )
+        except Exception as problem:
+            lost(name, one_line(problem))
+            continue
+        if error > allowed:
+            lost(name, f"its result errs by {error:.1e}, above {allowed:.1e}; not timed")
+            continue
+        checked[contender.name] = (error, allowed)
+        subjects.append(Subject(contender.name, contender.call))
+    times = measure(subjects, clock, copies=copies, caches=("warm", "cold"), lost=report.wrong)
+    report.rows(shape.case, times, checked, shape.work(first))
+
+
+def _copy(operands: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in operands.items()}
+
+
+def _contenders(
+    report: Report,
+    shape: ScanShape,
+    given: list[dict[str, Tensor]],
+    *,
+    kernels: Kernels,
+    baselines: Baselines,
+) -> Iterator[Contender]:
+    for variant in VARIANTS:
+        yield _ours(f"{OURS} {variant}", given, kernels, variant, by_step=shape.params_by_step)
+    if shape.model == "plain_mamba_l3":
+        yield _separate(shape, given, kernels)
+    if baselines.mamba is not None and shape.model.startswith("vim"):
+        yield _mamba(given, baselines.mamba)
+    if baselines.triton is not None and (shape.model.startswith("vim") or not report.quick):
+        yield _triton(given, baselines.triton, by_step=shape.params_by_step)
+
+
+def _ours(
+    name: str, given: list[dict[str, Tensor]], kernels: Kernels, variant: str, *, by_step: bool
+) -> Contender:
+    made = [kernels.scan(o, variant=variant, params_by_step=by_step) for o in given]
+    return Contender(name, lambda i: made[i][0](), lambda: made[0][1])
+
+
+def _separate(shape: ScanShape, given: list[dict[str, Tensor]], kernels: Kernels) -> Contender:
+    """One call a direction, without the sum over them: what sharing exponentials is held against."""
+    made = [
+        [
+            kernels.scan(_direction(o, k), params_by_step=shape.params_by_step)
+            for k in range(shape.directions)
+        ]
+        for o in given
+    ]
+
+    def call(copy: int) -> None:
+        for scan, _ in made[copy]:
+            scan()
+
+    def result() -> Tensor:
+        return torch.stack([y.double() for _, y in made[0]]).sum(0)
+
+    return Contender(SEPARATE, call, result)
+
+
+def _direction(operands: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    """The operands of direction k alone; what is shared stays."""
+    axes = {"u": 2, "delta": 2, "B": 2, "C": 2, "A": 0, "D": 0, "delta_bias": 0}
+    axes |= {"order": 1, "gap": 1}
+    found = {}
+    for name, value in operands.items():
+        axis = axes.get(name)
+        alone = axis is not None and value.shape[axis] > 1
+        found[name] = value.narrow(axis, k, 1).contiguous() if alone else value
+    return found
+
+
+def _mamba(given: list[dict[str, Tensor]], extension: Any) -> Contender:
+    """A call a direction on operands turned beforehand, without the sum: in its favour."""
+    prepared = [mamba.directions(o) for o in given]
+    return Contender(
+        MAMBA,
+        lambda i: mamba.run(extension, prepared[i]),
+        lambda: mamba.joined(mamba.run(extension, prepared[0])),
+        dense=True,
+        ours=False,
+    )
+
+
+def _triton(given: list[dict[str, Tensor]], module: Any, *, by_step: bool) -> Contender:
+    def call(copy: int) -> Tensor:
+        result: Tensor = module.scan(**given[copy], params_by_step=by_step)
+        return result
+
+    return Contender(TRITON, call, lambda: call(0), ours=False)
+
+
+if __name__ == "__main__":
+    main("scans", run)
