@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from torch.nn import functional
 from exporter.errors import RuntimeUnavailableError
 
 SOURCE_VARIABLE = "MAMBA_SSM_SOURCE"
-_FOLDER = "csrc/selective_scan"
+FOLDER = "csrc/selective_scan"
+BUILD = Path(__file__).resolve().parents[2] / "build" / "mamba_ssm"
+_NAME = "selective_scan_cuda"
 _FORWARD = (
     "selective_scan.cpp",
     "selective_scan_fwd_fp32.cu",
@@ -61,26 +64,29 @@ INSTANTIATE(at::BFloat16)
 """
 
 
-def load(build_folder: Path) -> Any:
-    """The extension `selective_scan_cuda`.
+def load() -> Any:
+    """The extension `selective_scan_cuda`: the installed one, or that of the stage "baseline".
 
     Raises:
-        RuntimeUnavailableError: it is not installed and no sources are named, or do not build.
+        RuntimeUnavailableError: there is none.
     """
+    if (BUILD / f"{_NAME}.so").is_file():
+        sys.path.insert(0, str(BUILD))
     try:
-        return importlib.import_module("selective_scan_cuda")
+        return importlib.import_module(_NAME)
     except ImportError as error:
-        installed = str(error)
-    source = os.environ.get(SOURCE_VARIABLE)
-    if not source:
         raise RuntimeUnavailableError(
-            f"mamba-ssm is not installed ({installed}); pip install mamba-ssm, or name a checkout "
-            f"of its sources with {SOURCE_VARIABLE}"
-        )
-    return _build(Path(source) / _FOLDER, build_folder)
+            f"mamba-ssm's kernel cannot be imported ({error}); pip install mamba-ssm, or name a "
+            f"checkout of its sources with {SOURCE_VARIABLE} and run the stage baseline"
+        ) from error
 
 
-def _build(folder: Path, build_folder: Path) -> Any:
+def build(folder: Path) -> None:
+    """Compile the extension from csrc/selective_scan of a checkout into BUILD.
+
+    Raises:
+        RuntimeUnavailableError: the folder lacks a file.
+    """
     absent = [name for name in (*_FORWARD, "selective_scan.h") if not (folder / name).is_file()]
     if absent:
         raise RuntimeUnavailableError(
@@ -89,19 +95,20 @@ def _build(folder: Path, build_folder: Path) -> Any:
         )
     from torch.utils import cpp_extension
 
-    build_folder.mkdir(parents=True, exist_ok=True)
-    stub = build_folder / "no_backward.cpp"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    stub = BUILD / "no_backward.cpp"
     stub.write_text(_BACKWARD, encoding="utf-8")
     major, minor = torch.cuda.get_device_capability()
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
-    return cpp_extension.load(
-        name="selective_scan_cuda",
+    cpp_extension.load(
+        name=_NAME,
         sources=[*(str(folder / name) for name in _FORWARD), str(stub)],
         extra_include_paths=[str(folder)],
         extra_cflags=["-O3", "-std=c++17"],
         extra_cuda_cflags=list(_NVCC),
-        build_directory=str(build_folder),
+        build_directory=str(BUILD),
         with_cuda=True,
+        verbose=True,
     )
 
 
@@ -136,7 +143,8 @@ def turn(x: Tensor, k: int) -> Tensor:
 
 def run(extension: Any, prepared: list[tuple[Any, ...]]) -> list[Tensor]:
     """The gated result (batch, d_inner, seqlen) of every direction, in its own order."""
-    return [extension.fwd(*arguments, True)[-1 if arguments[6] is not None else 0] for arguments in prepared]
+    # fwd gives y, the states, and y gated where there is a gate.
+    return [extension.fwd(*given, True)[0 if given[6] is None else 2] for given in prepared]
 
 
 def joined(results: list[Tensor]) -> Tensor:
@@ -206,3 +214,8 @@ def _forward(
     u, delta, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta, *groups))
     result: Tensor = extension.fwd(u, delta, A, B, C, skip, None, bias, softplus)[0]
     return result
+
+
+if __name__ == "__main__":
+    build(Path(os.environ[SOURCE_VARIABLE]) / FOLDER)
+    print(f"built {load().__file__}")

@@ -34,13 +34,14 @@ def find_tool(name: str) -> str | None:
 
 def missing() -> Iterator[str]:
     """What is not there, and what it is for: one line each."""
-    gpu = _output([sys.executable, "-c", _GPU]) if importlib.util.find_spec("torch") else None
     if find_tool("nvidia-smi") is None:
         yield "an NVIDIA GPU and its driver (nvidia-smi is not in the PATH)"
     elif not (_output(["nvidia-smi", "-L"]) or "").strip():
         yield "an NVIDIA GPU (nvidia-smi -L lists none)"
-    if gpu is not None and not gpu.startswith("gpu"):
-        yield f"a PyTorch that can use the GPU ({gpu})"
+    elif importlib.util.find_spec("torch") is not None:
+        answer = _output([sys.executable, "-c", _GPU]) or "importing torch fails"
+        if answer != "gpu":
+            yield f"a PyTorch that can use the GPU ({answer})"
     if find_tool("nvcc") is None:
         yield "nvcc, CUDA's compiler (put it in the PATH or set CUDA_HOME)"
     for name, purpose in _TOOLS.items():
@@ -63,6 +64,24 @@ print("gpu" if usable else f"torch {torch.__version__} finds no CUDA device")
 def _output(command: list[str]) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return None if command[0] == "nvidia-smi" else f"{command[0]}: {error}"
+    except (OSError, subprocess.SubprocessError):
+        return None
     return done.stdout.strip()
+
+
+def main() -> int:
+    """Say what is missing; 2 where anything is."""
+    if sys.version_info < (3, 10):
+        print(f"gpu_check: {sys.executable} is older than Python 3.10; name another with PYTHON=")
+        return 2
+    found = list(missing())
+    if found:
+        print("gpu_check: cannot run here, for want of", file=sys.stderr)
+        for line in found:
+            print(f"  - {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

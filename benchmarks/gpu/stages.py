@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -33,6 +34,7 @@ class Stage:
         quick_s: the same with --quick; 0 leaves it out.
         commands: what to run, from the seconds it may use; SkippedError where it cannot run.
         needs: a stage without which this one says nothing.
+        keep: lines of the log, as a regular expression, that tell what a good run covered.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Stage:
     quick_s: float
     commands: Callable[[float], Sequence[Sequence[str]]]
     needs: str | None = None
+    keep: str | None = None
 
     def limit(self, quick: bool) -> float:
         """Seconds it may take."""
@@ -67,8 +70,15 @@ def run_stage(
             if reason:
                 break
     seconds = round(time.monotonic() - start, 1)
-    status = "failed" if reason else "ok"
-    return StageResult(stage.name, status, reason, seconds, limit, tail(log) if reason else "")
+    if reason:
+        return StageResult(stage.name, "failed", reason, seconds, limit, tail(log))
+    return StageResult(stage.name, "ok", _covered(stage, log), seconds, limit)
+
+
+def _covered(stage: Stage, log: Path) -> str:
+    if stage.keep is None:
+        return ""
+    return "; ".join(re.findall(stage.keep, log.read_text(encoding="utf-8", errors="replace")))
 
 
 def _run(

@@ -1,0 +1,188 @@
+"""Runs the stages of gpu_check and keeps what they found in one JSON file, after every stage."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.gpu import result
+from benchmarks.gpu.page import page, tables
+from benchmarks.gpu.plan import PROGRAMS, ROOT, WORK, environment, part_of, plan
+from benchmarks.gpu.result import Document, StageResult
+from benchmarks.gpu.stages import Stage, run_stage
+from benchmarks.gpu.targets import evaluate
+from exporter.files import atomic_write_bytes
+from exporter.json_fields import FieldError, Node
+from exporter.tables import table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is asked for; 0 where every stage ended well, 1 where one failed, 2 for bad usage."""
+    options = _options(arguments)
+    console = Console()
+    stages = plan(options.quick)
+    if options.list:
+        rows = ((s.name, s.purpose, f"{s.limit_s:.0f}", f"{s.quick_s:.0f}") for s in stages)
+        console.print(table("gpu_check", ("stage", "what", "limit, s", "with --quick"), rows))
+        return 0
+    only = options.only.split(",") if options.only else [s.name for s in stages]
+    unknown = sorted(set(only) - {s.name for s in stages})
+    if unknown:
+        print(f"gpu_check: --only={options.only}: no stage {', '.join(unknown)}; see --list")
+        return 2
+    try:
+        document, path = _document(options)
+    except (OSError, ValueError, FieldError) as error:
+        print(f"gpu_check: --into={options.into} is no result of gpu_check: {error}")
+        return 2
+    run(document, path, stages, only, console)
+    for shown in tables(document):
+        console.print(shown)
+    console.print(f"{path}\n{path.with_suffix('.md')}", soft_wrap=True)
+    return 1 if any(s.status == "failed" for s in document.stages) else 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_check.sh", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="what the targets need: 8 minutes")
+    parser.add_argument("--only", metavar="STAGE,...", help="these stages alone")
+    parser.add_argument("--list", action="store_true", help="the stages and their limits")
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="add to this result; its other stages stay"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    return parser.parse_args(arguments)
+
+
+def _document(options: argparse.Namespace) -> tuple[Document, Path]:
+    """A new result or the one to go on with, and its path."""
+    command = shlex.join(["benchmarks/gpu_check.sh", *sys.argv[1:]])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    if options.into is not None:
+        document = result.load(options.into)
+        document.command, document.finished = f"{document.command}; {command}", None
+        if document.commit != _commit():
+            raise ValueError(f"its commit {document.commit} is not this checkout's; start a new one")
+        return document, options.into
+    document = Document(
+        started=now.isoformat(timespec="seconds"),
+        command=command,
+        quick=options.quick,
+        commit=_commit(),
+    )
+    options.output.mkdir(parents=True, exist_ok=True)
+    return document, options.output / f"{_slug(_card())}-{now:%Y-%m-%d-%H%M}.json"
+
+
+def run(
+    document: Document, path: Path, stages: Sequence[Stage], only: Sequence[str], console: Console
+) -> None:
+    """Run the stages, writing the result and its page after each."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    env = environment()
+    for stage in stages:
+        if stage.name not in only:
+            if not any(s.name == stage.name for s in document.stages):
+                document.stages.append(StageResult(stage.name, "skipped", "not in --only"))
+            continue
+        console.print(f"{stage.name}: {stage.purpose} (limit {stage.limit(document.quick):.0f} s)")
+        document.forget(stage.name)
+        ended = StageResult(stage.name, "failed", "did not end: the run was stopped")
+        try:
+            ended = _blocked(document, stage) or run_stage(
+                stage, WORK / f"{stage.name}.log", quick=document.quick, env=env, cwd=ROOT
+            )
+        finally:
+            if stage.name in PROGRAMS:
+                ended = _collect(document, stage.name, ended)
+            document.stages.append(ended)
+            _save(document, path)
+        console.print(f"{stage.name}: {ended.status} {ended.reason}", markup=False, soft_wrap=True)
+    document.finished = _now()
+    _save(document, path)
+
+
+def _blocked(document: Document, stage: Stage) -> StageResult | None:
+    """A stage is skipped where one that it needs has failed."""
+    needed = next((s for s in document.stages if s.name == stage.needs), None)
+    if needed is None or needed.status != "failed":
+        return None
+    return StageResult(stage.name, "skipped", f"the stage {stage.needs} failed")
+
+
+def _collect(document: Document, name: str, ended: StageResult) -> StageResult:
+    """Take over what a program has found; a line that is cut off or wrong makes the stage fail."""
+    part = part_of(name)
+    if ended.status == "skipped" or not part.is_file():
+        return ended
+    wrong = []
+    for line in part.read_text(encoding="utf-8").splitlines():
+        try:
+            _take(document, json.loads(line))
+        except ValueError as error:
+            wrong.append(str(error))
+    if not wrong:
+        return ended
+    reason = "; ".join(filter(None, [ended.reason, f"unreadable findings: {wrong[0]}"]))
+    return StageResult(name, "failed", reason, ended.seconds, ended.limit_s, ended.log_tail)
+
+
+def _take(document: Document, found: Any) -> None:
+    node = Node(found)
+    for key, value in node.mapping().items():
+        if key == "row":
+            document.rows.append(result.row(node.at(key)))
+        elif key == "absent":
+            document.absent.append(result.absent(node.at(key)))
+        elif key == "ceilings":
+            document.ceilings = result.ceilings(node.at(key))
+        elif key == "machine":
+            document.machine.update({k: v.text() for k, v in node.at(key).entries()})
+        else:
+            raise FieldError(f"{key}={value!r} is nothing that a program writes")
+
+
+def _save(document: Document, path: Path) -> None:
+    document.targets = evaluate(document)
+    document.write(path)
+    atomic_write_bytes(path.with_suffix(".md"), page(document).encode())
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _commit() -> str:
+    found = _output(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"])
+    return found or "no git checkout"
+
+
+def _card() -> str:
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return (_output(query) or "gpu").splitlines()[0]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "gpu"
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Our scan against PyTorch's own means under torch.compile, at the shapes of the targets."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import doubling, scans, shapes
+from benchmarks.gpu.native import Kernels
+from benchmarks.gpu.program import Report, label, main
+from benchmarks.gpu.scans import Contender
+from benchmarks.gpu.shapes import ScanShape
+from benchmarks.gpu.timing import Clock
+
+RECURRENCES = {
+    "torch.compile, doubling": doubling.doubled,
+    "torch.compile, associative_scan": doubling.associative,
+}
+
+
+def cases(quick: bool) -> Iterator[ScanShape]:
+    """Vim's layers in float16; each is compiled anew, so there are few."""
+    for name in ("vim_tiny",) if quick else ("vim_tiny", "vim_small"):
+        yield from (shapes.vim(name, batch, "float16") for batch in (128, 1))
+
+
+def run(report: Report, clock: Clock) -> None:
+    """Every case until the time is over."""
+    kernels = Kernels()
+    for shape in cases(report.quick):
+        if report.over:
+            report.absent(label(shape.case), "the stage's time was over")
+            continue
+        torch.compiler.reset()
+        scans.case(report, clock, shape, functools.partial(contenders, shape, kernels))
+
+
+def contenders(
+    shape: ScanShape,
+    kernels: Kernels,
+    given: list[dict[str, Tensor]],
+    compiler: Callable[[Any], Any] = functools.partial(torch.compile, dynamic=False),
+) -> Iterator[Contender]:
+    """Our kernel and the compiled forms."""
+    yield scans.ours(shape, given, kernels)
+    for name, recurrence in RECURRENCES.items():
+        compiled = compiler(plain(recurrence))
+
+        def call(copy: int, compiled: Any = compiled) -> Tensor:
+            result: Tensor = compiled(**given[copy])
+            return result
+
+        yield Contender(name, call, functools.partial(call, 0), ours=False)
+
+
+def plain(recurrence: doubling.Recurrence) -> Callable[..., Tensor]:
+    """The baseline's scan with one of its recurrences, as a function: torch.compile wants one."""
+
+    def scan(**operands: Any) -> Tensor:
+        return doubling.scan(**operands, recurrence=recurrence)
+
+    return scan
+
+
+if __name__ == "__main__":
+    main("compiled", run)

@@ -1,0 +1,178 @@
+"""Whole Vim models in PyTorch, under CUDA graphs: our kernels against mamba-ssm's and torch.compile.
+
+One model serves every subject of a case: the same weights and the same layers, with another scan
+in their place. Pruned models keep their gaps with mamba-ssm too (see mamba.scan).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import exporter
+from benchmarks.gpu import compiled, doubling, mamba, shapes
+from benchmarks.gpu.program import Report, label, main
+from benchmarks.gpu.result import Work
+from benchmarks.gpu.timing import Clock, Subject, measure, one_line, relative_error
+from exporter import ops
+from exporter.models import VisionModel
+from exporter.parity import TOLERANCES
+
+OURS = "vssm"
+MAMBA = "mamba-ssm"
+COMPILED_SCAN = "PyTorch, scan by torch.compile"
+COMPILED_MODEL = "vssm, model by torch.compile"
+ORT = "ort-cuda"
+# Other choices of tokens in half precision change logits by more than rounding does: this only
+# tells one model from another, as `vssm bench` does.
+_SAME_MODEL = 0.2
+_CHECKED = 2  # images compared with the oracle, which runs on the processor
+
+Scan = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one batch size and dtype."""
+
+    name: str
+    schedule: str | None
+    batch: int
+    dtype: str
+
+    @property
+    def case(self) -> dict[str, str | int]:
+        """What a row says of it."""
+        kind = "dense" if self.schedule is None else f"pruned {self.schedule}"
+        return {"model": self.name, "kind": kind, "dtype": self.dtype, "batch": self.batch}
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Those of the targets first."""
+    schedules = {n: str(exporter.default_schedule(n)) for n in ("vim_tiny", "vim_small")}
+    first = [Case(n, s, 128, "float16") for n in schedules for s in (None, schedules[n])]
+    yield from first
+    for name, schedule in schedules.items():
+        yield Case(name, None, 1, "float16")
+        if quick:
+            continue
+        for dtype in shapes.DTYPES:
+            for batch in (1, 8, 32, 128):
+                for kind in (None, schedule):
+                    found = Case(name, kind, batch, dtype)
+                    if found not in first and found != Case(name, None, 1, "float16"):
+                        yield found
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A model's float32 weights, and what float64 says of the checked images."""
+
+    model: VisionModel
+    images: Tensor
+    logits: Tensor
+
+
+@functools.lru_cache(maxsize=4)
+def oracle(name: str, schedule: str | None) -> Oracle:
+    """The model with seeded weights, and its exact logits."""
+    parsed = None if schedule is None else exporter.PruneSchedule.parse(schedule)
+    model = exporter.create_model(name, schedule=parsed)
+    make = torch.Generator().manual_seed(0)
+    images = torch.randn(_CHECKED, 3, *model.image_size, generator=make)
+    with torch.no_grad():
+        logits = copy.deepcopy(model).double()(images.double())
+    return Oracle(model, images, logits)
+
+
+def run(report: Report, clock: Clock) -> None:
+    """Every case until the time is over."""
+    extension = None
+    try:
+        extension = mamba.load()
+    except Exception as error:
+        report.absent(MAMBA, one_line(error))
+    report.absent("tensorrt", "not part of this program: engines are timed by `vssm bench`")
+    for found in cases(report.quick):
+        if report.over:
+            report.absent(label(found.case), "the stage's time was over")
+            continue
+        case(report, clock, found, oracle(found.name, found.schedule), extension)
+
+
+def case(report: Report, clock: Clock, found: Case, exact: Oracle, extension: Any) -> None:
+    """Check and time one model."""
+    model = in_dtype(exact.model, shapes.DTYPES[found.dtype]).to(clock.device)
+    images = exact.images.repeat(-(-found.batch // _CHECKED), 1, 1, 1)[: found.batch]
+    images = images.to(clock.device)
+    want = exact.logits[: found.batch].to(clock.device)
+    allowed = TOLERANCES[found.dtype].logits if found.schedule is None else _SAME_MODEL
+    checked, subjects = {}, []
+    for name, call in _subjects(report, found, model, images, extension).items():
+        ours = name.startswith(OURS)
+        lost = report.wrong if ours else report.absent
+        words = f"{name}, {label(found.case)}"
+        try:
+            error = relative_error(call(0)[: len(want)], want)
+        except Exception as problem:
+            lost(words, one_line(problem))
+            continue
+        if error > allowed:
+            lost(words, f"its logits err by {error:.1e}, above {allowed:.1e}; not timed")
+            continue
+        checked[name] = (error, allowed)
+        subjects.append(Subject(name, call))
+    times = measure(
+        subjects, clock, lost=lambda name, why: report.wrong(f"{name}, {label(found.case)}", why)
+    )
+    report.rows(found.case, times, checked, Work())
+
+
+def _subjects(
+    report: Report, found: Case, model: VisionModel, images: Tensor, extension: Any
+) -> dict[str, Callable[[int], Tensor]]:
+    """Calls that give the logits."""
+    made = {OURS: _forward(model, images)}
+    if extension is not None:
+        made[MAMBA] = _forward(model, images, mamba.scan(extension))
+    few = found.dtype == "float16" and found.batch in {1, 128} and found.schedule is None
+    if few and not report.quick:
+        scan = torch.compile(compiled.plain(doubling.doubled), dynamic=False)
+        made[COMPILED_SCAN] = _forward(model, images, scan)
+        made[COMPILED_MODEL] = _forward(torch.compile(model, dynamic=False), images)
+    return made
+
+
+def _forward(
+    model: Callable[[Tensor], Tensor], images: Tensor, scan: Scan | None = None
+) -> Callable[[int], Tensor]:
+    """The model on the images, with `scan` for `ops.selective_scan` where one is given."""
+
+    def call(_: int) -> Tensor:
+        with torch.no_grad():
+            if scan is None:
+                return model(images)
+            with mock.patch.object(ops, "selective_scan", scan):
+                return model(images)
+
+    return call
+
+
+def in_dtype(model: VisionModel, dtype: torch.dtype) -> VisionModel:
+    """A copy with its projections in `dtype`; what exports keep in float32 stays so."""
+    twin = copy.deepcopy(model)
+    for name, parameter in twin.named_parameters():
+        if not twin.stays_wide(name):
+            parameter.data = parameter.data.to(dtype)
+    return twin
+
+
+if __name__ == "__main__":
+    main("models", run)

@@ -1,0 +1,154 @@
+"""The stages of a run: what each starts, and how long it may take."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from benchmarks.gpu.mamba import BUILD, FOLDER, SOURCE_VARIABLE
+from benchmarks.gpu.needs import find_tool
+from benchmarks.gpu.stages import SkippedError, Stage
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / "build" / "gpu_check"  # logs and what the programs found so far
+PROGRAMS = ("ceilings", "scans", "compiled", "gathers", "models")
+_PYTEST = ROOT / "benchmarks" / "gpu" / "pytest.ini"
+_FOUND_ERRORS = "77"  # compute-sanitizer's exit code then, unlike any of pytest's
+
+
+def plan(quick: bool) -> list[Stage]:
+    """Every stage in order; limits in seconds, in a whole run and with --quick."""
+
+    def program(name: str, purpose: str, limit: float, quick_s: float) -> Stage:
+        return Stage(name, purpose, limit, quick_s, partial(_program, name, quick), needs="build")
+
+    def sanitizer(tool: str, quick_s: float) -> Stage:
+        purpose = f"compute-sanitizer's {tool} over those tests"
+        commands = partial(_sanitizer, tool)
+        return Stage(tool, purpose, 65, quick_s, commands, needs="build", keep=_SUMMARY)
+
+    return [
+        Stage("build", "the native libraries for the card that is here", 180, 120, _build),
+        Stage("baseline", f"mamba-ssm's kernel from {SOURCE_VARIABLE}", 150, 90, _baseline),
+        program("ceilings", "exp2 rate, copy bandwidth, launch latency", 30, 20),
+        Stage("tests", "every test that needs a GPU", 150, 50, _tests, "build", _SUMMARY),
+        sanitizer("memcheck", 45),
+        sanitizer("racecheck", 45),
+        sanitizer("initcheck", 0),
+        sanitizer("synccheck", 0),
+        program("scans", "the scan against mamba-ssm and Triton", 150, 40),
+        program("compiled", "the scan against torch.compile", 90, 0),
+        program("gathers", "the gather against torch.topk, sort and gather", 20, 15),
+        program("models", "whole Vim models in PyTorch", 160, 45),
+    ]
+
+
+_SUMMARY = r"(?m)^(?:sampled .* tests|.*\d+ passed.*|.*ERROR SUMMARY.*)$"
+
+
+def _build(_: float) -> list[list[str]]:
+    folder = ROOT / "build" / "gpu"
+    cmake = find_tool("cmake") or "cmake"
+    options = [
+        "-DVSSM_CUDA=ON",
+        f"-DVSSM_CUDA_ARCHITECTURES={architecture()}-real",
+        "-DVSSM_EMULATION=OFF",
+    ]
+    return [
+        [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options],
+        [cmake, "--build", str(folder), "-j", str(len(os.sched_getaffinity(0)))],
+    ]
+
+
+def architecture() -> str:
+    """The card's compute capability as CMake writes it, such as 90."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
+    lines = done.stdout.split()
+    if not lines or not re.fullmatch(r"\d+\.\d+", lines[0]):
+        raise SkippedError(f"nvidia-smi names no compute capability: {done.stdout.strip()!r}")
+    return lines[0].replace(".", "")
+
+
+def _baseline(_: float) -> list[list[str]]:
+    source = os.environ.get(SOURCE_VARIABLE)
+    if not source:
+        raise SkippedError(f"{SOURCE_VARIABLE} names no checkout of mamba-ssm")
+    if not (Path(source) / FOLDER).is_dir():
+        raise SkippedError(f"{SOURCE_VARIABLE}={source} has no {FOLDER}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    return [[sys.executable, "-m", "benchmarks.gpu.mamba"]]
+
+
+def _program(name: str, quick: bool, limit: float) -> list[list[str]]:
+    part = part_of(name)
+    part.unlink(missing_ok=True)
+    seconds = str(max(limit - 30, 0.6 * limit))  # the rest: start, and the case it is at
+    command = [sys.executable, "-m", f"benchmarks.gpu.{name}", "--out", str(part)]
+    return [[*command, "--seconds", seconds, *(["--quick"] if quick else [])]]
+
+
+def part_of(name: str) -> Path:
+    """Where a program writes its findings."""
+    return WORK / f"{name}.jsonl"
+
+
+def gpu_tests(root: Path = ROOT) -> list[Path]:
+    """The test files with a test for GPUs; the others may need packages that are not here."""
+    marks = re.compile(r"\bmark\.gpu\b|^from cuda_device import|^import cuda_device", re.MULTILINE)
+    files = sorted((root / "tests").rglob("test_*.py"))
+    return [f for f in files if marks.search(f.read_text(encoding="utf-8"))]
+
+
+def _pytest(seconds: float, *options: str) -> list[str]:
+    files = [str(path) for path in gpu_tests()]
+    if not files:
+        raise SkippedError("no file under tests/ has a test marked gpu")
+    plugins = ["-p", "benchmarks.gpu.sampling", "--sample-seconds", str(seconds)]
+    config = ["-c", str(_PYTEST), "--rootdir", str(ROOT), "--continue-on-collection-errors"]
+    return [sys.executable, "-m", "pytest", *config, *plugins, "-m", "gpu", *options, *files]
+
+
+def _tests(limit: float) -> list[list[str]]:
+    return [_pytest(max(limit - 30, 0.6 * limit))]
+
+
+def _sanitizer(tool: str, limit: float) -> list[list[str]]:
+    path = find_tool("compute-sanitizer")
+    if path is None:
+        raise SkippedError("compute-sanitizer is not there; it comes with the CUDA toolkit")
+    command = [path, "--tool", tool, "--error-exitcode", _FOUND_ERRORS]
+    if tool != "initcheck":  # there the writes of PyTorch's own kernels count as well
+        command += [_name_filter(path), "kns=vssm"]
+    # PyTorch's memory as single allocations, so that a step outside one is seen; graphs cannot be
+    # captured then.
+    alone = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
+    without = ("-k", "not graph and not capture")
+    return [[*alone, *command, *_pytest(0.6 * limit, *without)]]
+
+
+def _name_filter(path: str) -> str:
+    """The option that restricts it to kernels by name: it was renamed."""
+    done = subprocess.run([path, "--help"], capture_output=True, text=True, timeout=60, check=False)
+    return "--kernel-name" if "--kernel-name" in done.stdout else "--kernel-regex"
+
+
+def environment() -> dict[str, str]:
+    """What the stages see: this checkout, CUDA's tools, no caches inside the checkout's sources."""
+    env = dict(os.environ)
+    inherited = env.get("PYTHONPATH", "")
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [inherited])])
+    env["PYTHONDONTWRITEBYTECODE"] = "1"
+    nvcc = find_tool("nvcc")
+    if nvcc is not None:
+        folder = Path(nvcc).resolve().parent
+        env.setdefault("CUDA_HOME", str(folder.parent))
+        env["PATH"] = os.pathsep.join([env.get("PATH", ""), str(folder)])
+    return env
+
+
