@@ -15,8 +15,8 @@ if [[ -z "${PYTHON:-}" ]]; then
   PYTHON=python3
   if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 fi
-command -v "$PYTHON" > /dev/null || {
-  echo "gpu_check: PYTHON=$PYTHON is not there; name Python 3.10 or newer with PYTHON=" >&2
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null || {
+  echo "gpu_check: PYTHON=$PYTHON is missing or older than 3.10; name another with PYTHON=" >&2
   exit 2
 }
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"

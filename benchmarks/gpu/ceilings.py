@@ -1,4 +1,4 @@
-"""The card's limits: exp2 rate, copy bandwidth, launch of a kernel in a graph; and what card it is."""
+"""The card's limits: exp2 rate, copy bandwidth, a launch in a graph; and which card it is."""
 
 from __future__ import annotations
 
@@ -70,7 +70,11 @@ def _refuse(code: int) -> None:
 def facts(clock: Clock) -> dict[str, str]:
     """Card, driver, versions, processor."""
     properties = torch.cuda.get_device_properties(clock.device)
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.max.sm,power.limit",
+        "--format=csv,noheader",
+    ]
     done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
     return {
         "gpu": properties.name,
@@ -78,7 +82,9 @@ def facts(clock: Clock) -> dict[str, str]:
         "multiprocessors": str(properties.multi_processor_count),
         "memory": f"{properties.total_memory / 2**30:.1f} GiB",
         "last-level cache": f"{clock.cache_bytes / 2**20:.0f} MiB",
-        "driver, clock limit, power limit": done.stdout.strip().splitlines()[0] if done.stdout else "unknown",
+        "driver, clock limit, power limit": done.stdout.strip().splitlines()[0]
+        if done.stdout
+        else "unknown",
         "CUDA of torch": str(torch.version.cuda),
         "python": platform.python_version(),
         "platform": f"{platform.machine()}, {sys.platform}",

@@ -27,16 +27,17 @@ from exporter.tables import table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is asked for; 0 where every stage ended well, 1 where one failed, 2 for bad usage."""
+    """Run what is asked for; 0 where no stage failed, 1 where one did, 2 for bad usage."""
     options = _options(arguments)
     console = Console()
-    stages = plan(options.quick)
+    names = [s.name for s in plan(options.quick)]
     if options.list:
+        stages = plan(options.quick)
         rows = ((s.name, s.purpose, f"{s.limit_s:.0f}", f"{s.quick_s:.0f}") for s in stages)
         console.print(table("gpu_check", ("stage", "what", "limit, s", "with --quick"), rows))
         return 0
-    only = options.only.split(",") if options.only else [s.name for s in stages]
-    unknown = sorted(set(only) - {s.name for s in stages})
+    only = options.only.split(",") if options.only else names
+    unknown = sorted(set(only) - set(names))
     if unknown:
         print(f"gpu_check: --only={options.only}: no stage {', '.join(unknown)}; see --list")
         return 2
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, FieldError) as error:
         print(f"gpu_check: --into={options.into} is no result of gpu_check: {error}")
         return 2
-    run(document, path, stages, only, console)
+    run(document, path, plan(document.quick), only, console)
     for shown in tables(document):
         console.print(shown)
     console.print(f"{path}\n{path.with_suffix('.md')}", soft_wrap=True)
@@ -72,7 +73,9 @@ def _document(options: argparse.Namespace) -> tuple[Document, Path]:
         document = result.load(options.into)
         document.command, document.finished = f"{document.command}; {command}", None
         if document.commit != _commit():
-            raise ValueError(f"its commit {document.commit} is not this checkout's; start a new one")
+            raise ValueError(
+                f"its commit {document.commit} is not this checkout's; start a new one"
+            )
         return document, options.into
     document = Document(
         started=now.isoformat(timespec="seconds"),

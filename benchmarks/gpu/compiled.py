@@ -43,9 +43,10 @@ def contenders(
     shape: ScanShape,
     kernels: Kernels,
     given: list[dict[str, Tensor]],
-    compiler: Callable[[Any], Any] = functools.partial(torch.compile, dynamic=False),
+    compiler: Callable[[Any], Any] | None = None,
 ) -> Iterator[Contender]:
-    """Our kernel and the compiled forms."""
+    """Our kernel and the compiled forms; `compiler` stands in for torch.compile."""
+    compiler = compiler or functools.partial(torch.compile, dynamic=False)
     yield scans.ours(shape, given, kernels)
     for name, recurrence in RECURRENCES.items():
         compiled = compiler(plain(recurrence))

@@ -56,9 +56,9 @@ def scan(
     scale: float = 1.0,
     recurrence: Recurrence = doubled,
 ) -> Tensor:
-    """Arguments and result of `exporter.ops.selective_scan`, for one or two directions there and back.
+    """Arguments and result of `exporter.ops.selective_scan`, for one or two directions.
 
-    `order` is taken to be that; it is not looked at.
+    `order` is taken to be there and back; it is not looked at.
     """
     directions = order.shape[1]
     if directions > 2 or delta0 is not None:

@@ -133,7 +133,15 @@ def _direction(operands: dict[str, Tensor], k: int) -> tuple[Any, ...]:
     z = operands.get("z")
     gate = None if z is None else turn(z.transpose(1, 2), k).contiguous()
     groups = (steps("B")[:, None], steps("C")[:, None])
-    return (steps("u"), steps("delta"), weight("A"), *groups, weight("D"), gate, weight("delta_bias"))
+    return (
+        steps("u"),
+        steps("delta"),
+        weight("A"),
+        *groups,
+        weight("D"),
+        gate,
+        weight("delta_bias"),
+    )
 
 
 def turn(x: Tensor, k: int) -> Tensor:
@@ -185,13 +193,12 @@ def scan(extension: Any) -> Any:
             groups = [turn(t[:, :, k % t.shape[2]].transpose(1, 2), k)[:, None] for t in (B, C)]
             bias, skip = delta_bias[k % len(delta_bias)], D[k % len(D)]
             if dense:
-                y = _forward(extension, x, dt, A[k % len(A)], groups, (skip, bias), softplus=True)
+                y = _forward(extension, [x, dt, *groups], A[k % len(A)], (skip, bias))
             else:
                 span = torch.cat([torch.ones_like(gap[:, k, :1]), gap[:, k, 1:]], -1)[:, None]
-                step = span * functional.softplus(dt.float() + bias[:, None])
+                step = (span * functional.softplus(dt.float() + bias[:, None])).to(x.dtype)
                 spread = (x / span).to(x.dtype)
-                step = step.to(x.dtype)
-                y = _forward(extension, spread, step, A[k % len(A)], groups, None, softplus=False)
+                y = _forward(extension, [spread, step, *groups], A[k % len(A)], None)
                 y = y + skip[:, None] * x
             total = total + turn(y, k)
         total = scale * total.transpose(1, 2)
@@ -201,17 +208,12 @@ def scan(extension: Any) -> Any:
 
 
 def _forward(
-    extension: Any,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    groups: list[Tensor],
-    skip_and_bias: tuple[Tensor, Tensor] | None,
-    *,
-    softplus: bool,
+    extension: Any, streams: list[Tensor], A: Tensor, skip_and_bias: tuple[Tensor, Tensor] | None
 ) -> Tensor:
+    """u, delta, B, C; without skip and bias, delta is the step size itself."""
     skip, bias = skip_and_bias or (None, None)
-    u, delta, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta, *groups))
+    u, delta, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in streams)
+    softplus = skip_and_bias is not None
     result: Tensor = extension.fwd(u, delta, A, B, C, skip, None, bias, softplus)[0]
     return result
 

@@ -1,4 +1,4 @@
-"""Whole Vim models in PyTorch, under CUDA graphs: our kernels against mamba-ssm's and torch.compile.
+"""Whole Vim models in PyTorch under CUDA graphs: our kernels, mamba-ssm's, torch.compile.
 
 One model serves every subject of a case: the same weights and the same layers, with another scan
 in their place. Pruned models keep their gaps with mamba-ssm too (see mamba.scan).

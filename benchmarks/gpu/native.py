@@ -110,7 +110,9 @@ class Kernels:
         kept = (inputs, outputs, attributes, workspace)  # their memory lives as long as the call
 
         def call() -> None:
-            stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+            stream = (
+                torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+            )
             launch = _Launch(stream, kept[-1].data_ptr() or None, needed.value)
             _checked(run, operator, given, count, made, *sizes, by, ctypes.byref(launch))
 
@@ -119,7 +121,9 @@ class Kernels:
 
 def _described(tensor: Tensor) -> _Tensor:
     if not tensor.is_contiguous():
-        raise ValueError(f"shape={tuple(tensor.shape)} is not contiguous; the kernels take no other")
+        raise ValueError(
+            f"shape={tuple(tensor.shape)} is not contiguous; the kernels take no other"
+        )
     dims = (ctypes.c_int64 * 4)(*tensor.shape)
     return _Tensor(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.dim(), dims)
 

@@ -71,9 +71,6 @@ def _output(command: list[str]) -> str | None:
 
 def main() -> int:
     """Say what is missing; 2 where anything is."""
-    if sys.version_info < (3, 10):
-        print(f"gpu_check: {sys.executable} is older than Python 3.10; name another with PYTHON=")
-        return 2
     found = list(missing())
     if found:
         print("gpu_check: cannot run here, for want of", file=sys.stderr)

@@ -80,7 +80,9 @@ def _measured(document: Document) -> Iterable[str]:
     for row in document.rows:
         groups.setdefault((row.stage, label(row.case)), []).append(row)
     for (stage, case), rows in groups.items():
-        yield _section(f"{stage}: {case}", _markdown(_SUBJECTS, (_cells(document, r) for r in rows)))
+        yield _section(
+            f"{stage}: {case}", _markdown(_SUBJECTS, (_cells(document, r) for r in rows))
+        )
 
 
 def _cells(document: Document, row: Row) -> Sequence[str]:

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -150,5 +149,3 @@ def environment() -> dict[str, str]:
         env.setdefault("CUDA_HOME", str(folder.parent))
         env["PATH"] = os.pathsep.join([env.get("PATH", ""), str(folder)])
     return env
-
-

@@ -195,7 +195,7 @@ def ours(
 
 
 def _separate(shape: ScanShape, given: list[dict[str, Tensor]], kernels: Kernels) -> Contender:
-    """One call a direction, without the sum over them: what sharing exponentials is held against."""
+    """One call a direction, without the sum over them: what sharing is held against."""
     made = [
         [
             kernels.scan(_direction(o, k), params_by_step=shape.params_by_step)

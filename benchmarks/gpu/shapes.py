@@ -78,9 +78,7 @@ def vim(name: str, batch: int, dtype: str, seqlen: int = 197) -> ScanShape:
 
 def plain_mamba_l3(batch: int, dtype: str) -> ScanShape:
     """A layer of plain_mamba_l3: four directions that share all but B."""
-    return ScanShape(
-        "plain_mamba_l3", 896, 196, batch, dtype, directions=4, shared="u delta A C D"
-    )
+    return ScanShape("plain_mamba_l3", 896, 196, batch, dtype, directions=4, shared="u delta A C D")
 
 
 def hierarchical(batch: int, dtype: str) -> list[ScanShape]:
@@ -145,6 +143,6 @@ def oracle(shape: ScanShape, given: dict[str, Tensor], images: list[int]) -> Ten
     picked = {}
     for name, value in given.items():
         by_image = name in _STREAMS or (name in {"order", "gap"} and value.shape[0] > 1)
-        value = value[images] if by_image else value
-        picked[name] = value if name in {"order", "gap"} else value.double()
+        some = value[images] if by_image else value
+        picked[name] = some if name in {"order", "gap"} else some.double()
     return reference.selective_scan(**picked, params_by_step=shape.params_by_step)

@@ -27,7 +27,9 @@ class _Rows:
 
     document: Document
 
-    def time(self, stage: str, subject: str, cache: str = "warm", **case: str | int) -> float | None:
+    def time(
+        self, stage: str, subject: str, cache: str = "warm", **case: str | int
+    ) -> float | None:
         """The median of the one row that fits, None where there is none."""
         found = self.find(stage, subject, cache, **case)
         return None if found is None else found.median_us

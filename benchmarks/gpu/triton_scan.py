@@ -6,7 +6,6 @@ type. Everything else is the operator's contract. Needs the triton package.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +19,7 @@ def _softplus(x):
 
 
 @triton.jit
-def _kernel(
+def _kernel(  # noqa: PLR0913, PLR0917 - Triton takes no struct
     u,
     delta,
     A,
@@ -80,7 +79,7 @@ def _kernel(
             target = y + (at + q) * d_inner + channel
             if k > 0:
                 found += tl.load(target, mask=here, other=0.0).to(tl.float32)
-            if GATED:
+            if GATED:  # noqa: SIM102 - known when compiled, the other is not
                 if k == DIRECTIONS - 1:
                     gate = tl.load(z + (at + q) * d_inner + channel, mask=here, other=0.0)
                     gate = gate.to(tl.float32)
@@ -106,7 +105,9 @@ def scan(
 ) -> Tensor:
     """Arguments and result of `exporter.ops.selective_scan`; contiguous, `order` for all images."""
     if order.shape[0] != 1:
-        raise ValueError(f"order.shape={tuple(order.shape)}: this baseline takes one for all images")
+        raise ValueError(
+            f"order.shape={tuple(order.shape)}: this baseline takes one for all images"
+        )
     batch, seqlen, _, d_inner = u.shape
     d_state, directions = A.shape[2], order.shape[1]
     y = u.new_empty(batch, seqlen, d_inner)
