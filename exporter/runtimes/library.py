@@ -18,12 +18,22 @@ ISA_NAMES = ("baseline", "avx2", "avx512")
 
 @dataclass(frozen=True)
 class LibraryInfo:
-    """What the ONNX Runtime library says of itself; `cpu_isa` is what its kernels run on now."""
+    """What the ONNX Runtime library says of itself.
+
+    Attributes:
+        path: its file.
+        version: the package version that it was built from.
+        cpu_isa: the instruction set that its CPU kernels run on now.
+        operators: names of the operators that it has.
+        cuda_architectures: GPUs that its CUDA kernels were compiled for, as CMake names them; the
+            ones without "-real" as PTX too. Empty in a build without CUDA.
+    """
 
     path: Path
     version: str
     cpu_isa: str
     operators: tuple[str, ...]
+    cuda_architectures: tuple[str, ...] = ()
 
 
 def find_library(name: str = ORT_LIBRARY) -> Path:
@@ -98,17 +108,33 @@ def library_info(path: Path | None = None) -> LibraryInfo:
     if isa.startswith("error: "):
         raise RuntimeUnavailableError(isa.removeprefix("error: "))
     operators = tuple(line.partition("(")[0] for line in load_table(path).splitlines())
-    version = _text(library, "vssm_version")
-    return LibraryInfo(path=path, version=version, cpu_isa=isa, operators=operators)
+    return LibraryInfo(
+        path=path,
+        version=_text(library, "vssm_version"),
+        cpu_isa=isa,
+        operators=operators,
+        cuda_architectures=tuple(
+            filter(None, _text(library, "vssm_cuda_architectures").split(","))
+        ),
+    )
 
 
 def kernel_calls(path: Path | None = None) -> int:
-    """How many times an operator of the ONNX Runtime library has run in this process.
+    """How many times an operator of the ONNX Runtime library has run in this process, on the CPU.
 
     Raises:
         RuntimeUnavailableError: there is no library, or it cannot be loaded.
     """
-    call = _load(path or find_library()).vssm_kernel_calls
+    return _counter("vssm_kernel_calls", path)
+
+
+def cuda_kernel_calls(path: Path | None = None) -> int:
+    """The same on ONNX Runtime's CUDA provider."""
+    return _counter("vssm_cuda_kernel_calls", path)
+
+
+def _counter(function: str, path: Path | None) -> int:
+    call = _load(path or find_library())[function]
     call.restype = ctypes.c_uint64
     return int(call())
 
