@@ -231,7 +231,7 @@ class Host:
     def _create_status(self, code: int, message: bytes) -> int:
         return self._handle((code, bytes(message)))
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - the address must live as long as the host
+    @functools.cache  # noqa: B019 - the address must live as long as the host
     def _bytes(self, text: bytes) -> Any:
         return ctypes.create_string_buffer(text)
 
