@@ -31,7 +31,12 @@ _REPORTS = (*_RUNTIMES, "reports", "machine", "pages", "bundle")
 _DYNAMIC = "<a name computed at run time>"
 # From the bottom up. A file that no row names, or two rows do, fails the test.
 LAYERS = (
-    Layer("leaves", "shared", ("__init__", "_version", "errors", "spec", "schedule"), ()),
+    Layer(
+        "leaves",
+        "shared",
+        ("__init__", "_version", "errors", "spec", "schedule", "native_library"),
+        (),
+    ),
     Layer("documents", "shared", ("files", "json_fields", "manifest*", "artifact"), ("leaves",)),
     Layer("oracle", "making", ("reference",), ("leaves",)),
     Layer("operators", "making", ("ops*",), ("leaves", "oracle")),
