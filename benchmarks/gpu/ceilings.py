@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu.program import Report, main
 from benchmarks.gpu.result import Ceilings
 from benchmarks.gpu.timing import Clock, Subject, measure
-from exporter.runtimes.library import find_library
+from exporter.native_library import find_library
 
 _BLOCKS_PER_SM = 8
 _ROUNDS = 4096

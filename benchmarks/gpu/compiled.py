@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import doubling, scans, shapes
-from benchmarks.gpu.native import Kernels
+from benchmarks.gpu.native import VariantKernels
 from benchmarks.gpu.program import Report, label, main
 from benchmarks.gpu.scans import Contender
 from benchmarks.gpu.shapes import ScanShape
 from benchmarks.gpu.timing import Clock
+from exporter.native_library import find_library
+from exporter.ops_kernels import LIBRARY
 
 RECURRENCES = {
     "torch.compile, doubling": doubling.doubled,
@@ -30,7 +32,7 @@ def cases(quick: bool) -> Iterator[ScanShape]:
 
 def run(report: Report, clock: Clock) -> None:
     """Every case until the time is over."""
-    kernels = Kernels()
+    kernels = VariantKernels(find_library(LIBRARY))
     for shape in cases(report.quick):
         if report.over:
             report.absent(label(shape.case), "the stage's time was over")
@@ -41,7 +43,7 @@ def run(report: Report, clock: Clock) -> None:
 
 def contenders(
     shape: ScanShape,
-    kernels: Kernels,
+    kernels: VariantKernels,
     given: list[dict[str, Tensor]],
     compiler: Callable[[Any], Any] | None = None,
 ) -> Iterator[Contender]:
@@ -55,7 +57,7 @@ def contenders(
             result: Tensor = compiled(**given[copy])
             return result
 
-        yield Contender(name, call, functools.partial(call, 0), ours=False)
+        yield Contender(name, call, ours=False)
 
 
 def plain(recurrence: doubling.Recurrence) -> Callable[..., Tensor]:

@@ -114,25 +114,22 @@ def case(report: Report, clock: Clock, found: Case, exact: Oracle, extension: An
     images = images.to(clock.device)
     want = exact.logits[: found.batch].to(clock.device)
     allowed = TOLERANCES[found.dtype].logits if found.schedule is None else _SAME_MODEL
-    checked, subjects = {}, []
-    for name, call in _subjects(report, found, model, images, extension).items():
-        ours = name.startswith(OURS)
-        lost = report.wrong if ours else report.absent
-        words = f"{name}, {label(found.case)}"
-        try:
-            error = relative_error(call(0)[: len(want)], want)
-        except Exception as problem:
-            lost(words, one_line(problem))
-            continue
-        if error > allowed:
-            lost(words, f"its logits err by {error:.1e}, above {allowed:.1e}; not timed")
-            continue
-        checked[name] = (error, allowed)
-        subjects.append(Subject(name, call))
-    times = measure(
-        subjects, clock, lost=lambda name, why: report.wrong(f"{name}, {label(found.case)}", why)
+    made = _subjects(report, found, model, images, extension)
+    ours = {name for name in made if name.startswith(OURS)}
+
+    def lost(name: str, why: str) -> None:
+        tell = report.wrong if name in ours else report.absent
+        tell(f"{name}, {label(found.case)}", why)
+
+    subjects = [Subject(name, call) for name, call in made.items()]
+    times = measure(subjects, clock, lost=lost)
+    report.rows(
+        found.case,
+        times,
+        lambda taken: (relative_error(taken.last[: len(want)], want), allowed),
+        ours=ours,
+        work=Work(),
     )
-    report.rows(found.case, times, checked, Work())
 
 
 def _subjects(

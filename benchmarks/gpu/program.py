@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,22 @@ class Report:
         self,
         case: dict[str, str | int],
         times: list[Times],
-        checked: dict[str, tuple[float, float]],
+        check: Callable[[Times], tuple[float, float]],
+        *,
+        ours: Collection[str],
         work: Work,
     ) -> None:
-        """A row for each subject; `checked` has its error and what was allowed."""
+        """A row for each subject; `check` gives the error of what it computed, and the allowed.
+
+        A time of wrong numbers is not kept; where the subject is one of `ours`, the stage fails.
+        """
         for taken in times:
-            error, allowed = checked[taken.subject]
+            error, allowed = check(taken)
+            if not error <= allowed:
+                lost = self.wrong if taken.subject in ours else self.absent
+                reason = f"its result errs by {error:.1e}, above {allowed:.1e}; its time is dropped"
+                lost(f"{taken.subject}, {taken.cache}, {label(case)}", reason)
+                continue
             found = Row(
                 stage=self.stage,
                 case=case,

@@ -14,18 +14,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import mamba, shapes
-from benchmarks.gpu.native import VARIANTS, Kernels
+from benchmarks.gpu.native import VARIANTS, VariantKernels
 from benchmarks.gpu.program import Report, label, main
 from benchmarks.gpu.shapes import ALLOWED, DTYPES, ScanShape
 from benchmarks.gpu.timing import (
     Clock,
     Subject,
+    Times,
     copies_for,
     measure,
     one_line,
     relative_error,
     sizes,
 )
+from exporter.native_library import find_library
+from exporter.ops_kernels import LIBRARY
 
 OURS = "vssm"
 MAMBA = "mamba-ssm"
@@ -47,11 +50,11 @@ class Baselines:
 
 @dataclass(frozen=True)
 class Contender:
-    """A subject before it is timed: its calls by copy, and its result (batch, seqlen, d_inner)."""
+    """A subject: its call by copy, and how the scan (batch, seqlen, d_inner) is read from that."""
 
     name: str
     call: Callable[[int], Any]
-    result: Callable[[], Tensor]
+    result: Callable[[Any], Tensor] = lambda y: y
     dense: bool = False  # it knows no gaps: checked against the scan with gaps of one
     ours: bool = True
 
@@ -82,7 +85,7 @@ def cases(quick: bool) -> Iterator[ScanShape]:
 
 def run(report: Report, clock: Clock) -> None:
     """Every case until the time is over."""
-    kernels = Kernels()
+    kernels = VariantKernels(find_library(LIBRARY))
     baselines = find_baselines(report)
     for shape in cases(report.quick):
         if report.over:
@@ -119,43 +122,26 @@ def case(report: Report, clock: Clock, shape: ScanShape, contenders: Contenders)
     first = shapes.operands(shape, clock.device)
     copies = copies_for(sizes(first.values()), clock.cache_bytes)
     given = [first, *(_copy(first) for _ in range(copies - 1))]
+    timed = {c.name: c for c in contenders(given)}
+    ours = {name for name, c in timed.items() if c.ours}
+
+    def lost(name: str, why: str) -> None:
+        tell = report.wrong if name in ours else report.absent
+        tell(f"{name}, {label(shape.case)}", why)
+
+    subjects = [Subject(c.name, c.call) for c in timed.values()]
+    times = measure(subjects, clock, copies=copies, caches=("warm", "cold"), lost=lost)
     images = sorted({0, shape.batch - 1})
-    want = shapes.oracle(shape, first, images)
-    dense = {**first, "gap": torch.ones_like(first["gap"])} if shape.pruned else first
-    want_dense = shapes.oracle(shape, dense, images) if shape.pruned else want
-    checked = {}
-    timed = []
-    for contender in contenders(given):
+    dense = {**first, "gap": torch.ones_like(first["gap"])}
+    want = {knows: shapes.oracle(shape, o, images) for knows, o in ((False, first), (True, dense))}
+
+    def check(taken: Times) -> tuple[float, float]:
+        contender = timed[taken.subject]
+        got = contender.result(taken.last)[images]
         allowed = allowed_of(shape) * (1.0 if contender.ours else _BASELINE_FACTOR)
-        lost = report.wrong if contender.ours else report.absent
-        name = f"{contender.name}, {label(shape.case)}"
-        try:
-            contender.call(0)
-            error = relative_error(
-                contender.result()[images], want_dense if contender.dense else want
-            )
-        except Exception as problem:
-            lost(name, one_line(problem))
-            continue
-        if error > allowed:
-            lost(name, f"its result errs by {error:.1e}, above {allowed:.1e}; not timed")
-            continue
-        checked[contender.name] = (error, allowed)
-        timed.append(contender)
-    subjects = [Subject(c.name, c.call) for c in timed]
-    lost = {c.name: report.wrong if c.ours else report.absent for c in timed}
-    times = measure(
-        subjects,
-        clock,
-        copies=copies,
-        caches=("warm", "cold"),
-        lost=lambda name, why: lost[name](f"{name}, {label(shape.case)}", why),
-    )
-    for contender in timed:  # what the timed calls left must still be right
-        if contender.ours and relative_error(contender.result()[images], want) > allowed_of(shape):
-            report.wrong(f"{contender.name}, {label(shape.case)}", "its result changed while timed")
-            times = [t for t in times if t.subject != contender.name]
-    report.rows(shape.case, times, checked, shape.work(first))
+        return relative_error(got, want[contender.dense]), allowed
+
+    report.rows(shape.case, times, check, ours=ours, work=shape.work(first))
 
 
 def allowed_of(shape: ScanShape) -> float:
@@ -171,7 +157,7 @@ def _contenders(
     shape: ScanShape,
     given: list[dict[str, Tensor]],
     *,
-    kernels: Kernels,
+    kernels: VariantKernels,
     baselines: Baselines,
     quick: bool,
 ) -> Iterator[Contender]:
@@ -186,32 +172,29 @@ def _contenders(
 
 
 def ours(
-    shape: ScanShape, given: list[dict[str, Tensor]], kernels: Kernels, variant: str = "auto"
+    shape: ScanShape, given: list[dict[str, Tensor]], kernels: VariantKernels, variant: str = "auto"
 ) -> Contender:
     """Our kernel in one of its variants."""
     by_step = shape.params_by_step
-    made = [kernels.scan(o, variant=variant, params_by_step=by_step) for o in given]
-    return Contender(f"{OURS} {variant}", lambda i: made[i][0](), lambda: made[0][1])
+
+    def call(copy: int) -> Tensor:
+        return kernels.scan_in(variant, given[copy], params_by_step=by_step)
+
+    return Contender(f"{OURS} {variant}", call)
 
 
-def _separate(shape: ScanShape, given: list[dict[str, Tensor]], kernels: Kernels) -> Contender:
+def _separate(
+    shape: ScanShape, given: list[dict[str, Tensor]], kernels: VariantKernels
+) -> Contender:
     """One call a direction, without the sum over them: what sharing is held against."""
-    made = [
-        [
-            kernels.scan(_direction(o, k), params_by_step=shape.params_by_step)
-            for k in range(shape.directions)
-        ]
-        for o in given
-    ]
+    parts = [[_direction(o, k) for k in range(shape.directions)] for o in given]
 
-    def call(copy: int) -> None:
-        for scan, _ in made[copy]:
-            scan()
+    def call(copy: int) -> list[Tensor]:
+        by_step = shape.params_by_step
+        return [kernels.scan_in("auto", part, params_by_step=by_step) for part in parts[copy]]
 
-    def result() -> Tensor:
-        return torch.stack([y.double() for _, y in made[0]]).sum(0)
-
-    return Contender(SEPARATE, call, result, ours=False)  # it rounds every direction
+    # It rounds every direction: no worse is asked of it than of a baseline.
+    return Contender(SEPARATE, call, lambda ys: torch.stack(ys).double().sum(0), ours=False)
 
 
 def _direction(operands: dict[str, Tensor], k: int) -> dict[str, Tensor]:
@@ -229,13 +212,11 @@ def _direction(operands: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 def _mamba(given: list[dict[str, Tensor]], extension: Any) -> Contender:
     """A call a direction on operands turned beforehand, without the sum: in its favour."""
     prepared = [mamba.directions(o) for o in given]
-    return Contender(
-        MAMBA,
-        lambda i: mamba.run(extension, prepared[i]),
-        lambda: mamba.joined(mamba.run(extension, prepared[0])),
-        dense=True,
-        ours=False,
-    )
+
+    def call(copy: int) -> list[Tensor]:
+        return mamba.run(extension, prepared[copy])
+
+    return Contender(MAMBA, call, mamba.joined, dense=True, ours=False)
 
 
 def _triton(given: list[dict[str, Tensor]], module: Any, *, by_step: bool) -> Contender:
@@ -243,7 +224,7 @@ def _triton(given: list[dict[str, Tensor]], module: Any, *, by_step: bool) -> Co
         result: Tensor = module.scan(**given[copy], params_by_step=by_step)
         return result
 
-    return Contender(TRITON, call, lambda: call(0), ours=False)
+    return Contender(TRITON, call, ours=False)
 
 
 if __name__ == "__main__":

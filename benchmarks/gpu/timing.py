@@ -21,14 +21,22 @@ SAMPLE_US = 500.0  # calls are repeated until a sample is about this long
 MAX_CALLS = 200
 
 
+@dataclass
+class Prepared:
+    """Calls made ready: `run` makes them all, and `last` is what the last one of a run gave."""
+
+    run: Callable[[], Any]
+    last: Any = None
+
+
 class Clock(Protocol):
     """How calls are made ready and timed."""
 
     device: torch.device
     cache_bytes: int
 
-    def prepare(self, calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
-        """One callable that makes all the calls."""
+    def prepare(self, calls: Sequence[Callable[[], Any]]) -> Prepared:
+        """All the calls as one run."""
         ...
 
     def microseconds(self, run: Callable[[], Any]) -> float:
@@ -43,7 +51,7 @@ class CudaClock:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.cache_bytes = int(torch.cuda.get_device_properties(self.device).L2_cache_size)
 
-    def prepare(self, calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    def prepare(self, calls: Sequence[Callable[[], Any]]) -> Prepared:
         """Capture the calls in a graph, after warming up on a side stream."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream())
@@ -55,9 +63,9 @@ class CudaClock:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in calls:
-                call()
+                last = call()
         torch.cuda.synchronize()
-        return graph.replay
+        return Prepared(graph.replay, last)  # every replay writes to the same memory
 
     def microseconds(self, run: Callable[[], Any]) -> float:
         """The second of two runs in a row, so that the card never waits for the processor."""
@@ -72,22 +80,23 @@ class CudaClock:
 
 
 class HostClock:
-    """Wall time of plain calls: for sessions that keep their own stream, and for tests."""
+    """Wall time of plain calls: what the tests of these programs use, where there is no GPU."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
         self.cache_bytes = 1 << 20
 
-    def prepare(self, calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    def prepare(self, calls: Sequence[Callable[[], Any]]) -> Prepared:
         """The calls one after the other."""
 
         def run() -> None:
             for call in calls:
-                call()
+                prepared.last = call()
 
+        prepared = Prepared(run)
         for _ in range(WARM_UPS):
             calls[0]()
-        return run
+        return prepared
 
     def microseconds(self, run: Callable[[], Any]) -> float:
         """Wall time; the work must be over when `run` returns."""
@@ -106,12 +115,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds a call: one number a sample."""
+    """Microseconds a call, one number a sample, and what the last timed call gave."""
 
     subject: str
     cache: str
     calls: int
     taken: tuple[float, ...]
+    last: Any = None
 
     def percentile(self, q: float) -> float:
         """The q-th percentile of the samples."""
@@ -142,7 +152,7 @@ def measure(
         samples: samples of each.
         lost: told the name of a subject that cannot be made ready, and why.
     """
-    ready: list[tuple[Subject, str, int, Callable[[], Any]]] = []
+    ready: list[tuple[Subject, str, int, Prepared]] = []
     for subject in subjects:
         try:
             ready += [_ready(subject, cache, clock, copies) for cache in caches]
@@ -151,26 +161,26 @@ def measure(
             lost(subject.name, one_line(error))
     taken: list[list[float]] = [[] for _ in ready]
     for _ in range(samples):
-        for (_, _, calls, run), times in zip(ready, taken, strict=True):
-            times.append(clock.microseconds(run) / calls)
+        for (_, _, calls, prepared), times in zip(ready, taken, strict=True):
+            times.append(clock.microseconds(prepared.run) / calls)
     return [
-        Times(subject.name, cache, calls, tuple(times))
-        for (subject, cache, calls, _), times in zip(ready, taken, strict=True)
+        Times(subject.name, cache, calls, tuple(times), prepared.last)
+        for (subject, cache, calls, prepared), times in zip(ready, taken, strict=True)
     ]
 
 
 def _ready(
     subject: Subject, cache: str, clock: Clock, copies: int
-) -> tuple[Subject, str, int, Callable[[], Any]]:
+) -> tuple[Subject, str, int, Prepared]:
     """A subject with its calls prepared, as many as make a sample of useful length."""
     once = clock.prepare([lambda: subject.call(0)])
-    single = max(min(clock.microseconds(once) for _ in range(3)), 0.1)
+    single = max(min(clock.microseconds(once.run) for _ in range(3)), 0.1)
     calls = int(min(max(SAMPLE_US / single, 1), MAX_CALLS))
     if cache == "cold":
         calls = -(-calls // copies) * copies  # whole rounds: each copy is met after all others
     places = [i % copies if cache == "cold" else 0 for i in range(calls)]
-    run = clock.prepare([lambda place=place: subject.call(place) for place in places])
-    return subject, cache, calls, run
+    prepared = clock.prepare([lambda place=place: subject.call(place) for place in places])
+    return subject, cache, calls, prepared
 
 
 def one_line(error: BaseException) -> str:

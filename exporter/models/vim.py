@@ -238,7 +238,8 @@ class Vim(VisionModel):
         if tokens.complete:  # nothing has moved
             return torch.cat([x[:, place : place + 1] for place in self.config.class_places], dim=1)
         is_class = torch.eq(tokens.position[..., None], self.config.class_places[0])
-        return torch.where(is_class, x, torch.zeros((), dtype=x.dtype)).sum(1, keepdim=True)
+        zero = torch.zeros((), dtype=x.dtype, device=x.device)  # from the host: no CUDA graph
+        return torch.where(is_class, x, zero).sum(1, keepdim=True)
 
     def fixed_cost(self) -> int:
         """Multiply-adds of the patch embedding and the classifier."""
