@@ -87,7 +87,7 @@ def _measured(document: Document) -> Iterable[str]:
 
 def _cells(document: Document, row: Row) -> Sequence[str]:
     floors = {} if document.ceilings is None else row.work.floors_us(document.ceilings)
-    over = [f"{row.median_us / f:.2f}" if f else "-" for f in floors.values()] or ["-"] * 3
+    over = [f"{row.median_us / f:.3g}" if f else "-" for f in floors.values()] or ["-"] * 3
     spread = f"{row.p5_us:.4g} to {row.p95_us:.4g}"
     return row.subject, row.cache, f"{row.median_us:.4g}", spread, str(row.samples), *over
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 from benchmarks.gpu.mamba import BUILD, FOLDER, SOURCE_VARIABLE
@@ -15,7 +16,7 @@ from benchmarks.gpu.stages import SkippedError, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "gpu_check"  # logs and what the programs found so far
-PROGRAMS = ("ceilings", "scans", "compiled", "gathers", "models")
+PROGRAMS = ("ceilings", "scans", "compiled", "gathers", "models", "ort")
 _PYTEST = ROOT / "benchmarks" / "gpu" / "pytest.ini"
 _FOUND_ERRORS = "77"  # compute-sanitizer's exit code then, unlike any of pytest's
 
@@ -32,18 +33,19 @@ def plan(quick: bool) -> list[Stage]:
         return Stage(tool, purpose, 65, quick_s, commands, needs="build", keep=_SUMMARY)
 
     return [
-        Stage("build", "the native libraries for the card that is here", 180, 120, _build),
+        Stage("build", "the native libraries for the card that is here", 170, 120, _build),
         Stage("baseline", f"mamba-ssm's kernel from {SOURCE_VARIABLE}", 150, 90, _baseline),
         program("ceilings", "exp2 rate, copy bandwidth, launch latency", 30, 20),
-        Stage("tests", "every test that needs a GPU", 150, 50, _tests, "build", _SUMMARY),
+        Stage("tests", "every test that needs a GPU", 145, 50, _tests, "build", _SUMMARY),
         sanitizer("memcheck", 45),
         sanitizer("racecheck", 45),
         sanitizer("initcheck", 0),
         sanitizer("synccheck", 0),
-        program("scans", "the scan against mamba-ssm and Triton", 150, 40),
+        program("scans", "the scan against mamba-ssm and Triton", 145, 40),
         program("compiled", "the scan against torch.compile", 90, 0),
         program("gathers", "the gather against torch.topk, sort and gather", 20, 15),
-        program("models", "whole Vim models in PyTorch", 160, 45),
+        program("models", "whole Vim models in PyTorch", 140, 45),
+        Stage("ort", "exports in ONNX Runtime", 50, 0, partial(_ort, quick), needs="build"),
     ]
 
 
@@ -90,6 +92,14 @@ def _program(name: str, quick: bool, limit: float) -> list[list[str]]:
     seconds = str(max(limit - 30, 0.6 * limit))  # the rest: start, and the case it is at
     command = [sys.executable, "-m", f"benchmarks.gpu.{name}", "--out", str(part)]
     return [[*command, "--seconds", seconds, *(["--quick"] if quick else [])]]
+
+
+def _ort(quick: bool, limit: float) -> list[list[str]]:
+    try:
+        metadata.version("onnxruntime-gpu")
+    except metadata.PackageNotFoundError as error:
+        raise SkippedError("onnxruntime-gpu, with the CUDA provider, is not installed") from error
+    return _program("ort", quick, limit)
 
 
 def part_of(name: str) -> Path:
