@@ -89,8 +89,10 @@ class Backend:
             return
         set_seed = self.load().vssm_emulation_set_seed
         set_seed(ctypes.c_uint64(value))
-        yield
-        set_seed(ctypes.c_uint64(0))
+        try:
+            yield
+        finally:
+            set_seed(ctypes.c_uint64(0))
 
     @contextmanager
     def card(self, sm_count: int, shared_bytes: int) -> Iterator[None]:
@@ -100,8 +102,10 @@ class Backend:
             return
         set_device = self.load().vssm_emulation_set_device
         set_device(sm_count, shared_bytes)
-        yield
-        set_device(*H100.values())
+        try:
+            yield
+        finally:
+            set_device(*H100.values())
 
 
 EMULATED = Backend("emulated", "vssm_emulated", "cpu")
@@ -156,6 +160,7 @@ class Call:
     """One operator with its memory: enqueue it as often as wanted, then ask for the results."""
 
     backend: Backend
+    device: str
     name: str
     attributes: CScanAttributes | CGatherAttributes
     inputs: dict[str, Memory]
@@ -166,7 +171,7 @@ class Call:
     def __post_init__(self) -> None:
         bytes_ = self.workspace_bytes() if self.backend.launches else 0
         empty = torch.empty(bytes_ + 256, dtype=torch.uint8)
-        self.workspace = Memory(empty, self.backend.device)
+        self.workspace = Memory(empty, self.device)
 
     def workspace_bytes(self) -> int:
         found = ctypes.c_int64(-1)
@@ -184,8 +189,8 @@ class Call:
 
     def results(self) -> dict[str, Tensor]:
         """Outputs on the CPU, once guards and inputs are seen to be untouched."""
-        if self.backend.device == "cuda":
-            torch.cuda.synchronize()
+        if self.backend is CUDA:
+            torch.cuda.synchronize(self.device)
         for name, memory in (self.inputs | self.outputs | {"workspace": self.workspace}).items():
             memory.check(f"{self.name}: {name}")
         for name, copy in self.copies.items():
@@ -245,6 +250,7 @@ def prepare(
     outputs = {n: torch.empty(shape, dtype=types[n]) for n, shape in shapes.items()}
     return Call(
         backend,
+        device,
         name,
         _attributes(name, attributes),
         {n: Memory.of(t, device, shift=shift) for n, t in ordered.items()},
