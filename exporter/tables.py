@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from exporter.benchmark import BenchReport, Row
 from exporter.doctor import Finding
-from exporter.parity import Comparison, ParityReport
 from exporter.runtimes.session import plural
+
+if TYPE_CHECKING:  # parity needs polygraphy, which a table does not
+    from exporter.parity import Comparison, ParityReport
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
-from command import Run
-from PIL import Image
+
+if TYPE_CHECKING:
+    from command import Run
 
 THREADS = 1
 SEED = 0
-
-hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,7 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     torch.set_num_threads(THREADS)
     os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # for the processes that tests start
-    hypothesis.settings.load_profile("fixed")
+    if importlib.util.find_spec("hypothesis") is not None:  # machines with a GPU have few packages
+        import hypothesis
+
+        fixed = {"derandomize": True, "database": None, "deadline": None}
+        hypothesis.settings.register_profile("fixed", **fixed)
+        hypothesis.settings.load_profile("fixed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,12 +56,16 @@ def _seeds() -> None:
 
 @pytest.fixture
 def vssm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    from command import Run  # not above: it needs every package of the command line
+
     monkeypatch.setenv("COLUMNS", "200")
     return Run(capsys, monkeypatch)
 
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
+    from PIL import Image
+
     path = tmp_path / "picture.png"
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)

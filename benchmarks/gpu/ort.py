@@ -20,7 +20,6 @@ from benchmarks.gpu.program import Report, main
 from benchmarks.gpu.result import Work
 from benchmarks.gpu.timing import SAMPLES, WARM_UPS, Clock, Times, one_line, relative_error
 from exporter.artifact import open_artifact
-from exporter.parity import TOLERANCES
 from exporter.runtimes.ort_cuda import OrtCudaSession
 
 SUBJECT = "ort-cuda"
@@ -61,7 +60,7 @@ def _measure(report: Report, session: OrtCudaSession, found: Case, exact: models
     taken = tuple(1e3 * ms for ms in bound.device_ms(SAMPLES))
     times = Times(SUBJECT, "warm", 1, taken, bound.outputs()["logits"])
     want = exact.logits[: found.batch]
-    allowed = TOLERANCES[found.dtype].logits if found.schedule is None else models.SAME_MODEL
+    allowed = models.LOGITS[found.dtype] if found.schedule is None else models.SAME_MODEL
 
     def check(timed: Times) -> tuple[float, float]:
         return relative_error(torch.from_numpy(timed.last)[: len(want)], want), allowed
