@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,18 @@ def test_launch_without_a_gpu_is_an_error():
     assert expected in text
 
 
+@pytest.mark.parametrize("backend", [HOST, EMULATED], ids=str)
+def test_calls_from_several_threads(backend):
+    case = gather_case(seqlen=50, batch=3)
+    expected = run_operator(backend, "TokenGather", case, num_keep=20)
+    with ThreadPoolExecutor(4) as pool:
+        calls = [
+            pool.submit(run_operator, backend, "TokenGather", case, num_keep=20) for _ in range(40)
+        ]
+        for call in calls:
+            assert torch.equal(call.result()["y0"], expected["y0"])
+
+
 @pytest.mark.parametrize("name", ["SelectiveScan", "TokenGather"])
 def test_workspace_is_asked_for_without_data(name):
     raw = Raw(name, EMULATED)
@@ -181,6 +194,17 @@ def test_workspace_is_asked_for_without_data(name):
     raw.call.name = "NoSuchOperator"
     with pytest.raises(OperatorError, match="op=NoSuchOperator"):
         raw.call.workspace_bytes()
+
+
+@pytest.mark.parametrize("end", [0, -1], ids=["before", "behind"])
+@pytest.mark.parametrize("where", ["x0", "y0", "workspace"])
+def test_a_write_beside_an_operand_is_found(where, end):
+    call = Raw("TokenGather", EMULATED).call
+    call.enqueue()
+    memory = (call.inputs | call.outputs | {"workspace": call.workspace})[where]
+    memory.buffer[memory.start - 1 if end == 0 else memory.stop] = 0
+    with pytest.raises(AssertionError, match=f"{where}: written outside its memory"):
+        call.results()
 
 
 def _without_data(tensor):
