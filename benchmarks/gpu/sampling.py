@@ -1,17 +1,21 @@
 """A pytest plugin (-p benchmarks.gpu.sampling): as many tests as the time allows, in mixed order.
 
-A sanitizer slows kernels a hundredfold. The order is drawn from a fixed seed, so that a cut-off
-leaves a sample of everything; how many ran is printed last.
+Test files that cannot be loaded for want of a package that a machine with a GPU need not have are
+skipped, and named. A sanitizer slows kernels a hundredfold: the order is drawn from a fixed seed, so
+that a cut-off leaves a sample of everything, and how many ran is printed last.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import time
+from collections.abc import Generator
 
 import pytest
 
 _SEED = 0
+_OPTIONAL = frozenset({"PIL", "hypothesis", "matplotlib", "polygraphy", "sklearn"})
 _LEFT_OUT = "the sampled time is over"
 
 
@@ -33,6 +37,18 @@ class Sample:
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
         self.ran = self.left_out = 0
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(
+        self, collector: pytest.Collector
+    ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        """Skip a file that asks for an optional package; other errors stay errors."""
+        report = yield
+        missing = re.search(r"ModuleNotFoundError: No module named '(\w+)", report.longreprtext)
+        if report.failed and missing is not None and missing[1] in _OPTIONAL:
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), 0, f"Skipped: {missing[1]} is not installed")
+        return report
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
