@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -14,6 +14,9 @@ from torch import Tensor
 from exporter.errors import RuntimeUnavailableError
 from exporter.runtimes.library import ISA_NAMES, exp2_rate, find_library
 from exporter.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 ONNX_TYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -80,6 +83,8 @@ def make_session(
     )
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    import onnxruntime  # not above: tests of the CUDA kernels share this file and need none
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads

@@ -33,7 +33,7 @@ COMPILED_MODEL = "vssm, model by torch.compile"
 SAME_MODEL = 0.2
 # The logits' column of exporter.parity.TOLERANCES, which needs polygraphy.
 LOGITS = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 6e-2}
-_CHECKED = 2  # images compared with the oracle, which runs on the processor
+_CHECKED = 2  # images compared with the oracle
 
 Scan = Callable[..., Tensor]
 
@@ -81,14 +81,15 @@ class Oracle:
 
 
 @functools.lru_cache(maxsize=4)
-def oracle(name: str, schedule: str | None) -> Oracle:
-    """The model with seeded weights, and its exact logits."""
+def oracle(name: str, schedule: str | None, device: torch.device) -> Oracle:
+    """The model with seeded weights, on the CPU, and its exact logits, computed on `device`."""
     parsed = None if schedule is None else exporter.PruneSchedule.parse(schedule)
     model = exporter.create_model(name, schedule=parsed)
     make = torch.Generator().manual_seed(0)
     images = torch.randn(_CHECKED, 3, *model.image_size, generator=make)
+    exact = copy.deepcopy(model).use_operators("oracle").double().to(device)
     with torch.no_grad():
-        logits = copy.deepcopy(model).double()(images.double())
+        logits = exact(images.double().to(device)).cpu()
     return Oracle(model, images, logits)
 
 
@@ -105,7 +106,7 @@ def run(report: Report, clock: Clock) -> None:
         if report.over:
             report.absent(label(found.case), "the stage's time was over")
             continue
-        case(report, clock, found, oracle(found.name, found.schedule), extension)
+        case(report, clock, found, oracle(found.name, found.schedule, clock.device), extension)
 
 
 def case(report: Report, clock: Clock, found: Case, exact: Oracle, extension: Any) -> None:

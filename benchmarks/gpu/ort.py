@@ -40,7 +40,7 @@ def run(report: Report, clock: Clock) -> None:
         if report.over:
             report.absent(f"{name} {schedule or 'dense'} {dtype}", "the stage's time was over")
             continue
-        exact = models.oracle(name, schedule)
+        exact = models.oracle(name, schedule, clock.device)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 exporter.export(exact.model, Path(folder) / "out", dtype=dtype, weights=False)

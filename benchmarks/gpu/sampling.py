@@ -1,8 +1,8 @@
 """A pytest plugin (-p benchmarks.gpu.sampling): as many tests as the time allows, in mixed order.
 
 Test files that cannot be loaded for want of a package that a machine with a GPU need not have are
-skipped, and named. A sanitizer slows kernels a hundredfold: the order is drawn from a fixed seed, so
-that a cut-off leaves a sample of everything, and how many ran is printed last.
+skipped, and named. A sanitizer slows kernels a hundredfold: the order is drawn from a fixed seed,
+so that a cut-off leaves a sample of everything, and how many ran is printed last.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Generator
 import pytest
 
 _SEED = 0
-_OPTIONAL = frozenset({"PIL", "hypothesis", "matplotlib", "polygraphy", "sklearn"})
+_OPTIONAL = frozenset({"PIL", "hypothesis", "matplotlib", "onnxruntime", "polygraphy", "sklearn"})
+_MISSING = re.compile(r"ModuleNotFoundError: (?:No module named '|import of )(\w+)")
 _LEFT_OUT = "the sampled time is over"
 
 
@@ -44,7 +45,7 @@ class Sample:
     ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
         """Skip a file that asks for an optional package; other errors stay errors."""
         report = yield
-        missing = re.search(r"ModuleNotFoundError: No module named '(\w+)", report.longreprtext)
+        missing = _MISSING.search(report.longreprtext)
         if report.failed and missing is not None and missing[1] in _OPTIONAL:
             report.outcome = "skipped"
             report.longrepr = (str(collector.path), 0, f"Skipped: {missing[1]} is not installed")

@@ -62,6 +62,8 @@ def run_stage(
         commands = stage.commands(limit)
     except SkippedError as reason:
         return StageResult(stage.name, "skipped", str(reason), limit_s=limit)
+    except (OSError, subprocess.SubprocessError) as error:
+        return StageResult(stage.name, "failed", f"cannot begin: {error}", limit_s=limit)
     reason = ""
     with log.open("wb") as sink:
         for command in commands:
