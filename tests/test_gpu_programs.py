@@ -21,7 +21,7 @@ from torch import Tensor
 import exporter
 from benchmarks.gpu import compiled, gathers, models, result, scans, shapes, timing
 from benchmarks.gpu.native import VariantKernels
-from benchmarks.gpu.program import Report
+from benchmarks.gpu.program import Report, label
 from benchmarks.gpu.result import Work
 from benchmarks.gpu.scans import Contender
 from benchmarks.gpu.shapes import ScanShape
@@ -199,6 +199,8 @@ def test_targets_come_first_and_every_shape_is_new() -> None:
     }
     whole = list(models.cases(quick=False))
     assert len(set(whole)) == len(whole) == 2 * 2 * 4 * 3
+    for case in whole:
+        assert case.schedule is None or exporter.PruneSchedule.parse(case.schedule).ratios
     assert whole[:4] == [c for c in whole if (c.batch, c.dtype) == (128, "float16")]
 
 
@@ -210,6 +212,20 @@ def test_what_is_over_time_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(absent) == len(list(scans.cases(quick=True)))
     assert absent[0].subject == "vim_tiny float16 batch 128 seqlen 197 directions 2"
     assert absent[0].reason == "the stage's time was over"
+
+
+def test_a_case_that_breaks_does_not_stop_the_others(report: Report) -> None:
+    def run(shape: ScanShape) -> None:
+        if shape is VIM:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
+        report.absent(label(shape.case), "reached")
+
+    report.each([VIM, PLAIN], run)
+    assert [a.reason for a in lines(report, "absent")] == [
+        "OutOfMemoryError: CUDA out of memory.",
+        "reached",
+    ]
+    assert len(report.failures) == 1
 
 
 def test_copies_outgrow_the_cache() -> None:

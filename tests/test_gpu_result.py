@@ -25,6 +25,7 @@ def full_document() -> Document:
         for batch, seqlen, ours in ((128, 197, 140.0), (128, 157, 115.0), (128, 101, 77.0)):
             case = {**layer, "batch": batch, "seqlen": seqlen}
             rows.append(row("vssm auto", ours, **case, work=work))
+        rows.append(row("vssm throughput", 200.0, **layer, batch=128, seqlen=197))
         rows.append(row(scans.MAMBA, 280.0, **layer, batch=128, seqlen=197))
         rows.append(row("vssm auto", 5.0, **layer, batch=1, seqlen=197))
         rows.append(row(scans.MAMBA, 9.0, **layer, batch=1, seqlen=197))
@@ -116,6 +117,8 @@ def test_page() -> None:
     assert "| vssm auto | warm | 140 | 140 to 140 | 25 | 1.75 | 1.4 | 2.8e+08 |" in text
     assert "| scans | triton | not installed \\| at all |" in text
     assert "- ex2 a second: 1e+12" in text
+    layer = "vim_tiny float16 batch 128 seqlen 197"
+    assert f"| {layer} | warm | 200 | - | 140 | 0.70 |" in text
     unfinished = page.page(document())
     assert "- finished: not finished" in unfinished
     assert "## Not measured" not in unfinished
@@ -124,7 +127,8 @@ def test_page() -> None:
 def test_page_lists_every_row_and_stage() -> None:
     found = full_document()
     text = page.page(found)
-    assert text.count("| warm |") == len(found.rows)
+    measured = text[text.index("## scans: ") :]
+    assert measured.count("| warm |") == len(found.rows)
     assert "| scans | ok | 12 | 150 | - |" in text
     printed = io.StringIO()
     console = Console(width=200, file=printed)

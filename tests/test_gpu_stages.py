@@ -35,7 +35,7 @@ def test_a_failing_command_fails_the_stage_and_stops_it(tmp_path: Path) -> None:
     )
     ended = ran(tested, tmp_path)
     assert ended.status == "failed"
-    assert ended.reason.endswith("ended with exit code 3")
+    assert ended.reason.endswith("ended with exit code 3: a reason[0m")
     assert ended.log_tail == "a reason[0m"
     assert not after.exists()
 
@@ -63,7 +63,7 @@ def test_the_limit_ends_a_stage_and_all_it_started(tmp_path: Path) -> None:
     start = time.monotonic()
     ended = ran(stage(python(code), limit=2), tmp_path)
     assert time.monotonic() - start < 2 + GRACE_S + 5
-    assert (ended.status, ended.reason) == ("failed", "stopped at its limit of 2 s")
+    assert (ended.status, ended.reason) == ("failed", "stopped at its limit of 2 s: begun")
     assert ended.log_tail == "begun"
     assert not alive(int(child.read_text()))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.gpu import doubling, scans, shapes
 from benchmarks.gpu.native import VariantKernels
-from benchmarks.gpu.program import Report, label, main
+from benchmarks.gpu.program import Report, main
 from benchmarks.gpu.scans import Contender
 from benchmarks.gpu.shapes import ScanShape
 from benchmarks.gpu.timing import Clock
@@ -33,12 +33,12 @@ def cases(quick: bool) -> Iterator[ScanShape]:
 def run(report: Report, clock: Clock) -> None:
     """Every case until the time is over."""
     kernels = VariantKernels(find_library(LIBRARY))
-    for shape in cases(report.quick):
-        if report.over:
-            report.absent(label(shape.case), "the stage's time was over")
-            continue
+
+    def one(shape: ScanShape) -> None:
         torch.compiler.reset()
         scans.case(report, clock, shape, functools.partial(contenders, shape, kernels))
+
+    report.each(cases(report.quick), one)
 
 
 def contenders(

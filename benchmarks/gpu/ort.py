@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,39 +19,52 @@ from benchmarks.gpu import models
 from benchmarks.gpu.models import Case
 from benchmarks.gpu.program import Report, main
 from benchmarks.gpu.result import Work
-from benchmarks.gpu.timing import SAMPLES, WARM_UPS, Clock, Times, one_line, relative_error
-from exporter.artifact import open_artifact
+from benchmarks.gpu.timing import SAMPLES, WARM_UPS, Clock, Times, relative_error
+from exporter.artifact import MODEL_FILE, open_artifact
+from exporter.models.schedules import DEFAULT_SCHEDULES
 from exporter.runtimes.ort_cuda import OrtCudaSession
 
 SUBJECT = "ort-cuda"
 
 
-def exports(quick: bool) -> Iterator[tuple[str, str | None, str]]:
-    """Name, schedule and dtype, the target's first."""
+@dataclass(frozen=True)
+class Export:
+    """One exported file."""
+
+    name: str
+    schedule: str | None
+    dtype: str
+
+    @property
+    def case(self) -> dict[str, str | int]:
+        """What its rows share."""
+        return {"model": self.name, "kind": self.schedule or "dense", "dtype": self.dtype}
+
+
+def exports(quick: bool) -> Iterator[Export]:
+    """The target's first."""
     for name in ("vim_small", "vim_tiny"):
-        for schedule in (None, str(exporter.default_schedule(name))):
-            yield name, schedule, "float16"
+        for schedule in (None, DEFAULT_SCHEDULES[name]):
+            yield Export(name, schedule, "float16")
     if not quick:
-        yield "vim_tiny", None, "float32"
+        yield Export("vim_tiny", None, "float32")
 
 
 def run(report: Report, clock: Clock) -> None:
     """Every export at every batch size until the time is over."""
-    for name, schedule, dtype in exports(report.quick):
-        if report.over:
-            report.absent(f"{name} {schedule or 'dense'} {dtype}", "the stage's time was over")
-            continue
-        exact = models.oracle(name, schedule, clock.device)
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                exporter.export(exact.model, Path(folder) / "out", dtype=dtype, weights=False)
-                opened = open_artifact(Path(folder) / "out", only=("model.onnx",))
-                with OrtCudaSession(opened, timed=True) as session:
-                    for batch in (128, 1, 8, 32):
-                        found = Case(name, schedule, batch, dtype)
-                        _measure(report, session, found, exact)
-        except Exception as error:
-            report.wrong(f"{SUBJECT}, {name} {schedule or 'dense'} {dtype}", one_line(error))
+
+    def one(found: Export) -> None:
+        exact = models.oracle(found.name, found.schedule, clock.device)
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "out"
+            exporter.export(exact.model, output, dtype=found.dtype, weights=False)
+            opened = open_artifact(output, only=(MODEL_FILE,))
+            with OrtCudaSession(opened, timed=True) as session:
+                for batch in (128, 1, 8, 32):
+                    at_batch = Case(found.name, found.schedule, batch, found.dtype)
+                    _measure(report, session, at_batch, exact)
+
+    report.each(exports(report.quick), one)
 
 
 def _measure(report: Report, session: OrtCudaSession, found: Case, exact: models.Oracle) -> None:

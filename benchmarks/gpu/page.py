@@ -12,6 +12,7 @@ from exporter.tables import table
 
 _TARGETS = ("target", "asked", "measured", "verdict")
 _STAGES = ("stage", "status", "seconds", "limit", "reason")
+_VARIANTS = ("layer", "cache", "throughput us", "latency us", "auto us", "auto over the better")
 _SUBJECTS = ("subject", "cache", "median us", "5 to 95 %", "n", "x exp", "x special", "x bytes")
 
 
@@ -29,6 +30,7 @@ def page(document: Document) -> str:
         f"# gpu_check on {document.machine.get('gpu', 'an unknown card')}",
         _facts(document),
         _section("Targets", _markdown(_TARGETS, _targets(document))),
+        _section("Variants of our scan", _markdown(_VARIANTS, _variants(document))),
         _section("Stages", _markdown(_STAGES, _stages(document))),
         *_measured(document),
         _section(
@@ -73,6 +75,20 @@ def _targets(document: Document) -> Iterable[Sequence[str]]:
 def _stages(document: Document) -> Iterable[Sequence[str]]:
     for s in document.stages:
         yield s.name, s.status, f"{s.seconds:.0f}", f"{s.limit_s:.0f}", s.reason or "-"
+
+
+def _variants(document: Document) -> Iterable[Sequence[str]]:
+    """What the automatic choice is worth: its time over that of the better variant."""
+    groups: dict[tuple[str, str], dict[str, float]] = {}
+    for row in document.rows:
+        if row.stage == "scans":
+            groups.setdefault((label(row.case), row.cache), {})[row.subject] = row.median_us
+    for (case, cache), times in groups.items():
+        auto, *each = (times.get(f"vssm {v}") for v in ("auto", "throughput", "latency"))
+        known = [t for t in each if t is not None]
+        over = "-" if auto is None or not known else f"{auto / min(known):.2f}"
+        cells = ("-" if t is None else f"{t:.4g}" for t in (*each, auto))
+        yield case, cache, *cells, over
 
 
 def _measured(document: Document) -> Iterable[str]:

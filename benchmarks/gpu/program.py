@@ -9,13 +9,25 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from benchmarks.gpu.result import Absent, Ceilings, Row, Work
-from benchmarks.gpu.timing import CudaClock, Times
+from benchmarks.gpu.timing import CudaClock, Times, one_line
+
+
+class HasCase(Protocol):
+    """What can say which case it is."""
+
+    @property
+    def case(self) -> dict[str, str | int]:
+        """Texts and numbers by name."""
+        ...
+
+
+_Case = TypeVar("_Case", bound=HasCase)
 
 
 @dataclass
@@ -40,6 +52,18 @@ class Report:
     def over(self) -> bool:
         """Whether its time is used up."""
         return time.monotonic() - self._start > self.seconds
+
+    def each(self, cases: Iterable[_Case], run: Callable[[_Case], None]) -> None:
+        """Run the cases in turn while there is time; one that breaks does not stop the others."""
+        for found in cases:
+            name = label(found.case)
+            if self.over:
+                self.absent(name, "the stage's time was over")
+                continue
+            try:
+                run(found)
+            except Exception as error:
+                self.wrong(name, one_line(error))
 
     def machine(self, facts: dict[str, str]) -> None:
         """Add to what is known of the machine."""

@@ -6,6 +6,7 @@ against the float64 oracle. The cases that the targets ask for come first.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -87,18 +88,14 @@ def run(report: Report, clock: Clock) -> None:
     """Every case until the time is over."""
     kernels = VariantKernels(find_library(LIBRARY))
     baselines = find_baselines(report)
-    for shape in cases(report.quick):
-        if report.over:
-            report.absent(label(shape.case), "the stage's time was over")
-            continue
-        case(
-            report,
-            clock,
-            shape,
-            lambda given, shape=shape: _contenders(
-                shape, given, kernels=kernels, baselines=baselines, quick=report.quick
-            ),
+
+    def one(shape: ScanShape) -> None:
+        made = functools.partial(
+            _contenders, shape, kernels=kernels, baselines=baselines, quick=report.quick
         )
+        case(report, clock, shape, made)
+
+    report.each(cases(report.quick), one)
 
 
 def find_baselines(report: Report) -> Baselines:

@@ -73,7 +73,10 @@ def run_stage(
                 break
     seconds = round(time.monotonic() - start, 1)
     if reason:
-        return StageResult(stage.name, "failed", reason, seconds, limit, tail(log))
+        end = tail(log)
+        last = end.rstrip().rpartition("\n")[2][:200]
+        said = f"{reason}: {last}" if last else reason
+        return StageResult(stage.name, "failed", said, seconds, limit, end)
     return StageResult(stage.name, "ok", _covered(stage, log), seconds, limit)
 
 
