@@ -7,8 +7,10 @@ the oracle. What these times are is of no interest: that rows are made, checked 
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,14 @@ from gpu_check_cases import CROSS, GROUP, PLAIN, PRUNED, VIM, mamba_extension
 from torch import Tensor
 
 import exporter
-from benchmarks.gpu import compiled, gathers, models, result, scans, shapes, timing
+from benchmarks.gpu import compiled, gathers, models, ort, result, scans, shapes, timing
 from benchmarks.gpu.native import VariantKernels
 from benchmarks.gpu.program import Report, label
 from benchmarks.gpu.result import Work
 from benchmarks.gpu.scans import Contender
 from benchmarks.gpu.shapes import ScanShape
-from benchmarks.gpu.timing import HostClock, Subject, copies_for, measure
+from benchmarks.gpu.timing import HostClock
+from exporter.errors import RuntimeUnavailableError
 from exporter.json_fields import Node
 from exporter.native_library import find_library
 from exporter.parity import TOLERANCES
@@ -147,6 +150,16 @@ def test_models(schedule: str | None, clock: HostClock, report: Report) -> None:
     assert all(r.error < 1e-5 for r in rows.values())
 
 
+def test_models_with_torch_compile(
+    clock: HostClock, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    found = models.Case("vim_tiny", None, 1, "float16")
+    models.case(report, clock, found, micro_oracle(None), None)
+    rows = {r.subject for r in lines(report, "row")}
+    assert rows == {models.OURS, models.COMPILED_SCAN, models.COMPILED_MODEL}
+
+
 def test_a_model_of_other_numbers_has_no_time(clock: HostClock, report: Report) -> None:
     exact = micro_oracle(None)
     wrong = models.Oracle(exact.model, exact.images, exact.logits * 1.001)
@@ -228,14 +241,60 @@ def test_a_case_that_breaks_does_not_stop_the_others(report: Report) -> None:
     assert len(report.failures) == 1
 
 
-def test_copies_outgrow_the_cache() -> None:
-    assert [copies_for(size, 100) for size in (1, 99, 100, 101, 1000, 0)] == [200, 3, 2, 2, 2, 200]
+def test_models_without_baselines(
+    clock: HostClock, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "selective_scan_cuda", None)
+    monkeypatch.setattr(
+        models, "cases", lambda quick: [models.Case("vim_tiny", None, 2, "float32")]
+    )
+    monkeypatch.setattr(models, "oracle", lambda name, schedule, device: micro_oracle(schedule))
+    models.run(report, clock)
+    assert [r.subject for r in lines(report, "row")] == [models.OURS]
+    (absent,) = lines(report, "absent")
+    assert absent.subject == models.MAMBA
+    assert "mamba-ssm's kernel cannot be imported" in absent.reason
 
 
-def test_cold_calls_meet_every_copy_in_turn(clock: HostClock) -> None:
-    met: list[int] = []
-    subject = Subject("one", met.append)
-    times = measure([subject], clock, copies=3, caches=("cold",), samples=2, lost=print)
-    assert times[0].calls == 3
-    assert met[-6:] == [0, 1, 2] * 2
-    assert len(times[0].taken) == 2
+def test_the_oracle_of_a_model_leaves_the_model_alone() -> None:
+    exact = models.oracle("vim_tiny", None, CPU)
+    assert exact.logits.dtype == torch.float64
+    assert {p.dtype for p in exact.model.parameters()} == {torch.float32}
+    assert exact.model.operators == "auto"
+
+
+class StandInSession:
+    """What `ort.py` asks of a session with a GPU, without one."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def on_device(self, images: Any) -> StandInSession:
+        self.batch = len(images)
+        return self
+
+    def device_ms(self, samples: int) -> list[float]:
+        return [0.25] * samples
+
+    def outputs(self) -> dict[str, Any]:
+        return {"logits": self.logits.repeat(self.batch, 1)[: self.batch].float().numpy()}
+
+
+def test_ort_rows(report: Report) -> None:
+    exact = micro_oracle(None)
+    ort._measure(report, StandInSession(exact.logits), models.Case("m", None, 3, "float16"), exact)
+    wrong = StandInSession(exact.logits * 1.1)
+    ort._measure(report, wrong, models.Case("m", None, 3, "float16"), exact)
+    (found,) = lines(report, "row")
+    assert (found.subject, found.median_us, found.samples) == (ort.SUBJECT, 250.0, timing.SAMPLES)
+    assert len(report.failures) == 1
+
+
+def test_the_card_s_library() -> None:
+    try:
+        library = ctypes.CDLL(str(find_library("vssm_gpu_bench")))
+    except RuntimeUnavailableError as error:
+        pytest.skip(f"built where there is a CUDA compiler: {error}")
+    assert library.vssm_gpu_threads() == 256
+    assert library.vssm_gpu_ex2_per_block() == 8 * 256
+    assert library.vssm_gpu_nothing(None) == (0 if torch.cuda.is_available() else 1)

@@ -63,8 +63,8 @@ def contenders(
 def plain(recurrence: doubling.Recurrence) -> Callable[..., Tensor]:
     """The baseline's scan with one of its recurrences, as a function: torch.compile wants one."""
 
-    def scan(**operands: Any) -> Tensor:
-        return doubling.scan(**operands, recurrence=recurrence)
+    def scan(*streams: Tensor, **others: Any) -> Tensor:
+        return doubling.scan(*streams, **others, recurrence=recurrence)
 
     return scan
 
