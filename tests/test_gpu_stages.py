@@ -85,6 +85,12 @@ def test_reasons_for_leaving_a_stage_out(tmp_path: Path) -> None:
     def refuse(_: float) -> list[list[str]]:
         raise SkippedError("no compute-sanitizer")
 
+    def no_answer(_: float) -> list[list[str]]:
+        raise subprocess.TimeoutExpired("nvidia-smi", 60)
+
+    failed = ran(Stage("one", "a test", 10, 10, no_answer), tmp_path)
+    assert failed.status == "failed"
+    assert failed.reason.startswith("cannot begin: Command 'nvidia-smi' timed out")
     left_out = ran(Stage("one", "a test", 10, 10, refuse), tmp_path)
     assert (left_out.status, left_out.reason) == ("skipped", "no compute-sanitizer")
     quick = ran(Stage("one", "a test", 10, 0, refuse), tmp_path, quick=True)

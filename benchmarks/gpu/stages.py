@@ -60,8 +60,8 @@ def run_stage(
     start = time.monotonic()
     try:
         commands = stage.commands(limit)
-    except SkippedError as reason:
-        return StageResult(stage.name, "skipped", str(reason), limit_s=limit)
+    except SkippedError as skipped:
+        return StageResult(stage.name, "skipped", str(skipped), limit_s=limit)
     except (OSError, subprocess.SubprocessError) as error:
         return StageResult(stage.name, "failed", f"cannot begin: {error}", limit_s=limit)
     reason = ""
