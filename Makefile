@@ -2,8 +2,13 @@
 #   PYTHON=python3.12     the interpreter that .venv is made with (3.10 or newer)
 #   PIP_ARGS="..."        options for every pip call: a mirror, or a CPU build of torch with
 #                         PIP_ARGS="--extra-index-url <index with CPU wheels>"
+#   CUDA_ARCHITECTURES="80-real;90"  GPUs that the CUDA kernels are compiled for, where nvcc is
+#                         found; the card of this machine where there is one. `make wheel` takes
+#                         the whole list of CMakeLists.txt. After a change: make -B setup.
 PYTHON ?= python3
 PIP_ARGS ?=
+CUDA_ARCHITECTURES ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
+  2> /dev/null | grep -E '^[0-9]+\.[0-9]+$$' | tr -d . | sort -un | paste -sd ';'),80-real;90)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -94,6 +99,7 @@ $(INSTALLED): $(DEPENDENCIES) pyproject.toml exporter/_version.py $(CXX_FILES) $
 	@echo "setup: building the native library and installing the package (log: $(SETUP_LOG))"
 	@mkdir -p $(dir $(SETUP_LOG))
 	@$(PIP) install $(PIP_ARGS) --verbose --constraint constraints.txt --no-build-isolation \
+	  --config-settings=cmake.define.VSSM_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" \
 	  --editable '.[dev]' > $(SETUP_LOG) 2>&1 || { cat $(SETUP_LOG); exit 1; }
 	@sed -nE 's/^ *-- (vssm[^:]*: )/setup: \1/p' $(SETUP_LOG)
 	@touch $@
