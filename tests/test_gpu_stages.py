@@ -140,6 +140,18 @@ def test_the_commands_of_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
         stages["racecheck"].commands(10)
 
 
+def test_what_the_stages_see(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    monkeypatch.setattr(plan, "find_tool", lambda _: str(nvcc))
+    monkeypatch.setenv("PATH", "/bin")
+    monkeypatch.setenv("PYTHONPATH", "/other")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    env = plan.environment()
+    assert env["PATH"] == f"/bin:{Path(sys.executable).parent}:{nvcc.parent}"
+    assert env["PYTHONPATH"] == f"{ROOT}:/other"
+    assert env["CUDA_HOME"] == str(nvcc.parent.parent)
+
+
 def test_gpu_tests_are_found_by_their_mark(tmp_path: Path) -> None:
     folder = tmp_path / "tests"
     folder.mkdir()

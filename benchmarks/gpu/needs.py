@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 _PACKAGES = {
     "torch": "a build for CUDA",
@@ -20,15 +21,16 @@ _PACKAGES = {
     "pytest": "the tests",
 }
 _TOOLS = {"cmake": "the build", "ninja": "the build", "c++": "the build"}
+OWN_FOLDER = Path(sys.executable).parent  # of a virtual environment that is not activated
 CUDA_FOLDERS = ("/usr/local/cuda/bin",)
 
 
 def find_tool(name: str) -> str | None:
-    """A command in the PATH or in CUDA's own folder; the compiler may be named by CXX."""
+    """A command in the PATH, beside the interpreter, or in CUDA's folder; CXX names a compiler."""
     if name == "c++":
         return shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++")
     homes = [os.environ[key] for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)]
-    folders = [*(f"{home}/bin" for home in homes), *CUDA_FOLDERS]
+    folders = [str(OWN_FOLDER), *(f"{home}/bin" for home in homes), *CUDA_FOLDERS]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 

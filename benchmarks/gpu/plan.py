@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.gpu.mamba import BUILD, FOLDER, SOURCE_VARIABLE
-from benchmarks.gpu.needs import find_tool
+from benchmarks.gpu.needs import OWN_FOLDER, find_tool
 from benchmarks.gpu.stages import SkippedError, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,9 +153,11 @@ def environment() -> dict[str, str]:
     inherited = env.get("PYTHONPATH", "")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [inherited])])
     env["PYTHONDONTWRITEBYTECODE"] = "1"
+    folders = [env.get("PATH", ""), str(OWN_FOLDER)]
     nvcc = find_tool("nvcc")
     if nvcc is not None:
         folder = Path(nvcc).resolve().parent
         env.setdefault("CUDA_HOME", str(folder.parent))
-        env["PATH"] = os.pathsep.join([env.get("PATH", ""), str(folder)])
+        folders.append(str(folder))
+    env["PATH"] = os.pathsep.join(folders)
     return env
