@@ -12,7 +12,7 @@ constexpr float kLog2E = 1.44269504F;
 /// log(1 + e) / e for e in [0, 1]: the polynomial through Chebyshev's nodes, relative error 5e-9,
 /// 1e-7 as computed. On the FMA pipe: lg2 would stand in line with the decays, and loses the digits
 /// of a small e.
-VSSM_HOST_DEVICE inline float log1p_over(float e) {
+VSSM_HOST_DEVICE float log1p_over(float e) {
   float sum = -0.003176057F;
   sum = fmaf(sum, e, 0.019542526F);
   sum = fmaf(sum, e, -0.05637361F);

@@ -2,18 +2,16 @@
 #ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_PARAMS_H_
 #define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_PARAMS_H_
 
+#include "plugins/kernels/host_device.h"
 #include "plugins/kernels/selective_scan.h"
-
-#if defined(__CUDACC__)
-#define VSSM_HOST_DEVICE __host__ __device__
-#else
-#define VSSM_HOST_DEVICE
-#endif
 
 namespace vssm {
 
 /// States that a kernel holds at once; a larger d_state is scanned in groups, one after the other.
 constexpr int kStateGroup = 16;
+
+/// Directions that one thread takes at once where they share their decays, as PlainMamba's do.
+constexpr int kTogether = 4;
 
 /// A checked scan. Strides are in elements; a shared axis has the stride 0.
 struct ScanParams {
@@ -23,7 +21,7 @@ struct ScanParams {
   const float* delta0;  // null unless the gap is constant
   const int32_t *order, *gap;
   void* y;
-  float* sums;  // float32 memory between directions, as each kernel says; null: shared memory
+  float* sums;  // between directions, as each kernel says; null: in shared memory
   float scale;
   int32_t seqlen, directions, d_inner, d_state;
   int32_t groups;  // of states
@@ -37,21 +35,6 @@ struct ScanParams {
   bool wide_A, wide_B, wide_C;  // whether groups of four states may be loaded at once
 };
 
-/// How the latency kernel cuts an image. A block has `channels` channels; its threads are
-/// directions x chunks x channels x lanes. Directions, and steps, are taken `directions` and `steps`
-/// at a time where they are more.
-struct LatencyCut {
-  int32_t lanes;       // that share the states of a channel
-  int32_t channels;    // a power of two
-  int32_t directions;  // at once
-  int32_t chunks;      // of `steps`, scanned at once
-  int32_t chunk;       // steps of a chunk, a multiple of kLatencySteps
-  int32_t steps;       // of a tile: chunks * chunk
-};
-
-/// Steps that the latency kernel takes at a time.
-constexpr int kLatencySteps = 4;
-
 /// The operands of an image; `operand` is T's first element.
 template <typename T>
 VSSM_HOST_DEVICE const T* image_of(const void* operand, const ScanParams& p, int64_t image,
@@ -60,18 +43,28 @@ VSSM_HOST_DEVICE const T* image_of(const void* operand, const ScanParams& p, int
 }
 
 /// Whether a token of `order` is one: another is read as zero and not written.
-VSSM_HOST_DEVICE inline bool is_token(int32_t token, int32_t seqlen) {
+VSSM_HOST_DEVICE bool is_token(int32_t token, int32_t seqlen) {
   return static_cast<uint32_t>(token) < static_cast<uint32_t>(seqlen);
 }
 
 /// The decays that a step has beyond its own one: gap - 1, none at the first step.
-VSSM_HOST_DEVICE inline float extra_places(int32_t step, int32_t gap) {
+VSSM_HOST_DEVICE float extra_places(int32_t step, int32_t gap) {
   return step == 0 ? 0.0F : static_cast<float>(gap) - 1.0F;
 }
 
-/// The params of a checked scan, without sums. Refuses rows too long for 32-bit strides.
-Status scan_params(const SelectiveScanArgs& args, const SelectiveScanShape& shape,
-                   ScanParams* params);
+/// Threads of a block whose threads are channels: full warps, blocks of an image about as large as
+/// each other.
+VSSM_HOST_DEVICE int32_t channel_threads(int32_t d_inner, int32_t most) {
+  const int32_t warps = (d_inner - 1) / 32 + 1;
+  const int32_t blocks = (warps - 1) / (most / 32) + 1;
+  return ((warps - 1) / blocks + 1) * 32;
+}
+
+/// Whether the directions share step sizes, A and C, so that they go on together.
+VSSM_HOST_DEVICE bool fits_together(const ScanParams& p) {
+  return p.by_step && p.directions == kTogether && p.delta_direction == 0 && p.A_direction == 0 &&
+         p.C_direction == 0;
+}
 
 }  // namespace vssm
 

@@ -5,9 +5,9 @@
 // converted once for the block and read from shared memory as broadcasts; u, delta, z and the sums
 // are loaded kSteps ahead, while the steps before them are computed.
 //
-// A step of 16 states issues about 125 instructions a warp, 80 of them for the states (two products,
-// the exp, two fused additions each); its 17 exps keep the special-function unit busy for 136
-// cycles. So the unit stays the limit, by arithmetic: not measured.
+// A step of 16 states issues about 125 instructions a warp, 80 of them for the states (two
+// products, the exp, two fused additions each); its 17 exps keep the special-function unit busy for
+// 136 cycles. So the unit stays the limit, by arithmetic: not measured.
 #ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_THROUGHPUT_CUH_
 #define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_THROUGHPUT_CUH_
 
@@ -20,10 +20,11 @@ constexpr int kThroughputThreads = 128;
 /// Sizes of a kernel for kStates states at once: 1, or kStateGroup.
 template <int kStates>
 struct ThroughputCut {
-  static constexpr int kPack = kStates == 1 ? 1 : 4;     // states that a thread stages
-  static constexpr int kPacks = kStates / kPack;         // threads that stage a step
-  static constexpr int kSteps = kStates == 1 ? 8 : 4;    // loaded ahead: one state leaves less to hide
-  static constexpr int kRow = 2 * kStates;               // B, then C
+  static constexpr int kPack = kStates == 1 ? 1 : 4;  // states that a thread stages
+  static constexpr int kPacks = kStates / kPack;      // threads that stage a step
+  static constexpr int kSteps =
+      kStates == 1 ? 8 : 4;                 // loaded ahead: one state leaves less to hide
+  static constexpr int kRow = 2 * kStates;  // B, then C
   /// Steps of a tile: each thread stages one pack of B and one of C.
   VSSM_HOST_DEVICE static int tile(int threads) { return threads / kPacks; }
   /// Floats of one of the two tiles: rows of B and C, and extra places.
@@ -40,17 +41,11 @@ class ThroughputScan {
         image_(blockIdx.x / p.blocks_per_image),
         threads_(static_cast<int>(blockDim.x)),
         thread_(static_cast<int>(threadIdx.x)) {
-    const int channel =
-        static_cast<int>(blockIdx.x % p.blocks_per_image) * threads_ + thread_;
+    const int channel = static_cast<int>(blockIdx.x % p.blocks_per_image) * threads_ + thread_;
     // A thread past the last channel computes the last one again, and writes nothing.
     writes_ = channel < p.d_inner;
     channel_ = writes_ ? channel : p.d_inner - 1;
-    const int64_t row = image_ * p.seqlen * p.d_inner + channel_;
-    y_ = static_cast<T*>(p.y) + row;
-    if (p.z != nullptr) z_ = static_cast<const T*>(p.z) + row;
-    const bool in_shared = p.sums == nullptr;
-    sums_ = in_shared ? shared + 2 * Cut::tile_floats(threads_) + thread_ : p.sums + row;
-    sums_token_ = in_shared ? threads_ : p.d_inner;
+    row_ = image_ * p.seqlen * p.d_inner + channel_;
   }
 
   /// The first pass writes the sums, the others add, the last one gates and writes y.
@@ -79,8 +74,8 @@ class ThroughputScan {
     const int first = group * kStates;
     count_ = min(kStates, p_.d_state - first);
     u_ = image_of<T>(p_.u, p_, image_, p_.u_token) + direction * p_.u_direction + channel_;
-    delta_ = image_of<T>(p_.delta, p_, image_, p_.delta_token) +
-             direction * p_.delta_direction + channel_;
+    delta_ = image_of<T>(p_.delta, p_, image_, p_.delta_token) + direction * p_.delta_direction +
+             channel_;
     B_ = image_of<T>(p_.B, p_, image_, p_.B_token) + direction * p_.B_direction + first;
     C_ = image_of<T>(p_.C, p_, image_, p_.C_token) + direction * p_.C_direction + first;
     const int64_t steps = int64_t{direction} * p_.seqlen;
@@ -182,8 +177,9 @@ class ThroughputScan {
       loaded_.u[j] = here ? u_[int64_t{token} * p_.u_token] : zero;
       loaded_.delta[j] =
           is_token(params, p_.seqlen) ? delta_[int64_t{params} * p_.delta_token] : zero;
-      loaded_.sum[j] = here && !first_ ? sums_[int64_t{token} * sums_token_] : 0.0F;
-      loaded_.z[j] = here && last_ && z_ != nullptr ? z_[int64_t{token} * p_.d_inner] : zero;
+      loaded_.sum[j] = here && !first_ ? p_.sums[place(token)] : 0.0F;
+      loaded_.z[j] =
+          here && last_ && p_.z != nullptr ? static_cast<const T*>(p_.z)[place(token)] : zero;
     }
     load_tokens(t + kSteps);
   }
@@ -235,28 +231,31 @@ class ThroughputScan {
     return kStates == 1 ? y : y + odd;
   }
 
+  __device__ __forceinline__ int64_t place(int32_t token) const {
+    return row_ + int64_t{token} * p_.d_inner;
+  }
+
   __device__ __forceinline__ void finish(const Loaded& now, int j, float y) {
     const int32_t token = now.token[j];
     if (token < 0 || !writes_) return;
     if (!last_) {
-      sums_[int64_t{token} * sums_token_] = y;
+      p_.sums[place(token)] = y;
       return;
     }
     y *= p_.scale;
-    if (z_ != nullptr) y *= silu(to_float(now.z[j]));
-    y_[int64_t{token} * p_.d_inner] = from_float<T>(y);
+    if (p_.z != nullptr) y *= silu(to_float(now.z[j]));
+    static_cast<T*>(p_.y)[place(token)] = from_float<T>(y);
   }
 
   const ScanParams& p_;
   float* const shared_;
   const int64_t image_;
   const int threads_, thread_;
-  int channel_, count_ = 0, buffer_ = 0, sums_token_;
+  int channel_, count_ = 0, buffer_ = 0;
   bool writes_, first_ = false, last_ = false;
-  const T *u_ = nullptr, *delta_ = nullptr, *B_ = nullptr, *C_ = nullptr, *z_ = nullptr;
+  const T *u_ = nullptr, *delta_ = nullptr, *B_ = nullptr, *C_ = nullptr;
   const int32_t *order_ = nullptr, *gap_ = nullptr;
-  T* y_;
-  float* sums_;
+  int64_t row_;  // of the channel in y, z and the sums
   float bias_ = 0.0F, delta0_ = 0.0F, skip_ = 0.0F, staged_extra_ = 0.0F;
   int32_t staged_token_ = -1;
   Pack<T, kPack> staged_B_, staged_C_;
@@ -265,11 +264,11 @@ class ThroughputScan {
   float A_[kStates], h_[kStates];
 };
 
-// Four blocks a multiprocessor leave a thread 128 registers: it needs them for h, A and the loads
-// ahead, and 16 warps have more exps in flight than the unit takes.
+// Three blocks a multiprocessor leave a thread 168 registers, enough for h, A and the loads ahead
+// without spills; each of 12 warps has 16 independent exps in flight.
 template <typename T, int kStates>
-__global__ void __launch_bounds__(kThroughputThreads, 4)
-    selective_scan_throughput(const ScanParams p) {
+__global__ void __launch_bounds__(kThroughputThreads, 3)
+    selective_scan_throughput(const __grid_constant__ ScanParams p) {
   ThroughputScan<T, kStates>(p, dynamic_shared_memory<float>()).run();
 }
 
