@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import sys
 import textwrap
@@ -12,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import exporter
+from benchmarks.gpu import models, result
+from benchmarks.gpu.program import Report
 from benchmarks.gpu.result import Ceilings, Document, Row, StageResult, Work
 from benchmarks.gpu.shapes import ScanShape
 from benchmarks.gpu.stages import Stage, run_stage
 from exporter import reference
+from exporter.json_fields import Node
 
 RATES = Ceilings(ex2_per_s=1e12, copy_bytes_per_s=2e12, launch_us=2.0)
 VIM = ScanShape("vim_tiny", 6, 9, 2, "float32")
@@ -83,3 +89,22 @@ def mamba_extension() -> Any:
         return [y, torch.empty(0), *gated]
 
     return SimpleNamespace(fwd=fwd)
+
+
+def lines(report: Report, kind: str) -> list[Any]:
+    """What a program wrote, of one kind, read as gpu_check reads it."""
+    if not report.path.exists():
+        return []
+    read = [Node(json.loads(line)) for line in report.path.read_text().splitlines()]
+    reader = {"row": result.row, "absent": result.absent}[kind]
+    return [reader(node.at(kind)) for node in read if kind in node.value]
+
+
+def micro_oracle(schedule: str | None) -> models.Oracle:
+    """A small Vim in place of the real one, which takes long on the CPU."""
+    parsed = None if schedule is None else exporter.PruneSchedule.parse(schedule)
+    sizes = {"depth": 2, "d_model": 16, "image_size": 32}
+    model = exporter.create_model("vim_tiny", schedule=parsed, num_classes=10, **sizes)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        return models.Oracle(model, images, copy.deepcopy(model).double()(images.double()))

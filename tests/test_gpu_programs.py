@@ -6,30 +6,24 @@ the oracle. What these times are is of no interest: that rows are made, checked 
 
 from __future__ import annotations
 
-import copy
-import ctypes
 import functools
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from gpu_check_cases import CROSS, GROUP, PLAIN, PRUNED, VIM, mamba_extension
+from gpu_check_cases import CROSS, GROUP, PLAIN, PRUNED, VIM, lines, mamba_extension, micro_oracle
 from torch import Tensor
 
 import exporter
-from benchmarks.gpu import compiled, gathers, models, ort, result, scans, shapes, timing
+from benchmarks.gpu import compiled, gathers, models, scans, shapes, timing
 from benchmarks.gpu.native import VariantKernels
 from benchmarks.gpu.program import Report, label
 from benchmarks.gpu.result import Work
 from benchmarks.gpu.scans import Contender
 from benchmarks.gpu.shapes import ScanShape
 from benchmarks.gpu.timing import HostClock
-from exporter.errors import RuntimeUnavailableError
-from exporter.json_fields import Node
 from exporter.native_library import find_library
 from exporter.parity import TOLERANCES
 
@@ -48,15 +42,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> HostClock:
 @pytest.fixture
 def report(tmp_path: Path) -> Report:
     return Report("scans", tmp_path / "found.jsonl")
-
-
-def lines(report: Report, kind: str) -> list[Any]:
-    """What a program wrote, of one kind, read as gpu_check reads it."""
-    if not report.path.exists():
-        return []
-    read = [Node(json.loads(line)) for line in report.path.read_text().splitlines()]
-    reader = {"row": result.row, "absent": result.absent}[kind]
-    return [reader(node.at(kind)) for node in read if kind in node.value]
 
 
 @functools.cache
@@ -86,6 +71,24 @@ def test_scans(shape: ScanShape, clock: HostClock, report: Report) -> None:
     assert all(r.samples >= 20 and r.case == shape.case for r in rows)
     assert not report.failures
     assert not lines(report, "absent")
+
+
+@pytest.mark.parametrize("shape", [PRUNED, PLAIN, CROSS, GROUP], ids=lambda s: s.model)
+def test_every_variant_of_our_scan(shape: ScanShape, clock: HostClock, report: Report) -> None:
+    """What the program makes of a shape, over the CUDA kernels in emulation."""
+    made = functools.partial(
+        scans._contenders,
+        shape,
+        kernels=VariantKernels(find_library("vssm_emulated"), emulated=True),
+        baselines=scans.Baselines(mamba=mamba_extension()),
+        quick=False,
+    )
+    scans.case(report, clock, shape, made)
+    assert not report.failures
+    subjects = {r.subject for r in lines(report, "row")}
+    assert {"vssm auto", "vssm throughput", "vssm latency"} <= subjects
+    assert (scans.MAMBA in subjects) == (shape is PRUNED)
+    assert (scans.SEPARATE in subjects) == (shape is PLAIN)
 
 
 def test_wrong_numbers_have_no_time(clock: HostClock, report: Report) -> None:
@@ -166,16 +169,6 @@ def test_a_model_of_other_numbers_has_no_time(clock: HostClock, report: Report) 
     models.case(report, clock, models.Case("vim_tiny", None, 1, "float32"), wrong, None)
     assert not lines(report, "row")
     assert len(report.failures) == 1
-
-
-def micro_oracle(schedule: str | None) -> models.Oracle:
-    """A small Vim in place of the real one, which takes long on the CPU."""
-    parsed = None if schedule is None else exporter.PruneSchedule.parse(schedule)
-    sizes = {"depth": 2, "d_model": 16, "image_size": 32}
-    model = exporter.create_model("vim_tiny", schedule=parsed, num_classes=10, **sizes)
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        return models.Oracle(model, images, copy.deepcopy(model).double()(images.double()))
 
 
 def test_halves_of_a_model_are_as_in_exports() -> None:
@@ -261,40 +254,3 @@ def test_the_oracle_of_a_model_leaves_the_model_alone() -> None:
     assert exact.logits.dtype == torch.float64
     assert {p.dtype for p in exact.model.parameters()} == {torch.float32}
     assert exact.model.operators == "auto"
-
-
-class StandInSession:
-    """What `ort.py` asks of a session with a GPU, without one."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-
-    def on_device(self, images: Any) -> StandInSession:
-        self.batch = len(images)
-        return self
-
-    def device_ms(self, samples: int) -> list[float]:
-        return [0.25] * samples
-
-    def outputs(self) -> dict[str, Any]:
-        return {"logits": self.logits.repeat(self.batch, 1)[: self.batch].float().numpy()}
-
-
-def test_ort_rows(report: Report) -> None:
-    exact = micro_oracle(None)
-    ort._measure(report, StandInSession(exact.logits), models.Case("m", None, 3, "float16"), exact)
-    wrong = StandInSession(exact.logits * 1.1)
-    ort._measure(report, wrong, models.Case("m", None, 3, "float16"), exact)
-    (found,) = lines(report, "row")
-    assert (found.subject, found.median_us, found.samples) == (ort.SUBJECT, 250.0, timing.SAMPLES)
-    assert len(report.failures) == 1
-
-
-def test_the_card_s_library() -> None:
-    try:
-        library = ctypes.CDLL(str(find_library("vssm_gpu_bench")))
-    except RuntimeUnavailableError as error:
-        pytest.skip(f"built where there is a CUDA compiler: {error}")
-    assert library.vssm_gpu_threads() == 256
-    assert library.vssm_gpu_ex2_per_block() == 8 * 256
-    assert library.vssm_gpu_nothing(None) == (0 if torch.cuda.is_available() else 1)
