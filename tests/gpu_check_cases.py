@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,3 +109,16 @@ def micro_oracle(schedule: str | None) -> models.Oracle:
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         return models.Oracle(model, images, copy.deepcopy(model).double()(images.double()))
+
+
+def alive(process: int) -> bool:
+    """Whether it still runs; a zombie that nobody has asked for does not."""
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return False
+        if state == "Z":
+            return False
+        time.sleep(0.1)
+    return True

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_check_cases import RATES, python, row, stage
+from gpu_check_cases import RATES, alive, python, row, stage
 
 from benchmarks.gpu import check, needs, result
 from benchmarks.gpu.result import StageResult
@@ -104,6 +104,33 @@ def test_a_stopped_run_leaves_a_result(checkout: Path, monkeypatch: pytest.Monke
     assert found.stages[0].reason == "did not end: the run was stopped"
     assert len(found.rows) == 1
     assert found.finished is None
+
+
+def test_a_run_that_is_told_to_end_takes_its_stage_along(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    code = f"""
+        import pathlib, sys
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        from benchmarks.gpu import check
+        from gpu_check_cases import python, stage
+        check.WORK = pathlib.Path({str(tmp_path / "work")!r})
+        asleep = "import os, time; open({str(child)!r}, 'w').write(str(os.getpid()))"
+        asleep += "; time.sleep(60)"
+        check.plan = lambda quick: [stage(python(asleep), name="slow")]
+        check.main(["--output", {str(tmp_path / "results")!r}])
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = subprocess.Popen(python(code), env=env, stdout=subprocess.DEVNULL)
+    for _ in range(600):
+        if child.is_file() and child.read_text():
+            break
+        time.sleep(0.1)
+    running.terminate()
+    assert running.wait(timeout=60) == 128 + 15
+    assert not alive(int(child.read_text()))
+    (path,) = (tmp_path / "results").glob("*.json")
+    (ended,) = result.load(path).stages
+    assert ended.reason == "did not end: the run was stopped"
 
 
 @pytest.mark.parametrize("line", ['{"row": {', '{"row": {"stage": "scans"}}', '{"other": 1}'])

@@ -7,6 +7,7 @@ import datetime
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,11 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, FieldError) as error:
         print(f"gpu_check: --into={options.into} is no result of gpu_check: {error}")
         return 2
-    run(document, path, plan(document.quick), only, console)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        run(document, path, plan(document.quick), only, console)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     for shown in tables(document):
         console.print(shown)
     console.print(f"{path}\n{path.with_suffix('.md')}", soft_wrap=True)
     return 1 if any(s.status == "failed" for s in document.stages) else 0
+
+
+def _stop(number: int, _: object) -> None:
+    """End as on an error: what a stage has started is stopped, and the result is written."""
+    sys.exit(128 + number)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
