@@ -265,9 +265,10 @@ class ThroughputScan {
 };
 
 // Three blocks a multiprocessor leave a thread 168 registers, enough for h, A and the loads ahead
-// without spills; each of 12 warps has 16 independent exps in flight.
+// without spills; each of 12 warps has 16 independent exps in flight. One state waits for memory,
+// not for warps.
 template <typename T, int kStates>
-__global__ void __launch_bounds__(kThroughputThreads, 3)
+__global__ void __launch_bounds__(kThroughputThreads, kStates == 1 ? 2 : 3)
     selective_scan_throughput(const __grid_constant__ ScanParams p) {
   ThroughputScan<T, kStates>(p, dynamic_shared_memory<float>()).run();
 }
