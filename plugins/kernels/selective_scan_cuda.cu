@@ -1,6 +1,6 @@
 // The CUDA scans: from checked arguments to the kernel that suits the shape.
 #include "plugins/kernels/selective_scan.h"
-#include "plugins/kernels/selective_scan_cuda_launch.h"
+#include "plugins/kernels/selective_scan_cuda_launch.cuh"
 
 namespace vssm {
 namespace {

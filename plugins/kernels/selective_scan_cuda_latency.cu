@@ -1,6 +1,6 @@
 // Cuts and launches the latency scan.
 #include "plugins/kernels/selective_scan_cuda_latency.cuh"
-#include "plugins/kernels/selective_scan_cuda_launch.h"
+#include "plugins/kernels/selective_scan_cuda_launch.cuh"
 
 namespace vssm {
 namespace {

@@ -2,6 +2,8 @@
 #ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_MATH_CUH_
 #define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_MATH_CUH_
 
+#include <type_traits>
+
 #include "plugins/kernels/cuda_common.cuh"
 #include "plugins/kernels/selective_scan_cuda_params.h"
 
@@ -33,6 +35,13 @@ __device__ __forceinline__ float softplus(float x) {
 
 __device__ __forceinline__ float silu(float x) {
   return x * reciprocal_approx(1.0F + exp2_approx(-x * kLog2E));
+}
+
+/// Row `index` of rows `stride` bytes apart: one instruction.
+template <typename T>
+__device__ __forceinline__ T* row_at(T* base, int32_t index, int32_t stride) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) + int64_t{index} * stride);
 }
 
 /// kCount states of a row from its `first`; those from `count` on are zero. `wide`: in one access,

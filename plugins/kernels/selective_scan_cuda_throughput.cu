@@ -1,5 +1,5 @@
 // Launches the throughput scan.
-#include "plugins/kernels/selective_scan_cuda_launch.h"
+#include "plugins/kernels/selective_scan_cuda_launch.cuh"
 #include "plugins/kernels/selective_scan_cuda_throughput.cuh"
 
 namespace vssm {

@@ -45,7 +45,14 @@ class ThroughputScan {
     // A thread past the last channel computes the last one again, and writes nothing.
     writes_ = channel < p.d_inner;
     channel_ = writes_ ? channel : p.d_inner - 1;
-    row_ = image_ * p.seqlen * p.d_inner + channel_;
+    const int64_t row = image_ * p.seqlen * p.d_inner + channel_;
+    y_ = static_cast<T*>(p.y) + row;
+    z_ = static_cast<const T*>(p.z) + row;
+    sums_ = p.sums + row;
+    u_stride_ = p.u_token * kSize;
+    delta_stride_ = p.delta_token * kSize;
+    y_stride_ = p.d_inner * kSize;
+    sums_stride_ = p.d_inner * static_cast<int32_t>(sizeof(float));
   }
 
   /// The first pass writes the sums, the others add, the last one gates and writes y.
@@ -61,13 +68,7 @@ class ThroughputScan {
   using Cut = ThroughputCut<kStates>;
   static constexpr int kPack = Cut::kPack;
   static constexpr int kSteps = Cut::kSteps;
-
-  /// What a step needs from memory, as it lies there.
-  struct Loaded {
-    T u[kSteps], delta[kSteps], z[kSteps];
-    float sum[kSteps];
-    int32_t token[kSteps];
-  };
+  static constexpr int32_t kSize = static_cast<int32_t>(sizeof(T));
 
   /// Enters a direction and a group of states: pointers, A, and states of zero.
   __device__ __forceinline__ void begin(int direction, int group) {
@@ -100,6 +101,7 @@ class ThroughputScan {
   __device__ __forceinline__ void scan(bool first, bool last) {
     first_ = first;
     last_ = last;
+    gates_ = last && p_.z != nullptr;
     staged_token_ = token_to_stage(0);
     stage_load(0);
     load_tokens(0);
@@ -159,57 +161,66 @@ class ThroughputScan {
   // Loads ahead.
 
   __device__ __forceinline__ void load_tokens(int t) {
+    const int32_t* order = order_ + t;
+    if (t + kSteps <= p_.seqlen) {
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      next_token_[j] = t + j < p_.seqlen ? order_[t + j] : -1;
+      for (int j = 0; j < kSteps; ++j) next_token_[j] = order[j];
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) next_token_[j] = t + j < p_.seqlen ? order[j] : -1;
     }
   }
 
   /// The steps from t, whose tokens are here; then the tokens of the steps behind them.
   __device__ __forceinline__ void load(int t) {
+    const T zero = from_float<T>(0.0F);
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
       const int32_t token = next_token_[j];
       const bool here = is_token(token, p_.seqlen);
+      token_[j] = here ? token : -1;
+      u_raw_[j] = here ? *row_at(u_, token, u_stride_) : zero;
       const int32_t params = p_.by_step ? t + j : token;
-      const T zero = from_float<T>(0.0F);
-      loaded_.token[j] = here ? token : -1;
-      loaded_.u[j] = here ? u_[int64_t{token} * p_.u_token] : zero;
-      loaded_.delta[j] =
-          is_token(params, p_.seqlen) ? delta_[int64_t{params} * p_.delta_token] : zero;
-      loaded_.sum[j] = here && !first_ ? p_.sums[place(token)] : 0.0F;
-      loaded_.z[j] =
-          here && last_ && p_.z != nullptr ? static_cast<const T*>(p_.z)[place(token)] : zero;
+      const bool known = is_token(params, p_.seqlen);
+      delta_raw_[j] = known ? *row_at(delta_, params, delta_stride_) : zero;
+      sum_[j] = 0.0F;
+      if (here && !first_) sum_[j] = *row_at(sums_, token, sums_stride_);
+      if (here && gates_) z_raw_[j] = *row_at(z_, token, y_stride_);
     }
     load_tokens(t + kSteps);
   }
 
-  /// The steps from t on, `left` at most; `row` is the first one's place in the tile.
+  /// The steps from t on, `left` at most; `row` is the first one's place in the tile. What was
+  /// loaded is used up before the next loads, so that they need no other registers.
   __device__ __forceinline__ void group(int t, int row, int left) {
-    const Loaded now = loaded_;
-    load(t + kSteps);
     const float* extra = extras() + row;
-    float span[kSteps], inject[kSteps], y[kSteps];
+    float span[kSteps], inject[kSteps], y[kSteps], gate[kSteps];
+    int32_t token[kSteps];
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-      const float u = to_float(now.u[j]);
-      float dt = to_float(now.delta[j]) + bias_;
+      const float u = to_float(u_raw_[j]);
+      float dt = to_float(delta_raw_[j]) + bias_;
       if (p_.softplus) dt = softplus(dt);
       // Behind the last step there are rows of the tile without meaning: they are not used.
       span[j] = fmaf(extra[j], p_.delta0 != nullptr ? delta0_ : dt, dt);
       inject[j] = dt * u;
-      y[j] = fmaf(skip_, u, now.sum[j]);
+      y[j] = fmaf(skip_, u, sum_[j]);
+      gate[j] = p_.scale;
+      if (gates_) gate[j] *= silu(to_float(z_raw_[j]));
+      token[j] = token_[j];
     }
+    load(t + kSteps);
     const float* states = tile() + row * Cut::kRow;
     if (left >= kSteps) {
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
-        finish(now, j, step(states + j * Cut::kRow, span[j], inject[j], y[j]));
+        finish(token[j], gate[j], step(states + j * Cut::kRow, span[j], inject[j], y[j]));
       }
     } else {
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
-        if (j < left) finish(now, j, step(states + j * Cut::kRow, span[j], inject[j], y[j]));
+        if (j >= left) break;
+        finish(token[j], gate[j], step(states + j * Cut::kRow, span[j], inject[j], y[j]));
       }
     }
   }
@@ -231,20 +242,13 @@ class ThroughputScan {
     return kStates == 1 ? y : y + odd;
   }
 
-  __device__ __forceinline__ int64_t place(int32_t token) const {
-    return row_ + int64_t{token} * p_.d_inner;
-  }
-
-  __device__ __forceinline__ void finish(const Loaded& now, int j, float y) {
-    const int32_t token = now.token[j];
+  __device__ __forceinline__ void finish(int32_t token, float gate, float y) {
     if (token < 0 || !writes_) return;
-    if (!last_) {
-      p_.sums[place(token)] = y;
-      return;
+    if (last_) {
+      *row_at(y_, token, y_stride_) = from_float<T>(y * gate);
+    } else {
+      *row_at(sums_, token, sums_stride_) = y;
     }
-    y *= p_.scale;
-    if (p_.z != nullptr) y *= silu(to_float(now.z[j]));
-    static_cast<T*>(p_.y)[place(token)] = from_float<T>(y);
   }
 
   const ScanParams& p_;
@@ -252,22 +256,28 @@ class ThroughputScan {
   const int64_t image_;
   const int threads_, thread_;
   int channel_, count_ = 0, buffer_ = 0;
-  bool writes_, first_ = false, last_ = false;
-  const T *u_ = nullptr, *delta_ = nullptr, *B_ = nullptr, *C_ = nullptr;
+  bool writes_, first_ = false, last_ = false, gates_ = false;
+  const T *u_ = nullptr, *delta_ = nullptr, *B_ = nullptr, *C_ = nullptr, *z_;
   const int32_t *order_ = nullptr, *gap_ = nullptr;
-  int64_t row_;  // of the channel in y, z and the sums
+  T* y_;
+  float* sums_;
+  int32_t u_stride_, delta_stride_, y_stride_, sums_stride_;  // bytes
   float bias_ = 0.0F, delta0_ = 0.0F, skip_ = 0.0F, staged_extra_ = 0.0F;
   int32_t staged_token_ = -1;
   Pack<T, kPack> staged_B_, staged_C_;
   int32_t next_token_[kSteps];
-  Loaded loaded_;
+  // Of the steps ahead, as they lie in memory.
+  T u_raw_[kSteps], delta_raw_[kSteps], z_raw_[kSteps];
+  float sum_[kSteps];
+  int32_t token_[kSteps];
   float A_[kStates], h_[kStates];
 };
 
 // Three blocks a multiprocessor leave a thread 168 registers, enough for h, A and the loads ahead
-// without spills; each of 12 warps has 16 independent exps in flight.
+// without spills; each of 12 warps has 16 independent exps in flight. One state waits for memory,
+// not for warps.
 template <typename T, int kStates>
-__global__ void __launch_bounds__(kThroughputThreads, 3)
+__global__ void __launch_bounds__(kThroughputThreads, kStates == 1 ? 2 : 3)
     selective_scan_throughput(const __grid_constant__ ScanParams p) {
   ThroughputScan<T, kStates>(p, dynamic_shared_memory<float>()).run();
 }

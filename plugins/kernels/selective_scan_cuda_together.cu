@@ -1,5 +1,5 @@
 // Launches the scan of four directions at once.
-#include "plugins/kernels/selective_scan_cuda_launch.h"
+#include "plugins/kernels/selective_scan_cuda_launch.cuh"
 #include "plugins/kernels/selective_scan_cuda_together.cuh"
 
 namespace vssm {
