@@ -1,7 +1,8 @@
 """torch.library operators `vssm::*`: what models call and what the exporter turns into ONNX nodes.
 
 Schemas come from the operator table in `spec`. Every operator has a fake kernel, an
-implementation for any device through the oracle, and autograd through the oracle.
+implementation for any device through the oracle, and autograd: the gathers through the oracle, the
+scans as `ops_gradients` says.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter import reference
+from exporter import ops_gradients, reference
 from exporter.ops_rules import check_operands, check_scan_values
 from exporter.spec import (
     GATED_SELECTIVE_SCAN,
@@ -59,6 +60,7 @@ def selective_scan(
     """One `vssm` scan node: the arguments and result of `reference.selective_scan`.
 
     Which operator it is follows from the operands: gated with `z`, constant gap with `delta0`.
+    While gradients are recorded on a CPU the native kernels run, as `ops_gradients` says.
 
     Raises:
         ValueError: a shape or value breaks the contract, or both `z` and `delta0` are given.
@@ -73,7 +75,10 @@ def selective_scan(
         op, operands = GATED_SELECTIVE_SCAN, [*operands, z]
     elif delta0 is not None:
         op, operands = SELECTIVE_SCAN_CONSTANT_GAP, [*operands, delta0]
-    result: Tensor = torch_op(op)(*operands, int(delta_softplus), int(params_by_step), scale)
+    attributes = (int(delta_softplus), int(params_by_step), scale)
+    if ops_gradients.records_natively(operands):
+        return ops_gradients.scan(op, operands, attributes)
+    result: Tensor = torch_op(op)(*operands, *attributes)
     return result
 
 
@@ -207,17 +212,17 @@ def _register(
     op: OperatorSpec,
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
-    forward: Callable[..., Any],
 ) -> None:
     _LIBRARY.define(_schema(op), tags=(torch.Tag.pt2_compliant_tag,))
     name = _TORCH_NAMES[op.name]
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vssm::{name}", fake, lib=_LIBRARY)
-    _register_autograd(op, forward)
 
 
 for _op in SCAN_OPERATORS:
-    _register(_op, _scan_kernel(_op), _scan_fake(_op), _scan_reference)
+    _register(_op, _scan_kernel(_op), _scan_fake(_op))
+    ops_gradients.register(_LIBRARY, _op, _TORCH_NAMES[_op.name], _scan_reference)
 for _op in GATHER_OPERATORS:
-    _register(_op, _gather_kernel(_op), _gather_fake(_op), _gather_reference)
+    _register(_op, _gather_kernel(_op), _gather_fake(_op))
+    _register_autograd(_op, _gather_reference)
 assert set(_TORCH_NAMES) == set(OPERATORS)

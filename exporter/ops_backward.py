@@ -7,8 +7,6 @@ judge of both.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -55,59 +53,66 @@ def selective_scan_backward(
         By the name of the input its gradient, of its shape, in float32 or wider.
     """
     compute = torch.promote_types(u.dtype, torch.float32)
-    directions = order.shape[1]
+    dy, u, delta, A, B, C, D = (x.to(compute) for x in (dy, u, delta, A, B, C, D))
     token = order.long().expand(u.shape[0], -1, -1).transpose(1, 2)[..., None]
-    steps = torch.arange(order.shape[2], device=order.device).view(1, -1, 1, 1).expand_as(token)
-    owner = steps if params_by_step else token  # of delta, B and C
-
-    def take(x: Tensor, rows: Tensor) -> Tensor:
-        x = x.to(compute).expand(-1, -1, directions, -1)
-        return x.gather(1, rows.expand(-1, -1, -1, x.shape[-1]))
-
-    def put(x: Tensor, rows: Tensor, like: Tensor) -> Tensor:
-        """Back to tokens; summed over the directions that share the axis."""
-        x = torch.zeros_like(x).scatter(1, rows.expand_as(x), x)
-        return x.sum(2, keepdim=True) if like.shape[2] == 1 else x
-
-    def shared(x: Tensor, like: Tensor) -> Tensor:
-        """Summed over images, steps, and directions that share the axis."""
-        x = x.flatten(0, 1).sum(0)
-        return x.sum(0, keepdim=True) if like.shape[0] == 1 else x
-
-    x, b, c = take(u, token), take(B, owner), take(C, owner)
-    before = take(delta, owner) + delta_bias.to(compute)
+    owner = _steps(token) if params_by_step else token  # of delta, B and C
+    x, b, c = _take(u, token), _take(B, owner), _take(C, owner)
+    before = _take(delta, owner) + delta_bias.to(compute)
     dt = functional.softplus(before) if delta_softplus else before
-    more = gap.transpose(1, 2)[..., None].to(compute) - 1
-    more = torch.cat([torch.zeros_like(more[:, :1]), more[:, 1:]], dim=1)  # h = 0 before it
+    more = torch.where(_steps(token) > 0, gap.transpose(1, 2)[..., None] - 1, 0)  # h = 0 before
     span = dt + more * (dt if delta0 is None else delta0.to(compute))
-    decay = torch.exp(span[..., None] * A.to(compute))  # (batch, seqlen, K, d_inner, d_state)
+    decay = torch.exp(span[..., None] * A)  # (batch, seqlen, K, d_inner, d_state)
     h = _states(decay, (dt * x)[..., None] * b[..., None, :])
 
-    upstream = dy.to(compute)[:, :, None]
     gradients: dict[str, Tensor] = {}
     if z is not None:
-        gate = torch.sigmoid(z.to(compute))
-        y_step = (h * c[..., None, :]).sum(-1) + D.to(compute) * x
-        y = put(y_step, token, u[:, :, :1])[:, :, 0] * scale
-        gradients["z"] = dy.to(compute) * y * gate * (1 + z.to(compute) * (1 - gate))
-        upstream = upstream * (z.to(compute) * gate)[:, :, None]
-    g = take(upstream, token) * scale
+        y = _put((h * c[..., None, :]).sum(-1) + D * x, token, shared=True)[:, :, 0] * scale
+        gradients["z"], dy = _through_gate(dy, y, z.to(compute))
+    g = _take(dy[:, :, None], token) * scale
     d = _carried(decay, g[..., None] * c[..., None, :])
     e = d * decay * torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], dim=1)
-    w, f = (d * b[..., None, :]).sum(-1), (e * A.to(compute)).sum(-1)
-    v = w * x + f * ((1 + more) if delta0 is None else 1)
-    if delta_softplus:
-        v = v * torch.sigmoid(before)
-    gradients["u"] = put(w * dt + g * D.to(compute), token, u)
-    gradients["delta"] = put(v, owner, delta)
-    gradients["A"] = shared(e * span[..., None], A)
-    gradients["B"] = put((d * (dt * x)[..., None]).sum(-2), owner, B)
-    gradients["C"] = put((g[..., None] * h).sum(-2), owner, C)
-    gradients["D"] = shared(g * x, D)
-    gradients["delta_bias"] = shared(v, delta_bias)
+    w, f = (d * b[..., None, :]).sum(-1), (e * A).sum(-1)
+    slope = torch.sigmoid(before) if delta_softplus else 1
+    v = (w * x + f * (1 + more if delta0 is None else 1)) * slope
+    gradients["u"] = _put(w * dt + g * D, token, shared=u.shape[2] == 1)
+    gradients["delta"] = _put(v, owner, shared=delta.shape[2] == 1)
+    gradients["A"] = _total(e * span[..., None], A)
+    gradients["B"] = _put((d * (dt * x)[..., None]).sum(-2), owner, shared=B.shape[2] == 1)
+    gradients["C"] = _put((g[..., None] * h).sum(-2), owner, shared=C.shape[2] == 1)
+    gradients["D"] = _total(g * x, D)
+    gradients["delta_bias"] = _total(v, delta_bias)
     if delta0 is not None:
-        gradients["delta0"] = shared(f * more, delta0)
+        gradients["delta0"] = _total(f * more, delta0)
     return gradients
+
+
+def _through_gate(dy: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients by z and by y, from that by y silu(z)."""
+    gate = torch.sigmoid(z)
+    return dy * y * gate * (1 + z * (1 - gate)), dy * z * gate
+
+
+def _steps(token: Tensor) -> Tensor:
+    """The number of each step, as `token` (batch, seqlen, K, 1) lies."""
+    return torch.arange(token.shape[1], device=token.device).view(1, -1, 1, 1).expand_as(token)
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows of x (batch, seqlen, 1 or K, width) in the order of rows (batch, seqlen, K, 1)."""
+    x = x.expand(-1, -1, rows.shape[2], -1)
+    return x.gather(1, rows.expand(-1, -1, -1, x.shape[-1]))
+
+
+def _put(x: Tensor, rows: Tensor, *, shared: bool) -> Tensor:
+    """Back from steps to tokens; summed over directions that share the axis."""
+    x = torch.zeros_like(x).scatter(1, rows.expand_as(x), x)
+    return x.sum(2, keepdim=True) if shared else x
+
+
+def _total(x: Tensor, like: Tensor) -> Tensor:
+    """Summed over images and steps, and over directions that share the axis."""
+    x = x.flatten(0, 1).sum(0)
+    return x.sum(0, keepdim=True) if like.shape[0] == 1 else x
 
 
 def _states(decay: Tensor, source: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ class Layer:
 
 
 _SHARED = ("leaves", "documents")
-_MODELS = (*_SHARED, "oracle", "operators", "pruning", "checkpoint", "models")
-_RUNTIMES = (*_SHARED, "preprocessing", "graph edits", "runtimes")
+_MODELS = (*_SHARED, "libraries", "oracle", "operators", "pruning", "checkpoint", "models")
+_RUNTIMES = (*_SHARED, "libraries", "preprocessing", "graph edits", "runtimes")
 _REPORTS = (*_RUNTIMES, "reports", "machine", "pages", "bundle")
 _DYNAMIC = "<a name computed at run time>"
 # From the bottom up. A file that no row names, or two rows do, fails the test.
@@ -34,7 +34,8 @@ LAYERS = (
     Layer("leaves", "shared", ("__init__", "_version", "errors", "spec", "schedule"), ()),
     Layer("documents", "shared", ("files", "json_fields", "manifest*", "artifact"), ("leaves",)),
     Layer("oracle", "making", ("reference",), ("leaves",)),
-    Layer("operators", "making", ("ops*",), ("leaves", "oracle")),
+    Layer("libraries", "shared", ("runtimes/library",), ("leaves",)),
+    Layer("operators", "making", ("ops*",), ("leaves", "oracle", "libraries")),
     Layer("pruning", "making", ("pruning", "walks"), ("leaves", "oracle", "operators")),
     Layer("checkpoint", "making", ("checkpoint*", "unpickle*", "pickle_*"), _SHARED),
     Layer("models", "making", ("models/*", "flops"), _MODELS[:-1]),
@@ -42,7 +43,9 @@ LAYERS = (
     Layer("export", "making", ("onnx_export*", "export_*"), (*_MODELS, "graph")),
     Layer("preprocessing", "running", ("preprocessing",), _SHARED),
     Layer("graph edits", "running", ("graph_edit",), _SHARED),
-    Layer("runtimes", "running", ("runtimes/*", "doctor"), (*_SHARED, "graph edits")),
+    Layer(
+        "runtimes", "running", ("runtimes/[!l]*", "doctor"), (*_SHARED, "graph edits", "libraries")
+    ),
     Layer("reports", "running", ("parity*", "benchmark*"), _RUNTIMES),
     Layer("machine", "running", ("machine",), (*_RUNTIMES, "reports")),
     Layer("pages", "running", ("tables", "*_page"), (*_RUNTIMES, "reports")),
@@ -55,7 +58,12 @@ LAYERS = (
         ("pipeline*",),
         (*_MODELS, *_REPORTS, "export", "torch session", "subjects"),
     ),
-    Layer("command line", "top", ("cli*",), (*_SHARED, "runtimes", "reports", "pages", "pipeline")),
+    Layer(
+        "command line",
+        "top",
+        ("cli*",),
+        (*_SHARED, "libraries", "runtimes", "reports", "pages", "pipeline"),
+    ),
 )
 _UNLISTED = Layer("no layer", "none", (), ())
 # Who may import a heavy package: its import names, then globs as above.

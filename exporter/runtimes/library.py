@@ -13,6 +13,7 @@ from exporter.errors import RuntimeUnavailableError
 
 ORT_LIBRARY = "vssm_onnxruntime"
 BENCH_LIBRARY = "vssm_bench"
+OPERATOR_LIBRARY = "vssm"
 ISA_NAMES = ("baseline", "avx2", "avx512")
 
 
@@ -111,6 +112,15 @@ def kernel_calls(path: Path | None = None) -> int:
     call = _load(path or find_library()).vssm_kernel_calls
     call.restype = ctypes.c_uint64
     return int(call())
+
+
+def load_library(name: str) -> ctypes.CDLL:
+    """The native library `name`, as `find_library` finds it.
+
+    Raises:
+        RuntimeUnavailableError: there is no library, or it cannot be loaded.
+    """
+    return _load(find_library(name))
 
 
 def load_bench() -> ctypes.CDLL:
