@@ -75,9 +75,11 @@ def scan(op: OperatorSpec, named: Mapping[str, Any]) -> Tensor:
 
 
 def scan_backward(op: OperatorSpec, named: Mapping[str, Any], dy: Tensor) -> list[Tensor]:
-    """Gradients by every input but order and gap, from that by y, each in its input's type.
+    """Gradients by every input but order and gap, from that by y.
 
-    Computed in float32: half inputs are converted, their gradients rounded once.
+    Each has the type and strides of its input: what comes before a transposed input is transposed
+    too, and goes through its gradient the faster. Computed in float32: half inputs are converted,
+    their gradients rounded once.
 
     Args:
         op: the operator.
@@ -97,7 +99,10 @@ def scan_backward(op: OperatorSpec, named: Mapping[str, Any], dy: Tensor) -> lis
     results = (_descriptors([dy]), targets, ctypes.c_int32(len(targets)))
     threads = ctypes.c_int32(torch.get_num_threads())
     _call("vssm_selective_scan_backward", op, list(inputs.values()), named, *results, threads)
-    return [g.to(named[name].dtype) for g, name in zip(gradients, floats, strict=True)]
+    del inputs  # copies, where the inputs are not contiguous
+    for i, name in enumerate(floats):
+        gradients[i] = _laid_out_as(named[name], gradients[i])
+    return gradients
 
 
 def backward_memory(op: OperatorSpec, named: Mapping[str, Any]) -> tuple[int, int]:
@@ -125,6 +130,13 @@ def _descriptors(tensors: Sequence[Tensor]) -> ctypes.Array[_Tensor]:
         place.data, place.dtype = tensor.data_ptr(), _DTYPE_CODES[tensor.dtype]
         place.rank, place.dims[: tensor.dim()] = tensor.dim(), tensor.shape
     return found
+
+
+def _laid_out_as(tensor: Tensor, gradient: Tensor) -> Tensor:
+    like = torch.empty_like(tensor)
+    if like.dtype == gradient.dtype and like.stride() == gradient.stride():
+        return gradient
+    return like.copy_(gradient)
 
 
 def _call(

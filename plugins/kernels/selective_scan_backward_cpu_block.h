@@ -29,6 +29,7 @@ class BackwardBlock {
   using Vec = typename Isa::Vec;
   static constexpr int kVectors = L::kVectors;
   static constexpr int64_t kMaxChunk = 64;
+  static constexpr int64_t kAhead = 16;
 
   VSSM_INLINE BackwardBlock(const BackwardPlan& plan, int64_t image, int64_t k, int64_t block)
       : plan_(plan), scan_(plan.scan), part_(plan.scan.d_inner - block * kChannels) {
@@ -115,6 +116,7 @@ class BackwardBlock {
     for (int64_t i = 0; i < count; ++i) {
       Step& step = steps_[i];
       const int64_t t = first + i;
+      prefetch<kGradients>(t + kAhead);
       step.q = order_[t];
       step.s = scan.params_by_step ? t : step.q;
       step.gap = static_cast<float>(t == 0 ? 1 : gap_[t]);
@@ -139,6 +141,26 @@ class BackwardBlock {
       }
     }
     return Isa::fits_decay(worst);
+  }
+
+  /// The rows of a later step lie a row of tokens apart, which no hardware prefetcher follows.
+  template <bool kGradients>
+  VSSM_INLINE void prefetch(int64_t t) const {
+    if (t >= scan_.seqlen) return;
+    const ScanPlan& scan = scan_;
+    const int64_t q = order_[t], s = scan.params_by_step ? t : q;
+    const int64_t u = u_at_ + q * (scan.Ku * scan.d_inner), y = y_at_ + q * scan.d_inner;
+    const int64_t delta = delta_at_ + s * (scan.Kd * scan.d_inner);
+    __builtin_prefetch(static_cast<const float*>(scan.u) + u);
+    __builtin_prefetch(static_cast<const float*>(scan.delta) + delta);
+    if constexpr (kGradients) {
+      __builtin_prefetch(plan_.dy + y);
+      __builtin_prefetch(plan_.du + u, 1);
+      __builtin_prefetch(plan_.ddelta + delta, 1);
+      if (scan.z != nullptr) __builtin_prefetch(static_cast<const float*>(scan.z) + y);
+    } else if (plan_.dz != nullptr) {
+      __builtin_prefetch(plan_.dz + y, 1);
+    }
   }
 
  public:
