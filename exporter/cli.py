@@ -45,7 +45,7 @@ Json = Annotated[
     Path | None,
     typer.Option("--json", callback=_writable, help="Also write the result to this file."),
 ]
-Runtime = Annotated[str, typer.Option(help="ort-cpu or torch.")]
+Runtime = Annotated[str, typer.Option(help="ort-cpu, ort-cuda or torch.")]
 Operators = Annotated[
     str | None, typer.Option(help="kernel (the default) or body, for ONNX Runtime.")
 ]

@@ -1,19 +1,27 @@
 """torch.library operators `vssm::*`: what models call and what the exporter turns into ONNX nodes.
 
-Schemas come from the operator table in `spec`. Every operator has a fake kernel, an
-implementation for any device through the oracle, and autograd: the gathers through the oracle, the
-scans as `ops_gradients` says.
+Schemas come from the operator table in `spec`. Every operator has a fake kernel, autograd (the
+gathers through the oracle, the scans as `ops_gradients` says), and three overloads:
+
+- `default` ("auto"): on CUDA tensors the native kernels, for float64 the oracle's formula; on any
+  other device the oracle.
+- `oracle`: the oracle on every device.
+- `kernel`: the native kernels on CUDA and CPU tensors.
+
+Nothing falls back: kernels that are missing are an error. `selective_scan` takes `kernel` for
+"auto" where gradients are recorded on a CPU: a model is trained on the native kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from exporter import ops_gradients, reference
+from exporter.ops_kernels import kernels
 from exporter.ops_rules import check_operands, check_scan_values
 from exporter.spec import (
     GATED_SELECTIVE_SCAN,
@@ -35,9 +43,27 @@ _TORCH_NAMES = {
 }
 
 
-def torch_op(op: OperatorSpec) -> Any:
+# What `operators` may be, and the overload of each.
+OPERATORS_CHOICES: Final = {"auto": "default", "oracle": "oracle", "kernel": "kernel"}
+
+
+def checked_choice(operators: str) -> str:
+    """The argument, if it is one of `OPERATORS_CHOICES`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if operators not in OPERATORS_CHOICES:
+        raise ValueError(
+            f"operators={operators!r} is not one of {', '.join(OPERATORS_CHOICES)}; choose one"
+        )
+    return operators
+
+
+def torch_op(op: OperatorSpec, operators: str = "auto") -> Any:
     """The callable `torch.ops.vssm.*` overload of an operator."""
-    return getattr(torch.ops.vssm, _TORCH_NAMES[op.name]).default
+    packet = getattr(torch.ops.vssm, _TORCH_NAMES[op.name])
+    return getattr(packet, OPERATORS_CHOICES[checked_choice(operators)])
 
 
 def selective_scan(
@@ -56,11 +82,13 @@ def selective_scan(
     delta_softplus: bool = True,
     params_by_step: bool = False,
     scale: float = 1.0,
+    operators: str = "auto",
 ) -> Tensor:
     """One `vssm` scan node: the arguments and result of `reference.selective_scan`.
 
     Which operator it is follows from the operands: gated with `z`, constant gap with `delta0`.
-    While gradients are recorded on a CPU the native kernels run, as `ops_gradients` says.
+    What computes it is `operators`: "auto", "oracle" or "kernel". "auto" is "kernel" where
+    `ops_gradients.trains_on_kernels` says so.
 
     Raises:
         ValueError: a shape or value breaks the contract, or both `z` and `delta0` are given.
@@ -75,10 +103,10 @@ def selective_scan(
         op, operands = GATED_SELECTIVE_SCAN, [*operands, z]
     elif delta0 is not None:
         op, operands = SELECTIVE_SCAN_CONSTANT_GAP, [*operands, delta0]
-    attributes = (int(delta_softplus), int(params_by_step), scale)
-    if ops_gradients.records_natively(operands):
-        return ops_gradients.scan(op, operands, attributes)
-    result: Tensor = torch_op(op)(*operands, *attributes)
+    if operators == "auto" and ops_gradients.trains_on_kernels(operands):
+        operators = "kernel"
+    run = torch_op(op, operators)
+    result: Tensor = run(*operands, int(delta_softplus), int(params_by_step), scale)
     return result
 
 
@@ -89,8 +117,11 @@ def token_gather(
     *,
     num_keep: int,
     protected_position: int = -1,
+    operators: str = "auto",
 ) -> tuple[Tensor, list[Tensor]]:
     """One `vssm` gather node: arguments and result of `reference.token_gather`, one or two xs.
+
+    What computes it is `operators`: "auto", "oracle" or "kernel".
 
     Raises:
         ValueError: a shape or value breaks the contract, or there is another number of xs.
@@ -98,18 +129,24 @@ def token_gather(
     if len(xs) not in {1, 2}:
         raise ValueError(f"len(xs)={len(xs)}: TokenGather takes 1 or 2 tensors; call it again")
     op = GATHER_OPERATORS[2 - len(xs)]
-    kept, *rows = torch_op(op)(score, position, *xs, num_keep, protected_position)
+    run = torch_op(op, operators)
+    kept, *rows = run(score, position, *xs, num_keep, protected_position)
     return kept, rows
 
 
-def _schema(op: OperatorSpec) -> str:
+def _schema(op: OperatorSpec, overload: str) -> str:
     arguments = [f"Tensor {o.name}" for o in op.inputs]
     for a in op.attributes:
         arguments.append(
             f"{a.kind.__name__} {a.name}" + ("" if a.default is None else f"={a.default}")
         )
     outputs = ", ".join("Tensor" for _ in op.outputs)
-    return f"{_TORCH_NAMES[op.name]}({', '.join(arguments)}) -> ({outputs})"
+    return f"{_qualified(op, overload)}({', '.join(arguments)}) -> ({outputs})"
+
+
+def _qualified(op: OperatorSpec, overload: str) -> str:
+    name = _TORCH_NAMES[op.name]
+    return name if overload == "default" else f"{name}.{overload}"
 
 
 def _named(op: OperatorSpec, args: Sequence[Any]) -> dict[str, Any]:
@@ -133,7 +170,7 @@ def _gather_reference(op: OperatorSpec, args: Sequence[Any]) -> tuple[Tensor, ..
     return (kept, *rows)
 
 
-def _scan_kernel(op: OperatorSpec) -> Callable[..., Tensor]:
+def _scan_oracle(op: OperatorSpec) -> Callable[..., Tensor]:
     def run(*args: Any) -> Tensor:
         named = _named(op, args)
         check_operands(op, named)
@@ -153,7 +190,7 @@ def _scan_fake(op: OperatorSpec) -> Callable[..., Tensor]:
     return fake
 
 
-def _gather_kernel(op: OperatorSpec) -> Callable[..., tuple[Tensor, ...]]:
+def _gather_oracle(op: OperatorSpec) -> Callable[..., tuple[Tensor, ...]]:
     def run(*args: Any) -> tuple[Tensor, ...]:
         check_operands(op, _named(op, args))
         return tuple(t.contiguous() for t in _gather_reference(op, args))
@@ -173,7 +210,26 @@ def _gather_fake(op: OperatorSpec) -> Callable[..., tuple[Tensor, ...]]:
     return fake
 
 
-def _register_autograd(op: OperatorSpec, forward: Callable[..., Any]) -> None:
+def _native(op: OperatorSpec) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        named = _named(op, args)
+        return kernels().scan(op, named) if op in SCAN_OPERATORS else kernels().gather(op, named)
+
+    return run
+
+
+def _on_cuda(op: OperatorSpec, oracle: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernels; the oracle's formula for float64, which asks for exact numbers."""
+    native = _native(op)
+
+    def run(*args: Any) -> Any:
+        exact = args[0].dtype == torch.float64
+        return oracle(*args) if exact else native(*args)
+
+    return run
+
+
+def _register_autograd(op: OperatorSpec, overload: str, forward: Callable[..., Any]) -> None:
     """Backward by running the oracle again under autograd: exact, and slow."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -204,25 +260,33 @@ def _register_autograd(op: OperatorSpec, forward: Callable[..., Any]) -> None:
         return (*gradients, *(None for _ in ctx.attributes))
 
     torch.library.register_autograd(
-        torch_op(op), backward, setup_context=setup_context, lib=_LIBRARY
+        f"vssm::{_qualified(op, overload)}", backward, setup_context=setup_context, lib=_LIBRARY
     )
 
 
 def _register(
     op: OperatorSpec,
-    kernel: Callable[..., Any],
+    oracle: Callable[..., Any],
     fake: Callable[..., Any],
+    forward: Callable[..., Any],
 ) -> None:
-    _LIBRARY.define(_schema(op), tags=(torch.Tag.pt2_compliant_tag,))
-    name = _TORCH_NAMES[op.name]
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vssm::{name}", fake, lib=_LIBRARY)
+    anywhere = {"default": oracle, "oracle": oracle, "kernel": _native(op)}
+    for overload, function in anywhere.items():
+        _LIBRARY.define(_schema(op, overload), tags=(torch.Tag.pt2_compliant_tag,))
+        name = _qualified(op, overload)
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        if overload == "default":
+            _LIBRARY.impl(name, _on_cuda(op, oracle), "CUDA")
+        torch.library.register_fake(f"vssm::{name}", fake, lib=_LIBRARY)
+        if op not in SCAN_OPERATORS or overload == "oracle":
+            _register_autograd(op, overload, forward)
+        else:
+            ops_gradients.register_autograd(_LIBRARY, op, name)
 
 
 for _op in SCAN_OPERATORS:
-    _register(_op, _scan_kernel(_op), _scan_fake(_op))
-    ops_gradients.register(_LIBRARY, _op, _TORCH_NAMES[_op.name], _scan_reference)
+    ops_gradients.define(_LIBRARY, op=_op, name=_TORCH_NAMES[_op.name], oracle=_scan_reference)
+    _register(_op, _scan_oracle(_op), _scan_fake(_op), _scan_reference)
 for _op in GATHER_OPERATORS:
-    _register(_op, _gather_kernel(_op), _gather_fake(_op))
-    _register_autograd(_op, _gather_reference)
+    _register(_op, _gather_oracle(_op), _gather_fake(_op), _gather_reference)
 assert set(_TORCH_NAMES) == set(OPERATORS)

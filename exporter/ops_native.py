@@ -1,53 +1,16 @@
-"""The native CPU kernels of the scans on torch tensors, through the C ABI of libvssm.so."""
+"""The native backward pass of the scans on torch's CPU tensors, through the C ABI of libvssm.so."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from exporter.errors import RuntimeUnavailableError
-from exporter.runtimes.library import OPERATOR_LIBRARY, load_library
+from exporter.ops_kernels import ScanAttributes, describe, kernels
 from exporter.spec import OperatorSpec
-
-_DTYPE_CODES: Final = {
-    torch.float32: 0,
-    torch.float16: 1,
-    torch.bfloat16: 2,
-    torch.int32: 3,
-}
-_ERROR_BYTES: Final = 512
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("dims", ctypes.c_int64 * 4),
-    )
-
-
-class _ScanAttributes(ctypes.Structure):
-    _fields_ = (
-        ("delta_softplus", ctypes.c_int64),
-        ("params_by_step", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("variant", ctypes.c_int32),
-    )
-
-
-def is_available() -> bool:
-    """Whether libvssm.so is there and loads."""
-    try:
-        _library()
-    except RuntimeUnavailableError:
-        return False
-    return True
 
 
 def differentiable(op: OperatorSpec) -> tuple[str, ...]:
@@ -55,27 +18,8 @@ def differentiable(op: OperatorSpec) -> tuple[str, ...]:
     return tuple(o.name for o in op.inputs if o.dtype != "int32")
 
 
-def scan(op: OperatorSpec, named: Mapping[str, Any]) -> Tensor:
-    """The result of a scan, on as many threads as torch uses.
-
-    Args:
-        op: the operator.
-        named: its inputs, on the CPU in float32, float16 or bfloat16, and its attributes, by name.
-
-    Raises:
-        ValueError: a shape or value breaks the operator's contract.
-        RuntimeUnavailableError: there is no library.
-    """
-    u: Tensor = named["u"]
-    y = u.new_empty(u.shape[0], u.shape[1], u.shape[3])
-    inputs = [named[o.name].contiguous() for o in op.inputs]
-    threads = ctypes.c_int32(torch.get_num_threads())
-    _call("vssm_selective_scan_on_threads", op, inputs, named, _descriptors([y]), threads)
-    return y
-
-
 def scan_backward(op: OperatorSpec, named: Mapping[str, Any], dy: Tensor) -> list[Tensor]:
-    """Gradients by every input but order and gap, from that by y.
+    """Gradients by every input but order and gap, from that by y, on as many threads as torch uses.
 
     Each has the type and strides of its input: what comes before a transposed input is transposed
     too, and goes through its gradient the faster. Computed in float32: half inputs are converted,
@@ -83,7 +27,7 @@ def scan_backward(op: OperatorSpec, named: Mapping[str, Any], dy: Tensor) -> lis
 
     Args:
         op: the operator.
-        named: as in `scan`.
+        named: its inputs, on the CPU in float32, float16 or bfloat16, and its attributes, by name.
         dy: (batch, seqlen, d_inner), the gradient by y.
 
     Raises:
@@ -95,10 +39,9 @@ def scan_backward(op: OperatorSpec, named: Mapping[str, Any], dy: Tensor) -> lis
     inputs |= {name: inputs[name].float() for name in floats}
     gradients = [torch.empty_like(inputs[name]) for name in floats]
     dy = dy.float().contiguous()
-    targets = _descriptors(gradients)
-    results = (_descriptors([dy]), targets, ctypes.c_int32(len(targets)))
+    results = (describe([dy]), describe(gradients), ctypes.c_int32(len(gradients)))
     threads = ctypes.c_int32(torch.get_num_threads())
-    _call("vssm_selective_scan_backward", op, list(inputs.values()), named, *results, threads)
+    _call("vssm_selective_scan_backward", op, named, (list(inputs.values()), *results), threads)
     del inputs  # copies, where the inputs are not contiguous
     for i, name in enumerate(floats):
         gradients[i] = _laid_out_as(named[name], gradients[i])
@@ -106,7 +49,9 @@ def scan_backward(op: OperatorSpec, named: Mapping[str, Any], dy: Tensor) -> lis
 
 
 def backward_memory(op: OperatorSpec, named: Mapping[str, Any]) -> tuple[int, int]:
-    """Bytes that `scan_backward` allocates besides its gradients: once, and for each thread.
+    """Bytes that the kernel allocates for `scan_backward`: once, and for each thread.
+
+    The gradients, and copies of inputs that are not contiguous float32, come on top.
 
     Raises:
         ValueError: a shape breaks the operator's contract.
@@ -114,22 +59,8 @@ def backward_memory(op: OperatorSpec, named: Mapping[str, Any]) -> tuple[int, in
     """
     inputs = [named[o.name] for o in op.inputs]
     found = (ctypes.c_int64 * 2)()
-    _call("vssm_selective_scan_backward_memory", op, inputs, named, found)
+    _call("vssm_selective_scan_backward_memory", op, named, (inputs,), found)
     return found[0], found[1]
-
-
-@functools.lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
-    return load_library(OPERATOR_LIBRARY)
-
-
-def _descriptors(tensors: Sequence[Tensor]) -> ctypes.Array[_Tensor]:
-    """Of contiguous tensors, which must outlive them."""
-    found = (_Tensor * len(tensors))()
-    for place, tensor in zip(found, tensors, strict=True):
-        place.data, place.dtype = tensor.data_ptr(), _DTYPE_CODES[tensor.dtype]
-        place.rank, place.dims[: tensor.dim()] = tensor.dim(), tensor.shape
-    return found
 
 
 def _laid_out_as(tensor: Tensor, gradient: Tensor) -> Tensor:
@@ -142,23 +73,21 @@ def _laid_out_as(tensor: Tensor, gradient: Tensor) -> Tensor:
 def _call(
     function: str,
     op: OperatorSpec,
-    inputs: Sequence[Tensor],
     named: Mapping[str, Any],
-    *others: Any,
+    given: tuple[Any, ...],
+    last: Any,
 ) -> None:
-    """`others`: what the function takes after the inputs, and after the attributes."""
-    *results, last = others
-    attributes = _ScanAttributes(named["delta_softplus"], named["params_by_step"], named["scale"])
-    error = ctypes.create_string_buffer(_ERROR_BYTES)
-    failed = _library()[function](
+    """`given`: the inputs, then what the function takes before the attributes; `last`: after."""
+    inputs, *results = given
+    attributes = ScanAttributes(named["delta_softplus"], named["params_by_step"], named["scale"], 0)
+    failure = kernels().call(
+        function,
         op.name.encode(),
-        _descriptors(inputs),
+        describe(inputs),
         ctypes.c_int32(len(inputs)),
         *results,
         ctypes.byref(attributes),
         last,
-        error,
-        ctypes.c_size_t(_ERROR_BYTES),
     )
-    if failed:
-        raise ValueError(error.value.decode())
+    if failure is not None:
+        raise ValueError(failure)

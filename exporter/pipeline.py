@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,9 @@ from exporter.runtimes.session import Array, RuntimeInfo, Session
 
 if TYPE_CHECKING:
     from exporter.models import VisionModel
+    from exporter.runtimes.ort import OrtSession
 
-RUNTIMES = ("ort-cpu", "torch")
+RUNTIMES = ("ort-cpu", "ort-cuda", "torch")
 _RUN_BATCH = 16  # images a run of `classify`
 
 
@@ -32,15 +33,19 @@ def open_session(
     *,
     operators: str | None = None,
     threads: int | None = None,
+    device: int | None = None,
+    cuda_graph_batch: int | None = None,
 ) -> Session:
     """Open an export in a runtime. torch is imported for runtime "torch" alone.
 
     Args:
         artifact: what `export` returned, or the directory it wrote, wherever that is now.
-        runtime: "ort-cpu" or "torch".
+        runtime: "ort-cpu", "ort-cuda" or "torch".
         operators: "kernel" (this package's library; the default) or "body" (the file's fallback
             functions); for runtime "torch" None.
         threads: threads of one run; None for all cores.
+        device: ordinal of the GPU, for "ort-cuda"; None for the first.
+        cuda_graph_batch: for "ort-cuda", the one batch size to record a CUDA graph for.
 
     Raises:
         ValueError: an argument is not one of these.
@@ -50,6 +55,11 @@ def open_session(
     """
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime={runtime!r} is not one of {', '.join(RUNTIMES)}; choose one")
+    options = {"device": device, "cuda_graph_batch": cuda_graph_batch}
+    on_gpu = {name: value for name, value in options.items() if value is not None}
+    if on_gpu and runtime != "ort-cuda":
+        given = ", ".join(f"{name}={value}" for name, value in on_gpu.items())
+        raise ValueError(f"{given} with runtime={runtime!r}: only ort-cuda takes it; leave it out")
     opened = open_artifact(artifact, only=None if runtime == "torch" else (MODEL_FILE,))
     if runtime == "torch":
         if operators is not None:
@@ -59,9 +69,18 @@ def open_session(
         from exporter.torch_session import TorchSession
 
         return TorchSession(opened, threads=threads)
-    from exporter.runtimes.ort import OrtCpuSession
+    return _ort_session(runtime)(opened, operators=operators or "kernel", threads=threads, **on_gpu)
 
-    return OrtCpuSession(opened, operators=operators or "kernel", threads=threads)
+
+def _ort_session(runtime: str) -> Callable[..., OrtSession]:
+    """The class of a runtime; the CUDA one loads libraries of the driver."""
+    from exporter.runtimes.ort import OrtCpuSession  # first: it says when onnxruntime is missing
+
+    if runtime == "ort-cpu":
+        return OrtCpuSession
+    from exporter.runtimes.ort_cuda import OrtCudaSession
+
+    return OrtCudaSession
 
 
 def check_parity(
@@ -79,7 +98,7 @@ def check_parity(
     Args:
         model: the oracle; None rebuilds it from the export's weights.
         artifact: the export, or its directory.
-        runtime: "ort-cpu".
+        runtime: "ort-cpu" or "ort-cuda".
         images: (batch, 3, height, width) float32, preprocessed; None for `sample_images`.
         operators: as for `open_session`.
         threads: as for `open_session`.
@@ -93,7 +112,6 @@ def check_parity(
         raise ValueError(
             "runtime='torch' is the oracle itself; check another runtime, for example ort-cpu"
         )
-    from exporter.runtimes.ort import OrtCpuSession
     from exporter.torch_session import model_of, oracle
 
     opened = open_artifact(artifact, only=None if model is None else (MODEL_FILE,))
@@ -104,7 +122,9 @@ def check_parity(
     expected = oracle(model_of(opened) if model is None else model, opened, images)
 
     def run_edited(graph: bytes, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        edited = OrtCpuSession(opened, operators=info.operators, threads=info.threads, model=graph)
+        edited = _ort_session(runtime)(
+            opened, operators=info.operators, threads=info.threads, model=graph
+        )
         with edited:
             return edited.run_feeds(feeds)
 

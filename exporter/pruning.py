@@ -131,7 +131,12 @@ def score_rule(stage: Stage | None) -> ScoreRule | None:
 
 
 def prune(
-    stage: Stage, tokens: Tokens, score: Tensor, streams: Sequence[Tensor]
+    stage: Stage,
+    tokens: Tokens,
+    score: Tensor,
+    streams: Sequence[Tensor],
+    *,
+    operators: str = "auto",
 ) -> tuple[Tokens, list[Tensor], StageResult]:
     """Make one stage: choose by `score` (batch, seqlen) and gather every stream alike.
 
@@ -141,6 +146,7 @@ def prune(
         score: (batch, seqlen) from the block's ScoreRule.
         streams: one or two (batch, seqlen, d_model), what the block returned: Vim's mixer output
             and the residual it will be added to, or the sum of both.
+        operators: what computes the gather, as for `ops.token_gather`.
 
     Returns:
         The tokens after the stage, their rows of each stream, and what was chosen.
@@ -158,7 +164,7 @@ def prune(
         )
         return *_mask(tokens, kept.long(), streams), StageResult(kept, score)
     if stage.schedule.importance == "as_released":
-        kept, rows = _gather_recentred(stage, tokens, score, streams)
+        kept, rows = _gather_recentred(stage, tokens, score, streams, operators=operators)
     else:
         kept, rows = ops.token_gather(
             score,
@@ -166,6 +172,7 @@ def prune(
             streams,
             num_keep=stage.num_keep,
             protected_position=_protected(stage),
+            operators=operators,
         )
     return _after(stage, tokens, kept), rows, StageResult(kept, score)
 
@@ -194,7 +201,7 @@ def _mask(tokens: Tokens, slots: Tensor, streams: Sequence[Tensor]) -> tuple[Tok
 
 
 def _gather_recentred(
-    stage: Stage, tokens: Tokens, score: Tensor, xs: Sequence[Tensor]
+    stage: Stage, tokens: Tokens, score: Tensor, xs: Sequence[Tensor], *, operators: str
 ) -> tuple[Tensor, list[Tensor]]:
     """The released code's choice: the best patches in order, the class token in their middle."""
     if stage.cls_slot is None:
@@ -209,6 +216,7 @@ def _gather_recentred(
         without_class(tokens.position),
         [without_class(x) for x in xs],
         num_keep=stage.num_keep - 1,
+        operators=operators,
     )
 
     def with_class(chosen: Tensor, before: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from cuda_device import CScanAttributes, CTensor, Memory, OperatorError
 from torch import Tensor
 
 from exporter import reference
+from exporter.native_library import find_library, load_library
+from exporter.ops_kernels import LIBRARY
 from exporter.ops_native import differentiable
-from exporter.runtimes.library import OPERATOR_LIBRARY, load_library
 from exporter.spec import OPERATORS
 
 EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
@@ -85,7 +86,7 @@ def call_backward(
     """
     given = {a.name: a.default for a in OPERATORS[name].attributes} | attributes
     error = ctypes.create_string_buffer(512)
-    failed = load_library(OPERATOR_LIBRARY).vssm_selective_scan_backward(
+    failed = load_library(find_library(LIBRARY)).vssm_selective_scan_backward(
         name.encode(),
         (CTensor * len(inputs))(*inputs),
         ctypes.c_int32(len(inputs)),

@@ -25,17 +25,21 @@ class Layer:
 
 
 _SHARED = ("leaves", "documents")
-_MODELS = (*_SHARED, "libraries", "oracle", "operators", "pruning", "checkpoint", "models")
-_RUNTIMES = (*_SHARED, "libraries", "preprocessing", "graph edits", "runtimes")
+_MODELS = (*_SHARED, "oracle", "operators", "pruning", "checkpoint", "models")
+_RUNTIMES = (*_SHARED, "preprocessing", "graph edits", "runtimes")
 _REPORTS = (*_RUNTIMES, "reports", "machine", "pages", "bundle")
 _DYNAMIC = "<a name computed at run time>"
 # From the bottom up. A file that no row names, or two rows do, fails the test.
 LAYERS = (
-    Layer("leaves", "shared", ("__init__", "_version", "errors", "spec", "schedule"), ()),
+    Layer(
+        "leaves",
+        "shared",
+        ("__init__", "_version", "errors", "spec", "schedule", "native_library"),
+        (),
+    ),
     Layer("documents", "shared", ("files", "json_fields", "manifest*", "artifact"), ("leaves",)),
     Layer("oracle", "making", ("reference",), ("leaves",)),
-    Layer("libraries", "shared", ("runtimes/library",), ("leaves",)),
-    Layer("operators", "making", ("ops*",), ("leaves", "oracle", "libraries")),
+    Layer("operators", "making", ("ops*",), ("leaves", "oracle")),
     Layer("pruning", "making", ("pruning", "walks"), ("leaves", "oracle", "operators")),
     Layer("checkpoint", "making", ("checkpoint*", "unpickle*", "pickle_*"), _SHARED),
     Layer("models", "making", ("models/*", "flops"), _MODELS[:-1]),
@@ -43,9 +47,7 @@ LAYERS = (
     Layer("export", "making", ("onnx_export*", "export_*"), (*_MODELS, "graph")),
     Layer("preprocessing", "running", ("preprocessing",), _SHARED),
     Layer("graph edits", "running", ("graph_edit",), _SHARED),
-    Layer(
-        "runtimes", "running", ("runtimes/[!l]*", "doctor"), (*_SHARED, "graph edits", "libraries")
-    ),
+    Layer("runtimes", "running", ("runtimes/*", "doctor"), (*_SHARED, "graph edits")),
     Layer("reports", "running", ("parity*", "benchmark*"), _RUNTIMES),
     Layer("machine", "running", ("machine",), (*_RUNTIMES, "reports")),
     Layer("pages", "running", ("tables", "*_page"), (*_RUNTIMES, "reports")),
@@ -62,7 +64,7 @@ LAYERS = (
         "command line",
         "top",
         ("cli*",),
-        (*_SHARED, "libraries", "runtimes", "reports", "pages", "pipeline"),
+        (*_SHARED, "runtimes", "reports", "pages", "pipeline"),
     ),
 )
 _UNLISTED = Layer("no layer", "none", (), ())

@@ -12,7 +12,7 @@ from backward_calls import EXTRA, largest_error, oracle_gradients, upstream
 from cases import scan_case
 from tolerances import GRADIENT_TOLERANCE
 
-from exporter import ops, ops_native, reference
+from exporter import ops, ops_kernels, ops_native, reference
 from exporter.errors import RuntimeUnavailableError
 from exporter.spec import OPERATORS
 
@@ -42,18 +42,13 @@ def _train(case, dy, **attributes):
     return y.detach(), {k: v.grad for k, v in leaves.items() if v.requires_grad}
 
 
-def _native(name, case, **attributes):
-    named = {a.name: a.default for a in OPERATORS[name].attributes} | case | attributes
-    return ops_native.scan(OPERATORS[name], named)
-
-
 @pytest.mark.parametrize("dtype", GRADIENT_TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", EXTRA)
 def test_training_runs_on_the_kernels(name, dtype):
     case = scan_case(seqlen=70, d_inner=20, batch=2, dtype=dtype, extra=EXTRA[name])
     dy = upstream(case).to(dtype)
     y, gradients = _train(case, dy, scale=0.5)
-    assert torch.equal(y, _native(name, case, scale=0.5))
+    assert torch.equal(y, ops.selective_scan(**case, scale=0.5, operators="kernel"))
     assert all(g.dtype == case[n].dtype for n, g in gradients.items())
     expected = oracle_gradients(case, dy, scale=0.5)
     assert largest_error(gradients, expected) <= GRADIENT_TOLERANCE[dtype]
@@ -119,16 +114,32 @@ def test_a_compiled_step_has_gradients_of_the_kernels(name):
 
 
 def test_without_the_library_gradients_are_refused(monkeypatch):
-    def absent():
+    def absent(_):
         raise RuntimeUnavailableError("library=libvssm.so is in none of x; build it with `make`")
 
-    monkeypatch.setattr(ops_native, "_library", absent)
+    ops_kernels.kernels.cache_clear()
+    monkeypatch.setattr(ops_kernels, "find_library", absent)
     case = scan_case(seqlen=6, d_inner=5)
     leaves = _leaves(case)
     y = ops.selective_scan(**leaves)
     assert torch.equal(y, reference.selective_scan(**case))
-    with pytest.raises(RuntimeUnavailableError, match=r"build it with `make`"):
+    with pytest.raises(RuntimeUnavailableError, match=r"with `make`; or .* operators='oracle'"):
         y.sum().backward()
+    ops.selective_scan(**leaves, operators="oracle").backward(upstream(case))
+    expected = oracle_gradients(case, upstream(case))
+    assert largest_error({"u": leaves["u"].grad}, {"u": expected["u"]}) <= 1e-5
+
+
+@pytest.mark.parametrize("operators", ["oracle", "kernel"])
+def test_the_choice_of_operators_counts_in_training(operators):
+    case = scan_case(seqlen=20, d_inner=5)
+    y, gradients = _train(case, upstream(case), operators=operators)
+    assert torch.equal(y, ops.selective_scan(**case, operators=operators))
+    exact = largest_error(gradients, oracle_gradients(case, upstream(case)))
+    assert exact <= GRADIENT_TOLERANCE[torch.float32]
+    _, of_kernels = _train(case, upstream(case), operators="kernel")
+    same = all(torch.equal(g, of_kernels[n]) for n, g in gradients.items())
+    assert same == (operators == "kernel")
 
 
 def test_values_that_break_the_contract_are_refused_in_training_too():

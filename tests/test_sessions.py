@@ -97,7 +97,7 @@ def test_a_session_serves_several_threads(
 
 
 def test_bad_arguments(artifact: Artifact) -> None:
-    with pytest.raises(ValueError, match=r"runtime='cuda' is not one of ort-cpu, torch"):
+    with pytest.raises(ValueError, match=r"runtime='cuda' is not one of ort-cpu, ort-cuda, torch"):
         exporter.open_session(artifact, "cuda")
     with pytest.raises(ValueError, match=r"operators='fast' is not one of kernel, body"):
         exporter.open_session(artifact, "ort-cpu", operators="fast")

@@ -95,6 +95,7 @@ def create_model(
     *,
     schedule: PruneSchedule | None = None,
     num_classes: int = 1000,
+    operators: str = "auto",
     **overrides: Any,
 ) -> VisionModel:
     """A model in eval mode with the official state_dict keys and seeded initial weights.
@@ -106,6 +107,7 @@ def create_model(
         name: one of `list_models()`.
         schedule: token pruning; None for the dense model.
         num_classes: width of the classifier.
+        operators: what computes the custom operators, as for `VisionModel.use_operators`.
         overrides: fields of the family's configuration, such as image_size.
 
     Raises:
@@ -114,7 +116,8 @@ def create_model(
         UnsupportedError: the configuration cannot be pruned.
     """
     _, _, changes = _entry(name)
-    return model_from_config(name, {**changes, "num_classes": num_classes, **overrides}, schedule)
+    config = {**changes, "num_classes": num_classes, **overrides}
+    return model_from_config(name, config, schedule).use_operators(operators)
 
 
 def model_from_config(

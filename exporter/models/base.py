@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from exporter.errors import UnsupportedError
 from exporter.manifest import CheckpointInfo
+from exporter.ops import checked_choice
 from exporter.pruning import StageResult
 from exporter.schedule import PruneSchedule, Stage, TokenLayout
 
@@ -67,6 +69,7 @@ class VisionModel(nn.Module):
         residual_stream: whether a block reports a residual stream beside its output.
         checkpoint: the file the weights were loaded from, None for initial weights.
         published_directions: scan directions that the published FLOPs count.
+        operators: what computes the custom operators, see `use_operators`.
     """
 
     name: str
@@ -80,6 +83,7 @@ class VisionModel(nn.Module):
     residual_stream = True
     checkpoint: CheckpointInfo | None = None
     published_directions = 1  # that the published FLOPs count
+    operators = "auto"
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, num_classes) of images (batch, 3, height, width), normalised."""
@@ -101,6 +105,25 @@ class VisionModel(nn.Module):
 
     def _forward(self, images: Tensor, with_blocks: bool) -> ForwardDetails:
         raise NotImplementedError
+
+    def use_operators(self, operators: str) -> Self:
+        """Choose what computes the custom operators of this model; the model itself comes back.
+
+        Gradients are the oracle's in every case. Exports and parity checks do not depend on it.
+
+        Args:
+            operators: "auto": the native kernels where the tensors are on CUDA (float64: the
+                oracle's formula), the PyTorch oracle anywhere else. "oracle": the oracle
+                everywhere. "kernel": the native kernels on CUDA and on the CPU; no float64.
+
+        Raises:
+            ValueError: it is none of the three.
+        """
+        checked_choice(operators)
+        for module in self.modules():
+            if hasattr(type(module), "operators"):
+                vars(module)["operators"] = operators
+        return self
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's tensors made to fit this model, such as a resized position table."""

@@ -82,6 +82,8 @@ class CrossScanConfig:
 class CrossScanMixer(nn.Module):
     """in_proj, 3x3 depthwise convolution, silu, one scan of all walks, norm, gate, out_proj."""
 
+    operators = "auto"  # see VisionModel.use_operators
+
     def __init__(self, config: CrossScanConfig) -> None:
         super().__init__()
         self.config = c = config
@@ -133,6 +135,7 @@ class CrossScanMixer(nn.Module):
             delta_bias=wide(self.dt_projs_bias),
             order=walks.order,
             gap=walks.gap,
+            operators=self.operators,
         )
 
     def _low_projection(self) -> Tensor:

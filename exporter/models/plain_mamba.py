@@ -154,7 +154,7 @@ class PlainMamba(VisionModel):
             if with_blocks:
                 blocks.append((x, None))
             if stage is not None:
-                tokens, streams, result = prune(stage, tokens, score, [x])
+                tokens, streams, result = prune(stage, tokens, score, [x], operators=self.operators)
                 x = streams[0]
                 chosen.append(result)
         return details(self.head(self.backbone.ln1(x).mean(1)), chosen, blocks)

@@ -33,6 +33,8 @@ class PlainMambaMixer(nn.Module):
     twice: in dt_proj and again in the scan.
     """
 
+    operators = "auto"  # see VisionModel.use_operators
+
     def __init__(self, config: PlainMambaConfig) -> None:
         super().__init__()
         self.config = config
@@ -106,6 +108,7 @@ class PlainMambaMixer(nn.Module):
             z=z,
             delta0=self._delta0(bias).expand(directions, -1) if constant else None,
             params_by_step=True,
+            operators=self.operators,
         )
 
     def _delta0(self, bias: Tensor) -> Tensor:

@@ -180,7 +180,9 @@ class Vim(VisionModel):
             if with_blocks:
                 blocks.append((hidden, residual))
             if stage is not None:
-                tokens, streams, result = prune(stage, tokens, score, [hidden, residual])
+                tokens, streams, result = prune(
+                    stage, tokens, score, [hidden, residual], operators=self.operators
+                )
                 hidden, residual = streams
                 chosen.append(result)
         if hidden is None:

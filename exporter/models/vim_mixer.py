@@ -79,6 +79,8 @@ class VimMixer(nn.Module):
     D: nn.Parameter
     D_b: nn.Parameter
 
+    operators = "auto"  # see VisionModel.use_operators
+
     def __init__(self, config: VimMixerConfig) -> None:
         super().__init__()
         self.config = config
@@ -219,6 +221,7 @@ class VimMixer(nn.Module):
             z=z,
             delta0=delta0,
             scale=self.config.scale,
+            operators=self.operators,
         )
 
     def _delta0(self) -> Tensor:

@@ -1,73 +1,43 @@
-"""Finds the native libraries and asks them what they are. Standard library only."""
+"""Asks the native libraries what they are. Standard library only."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import exporter
+from exporter import native_library
 from exporter.errors import RuntimeUnavailableError
+from exporter.native_library import load_library
 
 ORT_LIBRARY = "vssm_onnxruntime"
 BENCH_LIBRARY = "vssm_bench"
-OPERATOR_LIBRARY = "vssm"
 ISA_NAMES = ("baseline", "avx2", "avx512")
 
 
 @dataclass(frozen=True)
 class LibraryInfo:
-    """What the ONNX Runtime library says of itself; `cpu_isa` is what its kernels run on now."""
+    """What the ONNX Runtime library says of itself.
+
+    Attributes:
+        path: its file.
+        version: the package version that it was built from.
+        cpu_isa: the instruction set that its CPU kernels run on now.
+        operators: names of the operators that it has.
+        cuda_architectures: GPUs that its CUDA kernels were compiled for, as CMake names them; the
+            ones without "-real" as PTX too. Empty in a build without CUDA.
+    """
 
     path: Path
     version: str
     cpu_isa: str
     operators: tuple[str, ...]
+    cuda_architectures: tuple[str, ...] = ()
 
 
 def find_library(name: str = ORT_LIBRARY) -> Path:
-    """Path of the native library `name`, without prefix and suffix.
-
-    Looks in `lib` of the installed package, then, in a source checkout, for the newest one in
-    `build`.
-
-    Raises:
-        RuntimeUnavailableError: there is none.
-    """
-    file = f"lib{name}.so"
-    folders = [Path(folder) for folder in exporter.__path__]
-    for folder in folders:
-        if (folder / "lib" / file).is_file():
-            return folder / "lib" / file
-    built = [path for folder in folders for path in _built(folder.parent, file)]
-    if not built:
-        searched = ", ".join([*(str(f / "lib") for f in folders), *_build_folders(folders)])
-        raise RuntimeUnavailableError(
-            f"library={file} is in none of {searched}; build it with `make setup`, or "
-            "`cmake -S . -B build && cmake --build build` in the checkout"
-        )
-    return max(built, key=lambda path: path.stat().st_mtime)
-
-
-def _built(checkout: Path, file: str) -> Iterator[Path]:
-    if (checkout / "CMakeLists.txt").is_file():
-        yield from (checkout / "build").glob(f"**/{file}")
-
-
-def _build_folders(folders: list[Path]) -> list[str]:
-    return [str(f.parent / "build") for f in folders if (f.parent / "CMakeLists.txt").is_file()]
-
-
-@functools.lru_cache(maxsize=8)
-def _load(path: Path) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise RuntimeUnavailableError(
-            f"path={path} cannot be loaded ({error}); rebuild it on this machine with `make setup`"
-        ) from error
+    """As `exporter.native_library.find_library`; the ONNX Runtime library where none is named."""
+    return native_library.find_library(name)
 
 
 def _text(library: ctypes.CDLL, function: str) -> str:
@@ -83,7 +53,7 @@ def load_table(path: Path | None = None) -> str:
     Raises:
         RuntimeUnavailableError: there is no library, or it cannot be loaded.
     """
-    return _text(_load(path or find_library()), "vssm_operator_table")
+    return _text(load_library(path or find_library()), "vssm_operator_table")
 
 
 def library_info(path: Path | None = None) -> LibraryInfo:
@@ -94,33 +64,40 @@ def library_info(path: Path | None = None) -> LibraryInfo:
             variable VSSM_CPU_ISA asks for an instruction set that is not there.
     """
     path = path or find_library()
-    library = _load(path)
+    library = load_library(path)
     isa = _text(library, "vssm_cpu_isa")
     if isa.startswith("error: "):
         raise RuntimeUnavailableError(isa.removeprefix("error: "))
     operators = tuple(line.partition("(")[0] for line in load_table(path).splitlines())
-    version = _text(library, "vssm_version")
-    return LibraryInfo(path=path, version=version, cpu_isa=isa, operators=operators)
+    return LibraryInfo(
+        path=path,
+        version=_text(library, "vssm_version"),
+        cpu_isa=isa,
+        operators=operators,
+        cuda_architectures=tuple(
+            filter(None, _text(library, "vssm_cuda_architectures").split(","))
+        ),
+    )
 
 
 def kernel_calls(path: Path | None = None) -> int:
-    """How many times an operator of the ONNX Runtime library has run in this process.
+    """How many times an operator of the ONNX Runtime library has run in this process, on the CPU.
 
     Raises:
         RuntimeUnavailableError: there is no library, or it cannot be loaded.
     """
-    call = _load(path or find_library()).vssm_kernel_calls
+    return _counter("vssm_kernel_calls", path)
+
+
+def cuda_kernel_calls(path: Path | None = None) -> int:
+    """The same on ONNX Runtime's CUDA provider."""
+    return _counter("vssm_cuda_kernel_calls", path)
+
+
+def _counter(function: str, path: Path | None) -> int:
+    call = load_library(path or find_library())[function]
     call.restype = ctypes.c_uint64
     return int(call())
-
-
-def load_library(name: str) -> ctypes.CDLL:
-    """The native library `name`, as `find_library` finds it.
-
-    Raises:
-        RuntimeUnavailableError: there is no library, or it cannot be loaded.
-    """
-    return _load(find_library(name))
 
 
 def load_bench() -> ctypes.CDLL:
@@ -129,7 +106,7 @@ def load_bench() -> ctypes.CDLL:
     Raises:
         RuntimeUnavailableError: there is no library, or it cannot be loaded.
     """
-    library = _load(find_library(BENCH_LIBRARY))
+    library = load_library(find_library(BENCH_LIBRARY))
     library.vssm_exp2_rate.restype = ctypes.c_double
     library.vssm_exp2_rate.argtypes = [ctypes.c_int, ctypes.c_double]
     floats = ctypes.POINTER(ctypes.c_float)

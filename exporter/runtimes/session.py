@@ -29,7 +29,7 @@ class RuntimeInfo:
     """What a session runs, for every report.
 
     Attributes:
-        runtime: "torch", "ort-cpu".
+        runtime: "torch", "ort-cpu", "ort-cuda".
         operators: what computes the custom operators: "kernel" (this package's library), "body"
             (the fallback functions in the file) or "oracle" (PyTorch).
         version: the runtime's version.
@@ -37,7 +37,7 @@ class RuntimeInfo:
         threads: threads of one run.
         library: file name of the operator library, None without it.
         library_version: its version.
-        isa: the instruction set its kernels chose.
+        isa: the instruction set its kernels chose, or the GPUs that they were compiled for.
     """
 
     runtime: str

@@ -10,7 +10,8 @@
 
 namespace vssm::ort {
 
-constexpr uint32_t kApiVersion = 17;  // ONNX Runtime 1.17: the first with all that is used here
+constexpr uint32_t kApiVersion = 17;      // ONNX Runtime 1.17: the first with all that CPU needs
+constexpr uint32_t kCudaApiVersion = 18;  // 1.18: the first that lends a kernel device memory
 
 // Opaque to us.
 struct Status;
@@ -23,6 +24,8 @@ struct ShapeContext;
 struct SessionOptions;
 struct OpDomain;
 struct Attribute;
+struct Allocator;
+struct MemoryInfo;
 
 enum ErrorCode : int32_t { kOk = 0, kFail = 1, kInvalidArgument = 2 };
 enum ElementType : int32_t { kAny = 0, kFloat = 1, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
@@ -56,7 +59,10 @@ struct Api {
   Status* (*GetSymbolicDimensions)(const TensorInfo*, const char**, size_t) noexcept;  // 63
   Unused unused_64[1];
   Status* (*GetTensorTypeAndShape)(const Value*, TensorInfo**) noexcept;  // 65
-  Unused unused_66[19];
+  Unused unused_66[10];
+  Status* (*AllocatorFree)(Allocator*, void*) noexcept;  // 76
+  Status* (*AllocatorGetInfo)(const Allocator*, const MemoryInfo**) noexcept;
+  Unused unused_78[7];
   Status* (*KernelInfoGetAttribute_float)(const KernelInfo*, const char*, float*) noexcept;  // 85
   Status* (*KernelInfoGetAttribute_int64)(const KernelInfo*, const char*, int64_t*) noexcept;
   Status* (*KernelInfoGetAttribute_string)(const KernelInfo*, const char*, char*, size_t*) noexcept;
@@ -72,7 +78,11 @@ struct Api {
   void (*ReleaseTensorTypeAndShapeInfo)(TensorInfo*) noexcept;  // 99
   Unused unused_100[1];
   void (*ReleaseCustomOpDomain)(OpDomain*) noexcept;  // 101
-  Unused unused_102[132];
+  Unused unused_102[30];
+  void (*ReleaseAllocator)(Allocator*) noexcept;  // 132
+  Unused unused_133[60];
+  Status* (*KernelContext_GetGPUComputeStream)(const KernelContext*, void**) noexcept;  // 193
+  Unused unused_194[40];
   Status* (*KernelInfo_GetInputTypeInfo)(const KernelInfo*, size_t, TypeInfo**) noexcept;  // 234
   Unused unused_235[32];
   Status* (*ShapeInferContext_GetInputCount)(const ShapeContext*, size_t*) noexcept;  // 267
@@ -87,6 +97,11 @@ struct Api {
   Unused unused_273[1];
   Status* (*KernelContext_ParallelFor)(const KernelContext*, void (*)(void*, size_t), size_t,
                                        size_t, void*) noexcept;  // 274
+  Unused unused_275[2];
+  // From here on: not before kCudaApiVersion.
+  Status* (*KernelContext_GetScratchBuffer)(const KernelContext*, const MemoryInfo*, size_t,
+                                            void**) noexcept;  // 277
+  Status* (*KernelInfoGetAllocator)(const KernelInfo*, MemoryType, Allocator**) noexcept;
 };
 
 constexpr size_t slot(size_t offset) { return offset / sizeof(Unused); }
@@ -95,14 +110,19 @@ static_assert(slot(offsetof(Api, GetTensorMutableData)) == 51);
 static_assert(slot(offsetof(Api, CastTypeInfoToTensorInfo)) == 55);
 static_assert(slot(offsetof(Api, CreateTensorTypeAndShapeInfo)) == 57);
 static_assert(slot(offsetof(Api, GetTensorTypeAndShape)) == 65);
+static_assert(slot(offsetof(Api, AllocatorFree)) == 76);
 static_assert(slot(offsetof(Api, KernelInfoGetAttribute_float)) == 85);
 static_assert(slot(offsetof(Api, KernelContext_GetOutput)) == 91);
 static_assert(slot(offsetof(Api, ReleaseStatus)) == 93);
 static_assert(slot(offsetof(Api, ReleaseTensorTypeAndShapeInfo)) == 99);
 static_assert(slot(offsetof(Api, ReleaseCustomOpDomain)) == 101);
+static_assert(slot(offsetof(Api, ReleaseAllocator)) == 132);
+static_assert(slot(offsetof(Api, KernelContext_GetGPUComputeStream)) == 193);
 static_assert(slot(offsetof(Api, KernelInfo_GetInputTypeInfo)) == 234);
 static_assert(slot(offsetof(Api, ShapeInferContext_GetInputCount)) == 267);
 static_assert(slot(offsetof(Api, KernelContext_ParallelFor)) == 274);
+static_assert(slot(offsetof(Api, KernelContext_GetScratchBuffer)) == 277);
+static_assert(slot(offsetof(Api, KernelInfoGetAllocator)) == 278);
 
 /// OrtApiBase.
 struct ApiBase {

@@ -11,7 +11,7 @@
 #define VSSM_SAME_VALUE(ours, theirs) \
   static_assert(static_cast<int>(ours) == static_cast<int>(theirs), #theirs)
 
-static_assert(ORT_API_VERSION >= vssm::ort::kApiVersion, "this header is older than API 17");
+static_assert(ORT_API_VERSION >= vssm::ort::kCudaApiVersion, "this header is older than API 18");
 VSSM_SAME_API(CreateStatus);
 VSSM_SAME_API(GetErrorCode);
 VSSM_SAME_API(GetErrorMessage);
@@ -28,6 +28,8 @@ VSSM_SAME_API(GetDimensionsCount);
 VSSM_SAME_API(GetDimensions);
 VSSM_SAME_API(GetSymbolicDimensions);
 VSSM_SAME_API(GetTensorTypeAndShape);
+VSSM_SAME_API(AllocatorFree);
+VSSM_SAME_API(AllocatorGetInfo);
 VSSM_SAME_API(KernelInfoGetAttribute_float);
 VSSM_SAME_API(KernelInfoGetAttribute_int64);
 VSSM_SAME_API(KernelInfoGetAttribute_string);
@@ -39,6 +41,8 @@ VSSM_SAME_API(ReleaseStatus);
 VSSM_SAME_API(ReleaseTypeInfo);
 VSSM_SAME_API(ReleaseTensorTypeAndShapeInfo);
 VSSM_SAME_API(ReleaseCustomOpDomain);
+VSSM_SAME_API(ReleaseAllocator);
+VSSM_SAME_API(KernelContext_GetGPUComputeStream);
 VSSM_SAME_API(KernelInfo_GetInputTypeInfo);
 VSSM_SAME_API(ShapeInferContext_GetInputCount);
 VSSM_SAME_API(ShapeInferContext_GetInputTypeShape);
@@ -47,6 +51,8 @@ VSSM_SAME_API(ShapeInferContext_SetOutputTypeShape);
 VSSM_SAME_API(SetSymbolicDimensions);
 VSSM_SAME_API(ReadOpAttr);
 VSSM_SAME_API(KernelContext_ParallelFor);
+VSSM_SAME_API(KernelContext_GetScratchBuffer);
+VSSM_SAME_API(KernelInfoGetAllocator);
 VSSM_SAME_OP(version);
 VSSM_SAME_OP(CreateKernel);
 VSSM_SAME_OP(GetName);
@@ -76,3 +82,4 @@ VSSM_SAME_VALUE(vssm::ort::kBFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16);
 VSSM_SAME_VALUE(vssm::ort::kIntAttribute, ORT_OP_ATTR_INT);
 VSSM_SAME_VALUE(vssm::ort::kRequired, INPUT_OUTPUT_REQUIRED);
 VSSM_SAME_VALUE(vssm::ort::kInvalidArgument, ORT_INVALID_ARGUMENT);
+VSSM_SAME_VALUE(vssm::ort::kDefaultMemory, OrtMemTypeDefault);

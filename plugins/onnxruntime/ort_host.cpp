@@ -7,7 +7,7 @@ namespace vssm::ort {
 namespace {
 
 std::atomic<const Api*> g_api{nullptr};
-std::atomic<uint64_t> g_calls{0};
+std::atomic<uint64_t> g_calls[2] = {};
 
 DType dtype_of(ElementType type) {
   switch (type) {
@@ -170,8 +170,13 @@ int64_t static_size(const KernelInfo* info, size_t index, size_t axis) {
   return known ? operand.dims[axis] : -1;
 }
 
-void count_call() { g_calls.fetch_add(1, std::memory_order_relaxed); }
-uint64_t kernel_calls() { return g_calls.load(std::memory_order_relaxed); }
+void count_call(Provider provider) {
+  g_calls[static_cast<size_t>(provider)].fetch_add(1, std::memory_order_relaxed);
+}
+
+uint64_t kernel_calls(Provider provider) {
+  return g_calls[static_cast<size_t>(provider)].load(std::memory_order_relaxed);
+}
 
 ParallelFor parallel_for(const KernelContext* context) {
   return {run_parallel, const_cast<KernelContext*>(context)};

@@ -4,6 +4,7 @@
 
 #include "plugins/kernels/op_table.h"
 #include "plugins/kernels/types.h"
+#include "plugins/onnxruntime/custom_op.h"
 #include "plugins/onnxruntime/ort_abi.h"
 
 namespace vssm::ort {
@@ -37,9 +38,9 @@ vssm::Status read_attribute(const KernelInfo* info, const OperatorSpec& spec, co
 /// Size of an axis of input `index` as the graph states it; -1 where it does not.
 [[nodiscard]] int64_t static_size(const KernelInfo* info, size_t index, size_t axis);
 
-/// Counts a run of an operator; and how many there were in this process.
-void count_call();
-[[nodiscard]] uint64_t kernel_calls();
+/// Counts a run of an operator on a provider; and how many there were in this process.
+void count_call(Provider provider);
+[[nodiscard]] uint64_t kernel_calls(Provider provider);
 
 /// Work is spread over the session's intra-op threads.
 ParallelFor parallel_for(const KernelContext* context);

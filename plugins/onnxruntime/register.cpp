@@ -1,6 +1,8 @@
 // The library's exports: RegisterCustomOps for ONNX Runtime, and what exporter/runtimes/library.py
 // asks. Every operator of the table is registered with every binding of its types, because a
-// registered name hides the fallback body: a missing type would be an error, not a slower run.
+// registered name hides the fallback body: a missing type would be an error, not a slower run. In
+// builds with CUDA they are registered a second time, for the CUDA provider; an ONNX Runtime that
+// has none ignores those.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -27,16 +29,20 @@ ElementType operand_type(const CustomOp* op, const OperandSpec& operand) {
 void* create_kernel_v1(const CustomOp*, const Api*, const KernelInfo*) { return nullptr; }
 void compute_v1(void*, KernelContext*) {}
 
-BoundOp make_op(const OperatorSpec& spec, const TypeBinding& binding) {
+BoundOp make_op(const OperatorSpec& spec, const TypeBinding& binding, Provider provider) {
   const Implementation& implementation =
       spec.family == Family::kSelectiveScan ? kSelectiveScan : kTokenGather;
   BoundOp op = {};
   op.spec = &spec;
   op.binding = &binding;
+  op.provider = provider;
   op.version = kApiVersion;
   op.CreateKernel = create_kernel_v1;
   op.GetName = [](const CustomOp* self) { return bound(self).spec->name; };
-  op.GetExecutionProviderType = [](const CustomOp*) { return "CPUExecutionProvider"; };
+  op.GetExecutionProviderType = [](const CustomOp* self) {
+    return bound(self).provider == Provider::kCuda ? "CUDAExecutionProvider"
+                                                   : "CPUExecutionProvider";
+  };
   op.GetInputType = [](const CustomOp* self, size_t i) {
     return operand_type(self, bound(self).spec->inputs[i]);
   };
@@ -59,7 +65,8 @@ BoundOp make_op(const OperatorSpec& spec, const TypeBinding& binding) {
   op.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
   op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
   op.CreateKernelV2 = implementation.create;
-  op.KernelComputeV2 = implementation.compute;
+  op.KernelComputeV2 =
+      provider == Provider::kCuda ? implementation.compute_cuda : implementation.compute;
   op.InferOutputShapeFn = implementation.infer;
   op.GetStartVersion = [](const CustomOp*) { return 1; };
   op.GetEndVersion = [](const CustomOp*) { return 1; };
@@ -68,16 +75,29 @@ BoundOp make_op(const OperatorSpec& spec, const TypeBinding& binding) {
 
 /// ONNX Runtime keeps pointers to the operators: they live as long as the library.
 struct Operators {
-  BoundOp ops[kOperators.size() * kMaxBindings];
+  BoundOp ops[2 * kOperators.size() * kMaxBindings];
   size_t count = 0;
-  Operators() {
+
+  explicit Operators(bool with_cuda) {
+    add(Provider::kCpu);
+    if (with_cuda) add(Provider::kCuda);
+  }
+
+  void add(Provider provider) {
     for (const OperatorSpec& spec : kOperators) {
       for (int b = 0; b < spec.binding_count; ++b) {
-        ops[count++] = make_op(spec, spec.bindings[static_cast<size_t>(b)]);
+        ops[count++] = make_op(spec, spec.bindings[static_cast<size_t>(b)], provider);
       }
     }
   }
 };
+
+constexpr bool kBuiltWithCuda =
+#ifdef VSSM_CUDA
+    true;
+#else
+    false;
+#endif
 
 /// The slots that every error needs, tried before anything relies on them.
 bool self_test(const Api& table) {
@@ -92,10 +112,10 @@ bool self_test(const Api& table) {
 
 /// Domains must outlive the sessions that use them, and nobody tells us when those end. One domain
 /// serves them all, so nothing accumulates.
-ort::Status* shared_domain(const Api& table, OpDomain** domain) {
+ort::Status* shared_domain(const Api& table, bool with_cuda, OpDomain** domain) {
   static std::mutex mutex;
   static OpDomain* made = nullptr;
-  static const Operators operators;
+  static const Operators operators(with_cuda);
   const std::lock_guard<std::mutex> lock(mutex);
   if (made == nullptr) {
     OpDomain* fresh = nullptr;
@@ -128,7 +148,8 @@ ort::Status* register_all(SessionOptions* options, const ApiBase* base) {
   status = select_cpu_kernels(&kernels);
   if (!status.ok()) return to_ort(status);
   OpDomain* domain = nullptr;
-  ort::Status* failure = shared_domain(*table, &domain);
+  const bool with_cuda = kBuiltWithCuda && base->GetApi(kCudaApiVersion) != nullptr;
+  ort::Status* failure = shared_domain(*table, with_cuda, &domain);
   return failure != nullptr ? failure : table->AddCustomOpDomain(options, domain);
 }
 
@@ -150,7 +171,18 @@ VSSM_EXPORT const char* vssm_operator_table() {
 VSSM_EXPORT const char* vssm_version() { return VSSM_VERSION; }
 
 /// Runs of our operators in this process: shows that a session runs kernels and not bodies.
-VSSM_EXPORT uint64_t vssm_kernel_calls() { return vssm::ort::kernel_calls(); }
+VSSM_EXPORT uint64_t vssm_kernel_calls() {
+  return vssm::ort::kernel_calls(vssm::ort::Provider::kCpu);
+}
+
+/// The same of the CUDA provider.
+VSSM_EXPORT uint64_t vssm_cuda_kernel_calls() {
+  return vssm::ort::kernel_calls(vssm::ort::Provider::kCuda);
+}
+
+/// The GPUs that the CUDA kernels were compiled for, as CMake names them ("80-real,90"); "" in a
+/// build without them.
+VSSM_EXPORT const char* vssm_cuda_architectures() { return VSSM_CUDA_ARCHITECTURES; }
 
 /// "avx512", "avx2" or "baseline"; or "error: ..." when VSSM_CPU_ISA asks for what is not there.
 VSSM_EXPORT const char* vssm_cpu_isa() {

@@ -1,52 +1,94 @@
-// SelectiveScan, GatedSelectiveScan and SelectiveScanConstantGap on ONNX Runtime's CPU provider.
+// SelectiveScan, GatedSelectiveScan and SelectiveScanConstantGap on ONNX Runtime's CPU and CUDA
+// providers.
 #include <new>
 
 #include "plugins/kernels/selective_scan.h"
+#include "plugins/onnxruntime/cuda_host.h"
 #include "plugins/onnxruntime/custom_op.h"
 #include "plugins/onnxruntime/ort_host.h"
 
 namespace vssm::ort {
 namespace {
 
-/// A node: its row of the table, and its attributes inside `args`.
+/// A node: its row of the table, its attributes inside `args`, and on CUDA where memory is.
 struct ScanNode {
-  const OperatorSpec* spec;
+  const OperatorSpec* spec = nullptr;
   SelectiveScanArgs args;
+  DeviceAllocator allocator;
 };
 
+vssm::Status read_node(const BoundOp& op, const KernelInfo* info, ScanNode* node) {
+  const OperatorSpec& spec = *op.spec;
+  node->spec = &spec;
+  node->args.name = spec.name;
+  node->args.gated = spec.input_count == 10 && spec.inputs[9].name == "z";
+  node->args.constant_gap = spec.input_count == 10 && spec.inputs[9].name == "delta0";
+  vssm::Status status = read_attribute(info, spec, "delta_softplus", &node->args.delta_softplus);
+  if (status.ok()) {
+    status = read_attribute(info, spec, "params_by_step", &node->args.params_by_step);
+  }
+  if (status.ok()) status = read_attribute(info, spec, "scale", &node->args.scale);
+  if (status.ok() && op.provider == Provider::kCuda) status = node->allocator.open(info);
+  return status;
+}
+
 ort::Status* create(const CustomOp* op, const Api*, const KernelInfo* info, void** kernel) {
-  const OperatorSpec& spec = *static_cast<const BoundOp*>(op)->spec;
-  ScanNode node = {&spec, {}};
-  node.args.name = spec.name;
-  node.args.gated = spec.input_count == 10 && spec.inputs[9].name == "z";
-  node.args.constant_gap = spec.input_count == 10 && spec.inputs[9].name == "delta0";
-  vssm::Status status = read_attribute(info, spec, "delta_softplus", &node.args.delta_softplus);
-  if (status.ok()) status = read_attribute(info, spec, "params_by_step", &node.args.params_by_step);
-  if (status.ok()) status = read_attribute(info, spec, "scale", &node.args.scale);
-  if (!status.ok()) return to_ort(status);
-  *kernel = new (std::nothrow) ScanNode(node);
-  return *kernel != nullptr ? nullptr : api().CreateStatus(kFail, "no memory for a kernel");
+  auto* node = new (std::nothrow) ScanNode;
+  if (node == nullptr) return api().CreateStatus(kFail, "no memory for a kernel");
+  const vssm::Status status = read_node(*static_cast<const BoundOp*>(op), info, node);
+  if (!status.ok()) {
+    delete node;
+    return to_ort(status);
+  }
+  *kernel = node;
+  return nullptr;
+}
+
+/// Everything but the computing: operands, their check, memory of the output.
+vssm::Status prepare(const ScanNode& node, KernelContext* context, SelectiveScanArgs* args,
+                     SelectiveScanShape* shape) {
+  *args = node.args;
+  Operand* const operands[] = {&args->u,          &args->delta,
+                               &args->A,          &args->B,
+                               &args->C,          &args->D,
+                               &args->delta_bias, &args->order,
+                               &args->gap,        args->gated ? &args->z : &args->delta0};
+  vssm::Status status;
+  for (int i = 0; i < node.spec->input_count && status.ok(); ++i) {
+    status = read_input(context, static_cast<size_t>(i), operands[i]);
+  }
+  if (status.ok()) status = check(*args, shape);
+  if (!status.ok()) return status;
+  const int64_t dims[] = {shape->batch, shape->seqlen, shape->d_inner};
+  return make_output(context, 0, dims, 3, &args->y);
 }
 
 ort::Status* compute(void* kernel, KernelContext* context) {
-  count_call();
-  const auto& node = *static_cast<const ScanNode*>(kernel);
-  SelectiveScanArgs args = node.args;
-  Operand* const operands[] = {
-      &args.u, &args.delta,      &args.A,     &args.B,   &args.C,
-      &args.D, &args.delta_bias, &args.order, &args.gap, args.gated ? &args.z : &args.delta0};
-  for (int i = 0; i < node.spec->input_count; ++i) {
-    const vssm::Status status = read_input(context, static_cast<size_t>(i), operands[i]);
-    if (!status.ok()) return to_ort(status);
-  }
+  count_call(Provider::kCpu);
+  SelectiveScanArgs args;
   SelectiveScanShape shape;
-  vssm::Status status = check(args, &shape);
-  if (!status.ok()) return to_ort(status);
-  const int64_t dims[] = {shape.batch, shape.seqlen, shape.d_inner};
-  status = make_output(context, 0, dims, 3, &args.y);
+  vssm::Status status = prepare(*static_cast<const ScanNode*>(kernel), context, &args, &shape);
   if (status.ok()) status = selective_scan_cpu(args, parallel_for(context));
   return to_ort(status);
 }
+
+#ifdef VSSM_CUDA
+ort::Status* compute_cuda(void* kernel, KernelContext* context) {
+  count_call(Provider::kCuda);
+  const auto& node = *static_cast<const ScanNode*>(kernel);
+  SelectiveScanArgs args;
+  SelectiveScanShape shape;
+  vssm::Status status = prepare(node, context, &args, &shape);
+  if (!status.ok()) return to_ort(status);
+  CudaWork work(node.allocator);
+  status =
+      work.begin(context, selective_scan_cuda_workspace(shape, args.u.dtype, ScanVariant::kAuto));
+  if (status.ok()) status = selective_scan_cuda(args, ScanVariant::kAuto, work.launch());
+  return to_ort(status);
+}
+#else
+constexpr decltype(Implementation::compute_cuda) compute_cuda = nullptr;
+#endif
 
 void destroy(void* kernel) { delete static_cast<ScanNode*>(kernel); }
 
@@ -67,6 +109,6 @@ ort::Status* infer(const CustomOp*, ShapeContext* context) {
 
 }  // namespace
 
-const Implementation kSelectiveScan = {create, compute, destroy, infer};
+const Implementation kSelectiveScan = {create, compute, compute_cuda, destroy, infer};
 
 }  // namespace vssm::ort

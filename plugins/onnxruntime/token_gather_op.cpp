@@ -1,16 +1,23 @@
-// TokenGather and TokenGather1 on ONNX Runtime's CPU provider.
+// TokenGather and TokenGather1 on ONNX Runtime's CPU and CUDA providers.
 #include <new>
 
 #include "plugins/kernels/token_gather.h"
+#include "plugins/onnxruntime/cuda_host.h"
 #include "plugins/onnxruntime/custom_op.h"
 #include "plugins/onnxruntime/ort_host.h"
 
 namespace vssm::ort {
 namespace {
 
-ort::Status* create(const CustomOp* op, const Api*, const KernelInfo* info, void** kernel) {
-  const OperatorSpec& spec = *static_cast<const BoundOp*>(op)->spec;
+/// A node: its attributes inside `args`, and on CUDA where memory is.
+struct GatherNode {
   TokenGatherArgs args;
+  DeviceAllocator allocator;
+};
+
+vssm::Status read_node(const BoundOp& op, const KernelInfo* info, GatherNode* node) {
+  const OperatorSpec& spec = *op.spec;
+  TokenGatherArgs& args = node->args;
   args.name = spec.name;
   args.count = spec.variable_count;
   vssm::Status status = read_attribute(info, spec, "num_keep", &args.num_keep);
@@ -19,9 +26,20 @@ ort::Status* create(const CustomOp* op, const Api*, const KernelInfo* info, void
   }
   // Shape inference could refuse it, but ONNX Runtime only logs what that says.
   if (status.ok()) status = check_num_keep(args, static_size(info, 0, 1));
-  if (!status.ok()) return to_ort(status);
-  *kernel = new (std::nothrow) TokenGatherArgs(args);
-  return *kernel != nullptr ? nullptr : api().CreateStatus(kFail, "no memory for a kernel");
+  if (status.ok() && op.provider == Provider::kCuda) status = node->allocator.open(info);
+  return status;
+}
+
+ort::Status* create(const CustomOp* op, const Api*, const KernelInfo* info, void** kernel) {
+  auto* node = new (std::nothrow) GatherNode;
+  if (node == nullptr) return api().CreateStatus(kFail, "no memory for a kernel");
+  const vssm::Status status = read_node(*static_cast<const BoundOp*>(op), info, node);
+  if (!status.ok()) {
+    delete node;
+    return to_ort(status);
+  }
+  *kernel = node;
+  return nullptr;
 }
 
 vssm::Status make_outputs(KernelContext* context, const TokenGatherShape& shape,
@@ -37,22 +55,47 @@ vssm::Status make_outputs(KernelContext* context, const TokenGatherShape& shape,
   return status;
 }
 
-ort::Status* compute(void* kernel, KernelContext* context) {
-  count_call();
-  TokenGatherArgs args = *static_cast<const TokenGatherArgs*>(kernel);
-  Operand* const operands[] = {&args.score, &args.position, &args.x[0], &args.x[1]};
-  for (size_t i = 0; i < static_cast<size_t>(args.count) + 2; ++i) {
-    const vssm::Status status = read_input(context, i, operands[i]);
-    if (!status.ok()) return to_ort(status);
+/// Everything but the computing: operands, their check, memory of the outputs.
+vssm::Status prepare(const GatherNode& node, KernelContext* context, TokenGatherArgs* args,
+                     TokenGatherShape* shape) {
+  *args = node.args;
+  Operand* const operands[] = {&args->score, &args->position, &args->x[0], &args->x[1]};
+  vssm::Status status;
+  for (size_t i = 0; i < static_cast<size_t>(args->count) + 2 && status.ok(); ++i) {
+    status = read_input(context, i, operands[i]);
   }
+  if (status.ok()) status = check(*args, shape);
+  if (status.ok()) status = make_outputs(context, *shape, args);
+  return status;
+}
+
+ort::Status* compute(void* kernel, KernelContext* context) {
+  count_call(Provider::kCpu);
+  TokenGatherArgs args;
   TokenGatherShape shape;
-  vssm::Status status = check(args, &shape);
-  if (status.ok()) status = make_outputs(context, shape, &args);
+  vssm::Status status = prepare(*static_cast<const GatherNode*>(kernel), context, &args, &shape);
   if (status.ok()) status = token_gather_cpu(args, parallel_for(context));
   return to_ort(status);
 }
 
-void destroy(void* kernel) { delete static_cast<TokenGatherArgs*>(kernel); }
+#ifdef VSSM_CUDA
+ort::Status* compute_cuda(void* kernel, KernelContext* context) {
+  count_call(Provider::kCuda);
+  const auto& node = *static_cast<const GatherNode*>(kernel);
+  TokenGatherArgs args;
+  TokenGatherShape shape;
+  vssm::Status status = prepare(node, context, &args, &shape);
+  if (!status.ok()) return to_ort(status);
+  CudaWork work(node.allocator);
+  status = work.begin(context, token_gather_cuda_workspace(shape));
+  if (status.ok()) status = token_gather_cuda(args, work.launch());
+  return to_ort(status);
+}
+#else
+constexpr decltype(Implementation::compute_cuda) compute_cuda = nullptr;
+#endif
+
+void destroy(void* kernel) { delete static_cast<GatherNode*>(kernel); }
 
 ort::Status* infer(const CustomOp* op, ShapeContext* context) {
   // One function serves all types of an operator: only its row of the table counts here.
@@ -82,6 +125,6 @@ ort::Status* infer(const CustomOp* op, ShapeContext* context) {
 
 }  // namespace
 
-const Implementation kTokenGather = {create, compute, destroy, infer};
+const Implementation kTokenGather = {create, compute, compute_cuda, destroy, infer};
 
 }  // namespace vssm::ort
