@@ -8,13 +8,13 @@ an operator of their own, `vssm::<scan>_backward`, so that a compiled training s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from exporter import ops_native
-from exporter.errors import RuntimeUnavailableError
+from exporter.errors import RuntimeUnavailableError, UnsupportedError
 from exporter.ops_kernels import kernels
 from exporter.spec import OperatorSpec
 
@@ -69,6 +69,7 @@ def define(library: torch.library.Library, *, op: OperatorSpec, name: str, oracl
 
     library.impl(f"{name}_backward", run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vssm::{name}_backward", fake, lib=library)
+    torch.library.register_autograd(f"vssm::{name}_backward", _refuse_second, lib=library)
 
 
 def register_autograd(library: torch.library.Library, op: OperatorSpec, overload: str) -> None:
@@ -92,6 +93,13 @@ def register_autograd(library: torch.library.Library, op: OperatorSpec, overload
 
     torch.library.register_autograd(
         f"vssm::{overload}", backward, setup_context=setup_context, lib=library
+    )
+
+
+def _refuse_second(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise UnsupportedError(
+        "vssm: a scan's gradient has no derivative of its own; for a second one call "
+        "exporter.reference.selective_scan in place of the operator"
     )
 
 

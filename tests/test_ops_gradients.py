@@ -13,7 +13,7 @@ from cases import scan_case
 from tolerances import GRADIENT_TOLERANCE
 
 from exporter import ops, ops_kernels, ops_native, reference
-from exporter.errors import RuntimeUnavailableError
+from exporter.errors import RuntimeUnavailableError, UnsupportedError
 from exporter.spec import OPERATORS
 
 # Layers that are trained: those of the models, with two images.
@@ -150,6 +150,14 @@ def test_values_that_break_the_contract_are_refused_in_training_too():
     case = _leaves(scan_case(seqlen=6, d_inner=5))
     with pytest.raises(ValueError, match=r"SelectiveScan B\.shape=\(1, 6, 2, 15\)"):
         ops.selective_scan(**{**case, "B": case["B"][..., 1:]})
+
+
+def test_a_second_derivative_is_refused():
+    case = _leaves(scan_case(seqlen=4, d_inner=2))
+    y = ops.selective_scan(**case)
+    (gradient,) = torch.autograd.grad(y.sum(), case["u"], create_graph=True)
+    with pytest.raises(UnsupportedError, match=r"no derivative of its own; for a second one call"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("name", EXTRA)
