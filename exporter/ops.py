@@ -285,7 +285,7 @@ def _register(
 
 
 for _op in SCAN_OPERATORS:
-    ops_gradients.define(_LIBRARY, op=_op, name=_TORCH_NAMES[_op.name], oracle=_scan_reference)
+    ops_gradients.define(_LIBRARY, _op, _TORCH_NAMES[_op.name])
     _register(_op, _scan_oracle(_op), _scan_fake(_op), _scan_reference)
 for _op in GATHER_OPERATORS:
     _register(_op, _gather_oracle(_op), _gather_fake(_op), _gather_reference)

@@ -1,13 +1,13 @@
-"""Autograd of the scans: the native kernel on a CPU, the oracle's own autograd for the rest.
+"""Gradients of the scans: the native kernel on a CPU, the formula in PyTorch for the rest.
 
-float64 anywhere, and every type on another device, go through the oracle again under autograd:
+float64 anywhere, and every type on another device, take `ops_backward.selective_scan_backward`:
 exact, and slow. float32, float16 and bfloat16 on a CPU go through libvssm.so. The gradients are
 an operator of their own, `vssm::<scan>_backward`, so that a compiled training step has them too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from exporter import ops_native
 from exporter.errors import RuntimeUnavailableError, UnsupportedError
+from exporter.ops_backward import selective_scan_backward
 from exporter.ops_kernels import kernels
 from exporter.spec import OperatorSpec
 
 _NATIVE = (torch.float32, torch.float16, torch.bfloat16)
-Forward = Callable[[OperatorSpec, Sequence[Any]], Tensor]
 
 
 def trains_on_kernels(operands: Sequence[Tensor]) -> bool:
@@ -38,14 +38,13 @@ def trains_on_kernels(operands: Sequence[Tensor]) -> bool:
     )
 
 
-def define(library: torch.library.Library, *, op: OperatorSpec, name: str, oracle: Forward) -> None:
+def define(library: torch.library.Library, op: OperatorSpec, name: str) -> None:
     """Defines `vssm::<name>_backward`: dy, the operator's inputs and attributes; its gradients.
 
     Args:
         library: where.
         op: the operator.
         name: its torch name.
-        oracle: the oracle on the operator's arguments.
     """
     count = len(op.inputs)
     inputs = ", ".join(f"Tensor {o.name}" for o in op.inputs)
@@ -55,7 +54,7 @@ def define(library: torch.library.Library, *, op: OperatorSpec, name: str, oracl
 
     def run(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
         if not _is_native(args[0]):
-            return tuple(_oracle_backward(op, args, dy, oracle))
+            return _by_formula(op, _named(op, args), dy)
         try:
             return tuple(ops_native.scan_backward(op, _named(op, args), dy))
         except RuntimeUnavailableError as error:
@@ -120,14 +119,8 @@ def _named(op: OperatorSpec, args: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(names, args, strict=True))
 
 
-def _oracle_backward(
-    op: OperatorSpec, args: Sequence[Any], dy: Tensor, oracle: Forward
-) -> list[Tensor]:
-    count = len(op.inputs)
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in args[:count]]
-        y = oracle(op, [*leaves, *args[count:]])
-    wanted = [t for t in leaves if t.requires_grad]
-    found = torch.autograd.grad(y, wanted, dy)
-    # As the fake kernel says; an empty batch reaches some inputs only by a sum of nothing.
-    return [torch.empty_like(t).copy_(g) for t, g in zip(wanted, found, strict=True)]
+def _by_formula(op: OperatorSpec, named: dict[str, Any], dy: Tensor) -> tuple[Tensor, ...]:
+    flags = {name: bool(named[name]) for name in ("delta_softplus", "params_by_step")}
+    found = selective_scan_backward(dy, **(named | flags))
+    names = ops_native.differentiable(op)
+    return tuple(torch.empty_like(named[n]).copy_(found[n]) for n in names)

@@ -64,8 +64,7 @@ def test_float64_and_what_is_not_trained_stay_the_oracle(name):
     case = {k: v.double() if v.is_floating_point() else v for k, v in case.items()}
     y, gradients = _train(case, upstream(case))
     assert torch.equal(y, reference.selective_scan(**case))
-    expected = oracle_gradients(case, upstream(case))
-    assert all(torch.equal(g, expected[n]) for n, g in gradients.items())
+    assert largest_error(gradients, oracle_gradients(case, upstream(case))) <= 1e-12
 
 
 @pytest.mark.parametrize("name", EXTRA)
