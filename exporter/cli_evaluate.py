@@ -9,8 +9,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from exporter.pipeline_evaluate import EvaluationReport
+from exporter.files import check_writable
+from exporter.pipeline import write_json
 from exporter.pipeline_evaluate import evaluate as evaluate_export
+from exporter.training.evaluate import EvaluationReport
 
 _SHOWN = 20  # unreadable images; the results file has them all
 console = Console(markup=False, emoji=False)
@@ -38,8 +40,13 @@ def evaluate(
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew, not where an evaluation was stopped.")
     ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the report to this file.")
+    ] = None,
 ) -> None:
     """Measure top-1 and top-5 over a folder of images; goes on where a stopped run ended."""
+    if json_file is not None:
+        check_writable(json_file)
     with console.status("evaluating") as status:
         report = evaluate_export(
             directory,
@@ -55,6 +62,8 @@ def evaluate(
             progress=lambda line: status.update(Text(line)),
         )
     _print(report)
+    if json_file is not None:
+        write_json(json_file, report)
 
 
 def _print(report: EvaluationReport) -> None:

@@ -70,7 +70,7 @@ LAYERS = (
         "command line",
         "top",
         ("cli*",),
-        (*_SHARED, "runtimes", "reports", "pages", "pipeline"),
+        (*_SHARED, "runtimes", "reports", "pages", "evaluation", "pipeline"),
     ),
 )
 _UNLISTED = Layer("no layer", "none", (), ())

@@ -112,13 +112,13 @@ class Journal:
             raise ArtifactError(
                 f"path={self.path} is damaged ({error}); begin anew with --restart"
             ) from error
-        other = sorted(k for k in {*found, *header} if found.get(k) != header.get(k))
-        if other:
-            raise ArtifactError(
-                f"path={self.path} is of an evaluation with another {other[0]} "
-                f"({found.get(other[0])}, now {header.get(other[0])}); run it to its end as it was "
-                "begun, give other --results, or begin anew with --restart"
-            )
+        for key in {**header, **found}:
+            if found.get(key) != header.get(key):
+                raise ArtifactError(
+                    f"path={self.path} is of another evaluation: {key}={found.get(key)}, now "
+                    f"{header.get(key)}; run it to its end as it was begun, give other --results, "
+                    "or begin anew with --restart"
+                )
 
     def _read(self) -> bytes:
         with os.fdopen(os.dup(self._file), "rb") as file:
