@@ -2,8 +2,13 @@
 #   PYTHON=python3.12     the interpreter that .venv is made with (3.10 or newer)
 #   PIP_ARGS="..."        options for every pip call: a mirror, or a CPU build of torch with
 #                         PIP_ARGS="--extra-index-url <index with CPU wheels>"
+#   CUDA_ARCHITECTURES="80-real;90"  GPUs that the CUDA kernels are compiled for, where nvcc is
+#                         found; the card of this machine where there is one. `make wheel` takes
+#                         the whole list of CMakeLists.txt. After a change: make -B setup.
 PYTHON ?= python3
 PIP_ARGS ?=
+CUDA_ARCHITECTURES ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
+  2> /dev/null | grep -E '^[0-9]+\.[0-9]+$$' | tr -d . | sort -un | paste -sd ';'),80-real;90)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,12 +18,13 @@ INSTALLED := $(VENV)/.installed-stamp
 SETUP_LOG := build/setup.log
 
 CXX_FILES := $(shell find plugins benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CXX_TESTS := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 CMAKE_FILES := CMakeLists.txt $(shell find plugins benchmarks -name CMakeLists.txt -o -name '*.cmake')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all lint format wheel clean
+.PHONY: help setup demo test test-all lint format wheel cuda-all cuda-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,7 +52,7 @@ lint: $(DEPENDENCIES) ## ruff, mypy --strict, clang-format, gersemi, typos; chan
 	@echo "lint: mypy --strict"
 	@$(BIN)/mypy --strict
 	@echo "lint: clang-format"
-	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(CXX_TESTS)
 	@echo "lint: gersemi"
 	@$(BIN)/gersemi --check $(CMAKE_FILES)
 	@echo "lint: typos"
@@ -56,12 +62,21 @@ format: $(DEPENDENCIES) ## let the formatters rewrite the files
 	@echo "format: ruff, clang-format, gersemi"
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i $(CXX_FILES)
+	@$(BIN)/clang-format -i $(CXX_FILES) $(CXX_TESTS)
 	@$(BIN)/gersemi --in-place $(CMAKE_FILES)
 
 wheel: setup ## wheel and source distribution in dist/
 	@echo "wheel: building into dist/"
 	@$(BIN)/python -m build --no-isolation --outdir dist
+
+cuda-all: $(DEPENDENCIES) ## compile the CUDA kernels for every architecture of the list
+	@echo "cuda-all: compiling into build/cuda-all"
+	@$(BIN)/cmake -S . -B build/cuda-all -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DVSSM_CUDA=ON -DVSSM_EMULATION=OFF -DVSSM_BENCH=OFF > /dev/null
+	@$(BIN)/cmake --build build/cuda-all --target vssm_cuda
+
+cuda-report: $(DEPENDENCIES) ## registers, spills and shared memory of every CUDA kernel
+	@$(BIN)/python benchmarks/cuda_report.py
 
 clean: ## remove what was built and cached; .venv stays (rm -r .venv for a new one)
 	@echo "clean: build/, dist/, demo/ and caches"
@@ -84,6 +99,7 @@ $(INSTALLED): $(DEPENDENCIES) pyproject.toml exporter/_version.py $(CXX_FILES) $
 	@echo "setup: building the native library and installing the package (log: $(SETUP_LOG))"
 	@mkdir -p $(dir $(SETUP_LOG))
 	@$(PIP) install $(PIP_ARGS) --verbose --constraint constraints.txt --no-build-isolation \
+	  --config-settings=cmake.define.VSSM_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" \
 	  --editable '.[dev]' > $(SETUP_LOG) 2>&1 || { cat $(SETUP_LOG); exit 1; }
 	@sed -nE 's/^ *-- (vssm[^:]*: )/setup: \1/p' $(SETUP_LOG)
 	@touch $@

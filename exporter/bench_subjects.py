@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -28,10 +29,15 @@ from exporter.machine import machine_rates
 from exporter.onnx_export import export
 from exporter.runtimes.library import library_info
 from exporter.runtimes.ort import OrtCpuSession, cpu_name
-from exporter.runtimes.session import Session
+from exporter.runtimes.session import Array, Session
 from exporter.torch_session import TorchSession, model_of
 
+if TYPE_CHECKING:
+    from exporter.runtimes.ort_cuda import DeviceRun, OrtCudaSession
+
 KERNEL, BODY, LOOP, DENSE = "ort kernel", "ort body", "torch loop", "ort kernel, dense"
+RESIDENT = "ort kernel, images on the GPU"
+BENCH_RUNTIMES = ("ort-cpu", "ort-cuda")
 _PROFILE_RUNS = 8
 
 
@@ -43,13 +49,26 @@ def bench(
     samples: int,
     torch_loop: bool,
     progress: Progress,
+    runtime: str = "ort-cpu",
 ) -> BenchReport:
-    """Everything in one run, interleaved; arguments as for `benchmark.measure`."""
+    """Everything in one run, interleaved; arguments as for `benchmark.measure`.
+
+    Raises:
+        ValueError: an argument is none that can be measured.
+        RuntimeUnavailableError: the runtime is missing.
+    """
     check_arguments(batches, threads, samples)
+    if runtime not in BENCH_RUNTIMES:
+        raise ValueError(
+            f"runtime={runtime!r} is not one of {', '.join(BENCH_RUNTIMES)}; choose one to measure"
+        )
+    on_cpu = runtime == "ort-cpu"
+    if not on_cpu:
+        _cuda(artifact, "kernel", threads[0]).close()  # what is missing is said at once
     progress("measuring the machine")
-    rates = machine_rates(threads)
+    rates = machine_rates(threads) if on_cpu else None
     with _dense_twin(artifact, progress) as dense:
-        subjects = _subjects(artifact, dense, torch_loop)
+        subjects = _subjects(artifact, dense, torch_loop, _ort if on_cpu else _cuda)
         rows = measure(
             subjects,
             artifact.image_shape,
@@ -62,19 +81,25 @@ def bench(
     command = (
         f"vssm bench {artifact.directory} --batch {','.join(map(str, batches))} --threads "
         f"{','.join(map(str, threads))} --samples {samples}{'' if torch_loop else ' --no-torch'}"
+        f"{'' if on_cpu else f' --runtime {runtime}'}"
     )
     progress("profiling")
-    operators = _profile(artifact)
+    operators = _profile(artifact) if on_cpu else {}
     return BenchReport(
         rows=rows,
         rates=rates,
         operators=operators,
-        scan_over_floor=_scan_over_floor(operators, rates, subjects[0]),
+        scan_over_floor=None if rates is None else _scan_over_floor(operators, rates, subjects[0]),
         context={**_context(artifact), "command": command},
     )
 
 
-def _subjects(artifact: Artifact, dense: Artifact | None, torch_loop: bool) -> list[Subject]:
+_Open = Callable[[Artifact, str, int], Session]
+
+
+def _subjects(
+    artifact: Artifact, dense: Artifact | None, torch_loop: bool, ort: _Open
+) -> list[Subject]:
     def subject(
         name: str, open_session: Callable[[int], Session], work: Work, same: str | None
     ) -> Subject:
@@ -82,19 +107,50 @@ def _subjects(artifact: Artifact, dense: Artifact | None, torch_loop: bool) -> l
 
     work = count(model_of(artifact))
     subjects = [
-        subject(KERNEL, partial(_ort, artifact, "kernel"), work, None),
-        subject(BODY, partial(_ort, artifact, "body"), work, KERNEL),
+        subject(KERNEL, partial(ort, artifact, "kernel"), work, None),
+        subject(BODY, partial(ort, artifact, "body"), work, KERNEL),
     ]
+    if ort is _cuda:
+        subjects.append(subject(RESIDENT, partial(_resident, artifact), work, KERNEL))
     if torch_loop:
         subjects.append(subject(LOOP, partial(_torch, artifact), work, KERNEL))
     if dense is not None:
         dense_work = count(model_of(dense))
-        subjects.append(subject(DENSE, partial(_ort, dense, "kernel"), dense_work, None))
+        subjects.append(subject(DENSE, partial(ort, dense, "kernel"), dense_work, None))
     return subjects
 
 
 def _ort(artifact: Artifact, operators: str, threads: int) -> Session:
     return OrtCpuSession(artifact, operators=operators, threads=threads)
+
+
+def _cuda(artifact: Artifact, operators: str, threads: int) -> OrtCudaSession:
+    from exporter.runtimes.ort_cuda import OrtCudaSession
+
+    return OrtCudaSession(artifact, operators=operators, threads=threads)
+
+
+class _Resident(Session):
+    """A session on the GPU whose images are there already; the outputs come to the host."""
+
+    def __init__(self, inner: OrtCudaSession) -> None:
+        super().__init__(inner.manifest, inner.info)
+        self._inner = inner
+        self._held: tuple[Array, DeviceRun] | None = None
+
+    def _run(self, images: Array) -> dict[str, Array]:
+        if self._held is None or self._held[0] is not images:
+            self._held = (images, self._inner.on_device(images))
+        self._held[1].run()
+        return self._held[1].outputs()
+
+    def close(self) -> None:
+        self._held = None
+        self._inner.close()
+
+
+def _resident(artifact: Artifact, threads: int) -> Session:
+    return _Resident(_cuda(artifact, "kernel", threads))
 
 
 def _torch(artifact: Artifact, threads: int) -> Session:

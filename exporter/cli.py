@@ -165,9 +165,7 @@ def check(
     runtime: Runtime = "ort-cpu",
     operators: Operators = None,
     threads: Threads = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Image file to check with, repeatable.")
-    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image file, repeatable.")] = None,
     per_block: Annotated[
         bool, typer.Option("--per-block", help="Compare every block's output.")
     ] = False,
@@ -234,6 +232,7 @@ def run(
 @app.command()
 def bench(
     directory: Directory,
+    runtime: Annotated[str, typer.Option(help="ort-cpu or ort-cuda.")] = "ort-cpu",
     batch: Annotated[str, typer.Option(help="Batch sizes, 1,8.")] = "1,8",
     threads: Annotated[str, typer.Option(help="Thread counts, 1,2.")] = "1",
     samples: Annotated[int, typer.Option(help="Timed runs of each.")] = 21,
@@ -253,6 +252,7 @@ def bench(
             threads=integers("threads", threads),
             samples=samples,
             torch_loop=torch_loop,
+            runtime=runtime,
             page=report,
             progress=_show(status),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib.metadata
 import importlib.util
 import os
@@ -10,10 +9,15 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from exporter._version import __version__
 from exporter.errors import VssmError
+from exporter.native_library import find_library
+from exporter.runtimes.cuda_driver import Gpu, driver
 from exporter.runtimes.library import library_info
 
 
@@ -33,6 +37,8 @@ def examine() -> list[Finding]:
         Finding("vssm-exporter", True, f"{__version__}, Python {platform.python_version()}"),
         Finding("machine", True, _machine()),
         _operator_library(),
+        _kernel_library(),
+        _cuda_kernels(),
         *(_package(names, remedy) for names, remedy in _PACKAGES),
         _providers(),
         _command("C++ compiler", _COMPILERS, "install g++ 9 or newer, or set CXX"),
@@ -48,6 +54,10 @@ _PACKAGES = (
     (("onnxruntime", "onnxruntime-gpu"), "pip install onnxruntime: sessions ort-cpu"),
     (("matplotlib",), "pip install matplotlib: plots in reports"),
     (("tensorrt",), "pip install tensorrt on a machine with an NVIDIA GPU: TensorRT engines"),
+    (
+        ("mamba-ssm",),
+        "pip install mamba-ssm where its CUDA extension builds: a baseline to measure",
+    ),
 )
 
 
@@ -74,6 +84,57 @@ def _operator_library() -> Finding:
     except VssmError as error:
         return Finding(part, False, "not found", str(error))
     return Finding(part, True, f"{info.path}, version {info.version}, kernels for {info.cpu_isa}")
+
+
+def _kernel_library() -> Finding:
+    part = "kernel library (PyTorch, C)"
+    try:
+        return Finding(part, True, str(find_library("vssm")))
+    except VssmError as error:
+        return Finding(part, False, "not found", str(error))
+
+
+def _cuda_kernels() -> Finding:
+    """The CUDA kernels of the operator library, and whether they run on the GPUs here."""
+    part = "CUDA kernels"
+    try:
+        architectures = library_info().cuda_architectures
+    except VssmError as error:
+        return Finding(part, False, "no operator library", str(error))
+    if not architectures:
+        remedy = "nvcc in the PATH, CUDA_HOME or pip install nvidia-cuda-nvcc, then make -B setup"
+        return Finding(part, False, "the operator library was built without CUDA", remedy)
+    detail = f"compiled for {', '.join(architectures)}"
+    for gpu in _gpus():
+        if not runs_on(gpu, architectures):
+            major, minor = gpu.capability
+            remedy = f"make -B setup CUDA_ARCHITECTURES={major}{minor}"
+            return Finding(part, False, f"{detail}, but not for {gpu}", remedy)
+    return Finding(part, True, detail)
+
+
+def runs_on(gpu: Gpu, architectures: Sequence[str]) -> bool:
+    """Whether code compiled for these architectures, as CMake names them, runs on a GPU.
+
+    Machine code ("80-real") runs on its own major version from its minor on; without "-real" there
+    is PTX too, which the driver compiles for anything newer.
+    """
+    here = gpu.capability
+    for name in architectures:
+        number, _, kind = name.partition("-")
+        if not number.isdigit():
+            return True  # "native", "all": CMake knows
+        made = divmod(int(number), 10)
+        if (made[0] == here[0] if kind == "real" else True) and made <= here:
+            return True
+    return False
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    try:
+        return driver().gpus
+    except VssmError:
+        return ()
 
 
 def _package(names: tuple[str, ...], remedy: str) -> Finding:
@@ -110,9 +171,13 @@ def _command(part: str, names: tuple[str, ...], remedy: str) -> Finding:
 
 
 def _nvcc() -> Finding:
-    part, remedy = "CUDA compiler", "install the CUDA toolkit, or set CUDA_HOME"
+    part = "CUDA compiler"
+    remedy = "install the CUDA toolkit, set CUDA_HOME, or pip install nvidia-cuda-nvcc"
     home = os.environ.get("CUDA_HOME")
-    path = shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+    packages = Path(sysconfig.get_path("purelib"))
+    folders = [f"{home}/bin"] if home else []
+    folders += [str(path) for path in sorted(packages.glob("nvidia/cu[0-9]*/bin"), reverse=True)]
+    path = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(folders))
     if path is None:
         return Finding(part, False, "nvcc not found", remedy)
     lines = (_output([path, "--version"]) or "version unknown").splitlines()
@@ -120,13 +185,16 @@ def _nvcc() -> Finding:
 
 
 def _gpu() -> Finding:
-    part = "NVIDIA GPU"
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    found = _output(query) if shutil.which("nvidia-smi") else None
-    if found:
-        return Finding(part, True, found)
-    driver = "driver library present" if ctypes.util.find_library("cuda") else "no driver"
-    return Finding(part, False, driver, "a machine with an NVIDIA GPU and its driver")
+    part, remedy = "NVIDIA GPU", "a machine with an NVIDIA GPU and its driver"
+    try:
+        found = driver()
+    except VssmError as error:
+        return Finding(part, False, str(error).partition(";")[0], remedy)
+    version = ".".join(map(str, found.cuda))
+    if not found.gpus:
+        return Finding(part, False, f"none, with a driver for CUDA {version}", remedy)
+    names = ", ".join(map(str, found.gpus))
+    return Finding(part, True, f"{names}, driver for CUDA {version}")
 
 
 def _output(command: list[str]) -> str | None:

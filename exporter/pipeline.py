@@ -230,6 +230,7 @@ def bench_directory(
     threads: Sequence[int] = (1,),
     samples: int = 21,
     torch_loop: bool = True,
+    runtime: str = "ort-cpu",
     page: Path | None = None,
     progress: Progress = lambda _: None,
 ) -> BenchReport:
@@ -247,6 +248,7 @@ def bench_directory(
         threads=threads,
         samples=samples,
         torch_loop=torch_loop,
+        runtime=runtime,
         progress=progress,
     )
     write_json(artifact.directory / "bench.json", report)

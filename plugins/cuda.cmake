@@ -1,8 +1,9 @@
 # Sets VSSM_HAS_CUDA, and the language CUDA where it is on.
 set(VSSM_HAS_CUDA OFF)
+
 if(NOT VSSM_CUDA STREQUAL "OFF")
   if(NOT CMAKE_CUDA_COMPILER)
-    # Where CUDA's installer and pip's compiler package put nvcc, for who has it not in the PATH.
+    # Where CUDA's installer puts nvcc, for who has it not in the PATH.
     find_program(
       VSSM_NVCC
       nvcc
@@ -10,6 +11,28 @@ if(NOT VSSM_CUDA STREQUAL "OFF")
     )
     if(VSSM_NVCC)
       set(CMAKE_CUDA_COMPILER "${VSSM_NVCC}")
+    else()
+      # And pip's packages: nvidia-cuda-nvcc of CUDA 13, with what it depends on.
+      set(vssm_python "${Python_EXECUTABLE}")
+      if(NOT vssm_python)
+        find_program(VSSM_PYTHON python3 HINTS "$ENV{VIRTUAL_ENV}/bin")
+        set(vssm_python "${VSSM_PYTHON}")
+      endif()
+      execute_process(
+        COMMAND "${vssm_python}" -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+        OUTPUT_VARIABLE pip_packages
+        OUTPUT_STRIP_TRAILING_WHITESPACE
+        ERROR_QUIET
+      )
+      file(GLOB pip_nvcc "${pip_packages}/nvidia/cu[0-9]*/bin/nvcc")
+      if(pip_nvcc)
+        list(GET pip_nvcc -1 pip_nvcc)
+        set(CMAKE_CUDA_COMPILER "${pip_nvcc}")
+        # The packages have lib where nvcc looks for lib64.
+        cmake_path(GET pip_nvcc PARENT_PATH pip_bin)
+        cmake_path(GET pip_bin PARENT_PATH pip_cuda)
+        set(ENV{CUDAFLAGS} "$ENV{CUDAFLAGS} -L${pip_cuda}/lib")
+      endif()
     endif()
   endif()
   # CMake refuses to enable the language without a list; each target sets its own.
@@ -21,9 +44,15 @@ if(NOT VSSM_CUDA STREQUAL "OFF")
     set(VSSM_HAS_CUDA ON)
     message(STATUS "vssm: CUDA kernels for ${VSSM_CUDA_ARCHITECTURES}")
   elseif(VSSM_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "VSSM_CUDA=ON, but there is no nvcc; put it in the PATH or set CUDA_HOME")
+    message(
+      FATAL_ERROR
+      "VSSM_CUDA=ON, but there is no nvcc; put it in the PATH, set CUDA_HOME or pip install nvidia-cuda-nvcc"
+    )
   endif()
 endif()
 if(NOT VSSM_HAS_CUDA)
-  message(STATUS "vssm: left out: CUDA kernels, TensorRT plugin (nvcc in the PATH or CUDA_HOME)")
+  message(
+    STATUS
+    "vssm: left out: CUDA kernels, TensorRT plugin (nvcc in the PATH, CUDA_HOME or pip)"
+  )
 endif()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ H100 = {"sm_count": 132, "shared_bytes": 227 << 10}
 SMALL_CARD = {"sm_count": 8, "shared_bytes": 48 << 10}
 _GUARD = 256  # bytes before and after a tensor
 _POISON = 0xFF  # NaN in every float type, -1 in int32
+_UNPOISON = "__asan_unpoison_memory_region"
 _SCANS = {spec.name for spec in SCAN_OPERATORS}
 
 
@@ -89,8 +90,10 @@ class Backend:
             return
         set_seed = self.load().vssm_emulation_set_seed
         set_seed(ctypes.c_uint64(value))
-        yield
-        set_seed(ctypes.c_uint64(0))
+        try:
+            yield
+        finally:
+            set_seed(ctypes.c_uint64(0))
 
     @contextmanager
     def card(self, sm_count: int, shared_bytes: int) -> Iterator[None]:
@@ -100,8 +103,10 @@ class Backend:
             return
         set_device = self.load().vssm_emulation_set_device
         set_device(sm_count, shared_bytes)
-        yield
-        set_device(*H100.values())
+        try:
+            yield
+        finally:
+            set_device(*H100.values())
 
 
 EMULATED = Backend("emulated", "vssm_emulated", "cpu")
@@ -117,6 +122,12 @@ def _load(path: Path) -> ctypes.CDLL:
     library.vssm_version.restype = ctypes.c_char_p
     library.vssm_operator_table.restype = ctypes.c_char_p
     return library
+
+
+@functools.lru_cache(maxsize=2)
+def _sanitizer(function: str) -> Callable[..., None] | None:
+    """A function of AddressSanitizer's, where it is in this process."""
+    return getattr(ctypes.CDLL(None), function, None)
 
 
 class Memory:
@@ -145,6 +156,15 @@ class Memory:
         for guard in (self.buffer[: self.start], self.buffer[self.stop :]):
             assert bool((guard == _POISON).all()), f"{name}: written outside its memory"
 
+    def close(self, closed: bool) -> None:
+        """Makes the guards an error to AddressSanitizer, where it runs, or memory again."""
+        change = _sanitizer("__asan_poison_memory_region" if closed else _UNPOISON)
+        if change is not None and self.buffer.device.type == "cpu":
+            base = self.buffer.data_ptr()
+            change(ctypes.c_void_p(base), ctypes.c_size_t(self.start))
+            size = self.buffer.numel() - self.stop
+            change(ctypes.c_void_p(base + self.stop), ctypes.c_size_t(size))
+
     def describe(self) -> CTensor:
         dims = tuple(self.tensor.shape)
         padded = (ctypes.c_int64 * 4)(*dims)
@@ -156,6 +176,7 @@ class Call:
     """One operator with its memory: enqueue it as often as wanted, then ask for the results."""
 
     backend: Backend
+    device: str
     name: str
     attributes: CScanAttributes | CGatherAttributes
     inputs: dict[str, Memory]
@@ -166,7 +187,7 @@ class Call:
     def __post_init__(self) -> None:
         bytes_ = self.workspace_bytes() if self.backend.launches else 0
         empty = torch.empty(bytes_ + 256, dtype=torch.uint8)
-        self.workspace = Memory(empty, self.backend.device)
+        self.workspace = Memory(empty, self.device)
 
     def workspace_bytes(self) -> int:
         found = ctypes.c_int64(-1)
@@ -180,12 +201,19 @@ class Call:
         launch = None
         if self.backend.launches:
             launch = ctypes.byref(self._launch(stream))
-        self._call(self._family, launch, outputs=(outputs, *count))
+        everything = [*self.inputs.values(), *self.outputs.values(), self.workspace]
+        for memory in everything:
+            memory.close(True)
+        try:
+            self._call(self._family, launch, outputs=(outputs, *count))
+        finally:
+            for memory in everything:
+                memory.close(False)
 
     def results(self) -> dict[str, Tensor]:
         """Outputs on the CPU, once guards and inputs are seen to be untouched."""
-        if self.backend.device == "cuda":
-            torch.cuda.synchronize()
+        if self.backend is CUDA:
+            torch.cuda.synchronize(self.device)
         for name, memory in (self.inputs | self.outputs | {"workspace": self.workspace}).items():
             memory.check(f"{self.name}: {name}")
         for name, copy in self.copies.items():
@@ -245,6 +273,7 @@ def prepare(
     outputs = {n: torch.empty(shape, dtype=types[n]) for n, shape in shapes.items()}
     return Call(
         backend,
+        device,
         name,
         _attributes(name, attributes),
         {n: Memory.of(t, device, shift=shift) for n, t in ordered.items()},

@@ -13,6 +13,7 @@ from exporter.benchmark import BenchReport, MachineRates, Subject, measure
 from exporter.machine import machine_rates
 from exporter.manifest import Manifest, TensorInfo
 from exporter.runtimes.session import Array, RuntimeInfo, Session
+from exporter.tables import bench_tables
 
 RATES = MachineRates(exp2=1e9, macs={1: 1e10, 2: 2e10})
 MANIFEST = Manifest(
@@ -130,6 +131,18 @@ def test_the_machine_is_measured() -> None:
     assert 1e7 < rates.exp2 < 1e12
     assert 1e8 < rates.macs[1] < 1e13
     assert rates.scan_floor_ms(1000, 2, 1) == pytest.approx(2e6 / rates.exp2)
+
+
+def test_a_gpu_has_rows_without_a_floor() -> None:
+    open_session, _ = fake()
+    rows = measure([Subject("gpu", open_session, 1, 1)], (3, 4, 4), None, batches=(1,), samples=1)
+    assert (rows[0].floor_ms, rows[0].over_floor) == (None, None)
+    report = BenchReport(rows, None, {}, None, {"gpu": "H100"})
+    text = page(report)
+    assert "floor was not measured" in text
+    assert "time by operator" not in text
+    assert text.count("<svg") == 1
+    assert len(bench_tables(report)) == 2
 
 
 def test_page_shows_rows_and_escapes() -> None:

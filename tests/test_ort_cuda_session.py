@@ -254,6 +254,20 @@ def test_parity_is_checked_on_the_provider(stand_in, artifact):
     assert report.info.runtime == "ort-cuda"
 
 
+def test_the_benchmark_measures_the_provider(stand_in, artifact, tmp_path):
+    page = tmp_path / "bench.html"
+    report = exporter.bench_directory(
+        artifact.directory, runtime="ort-cuda", batches=(1, 2), samples=1, page=page
+    )
+    subjects = {"ort kernel", "ort body", "torch loop", "ort kernel, dense"}
+    assert {row.subject for row in report.rows} == {*subjects, "ort kernel, images on the GPU"}
+    assert all(row.info.startswith("ort-cuda") for row in report.rows if "ort" in row.subject)
+    assert report.context["command"].endswith("--runtime ort-cuda")
+    assert "floor was not measured" in page.read_text()
+    with pytest.raises(ValueError, match=r"runtime='torch' is not one of ort-cpu, ort-cuda"):
+        exporter.bench_directory(artifact.directory, runtime="torch")
+
+
 def test_assignments_are_read_from_this_onnxruntime(artifact):
     """On a real session: there, where nothing runs on CUDA, every node runs elsewhere."""
     options = onnxruntime.SessionOptions()

@@ -34,7 +34,7 @@ class Keys {
         score_(task.score + image * task.seqlen),
         position_(task.position + image * task.position_stride) {
     const int32_t warps = static_cast<int32_t>(blockDim.x / 32);
-    per_lane_ = kKeys > 0 ? kKeys : (seqlen_ + 32 * warps - 1) / (32 * warps);
+    per_lane_ = kKeys > 0 ? kKeys : (seqlen_ - 1) / (32 * warps) + 1;
     first_ = static_cast<int64_t>(threadIdx.x / 32) * per_lane_ * 32 + threadIdx.x % 32;
 #pragma unroll
     for (int32_t k = 0; k < kKeys; ++k) held_[k] = read(slot(k));
