@@ -18,6 +18,7 @@ _PUBLIC = {
     "check_parity": "exporter.pipeline",
     "create_model": "exporter.models",
     "default_schedule": "exporter.models.schedules",
+    "evaluate": "exporter.pipeline_evaluate",
     "export": "exporter.onnx_export",
     "list_models": "exporter.models",
     "load_checkpoint": "exporter.checkpoint",

@@ -16,6 +16,7 @@ from rich.text import Text
 from exporter import pipeline
 from exporter._version import __version__
 from exporter.artifact import Artifact
+from exporter.cli_evaluate import evaluate
 from exporter.cli_options import integers, options
 from exporter.errors import ArtifactError, VssmError
 from exporter.files import check_writable
@@ -85,28 +86,10 @@ def _version(
 @app.command()
 def models(json_file: Json = None) -> None:
     """List the models with their size and cost."""
-    from exporter.tables import table
+    from exporter.tables import models_table
 
     rows = pipeline.describe_models()
-    columns = ("model", "parameters", "image", "tokens", "GFLOPs published rule", "true")
-    console.print(
-        table(
-            "models (tokens of the first block; multiply-adds; the published rule counts one of "
-            "Vim's two directions)",
-            columns,
-            (
-                (
-                    r["name"],
-                    f"{r['parameters']:,}",
-                    "x".join(map(str, r["image_size"])),
-                    r["tokens"],
-                    f"{r['flops_published'] / 1e9:.2f}",
-                    f"{r['flops_true'] / 1e9:.2f}",
-                )
-                for r in rows
-            ),
-        )
-    )
+    console.print(models_table(rows))
     _write_json(json_file, rows)
 
 
@@ -288,6 +271,9 @@ def doctor(json_file: Json = None) -> None:
     findings = examine()
     console.print(findings_table(findings))
     _write_json(json_file, findings)
+
+
+app.command()(evaluate)
 
 
 def _write_json(path: Path | None, value: Any) -> None:

@@ -29,6 +29,9 @@ EXPORT_FILES: Final = frozenset(
         "parity.json",
         "bench.json",
         "bench.html",
+        "evaluate.csv",
+        "evaluate.csv.journal",
+        "evaluate.json",
     }
 )
 _CHUNK: Final = 1 << 20

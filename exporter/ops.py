@@ -1,14 +1,15 @@
 """torch.library operators `vssm::*`: what models call and what the exporter turns into ONNX nodes.
 
-Schemas come from the operator table in `spec`. Every operator has a fake kernel, autograd through
-the oracle, whatever computed the result, and three overloads:
+Schemas come from the operator table in `spec`. Every operator has a fake kernel, autograd (the
+gathers through the oracle, the scans as `ops_gradients` says), and three overloads:
 
 - `default` ("auto"): on CUDA tensors the native kernels, for float64 the oracle's formula; on any
   other device the oracle.
 - `oracle`: the oracle on every device.
 - `kernel`: the native kernels on CUDA and CPU tensors.
 
-Nothing falls back: kernels that are missing are an error.
+Nothing falls back: kernels that are missing are an error. `selective_scan` takes `kernel` for
+"auto" where gradients are recorded on a CPU: a model is trained on the native kernels.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from exporter import reference
+from exporter import ops_gradients, reference
 from exporter.ops_kernels import kernels
 from exporter.ops_rules import check_operands, check_scan_values
 from exporter.spec import (
@@ -86,7 +87,8 @@ def selective_scan(
     """One `vssm` scan node: the arguments and result of `reference.selective_scan`.
 
     Which operator it is follows from the operands: gated with `z`, constant gap with `delta0`.
-    What computes it is `operators`: "auto", "oracle" or "kernel".
+    What computes it is `operators`: "auto", "oracle" or "kernel". "auto" is "kernel" where
+    `ops_gradients.trains_on_kernels` says so.
 
     Raises:
         ValueError: a shape or value breaks the contract, or both `z` and `delta0` are given.
@@ -101,6 +103,8 @@ def selective_scan(
         op, operands = GATED_SELECTIVE_SCAN, [*operands, z]
     elif delta0 is not None:
         op, operands = SELECTIVE_SCAN_CONSTANT_GAP, [*operands, delta0]
+    if operators == "auto" and ops_gradients.trains_on_kernels(operands):
+        operators = "kernel"
     run = torch_op(op, operators)
     result: Tensor = run(*operands, int(delta_softplus), int(params_by_step), scale)
     return result
@@ -274,10 +278,14 @@ def _register(
         if overload == "default":
             _LIBRARY.impl(name, _on_cuda(op, oracle), "CUDA")
         torch.library.register_fake(f"vssm::{name}", fake, lib=_LIBRARY)
-        _register_autograd(op, overload, forward)
+        if op not in SCAN_OPERATORS or overload == "oracle":
+            _register_autograd(op, overload, forward)
+        else:
+            ops_gradients.register_autograd(_LIBRARY, op, name)
 
 
 for _op in SCAN_OPERATORS:
+    ops_gradients.define(_LIBRARY, _op, _TORCH_NAMES[_op.name])
     _register(_op, _scan_oracle(_op), _scan_fake(_op), _scan_reference)
 for _op in GATHER_OPERATORS:
     _register(_op, _gather_oracle(_op), _gather_fake(_op), _gather_reference)

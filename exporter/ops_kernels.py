@@ -3,7 +3,7 @@
 On CUDA tensors the kernels run on torch's current stream of their device, with a workspace from
 torch's own allocator: nothing waits and nothing else allocates, so a call may be captured in a CUDA
 graph. The values of `order` and `gap` are then not looked at. On CPU tensors the CPU kernels run,
-in one thread, and refuse bad values. float64 has the oracle alone.
+the scans on as many threads as torch uses, and refuse bad values. float64 has the oracle alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _ALIGNMENT = 256  # bytes, of a workspace
 _ERROR_BYTES = 512
 
 
-class _Tensor(ctypes.Structure):
+class CTensor(ctypes.Structure):
+    """vssm_tensor of plugins/c/vssm.h."""
+
     _fields_ = (
         ("data", ctypes.c_void_p),
         ("dtype", ctypes.c_int32),
@@ -47,7 +49,9 @@ class _Launch(ctypes.Structure):
     )
 
 
-class _ScanAttributes(ctypes.Structure):
+class ScanAttributes(ctypes.Structure):
+    """vssm_scan_attributes of plugins/c/vssm.h."""
+
     _fields_ = (
         ("delta_softplus", ctypes.c_int64),
         ("params_by_step", ctypes.c_int64),
@@ -90,7 +94,7 @@ class Kernels:
         operands = [named[o.name] for o in op.inputs]
         u: Tensor = named["u"]
         y = u.new_empty(u.shape[0], u.shape[1], u.shape[3])
-        attributes = _ScanAttributes(
+        attributes = ScanAttributes(
             named["delta_softplus"], named["params_by_step"], named["scale"], 0
         )
         self._run("vssm_selective_scan", op, operands, [y], attributes)
@@ -118,28 +122,33 @@ class Kernels:
         device = _one_device(op, operands)
         self._require(device)
         kept = [t.contiguous() for t in operands]  # alive until the call returns
-        inputs, results = _describe(kept), _describe(outputs)
+        inputs, results = describe(kept), describe(outputs)
         counted = [results]
         if op in GATHER_OPERATORS:
             counted.append(ctypes.c_int32(len(results)))
         given = (op.name.encode(), inputs, ctypes.c_int32(len(inputs)))
         with _on(device):
             if device.type == "cpu" and not self.emulated:
-                failure = self._call(function, *given, *counted, ctypes.byref(attributes), None)
+                on_threads, last = function, None
+                if op not in GATHER_OPERATORS:
+                    on_threads += "_on_threads"
+                    last = ctypes.c_int32(torch.get_num_threads())
+                arguments = (*given, *counted, ctypes.byref(attributes), last)
+                failure = self.call(on_threads, *arguments)
                 if failure is not None:
                     raise ValueError(failure)
                 return
             size = ctypes.c_int64(0)
             query = f"{function}_workspace"
-            failure = self._call(query, *given, ctypes.byref(attributes), ctypes.byref(size))
+            failure = self.call(query, *given, ctypes.byref(attributes), ctypes.byref(size))
             if failure is None:
                 launch, _workspace = _launch(device, size.value)
-                failure = self._call(function, *given, *counted, ctypes.byref(attributes), launch)
+                failure = self.call(function, *given, *counted, ctypes.byref(attributes), launch)
             if failure is not None:
                 raise UnsupportedError(failure)
 
-    def _call(self, function: str, *arguments: Any) -> str | None:
-        """The library's message; None for success."""
+    def call(self, function: str, *arguments: Any) -> str | None:
+        """Call a function of the library; its message, None for success."""
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         failed = self._library[function](*arguments, error, ctypes.c_size_t(_ERROR_BYTES))
         return error.value.decode() if failed else None
@@ -185,12 +194,13 @@ def _one_device(op: OperatorSpec, operands: Sequence[Tensor]) -> torch.device:
     return device
 
 
-def _describe(tensors: Sequence[Tensor]) -> Any:
+def describe(tensors: Sequence[Tensor]) -> Any:
+    """An array of CTensor for contiguous tensors, which must outlive it."""
     found = [
-        _Tensor(t.data_ptr(), _CODES[t.dtype], t.dim(), (ctypes.c_int64 * _MAX_RANK)(*t.shape))
+        CTensor(t.data_ptr(), _CODES[t.dtype], t.dim(), (ctypes.c_int64 * _MAX_RANK)(*t.shape))
         for t in tensors
     ]
-    return (_Tensor * len(found))(*found)
+    return (CTensor * len(found))(*found)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

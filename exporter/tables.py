@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -33,6 +33,27 @@ def _text(cell: object) -> str:
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     return str(cell)
+
+
+def models_table(models: Iterable[Mapping[str, Any]]) -> Table:
+    """What `pipeline.describe_models` found."""
+    title = (
+        "models (tokens of the first block; multiply-adds; the published rule counts one of Vim's "
+        "two directions)"
+    )
+    columns = ("model", "parameters", "image", "tokens", "GFLOPs published rule", "true")
+    rows = (
+        (
+            m["name"],
+            f"{m['parameters']:,}",
+            "x".join(map(str, m["image_size"])),
+            m["tokens"],
+            f"{m['flops_published'] / 1e9:.2f}",
+            f"{m['flops_true'] / 1e9:.2f}",
+        )
+        for m in models
+    )
+    return table(title, columns, rows)
 
 
 def parity_tables(report: ParityReport) -> list[Table]:

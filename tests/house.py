@@ -51,6 +51,12 @@ LAYERS = (
     Layer("reports", "running", ("parity*", "benchmark*"), _RUNTIMES),
     Layer("machine", "running", ("machine",), (*_RUNTIMES, "reports")),
     Layer("pages", "running", ("tables", "*_page"), (*_RUNTIMES, "reports")),
+    Layer(
+        "evaluation",
+        "running",
+        ("training/__init__", "training/evaluate*"),
+        (*_RUNTIMES, "preprocessing"),
+    ),
     Layer("bundle", "running", ("bundle*",), (*_RUNTIMES, "reports")),
     Layer("torch session", "top", ("torch_session",), (*_MODELS, *_REPORTS)),
     Layer("subjects", "top", ("bench_subjects",), (*_MODELS, *_REPORTS, "export", "torch session")),
@@ -58,9 +64,14 @@ LAYERS = (
         "pipeline",
         "top",
         ("pipeline*",),
-        (*_MODELS, *_REPORTS, "export", "torch session", "subjects"),
+        (*_MODELS, *_REPORTS, "evaluation", "export", "torch session", "subjects"),
     ),
-    Layer("command line", "top", ("cli*",), (*_SHARED, "runtimes", "reports", "pages", "pipeline")),
+    Layer(
+        "command line",
+        "top",
+        ("cli*",),
+        (*_SHARED, "runtimes", "reports", "pages", "evaluation", "pipeline"),
+    ),
 )
 _UNLISTED = Layer("no layer", "none", (), ())
 # Who may import a heavy package: its import names, then globs as above.

@@ -4,8 +4,7 @@
 #include <cstdio>
 #include <string>
 
-#include "plugins/kernels/op_table.h"
-#include "plugins/kernels/selective_scan.h"
+#include "plugins/c/read.h"
 #include "plugins/kernels/token_gather.h"
 
 namespace vssm {
@@ -17,13 +16,17 @@ static_assert(static_cast<int>(DType::kBFloat16) == VSSM_BFLOAT16, "the ABI's co
 static_assert(static_cast<int>(DType::kInt32) == VSSM_INT32, "the ABI's codes are ours");
 static_assert(sizeof(vssm_tensor::dims) == kMaxRank * sizeof(int64_t), "one rank for both");
 
-int report(const Status& status, char* error, size_t error_bytes) {
+}  // namespace
+
+int c::report(const Status& status, char* error, size_t error_bytes) {
   if (status.ok()) return 0;
   if (error != nullptr && error_bytes > 0) {
     std::snprintf(error, error_bytes, "%s", status.message());
   }
   return 1;
 }
+
+namespace {
 
 Status find_operator(const char* name, Family family, const OperatorSpec** found) {
   for (const OperatorSpec& spec : kOperators) {
@@ -36,9 +39,10 @@ Status find_operator(const char* name, Family family, const OperatorSpec** found
                        " operator; vssm_operator_table() lists them");
 }
 
-/// `with_data`: whether the memory must be there already.
-Status read_tensor(const OperatorSpec& spec, std::string_view name, const vssm_tensor& tensor,
-                   bool with_data, Operand* operand) {
+}  // namespace
+
+Status c::read_tensor(const OperatorSpec& spec, std::string_view name, const vssm_tensor& tensor,
+                      bool with_data, Operand* operand) {
   if (tensor.dtype < VSSM_FLOAT32 || tensor.dtype > VSSM_INT32) {
     return Status::error(spec.name, ": dtype(", name, ")=", tensor.dtype,
                          " is outside [0, 3]; use a VSSM_... code");
@@ -63,6 +67,8 @@ Status read_tensor(const OperatorSpec& spec, std::string_view name, const vssm_t
   return {};
 }
 
+namespace {
+
 Status read_inputs(const OperatorSpec& spec, const vssm_tensor* inputs, int32_t count,
                    bool with_data, Operand* const* operands) {
   if (inputs == nullptr || count != spec.input_count) {
@@ -72,8 +78,8 @@ Status read_inputs(const OperatorSpec& spec, const vssm_tensor* inputs, int32_t 
   }
   Status status;
   for (int i = 0; i < count && status.ok(); ++i) {
-    status = read_tensor(spec, spec.inputs[static_cast<size_t>(i)].name, inputs[i], with_data,
-                         operands[i]);
+    status = c::read_tensor(spec, spec.inputs[static_cast<size_t>(i)].name, inputs[i], with_data,
+                            operands[i]);
   }
   return status;
 }
@@ -84,7 +90,7 @@ Status read_output(const OperatorSpec& spec, int index, const vssm_tensor& tenso
                    const Operand& expected, T** data) {
   const std::string_view name = spec.outputs[static_cast<size_t>(index)].name;
   Operand given;
-  const Status status = read_tensor(spec, name, tensor, true, &given);
+  const Status status = c::read_tensor(spec, name, tensor, true, &given);
   if (!status.ok()) return status;
   bool same = given.dtype == expected.dtype && given.rank == expected.rank;
   for (int i = 0; i < expected.rank; ++i) same = same && given.dims[i] == expected.dims[i];
@@ -95,9 +101,11 @@ Status read_output(const OperatorSpec& spec, int index, const vssm_tensor& tenso
                        expected.rank == 3 ? "..." : "", "), the shape of the operator table");
 }
 
-Status read_scan(const char* op, const vssm_tensor* inputs, int32_t count,
-                 const vssm_scan_attributes* attributes, bool with_data, const OperatorSpec** spec,
-                 SelectiveScanArgs* args) {
+}  // namespace
+
+Status c::read_scan(const char* op, const vssm_tensor* inputs, int32_t count,
+                    const vssm_scan_attributes* attributes, bool with_data,
+                    const OperatorSpec** spec, SelectiveScanArgs* args) {
   Status status = find_operator(op, Family::kSelectiveScan, spec);
   if (!status.ok()) return status;
   if (attributes == nullptr) {
@@ -120,6 +128,8 @@ Status read_scan(const char* op, const vssm_tensor* inputs, int32_t count,
                                &args->gap,        args->gated ? &args->z : &args->delta0};
   return read_inputs(**spec, inputs, count, with_data, operands);
 }
+
+namespace {
 
 Status read_gather(const char* op, const vssm_tensor* inputs, int32_t count,
                    const vssm_gather_attributes* attributes, bool with_data,
@@ -166,7 +176,7 @@ Status run_scan(const char* op, const vssm_tensor* inputs, int32_t count, const 
                 const vssm_scan_attributes* attributes, const vssm_launch* launch) {
   const OperatorSpec* spec = nullptr;
   SelectiveScanArgs args;
-  Status status = read_scan(op, inputs, count, attributes, true, &spec, &args);
+  Status status = c::read_scan(op, inputs, count, attributes, true, &spec, &args);
   SelectiveScanShape shape;
   if (status.ok()) status = check(args, &shape);
   if (!status.ok()) return status;
@@ -207,7 +217,7 @@ Status scan_workspace(const char* op, const vssm_tensor* inputs, int32_t count,
                       const vssm_scan_attributes* attributes, int64_t* bytes) {
   const OperatorSpec* spec = nullptr;
   SelectiveScanArgs args;
-  Status status = read_scan(op, inputs, count, attributes, false, &spec, &args);
+  Status status = c::read_scan(op, inputs, count, attributes, false, &spec, &args);
   SelectiveScanShape shape;
   if (status.ok()) status = check(args, &shape);
   if (!status.ok()) return status;
@@ -244,22 +254,22 @@ Status gather_workspace(const char* op, const vssm_tensor* inputs, int32_t count
 int vssm_selective_scan(const char* op, const vssm_tensor* inputs, int32_t input_count,
                         const vssm_tensor* y, const vssm_scan_attributes* attributes,
                         const vssm_launch* launch, char* error, size_t error_bytes) {
-  return vssm::report(vssm::run_scan(op, inputs, input_count, y, attributes, launch), error,
-                      error_bytes);
+  return vssm::c::report(vssm::run_scan(op, inputs, input_count, y, attributes, launch), error,
+                         error_bytes);
 }
 
 int vssm_selective_scan_workspace(const char* op, const vssm_tensor* inputs, int32_t input_count,
                                   const vssm_scan_attributes* attributes, int64_t* bytes,
                                   char* error, size_t error_bytes) {
-  return vssm::report(vssm::scan_workspace(op, inputs, input_count, attributes, bytes), error,
-                      error_bytes);
+  return vssm::c::report(vssm::scan_workspace(op, inputs, input_count, attributes, bytes), error,
+                         error_bytes);
 }
 
 int vssm_token_gather(const char* op, const vssm_tensor* inputs, int32_t input_count,
                       const vssm_tensor* outputs, int32_t output_count,
                       const vssm_gather_attributes* attributes, const vssm_launch* launch,
                       char* error, size_t error_bytes) {
-  return vssm::report(
+  return vssm::c::report(
       vssm::run_gather(op, inputs, input_count, outputs, output_count, attributes, launch), error,
       error_bytes);
 }
@@ -267,8 +277,8 @@ int vssm_token_gather(const char* op, const vssm_tensor* inputs, int32_t input_c
 int vssm_token_gather_workspace(const char* op, const vssm_tensor* inputs, int32_t input_count,
                                 const vssm_gather_attributes* attributes, int64_t* bytes,
                                 char* error, size_t error_bytes) {
-  return vssm::report(vssm::gather_workspace(op, inputs, input_count, attributes, bytes), error,
-                      error_bytes);
+  return vssm::c::report(vssm::gather_workspace(op, inputs, input_count, attributes, bytes), error,
+                         error_bytes);
 }
 
 int vssm_has_cuda(void) {

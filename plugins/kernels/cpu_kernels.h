@@ -37,11 +37,34 @@ struct ScanPlan {
   void* y;
 };
 
+/// A checked backward pass, ready to run. A unit of work is one image and one group of blocks;
+/// where units share a gradient each has a row of its own, and the rows are added up afterwards.
+struct BackwardPlan {
+  ScanPlan scan;  // float32; its y and sums are unused
+  const float* dy;
+  float *du, *ddelta;
+  float* dz;  // or null
+  // Row 0 is the gradient itself; row i begins at rest + (i - 1) size.
+  struct Rows {
+    float *first, *rest;
+    int64_t size;
+  };
+  Rows dB, dC;               // a row for each group, with every image
+  Rows dA, dD, ddelta_bias;  // a row for each image
+  Rows ddelta0;              // likewise; its `first` may be null
+  int64_t blocks, groups, blocks_per_group;
+  int64_t chunk;  // steps between the states that the first sweep keeps
+  // Where each part of a unit's scratch begins, in floats; rows of kChannels floats, each aligned.
+  int64_t starts, carry, sums_of_A, sums, decays, states, lanes_of_B, lanes_of_C, scratch;
+};
+
 /// One instruction set's kernels.
 struct CpuKernels {
   const char* name;
   /// All directions of the channels from unit * blocks_per_unit * kChannels on, of one image.
   void (*scan_unit)(const ScanPlan& plan, int64_t image, int64_t unit);
+  /// The gradients of one image and one group of blocks.
+  void (*backward_unit)(const BackwardPlan& plan, int64_t image, int64_t group, float* scratch);
   /// float16 or bfloat16 to float32, exact.
   void (*widen)(const void* source, DType dtype, float* target, int64_t count);
   /// Pieces for tests and for the floor of a benchmark; `count` is a multiple of kChannels.

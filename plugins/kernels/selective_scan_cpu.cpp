@@ -3,7 +3,7 @@
 #include <new>
 
 #include "plugins/kernels/cpu_dispatch.h"
-#include "plugins/kernels/selective_scan.h"
+#include "plugins/kernels/selective_scan_cpu_plan.h"
 
 namespace vssm {
 namespace {
@@ -18,6 +18,31 @@ struct Job {
   const uint16_t *half_B, *half_C;
   float *B, *C;
 };
+
+/// Wide units where memory counts, as even in number and size as they get.
+int64_t blocks_per_unit(const SelectiveScanShape& shape) {
+  if (shape.d_state > 1) return 1;
+  const int64_t blocks = (shape.d_inner + kChannels - 1) / kChannels;
+  const int64_t units = 2 * ((blocks + 2 * kWidest - 1) / (2 * kWidest));
+  return (blocks + units - 1) / units;
+}
+
+void run_unit(void* argument, size_t index) {
+  const Job& job = *static_cast<const Job*>(argument);
+  const auto unit = static_cast<int64_t>(index);
+  job.kernels->scan_unit(job.plan, unit / job.units, unit % job.units);
+}
+
+void widen_image(void* argument, size_t index) {
+  const Job& job = *static_cast<const Job*>(argument);
+  const auto image = static_cast<int64_t>(index);
+  const int64_t b = job.plan.seqlen * job.plan.Kb * job.plan.d_state;
+  const int64_t c = job.plan.seqlen * job.plan.Kc * job.plan.d_state;
+  job.kernels->widen(job.half_B + image * b, job.plan.dtype, job.B + image * b, b);
+  job.kernels->widen(job.half_C + image * c, job.plan.dtype, job.C + image * c, c);
+}
+
+}  // namespace
 
 ScanPlan plan_from(const SelectiveScanArgs& args, const SelectiveScanShape& shape) {
   ScanPlan plan = {};
@@ -54,31 +79,6 @@ ScanPlan plan_from(const SelectiveScanArgs& args, const SelectiveScanShape& shap
   plan.y = args.y;
   return plan;
 }
-
-/// Wide units where memory counts, as even in number and size as they get.
-int64_t blocks_per_unit(const SelectiveScanShape& shape) {
-  if (shape.d_state > 1) return 1;
-  const int64_t blocks = (shape.d_inner + kChannels - 1) / kChannels;
-  const int64_t units = 2 * ((blocks + 2 * kWidest - 1) / (2 * kWidest));
-  return (blocks + units - 1) / units;
-}
-
-void run_unit(void* argument, size_t index) {
-  const Job& job = *static_cast<const Job*>(argument);
-  const auto unit = static_cast<int64_t>(index);
-  job.kernels->scan_unit(job.plan, unit / job.units, unit % job.units);
-}
-
-void widen_image(void* argument, size_t index) {
-  const Job& job = *static_cast<const Job*>(argument);
-  const auto image = static_cast<int64_t>(index);
-  const int64_t b = job.plan.seqlen * job.plan.Kb * job.plan.d_state;
-  const int64_t c = job.plan.seqlen * job.plan.Kc * job.plan.d_state;
-  job.kernels->widen(job.half_B + image * b, job.plan.dtype, job.B + image * b, b);
-  job.kernels->widen(job.half_C + image * c, job.plan.dtype, job.C + image * c, c);
-}
-
-}  // namespace
 
 Status selective_scan_cpu(const SelectiveScanArgs& args, const ParallelFor& parallel_for) {
   SelectiveScanShape shape;

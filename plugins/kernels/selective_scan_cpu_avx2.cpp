@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "plugins/kernels/cpu_pieces.h"
+#include "plugins/kernels/selective_scan_backward_cpu_impl.h"
 #include "plugins/kernels/selective_scan_cpu_impl.h"
 
 namespace vssm {
@@ -155,6 +156,7 @@ struct Avx2 {
 const CpuKernels kAvx2Kernels = {
     "avx2",
     scan_unit<Avx2>,
+    backward_unit<Avx2>,
     widen<Avx2>,
     decay_values<Avx2>,
     softplus_values<Avx2>,

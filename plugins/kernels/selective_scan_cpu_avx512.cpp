@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "plugins/kernels/cpu_pieces.h"
+#include "plugins/kernels/selective_scan_backward_cpu_impl.h"
 #include "plugins/kernels/selective_scan_cpu_impl.h"
 
 namespace vssm {
@@ -272,6 +273,7 @@ struct FunctionsOf<Avx512> {
 const CpuKernels kAvx512Kernels = {
     "avx512",
     scan_unit<Avx512>,
+    backward_unit<Avx512>,
     widen<Avx512>,
     decay_values<Avx512>,
     softplus_values<Avx512>,

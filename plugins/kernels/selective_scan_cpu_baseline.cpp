@@ -1,6 +1,7 @@
 // Portable vectors of four floats (GCC and Clang vector extensions): SSE2 on any x86-64, NEON on
 // aarch64, plain code elsewhere.
 #include "plugins/kernels/cpu_pieces.h"
+#include "plugins/kernels/selective_scan_backward_cpu_impl.h"
 #include "plugins/kernels/selective_scan_cpu_impl.h"
 
 #if defined(__SSE2__)
@@ -190,6 +191,7 @@ struct Baseline {
 const CpuKernels kBaselineKernels = {
     "baseline",
     scan_unit<Baseline>,
+    backward_unit<Baseline>,
     widen<Baseline>,
     decay_values<Baseline>,
     softplus_values<Baseline>,

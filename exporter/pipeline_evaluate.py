@@ -1,0 +1,114 @@
+"""`vssm evaluate` as a function: an export, a folder of images, a runtime."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from exporter.artifact import MODEL_FILE, Artifact, open_artifact
+from exporter.files import MANIFEST_NAME, check_writable, sha256_of
+from exporter.manifest_types import Preprocessing
+from exporter.pipeline import open_session, write_json
+from exporter.preprocessing import read_labels
+from exporter.training.evaluate import EvaluationReport, Progress, evaluate_session
+from exporter.training.evaluate_data import find_pictures, fingerprint
+from exporter.training.evaluate_journal import Journal
+
+RESULTS_FILE = "evaluate.csv"
+_MAX_WORKERS = 4  # by default: more than a model on a few cores can use
+
+
+def evaluate(
+    artifact: Artifact | str | os.PathLike[str],
+    images: str | os.PathLike[str],
+    runtime: str = "ort-cpu",
+    *,
+    operators: str | None = None,
+    threads: int | None = None,
+    batch: int = 32,
+    workers: int | None = None,
+    classes: str | os.PathLike[str] | None = None,
+    results: str | os.PathLike[str] | None = None,
+    restart: bool = False,
+    progress: Progress = lambda _: None,
+) -> EvaluationReport:
+    """Top-1 and top-5 accuracy of an export over a folder that holds one folder a class.
+
+    An interrupted evaluation, a killed one too, goes on at its next call where it ended, and ends
+    with the same results file. The report is written beside that, as JSON.
+
+    Args:
+        artifact: the export, or its directory.
+        images: the folder, laid out as ImageNet's validation set.
+        runtime: as for `open_session`.
+        operators: as for `open_session`.
+        threads: as for `open_session`.
+        batch: images of one run.
+        workers: processes that load images; 0 for this one alone; None for up to four.
+        classes: file that names the folder of each class, as `read_labels` takes it; None: sorted.
+        results: CSV file with a row for each image; None for evaluate.csv in the export.
+        restart: begin anew, whatever an interrupted evaluation has left.
+        progress: called with a line of text after every batch.
+
+    Raises:
+        ValueError: an argument is out of its range, the folders are not the classes, or no image
+            can be read.
+        ArtifactError: the export was changed, a file cannot be written, or what an interrupted
+            evaluation left is of another one.
+        RuntimeUnavailableError, UnsupportedError: as for `open_session`.
+    """
+    workers = _checked(batch, workers)
+    opened, root = open_artifact(artifact, only=(MODEL_FILE,)), Path(images)
+    spec = _preprocessing(opened)
+    target = opened.directory / RESULTS_FILE if results is None else Path(results)
+    summary = target.with_suffix(".json")
+    check_writable(target)
+    check_writable(summary)
+    num_classes = int(opened.manifest.outputs[0].shape[1])
+    names = None if classes is None else read_labels(classes, num_classes)
+    pictures = find_pictures(root, num_classes, names)
+    with open_session(opened, runtime, operators=operators, threads=threads) as session:
+        header = {
+            **{key: str(value) for key, value in asdict(session.info).items()},
+            "model": sha256_of(opened.directory / MANIFEST_NAME),
+            "images": fingerprint(root, pictures),
+            "batch": str(batch),
+        }
+        path = target.with_name(f"{target.name}.journal")
+        with Journal(path, header, restart=restart) as journal:
+            report = evaluate_session(
+                session,
+                pictures,
+                root=root,
+                spec=spec,
+                journal=journal,
+                batch=batch,
+                workers=workers,
+                results=target,
+                progress=progress,
+            )
+            write_json(summary, report)
+            journal.remove()
+    return report
+
+
+def _checked(batch: int, workers: int | None) -> int:
+    """The number of workers."""
+    if batch < 1:
+        raise ValueError(f"batch={batch} is below 1; give the number of images of a run")
+    if workers is None:
+        return min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
+    if workers < 0:
+        raise ValueError(f"workers={workers} is below 0; 0 loads images in this process")
+    return workers
+
+
+def _preprocessing(artifact: Artifact) -> Preprocessing:
+    spec = artifact.manifest.preprocessing
+    if spec is None:
+        raise ValueError(
+            f"{artifact.directory / MANIFEST_NAME} has no preprocessing, so image files cannot be "
+            "turned into its input; export the model by its name"
+        )
+    return spec

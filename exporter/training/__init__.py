@@ -1,0 +1,1 @@
+"""Evaluating and training models on data sets."""

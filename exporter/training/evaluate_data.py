@@ -1,0 +1,156 @@
+"""An ImageNet-layout folder as a list of pictures, loaded in order by worker processes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from exporter.errors import VssmError
+from exporter.manifest_types import Preprocessing
+from exporter.preprocessing import FloatArray, preprocess
+
+_AHEAD = 2  # batches a worker may be ahead of the model
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file: its path below the root, with slashes, and the class of its folder."""
+
+    path: str
+    target: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One batch: the images that could be read, and of every file its error, None where none."""
+
+    images: FloatArray
+    errors: tuple[str | None, ...]
+
+
+def find_pictures(
+    root: Path, num_classes: int, classes: Sequence[str] | None = None
+) -> list[Picture]:
+    """Every file of the class folders, sorted by its path.
+
+    Class i is the folder that `classes` names there, else the folder that is i-th by name, as in
+    ImageNet. Folders may hold folders. Every file counts as an image, but for hidden ones.
+
+    Args:
+        root: holds a folder for each class, such as n01440764.
+        num_classes: classes of the model.
+        classes: the folder of each class.
+
+    Raises:
+        ValueError: there are no images, or the folders are not the model's classes.
+    """
+    if not root.is_dir():
+        raise ValueError(f"images={root} is no folder; give one that holds a folder for each class")
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if classes is None and len(folders) != num_classes:
+        raise ValueError(
+            f"images={root} holds {len(folders)} folders, but the model has {num_classes} classes; "
+            "give one for each, or name the folder of every class in a file with --classes"
+        )
+    index = {name: i for i, name in enumerate(folders if classes is None else classes)}
+    if unknown := sorted(set(folders) - set(index)):
+        raise ValueError(
+            f"images={root} holds the folder {unknown[0]!r}, which is no class of the file; name "
+            "all folders there, or move it away"
+        )
+    pictures = [Picture(path, index[path.split("/", 1)[0]]) for path in _files(root, folders)]
+    if not pictures:
+        raise ValueError(f"images={root} holds no files in its folders; give the images")
+    return pictures
+
+
+def fingerprint(root: Path, pictures: Sequence[Picture]) -> str:
+    """SHA-256 over paths, classes and sizes in bytes."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        size = (root / picture.path).stat().st_size
+        digest.update(f"{picture.path}\0{picture.target}\0{size}\n".encode())
+    return digest.hexdigest()
+
+
+def load(files: Sequence[str], spec: Preprocessing) -> Loaded:
+    """Preprocess each file; one that cannot be read gives an error in place of an image."""
+    arrays: list[FloatArray] = []
+    errors: list[str | None] = []
+    for file in files:
+        try:
+            arrays.append(preprocess(file, spec))
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            errors.append(None)
+    empty = np.empty((0, 3, *spec.crop), np.float32)
+    return Loaded(np.concatenate([empty, *arrays]), tuple(errors))
+
+
+def load_in_order(
+    batches: Sequence[Sequence[str]], spec: Preprocessing, *, workers: int
+) -> Iterator[Loaded]:
+    """Each batch of files, loaded by `workers` processes; by this one where that is 0.
+
+    Raises:
+        VssmError: a worker was killed, as the system does when memory runs out.
+    """
+    if workers == 0:
+        for batch in batches:
+            yield load(batch, spec)
+        return
+    # Not forked: the runtime's threads, and whatever they hold, are not there in a fork.
+    context = multiprocessing.get_context("spawn")
+    work = functools.partial(load, spec=spec)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
+        waiting: deque[Future[Loaded]] = deque()
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(work, batch))
+                if len(waiting) > _AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise VssmError(
+                f"workers={workers}: one was killed, perhaps for lack of memory; run again with "
+                "fewer workers or a smaller batch, which goes on where this ended"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _files(root: Path, folders: Sequence[str]) -> list[str]:
+    found = []
+    for name in folders:
+        for folder, inner, files in os.walk(root / name, followlinks=True):
+            inner[:] = [n for n in inner if not n.startswith(".")]
+            place = Path(folder).relative_to(root)
+            found += [(place / file).as_posix() for file in files if not file.startswith(".")]
+    return sorted(found)
+
+
+def _begin_worker() -> None:
+    """Ctrl-C is the parent's, and without a parent, even a killed one, there is nothing to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,138 @@
+// The C ABI over the CPU kernels on several threads, and over the backward pass.
+#include "plugins/c/vssm_training.h"
+
+#include "plugins/c/read.h"
+#include "plugins/c/threads.h"
+#include "plugins/kernels/selective_scan_backward.h"
+
+namespace vssm::c {
+namespace {
+
+constexpr int kMaxGradients = 8;
+
+Status check_threads(const char* op, int32_t threads) {
+  if (threads >= 1) return {};
+  return Status::error(op, ": threads=", threads, " is below 1; count the calling thread");
+}
+
+/// The memory of an output or a gradient, which must have the type and shape of `like`.
+Status read_target(const OperatorSpec& spec, std::string_view name, const vssm_tensor& tensor,
+                   const Operand& like, void** data) {
+  Operand given;
+  Status status = read_tensor(spec, name, tensor, true, &given);
+  if (!status.ok()) return status;
+  bool same = given.dtype == like.dtype && given.rank == like.rank;
+  for (int i = 0; i < like.rank; ++i) same = same && given.dims[i] == like.dims[i];
+  *data = tensor.data;
+  if (same) return {};
+  return Status::error(spec.name, ": the result for ", name, " has another type or shape than ",
+                       name, "; give it those of the operator table");
+}
+
+Status run_scan(const char* op, const vssm_tensor* inputs, int32_t count, const vssm_tensor* y,
+                const vssm_scan_attributes* attributes, int32_t threads) {
+  const OperatorSpec* spec = nullptr;
+  SelectiveScanArgs args;
+  Status status = read_scan(op, inputs, count, attributes, true, &spec, &args);
+  SelectiveScanShape shape;
+  if (status.ok()) status = check(args, &shape);
+  if (status.ok()) status = check_threads(op, threads);
+  if (!status.ok()) return status;
+  if (y == nullptr) return Status::error(op, ": y is missing; give its memory");
+  const Operand like = {nullptr, args.u.dtype, 3, {shape.batch, shape.seqlen, shape.d_inner}};
+  status = read_target(*spec, "y", *y, like, &args.y);
+  return status.ok() ? selective_scan_cpu(args, on_threads(&threads)) : status;
+}
+
+/// The places of the gradients, in the inputs' order, and the inputs they belong to.
+int list_gradients(SelectiveScanBackwardArgs* args, float*** places, const Operand** inputs) {
+  const SelectiveScanArgs& scan = args->forward;
+  float** const all_places[] = {
+      &args->du, &args->ddelta, &args->dA,          &args->dB,
+      &args->dC, &args->dD,     &args->ddelta_bias, scan.gated ? &args->dz : &args->ddelta0};
+  const Operand* const all_inputs[] = {
+      &scan.u, &scan.delta, &scan.A,          &scan.B,
+      &scan.C, &scan.D,     &scan.delta_bias, scan.gated ? &scan.z : &scan.delta0};
+  const int count = kMaxGradients - (scan.gated || scan.constant_gap ? 0 : 1);
+  for (int i = 0; i < count; ++i) {
+    places[i] = all_places[i];
+    inputs[i] = all_inputs[i];
+  }
+  return count;
+}
+
+Status read_gradients(const OperatorSpec& spec, const vssm_tensor* gradients, int32_t count,
+                      SelectiveScanBackwardArgs* args) {
+  float** places[kMaxGradients];
+  const Operand* inputs[kMaxGradients];
+  const int wanted = list_gradients(args, places, inputs);
+  if (gradients == nullptr || count != wanted) {
+    return Status::error(spec.name, ": gradient_count=", gradients == nullptr ? 0 : count,
+                         ", but it must be ", wanted,
+                         "; give one for each input but order and gap");
+  }
+  Status status;
+  for (int i = 0; i < count && status.ok(); ++i) {
+    const size_t row = static_cast<size_t>(i < 7 ? i : 9);  // order and gap stand between
+    void* data = nullptr;
+    status = read_target(spec, spec.inputs[row].name, gradients[i], *inputs[i], &data);
+    *places[i] = static_cast<float*>(data);
+  }
+  return status;
+}
+
+Status run_backward(const char* op, const vssm_tensor* inputs, int32_t input_count,
+                    const vssm_tensor* dy, const vssm_tensor* gradients, int32_t gradient_count,
+                    const vssm_scan_attributes* attributes, int32_t threads) {
+  const OperatorSpec* spec = nullptr;
+  SelectiveScanBackwardArgs args;
+  Status status = read_scan(op, inputs, input_count, attributes, true, &spec, &args.forward);
+  if (!status.ok()) return status;
+  if (dy == nullptr) return Status::error(op, ": dy is missing; give its memory");
+  status = read_tensor(*spec, "dy", *dy, true, &args.dy);
+  SelectiveScanShape shape;
+  if (status.ok()) status = check(args, &shape);
+  if (status.ok()) status = read_gradients(*spec, gradients, gradient_count, &args);
+  if (status.ok()) status = check_threads(op, threads);
+  return status.ok() ? selective_scan_backward_cpu(args, on_threads(&threads)) : status;
+}
+
+Status measure_backward(const char* op, const vssm_tensor* inputs, int32_t count,
+                        const vssm_scan_attributes* attributes, int64_t* bytes) {
+  const OperatorSpec* spec = nullptr;
+  SelectiveScanArgs args;
+  Status status = read_scan(op, inputs, count, attributes, false, &spec, &args);
+  SelectiveScanShape shape;
+  if (status.ok()) status = check(args, &shape);
+  if (!status.ok()) return status;
+  const BackwardMemory memory = selective_scan_backward_cpu_memory(shape);
+  bytes[0] = memory.shared;
+  bytes[1] = memory.per_thread;
+  return {};
+}
+
+}  // namespace
+}  // namespace vssm::c
+
+int vssm_selective_scan_on_threads(const char* op, const vssm_tensor* inputs, int32_t input_count,
+                                   const vssm_tensor* y, const vssm_scan_attributes* attributes,
+                                   int32_t threads, char* error, size_t error_bytes) {
+  return vssm::c::report(vssm::c::run_scan(op, inputs, input_count, y, attributes, threads), error,
+                         error_bytes);
+}
+
+int vssm_selective_scan_backward(const char* op, const vssm_tensor* inputs, int32_t input_count,
+                                 const vssm_tensor* dy, const vssm_tensor* gradients,
+                                 int32_t gradient_count, const vssm_scan_attributes* attributes,
+                                 int32_t threads, char* error, size_t error_bytes) {
+  return vssm::c::report(vssm::c::run_backward(op, inputs, input_count, dy, gradients,
+                                               gradient_count, attributes, threads),
+                         error, error_bytes);
+}
+
+int vssm_selective_scan_backward_memory(const char* op, const vssm_tensor* inputs,
+                                        int32_t input_count, const vssm_scan_attributes* attributes,
+                                        int64_t* bytes, char* error, size_t error_bytes) {
+  return vssm::c::report(vssm::c::measure_backward(op, inputs, input_count, attributes, bytes),
+                         error, error_bytes);
+}
