@@ -212,9 +212,10 @@ class LatencyScan {
   float A_[kStates], h_[kStates];
 };
 
-// Without a second block a multiprocessor asked for: at 64 registers a thread the compiler spills.
+// One block a multiprocessor is all that is asked for: at 64 registers a thread the compiler
+// spills.
 template <typename T, int kLanes, int kStates>
-__global__ void __launch_bounds__(kLatencyThreads)
+__global__ void __launch_bounds__(kLatencyThreads, 1)
     selective_scan_latency(const __grid_constant__ ScanParams p,
                            const __grid_constant__ LatencyCut cut) {
   LatencyScan<T, kLanes, kStates>(p, cut, dynamic_shared_memory<float>()).run();

@@ -46,9 +46,9 @@ class ThroughputScan {
     writes_ = channel < p.d_inner;
     channel_ = writes_ ? channel : p.d_inner - 1;
     const int64_t row = image_ * p.seqlen * p.d_inner + channel_;
-    y_ = static_cast<T*>(p.y) + row;
-    z_ = static_cast<const T*>(p.z) + row;
-    sums_ = p.sums + row;
+    y_ = settled(static_cast<T*>(p.y) + row);
+    z_ = settled(static_cast<const T*>(p.z) + row);
+    sums_ = settled(p.sums + row);
     u_stride_ = p.u_token * kSize;
     delta_stride_ = p.delta_token * kSize;
     y_stride_ = p.d_inner * kSize;
@@ -74,13 +74,13 @@ class ThroughputScan {
   __device__ __forceinline__ void begin(int direction, int group) {
     const int first = group * kStates;
     count_ = min(kStates, p_.d_state - first);
-    u_ = image_of<T>(p_.u, p_, image_, p_.u_token) + direction * p_.u_direction + channel_;
-    delta_ = image_of<T>(p_.delta, p_, image_, p_.delta_token) + direction * p_.delta_direction +
-             channel_;
+    u_ = settled(image_of<T>(p_.u, p_, image_, p_.u_token) + direction * p_.u_direction + channel_);
+    delta_ = settled(image_of<T>(p_.delta, p_, image_, p_.delta_token) +
+                     direction * p_.delta_direction + channel_);
     B_ = image_of<T>(p_.B, p_, image_, p_.B_token) + direction * p_.B_direction + first;
     C_ = image_of<T>(p_.C, p_, image_, p_.C_token) + direction * p_.C_direction + first;
     const int64_t steps = int64_t{direction} * p_.seqlen;
-    order_ = p_.order + image_ * p_.order_image + steps;
+    order_ = settled(p_.order + image_ * p_.order_image + steps);
     gap_ = p_.gap + image_ * p_.gap_image + steps;
     const int64_t parameter = int64_t{direction} * p_.delta_direction + channel_;
     bias_ = p_.delta_bias[parameter];
@@ -194,20 +194,29 @@ class ThroughputScan {
   /// loaded is used up before the next loads, so that they need no other registers.
   __device__ __forceinline__ void group(int t, int row, int left) {
     const float* extra = extras() + row;
-    float span[kSteps], inject[kSteps], y[kSteps], gate[kSteps];
+    float dt[kSteps], span[kSteps], inject[kSteps], y[kSteps], gate[kSteps];
     int32_t token[kSteps];
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-      const float u = to_float(u_raw_[j]);
-      float dt = to_float(delta_raw_[j]) + bias_;
-      if (p_.softplus) dt = softplus(dt);
-      // Behind the last step there are rows of the tile without meaning: they are not used.
-      span[j] = fmaf(extra[j], p_.delta0 != nullptr ? delta0_ : dt, dt);
-      inject[j] = dt * u;
-      y[j] = fmaf(skip_, u, sum_[j]);
+      dt[j] = to_float(delta_raw_[j]) + bias_;
       gate[j] = p_.scale;
-      if (gates_) gate[j] *= silu(to_float(z_raw_[j]));
       token[j] = token_[j];
+    }
+    if (p_.softplus) {
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) dt[j] = softplus(dt[j]);
+    }
+    if (gates_) {
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) gate[j] *= silu(to_float(z_raw_[j]));
+    }
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+      const float u = to_float(u_raw_[j]);
+      // Behind the last step there are rows of the tile without meaning: they are not used.
+      span[j] = fmaf(extra[j], p_.delta0 != nullptr ? delta0_ : dt[j], dt[j]);
+      inject[j] = dt[j] * u;
+      y[j] = fmaf(skip_, u, sum_[j]);
     }
     load(t + kSteps);
     const float* states = tile() + row * Cut::kRow;

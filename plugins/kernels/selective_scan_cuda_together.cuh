@@ -9,55 +9,45 @@
 #ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_TOGETHER_CUH_
 #define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_TOGETHER_CUH_
 
-#include "plugins/kernels/selective_scan_cuda_math.cuh"
+#include "plugins/kernels/selective_scan_cuda_together_stage.cuh"
 
 namespace vssm {
-
-// Small blocks: what limits their number is the shared memory of the sums, 4 bytes a token and
-// channel.
-constexpr int kTogetherThreads = 64;
-
-struct TogetherCut {
-  static constexpr int kPack = 4;                             // states that a thread stages
-  static constexpr int kPacks = kStateGroup / kPack;          // threads that stage a step
-  static constexpr int kRow = (kTogether + 1) * kStateGroup;  // B of each direction, then C
-  VSSM_HOST_DEVICE static int tile(int threads) { return threads / kPacks; }
-  /// Floats of one of the two tiles: rows, then extra places of each direction.
-  VSSM_HOST_DEVICE static int tile_floats(int threads) {
-    return tile(threads) * (kRow + kTogether);
-  }
-};
 
 template <typename T>
 class TogetherScan {
  public:
   __device__ __forceinline__ TogetherScan(const ScanParams& p, float* shared)
       : p_(p),
-        shared_(shared),
         image_(blockIdx.x / p.blocks_per_image),
         threads_(static_cast<int>(blockDim.x)),
-        thread_(static_cast<int>(threadIdx.x)) {
-    const int channel = static_cast<int>(blockIdx.x % p.blocks_per_image) * threads_ + thread_;
+        stage_(p, image_, shared) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int channel = static_cast<int>(blockIdx.x % p.blocks_per_image) * threads_ + thread;
     // A thread past the last channel computes the last one again, and writes nothing outside.
     writes_ = channel < p.d_inner;
     channel_ = writes_ ? channel : p.d_inner - 1;
     const int64_t row = image_ * p.seqlen * p.d_inner + channel_;
-    y_ = static_cast<T*>(p.y) + row;
+    y_ = settled(static_cast<T*>(p.y) + row);
     if (p.z != nullptr) z_ = static_cast<const T*>(p.z) + row;
     const bool in_shared = p.sums == nullptr;
-    sums_ = in_shared ? shared + 2 * TogetherCut::tile_floats(threads_) + thread_ : p.sums + row;
-    sums_token_ = in_shared ? threads_ : p.d_inner;
+    sums_ = in_shared ? shared + 2 * TogetherCut::tile_floats(threads_) + thread : p.sums + row;
+    sums_stride_ = (in_shared ? threads_ : p.d_inner) * static_cast<int32_t>(sizeof(float));
+    u_stride_ = p.u_token * kSize;
+    delta_stride_ = p.delta_token * kSize;
     adds_ = in_shared || writes_;
-    u_ = image_of<T>(p.u, p, image_, p.u_token) + channel_;
-    delta_ = image_of<T>(p.delta, p, image_, p.delta_token) + channel_;
-    order_ = p.order + image_ * p.order_image;
-    gap_ = p.gap + image_ * p.gap_image;
+    delta_ = settled(image_of<T>(p.delta, p, image_, p.delta_token) + channel_);
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const T* u = image_of<T>(p.u, p, image_, p.u_token) + k * p.u_direction;
+      u_[k] = settled(u + channel_);
+      order_[k] = settled(p.order + image_ * p.order_image + int64_t{k} * p.seqlen);
+    }
     bias_ = p.delta_bias[channel_];
     delta0_ = p.delta0 == nullptr ? 0.0F : p.delta0[channel_];
   }
 
   __device__ __forceinline__ void run() {
-    for (int t = 0; t < p_.seqlen && adds_; ++t) sums_[int64_t{t} * sums_token_] = 0.0F;
+    for (int t = 0; t < p_.seqlen && adds_; ++t) *row_at(sums_, t, sums_stride_) = 0.0F;
     for (int group = 0; group < p_.groups; ++group) {
       begin(group);
       scan();
@@ -68,6 +58,7 @@ class TogetherScan {
  private:
   using Cut = TogetherCut;
   static constexpr int kPack = Cut::kPack;
+  static constexpr int32_t kSize = static_cast<int32_t>(sizeof(T));
 
   /// What a step needs from memory.
   struct Loaded {
@@ -75,15 +66,20 @@ class TogetherScan {
     int32_t token[kTogether];
   };
 
+  /// What the directions do at a step.
+  struct Now {
+    float inject[kTogether], y[kTogether];
+    int32_t token[kTogether];
+  };
+
   __device__ __forceinline__ void begin(int group) {
     const int first = group * kStateGroup;
-    count_ = min(kStateGroup, p_.d_state - first);
-    B_ = image_of<T>(p_.B, p_, image_, p_.B_token) + first;
-    C_ = image_of<T>(p_.C, p_, image_, p_.C_token) + first;
+    const int count = min(kStateGroup, p_.d_state - first);
+    stage_.begin(first);
     const float* A = p_.A + int64_t{channel_} * p_.d_state + first;
 #pragma unroll
     for (int n = 0; n < kStateGroup; n += kPack) {
-      const Pack<float, kPack> row = load_states<kPack>(A, n, count_, p_.wide_A);
+      const Pack<float, kPack> row = load_states<kPack>(A, n, count, p_.wide_A);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) A_[n + i] = row.v[i] * kLog2E;
     }
@@ -96,61 +92,23 @@ class TogetherScan {
   }
 
   __device__ __forceinline__ void scan() {
-    stage_load(0);
+    stage_.load(0);
     load_tokens(0);
     near_ = load(0);
     far_ = load(1);
-    stage_store();
+    stage_.store();
     __syncthreads();
     const int tile = Cut::tile(threads_);
     for (int start = 0; start < p_.seqlen; start += tile) {
       const bool more = start + tile < p_.seqlen;
-      if (more) stage_load(start + tile);
+      if (more) stage_.load(start + tile);
       const int end = min(start + tile, p_.seqlen);
       for (int t = start; t < end; ++t) step(t, t - start);
-      // The other tile was last read before the barrier that every thread has passed since.
-      buffer_ ^= 1;
+      stage_.turn();
       if (!more) break;
-      stage_store();
+      stage_.store();
       __syncthreads();
     }
-  }
-
-  // Staging: thread i takes pack i % kPacks of step i / kPacks, which is the token, too.
-
-  __device__ __forceinline__ void stage_load(int start) {
-    const int t = start + thread_ / Cut::kPacks;
-    const int n = thread_ % Cut::kPacks * kPack;
-    const bool here = t < p_.seqlen;
-    staged_C_ = here ? load_states<kPack>(C_ + int64_t{t} * p_.C_token, n, count_, p_.wide_C)
-                     : no_states<kPack, T>();
-#pragma unroll
-    for (int k = 0; k < kTogether; ++k) {
-      const T* row = B_ + int64_t{t} * p_.B_token + k * p_.B_direction;
-      staged_B_[k] = here ? load_states<kPack>(row, n, count_, p_.wide_B) : no_states<kPack, T>();
-    }
-    // The kPacks threads of a step are as many as the directions: one gap each.
-    const int k = thread_ % Cut::kPacks;
-    staged_extra_ = here ? extra_places(t, gap_[int64_t{k} * p_.seqlen + t]) : 0.0F;
-  }
-
-  __device__ __forceinline__ void stage_store() {
-    static_assert(Cut::kPacks == kTogether, "each thread of a step stages one gap");
-    const int step = thread_ / Cut::kPacks;
-    float* row = tile() + step * Cut::kRow + thread_ % Cut::kPacks * kPack;
-#pragma unroll
-    for (int k = 0; k < kTogether; ++k) {
-      *reinterpret_cast<Pack<float, kPack>*>(row + k * kStateGroup) = to_floats(staged_B_[k]);
-    }
-    *reinterpret_cast<Pack<float, kPack>*>(row + kTogether * kStateGroup) = to_floats(staged_C_);
-    extras()[thread_] = staged_extra_;
-  }
-
-  __device__ __forceinline__ float* tile() const {
-    return shared_ + buffer_ * Cut::tile_floats(threads_);
-  }
-  __device__ __forceinline__ float* extras() const {
-    return tile() + Cut::tile(threads_) * Cut::kRow;
   }
 
   // Loads ahead: two steps, and their tokens a step before them.
@@ -158,34 +116,42 @@ class TogetherScan {
   __device__ __forceinline__ void load_tokens(int t) {
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
-      next_token_[k] = t < p_.seqlen ? order_[int64_t{k} * p_.seqlen + t] : -1;
+      next_token_[k] = t < p_.seqlen ? order_[k][t] : -1;
     }
   }
 
   __device__ __forceinline__ Loaded load(int t) {
     Loaded loaded;
     const T zero = from_float<T>(0.0F);
-    loaded.delta = t < p_.seqlen ? delta_[int64_t{t} * p_.delta_token] : zero;
+    loaded.delta = t < p_.seqlen ? *row_at(delta_, t, delta_stride_) : zero;
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
       const int32_t token = next_token_[k];
       const bool here = is_token(token, p_.seqlen);
       loaded.token[k] = here ? token : -1;
-      loaded.u[k] = here ? u_[int64_t{token} * p_.u_token + k * p_.u_direction] : zero;
+      loaded.u[k] = here ? *row_at(u_[k], token, u_stride_) : zero;
     }
     load_tokens(t + 1);
     return loaded;
   }
 
   __device__ __forceinline__ void step(int t, int row) {
-    const Loaded now = near_;
+    float dt = to_float(near_.delta) + bias_;
+    if (p_.softplus) dt = softplus(dt);
+    Now now;
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const float u = to_float(near_.u[k]);
+      now.inject[k] = dt * u;
+      now.y[k] = skip_[k] * u;
+      now.token[k] = near_.token[k];
+    }
     near_ = far_;
     far_ = load(t + 2);
-    float dt = to_float(now.delta) + bias_;
-    if (p_.softplus) dt = softplus(dt);
     const float per_place = p_.delta0 != nullptr ? delta0_ : dt;
-    const auto extra = *reinterpret_cast<const Pack<float, kTogether>*>(extras() + row * kTogether);
-    const float* states = tile() + row * Cut::kRow;
+    const auto extra =
+        *reinterpret_cast<const Pack<float, kTogether>*>(stage_.extras() + row * kTogether);
+    const float* states = stage_.tile() + row * Cut::kRow;
     const bool agree =
         extra.v[0] == extra.v[1] && extra.v[0] == extra.v[2] && extra.v[0] == extra.v[3];
     const float span = agree ? fmaf(extra.v[0], per_place, dt) : dt;
@@ -194,13 +160,13 @@ class TogetherScan {
     for (int n = 0; n < kStateGroup; ++n) shared[n] = exp2_approx(span * A_[n]);
     if (agree) {
 #pragma unroll
-      for (int k = 0; k < kTogether; ++k) advance(k, now, dt, shared, states);
+      for (int k = 0; k < kTogether; ++k) advance(k, now, shared, states);
     } else {
 #pragma unroll
       for (int k = 0; k < kTogether; ++k) {
         float own[kStateGroup];
         decays_of(extra.v[k], dt, per_place, shared, own);
-        advance(k, now, dt, own, states);
+        advance(k, now, own, states);
       }
     }
   }
@@ -227,15 +193,14 @@ class TogetherScan {
 
   /// One step of direction k. Two directions may meet at a token: the sum is read after the
   /// direction before has written its own, and long before it is needed.
-  __device__ __forceinline__ void advance(int k, const Loaded& now, float dt, const float* decay,
+  __device__ __forceinline__ void advance(int k, const Now& now, const float* decay,
                                           const float* states) {
     const int32_t token = now.token[k];
     const bool adds = token >= 0 && adds_;
-    float* place = sums_ + int64_t{token} * sums_token_;
+    float* place = row_at(sums_, token, sums_stride_);
     const float before = adds ? *place : 0.0F;
-    const float u = to_float(now.u[k]);
-    const float inject = dt * u;
-    float even = skip_[k] * u, odd = 0.0F;
+    const float inject = now.inject[k];
+    float even = now.y[k], odd = 0.0F;
     const float* B = states + k * kStateGroup;
     const float* C = states + kTogether * kStateGroup;
 #pragma unroll
@@ -256,24 +221,24 @@ class TogetherScan {
   __device__ __forceinline__ void convert() const {
 #pragma unroll 4
     for (int t = 0; t < p_.seqlen; ++t) {
-      float y = sums_[int64_t{t} * sums_token_] * p_.scale;
+      float y = *row_at(sums_, t, sums_stride_) * p_.scale;
       if (z_ != nullptr) y *= silu(to_float(z_[int64_t{t} * p_.d_inner]));
       y_[int64_t{t} * p_.d_inner] = from_float<T>(y);
     }
   }
 
   const ScanParams& p_;
-  float* const shared_;
   const int64_t image_;
-  const int threads_, thread_;
-  int channel_, sums_token_, count_ = 0, buffer_ = 0;
+  const int threads_;
+  TogetherStage<T> stage_;
+  int channel_;
   bool writes_, adds_;
-  const T *u_, *delta_, *B_ = nullptr, *C_ = nullptr, *z_ = nullptr;
-  const int32_t *order_, *gap_;
+  int32_t u_stride_, delta_stride_, sums_stride_;  // bytes
+  const T *u_[kTogether], *delta_, *z_ = nullptr;
+  const int32_t* order_[kTogether];
   T* y_;
   float* sums_;
-  float bias_, delta0_, staged_extra_ = 0.0F;
-  Pack<T, kPack> staged_B_[kTogether], staged_C_;
+  float bias_, delta0_;
   int32_t next_token_[kTogether];
   Loaded near_, far_;
   float skip_[kTogether], A_[kStateGroup], h_[kTogether][kStateGroup];
