@@ -27,7 +27,7 @@ _CXX_SEES = {
 _CXX_HEADERS = {
     "kernels": r"(\w*intrin|arm_neon|cpuid|cuda\w*)\.h|cub/\S+\.cuh",
     "onnxruntime": r"(onnxruntime_\w+|cuda\w*|dlfcn)\.h",
-    "tensorrt": r"(Nv\w+|cuda\w*|dlfcn)\.h",
+    "tensorrt": r"(Nv\w+|cuda\w*|dlfcn|link)\.h",
     "benchmarks": r"cuda\w*\.h",
 }
 _CLOSE = frozenset({"allclose", "assert_allclose", "assert_close", "isclose"})

@@ -1,0 +1,12 @@
+# What every build of the plugin consists of: the libraries here, and those of tests/tensorrt.
+set(
+  VSSM_TENSORRT_SOURCES
+  creator.cpp
+  exports.cpp
+  host.cpp
+  node.cpp
+  plugin.cpp
+  selective_scan_plugin.cpp
+  token_gather_plugin.cpp
+)
+list(TRANSFORM VSSM_TENSORRT_SOURCES PREPEND "${CMAKE_CURRENT_LIST_DIR}/")
