@@ -19,13 +19,15 @@ _EXAMPLES_MAY_IMPORT = frozenset(
 )
 _CXX_SEES = {
     "kernels": ("kernels",),
+    "c": ("kernels", "c"),
     "onnxruntime": ("kernels", "onnxruntime"),
     "tensorrt": ("kernels", "tensorrt"),
     "benchmarks": ("kernels",),
 }
 # Headers with a dot in angle brackets (the standard library's have none), by house.
 _CXX_HEADERS = {
-    "kernels": r"(\w*intrin|arm_neon|cpuid|cuda\w*)\.h|cub/\S+\.cuh",
+    "kernels": r"(\w*intrin|arm_neon|cpuid|cuda\w*|ucontext|unistd|(sys|sanitizer)/\w+)\.h",
+    "c": r"std(def|int)\.h",
     "onnxruntime": r"(onnxruntime_\w+|cuda\w*|dlfcn)\.h",
     "tensorrt": r"(Nv\w+|cuda\w*|dlfcn|link)\.h",
     "benchmarks": r"cuda\w*\.h",

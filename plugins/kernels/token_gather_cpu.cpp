@@ -5,6 +5,7 @@
 #include <new>
 
 #include "plugins/kernels/token_gather.h"
+#include "plugins/kernels/token_gather_select.h"
 
 namespace vssm {
 namespace {
@@ -33,18 +34,12 @@ Status check_x(const TokenGatherArgs& args, int i, const TokenGatherShape& shape
   return {};
 }
 
-/// A number that is larger the sooner a slot is kept; distinct among the slots of an image.
+/// The key, and the slot below it: distinct among the slots of an image.
 uint64_t rank_of(float score, bool is_protected, int64_t slot) {
-  uint32_t order;
-  std::memcpy(&order, &score, sizeof(order));
-  if ((order & 0x7FFFFFFFU) > 0x7F800000U) {
-    order = 0;  // NaN: below -inf
-  } else {
-    if (order == 0x80000000U) order = 0;  // -0 equals +0
-    order = (order >> 31) != 0 ? ~order : order | 0x80000000U;
-  }
-  if (is_protected) order = 0xFFFFFFFFU;  // +inf is 0xFF800000
-  return (static_cast<uint64_t>(order) << 32) | (0xFFFFFFFFU - static_cast<uint32_t>(slot));
+  uint32_t bits;
+  std::memcpy(&bits, &score, sizeof(bits));
+  return (static_cast<uint64_t>(key_of(bits, is_protected)) << 32) |
+         (0xFFFFFFFFU - static_cast<uint32_t>(slot));
 }
 
 struct Job {
