@@ -20,6 +20,7 @@ constexpr const char* kUsage =
     "LIBRARY cost ROUNDS           nanoseconds of an enqueue on the host, a line per operator\n"
     "LIBRARY run host|cuda stream|graph CASE...   cases from files, outputs beside them\n"
     "LIBRARY fuzz COUNT SEED       random fields and damaged serialisations\n"
+    "LIBRARY break overrun|leak    what a sanitizer must stop\n"
     "--version 110100 before LIBRARY: which TensorRT to play (default 101600)\n";
 
 void check_creators(const Library& library) {
@@ -106,6 +107,17 @@ double cost_of(const Library& library, const OperatorSpec& spec, int64_t rounds)
   return best;
 }
 
+/// Hands a plugin a field that is shorter than it says, or forgets one: shows that a build with
+/// sanitizers would see the plugin do it.
+void break_rule(const Library& library, const std::string& damage) {
+  Fields fields;
+  fields.add("num_keep", trt::PluginFieldType::kINT32, 1, "123", damage == "overrun" ? 3 : 4);
+  trt::IPluginV3* volatile plugin =
+      library.creator("TokenGather").createPlugin("", fields.collection(), trt::TensorRTPhase());
+  if (damage != "leak") delete plugin;
+  plugin = nullptr;
+}
+
 int play(int count, char** arguments) {
   if (count > 2 && std::strcmp(arguments[0], "--version") == 0) {
     set_version(std::atoi(arguments[1]));
@@ -130,6 +142,8 @@ int play(int count, char** arguments) {
         fuzz(library, std::atoll(arguments[2]), std::strtoull(arguments[3], nullptr, 10));
     std::printf("tried %lld accepted %lld refused %lld\n", static_cast<long long>(counted.tried),
                 static_cast<long long>(counted.accepted), static_cast<long long>(counted.refused));
+  } else if (mode == "break" && count == 3) {
+    break_rule(library, arguments[2]);
   } else {
     throw std::runtime_error(kUsage);
   }
