@@ -1,5 +1,6 @@
 // A plugin library with our names and fields whose creators write down what they are given, in the
-// file that VSSM_PROBE_FILE names, and make no plugin: shows what NVIDIA's parser passes for a node.
+// file that VSSM_PROBE_FILE names, and make no plugin: shows what NVIDIA's parser passes for a
+// node.
 #include <cstdio>
 #include <cstdlib>
 
@@ -55,8 +56,8 @@ VSSM_EXPORT vssm::trt::IPluginCreatorInterface* const* getCreators(int32_t& coun
   using vssm::trt::Probe;
   static Probe made[] = {Probe(kOperators[0]), Probe(kOperators[1]), Probe(kOperators[2]),
                          Probe(kOperators[3]), Probe(kOperators[4])};
-  static vssm::trt::IPluginCreatorInterface* const list[] = {&made[0], &made[1], &made[2],
-                                                             &made[3], &made[4]};
+  static vssm::trt::IPluginCreatorInterface* const list[] = {&made[0], &made[1], &made[2], &made[3],
+                                                             &made[4]};
   count = 5;
   return list;
 }

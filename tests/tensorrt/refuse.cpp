@@ -107,10 +107,19 @@ void refuse_collections(const Library& library) {
          "a field without a name");
 }
 
-/// What the build phase refuses.
-void refuse_networks(const Library& library) {
+void logged(const std::string& words) {
+  const std::string log = take_log();
+  expect(log.find(words) != std::string::npos, words + " is not in: " + log);
+}
+
+Case too_many_kept() {
   Case given = small_case(spec_of("TokenGather"), spec_of("TokenGather").bindings[0]);
   given.attributes["num_keep"] = 6;  // of 5 tokens
+  return given;
+}
+
+void refuse_shapes(const Library& library) {
+  const Case given = too_many_kept();
   const PluginPointer gather = create(library, given, TensorRTPhase::kBUILD);
   trt::IPluginV3OneBuild& build = Faces(*gather).build;
   Builder builder;
@@ -119,10 +128,6 @@ void refuse_networks(const Library& library) {
   const auto shapes = [&](int32_t input_count, int32_t output_count) {
     return build.getOutputShapes(inputs.data(), input_count, nullptr, 0, outputs.data(),
                                  output_count, builder);
-  };
-  const auto logged = [](const char* words) {
-    const std::string log = take_log();
-    expect(log.find(words) != std::string::npos, std::string(words) + " is not in: " + log);
   };
   expect(shapes(4, 3) != 0, "num_keep above a known seqlen");
   logged("num_keep=6 is outside [1, 5]");
@@ -136,7 +141,12 @@ void refuse_networks(const Library& library) {
   inputs[2].nbDims = 2;
   expect(shapes(4, 3) != 0, "a wrong rank");
   logged("rank(x0)=2, but it must be 3");
+}
 
+void refuse_profiles(const Library& library) {
+  const Case given = too_many_kept();
+  const PluginPointer gather = create(library, given, TensorRTPhase::kBUILD);
+  trt::IPluginV3OneBuild& build = Faces(*gather).build;
   std::vector<trt::DynamicPluginTensorDesc> profile = profile_of(given);
   for (auto& one : profile) one.max = one.opt;
   expect(build.configurePlugin(profile.data(), 4, profile.data() + 4, 3) != 0,
@@ -144,15 +154,6 @@ void refuse_networks(const Library& library) {
   logged("num_keep=6 is outside [1, 5]");
   expect(build.getWorkspaceSize(profile.data(), 4, profile.data() + 4, 3) == 0, "no workspace");
   logged("num_keep=6");
-  std::vector<trt::DataType> types = input_types_of(given);
-  types[1] = trt::DataType::kINT64;
-  trt::DataType made[3];
-  expect(build.getOutputDataTypes(made, 3, types.data(), 4) != 0, "position as int64");
-  logged("type(position)=8");
-  types[1] = trt::DataType::kINT32;
-  types[3] = trt::DataType::kHALF;
-  expect(build.getOutputDataTypes(made, 3, types.data(), 4) != 0, "float32 with float16");
-  logged("x0 and x1 a pair that the table has");
   int32_t tactics[2];
   expect(build.getValidTactics(tactics, 2) != 0, "tactics that were not announced");
   logged("nbTactics=2");
@@ -160,6 +161,21 @@ void refuse_networks(const Library& library) {
   expect(!build.supportsFormatCombination(7, profile.data(), 4, 3), "a place beyond the last");
   expect(gather->getCapabilityInterface(static_cast<trt::PluginCapabilityType>(9)) == nullptr,
          "a capability that is none");
+}
+
+void refuse_data_types(const Library& library) {
+  const Case given = small_case(spec_of("TokenGather"), spec_of("TokenGather").bindings[0]);
+  const PluginPointer gather = create(library, given, TensorRTPhase::kBUILD);
+  trt::IPluginV3OneBuild& build = Faces(*gather).build;
+  std::vector<trt::DataType> types = input_types_of(given);
+  trt::DataType made[3];
+  types[1] = trt::DataType::kINT64;
+  expect(build.getOutputDataTypes(made, 3, types.data(), 4) != 0, "position as int64");
+  logged("type(position)=8 (nvinfer1::DataType), but it must be int32");
+  types[1] = trt::DataType::kINT32;
+  types[3] = trt::DataType::kHALF;
+  expect(build.getOutputDataTypes(made, 3, types.data(), 4) != 0, "float32 with float16");
+  logged("x0 and x1 a pair that the table has");
 }
 
 /// What the runtime phase refuses.
@@ -214,7 +230,9 @@ void refuse(const Library& library) {
   refuse_values(library);
   refuse_types(library);
   refuse_collections(library);
-  refuse_networks(library);
+  refuse_shapes(library);
+  refuse_profiles(library);
+  refuse_data_types(library);
   refuse_calls(library);
 }
 
