@@ -45,10 +45,15 @@ class Harness:
 def harness(*, sanitize: bool = False) -> Harness:
     """Built on first use, under build/."""
     folder = ROOT / "build" / ("tensorrt_tests_sanitized" if sanitize else "tensorrt_tests")
+    return build_harness(folder, f"-DVSSM_SANITIZE={sanitize:d}")
+
+
+def build_harness(folder: Path, *options: str) -> Harness:
+    """The harness with other options, in a folder of its own."""
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, "PATH": tools}
     for command in (
-        ["cmake", "-S", SOURCES, "-B", folder, "-G", "Ninja", f"-DVSSM_SANITIZE={sanitize:d}"],
+        ["cmake", "-S", SOURCES, "-B", folder, "-G", "Ninja", *options],
         ["cmake", "--build", folder],
     ):
         done = subprocess.run(

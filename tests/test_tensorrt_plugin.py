@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import gather_case, scan_case, scan_reference_arguments
 from native import output_shapes, output_types
-from tensorrt_build import ROOT, VERSIONS, harness, real_library
+from tensorrt_build import ROOT, VERSIONS, build_harness, harness, real_library
 from tolerances import SCAN_TOLERANCE
 
 from exporter import __version__, reference
@@ -177,6 +177,16 @@ def test_our_abi_is_that_of_the_sdk(tmp_path):
     shown = subprocess.check_output([str(folder / "vssm_tensorrt_abi_check")], text=True)
     assert ": 0 of 37 slots differ" in shown
     harness().run(folder / "libvssm_tensorrt.so", "refuse")
+
+
+@pytest.mark.skipif("TENSORRT_ROOT" not in os.environ, reason="TENSORRT_ROOT is not set (an SDK)")
+def test_a_harness_of_the_sdk_drives_our_plugin(tmp_path):
+    """The harness is built with the SDK's headers, the plugin with our declarations."""
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    folders = f"{os.environ['TENSORRT_ROOT']}/include;{cuda}/include"
+    built = build_harness(tmp_path, f"-DTENSORRT_INCLUDE_DIRS={folders}")
+    for mode in (("life", "host"), ("refuse",), ("fuzz", "20000", "1")):
+        built.run(built.stub, *mode)
 
 
 def _write_case(folder: Path, name: str, inputs, attributes) -> Path:

@@ -8,6 +8,7 @@
 
 namespace vssm::trt {
 
+using ::cudaStream_t;
 using nvinfer1::APILanguage;
 using nvinfer1::AsciiChar;
 using nvinfer1::DataType;
