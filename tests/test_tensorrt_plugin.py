@@ -43,7 +43,7 @@ DEVICES = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("version", VERSIONS.values(), ids=VERSIONS)
 def test_life(version):
     built = harness()
-    built.run(built.stub, "life", "host", version=version)
+    built.run(built.stub, "life", "stub", version=version)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -107,7 +107,7 @@ def test_fuzz_under_sanitizers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [("life", "host"), ("refuse",)], ids=lambda mode: mode[0])
+@pytest.mark.parametrize("mode", [("life", "stub"), ("refuse",)], ids=lambda mode: mode[0])
 def test_sanitizers(mode):
     built = harness(sanitize=True)
     built.run(built.stub, *mode)
@@ -185,7 +185,7 @@ def test_a_harness_of_the_sdk_drives_our_plugin(tmp_path):
     cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     folders = f"{os.environ['TENSORRT_ROOT']}/include;{cuda}/include"
     built = build_harness(tmp_path, f"-DTENSORRT_INCLUDE_DIRS={folders}")
-    for mode in (("life", "host"), ("refuse",), ("fuzz", "20000", "1")):
+    for mode in (("life", "stub"), ("refuse",), ("fuzz", "20000", "1")):
         built.run(built.stub, *mode)
 
 

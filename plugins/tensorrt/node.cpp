@@ -25,13 +25,17 @@ int find_attribute(const OperatorSpec& spec, const char* name) {
   return i;
 }
 
+/// The name may be noise: whoever reads the log expects text.
 Status unknown_field(const OperatorSpec& spec, const char* name) {
+  char printable[64] = "";
+  for (size_t i = 0; i + 1 < sizeof(printable) && name[i] != '\0'; ++i) {
+    printable[i] = name[i] >= ' ' && name[i] <= '~' ? name[i] : '?';
+  }
   const auto known = [&spec](int i) {
     return i < spec.attribute_count ? spec.attributes[static_cast<size_t>(i)].name : "";
   };
-  return Status::error(spec.name, ": attribute ", std::string_view(name, strnlen(name, 80)),
-                       " is unknown; known are ", known(0), " ", known(1), " ", known(2),
-                       ", in version 1 of the operator");
+  return Status::error(spec.name, ": attribute ", printable, " is unknown; known are ", known(0),
+                       " ", known(1), " ", known(2), ", in version 1 of the operator");
 }
 
 Status read_field(const OperatorSpec& spec, int i, const PluginField& field, Node* node) {

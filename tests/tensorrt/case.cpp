@@ -119,7 +119,11 @@ Case small_case(const OperatorSpec& spec, const TypeBinding& binding, int64_t ba
                 int64_t seqlen) {
   Case made;
   made.spec = &spec;
-  if (spec.family == Family::kTokenGather) made.attributes["num_keep"] = 1;
+  if (spec.family == Family::kTokenGather) {
+    made.attributes = {{"num_keep", 1}, {"protected_position", 2}};
+  } else {
+    made.attributes = {{"params_by_step", 1}, {"scale", 0.75}};  // not the defaults
+  }
   const auto tensor = [&](const OperandSpec& operand) {
     Tensor one;
     one.name = operand.name;

@@ -146,6 +146,19 @@ void take_outputs(const Buffers& buffers, Device* device, Case* given) {
   }
 }
 
+/// What launch_stub.cpp writes.
+void check_marks(const Case& given, int32_t tactic) {
+  const bool is_scan = given.spec->family == Family::kSelectiveScan;
+  for (size_t i = 0; i < given.outputs.size(); ++i) {
+    const int mark = is_scan ? 64 + tactic : 80 + static_cast<int>(i);
+    for (const char byte : given.outputs[i].bytes) {
+      if (byte == mark) continue;
+      expect(false, given.outputs[i].name + " was not written by its launcher and tactic");
+      break;
+    }
+  }
+}
+
 /// The runtime phase with one tactic, on a copy that is attached to a context.
 void execute(trt::IPluginV3& engine_plugin, int32_t tactic, size_t workspace, const Life& life,
              Case* given) {
@@ -171,6 +184,7 @@ void execute(trt::IPluginV3& engine_plugin, int32_t tactic, size_t workspace, co
   if (life.can_run) {
     expect(code == 0, "enqueue: " + log);
     take_outputs(buffers, life.device, given);
+    if (life.marks) check_marks(*given, tactic);
   } else {
     expect(code != 0, "enqueue says that it cannot run");
     expect(log.find(given->spec->name) != std::string::npos, "and logs why: " + log);
@@ -206,6 +220,12 @@ void live(const Library& library, const Life& life, Case* given) {
   expect(faces.build.getValidTactics(tactics.data() + 1,
                                      static_cast<int32_t>(tactics.size()) - 1) == 0,
          "getValidTactics");
+  Case neighbour = *given;  // alive beside it: what is serialised is each plugin's own
+  neighbour.attributes = {{"num_keep", 2}};
+  if (given->spec->family == Family::kSelectiveScan) neighbour.attributes.clear();
+  const PluginPointer other = create(library, neighbour, trt::TensorRTPhase::kBUILD);
+  const std::string timings = faces.build.getTimingCacheID();
+  expect(other != nullptr && timings != Faces(*other).build.getTimingCacheID(), "another node");
   const trt::PluginFieldCollection* const kept = faces.runtime.getFieldsToSerialize();
   expect(kept->nbFields == given->spec->attribute_count, "every attribute is serialised");
   Fields serialised = Fields::copy(*kept);
@@ -216,6 +236,7 @@ void live(const Library& library, const Life& life, Case* given) {
       library.creator(given->spec->name)
           .createPlugin("a_node", serialised.collection(), trt::TensorRTPhase::kRUNTIME));
   if (engine == nullptr) throw std::runtime_error("createPlugin of an engine: " + take_log());
+  expect(timings == Faces(*engine).build.getTimingCacheID(), "an engine keeps every attribute");
   for (const int32_t tactic : tactics) execute(*engine, tactic, workspace, life, given);
 }
 

@@ -14,6 +14,7 @@ struct Life {
   Device* device = nullptr;
   bool graph = false;
   bool can_run = true;  // false: no device here, so that enqueue must say so and return an error
+  bool marks = false;   // the launchers are those of launch_stub.cpp
 };
 
 /// Builds, configures, serialises, reads back, attaches and runs a case with every tactic; the

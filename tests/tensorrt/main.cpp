@@ -15,7 +15,7 @@ namespace vssm::harness {
 namespace {
 
 constexpr const char* kUsage =
-    "LIBRARY life host|cuda|none   every operator and type; none: enqueue must refuse to run\n"
+    "LIBRARY life host|cuda|stub|none   every operator and type; none: enqueue must refuse to run\n"
     "LIBRARY refuse                every failure path\n"
     "LIBRARY cost ROUNDS           nanoseconds of an enqueue on the host, a line per operator\n"
     "LIBRARY run host|cuda stream|graph CASE...   cases from files, outputs beside them\n"
@@ -49,6 +49,7 @@ void check_creators(const Library& library) {
 void check_timings(const Library& library) {
   for (const OperatorSpec& spec : kOperators) {
     Case given = small_case(spec, spec.bindings[0]);
+    given.attributes = {{"num_keep", 1}};  // which the scans do not have
     const PluginPointer one = create(library, given, trt::TensorRTPhase::kBUILD);
     given.attributes[spec.attributes[1].name] = 0;
     given.attributes[spec.attributes[0].name] = 1;
@@ -69,7 +70,7 @@ void run_life(const Library& library, const std::string& device_kind) {
   for (const OperatorSpec& spec : kOperators) {
     for (size_t b = 0; b < static_cast<size_t>(spec.binding_count); ++b) {
       Case given = small_case(spec, spec.bindings[b]);
-      live(library, {device.get(), false, device_kind != "none"}, &given);
+      live(library, {device.get(), false, device_kind != "none", device_kind == "stub"}, &given);
     }
   }
 }
@@ -79,7 +80,7 @@ void run_cases(const Library& library, int count, char** arguments) {
   const bool graph = std::strcmp(arguments[1], "graph") == 0;
   for (int i = 2; i < count; ++i) {
     Case given = read_case(arguments[i]);
-    live(library, {device.get(), graph, true}, &given);
+    live(library, {device.get(), graph, true, false}, &given);
     write_outputs(given);
   }
 }
