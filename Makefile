@@ -15,13 +15,13 @@ TENSORRT_WHEELS := $(addprefix tests/tensorrt/wheels/,rtx.txt lean-10.txt lean-1
 SETUP_LOG := build/setup.log
 
 CXX_FILES := $(shell find plugins benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
-TEST_CXX_FILES := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_TESTS := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 CMAKE_FILES := CMakeLists.txt $(shell find plugins benchmarks -name CMakeLists.txt -o -name '*.cmake')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all lint format wheel clean
+.PHONY: help setup demo test test-all lint format wheel cuda-all cuda-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,7 +49,7 @@ lint: $(DEPENDENCIES) ## ruff, mypy --strict, clang-format, gersemi, typos; chan
 	@echo "lint: mypy --strict"
 	@$(BIN)/mypy --strict
 	@echo "lint: clang-format"
-	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(TEST_CXX_FILES)
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(CXX_TESTS)
 	@echo "lint: gersemi"
 	@$(BIN)/gersemi --check $(CMAKE_FILES) tests/tensorrt
 	@echo "lint: typos"
@@ -59,12 +59,21 @@ format: $(DEPENDENCIES) ## let the formatters rewrite the files
 	@echo "format: ruff, clang-format, gersemi"
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i $(CXX_FILES) $(TEST_CXX_FILES)
+	@$(BIN)/clang-format -i $(CXX_FILES) $(CXX_TESTS)
 	@$(BIN)/gersemi --in-place $(CMAKE_FILES) tests/tensorrt
 
 wheel: setup ## wheel and source distribution in dist/
 	@echo "wheel: building into dist/"
 	@$(BIN)/python -m build --no-isolation --outdir dist
+
+cuda-all: $(DEPENDENCIES) ## compile the CUDA kernels for every architecture of the list
+	@echo "cuda-all: compiling into build/cuda-all"
+	@$(BIN)/cmake -S . -B build/cuda-all -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DVSSM_CUDA=ON -DVSSM_EMULATION=OFF -DVSSM_BENCH=OFF > /dev/null
+	@$(BIN)/cmake --build build/cuda-all --target vssm_cuda
+
+cuda-report: $(DEPENDENCIES) ## registers, spills and shared memory of every CUDA kernel
+	@$(BIN)/python benchmarks/cuda_report.py
 
 clean: ## remove what was built and cached; .venv stays (rm -r .venv for a new one)
 	@echo "clean: build/, dist/, demo/ and caches"

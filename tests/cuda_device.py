@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ H100 = {"sm_count": 132, "shared_bytes": 227 << 10}
 SMALL_CARD = {"sm_count": 8, "shared_bytes": 48 << 10}
 _GUARD = 256  # bytes before and after a tensor
 _POISON = 0xFF  # NaN in every float type, -1 in int32
+_UNPOISON = "__asan_unpoison_memory_region"
 _SCANS = {spec.name for spec in SCAN_OPERATORS}
 
 
@@ -123,6 +124,12 @@ def _load(path: Path) -> ctypes.CDLL:
     return library
 
 
+@functools.lru_cache(maxsize=2)
+def _sanitizer(function: str) -> Callable[..., None] | None:
+    """A function of AddressSanitizer's, where it is in this process."""
+    return getattr(ctypes.CDLL(None), function, None)
+
+
 class Memory:
     """A contiguous tensor between guards, `shift` elements off the alignment of its buffer."""
 
@@ -148,6 +155,15 @@ class Memory:
     def check(self, name: str) -> None:
         for guard in (self.buffer[: self.start], self.buffer[self.stop :]):
             assert bool((guard == _POISON).all()), f"{name}: written outside its memory"
+
+    def close(self, closed: bool) -> None:
+        """Makes the guards an error to AddressSanitizer, where it runs, or memory again."""
+        change = _sanitizer("__asan_poison_memory_region" if closed else _UNPOISON)
+        if change is not None and self.buffer.device.type == "cpu":
+            base = self.buffer.data_ptr()
+            change(ctypes.c_void_p(base), ctypes.c_size_t(self.start))
+            size = self.buffer.numel() - self.stop
+            change(ctypes.c_void_p(base + self.stop), ctypes.c_size_t(size))
 
     def describe(self) -> CTensor:
         dims = tuple(self.tensor.shape)
@@ -185,7 +201,14 @@ class Call:
         launch = None
         if self.backend.launches:
             launch = ctypes.byref(self._launch(stream))
-        self._call(self._family, launch, outputs=(outputs, *count))
+        everything = [*self.inputs.values(), *self.outputs.values(), self.workspace]
+        for memory in everything:
+            memory.close(True)
+        try:
+            self._call(self._family, launch, outputs=(outputs, *count))
+        finally:
+            for memory in everything:
+                memory.close(False)
 
     def results(self) -> dict[str, Tensor]:
         """Outputs on the CPU, once guards and inputs are seen to be untouched."""

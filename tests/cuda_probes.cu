@@ -110,9 +110,13 @@ __global__ void round_halves(const float* in, float* out, int32_t count) {
   }
 }
 
-__global__ void past_the_end(int32_t which) {
+__global__ void astray(int32_t which) {
   if (which == 0) dynamic_shared_memory<int32_t>()[16] = 1;
   if (which == 1) shared_memory<Tile>().v[256 + threadIdx.x] = 1;
+  if (which == 2) {
+    auto* wide = reinterpret_cast<uint4*>(dynamic_shared_memory<int32_t>() + 1);
+    wide->x = 1;
+  }
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -152,9 +156,9 @@ PROBE probe_places(int32_t* out) {
 PROBE probe_halves(const float* in, float* out, int32_t count) {
   return text(one_block(round_halves, 32, in, out, count));
 }
-PROBE probe_past_the_end(int32_t which) { return text(one_block(past_the_end, 32, which)); }
+PROBE probe_astray(int32_t which) { return text(one_block(astray, 32, which)); }
 PROBE probe_launch(int32_t grid_y, int32_t threads, int64_t shared_bytes) {
   const dim3 grid(1, static_cast<unsigned>(grid_y)), block(static_cast<unsigned>(threads));
   return text(
-      launch("probe", past_the_end, {grid, block, static_cast<size_t>(shared_bytes)}, nullptr, 2));
+      launch("probe", astray, {grid, block, static_cast<size_t>(shared_bytes)}, nullptr, -1));
 }

@@ -36,9 +36,10 @@ def compile_probes(folder: Path, *flags: str) -> Path:
     return library
 
 
-@pytest.fixture(scope="module")
-def probes(tmp_path_factory):
-    library = ctypes.CDLL(str(compile_probes(tmp_path_factory.mktemp("probes"))))
+@pytest.fixture(scope="module", params=["", "-DVSSM_EMULATION_UCONTEXT"], ids=["own", "ucontext"])
+def probes(tmp_path_factory, request):
+    flags = [request.param] if request.param else []
+    library = ctypes.CDLL(str(compile_probes(tmp_path_factory.mktemp("probes"), *flags)))
 
     def run(name, *arguments, seed=0):
         library.vssm_emulation_set_seed(ctypes.c_uint64(seed))
@@ -199,13 +200,15 @@ def _sanitized(library: Path, code: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_sanitizers_see_what_leaves_shared_memory(tmp_path):
+def test_sanitizers_see_what_goes_astray(tmp_path):
     library = compile_probes(tmp_path, *SANITIZE)
     out = "out = (ctypes.c_int32 * 256)()\n"
     fine = _sanitized(library, out + "lib.probe_rotate(1, 1, out)\nlib.probe_early_return(out)")
     assert fine.returncode == 0, fine.stderr[-2000:]
-    dynamic = _sanitized(library, "lib.probe_past_the_end(0)")
+    dynamic = _sanitized(library, "lib.probe_astray(0)")
     assert "heap-buffer-overflow" in dynamic.stderr
-    static = _sanitized(library, "lib.probe_past_the_end(1)")
+    static = _sanitized(library, "lib.probe_astray(1)")
     assert "cuda_probes.cu" in static.stderr
     assert "runtime error: " in static.stderr
+    unaligned = _sanitized(library, "lib.probe_astray(2)")
+    assert "misaligned address" in unaligned.stderr

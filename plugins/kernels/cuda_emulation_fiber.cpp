@@ -1,5 +1,6 @@
 // Switching stacks by hand on x86-64, where ucontext would cost two system calls; ucontext
-// elsewhere. AddressSanitizer is told of every switch.
+// elsewhere, and where VSSM_EMULATION_UCONTEXT asks for it. AddressSanitizer is told of every
+// switch.
 #include "plugins/kernels/cuda_emulation_fiber.h"
 
 #include <sys/mman.h>
@@ -8,7 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(VSSM_EMULATION_UCONTEXT)
+#define VSSM_OWN_SWITCH
 extern "C" void vssm_switch_stack(void** from, void* to);
 // Saves the registers that a callee must keep, and the stack, in *from; takes up what `to` saved.
 asm(R"(
@@ -82,7 +84,7 @@ char* map_stack() {
 }  // namespace
 
 Fiber::~Fiber() {
-#if !defined(__x86_64__)
+#if !defined(VSSM_OWN_SWITCH)
   delete static_cast<ucontext_t*>(inside_);
   delete static_cast<ucontext_t*>(outside_);
 #endif
@@ -98,7 +100,7 @@ bool Fiber::start(Body body, void* argument) {
   body_ = body;
   argument_ = argument;
   fake_stack_ = nullptr;
-#if defined(__x86_64__)
+#if defined(VSSM_OWN_SWITCH)
   // What vssm_switch_stack takes up: six registers, then the address it returns to, placed so that
   // the stack is aligned as after a call.
   void* frame[8] = {};
@@ -123,7 +125,7 @@ void Fiber::resume() {
   running = this;
   void* saved = nullptr;
   before_switch(&saved, stack_, kStackBytes);
-#if defined(__x86_64__)
+#if defined(VSSM_OWN_SWITCH)
   vssm_switch_stack(&outside_, inside_);
 #else
   swapcontext(static_cast<ucontext_t*>(outside_), static_cast<ucontext_t*>(inside_));
@@ -139,7 +141,7 @@ void Fiber::suspend() {
 
 /// Goes back to who resumed; returns when resumed again.
 void Fiber::leave() {
-#if defined(__x86_64__)
+#if defined(VSSM_OWN_SWITCH)
   vssm_switch_stack(&inside_, outside_);
 #else
   swapcontext(static_cast<ucontext_t*>(inside_), static_cast<ucontext_t*>(outside_));

@@ -221,8 +221,8 @@ void live(const Library& library, const Life& life, Case* given) {
                                      static_cast<int32_t>(tactics.size()) - 1) == 0,
          "getValidTactics");
   Case neighbour = *given;  // alive beside it: what is serialised is each plugin's own
-  neighbour.attributes = {{"num_keep", 2}};
-  if (given->spec->family == Family::kSelectiveScan) neighbour.attributes.clear();
+  neighbour.attributes["scale"] = 1234;
+  neighbour.attributes["protected_position"] = 1234;
   const PluginPointer other = create(library, neighbour, trt::TensorRTPhase::kBUILD);
   const std::string timings = faces.build.getTimingCacheID();
   expect(other != nullptr && timings != Faces(*other).build.getTimingCacheID(), "another node");
