@@ -107,9 +107,9 @@ Case read_case(const std::string& path) {
   return read;
 }
 
-void write_outputs(const Case& given) {
+void write_outputs(const Case& given, int32_t tactic) {
   for (const Tensor& output : given.outputs) {
-    std::ofstream stream(output.file, std::ios::binary);
+    std::ofstream stream(output.file + "." + std::to_string(tactic), std::ios::binary);
     stream.write(output.bytes.data(), static_cast<std::streamsize>(output.bytes.size()));
     if (!stream) throw std::runtime_error(output.file + " cannot be written");
   }

@@ -31,8 +31,8 @@ struct Case {
 /// Lines "op NAME", "attribute NAME VALUE", "input|output NAME TYPE RANK DIMS... FILE"; files
 /// beside it.
 Case read_case(const std::string& path);
-/// Writes the outputs' files.
-void write_outputs(const Case& given);
+/// Writes the outputs' files, each with ".<tactic>" behind its name.
+void write_outputs(const Case& given, int32_t tactic);
 
 /// Small sizes, and numbers that a kernel may be given: a dense scan, distinct positions.
 Case small_case(const OperatorSpec& spec, const TypeBinding& binding, int64_t batch = 2,

@@ -185,6 +185,7 @@ void execute(trt::IPluginV3& engine_plugin, int32_t tactic, size_t workspace, co
     expect(code == 0, "enqueue: " + log);
     take_outputs(buffers, life.device, given);
     if (life.marks) check_marks(*given, tactic);
+    if (life.done) life.done(*given, tactic);
   } else {
     expect(code != 0, "enqueue says that it cannot run");
     expect(log.find(given->spec->name) != std::string::npos, "and logs why: " + log);

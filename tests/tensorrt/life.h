@@ -2,6 +2,7 @@
 #ifndef VSSM_TESTS_TENSORRT_LIFE_H_
 #define VSSM_TESTS_TENSORRT_LIFE_H_
 
+#include <functional>
 #include <vector>
 
 #include "tests/tensorrt/case.h"
@@ -15,10 +16,11 @@ struct Life {
   bool graph = false;
   bool can_run = true;  // false: no device here, so that enqueue must say so and return an error
   bool marks = false;   // the launchers are those of launch_stub.cpp
+  std::function<void(const Case&, int32_t tactic)> done = {};  // after each run
 };
 
 /// Builds, configures, serialises, reads back, attaches and runs a case with every tactic; the
-/// outputs of the last run are left in the case. Steps that go wrong are reported by `expect`.
+/// outputs are left in the case. Steps that go wrong are reported by `expect`.
 void live(const Library& library, const Life& life, Case* given);
 
 /// Creates a plugin; null where it is refused.

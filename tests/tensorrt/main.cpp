@@ -18,7 +18,7 @@ constexpr const char* kUsage =
     "LIBRARY life host|cuda|stub|none   every operator and type; none: enqueue must refuse to run\n"
     "LIBRARY refuse                every failure path\n"
     "LIBRARY cost ROUNDS           nanoseconds of an enqueue on the host, a line per operator\n"
-    "LIBRARY run host|cuda stream|graph CASE...   cases from files, outputs beside them\n"
+    "LIBRARY run host|cuda stream|graph CASE...   cases from files; see case.h\n"
     "LIBRARY fuzz COUNT SEED       random fields and damaged serialisations\n"
     "LIBRARY break overrun|leak    what a sanitizer must stop\n"
     "--version 110100 before LIBRARY: which TensorRT to play (default 101600)\n";
@@ -70,7 +70,8 @@ void run_life(const Library& library, const std::string& device_kind) {
   for (const OperatorSpec& spec : kOperators) {
     for (size_t b = 0; b < static_cast<size_t>(spec.binding_count); ++b) {
       Case given = small_case(spec, spec.bindings[b]);
-      live(library, {device.get(), false, device_kind != "none", device_kind == "stub"}, &given);
+      live(library, {device.get(), false, device_kind != "none", device_kind == "stub", {}},
+           &given);
     }
   }
 }
@@ -80,8 +81,7 @@ void run_cases(const Library& library, int count, char** arguments) {
   const bool graph = std::strcmp(arguments[1], "graph") == 0;
   for (int i = 2; i < count; ++i) {
     Case given = read_case(arguments[i]);
-    live(library, {device.get(), graph, true, false}, &given);
-    write_outputs(given);
+    live(library, {device.get(), graph, true, false, write_outputs}, &given);
   }
 }
 
