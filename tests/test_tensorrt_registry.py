@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
 import pytest
 from tensorrt_build import LEAN, ROOT, harness, lean_folder, real_library, run_python
 
@@ -51,3 +54,19 @@ def test_second_library_is_told_off(name):
     )
     shown = run_python(code, str(first), str(second), path=lean_folder(name))
     assert "vssm: autoload: TensorRT refused 5 of the creators" in shown
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_preload(name, tmp_path):
+    """A program that is linked with TensorRT gets the plugins from LD_PRELOAD, as trtexec would."""
+    path, library = lean_folder(name), real_library("vssm_tensorrt_autoload")
+    (runtime,) = (path / "tensorrt_lean_libs").glob("libnvinfer_lean.so.*")
+    program = tmp_path / "preload"
+    compiler = [*os.environ.get("CXX", "c++").split(), "-std=c++17", f"-I{ROOT}"]
+    source = ROOT / "tests" / "tensorrt" / "preload.cpp"
+    link = ["-o", program, runtime, f"-Wl,-rpath,{runtime.parent}"]
+    subprocess.run([*map(str, [*compiler, source, *link])], check=True)
+    for preload, answer in (("", "absent"), (str(library), "found")):
+        environment = {**os.environ, "LD_PRELOAD": preload}
+        shown = subprocess.check_output([str(program)], env=environment, text=True)
+        assert shown.strip() == answer
