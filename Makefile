@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEPENDENCIES := $(VENV)/.dependencies-stamp
 INSTALLED := $(VENV)/.installed-stamp
 TENSORRT := $(VENV)/.tensorrt-stamp
-TENSORRT_WHEELS := $(addprefix tests/tensorrt/wheels/,rtx.txt lean-10.txt lean-11.txt)
+TENSORRT_WHEELS := $(addprefix tests/tensorrt_harness/wheels/,rtx.txt lean-10.txt lean-11.txt)
 SETUP_LOG := build/setup.log
 
 CXX_FILES := $(shell find plugins benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
@@ -51,7 +51,7 @@ lint: $(DEPENDENCIES) ## ruff, mypy --strict, clang-format, gersemi, typos; chan
 	@echo "lint: clang-format"
 	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(CXX_TESTS)
 	@echo "lint: gersemi"
-	@$(BIN)/gersemi --check $(CMAKE_FILES) tests/tensorrt
+	@$(BIN)/gersemi --check $(CMAKE_FILES) tests/tensorrt_harness
 	@echo "lint: typos"
 	@$(BIN)/typos
 
@@ -60,7 +60,7 @@ format: $(DEPENDENCIES) ## let the formatters rewrite the files
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CXX_FILES) $(CXX_TESTS)
-	@$(BIN)/gersemi --in-place $(CMAKE_FILES) tests/tensorrt
+	@$(BIN)/gersemi --in-place $(CMAKE_FILES) tests/tensorrt_harness
 
 wheel: setup ## wheel and source distribution in dist/
 	@echo "wheel: building into dist/"
@@ -105,9 +105,9 @@ $(TENSORRT): $(DEPENDENCIES) $(TENSORRT_WHEELS)
 	@echo "test: installing TensorRT for RTX and two lean runtimes into $(VENV), for tests"
 	@rm -rf $(VENV)/tensorrt
 	@{ $(PIP) install $(PIP_ARGS) --quiet --no-deps --no-build-isolation \
-	    --requirement tests/tensorrt/wheels/rtx.txt && \
+	    --requirement tests/tensorrt_harness/wheels/rtx.txt && \
 	  $(PIP) install $(PIP_ARGS) --quiet --no-deps --target $(VENV)/tensorrt/lean-10 \
-	    --requirement tests/tensorrt/wheels/lean-10.txt && \
+	    --requirement tests/tensorrt_harness/wheels/lean-10.txt && \
 	  $(PIP) install $(PIP_ARGS) --quiet --no-deps --target $(VENV)/tensorrt/lean-11 \
-	    --requirement tests/tensorrt/wheels/lean-11.txt && touch $@; } || \
+	    --requirement tests/tensorrt_harness/wheels/lean-11.txt && touch $@; } || \
 	  echo "test: left out: TensorRT's wheels (pip says why above); the tests with them are skipped"

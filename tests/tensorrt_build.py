@@ -17,7 +17,7 @@ from exporter.errors import RuntimeUnavailableError
 from exporter.runtimes.library import find_library
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ROOT / "tests" / "tensorrt"
+SOURCES = ROOT / "tests" / "tensorrt_harness"
 # What the harness says that it is: the loggers of the two are different.
 VERSIONS = {"TensorRT 10": 101600, "TensorRT 11": 110100}
 LEAN = ("lean-10", "lean-11")
@@ -77,7 +77,7 @@ def lean_folder(name: str) -> Path:
     parent = os.environ.get("VSSM_TENSORRT_WHEELS", Path(sys.prefix) / "tensorrt")
     folder = Path(parent) / name
     if not folder.is_dir():
-        wheels = f"tests/tensorrt/wheels/{name}.txt"
+        wheels = f"tests/tensorrt_harness/wheels/{name}.txt"
         pytest.skip(f"no {folder}; pip install --no-deps --target {folder} -r {wheels}")
     return folder
 
@@ -90,7 +90,7 @@ def rtx_path() -> str:
     if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
         pytest.skip(
             "no tensorrt_rtx_bindings; "
-            "pip install --no-deps --no-build-isolation -r tests/tensorrt/wheels/rtx.txt"
+            "pip install --no-deps --no-build-isolation -r tests/tensorrt_harness/wheels/rtx.txt"
         )
     return ""
 

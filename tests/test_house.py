@@ -225,7 +225,7 @@ def test_cxx_arrows() -> None:
         ("onnxruntime", "<NvInfer.h>", False),
         ("tensorrt", '"plugins/onnxruntime/abi.h"', False),
         ("tensorrt", "<NvInfer.h>", True),
-        ("tensorrt", '"tests/tensorrt/life.h"', False),
+        ("tensorrt", '"tests/tensorrt_harness/life.h"', False),
         ("common", "<cstdint>", False),
     ],
 )

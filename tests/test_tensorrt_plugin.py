@@ -1,4 +1,4 @@
-"""The TensorRT plugin through its whole life, played by the harness of tests/tensorrt."""
+"""The TensorRT plugin through its whole life, played by the harness of tests/tensorrt_harness."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 
 import pytest
-from tensorrt_build import LEAN, ROOT, harness, lean_folder, real_library, run_python
+from tensorrt_build import LEAN, ROOT, SOURCES, harness, lean_folder, real_library, run_python
 
 SCRIPT = (ROOT / "tests" / "tensorrt_registry.py").read_text(encoding="utf-8")
 REFUSALS = (
@@ -63,7 +63,7 @@ def test_preload(name, tmp_path):
     (runtime,) = (path / "tensorrt_lean_libs").glob("libnvinfer_lean.so.*")
     program = tmp_path / "preload"
     compiler = [*os.environ.get("CXX", "c++").split(), "-std=c++17", f"-I{ROOT}"]
-    source = ROOT / "tests" / "tensorrt" / "preload.cpp"
+    source = SOURCES / "preload.cpp"
     link = ["-o", program, runtime, f"-Wl,-rpath,{runtime.parent}"]
     subprocess.run([*map(str, [*compiler, source, *link])], check=True)
     for preload, answer in (("", "absent"), (str(library), "found")):

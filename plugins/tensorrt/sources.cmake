@@ -1,4 +1,4 @@
-# What every build of the plugin consists of: the libraries here, and those of tests/tensorrt.
+# What every build of the plugin consists of: the libraries here, and those of tests/tensorrt_harness.
 set(
   VSSM_TENSORRT_SOURCES
   creator.cpp

@@ -1,10 +1,10 @@
 // Everything that a plugin must refuse, and the message that says so.
-#include "tests/tensorrt/refuse.h"
+#include "tests/tensorrt_harness/refuse.h"
 
 #include <cmath>
 #include <cstring>
 
-#include "tests/tensorrt/life.h"
+#include "tests/tensorrt_harness/life.h"
 
 namespace vssm::harness {
 namespace {

@@ -1,7 +1,7 @@
 // What the harness plays of TensorRT: dimension expressions, loggers of both ABIs, a loaded
 // library.
-#ifndef VSSM_TESTS_TENSORRT_STAND_IN_H_
-#define VSSM_TESTS_TENSORRT_STAND_IN_H_
+#ifndef VSSM_TESTS_TENSORRT_HARNESS_STAND_IN_H_
+#define VSSM_TESTS_TENSORRT_HARNESS_STAND_IN_H_
 
 #include <deque>
 #include <memory>
@@ -116,4 +116,4 @@ int failures();
 
 }  // namespace vssm::harness
 
-#endif  // VSSM_TESTS_TENSORRT_STAND_IN_H_
+#endif  // VSSM_TESTS_TENSORRT_HARNESS_STAND_IN_H_

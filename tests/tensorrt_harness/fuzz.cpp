@@ -1,11 +1,11 @@
-#include "tests/tensorrt/fuzz.h"
+#include "tests/tensorrt_harness/fuzz.h"
 
 #include <cmath>
 #include <cstring>
 #include <random>
 
 #include "plugins/tensorrt/node.h"
-#include "tests/tensorrt/life.h"
+#include "tests/tensorrt_harness/life.h"
 
 namespace vssm::harness {
 namespace {

@@ -1,4 +1,4 @@
-#include "tests/tensorrt/case.h"
+#include "tests/tensorrt_harness/case.h"
 
 #include <cstring>
 #include <fstream>

@@ -1,4 +1,4 @@
-#include "tests/tensorrt/stand_in.h"
+#include "tests/tensorrt_harness/stand_in.h"
 
 #include <dlfcn.h>
 

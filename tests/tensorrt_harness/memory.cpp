@@ -1,4 +1,4 @@
-#include "tests/tensorrt/memory.h"
+#include "tests/tensorrt_harness/memory.h"
 
 #include <dlfcn.h>
 

@@ -7,9 +7,9 @@
 #include <exception>
 #include <stdexcept>
 
-#include "tests/tensorrt/fuzz.h"
-#include "tests/tensorrt/life.h"
-#include "tests/tensorrt/refuse.h"
+#include "tests/tensorrt_harness/fuzz.h"
+#include "tests/tensorrt_harness/life.h"
+#include "tests/tensorrt_harness/refuse.h"
 
 namespace vssm::harness {
 namespace {

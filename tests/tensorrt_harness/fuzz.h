@@ -1,10 +1,10 @@
 // Random fields and damaged serialisations, for a build with sanitizers.
-#ifndef VSSM_TESTS_TENSORRT_FUZZ_H_
-#define VSSM_TESTS_TENSORRT_FUZZ_H_
+#ifndef VSSM_TESTS_TENSORRT_HARNESS_FUZZ_H_
+#define VSSM_TESTS_TENSORRT_HARNESS_FUZZ_H_
 
 #include <cstdint>
 
-#include "tests/tensorrt/stand_in.h"
+#include "tests/tensorrt_harness/stand_in.h"
 
 namespace vssm::harness {
 
@@ -18,4 +18,4 @@ FuzzCount fuzz(const Library& library, int64_t count, uint64_t seed);
 
 }  // namespace vssm::harness
 
-#endif  // VSSM_TESTS_TENSORRT_FUZZ_H_
+#endif  // VSSM_TESTS_TENSORRT_HARNESS_FUZZ_H_

@@ -1,4 +1,4 @@
-#include "tests/tensorrt/life.h"
+#include "tests/tensorrt_harness/life.h"
 
 #include <cstring>
 #include <stdexcept>

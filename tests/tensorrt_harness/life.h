@@ -1,13 +1,13 @@
 // The whole life of a plugin, as TensorRT leads it.
-#ifndef VSSM_TESTS_TENSORRT_LIFE_H_
-#define VSSM_TESTS_TENSORRT_LIFE_H_
+#ifndef VSSM_TESTS_TENSORRT_HARNESS_LIFE_H_
+#define VSSM_TESTS_TENSORRT_HARNESS_LIFE_H_
 
 #include <functional>
 #include <vector>
 
-#include "tests/tensorrt/case.h"
-#include "tests/tensorrt/memory.h"
-#include "tests/tensorrt/stand_in.h"
+#include "tests/tensorrt_harness/case.h"
+#include "tests/tensorrt_harness/memory.h"
+#include "tests/tensorrt_harness/stand_in.h"
 
 namespace vssm::harness {
 
@@ -44,4 +44,4 @@ std::vector<std::vector<trt::DataType>> accepted_types(trt::IPluginV3OneBuild& b
 
 }  // namespace vssm::harness
 
-#endif  // VSSM_TESTS_TENSORRT_LIFE_H_
+#endif  // VSSM_TESTS_TENSORRT_HARNESS_LIFE_H_

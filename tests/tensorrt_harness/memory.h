@@ -1,7 +1,7 @@
 // Memory, streams and graphs of the device that enqueue works on: the host itself for kernels that
 // are stubbed or emulated, or an NVIDIA GPU through its driver, which is looked for at run time.
-#ifndef VSSM_TESTS_TENSORRT_MEMORY_H_
-#define VSSM_TESTS_TENSORRT_MEMORY_H_
+#ifndef VSSM_TESTS_TENSORRT_HARNESS_MEMORY_H_
+#define VSSM_TESTS_TENSORRT_HARNESS_MEMORY_H_
 
 #include <cstdint>
 #include <functional>
@@ -30,4 +30,4 @@ std::unique_ptr<Device> open_device(const std::string& kind);
 
 }  // namespace vssm::harness
 
-#endif  // VSSM_TESTS_TENSORRT_MEMORY_H_
+#endif  // VSSM_TESTS_TENSORRT_HARNESS_MEMORY_H_

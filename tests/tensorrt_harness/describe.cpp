@@ -1,6 +1,6 @@
 // What TensorRT tells a plugin of a case.
 #include "plugins/tensorrt/node.h"
-#include "tests/tensorrt/life.h"
+#include "tests/tensorrt_harness/life.h"
 
 namespace vssm::harness {
 namespace {

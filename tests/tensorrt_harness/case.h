@@ -1,12 +1,12 @@
 // One node with its tensors: from a file that a test wrote, or a small one of our own.
-#ifndef VSSM_TESTS_TENSORRT_CASE_H_
-#define VSSM_TESTS_TENSORRT_CASE_H_
+#ifndef VSSM_TESTS_TENSORRT_HARNESS_CASE_H_
+#define VSSM_TESTS_TENSORRT_HARNESS_CASE_H_
 
 #include <map>
 #include <string>
 #include <vector>
 
-#include "tests/tensorrt/stand_in.h"
+#include "tests/tensorrt_harness/stand_in.h"
 
 namespace vssm::harness {
 
@@ -40,4 +40,4 @@ Case small_case(const OperatorSpec& spec, const TypeBinding& binding, int64_t ba
 
 }  // namespace vssm::harness
 
-#endif  // VSSM_TESTS_TENSORRT_CASE_H_
+#endif  // VSSM_TESTS_TENSORRT_HARNESS_CASE_H_
