@@ -6,6 +6,7 @@ set(
   host.cpp
   node.cpp
   plugin.cpp
+  plugin_build.cpp
   selective_scan_plugin.cpp
   token_gather_plugin.cpp
 )
