@@ -124,10 +124,11 @@ Buffers place(const Case& given, size_t workspace, Device* device) {
     device->write(at, poison.data(), poison.size());
     buffers.outputs.push_back(at + kGuard);
   }
+  // TensorRT gives none where none is asked for; its end is guarded too.
   if (workspace == 0) return buffers;
-  const std::vector<char> poison(workspace, kPoison);
-  buffers.workspace = device->allocate(workspace);
-  device->write(buffers.workspace, poison.data(), workspace);
+  const std::vector<char> poison(workspace + kGuard, kPoison);
+  buffers.workspace = device->allocate(poison.size());
+  device->write(buffers.workspace, poison.data(), poison.size());
   return buffers;
 }
 
@@ -143,6 +144,17 @@ void take_outputs(const Buffers& buffers, Device* device, Case* given) {
       break;
     }
     output.bytes.assign(all.begin() + kGuard, all.begin() + static_cast<int64_t>(kGuard + size));
+  }
+}
+
+void check_workspace_guard(const Buffers& buffers, size_t workspace, Device* device) {
+  if (workspace == 0) return;
+  std::vector<char> guard(kGuard);
+  device->read(guard.data(), static_cast<char*>(buffers.workspace) + workspace, kGuard);
+  for (const char byte : guard) {
+    if (byte == kPoison) continue;
+    expect(false, "more workspace is used than was asked for");
+    return;
   }
 }
 
@@ -184,6 +196,7 @@ void execute(trt::IPluginV3& engine_plugin, int32_t tactic, size_t workspace, co
   if (life.can_run) {
     expect(code == 0, "enqueue: " + log);
     take_outputs(buffers, life.device, given);
+    check_workspace_guard(buffers, workspace, life.device);
     if (life.marks) check_marks(*given, tactic);
     if (life.done) life.done(*given, tactic);
   } else {
