@@ -84,9 +84,9 @@ def lean_folder(name: str) -> Path:
 
 def rtx_path() -> str:
     """What PYTHONPATH needs so that `tensorrt_rtx_bindings` can be imported; skips without it."""
-    folder = Path(os.environ.get("VSSM_TENSORRT_WHEELS", "")) / "rtx"
-    if folder.is_dir():
-        return str(folder)
+    wheels = os.environ.get("VSSM_TENSORRT_WHEELS")
+    if wheels is not None and (Path(wheels) / "rtx").is_dir():
+        return str(Path(wheels) / "rtx")
     if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
         pytest.skip(
             "no tensorrt_rtx_bindings; "
