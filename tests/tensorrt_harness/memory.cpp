@@ -79,6 +79,7 @@ class Gpu final : public Device {
   }
   trt::cudaStream_t stream() override { return static_cast<trt::cudaStream_t>(stream_); }
   void run(const std::function<void()>& work, bool graph) override {
+    driver_("cuCtxSynchronize");  // copies from the host may still be under way
     if (graph) {
       replay(work);
     } else {
