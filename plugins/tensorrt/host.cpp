@@ -10,18 +10,14 @@
 namespace vssm::trt {
 namespace {
 
-/// Messages are rare: a lock is cheaper than to prove that none is needed.
 struct LogTarget {
-  std::mutex mutex;
   void* finder = nullptr;
-  void* logger = nullptr;
+  void* (*source)() = nullptr;
   int32_t major = 0;
 };
 
-LogTarget& target() {
-  static LogTarget the_target;
-  return the_target;
-}
+std::mutex g_mutex;  // messages are rare: a lock is cheaper than to prove that none is needed
+LogTarget g_target;
 
 /// The library whose code the object runs, from its table of virtual functions.
 int32_t major_behind(const void* object) {
@@ -41,25 +37,25 @@ bool log_with(void* logger, const char* text) {
 }
 
 bool log_to_host(const char* text) {
-  LogTarget& to = target();
-  const std::lock_guard<std::mutex> lock(to.mutex);
+  LogTarget to;
+  {
+    const std::lock_guard<std::mutex> lock(g_mutex);
+    to = g_target;
+  }
   if (to.major == 10) {
     auto* const finder = static_cast<LoggerFinder10*>(to.finder);
-    return log_with<Logger10>(finder == nullptr ? to.logger : finder->findLogger(), text);
+    return log_with<Logger10>(finder == nullptr ? to.source() : finder->findLogger(), text);
   }
   if (to.major == 11) {
     auto* const finder = static_cast<LoggerFinder11*>(to.finder);
-    return log_with<Logger11>(finder == nullptr ? to.logger : finder->findLogger(), text);
+    return log_with<Logger11>(finder == nullptr ? to.source() : finder->findLogger(), text);
   }
   return false;
 }
 
-void set_target(void* finder, void* logger, int32_t major) {
-  LogTarget& to = target();
-  const std::lock_guard<std::mutex> lock(to.mutex);
-  to.finder = finder;
-  to.logger = logger;
-  to.major = major;
+void set_target(const LogTarget& target) {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  g_target = target;
 }
 
 }  // namespace
@@ -72,10 +68,10 @@ int32_t major_of(void* library) {
 }
 
 void set_logger_finder(void* finder) {
-  set_target(finder, nullptr, finder == nullptr ? 0 : major_behind(finder));
+  set_target({finder, nullptr, finder == nullptr ? 0 : major_behind(finder)});
 }
 
-void set_logger(void* logger, int32_t major) { set_target(nullptr, logger, major); }
+void set_logger_source(void* (*source)(), int32_t major) { set_target({nullptr, source, major}); }
 
 void log_error(const char* node, const Status& status) {
   char text[640];

@@ -15,8 +15,8 @@ namespace vssm::trt {
 
 /// TensorRT's ILoggerFinder, of whichever version.
 void set_logger_finder(void* finder);
-/// An ILogger of TensorRT `major`, where it is known without a finder.
-void set_logger(void* logger, int32_t major);
+/// Who gives the ILogger of TensorRT `major`, where there is no finder. It may give null.
+void set_logger_source(void* (*source)(), int32_t major);
 
 /// Logs an error; to stderr where TensorRT has given no logger: it must not get lost. `node` is the
 /// layer's name; it may be null.
