@@ -15,6 +15,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEPENDENCIES := $(VENV)/.dependencies-stamp
 INSTALLED := $(VENV)/.installed-stamp
+TENSORRT := $(VENV)/.tensorrt-stamp
+TENSORRT_WHEELS := $(addprefix tests/tensorrt_harness/wheels/,rtx.txt lean-10.txt lean-11.txt)
 SETUP_LOG := build/setup.log
 
 CXX_FILES := $(shell find plugins benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
@@ -36,11 +38,11 @@ demo: setup ## prune, export, prove and measure a model; ends with the path of a
 	@echo "demo: examples/demo.py, results in demo/"
 	@$(BIN)/python examples/demo.py -o demo
 
-test: setup lint ## lint, then the tests; needs no GPU
+test: setup $(TENSORRT) lint ## lint, then the tests; needs no GPU
 	@echo "test: pytest"
 	@$(BIN)/python -m pytest -q
 
-test-all: setup lint ## the same with the tests that take long
+test-all: setup $(TENSORRT) lint ## the same with the tests that take long
 	@echo "test-all: pytest with the slow tests"
 	@$(BIN)/python -m pytest -q --slow
 
@@ -54,7 +56,7 @@ lint: $(DEPENDENCIES) ## ruff, mypy --strict, clang-format, gersemi, typos; chan
 	@echo "lint: clang-format"
 	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(CXX_TESTS)
 	@echo "lint: gersemi"
-	@$(BIN)/gersemi --check $(CMAKE_FILES)
+	@$(BIN)/gersemi --check $(CMAKE_FILES) tests/tensorrt_harness
 	@echo "lint: typos"
 	@$(BIN)/typos
 
@@ -63,7 +65,7 @@ format: $(DEPENDENCIES) ## let the formatters rewrite the files
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CXX_FILES) $(CXX_TESTS)
-	@$(BIN)/gersemi --in-place $(CMAKE_FILES)
+	@$(BIN)/gersemi --in-place $(CMAKE_FILES) tests/tensorrt_harness
 
 wheel: setup ## wheel and source distribution in dist/
 	@echo "wheel: building into dist/"
@@ -103,3 +105,15 @@ $(INSTALLED): $(DEPENDENCIES) pyproject.toml exporter/_version.py $(CXX_FILES) $
 	  --editable '.[dev]' > $(SETUP_LOG) 2>&1 || { cat $(SETUP_LOG); exit 1; }
 	@sed -nE 's/^ *-- (vssm[^:]*: )/setup: \1/p' $(SETUP_LOG)
 	@touch $@
+
+# 186 MB to download, 445 MB on the disk, for tests alone. Two lean runtimes need a folder each.
+$(TENSORRT): $(DEPENDENCIES) $(TENSORRT_WHEELS)
+	@echo "test: installing TensorRT for RTX and two lean runtimes into $(VENV), for tests"
+	@rm -rf $(VENV)/tensorrt
+	@{ $(PIP) install $(PIP_ARGS) --quiet --no-deps --no-build-isolation \
+	    --requirement tests/tensorrt_harness/wheels/rtx.txt && \
+	  $(PIP) install $(PIP_ARGS) --quiet --no-deps --target $(VENV)/tensorrt/lean-10 \
+	    --requirement tests/tensorrt_harness/wheels/lean-10.txt && \
+	  $(PIP) install $(PIP_ARGS) --quiet --no-deps --target $(VENV)/tensorrt/lean-11 \
+	    --requirement tests/tensorrt_harness/wheels/lean-11.txt && touch $@; } || \
+	  echo "test: left out: TensorRT's wheels (pip says why above); the tests with them are skipped"

@@ -23,14 +23,16 @@ _CXX_SEES = {
     "onnxruntime": ("kernels", "onnxruntime"),
     "tensorrt": ("kernels", "tensorrt"),
     "benchmarks": ("kernels",),
+    "tests": ("kernels", "tensorrt"),
 }
 # Headers with a dot in angle brackets (the standard library's have none), by house.
 _CXX_HEADERS = {
     "kernels": r"(\w*intrin|arm_neon|cpuid|cuda\w*|ucontext|unistd|(sys|sanitizer)/\w+)\.h",
     "c": r"std(def|int)\.h",
     "onnxruntime": r"(onnxruntime_\w+|cuda\w*|dlfcn)\.h",
-    "tensorrt": r"(Nv\w+|cuda\w*|dlfcn)\.h",
+    "tensorrt": r"(Nv\w+|cuda\w*|dlfcn|link)\.h",
     "benchmarks": r"cuda\w*\.h",
+    "tests": r"dlfcn\.h",
 }
 _CLOSE = frozenset({"allclose", "assert_allclose", "assert_close", "isclose"})
 
@@ -85,6 +87,8 @@ def cxx_arrows(name: str, text: str) -> list[str]:
     for bracket, target in re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)', text, re.MULTILINE):
         if target.startswith("plugins/"):
             allowed = bracket == '"' and target.split("/")[1] in _CXX_SEES[house]
+        elif target.startswith("tests/"):
+            allowed = bracket == '"' and house == "tests"
         else:
             standard = "." not in target and "/" not in target
             allowed = bracket == "<" and bool(standard or re.fullmatch(_CXX_HEADERS[house], target))

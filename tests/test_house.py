@@ -42,9 +42,8 @@ def _texts(*globs: str) -> dict[str, str]:
 
 
 PYTHON = _texts("exporter/**/*.py", "examples/*.py")
-CXX = _texts(
-    *(f"{d}/**/*.{e}" for d in ("plugins", "benchmarks") for e in ("h", "cpp", "cuh", "cu"))
-)
+CXX_FOLDERS = ("plugins", "benchmarks", "tests")
+CXX = _texts(*(f"{d}/**/*.{e}" for d in CXX_FOLDERS for e in ("h", "cpp", "cuh", "cu")))
 EXAMPLES = _texts("examples/*.py")
 TESTS = _texts("tests/*.py")
 
@@ -226,6 +225,7 @@ def test_cxx_arrows() -> None:
         ("onnxruntime", "<NvInfer.h>", False),
         ("tensorrt", '"plugins/onnxruntime/abi.h"', False),
         ("tensorrt", "<NvInfer.h>", True),
+        ("tensorrt", '"tests/tensorrt_harness/life.h"', False),
         ("common", "<cstdint>", False),
     ],
 )

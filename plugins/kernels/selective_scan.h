@@ -47,6 +47,9 @@ struct SelectiveScanShape {
   bool order_per_image, gap_per_image;
 };
 
+/// The rules on attributes alone, for who knows no shapes yet.
+Status check_attributes(const SelectiveScanArgs& args);
+
 /// Every rule on ranks, sizes, types and attributes, once, for every adapter. Reads no data.
 Status check(const SelectiveScanArgs& args, SelectiveScanShape* shape);
 

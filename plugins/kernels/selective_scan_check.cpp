@@ -101,7 +101,13 @@ SelectiveScanShape read_shape(const SelectiveScanArgs& args) {
   return shape;
 }
 
-void check_ranges(const SelectiveScanArgs& args, const SelectiveScanShape& shape, Rules* rules) {
+void check_switches(const SelectiveScanArgs& args, Rules* rules) {
+  rules->range("delta_softplus", args.delta_softplus, 0, 1, "it is a switch");
+  rules->range("params_by_step", args.params_by_step, 0, 1, "it is a switch");
+  rules->finite("scale", args.scale);
+}
+
+void check_ranges(const SelectiveScanShape& shape, Rules* rules) {
   constexpr int64_t kMany = int64_t{1} << 31;
   rules->range("batch", shape.batch, 0, kMany, "check the shape of u");
   rules->range("seqlen", shape.seqlen, 1, kMany - 1, "a scan needs at least one token");
@@ -110,9 +116,6 @@ void check_ranges(const SelectiveScanArgs& args, const SelectiveScanShape& shape
   rules->range(
       "d_state", shape.d_state, 1, kMaxDState,
       "run the file without this library (fallback body), or raise kMaxDState and rebuild");
-  rules->range("delta_softplus", args.delta_softplus, 0, 1, "it is a switch");
-  rules->range("params_by_step", args.params_by_step, 0, 1, "it is a switch");
-  rules->finite("scale", args.scale);
 }
 
 void check_sizes(const SelectiveScanArgs& args, const SelectiveScanShape& s, Rules* rules) {
@@ -180,12 +183,19 @@ Status check_gap(const char* op, const int32_t* gap, int64_t seqlen) {
 
 }  // namespace
 
+Status check_attributes(const SelectiveScanArgs& args) {
+  Rules rules(args.name);
+  check_switches(args, &rules);
+  return rules.status();
+}
+
 Status check(const SelectiveScanArgs& args, SelectiveScanShape* shape) {
   Rules rules(args.name);
   check_ranks(args, &rules);
   if (!rules.ok()) return rules.status();
   *shape = read_shape(args);
-  check_ranges(args, *shape, &rules);
+  check_ranges(*shape, &rules);
+  check_switches(args, &rules);
   check_sizes(args, *shape, &rules);
   rules.fits("u", args.u);
   rules.fits("delta", args.delta);

@@ -30,6 +30,9 @@ struct TokenGatherShape {
 /// The rule on num_keep alone, for who knows no shapes yet; `seqlen` is -1 where it is not known.
 Status check_num_keep(const TokenGatherArgs& args, int64_t seqlen);
 
+/// The rules on all attributes, likewise.
+Status check_attributes(const TokenGatherArgs& args, int64_t seqlen);
+
 /// Every rule on ranks, sizes, types and attributes, once, for every adapter. Reads no data.
 Status check(const TokenGatherArgs& args, TokenGatherShape* shape);
 

@@ -95,6 +95,14 @@ Status check_num_keep(const TokenGatherArgs& args, int64_t seqlen) {
                        kRemedy);
 }
 
+Status check_attributes(const TokenGatherArgs& args, int64_t seqlen) {
+  if (args.protected_position < -1) {
+    return Status::error(args.name, ": protected_position=", args.protected_position,
+                         " is below -1; give an original place, or -1 for none");
+  }
+  return check_num_keep(args, seqlen);
+}
+
 Status check(const TokenGatherArgs& args, TokenGatherShape* shape) {
   if (args.score.rank != 2 || args.score.dtype != DType::kFloat32) {
     return Status::error(args.name, ": score has rank ", args.score.rank, " and type ",
@@ -110,17 +118,13 @@ Status check(const TokenGatherArgs& args, TokenGatherShape* shape) {
     return Status::error(args.name, ": seqlen=", shape->seqlen, " is more than ",
                          int64_t{INT32_MAX}, "; split the sequence");
   }
-  const Status status = check_num_keep(args, shape->seqlen);
+  const Status status = check_attributes(args, shape->seqlen);
   if (!status.ok()) return status;
   if ((args.position.dims[0] != 1 && args.position.dims[0] != shape->batch) ||
       args.position.dims[1] != shape->seqlen) {
     return Status::error(args.name, ": shape(position)=(", args.position.dims[0], ", ",
                          args.position.dims[1], ") is neither (1, ", shape->seqlen, ") nor (",
                          shape->batch, ", ", shape->seqlen, "); give each scored token its place");
-  }
-  if (args.protected_position < -1) {
-    return Status::error(args.name, ": protected_position=", args.protected_position,
-                         " is below -1; give an original place, or -1 for none");
   }
   for (int i = 0; i < args.count; ++i) {
     const Status x_status = check_x(args, i, *shape);

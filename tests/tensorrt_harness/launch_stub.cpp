@@ -1,0 +1,50 @@
+// Launchers that check and write which they are and what they write to, byte by byte, so that the
+// adapters run where there is no CUDA: for the harness's checks, for what an enqueue costs the
+// host, and for sanitizers. Mark 64 + variant is a scan's, 80 + index that of a gather's output.
+#include <cstring>
+
+#include "plugins/kernels/selective_scan.h"
+#include "plugins/kernels/token_gather.h"
+
+namespace vssm {
+
+/// A figure that grows with the shape and differs between variants, as the contract allows.
+int64_t selective_scan_cuda_workspace(const SelectiveScanShape& shape, DType, ScanVariant variant) {
+  return variant == ScanVariant::kLatency ? 4 * shape.batch * shape.seqlen : 0;
+}
+
+Status selective_scan_cuda(const SelectiveScanArgs& args, ScanVariant variant,
+                           const CudaLaunch& launch) {
+  SelectiveScanShape shape;
+  const Status status = check(args, &shape);
+  if (!status.ok()) return status;
+  if (launch.workspace_bytes != selective_scan_cuda_workspace(shape, args.u.dtype, variant)) {
+    return Status::error(args.name, ": workspace_bytes=", launch.workspace_bytes,
+                         " is not asked for");
+  }
+  const int64_t count = shape.batch * shape.seqlen * shape.d_inner;
+  std::memset(args.y, 64 + static_cast<int>(variant),
+              static_cast<size_t>(count * size_of(args.u.dtype)));
+  return {};
+}
+
+int64_t token_gather_cuda_workspace(const TokenGatherShape& shape) { return 8 * shape.seqlen; }
+
+Status token_gather_cuda(const TokenGatherArgs& args, const CudaLaunch& launch) {
+  TokenGatherShape shape;
+  const Status status = check(args, &shape);
+  if (!status.ok()) return status;
+  if (launch.workspace_bytes != token_gather_cuda_workspace(shape)) {
+    return Status::error(args.name, ": workspace_bytes=", launch.workspace_bytes,
+                         " is not asked for");
+  }
+  const int64_t rows = shape.batch * args.num_keep;
+  std::memset(args.kept_position, 80, static_cast<size_t>(rows) * sizeof(int32_t));
+  for (int i = 0; i < args.count; ++i) {
+    const int64_t bytes = rows * shape.width[i] * size_of(args.x[i].dtype);
+    std::memset(args.y[i], 81 + i, static_cast<size_t>(bytes));
+  }
+  return {};
+}
+
+}  // namespace vssm

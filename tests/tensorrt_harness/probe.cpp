@@ -1,0 +1,63 @@
+// A plugin library with our names and fields whose creators write down what they are given, in the
+// file that VSSM_PROBE_FILE names, and make no plugin: shows what NVIDIA's parser passes for a
+// node.
+#include <cstdio>
+#include <cstdlib>
+
+#include "plugins/tensorrt/creator.h"
+#include "plugins/tensorrt/plugin.h"
+
+#define VSSM_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace vssm::trt {
+namespace {
+
+void write_field(std::FILE* file, const PluginField& field) {
+  std::fprintf(file, "\t%s=", field.name);
+  if (field.type == PluginFieldType::kINT32 && field.length == 1) {
+    std::fprintf(file, "int32:%d", *static_cast<const int32_t*>(field.data));
+  } else if (field.type == PluginFieldType::kFLOAT32 && field.length == 1) {
+    std::fprintf(file, "float32:%.9g", *static_cast<const float*>(field.data));
+  } else {
+    std::fprintf(file, "type %d, length %d", static_cast<int>(field.type), field.length);
+  }
+}
+
+class Probe final : public IPluginCreatorV3One {
+ public:
+  explicit Probe(const OperatorSpec& spec) : real_(spec) {}
+  IPluginV3* createPlugin(const AsciiChar* name, const PluginFieldCollection* fields,
+                          TensorRTPhase) noexcept override {
+    const char* const path = std::getenv("VSSM_PROBE_FILE");
+    std::FILE* const file = path == nullptr ? nullptr : std::fopen(path, "a");
+    if (file == nullptr) return nullptr;
+    std::fprintf(file, "%s\t%s", getPluginName(), name);
+    for (int32_t i = 0; i < fields->nbFields; ++i) write_field(file, fields->fields[i]);
+    std::fprintf(file, "\n");
+    std::fclose(file);
+    return nullptr;
+  }
+  const PluginFieldCollection* getFieldNames() noexcept override { return real_.getFieldNames(); }
+  const AsciiChar* getPluginName() const noexcept override { return real_.getPluginName(); }
+  const AsciiChar* getPluginVersion() const noexcept override { return real_.getPluginVersion(); }
+  const AsciiChar* getPluginNamespace() const noexcept override { return kDomain; }
+
+ private:
+  Creator real_;
+};
+
+}  // namespace
+}  // namespace vssm::trt
+
+VSSM_EXPORT void setLoggerFinder(void*) {}
+
+VSSM_EXPORT vssm::trt::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+  using vssm::kOperators;
+  using vssm::trt::Probe;
+  static Probe made[] = {Probe(kOperators[0]), Probe(kOperators[1]), Probe(kOperators[2]),
+                         Probe(kOperators[3]), Probe(kOperators[4])};
+  static vssm::trt::IPluginCreatorInterface* const list[] = {&made[0], &made[1], &made[2], &made[3],
+                                                             &made[4]};
+  count = 5;
+  return list;
+}
