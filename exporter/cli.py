@@ -16,9 +16,18 @@ from rich.text import Text
 from exporter import pipeline
 from exporter._version import __version__
 from exporter.artifact import Artifact
-from exporter.cli_options import integers, options
+from exporter.cli_deploy import engine
+from exporter.cli_options import (
+    Directory,
+    Json,
+    Operators,
+    Runtime,
+    Threads,
+    Trust,
+    integers,
+    options,
+)
 from exporter.errors import ArtifactError, VssmError
-from exporter.files import check_writable
 from exporter.pipeline_export import ExportRequest, export_model
 
 app = typer.Typer(
@@ -31,25 +40,6 @@ app = typer.Typer(
 # File names and labels are shown as they are, whatever brackets or colons they hold.
 console = Console(markup=False, emoji=False)
 _errors = Console(stderr=True, markup=False, emoji=False)
-
-
-def _writable(path: Path | None) -> Path | None:
-    """Refuse at once what could not be written at the end."""
-    if path is not None:
-        check_writable(path)
-    return path
-
-
-Directory = Annotated[Path, typer.Argument(help="What `vssm export` wrote.")]
-Json = Annotated[
-    Path | None,
-    typer.Option("--json", callback=_writable, help="Also write the result to this file."),
-]
-Runtime = Annotated[str, typer.Option(help="ort-cpu or torch.")]
-Operators = Annotated[
-    str | None, typer.Option(help="kernel (the default) or body, for ONNX Runtime.")
-]
-Threads = Annotated[int | None, typer.Option(help="Threads of one run; all cores by default.")]
 
 
 def main() -> None:
@@ -182,6 +172,7 @@ def check(
     runtime: Runtime = "ort-cpu",
     operators: Operators = None,
     threads: Threads = None,
+    trust: Trust = False,
     image: Annotated[
         list[Path] | None, typer.Option(help="Image file to check with, repeatable.")
     ] = None,
@@ -200,6 +191,7 @@ def check(
             image_files=image or [],
             operators=operators,
             threads=threads,
+            trust=trust,
             per_block=per_block,
         )
     for shown in parity_tables(report):
@@ -223,6 +215,7 @@ def run(
     runtime: Runtime = "ort-cpu",
     operators: Operators = None,
     threads: Threads = None,
+    trust: Trust = False,
     labels: Annotated[Path | None, typer.Option(help="Class names, one a line or JSON.")] = None,
     top: Annotated[int, typer.Option(help="Classes to print.")] = 5,
     json_file: Json = None,
@@ -236,6 +229,7 @@ def run(
         runtime,
         operators=operators,
         threads=threads,
+        trust=trust,
         labels=labels,
         top=top,
     )
@@ -277,6 +271,9 @@ def bench(
         console.print(shown)
     _write_json(json_file, measured)
     console.print(f"wrote {report or directory / 'bench.html'}")
+
+
+app.command()(engine)
 
 
 @app.command()

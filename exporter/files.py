@@ -29,6 +29,10 @@ EXPORT_FILES: Final = frozenset(
         "parity.json",
         "bench.json",
         "bench.html",
+        "model.plan",
+        "engine.json",
+        "model.rtx.plan",
+        "engine.rtx.json",
     }
 )
 _CHUNK: Final = 1 << 20

@@ -16,13 +16,14 @@ from exporter.artifact import MODEL_FILE, Artifact, open_artifact
 from exporter.benchmark import BenchReport, Progress
 from exporter.files import atomic_write_bytes, check_writable
 from exporter.parity import ParityReport, compare
+from exporter.pipeline_deploy import ENGINE_RUNTIMES, open_engine, run_engine
 from exporter.preprocessing import preprocess, read_labels
 from exporter.runtimes.session import Array, RuntimeInfo, Session
 
 if TYPE_CHECKING:
     from exporter.models import VisionModel
 
-RUNTIMES = ("ort-cpu", "torch")
+RUNTIMES = ("ort-cpu", "torch", *ENGINE_RUNTIMES)
 _RUN_BATCH = 16  # images a run of `classify`
 
 
@@ -32,15 +33,17 @@ def open_session(
     *,
     operators: str | None = None,
     threads: int | None = None,
+    trust: bool = False,
 ) -> Session:
     """Open an export in a runtime. torch is imported for runtime "torch" alone.
 
     Args:
         artifact: what `export` returned, or the directory it wrote, wherever that is now.
-        runtime: "ort-cpu" or "torch".
+        runtime: "ort-cpu", "torch", "tensorrt" or "tensorrt-rtx".
         operators: "kernel" (this package's library; the default) or "body" (the file's fallback
-            functions); for runtime "torch" None.
-        threads: threads of one run; None for all cores.
+            functions); for runtime "torch" None; for an engine what it must have been built with.
+        threads: threads of one run; None for all cores; not for an engine.
+        trust: load an engine that is foreign or tampered; the session's `info` then says so.
 
     Raises:
         ValueError: an argument is not one of these.
@@ -51,6 +54,12 @@ def open_session(
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime={runtime!r} is not one of {', '.join(RUNTIMES)}; choose one")
     opened = open_artifact(artifact, only=None if runtime == "torch" else (MODEL_FILE,))
+    if runtime in ENGINE_RUNTIMES:
+        return open_engine(opened, runtime, operators, threads=threads, trust=trust)
+    if trust:
+        raise ValueError(
+            f"trust=True with runtime={runtime!r}, which loads no engine: leave it out"
+        )
     if runtime == "torch":
         if operators is not None:
             raise ValueError(
@@ -72,6 +81,7 @@ def check_parity(
     *,
     operators: str | None = None,
     threads: int | None = None,
+    trust: bool = False,
     per_block: bool = False,
 ) -> ParityReport:
     """Compare a runtime with the float64 oracle, forced to its positions and free-running.
@@ -79,10 +89,12 @@ def check_parity(
     Args:
         model: the oracle; None rebuilds it from the export's weights.
         artifact: the export, or its directory.
-        runtime: "ort-cpu".
+        runtime: "ort-cpu", or "tensorrt" or "tensorrt-rtx", which build an engine of the edited
+            graph for the forced positions.
         images: (batch, 3, height, width) float32, preprocessed; None for `sample_images`.
         operators: as for `open_session`.
         threads: as for `open_session`.
+        trust: as for `open_session`.
         per_block: also compare every block's streams, and name the first out of tolerance.
 
     Raises:
@@ -97,13 +109,18 @@ def check_parity(
     from exporter.torch_session import model_of, oracle
 
     opened = open_artifact(artifact, only=None if model is None else (MODEL_FILE,))
-    with open_session(opened, runtime, operators=operators, threads=threads) as session:
-        images = sample_images(opened) if images is None else images
+    with open_session(
+        opened, runtime, operators=operators, threads=threads, trust=trust
+    ) as session:
+        low, high = session.batches
+        images = sample_images(opened, min(max(low, 4), high)) if images is None else images
         free = session.run(images)
         info = session.info
     expected = oracle(model_of(opened) if model is None else model, opened, images)
 
     def run_edited(graph: bytes, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        if runtime in ENGINE_RUNTIMES:
+            return run_engine(graph, feeds, info)
         edited = OrtCpuSession(opened, operators=info.operators, threads=info.threads, model=graph)
         with edited:
             return edited.run_feeds(feeds)
@@ -132,6 +149,7 @@ def check_directory(
     image_files: Sequence[Path] = (),
     operators: str | None = None,
     threads: int | None = None,
+    trust: bool = False,
     per_block: bool = False,
 ) -> ParityReport:
     """`check_parity` on an export's own weights and image files; None of these: noise."""
@@ -144,6 +162,7 @@ def check_directory(
         images,
         operators=operators,
         threads=threads,
+        trust=trust,
         per_block=per_block,
     )
 
@@ -155,6 +174,7 @@ def classify(
     *,
     operators: str | None = None,
     threads: int | None = None,
+    trust: bool = False,
     labels: Path | None = None,
     top: int = 5,
 ) -> tuple[list[dict[str, Any]], RuntimeInfo]:
@@ -171,9 +191,12 @@ def classify(
     classes = int(manifest.outputs[0].shape[1])
     names = manifest.labels if labels is None else read_labels(labels, classes)
     results: list[dict[str, Any]] = []
-    with open_session(artifact, runtime, operators=operators, threads=threads) as session:
-        for start in range(0, len(files), _RUN_BATCH):
-            some = files[start : start + _RUN_BATCH]
+    with open_session(
+        artifact, runtime, operators=operators, threads=threads, trust=trust
+    ) as session:
+        step = min(_RUN_BATCH, session.batches[1])
+        for start in range(0, len(files), step):
+            some = files[start : start + step]
             logits = session.run(preprocess(list(some), artifact))["logits"]
             results += [
                 {"file": str(file), "predictions": _predictions(file, scores, names, top)}

@@ -69,7 +69,8 @@ HEAVY = {
         *("onnx_*", "export_*", "graph_edit", "parity*", "machine", "bench_subjects"),
     ),
     ("onnxruntime",): ("runtimes/ort*", "machine", "bench_subjects"),
-    ("tensorrt",): ("runtimes/tensorrt*",),
+    ("tensorrt", "tensorrt_rtx"): ("runtimes/tensorrt*",),
+    ("cuda",): ("runtimes/cuda*",),
 }
 
 

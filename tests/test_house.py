@@ -24,6 +24,8 @@ EMPTY = dict.fromkeys(SOURCES, "")
 _IMPORT_NAMES = {"pillow": "PIL", "onnx-ir": "onnx_ir", "scikit-learn": "sklearn"}
 # Brought along by a declared package that cannot be used without it.
 _IMPLIED = {"typing_extensions", "click"}
+# Optional, for a GPU, and large; the error where one is missing has the command that installs it.
+_OPTIONAL = {"tensorrt", "tensorrt_rtx", "cuda"}
 _OUTSIDE_TORCH = [
     house.dotted(file)
     for file in SOURCES
@@ -59,7 +61,7 @@ def _declared() -> set[str]:
     project = tomllib.loads((house.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *project["optional-dependencies"]["reports"]]
     names = {packaging.requirements.Requirement(line).name for line in lines}
-    return {_IMPORT_NAMES.get(name, name) for name in names} | _IMPLIED
+    return {_IMPORT_NAMES.get(name, name) for name in names} | _IMPLIED | _OPTIONAL
 
 
 def test_layers_stand_on_lower_ones() -> None:

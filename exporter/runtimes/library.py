@@ -12,6 +12,7 @@ import exporter
 from exporter.errors import RuntimeUnavailableError
 
 ORT_LIBRARY = "vssm_onnxruntime"
+TENSORRT_LIBRARY = "vssm_tensorrt"
 BENCH_LIBRARY = "vssm_bench"
 ISA_NAMES = ("baseline", "avx2", "avx512")
 
@@ -100,6 +101,15 @@ def library_info(path: Path | None = None) -> LibraryInfo:
     operators = tuple(line.partition("(")[0] for line in load_table(path).splitlines())
     version = _text(library, "vssm_version")
     return LibraryInfo(path=path, version=version, cpu_isa=isa, operators=operators)
+
+
+def library_version(path: Path) -> str:
+    """The version that any of our libraries was built as.
+
+    Raises:
+        RuntimeUnavailableError: it cannot be loaded.
+    """
+    return _text(_load(path), "vssm_version")
 
 
 def kernel_calls(path: Path | None = None) -> int:
