@@ -7,6 +7,7 @@ and tampered (not the bytes that were built). A caller may trust the last two.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,13 +23,13 @@ from exporter.runtimes.tensorrt_api import Product
 
 @dataclass(frozen=True)
 class CheckedEngine:
-    """An engine that may be loaded: its path, what it says of itself, and what is trusted.
+    """An engine that may be loaded: its bytes, what it says of itself, and what is trusted.
 
-    `info` is None for a trusted engine without a statement; `trusted` is empty if nothing needed
-    trust.
+    The bytes are those that were checked: the file may change afterwards. `info` is None for a
+    trusted engine without a statement; `trusted` is empty if nothing needed trust.
     """
 
-    path: Path
+    data: bytes
     info: EngineInfo | None
     trusted: str
 
@@ -59,6 +60,7 @@ def check_engine(
     remedy = f"build it with `{product.command} {artifact.directory}`"
     if not plan.is_file():
         raise ArtifactError(f"{plan} is not there, so nothing can run; {remedy}")
+    data = plan.read_bytes()
     info: EngineInfo | None = None
     doubts: list[str] = []
     if trust and not (artifact.directory / product.info).exists():
@@ -66,13 +68,13 @@ def check_engine(
     else:
         info = read_info(artifact.directory / product.info, product.command)
         _refuse_stale(artifact, info, library, f"{plan.name}: ", remedy)
-        doubts += [*_tampered(plan, info, product), *_foreign(info, version, gpu)]
+        doubts += [*_tampered(data, info, product), *_foreign(info, version, gpu)]
     if doubts and not trust:
         raise ArtifactError(
             f"{plan.name}: {'; '.join(doubts)}; {remedy}, or pass trust=True (--trust) if you know "
             "where it comes from: an engine is code"
         )
-    return CheckedEngine(plan, info, "; ".join(doubts))
+    return CheckedEngine(data, info, "; ".join(doubts))
 
 
 def _refuse_stale(
@@ -99,8 +101,8 @@ def _refuse_stale(
         )
 
 
-def _tampered(plan: Path, info: EngineInfo, product: Product) -> Iterator[str]:
-    found = sha256_of(plan)
+def _tampered(data: bytes, info: EngineInfo, product: Product) -> Iterator[str]:
+    found = hashlib.sha256(data).hexdigest()
     if found != info.plan_sha256:
         yield (
             f"tampered or damaged, its sha256 is {found[:12]}..., but {product.info} says "

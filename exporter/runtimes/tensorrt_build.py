@@ -20,6 +20,7 @@ from exporter.runtimes.engine_request import EngineRequest, check_request
 from exporter.runtimes.library import TENSORRT_LIBRARY, find_library, library_version
 from exporter.runtimes.session import Array
 from exporter.runtimes.tensorrt_runner import EngineRunner
+from exporter.spec import OPERATORS
 
 Progress = Callable[[str, int, int], None]
 _MIB: Final = 1 << 20
@@ -191,8 +192,17 @@ def _parse(parser: Any, model: Path, request: EngineRequest, package: Any) -> No
     raise UnsupportedError(
         f"{request.product.title} {package.__version__} cannot parse {model.name}: {shown}"
         + (f"; and {more} more" if more > 0 else "")
-        + "; export it with another --opset, or update TensorRT"
+        + f"; {_parser_remedy(errors)}"
     )
+
+
+def _parser_remedy(errors: list[Any]) -> str:
+    if any(e.node_operator() in OPERATORS and not e.local_function_stack() for e in errors):
+        return (
+            "of our operators it found neither a plugin nor a body: rebuild the plugin library "
+            "with `make setup`, or export the model again"
+        )
+    return "export it with another --opset, or update TensorRT"
 
 
 def _describe_error(error: Any) -> str:

@@ -59,7 +59,7 @@ class TensorRtSession(Session):
             api.load_plugin(package, library)
         self._runner = EngineRunner(
             product,
-            engine.path.read_bytes(),
+            engine.data,
             cuda,
             host_code=_has_host_code(engine.info),
             graphs=graphs,
