@@ -16,7 +16,7 @@ from rich.text import Text
 from exporter import pipeline
 from exporter._version import __version__
 from exporter.artifact import Artifact
-from exporter.cli_deploy import engine
+from exporter.cli_deploy import bundle, engine
 from exporter.cli_options import (
     Directory,
     Json,
@@ -274,6 +274,7 @@ def bench(
 
 
 app.command()(engine)
+app.command()(bundle)
 
 
 @app.command()

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from exporter import pipeline_deploy
+from exporter.bundle import BundleRequest
+from exporter.bundle_triton import ServingOptions
 from exporter.cli_options import Directory, Json, Operators, integers
 from exporter.pipeline import write_json
 
@@ -52,13 +54,11 @@ def engine(
     """Build a TensorRT engine beside model.onnx."""
     from exporter.runtimes.engine_request import EngineRequest
 
-    sizes = integers("batch", batch)
-    if len(sizes) != 3:
-        raise ValueError(f"batch={batch!r} is not three sizes; give MIN,OPT,MAX, such as 1,8,32")
+    low, opt, high = _three(batch)
     request = EngineRequest(
         runtime="tensorrt-rtx" if rtx else "tensorrt",
         operators=operators,
-        batch=(sizes[0], sizes[1], sizes[2]),
+        batch=(low, opt, high),
         memory_mib=memory,
         level=level,
         timing_cache=timing_cache,
@@ -72,6 +72,66 @@ def engine(
     _print_engine(directory, info)
     if json_file is not None:
         write_json(json_file, info)
+
+
+def bundle(
+    directory: Annotated[Path, typer.Argument(help="An export; with --verify, a bundle.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Directory to write.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check a bundle's hashes, and run its model.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="What the server calls the model.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Class names, one a line or JSON.")] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes MIN,OPT,MAX.")] = "1,8,32",
+    queue_us: Annotated[int, typer.Option(help="How long a request waits for others.")] = 500,
+    instances: Annotated[int, typer.Option(help="Copies of the model on a device.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Replace the bundle there.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Pack an export so that a Triton server runs it, or check such a bundle."""
+    if verify == (output is not None):
+        raise ValueError("give either -o OUT, to make a bundle, or --verify, to check one")
+    if output is None:
+        _verify_bundle(directory, json_file)
+        return
+    low, opt, high = _three(batch)
+    serving = ServingOptions((low, opt, high), queue_us=queue_us, instances=instances)
+    request = BundleRequest(name, labels, serving, force=force)
+    manifest = pipeline_deploy.bundle_directory(directory, output, request)
+    for part, reason in manifest.absent.items():
+        console.print(f"left out: {part}: {reason}", style="yellow", soft_wrap=True)
+    console.print(f"wrote {output} ({len(manifest.files)} files); see {output / 'README.md'}")
+    if json_file is not None:
+        write_json(json_file, manifest)
+
+
+def _verify_bundle(directory: Path, json_file: Path | None) -> None:
+    from exporter.bundle_verify import verify_bundle
+
+    report = verify_bundle(directory)
+    for failure in report.failures:
+        console.print(f"failed: {failure}", style="bold red", soft_wrap=True)
+    if report.not_run:
+        console.print(f"the model was not run: {report.not_run}", style="yellow", soft_wrap=True)
+    else:
+        console.print(
+            f"{report.name}: {report.files} files hashed, {report.kernels} kernels ran, logits "
+            f"within {report.difference:.1e} of the fallback bodies'"
+        )
+    if json_file is not None:
+        write_json(json_file, report)
+    if not report.passed:
+        raise typer.Exit(1)
+    console.print("passed", style="bold green")
+
+
+def _three(batch: str) -> list[int]:
+    sizes = integers("batch", batch)
+    if len(sizes) != 3:
+        raise ValueError(f"batch={batch!r} is not three sizes; give MIN,OPT,MAX, such as 1,8,32")
+    return sizes
 
 
 @contextmanager

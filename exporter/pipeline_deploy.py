@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.artifact import MODEL_FILE, Artifact, open_artifact
+from exporter.bundle import BundleRequest, make_bundle
+from exporter.bundle_manifest import BundleManifest
 from exporter.runtimes.session import Array, RuntimeInfo, Session
 
 if TYPE_CHECKING:
@@ -26,6 +28,12 @@ def build_directory(directory: Path, request: EngineRequest, *, progress: Progre
     check_request(request)
     artifact = open_artifact(directory, only=(MODEL_FILE,))
     return build_engine(artifact, request, progress=progress)
+
+
+def bundle_directory(directory: Path, output: Path, request: BundleRequest) -> BundleManifest:
+    """Bundle an export; see `bundle.make_bundle`."""
+    artifact = open_artifact(directory, only=(MODEL_FILE,))
+    return make_bundle(artifact, output, request)
 
 
 def open_engine(

@@ -55,7 +55,12 @@ LAYERS = (
         ("pipeline*",),
         (*_MODELS, *_REPORTS, "export", "torch session", "subjects"),
     ),
-    Layer("command line", "top", ("cli*",), (*_SHARED, "runtimes", "reports", "pages", "pipeline")),
+    Layer(
+        "command line",
+        "top",
+        ("cli*",),
+        (*_SHARED, "runtimes", "reports", "pages", "bundle", "pipeline"),
+    ),
 )
 _UNLISTED = Layer("no layer", "none", (), ())
 # Who may import a heavy package: its import names, then globs as above.

@@ -159,3 +159,19 @@ def exp2_rate(isa: str | None = None, seconds: float = 0.2) -> float:
             "ask for the one that library_info().cpu_isa names"
         )
     return rate
+
+
+def find_sources() -> Path:
+    """Folder of the native sources: the checkout, or the copy that the installed package carries.
+
+    Raises:
+        RuntimeUnavailableError: there is neither.
+    """
+    folders = [Path(folder) for folder in exporter.__path__]
+    for root in (*(f.parent for f in folders), *(f / "sources" for f in folders)):
+        if (root / "CMakeLists.txt").is_file() and (root / "plugins/CMakeLists.txt").is_file():
+            return root
+    raise RuntimeUnavailableError(
+        f"the native sources are in none of {', '.join(str(f / 'sources') for f in folders)}, nor "
+        "is this a checkout; install the package again"
+    )
