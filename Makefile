@@ -12,8 +12,8 @@ DEPENDENCIES := $(VENV)/.dependencies-stamp
 INSTALLED := $(VENV)/.installed-stamp
 SETUP_LOG := build/setup.log
 
-CXX_FILES := $(shell find plugins benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
-CMAKE_FILES := CMakeLists.txt $(shell find plugins benchmarks -name CMakeLists.txt -o -name '*.cmake')
+CXX_FILES := $(shell find plugins benchmarks examples -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CMAKE_FILES := CMakeLists.txt $(shell find plugins benchmarks examples -name CMakeLists.txt -o -name '*.cmake')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -78,7 +78,7 @@ $(DEPENDENCIES): constraints.txt
 	@touch $@
 
 # The build sees the pinned packages only (no isolation), so pip never resolves another torch.
-$(INSTALLED): $(DEPENDENCIES) pyproject.toml exporter/_version.py $(CXX_FILES) $(CMAKE_FILES)
+$(INSTALLED): $(DEPENDENCIES) pyproject.toml $(wildcard examples/triton/*) exporter/_version.py $(CXX_FILES) $(CMAKE_FILES)
 	@command -v $${CXX:-c++} > /dev/null || { \
 	  echo "setup: no C++ compiler; install one (Debian: g++) or name it with CXX="; exit 1; }
 	@echo "setup: building the native library and installing the package (log: $(SETUP_LOG))"

@@ -45,7 +45,11 @@ def _texts(*globs: str) -> dict[str, str]:
 
 PYTHON = _texts("exporter/**/*.py", "examples/*.py")
 CXX = _texts(
-    *(f"{d}/**/*.{e}" for d in ("plugins", "benchmarks") for e in ("h", "cpp", "cuh", "cu"))
+    *(
+        f"{d}/**/*.{e}"
+        for d in ("plugins", "benchmarks", "examples")
+        for e in ("h", "cpp", "cuh", "cu")
+    )
 )
 EXAMPLES = _texts("examples/*.py")
 TESTS = _texts("tests/*.py")
@@ -209,7 +213,9 @@ def test_long_file_is_found(lines: int, check: Callable[[str, str], list[str]]) 
 
 def test_cxx_arrows() -> None:
     assert len(CXX) > 1
-    _nothing([line for name, text in CXX.items() for line in house_text.cxx_arrows(name, text)])
+    # The examples belong to no house: they stand outside the checkout, in someone's program.
+    ours = {name: text for name, text in CXX.items() if not name.startswith("examples/")}
+    _nothing([line for name, text in ours.items() for line in house_text.cxx_arrows(name, text)])
 
 
 @pytest.mark.parametrize(
