@@ -34,25 +34,15 @@ def page(report: BenchReport) -> str:
     context = "".join(
         f"<li>{html.escape(k)}: {html.escape(v)}</li>" for k, v in report.context.items()
     )
-    total = sum(report.operators.values())
-    scan = report.scan_over_floor
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>vssm bench</title><style>{_STYLE}</style></head>
 <body><h1>vssm bench</h1><ul>{context}</ul>
-<p>Latency of one batch; subjects were run in turn, so compare ratios within this page. The floor is
-the exponentials of the scans at this machine's measured exp2 rate
-({report.rates.exp2 / 1e9:.1f} G/s a thread) plus the multiply-adds at the rate of a large matrix
-product, nothing overlapped.{_scan_sentence(scan)}</p>
+<p>Latency of one batch; subjects were run in turn, so compare ratios within this page.
+{_floor_sentence(report)}</p>
 {_plot(report.rows)}
 {_table("latency", _COLUMNS, map(_cells, report.rows))}
-{
-        _table(
-            "time by operator, one image, one thread, with kernels",
-            ("operator", "ms", "share"),
-            ((k, f"{v:.3f}", f"{v / total:.0%}") for k, v in report.operators.items()),
-        )
-    }
+{_operators(report)}
 </body></html>
 """
 
@@ -84,15 +74,34 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.min_ms:.2f}",
         str(row.samples),
         f"{row.images_per_s:.1f}",
-        f"{row.floor_ms:.2f}",
-        f"{row.over_floor:.2f}",
+        "-" if row.floor_ms is None else f"{row.floor_ms:.2f}",
+        "-" if row.over_floor is None else f"{row.over_floor:.2f}",
         difference,
         row.info,
     )
 
 
-def _scan_sentence(scan: float | None) -> str:
-    return "" if scan is None else f" The scans themselves take {scan:.2f} times their floor."
+def _floor_sentence(report: BenchReport) -> str:
+    if report.rates is None:
+        return "Times are the host's, from images to outputs; this GPU's floor was not measured."
+    scan = report.scan_over_floor
+    scans = "" if scan is None else f" The scans themselves take {scan:.2f} times their floor."
+    return (
+        "The floor is the exponentials of the scans at this machine's measured exp2 rate "
+        f"({report.rates.exp2 / 1e9:.1f} G/s a thread) plus the multiply-adds at the rate of a "
+        f"large matrix product, nothing overlapped.{scans}"
+    )
+
+
+def _operators(report: BenchReport) -> str:
+    if not report.operators:
+        return ""
+    total = sum(report.operators.values())
+    return _table(
+        "time by operator, one image, one thread, with kernels",
+        ("operator", "ms", "share"),
+        ((k, f"{v:.3f}", f"{v / total:.0%}") for k, v in report.operators.items()),
+    )
 
 
 def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -114,7 +123,9 @@ def _plot(rows: Sequence[Row]) -> str:
     labels = [f"{r.subject}, batch {r.batch}, {plural(r.threads, 'thread')}" for r in rows]
     places = list(range(len(rows)))
     axes.barh(places, [r.median_ms for r in rows], color="#4c78a8", label="median")
-    axes.plot([r.floor_ms for r in rows], places, "k|", markersize=12, label="floor")
+    floors = [(r.floor_ms, place) for r, place in zip(rows, places, strict=True) if r.floor_ms]
+    if floors:
+        axes.plot(*zip(*floors, strict=True), "k|", markersize=12, label="floor")
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.set_xscale("log")

@@ -60,7 +60,10 @@ class MachineRates:
 
 @dataclass(frozen=True)
 class Row:
-    """One subject at one batch size and thread count; times in milliseconds a batch."""
+    """One subject at one batch size and thread count; times in milliseconds a batch.
+
+    The floor is None where the machine's limits were not measured: on a GPU.
+    """
 
     subject: str
     batch: int
@@ -70,8 +73,8 @@ class Row:
     min_ms: float
     samples: int
     images_per_s: float
-    floor_ms: float
-    over_floor: float
+    floor_ms: float | None
+    over_floor: float | None
     info: str
     difference: float | None = None
 
@@ -82,14 +85,15 @@ class BenchReport:
 
     Attributes:
         rows: a row for every subject, batch size and thread count.
-        rates: the machine's own limits.
-        operators: milliseconds by operator type of the kernel session, batch 1, one thread.
+        rates: the machine's own limits; None on a GPU.
+        operators: milliseconds by operator type of the kernel session, batch 1, one thread; empty
+            on a GPU, where ONNX Runtime times the host's calls alone.
         scan_over_floor: time of our scans over their exponentials' floor, from `operators`.
         context: machine, versions, dtype, command.
     """
 
     rows: list[Row]
-    rates: MachineRates
+    rates: MachineRates | None
     operators: dict[str, float]
     scan_over_floor: float | None
     context: dict[str, str] = field(default_factory=dict)
@@ -124,7 +128,7 @@ def check_arguments(batches: Sequence[int], threads: Sequence[int], samples: int
 def measure(
     subjects: Sequence[Subject],
     image_shape: tuple[int, ...],
-    rates: MachineRates,
+    rates: MachineRates | None,
     *,
     batches: Sequence[int] = (1, 8),
     threads: Sequence[int] = (1,),
@@ -136,7 +140,7 @@ def measure(
     Args:
         subjects: what to time; sessions are opened once a thread count.
         image_shape: (3, height, width).
-        rates: from `machine_rates`.
+        rates: from `machine_rates`; None for rows without a floor.
         batches: batch sizes.
         threads: thread counts.
         samples: timed runs of each, after two that are not.
@@ -157,7 +161,7 @@ def measure(
                 progress(f"batch {batch}, {plural(count, 'thread')}")
                 times, logits = _alternate(sessions, images, samples)
                 for i, subject in enumerate(subjects):
-                    floor = rates.floor_ms(subject, batch, count)
+                    floor = None if rates is None else rates.floor_ms(subject, batch, count)
                     difference = _difference(subjects, logits, i)
                     info = str(sessions[i].info)
                     row = _row(subject.name, (batch, count), times[i], floor_ms=floor, info=info)
@@ -207,7 +211,7 @@ def _row(
     batch_threads: tuple[int, int],
     seconds: list[float],
     *,
-    floor_ms: float,
+    floor_ms: float | None,
     info: str,
 ) -> Row:
     batch, threads = batch_threads
@@ -223,6 +227,6 @@ def _row(
         samples=len(seconds),
         images_per_s=1e3 * batch / median,
         floor_ms=floor_ms,
-        over_floor=median / floor_ms,
+        over_floor=None if floor_ms is None else median / floor_ms,
         info=info,
     )

@@ -26,8 +26,10 @@ from exporter.cli_options import (
     Trust,
     integers,
     options,
+    say,
 )
 from exporter.errors import ArtifactError, VssmError
+from exporter.json_files import write_json
 from exporter.pipeline_export import ExportRequest, export_model
 
 app = typer.Typer(
@@ -47,16 +49,12 @@ def main() -> None:
     try:
         app()
     except (VssmError, ValueError, TypeError, OSError, MemoryError) as error:
-        _say(_errors, "error", "bold red", f": {error or type(error).__name__}")
+        say(_errors, "error", "bold red", f": {error or type(error).__name__}")
         sys.exit(2)
     except Exception:  # not 1: a script would take it for a failed check
         traceback.print_exc()
-        _say(_errors, "fault", "bold red", ": unexpected; unless memory ran out, please report it")
+        say(_errors, "fault", "bold red", ": unexpected; unless memory ran out, please report it")
         sys.exit(3)
-
-
-def _say(where: Console, word: str, style: str, rest: str = "") -> None:
-    where.print(Text.assemble((word, style), rest), soft_wrap=True)
 
 
 def _show(status: Status) -> Callable[[str], None]:
@@ -173,9 +171,7 @@ def check(
     operators: Operators = None,
     threads: Threads = None,
     trust: Trust = False,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Image file to check with, repeatable.")
-    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image file, repeatable.")] = None,
     per_block: Annotated[
         bool, typer.Option("--per-block", help="Compare every block's output.")
     ] = False,
@@ -197,15 +193,15 @@ def check(
     for shown in parity_tables(report):
         console.print(shown)
     for failure in report.failures:
-        _say(console, "failed", "bold red", f": {failure}")
+        say(console, "failed", "bold red", f": {failure}")
     _write_json(json_file, report)
     try:
-        pipeline.write_json(directory / "parity.json", report)
+        write_json(directory / "parity.json", report)
     except ArtifactError as error:  # a check may look at what it cannot write to
-        _say(_errors, "parity.json was not written", "yellow", f": {error}")
+        say(_errors, "parity.json was not written", "yellow", f": {error}")
     if not report.passed:
         raise typer.Exit(1)
-    _say(console, "passed", "bold green")
+    say(console, "passed", "bold green")
 
 
 @app.command()
@@ -245,12 +241,14 @@ def run(
 @app.command()
 def bench(
     directory: Directory,
+    runtime: Annotated[str, typer.Option(help="ort-cpu, tensorrt or tensorrt-rtx.")] = "ort-cpu",
     batch: Annotated[str, typer.Option(help="Batch sizes, 1,8.")] = "1,8",
     threads: Annotated[str, typer.Option(help="Thread counts, 1,2.")] = "1",
     samples: Annotated[int, typer.Option(help="Timed runs of each.")] = 21,
     torch_loop: Annotated[
         bool, typer.Option("--torch/--no-torch", help="Time the PyTorch loop too.")
     ] = True,
+    trust: Trust = False,
     report: Annotated[Path | None, typer.Option(help="HTML page; DIR/bench.html.")] = None,
     json_file: Json = None,
 ) -> None:
@@ -264,6 +262,8 @@ def bench(
             threads=integers("threads", threads),
             samples=samples,
             torch_loop=torch_loop,
+            runtime=runtime,
+            trust=trust,
             page=report,
             progress=_show(status),
         )
@@ -290,7 +290,7 @@ def doctor(json_file: Json = None) -> None:
 
 def _write_json(path: Path | None, value: Any) -> None:
     if path is not None:
-        pipeline.write_json(path, value)
+        write_json(path, value)
 
 
 if __name__ == "__main__":

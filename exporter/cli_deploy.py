@@ -16,7 +16,7 @@ from exporter import pipeline_deploy
 from exporter.bundle import BundleRequest
 from exporter.bundle_triton import ServingOptions
 from exporter.cli_options import Directory, Json, Operators, integers
-from exporter.pipeline import write_json
+from exporter.json_files import write_json
 
 if TYPE_CHECKING:
     from exporter.runtimes.engine_info import EngineInfo

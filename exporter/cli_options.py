@@ -1,4 +1,4 @@
-"""Options that several commands have, and option texts to values."""
+"""Options that several commands have, option texts to values, and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from exporter.files import check_writable
 
@@ -31,6 +33,11 @@ Threads = Annotated[int | None, typer.Option(help="Threads of one run; all cores
 Trust = Annotated[
     bool, typer.Option("--trust", help="Run an engine that is not of this machine, or was changed.")
 ]
+
+
+def say(where: Console, word: str, style: str, rest: str = "") -> None:
+    """Print one line, its first word in a style."""
+    where.print(Text.assemble((word, style), rest), soft_wrap=True)
 
 
 def integers(name: str, text: str) -> list[int]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +11,10 @@ import numpy as np
 
 from exporter.artifact import MODEL_FILE, Artifact, open_artifact
 from exporter.benchmark import BenchReport, Progress
-from exporter.files import atomic_write_bytes, check_writable
+from exporter.files import check_writable
+from exporter.json_files import write_json
 from exporter.parity import ParityReport, compare
-from exporter.pipeline_deploy import ENGINE_RUNTIMES, open_engine, run_engine
+from exporter.pipeline_deploy import ENGINE_RUNTIMES, open_engine, refuse_threads, run_engine
 from exporter.preprocessing import preprocess, read_labels
 from exporter.runtimes.session import Array, RuntimeInfo, Session
 
@@ -233,6 +231,8 @@ def bench_directory(
     threads: Sequence[int] = (1,),
     samples: int = 21,
     torch_loop: bool = True,
+    runtime: str = "ort-cpu",
+    trust: bool = False,
     page: Path | None = None,
     progress: Progress = lambda _: None,
 ) -> BenchReport:
@@ -244,14 +244,31 @@ def bench_directory(
     page = page or artifact.directory / "bench.html"
     for path in (page, artifact.directory / "bench.json"):
         check_writable(path)
-    report = bench(
-        artifact,
-        batches=batches,
-        threads=threads,
-        samples=samples,
-        torch_loop=torch_loop,
-        progress=progress,
-    )
+    if runtime in ENGINE_RUNTIMES:
+        from exporter.bench_engine import bench_engine
+
+        refuse_threads(runtime, None if tuple(threads) == (1,) else list(threads))
+        report = bench_engine(
+            artifact,
+            runtime=runtime,
+            batches=batches,
+            samples=samples,
+            trust=trust,
+            progress=progress,
+        )
+    elif runtime == "ort-cpu":
+        report = bench(
+            artifact,
+            batches=batches,
+            threads=threads,
+            samples=samples,
+            torch_loop=torch_loop,
+            progress=progress,
+        )
+    else:
+        raise ValueError(
+            f"runtime={runtime!r} is none to measure; choose ort-cpu, {', '.join(ENGINE_RUNTIMES)}"
+        )
     write_json(artifact.directory / "bench.json", report)
     write_page(report, page)
     return report
@@ -262,22 +279,3 @@ def describe_models() -> list[dict[str, Any]]:
     from exporter.models import catalog
 
     return catalog.describe_models()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a report, or what JSON can hold; infinity and NaN, which it lacks, as "inf", "nan".
-
-    Raises:
-        ArtifactError: the path cannot be written.
-    """
-    atomic_write_bytes(path, f"{json.dumps(_plain(value), indent=2, allow_nan=False)}\n".encode())
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -45,13 +45,22 @@ def open_engine(
         ValueError: `threads` is given.
         ArtifactError, RuntimeUnavailableError: as for `TensorRtSession`.
     """
+    refuse_threads(runtime, threads)
+    from exporter.runtimes.tensorrt_session import TensorRtSession
+
+    return TensorRtSession(artifact, runtime=runtime, operators=operators, trust=trust)
+
+
+def refuse_threads(runtime: str, threads: object) -> None:
+    """Refuse a number of threads, which an engine has no use for.
+
+    Raises:
+        ValueError: `threads` is not None.
+    """
     if threads is not None:
         raise ValueError(
             f"threads={threads} with runtime={runtime!r}, which runs on the GPU: leave it out"
         )
-    from exporter.runtimes.tensorrt_session import TensorRtSession
-
-    return TensorRtSession(artifact, runtime=runtime, operators=operators, trust=trust)
 
 
 def run_engine(graph: bytes, feeds: Mapping[str, Array], info: RuntimeInfo) -> dict[str, Array]:

@@ -98,8 +98,8 @@ def bench_tables(report: BenchReport) -> list[Table]:
                     f"{r.median_ms:.2f}",
                     f"{r.p95_ms:.2f}",
                     f"{r.images_per_s:.1f}",
-                    f"{r.floor_ms:.2f}",
-                    f"{r.over_floor:.2f}",
+                    None if r.floor_ms is None else f"{r.floor_ms:.2f}",
+                    None if r.over_floor is None else f"{r.over_floor:.2f}",
                     None if r.difference is None else f"{r.difference:.0e}",
                 )
                 for r in rows
@@ -107,13 +107,16 @@ def bench_tables(report: BenchReport) -> list[Table]:
         )
         for (batch, threads, samples), rows in groups.items()
     ]
+    measured = [table("measured", ("", ""), report.context.items()), *times]
+    if not report.operators:
+        return measured
     total = sum(report.operators.values())
     spent = table(
         "one image, one thread, with kernels",
         ("operator", "ms", "share"),
         ((k, f"{v:.3f}", f"{v / total:.0%}") for k, v in list(report.operators.items())[:12]),
     )
-    return [table("measured", ("", ""), report.context.items()), *times, spent]
+    return [*measured, spent]
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:

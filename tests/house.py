@@ -32,7 +32,7 @@ _DYNAMIC = "<a name computed at run time>"
 # From the bottom up. A file that no row names, or two rows do, fails the test.
 LAYERS = (
     Layer("leaves", "shared", ("__init__", "_version", "errors", "spec", "schedule"), ()),
-    Layer("documents", "shared", ("files", "json_fields", "manifest*", "artifact"), ("leaves",)),
+    Layer("documents", "shared", ("files", "json_*", "manifest*", "artifact"), ("leaves",)),
     Layer("oracle", "making", ("reference",), ("leaves",)),
     Layer("operators", "making", ("ops*",), ("leaves", "oracle")),
     Layer("pruning", "making", ("pruning", "walks"), ("leaves", "oracle", "operators")),
@@ -48,7 +48,12 @@ LAYERS = (
     Layer("pages", "running", ("tables", "*_page"), (*_RUNTIMES, "reports")),
     Layer("bundle", "running", ("bundle*",), (*_RUNTIMES, "reports")),
     Layer("torch session", "top", ("torch_session",), (*_MODELS, *_REPORTS)),
-    Layer("subjects", "top", ("bench_subjects",), (*_MODELS, *_REPORTS, "export", "torch session")),
+    Layer(
+        "subjects",
+        "top",
+        ("bench_subjects", "bench_engine"),
+        (*_MODELS, *_REPORTS, "export", "torch session"),
+    ),
     Layer(
         "pipeline",
         "top",

@@ -204,6 +204,36 @@ def test_check_and_run(bench: Bench, vssm: Run, artifact: Artifact, picture: Pat
     assert "which loads no engine" in vssm.out
 
 
+def test_bench_compares_with_a_dense_engine(bench: Bench, vssm: Run, artifact: Artifact) -> None:
+    build(artifact)
+    command = ("bench", artifact.directory, "--runtime=tensorrt", "--samples=2")
+    assert vssm(*command, "--batch=1,4") == 0, vssm.out
+    report = json.loads((artifact.directory / "bench.json").read_text())
+    names = ["tensorrt", "tensorrt, no CUDA graph", "tensorrt, dense"]
+    assert [row["subject"] for row in report["rows"]] == 2 * names
+    assert {row["floor_ms"] for row in report["rows"]} == {None}
+    assert report["rows"][1]["difference"] == 0
+    assert report["context"]["gpu"] == "NVIDIA H100"
+    assert vssm(*command, "--batch=1,8") == 2
+    assert "batches=[1, 8] leave the engine's [1, 5]" in vssm.out
+    assert vssm(*command, "--threads=2") == 2
+    assert "threads=[2] with runtime='tensorrt'" in vssm.out
+
+
+def test_bench_times_no_wrong_numbers(
+    bench: Bench, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(artifact)
+    real = tensorrt_session.EngineRunner.run
+    monkeypatch.setattr(
+        tensorrt_session.EngineRunner,
+        "run",
+        lambda self, feeds: {name: -x for name, x in real(self, feeds).items()},
+    )
+    with pytest.raises(ValueError, match="logits differ from the oracle's by"):
+        exporter.bench_directory(artifact.directory, runtime="tensorrt", batches=(1,))
+
+
 def _stale_model(bench: Bench, artifact: Artifact) -> None:
     edit(artifact, model_sha256="0" * 64)
 
