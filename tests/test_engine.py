@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import json
@@ -24,6 +25,7 @@ from exporter.runtimes.engine_request import EngineRequest, check_request
 from exporter.runtimes.tensorrt_api import TENSORRT_RTX
 from exporter.runtimes.tensorrt_build import build_engine
 
+ROOT = Path(__file__).resolve().parents[1]
 RTX = EngineRequest(runtime="tensorrt-rtx", batch=(1, 2, 4), compute_capabilities=("8.6",))
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -224,3 +226,38 @@ def test_stripping_leaves_the_nodes(out: Artifact) -> None:
     assert len(onnx.load_from_string(before).functions) > 0
     assert (len(stripped.graph.node), 5) == count_nodes(out.model_path)
     assert out.model_path.read_bytes() == before
+
+
+# What docs/troubleshooting.md quotes of ours, without the values in it.
+QUOTED = [
+    "is in none of ",
+    " plugin layers of ",
+    " cannot parse ",
+    "foreign, built for ",
+    "foreign, built by ",
+    "stale, built from a ",
+    "stale, built with ",
+    "tampered or damaged, its sha256 is ",
+    " cannot load the engine: ",
+    " was not made by this TensorRT on this GPU",
+    "could not build an ",
+    " is none that TensorRT for RTX ",
+    " compiles for",
+    "is missing or does ",
+    "the package cuda-bindings (of cuda-python) is missing",
+    "no GPU that CUDA can use (",
+    " is outside the engine's [",
+]
+
+
+@pytest.mark.parametrize("phrase", QUOTED)
+def test_troubleshooting_quotes_what_is_printed(phrase: str) -> None:
+    page = " ".join((ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8").split())
+    assert phrase.strip() in page
+    constants = [
+        node.value
+        for path in (ROOT / "exporter").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert any(phrase in text for text in constants)
