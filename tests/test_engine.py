@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from exporter.files import sha256_of
 from exporter.graph_edit import count_nodes, strip_functions
 from exporter.runtimes.engine_info import EngineInfo, PluginInfo, read_info, write_info
 from exporter.runtimes.engine_request import EngineRequest, check_request
+from exporter.runtimes.library import find_library
 from exporter.runtimes.tensorrt_api import TENSORRT_RTX
 from exporter.runtimes.tensorrt_build import build_engine
 
@@ -123,6 +125,60 @@ def test_the_rtx_session_says_that_there_is_no_gpu(out: Artifact) -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(RuntimeUnavailableError, match=r"no GPU that CUDA can use \("):
         exporter.open_session(out, "tensorrt-rtx")
+
+
+# What is called of TensorRT, and what TensorRT for RTX shares of it.
+CALLED = {
+    "": "Builder OnnxParser Runtime ILogger IProgressMonitor get_plugin_registry nptype",
+    "Builder": "create_network create_builder_config create_optimization_profile "
+    "build_serialized_network",
+    "OnnxParser": "parse parse_from_file num_errors get_error",
+    "ParserError": "desc node node_name node_operator local_function_stack",
+    "INetworkDefinition": "num_layers get_layer num_inputs get_input",
+    "IBuilderConfig": "set_memory_pool_limit set_flag builder_optimization_level progress_monitor "
+    "add_optimization_profile create_timing_cache set_timing_cache get_timing_cache "
+    "plugins_to_serialize hardware_compatibility_level set_compute_capability",
+    "IOptimizationProfile": "set_shape",
+    "IProgressMonitor": "phase_start step_complete phase_finish",
+    "IPluginRegistry": "load_library",
+    "ITimingCache": "serialize",
+    "LayerType": "PLUGIN_V3",
+    "BuilderFlag": "VERSION_COMPATIBLE",
+    "MemoryPoolType": "WORKSPACE",
+    "NetworkDefinitionCreationFlag": "STRONGLY_TYPED",
+    "HardwareCompatibilityLevel": "AMPERE_PLUS SAME_COMPUTE_CAPABILITY NONE",
+    "ExecutionContextAllocationStrategy": "USER_MANAGED",
+    "TensorIOMode": "INPUT",
+    "Runtime": "deserialize_cuda_engine engine_host_code_allowed",
+    "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_profile_shape "
+    "get_tensor_shape get_tensor_dtype create_execution_context device_memory_size_v2",
+    "IExecutionContext": "set_input_shape set_tensor_address execute_async_v3 set_device_memory "
+    "is_stream_capturable",
+}
+
+
+@needs_rtx
+def test_the_names_that_are_called_exist() -> None:
+    import tensorrt_rtx
+
+    for owner, names in CALLED.items():
+        holder = getattr(tensorrt_rtx, owner) if owner else tensorrt_rtx
+        assert [name for name in names.split() if not hasattr(holder, name)] == [], owner
+
+
+@needs_rtx
+def test_a_library_without_plugins_is_refused() -> None:
+    """In NVIDIA's own registry, in a process of its own."""
+    code = (
+        "import sys, tensorrt_rtx\nfrom pathlib import Path\n"
+        "from exporter.runtimes.tensorrt_api import load_plugin\n"
+        "load_plugin(tensorrt_rtx, Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", code, str(find_library())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "RuntimeUnavailableError: library=" in done.stderr
+    assert "was refused by TensorRT" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,17 @@ def test_no_engine(bench: Bench, artifact: Artifact) -> None:
         open_engine(artifact, trust=True)
 
 
+def test_a_trusted_engine_of_another_model(
+    bench: Bench, artifact: Artifact, tmp_path: Path
+) -> None:
+    other = exporter.export(micro(None), tmp_path / "other")
+    build(other)
+    shutil.copy(other.directory / "model.plan", artifact.directory)
+    with pytest.raises(ArtifactError, match="it is of another model; build it with"):
+        open_engine(artifact, trust=True)
+    assert bench.cuda.memory == {}
+
+
 def test_no_gpu(bench: Bench, artifact: Artifact) -> None:
     bench.cuda.devices = 0
     for work in (build, open_engine):

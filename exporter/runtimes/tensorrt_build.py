@@ -70,8 +70,7 @@ def build_engine(
         product=product.runtime,
         version=str(package.__version__),
         gpu=None if gpu is None else gpu.name,
-        compute_capability=request.compute_capabilities
-        or (() if gpu is None else (gpu.compute_capability,)),
+        compute_capability=_compiled_for(request, gpu),
         cuda=None if gpu is None else gpu.cuda,
         operators="kernel" if request.uses_plugins else "body",
         plugin=None if library is None else _describe(library, inside=request.plugins_inside),
@@ -102,6 +101,13 @@ def find_gpu(product: api.Product) -> GpuInfo | None:
         if product.plugins:
             raise
         return None
+
+
+def _compiled_for(request: EngineRequest, gpu: GpuInfo | None) -> tuple[str, ...]:
+    """TensorRT compiles for the GPU that is here, TensorRT for RTX for what it was told."""
+    if gpu is None or not request.product.plugins:
+        return request.compute_capabilities
+    return (gpu.compute_capability,)
 
 
 def _describe(library: Path, *, inside: bool) -> PluginInfo:

@@ -112,6 +112,10 @@ class EngineRunner:
         device = self._take(host.nbytes)
         return _Tensor(name, self._is_input(name), host, address, device)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Sizes after the batch, of every input and output."""
+        return {tensor.name: tuple(tensor.host.shape[1:]) for tensor in self._tensors}
+
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name for inputs by name, which must share their first axis.
 
@@ -178,7 +182,7 @@ class EngineRunner:
         ask = getattr(context, "is_stream_capturable", None)
         if ask is not None and not ask(self._stream):
             raise UnsupportedError(
-                "this engine cannot run in a CUDA graph; open the session with graphs=False"
+                "this engine cannot run in a CUDA graph; open TensorRtSession(..., graphs=False)"
             )
 
     def _enqueue(self, context: Any, batch: int) -> None:

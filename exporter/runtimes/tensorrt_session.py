@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporter.artifact import Artifact
-from exporter.errors import RuntimeUnavailableError
+from exporter.artifact import MODEL_FILE, Artifact
+from exporter.errors import ArtifactError, RuntimeUnavailableError
 from exporter.runtimes import tensorrt_api as api
 from exporter.runtimes.cuda_memory import Cuda, GpuInfo
 from exporter.runtimes.engine_check import CheckedEngine, check_engine
@@ -24,7 +24,8 @@ class TensorRtSession(Session):
         operators: what the engine must have been built with, "kernel" or "body"; None for either.
         trust: load an engine that is foreign or tampered; `info.trusted` then says why that was
             needed.
-        graphs: run CUDA graphs, one for each batch size.
+        graphs: run CUDA graphs, one for each batch size; None for True on TensorRT, and False on
+            TensorRT for RTX, which captures graphs of its own.
 
     Raises:
         ArtifactError: the engine is missing, stale, foreign or tampered.
@@ -39,7 +40,7 @@ class TensorRtSession(Session):
         runtime: str = "tensorrt",
         operators: str | None = None,
         trust: bool = False,
-        graphs: bool = True,
+        graphs: bool | None = None,
     ) -> None:
         product = api.PRODUCTS[runtime]
         package = api.load_package(product)
@@ -62,8 +63,13 @@ class TensorRtSession(Session):
             engine.data,
             cuda,
             host_code=_has_host_code(engine.info),
-            graphs=graphs,
+            graphs=product.plugins if graphs is None else graphs,
         )
+        try:
+            _check_tensors(self._runner, artifact, product)
+        except BaseException:
+            self._runner.close()
+            raise
         version = str(package.__version__)
         super().__init__(artifact.manifest, _info(product, version, engine, gpu=gpu))
 
@@ -78,6 +84,18 @@ class TensorRtSession(Session):
     def close(self) -> None:
         """Free the engine and its memory."""
         self._runner.close()
+
+
+def _check_tensors(runner: EngineRunner, artifact: Artifact, product: api.Product) -> None:
+    """A trusted engine may be of any model."""
+    manifest = artifact.manifest
+    wanted = {t.name: tuple(t.shape[1:]) for t in (*manifest.inputs, *manifest.outputs)}
+    found = runner.shapes()
+    if found != wanted:
+        raise ArtifactError(
+            f"{product.plan} has inputs and outputs {found}, but {MODEL_FILE} has {wanted}: it is "
+            f"of another model; build it with `{product.command} {artifact.directory}`"
+        )
 
 
 def _library() -> Path | None:
