@@ -14,7 +14,13 @@ from dataclasses import dataclass
 
 from exporter._version import __version__
 from exporter.errors import VssmError
-from exporter.runtimes.library import library_info
+from exporter.runtimes.library import (
+    TENSORRT_LIBRARY,
+    find_library,
+    library_info,
+    library_version,
+)
+from exporter.runtimes.tensorrt_api import TENSORRT_RTX
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ def examine() -> list[Finding]:
         Finding("machine", True, _machine()),
         _operator_library(),
         *(_package(names, remedy) for names, remedy in _PACKAGES),
+        *_engines(),
         _providers(),
         _command("C++ compiler", _COMPILERS, "install g++ 9 or newer, or set CXX"),
         _command("CMake", ("cmake",), "pip install cmake"),
@@ -84,6 +91,23 @@ def _package(names: tuple[str, ...], remedy: str) -> Finding:
         except importlib.metadata.PackageNotFoundError:
             continue
     return Finding(names[0], False, "not installed", remedy)
+
+
+_ENGINE_PACKAGES = (
+    (("tensorrt-rtx-cu13",), f"{TENSORRT_RTX.install}: engines without a GPU"),
+    (("cuda-bindings",), "pip install cuda-bindings: sessions on TensorRT"),
+)
+
+
+def _engines() -> list[Finding]:
+    """What `vssm engine` and sessions on engines need besides TensorRT itself."""
+    part = "TensorRT plugin library"
+    try:
+        path = find_library(TENSORRT_LIBRARY)
+        plugin = Finding(part, True, f"{path}, version {library_version(path)}")
+    except VssmError as error:
+        plugin = Finding(part, False, "not found", f"{error}; it takes a CUDA compiler")
+    return [plugin, *(_package(names, remedy) for names, remedy in _ENGINE_PACKAGES)]
 
 
 def _providers() -> Finding:

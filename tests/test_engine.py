@@ -17,6 +17,7 @@ from command import MODEL, Run
 from exports import micro, micro_plain
 
 import exporter
+from exporter import doctor
 from exporter.artifact import Artifact
 from exporter.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError
 from exporter.files import sha256_of
@@ -282,6 +283,19 @@ def test_stripping_leaves_the_nodes(out: Artifact) -> None:
     assert len(onnx.load_from_string(before).functions) > 0
     assert (len(stripped.graph.node), 5) == count_nodes(out.model_path)
     assert out.model_path.read_bytes() == before
+
+
+def test_doctor_names_what_engines_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> Path:
+        raise RuntimeUnavailableError(f"library=lib{name}.so is in none of /a, /b")
+
+    monkeypatch.setattr(doctor, "find_library", absent)
+    found = {finding.part: finding for finding in doctor.examine()}
+    plugin = found["TensorRT plugin library"]
+    assert not plugin.found
+    assert "libvssm_tensorrt.so is in none of /a, /b; it takes a CUDA compiler" in plugin.remedy
+    for package in ("tensorrt", "tensorrt-rtx-cu13", "cuda-bindings"):
+        assert found[package].found or "pip install" in found[package].remedy
 
 
 # What docs/troubleshooting.md quotes of ours, without the values in it.
