@@ -43,11 +43,16 @@ class FakeTensorRT(types.ModuleType):
         self.nptype = np.dtype
 
     def get_plugin_registry(self) -> Any:
-        return types.SimpleNamespace(load_library=self._load)
+        return types.SimpleNamespace(load_library=self._load, get_creator=self._creator)
 
     def _load(self, path: str) -> int | None:
+        if self.loaded:
+            return None  # as the real ones do: every plugin once a process
         self.loaded.append(path)
-        return len(self.loaded)
+        return 1
+
+    def _creator(self, name: str, version: str, namespace: str) -> object | None:
+        return self if self.loaded and (version, namespace) == ("1", "vssm") else None
 
     def Builder(self, log: Any) -> _Builder:
         return _Builder(self, log)

@@ -24,7 +24,7 @@ from exporter.files import sha256_of
 from exporter.graph_edit import count_nodes, strip_functions
 from exporter.runtimes.engine_info import EngineInfo, PluginInfo, read_info, write_info
 from exporter.runtimes.engine_request import EngineRequest, check_request
-from exporter.runtimes.library import find_library
+from exporter.runtimes.library import TENSORRT_LIBRARY, find_library
 from exporter.runtimes.tensorrt_api import TENSORRT_RTX
 from exporter.runtimes.tensorrt_build import build_engine
 
@@ -141,7 +141,7 @@ CALLED = {
     "plugins_to_serialize hardware_compatibility_level set_compute_capability",
     "IOptimizationProfile": "set_shape",
     "IProgressMonitor": "phase_start step_complete phase_finish",
-    "IPluginRegistry": "load_library",
+    "IPluginRegistry": "load_library get_creator",
     "ITimingCache": "serialize",
     "LayerType": "PLUGIN_V3",
     "BuilderFlag": "VERSION_COMPATIBLE",
@@ -165,6 +165,26 @@ def test_the_names_that_are_called_exist() -> None:
     for owner, names in CALLED.items():
         holder = getattr(tensorrt_rtx, owner) if owner else tensorrt_rtx
         assert [name for name in names.split() if not hasattr(holder, name)] == [], owner
+
+
+@needs_rtx
+def test_the_plugin_library_is_registered_once() -> None:
+    """Ours, in NVIDIA's own registry, in a process of its own, which ends without clean-up."""
+    try:
+        library = find_library(TENSORRT_LIBRARY)
+    except RuntimeUnavailableError as error:
+        pytest.skip(f"built only where there is a CUDA compiler: {error}")
+    code = (
+        "import os, sys, tensorrt_rtx\nfrom pathlib import Path\n"
+        "from exporter.runtimes.tensorrt_api import load_plugin\n"
+        "for _ in range(2):\n    load_plugin(tensorrt_rtx, Path(sys.argv[1]))\n"
+        "registry = tensorrt_rtx.get_plugin_registry()\n"
+        "os._exit(registry.get_creator('TokenGather', '1', 'vssm') is None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(library)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @needs_rtx

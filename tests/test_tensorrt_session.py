@@ -328,6 +328,21 @@ def test_a_library_inside_the_engine_is_not_loaded_twice(bench: Bench, artifact:
     assert bench.trt.host_code
 
 
+def test_the_library_is_registered_once(bench: Bench, artifact: Artifact) -> None:
+    for _ in range(2):
+        build(artifact)
+        open_engine(artifact).close()
+    assert bench.trt.loaded == [str(bench.library)]
+    _stale_plugin(bench, artifact)
+    with pytest.raises(RuntimeUnavailableError, match="another vssm plugin library is registered"):
+        build(artifact)
+    preloaded = FakeTensorRT(bench.cuda)
+    preloaded.loaded.append("autoload")
+    bench.use(preloaded)
+    with pytest.raises(RuntimeUnavailableError, match="LD_PRELOAD, or a program's own"):
+        build(artifact)
+
+
 def test_host_code_stays_forbidden_otherwise(bench: Bench, artifact: Artifact) -> None:
     build(artifact)
     open_engine(artifact).close()

@@ -8,12 +8,17 @@ public repository at releases 10.0, 10.1, 10.7, 10.12, 11.0 and 11.1, and tried 
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from exporter.errors import RuntimeUnavailableError, UnsupportedError
+from exporter.files import sha256_of
+from exporter.spec import DOMAIN, OPERATOR_VERSION
+
+_A_PLUGIN: Final = "SelectiveScan"
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,11 @@ def set_hardware_level(package: Any, config: Any, level: str) -> None:
             f"choose from {levels}"
         )
     config.hardware_compatibility_level = known[name]
+    if config.hardware_compatibility_level != known[name]:  # some products drop it without a word
+        raise UnsupportedError(
+            f"hardware_compatible={level!r} is not taken by TensorRT {package.__version__} with "
+            "these options; leave it out, or the others"
+        )
 
 
 def set_compute_capabilities(package: Any, config: Any, wanted: tuple[str, ...]) -> None:
@@ -158,18 +168,32 @@ def create_context(package: Any, engine: Any, memory: int, size: int) -> Any:
     return context
 
 
+# What each package's registry has of ours. A registry belongs to the process, takes every plugin
+# once, and answers a second library, or the same again, with None (10.16, 11.4 and RTX 1.7 do).
+_registered: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
 def load_plugin(package: Any, path: Path) -> None:
-    """Register every creator of our library.
+    """Register every creator of our library, once a process.
 
     Raises:
-        RuntimeUnavailableError: TensorRT cannot load it.
+        RuntimeUnavailableError: TensorRT cannot load it, or has another one already.
     """
-    handle = package.get_plugin_registry().load_library(str(path))
-    if handle is None:
+    sha256 = sha256_of(path)
+    if _registered.get(package) == sha256:
+        return
+    registry = package.get_plugin_registry()
+    if registry.get_creator(_A_PLUGIN, str(OPERATOR_VERSION), DOMAIN) is not None:
         raise RuntimeUnavailableError(
-            f"library={path} was refused by TensorRT {package.__version__} (its message is above); "
-            "rebuild it on this machine with `make setup`"
+            f"library={path}: another vssm plugin library is registered in this process already "
+            "(rebuilt since, LD_PRELOAD, or a program's own); start a new process without it"
         )
+    if registry.load_library(str(path)) is None:
+        raise RuntimeUnavailableError(
+            f"library={path} was refused by TensorRT {package.__version__}; rebuild it on this "
+            "machine with `make setup`"
+        )
+    _registered[package] = sha256
 
 
 def plugin_layers(package: Any, network: Any) -> int:

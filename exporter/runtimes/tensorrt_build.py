@@ -285,4 +285,5 @@ def _load_cache(config: Any, path: Path | None) -> Any:
 
 
 def _last(log: Any) -> str:
-    return log.complaints[-1] if log.complaints else "it gave no reason"
+    """The last of what TensorRT complained of, the reason among it."""
+    return " | ".join(log.complaints[-3:]) or "it gave no reason"
