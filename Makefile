@@ -16,12 +16,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEPENDENCIES := $(VENV)/.dependencies-stamp
 INSTALLED := $(VENV)/.installed-stamp
 TENSORRT := $(VENV)/.tensorrt-stamp
-TENSORRT_WHEELS := $(addprefix tests/tensorrt_harness/wheels/,rtx.txt lean-10.txt lean-11.txt)
+TENSORRT_WHEELS := $(addprefix tests/tensorrt_harness/wheels/,rtx.txt tools.txt lean-10.txt lean-11.txt)
 SETUP_LOG := build/setup.log
 
-CXX_FILES := $(shell find plugins benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CXX_FILES := $(shell find plugins benchmarks examples -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 CXX_TESTS := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-CMAKE_FILES := CMakeLists.txt $(shell find plugins benchmarks -name CMakeLists.txt -o -name '*.cmake')
+CMAKE_FILES := CMakeLists.txt $(shell find plugins benchmarks examples -name CMakeLists.txt -o -name '*.cmake')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -95,7 +95,7 @@ $(DEPENDENCIES): constraints.txt
 	@touch $@
 
 # The build sees the pinned packages only (no isolation), so pip never resolves another torch.
-$(INSTALLED): $(DEPENDENCIES) pyproject.toml exporter/_version.py $(CXX_FILES) $(CMAKE_FILES)
+$(INSTALLED): $(DEPENDENCIES) pyproject.toml $(wildcard examples/triton/*) exporter/_version.py $(CXX_FILES) $(CMAKE_FILES)
 	@command -v $${CXX:-c++} > /dev/null || { \
 	  echo "setup: no C++ compiler; install one (Debian: g++) or name it with CXX="; exit 1; }
 	@echo "setup: building the native library and installing the package (log: $(SETUP_LOG))"
@@ -111,7 +111,8 @@ $(TENSORRT): $(DEPENDENCIES) $(TENSORRT_WHEELS)
 	@echo "test: installing TensorRT for RTX and two lean runtimes into $(VENV), for tests"
 	@rm -rf $(VENV)/tensorrt
 	@{ $(PIP) install $(PIP_ARGS) --quiet --no-deps --no-build-isolation \
-	    --requirement tests/tensorrt_harness/wheels/rtx.txt && \
+	    --requirement tests/tensorrt_harness/wheels/rtx.txt \
+	    --requirement tests/tensorrt_harness/wheels/tools.txt && \
 	  $(PIP) install $(PIP_ARGS) --quiet --no-deps --target $(VENV)/tensorrt/lean-10 \
 	    --requirement tests/tensorrt_harness/wheels/lean-10.txt && \
 	  $(PIP) install $(PIP_ARGS) --quiet --no-deps --target $(VENV)/tensorrt/lean-11 \

@@ -16,10 +16,21 @@ from rich.text import Text
 from exporter import pipeline
 from exporter._version import __version__
 from exporter.artifact import Artifact
+from exporter.cli_deploy import bundle, engine
 from exporter.cli_evaluate import evaluate
-from exporter.cli_options import integers, options
+from exporter.cli_options import (
+    Directory,
+    Json,
+    Operators,
+    Runtime,
+    Threads,
+    Trust,
+    integers,
+    options,
+    say,
+)
 from exporter.errors import ArtifactError, VssmError
-from exporter.files import check_writable
+from exporter.json_files import write_json
 from exporter.pipeline_export import ExportRequest, export_model
 
 app = typer.Typer(
@@ -34,40 +45,17 @@ console = Console(markup=False, emoji=False)
 _errors = Console(stderr=True, markup=False, emoji=False)
 
 
-def _writable(path: Path | None) -> Path | None:
-    """Refuse at once what could not be written at the end."""
-    if path is not None:
-        check_writable(path)
-    return path
-
-
-Directory = Annotated[Path, typer.Argument(help="What `vssm export` wrote.")]
-Json = Annotated[
-    Path | None,
-    typer.Option("--json", callback=_writable, help="Also write the result to this file."),
-]
-Runtime = Annotated[str, typer.Option(help="ort-cpu, ort-cuda or torch.")]
-Operators = Annotated[
-    str | None, typer.Option(help="kernel (the default) or body, for ONNX Runtime.")
-]
-Threads = Annotated[int | None, typer.Option(help="Threads of one run; all cores by default.")]
-
-
 def main() -> None:
     """Run the command; exit code 0 success, 1 a check failed, 2 bad usage or input, 3 a fault."""
     try:
         app()
     except (VssmError, ValueError, TypeError, OSError, MemoryError) as error:
-        _say(_errors, "error", "bold red", f": {error or type(error).__name__}")
+        say(_errors, "error", "bold red", f": {error or type(error).__name__}")
         sys.exit(2)
     except Exception:  # not 1: a script would take it for a failed check
         traceback.print_exc()
-        _say(_errors, "fault", "bold red", ": unexpected; unless memory ran out, please report it")
+        say(_errors, "fault", "bold red", ": unexpected; unless memory ran out, please report it")
         sys.exit(3)
-
-
-def _say(where: Console, word: str, style: str, rest: str = "") -> None:
-    where.print(Text.assemble((word, style), rest), soft_wrap=True)
 
 
 def _show(status: Status) -> Callable[[str], None]:
@@ -165,6 +153,7 @@ def check(
     runtime: Runtime = "ort-cpu",
     operators: Operators = None,
     threads: Threads = None,
+    trust: Trust = False,
     image: Annotated[list[Path] | None, typer.Option(help="Image file, repeatable.")] = None,
     per_block: Annotated[
         bool, typer.Option("--per-block", help="Compare every block's output.")
@@ -181,20 +170,21 @@ def check(
             image_files=image or [],
             operators=operators,
             threads=threads,
+            trust=trust,
             per_block=per_block,
         )
     for shown in parity_tables(report):
         console.print(shown)
     for failure in report.failures:
-        _say(console, "failed", "bold red", f": {failure}")
+        say(console, "failed", "bold red", f": {failure}")
     _write_json(json_file, report)
     try:
-        pipeline.write_json(directory / "parity.json", report)
+        write_json(directory / "parity.json", report)
     except ArtifactError as error:  # a check may look at what it cannot write to
-        _say(_errors, "parity.json was not written", "yellow", f": {error}")
+        say(_errors, "parity.json was not written", "yellow", f": {error}")
     if not report.passed:
         raise typer.Exit(1)
-    _say(console, "passed", "bold green")
+    say(console, "passed", "bold green")
 
 
 @app.command()
@@ -204,6 +194,7 @@ def run(
     runtime: Runtime = "ort-cpu",
     operators: Operators = None,
     threads: Threads = None,
+    trust: Trust = False,
     labels: Annotated[Path | None, typer.Option(help="Class names, one a line or JSON.")] = None,
     top: Annotated[int, typer.Option(help="Classes to print.")] = 5,
     json_file: Json = None,
@@ -217,6 +208,7 @@ def run(
         runtime,
         operators=operators,
         threads=threads,
+        trust=trust,
         labels=labels,
         top=top,
     )
@@ -232,13 +224,14 @@ def run(
 @app.command()
 def bench(
     directory: Directory,
-    runtime: Annotated[str, typer.Option(help="ort-cpu or ort-cuda.")] = "ort-cpu",
+    runtime: Annotated[str, typer.Option(help="Any but torch.")] = "ort-cpu",
     batch: Annotated[str, typer.Option(help="Batch sizes, 1,8.")] = "1,8",
     threads: Annotated[str, typer.Option(help="Thread counts, 1,2.")] = "1",
     samples: Annotated[int, typer.Option(help="Timed runs of each.")] = 21,
     torch_loop: Annotated[
         bool, typer.Option("--torch/--no-torch", help="Time the PyTorch loop too.")
     ] = True,
+    trust: Trust = False,
     report: Annotated[Path | None, typer.Option(help="HTML page; DIR/bench.html.")] = None,
     json_file: Json = None,
 ) -> None:
@@ -253,6 +246,7 @@ def bench(
             samples=samples,
             torch_loop=torch_loop,
             runtime=runtime,
+            trust=trust,
             page=report,
             progress=_show(status),
         )
@@ -260,6 +254,10 @@ def bench(
         console.print(shown)
     _write_json(json_file, measured)
     console.print(f"wrote {report or directory / 'bench.html'}")
+
+
+app.command()(engine)
+app.command()(bundle)
 
 
 @app.command()
@@ -278,7 +276,7 @@ app.command()(evaluate)
 
 def _write_json(path: Path | None, value: Any) -> None:
     if path is not None:
-        pipeline.write_json(path, value)
+        write_json(path, value)
 
 
 if __name__ == "__main__":

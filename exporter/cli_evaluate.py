@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from exporter.files import check_writable
-from exporter.pipeline import write_json
+from exporter.json_files import write_json
 from exporter.pipeline_evaluate import evaluate as evaluate_export
 from exporter.training.evaluate import EvaluationReport
 

@@ -1,9 +1,43 @@
-"""Option texts of the command line to values."""
+"""Options that several commands have, option texts to values, and a line on the terminal."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from exporter.files import check_writable
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Refuse at once what could not be written at the end."""
+    if path is not None:
+        check_writable(path)
+    return path
+
+
+Directory = Annotated[Path, typer.Argument(help="What `vssm export` wrote.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_writable, help="Also write the result to this file."),
+]
+Runtime = Annotated[str, typer.Option(help="ort-cpu, torch, tensorrt or tensorrt-rtx.")]
+Operators = Annotated[
+    str | None, typer.Option(help="kernel (the default) or body; of an engine, what it has.")
+]
+Threads = Annotated[int | None, typer.Option(help="Threads of one run; all cores by default.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run an engine that is not of this machine, or was changed.")
+]
+
+
+def say(where: Console, word: str, style: str, rest: str = "") -> None:
+    """Print one line, its first word in a style."""
+    where.print(Text.assemble((word, style), rest), soft_wrap=True)
 
 
 def integers(name: str, text: str) -> list[int]:

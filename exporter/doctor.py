@@ -18,7 +18,8 @@ from exporter._version import __version__
 from exporter.errors import VssmError
 from exporter.native_library import find_library
 from exporter.runtimes.cuda_driver import Gpu, driver
-from exporter.runtimes.library import library_info
+from exporter.runtimes.library import TENSORRT_LIBRARY, library_info, library_version
+from exporter.runtimes.tensorrt_api import TENSORRT_RTX
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def examine() -> list[Finding]:
         _kernel_library(),
         _cuda_kernels(),
         *(_package(names, remedy) for names, remedy in _PACKAGES),
+        *_engines(),
         _providers(),
         _command("C++ compiler", _COMPILERS, "install g++ 9 or newer, or set CXX"),
         _command("CMake", ("cmake",), "pip install cmake"),
@@ -145,6 +147,23 @@ def _package(names: tuple[str, ...], remedy: str) -> Finding:
         except importlib.metadata.PackageNotFoundError:
             continue
     return Finding(names[0], False, "not installed", remedy)
+
+
+_ENGINE_PACKAGES = (
+    (("tensorrt-rtx-cu13",), f"{TENSORRT_RTX.install}: engines without a GPU"),
+    (("cuda-bindings",), "pip install cuda-bindings: sessions on TensorRT"),
+)
+
+
+def _engines() -> list[Finding]:
+    """What `vssm engine` and sessions on engines need besides TensorRT itself."""
+    part = "TensorRT plugin library"
+    try:
+        path = find_library(TENSORRT_LIBRARY)
+        plugin = Finding(part, True, f"{path}, version {library_version(path)}")
+    except VssmError as error:
+        plugin = Finding(part, False, "not found", f"{error}; it takes a CUDA compiler")
+    return [plugin, *(_package(names, remedy) for names, remedy in _ENGINE_PACKAGES)]
 
 
 def _providers() -> Finding:

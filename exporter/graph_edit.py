@@ -1,8 +1,9 @@
-"""Edits of a temporary copy of model.onnx, for the parity check."""
+"""Edits of a temporary copy of model.onnx, for the parity check and for old TensorRTs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -82,3 +83,16 @@ def expose(model: onnx.ModelProto, names: Iterable[str]) -> None:
                 f"value {name!r} of model.json is not in model.onnx; export the model again"
             )
         model.graph.output.append(known[name])
+
+
+def strip_functions(path: Path) -> bytes:
+    """The file without its fallback bodies, serialized; the file stays as it is."""
+    model = onnx.load(path)
+    del model.functions[:]
+    return bytes(model.SerializeToString())
+
+
+def count_nodes(path: Path) -> tuple[int, int]:
+    """How many nodes the graph has, and how many of them are our operators."""
+    model = onnx.load(path, load_external_data=False)
+    return len(model.graph.node), sum(node.domain == DOMAIN for node in model.graph.node)

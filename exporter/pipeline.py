@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +11,10 @@ import numpy as np
 
 from exporter.artifact import MODEL_FILE, Artifact, open_artifact
 from exporter.benchmark import BenchReport, Progress
-from exporter.files import atomic_write_bytes, check_writable
+from exporter.files import check_writable
+from exporter.json_files import write_json
 from exporter.parity import ParityReport, compare
+from exporter.pipeline_deploy import ENGINE_RUNTIMES, open_engine, refuse_threads, run_engine
 from exporter.preprocessing import preprocess, read_labels
 from exporter.runtimes.session import Array, RuntimeInfo, Session
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from exporter.models import VisionModel
     from exporter.runtimes.ort import OrtSession
 
-RUNTIMES = ("ort-cpu", "ort-cuda", "torch")
+RUNTIMES = ("ort-cpu", "ort-cuda", "torch", *ENGINE_RUNTIMES)
 _RUN_BATCH = 16  # images a run of `classify`
 
 
@@ -35,15 +34,17 @@ def open_session(
     threads: int | None = None,
     device: int | None = None,
     cuda_graph_batch: int | None = None,
+    trust: bool = False,
 ) -> Session:
     """Open an export in a runtime. torch is imported for runtime "torch" alone.
 
     Args:
         artifact: what `export` returned, or the directory it wrote, wherever that is now.
-        runtime: "ort-cpu", "ort-cuda" or "torch".
+        runtime: "ort-cpu", "ort-cuda", "torch", "tensorrt" or "tensorrt-rtx".
         operators: "kernel" (this package's library; the default) or "body" (the file's fallback
-            functions); for runtime "torch" None.
-        threads: threads of one run; None for all cores.
+            functions); for runtime "torch" None; for an engine what it must have been built with.
+        threads: threads of one run; None for all cores; not for an engine.
+        trust: load an engine that is foreign or tampered; the session's `info` then says so.
         device: ordinal of the GPU, for "ort-cuda"; None for the first.
         cuda_graph_batch: for "ort-cuda", the one batch size to record a CUDA graph for.
 
@@ -61,6 +62,12 @@ def open_session(
         given = ", ".join(f"{name}={value}" for name, value in on_gpu.items())
         raise ValueError(f"{given} with runtime={runtime!r}: only ort-cuda takes it; leave it out")
     opened = open_artifact(artifact, only=None if runtime == "torch" else (MODEL_FILE,))
+    if runtime in ENGINE_RUNTIMES:
+        return open_engine(opened, runtime, operators, threads=threads, trust=trust)
+    if trust:
+        raise ValueError(
+            f"trust=True with runtime={runtime!r}, which loads no engine: leave it out"
+        )
     if runtime == "torch":
         if operators is not None:
             raise ValueError(
@@ -91,6 +98,7 @@ def check_parity(
     *,
     operators: str | None = None,
     threads: int | None = None,
+    trust: bool = False,
     per_block: bool = False,
 ) -> ParityReport:
     """Compare a runtime with the float64 oracle, forced to its positions and free-running.
@@ -98,10 +106,12 @@ def check_parity(
     Args:
         model: the oracle; None rebuilds it from the export's weights.
         artifact: the export, or its directory.
-        runtime: "ort-cpu" or "ort-cuda".
+        runtime: "ort-cpu", "ort-cuda", or "tensorrt" or "tensorrt-rtx", which build an engine of
+            the edited graph for the forced positions.
         images: (batch, 3, height, width) float32, preprocessed; None for `sample_images`.
         operators: as for `open_session`.
         threads: as for `open_session`.
+        trust: as for `open_session`.
         per_block: also compare every block's streams, and name the first out of tolerance.
 
     Raises:
@@ -115,13 +125,18 @@ def check_parity(
     from exporter.torch_session import model_of, oracle
 
     opened = open_artifact(artifact, only=None if model is None else (MODEL_FILE,))
-    with open_session(opened, runtime, operators=operators, threads=threads) as session:
-        images = sample_images(opened) if images is None else images
+    with open_session(
+        opened, runtime, operators=operators, threads=threads, trust=trust
+    ) as session:
+        low, high = session.batches
+        images = sample_images(opened, min(max(low, 4), high)) if images is None else images
         free = session.run(images)
         info = session.info
     expected = oracle(model_of(opened) if model is None else model, opened, images)
 
     def run_edited(graph: bytes, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        if runtime in ENGINE_RUNTIMES:
+            return run_engine(graph, feeds, info)
         edited = _ort_session(runtime)(
             opened, operators=info.operators, threads=info.threads, model=graph
         )
@@ -152,6 +167,7 @@ def check_directory(
     image_files: Sequence[Path] = (),
     operators: str | None = None,
     threads: int | None = None,
+    trust: bool = False,
     per_block: bool = False,
 ) -> ParityReport:
     """`check_parity` on an export's own weights and image files; None of these: noise."""
@@ -164,6 +180,7 @@ def check_directory(
         images,
         operators=operators,
         threads=threads,
+        trust=trust,
         per_block=per_block,
     )
 
@@ -175,6 +192,7 @@ def classify(
     *,
     operators: str | None = None,
     threads: int | None = None,
+    trust: bool = False,
     labels: Path | None = None,
     top: int = 5,
 ) -> tuple[list[dict[str, Any]], RuntimeInfo]:
@@ -191,9 +209,12 @@ def classify(
     classes = int(manifest.outputs[0].shape[1])
     names = manifest.labels if labels is None else read_labels(labels, classes)
     results: list[dict[str, Any]] = []
-    with open_session(artifact, runtime, operators=operators, threads=threads) as session:
-        for start in range(0, len(files), _RUN_BATCH):
-            some = files[start : start + _RUN_BATCH]
+    with open_session(
+        artifact, runtime, operators=operators, threads=threads, trust=trust
+    ) as session:
+        step = min(_RUN_BATCH, session.batches[1])
+        for start in range(0, len(files), step):
+            some = files[start : start + step]
             logits = session.run(preprocess(list(some), artifact))["logits"]
             results += [
                 {"file": str(file), "predictions": _predictions(file, scores, names, top)}
@@ -231,6 +252,7 @@ def bench_directory(
     samples: int = 21,
     torch_loop: bool = True,
     runtime: str = "ort-cpu",
+    trust: bool = False,
     page: Path | None = None,
     progress: Progress = lambda _: None,
 ) -> BenchReport:
@@ -242,15 +264,28 @@ def bench_directory(
     page = page or artifact.directory / "bench.html"
     for path in (page, artifact.directory / "bench.json"):
         check_writable(path)
-    report = bench(
-        artifact,
-        batches=batches,
-        threads=threads,
-        samples=samples,
-        torch_loop=torch_loop,
-        runtime=runtime,
-        progress=progress,
-    )
+    if runtime in ENGINE_RUNTIMES:
+        from exporter.bench_engine import bench_engine
+
+        refuse_threads(runtime, None if tuple(threads) == (1,) else list(threads))
+        report = bench_engine(
+            artifact,
+            runtime=runtime,
+            batches=batches,
+            samples=samples,
+            trust=trust,
+            progress=progress,
+        )
+    else:
+        report = bench(
+            artifact,
+            batches=batches,
+            threads=threads,
+            samples=samples,
+            torch_loop=torch_loop,
+            runtime=runtime,
+            progress=progress,
+        )
     write_json(artifact.directory / "bench.json", report)
     write_page(report, page)
     return report
@@ -261,22 +296,3 @@ def describe_models() -> list[dict[str, Any]]:
     from exporter.models import catalog
 
     return catalog.describe_models()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a report, or what JSON can hold; infinity and NaN, which it lacks, as "inf", "nan".
-
-    Raises:
-        ArtifactError: the path cannot be written.
-    """
-    atomic_write_bytes(path, f"{json.dumps(_plain(value), indent=2, allow_nan=False)}\n".encode())
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from exporter.artifact import MODEL_FILE, Artifact, open_artifact
 from exporter.files import MANIFEST_NAME, check_writable, sha256_of
+from exporter.json_files import write_json
 from exporter.manifest_types import Preprocessing
-from exporter.pipeline import open_session, write_json
+from exporter.pipeline import open_session
 from exporter.preprocessing import read_labels
 from exporter.training.evaluate import EvaluationReport, Progress, evaluate_session
 from exporter.training.evaluate_data import find_pictures, fingerprint

@@ -37,7 +37,7 @@ LAYERS = (
         ("__init__", "_version", "errors", "spec", "schedule", "native_library"),
         (),
     ),
-    Layer("documents", "shared", ("files", "json_fields", "manifest*", "artifact"), ("leaves",)),
+    Layer("documents", "shared", ("files", "json_*", "manifest*", "artifact"), ("leaves",)),
     Layer("oracle", "making", ("reference",), ("leaves",)),
     Layer("operators", "making", ("ops*",), ("leaves", "oracle")),
     Layer("pruning", "making", ("pruning", "walks"), ("leaves", "oracle", "operators")),
@@ -59,7 +59,12 @@ LAYERS = (
     ),
     Layer("bundle", "running", ("bundle*",), (*_RUNTIMES, "reports")),
     Layer("torch session", "top", ("torch_session",), (*_MODELS, *_REPORTS)),
-    Layer("subjects", "top", ("bench_subjects",), (*_MODELS, *_REPORTS, "export", "torch session")),
+    Layer(
+        "subjects",
+        "top",
+        ("bench_subjects", "bench_engine"),
+        (*_MODELS, *_REPORTS, "export", "torch session"),
+    ),
     Layer(
         "pipeline",
         "top",
@@ -70,7 +75,7 @@ LAYERS = (
         "command line",
         "top",
         ("cli*",),
-        (*_SHARED, "runtimes", "reports", "pages", "evaluation", "pipeline"),
+        (*_SHARED, "runtimes", "reports", "pages", "evaluation", "bundle", "pipeline"),
     ),
 )
 _UNLISTED = Layer("no layer", "none", (), ())
@@ -85,7 +90,8 @@ HEAVY = {
         *("onnx_*", "export_*", "graph_edit", "parity*", "machine", "bench_subjects"),
     ),
     ("onnxruntime",): ("runtimes/ort*", "machine", "bench_subjects"),
-    ("tensorrt",): ("runtimes/tensorrt*",),
+    ("tensorrt", "tensorrt_rtx"): ("runtimes/tensorrt*",),
+    ("cuda",): ("runtimes/cuda*",),
 }
 
 

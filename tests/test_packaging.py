@@ -21,6 +21,7 @@ import pytest
 from exporter._version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("CMakeLists.txt", "exporter/_version.py", "plugins", "examples/cpp", "examples/triton")
 LIBRARY = "exporter/lib/libvssm_onnxruntime.so"
 _tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 _PIN = re.compile(r'[a-z0-9.-]+==[0-9][0-9a-z.]*( ; python_version (>=|<) "3\.\d+")?')
@@ -108,7 +109,8 @@ def test_sdist_holds_what_a_build_needs(dist: Path) -> None:
     build = {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml"}
     assert build | _sources("exporter", "plugins") <= names
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    assert folders == {"benchmarks", "exporter", "plugins"}
+    assert _sources("examples/cpp", "examples/triton") <= names
+    assert folders == {"benchmarks", "examples", "exporter", "plugins"}
     assert not [name for name in names if name.startswith("benchmarks/results")]
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
@@ -126,7 +128,11 @@ def test_wheel_holds_the_package(dist: Path) -> None:
     assert _sources("exporter") | {LIBRARY} <= names
     others = {n for n in names if not n.startswith(("exporter/", "vssm_exporter-"))}
     assert others == set()
-    assert not [name for name in names if name.endswith((".pyc", ".h", ".cpp", ".a"))]
+    # The sources of the libraries, which `vssm bundle` ships; nothing else of that kind.
+    carried = {f"exporter/sources/{name}" for name in _sources(*SOURCES)}
+    assert carried <= names
+    code = {name for name in names if name.endswith((".pyc", ".h", ".cpp", ".a"))}
+    assert code <= carried
 
 
 @pytest.mark.slow
@@ -142,9 +148,9 @@ def test_wheel_runs_outside_the_checkout(dist: Path, tmp_path: Path) -> None:
     (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
     code = (
-        "import sys, exporter\nfrom exporter.runtimes.library import find_library, library_info\n"
+        "import sys, exporter\nfrom exporter.runtimes.library import *\n"
         "sys.stdout.write('\\n'.join([exporter.__file__, str(find_library()), "
-        "library_info(find_library()).version, exporter.list_models()[0]]))"
+        "library_info(find_library()).version, exporter.list_models()[0], str(find_sources())]))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
@@ -156,9 +162,10 @@ def test_wheel_runs_outside_the_checkout(dist: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    package, library, version, model = done.stdout.splitlines()
+    package, library, version, model, sources = done.stdout.splitlines()
     assert Path(package).parent == site / "exporter"
     assert Path(library) == site / LIBRARY
+    assert Path(sources) == site / "exporter/sources"
     assert (version, model) == (__version__, "vim_tiny")
     vssm = [str(home / "bin/vssm"), "--help"]
     shown = subprocess.check_output(vssm, cwd=tmp_path, env=environment, text=True)

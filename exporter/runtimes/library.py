@@ -6,11 +6,13 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
+import exporter
 from exporter import native_library
 from exporter.errors import RuntimeUnavailableError
 from exporter.native_library import load_library
 
 ORT_LIBRARY = "vssm_onnxruntime"
+TENSORRT_LIBRARY = "vssm_tensorrt"
 BENCH_LIBRARY = "vssm_bench"
 ISA_NAMES = ("baseline", "avx2", "avx512")
 
@@ -80,6 +82,15 @@ def library_info(path: Path | None = None) -> LibraryInfo:
     )
 
 
+def library_version(path: Path) -> str:
+    """The version that any of our libraries was built as.
+
+    Raises:
+        RuntimeUnavailableError: it cannot be loaded.
+    """
+    return _text(load_library(path), "vssm_version")
+
+
 def kernel_calls(path: Path | None = None) -> int:
     """How many times an operator of the ONNX Runtime library has run in this process, on the CPU.
 
@@ -136,3 +147,19 @@ def exp2_rate(isa: str | None = None, seconds: float = 0.2) -> float:
             "ask for the one that library_info().cpu_isa names"
         )
     return rate
+
+
+def find_sources() -> Path:
+    """Folder of the native sources: the checkout, or the copy that the installed package carries.
+
+    Raises:
+        RuntimeUnavailableError: there is neither.
+    """
+    folders = [Path(folder) for folder in exporter.__path__]
+    for root in (*(f.parent for f in folders), *(f / "sources" for f in folders)):
+        if (root / "CMakeLists.txt").is_file() and (root / "plugins/CMakeLists.txt").is_file():
+            return root
+    raise RuntimeUnavailableError(
+        f"the native sources are in none of {', '.join(str(f / 'sources') for f in folders)}, nor "
+        "is this a checkout; install the package again"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
+import sys
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ class RuntimeInfo:
     """What a session runs, for every report.
 
     Attributes:
-        runtime: "torch", "ort-cpu", "ort-cuda".
+        runtime: "torch", "ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx".
         operators: what computes the custom operators: "kernel" (this package's library), "body"
             (the fallback functions in the file) or "oracle" (PyTorch).
         version: the runtime's version.
@@ -37,7 +38,8 @@ class RuntimeInfo:
         threads: threads of one run.
         library: file name of the operator library, None without it.
         library_version: its version.
-        isa: the instruction set its kernels chose, or the GPUs that they were compiled for.
+        isa: the instruction set its kernels chose, or the GPU's compute capability.
+        trusted: why an engine would have been refused, had the caller not trusted it.
     """
 
     runtime: str
@@ -48,12 +50,14 @@ class RuntimeInfo:
     library: str | None = None
     library_version: str | None = None
     isa: str | None = None
+    trusted: str | None = None
 
     def __str__(self) -> str:
         text = f"{self.runtime} {self.version}, operators: {self.operators}"
         if self.library is not None:
             text += f" ({self.library} {self.library_version}, {self.isa})"
-        return f"{text}, {plural(self.threads, 'thread')}, {self.device}"
+        text = f"{text}, {plural(self.threads, 'thread')}, {self.device}"
+        return text if self.trusted is None else f"{text}, trusted although {self.trusted}"
 
 
 def checked_threads(threads: int | None) -> int:
@@ -96,6 +100,11 @@ class Session(abc.ABC):
             ValueError: its shape is not the model's.
         """
         return self._run(self._checked(images))
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """The smallest and largest batch that it takes; only an engine has bounds."""
+        return 1, sys.maxsize
 
     @abc.abstractmethod
     def _run(self, images: Array) -> dict[str, Array]: ...

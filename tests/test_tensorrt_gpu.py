@@ -1,0 +1,90 @@
+"""Engines of full TensorRT on a GPU: built, proved, and run; left out where either is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exports import images, micro
+
+import exporter
+from exporter.artifact import Artifact
+from exporter.errors import RuntimeUnavailableError
+from exporter.runtimes.engine_request import EngineRequest
+from exporter.runtimes.library import TENSORRT_LIBRARY, find_library
+from exporter.runtimes.tensorrt_build import build_engine
+from exporter.runtimes.tensorrt_session import TensorRtSession
+
+BATCHES = EngineRequest(batch=(1, 3, 5))
+
+
+def _missing() -> str:
+    for module, command in (("tensorrt", "tensorrt"), ("cuda", "cuda-bindings")):
+        if importlib.util.find_spec(module) is None:
+            return f"not installed: pip install {command}"
+    try:
+        find_library(TENSORRT_LIBRARY)
+    except RuntimeUnavailableError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_missing()), reason=_missing())]
+
+
+@pytest.fixture(scope="module", params=["float32", "float16", "bfloat16"])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    out = tmp_path_factory.mktemp("engine") / "out"
+    made = exporter.export(micro(), out, dtype=request.param)
+    build_engine(made, BATCHES)
+    return made
+
+
+def test_parity(artifact: Artifact) -> None:
+    report = exporter.check_parity(None, artifact, runtime="tensorrt", per_block=True)
+    assert report.passed, report.failures
+    assert report.info.operators == "kernel"
+
+
+def test_graphs_change_nothing(artifact: Artifact) -> None:
+    with TensorRtSession(artifact) as graph, TensorRtSession(artifact, graphs=False) as plain:
+        for batch in (1, 5, 3, 1, 5):
+            x = images(micro(), batch, seed=batch)
+            for _ in range(2):
+                got, want = graph.run(x), plain.run(x)
+                for name, value in want.items():
+                    np.testing.assert_array_equal(got[name], value)
+
+
+def test_a_batch_is_its_images(artifact: Artifact) -> None:
+    """Rows of a batch are those of the images alone, but for sums in another order."""
+    x = images(micro(), 5)
+    with TensorRtSession(artifact) as session:
+        together = session.run(x)["logits"]
+        alone = np.concatenate([session.run(x[i : i + 1])["logits"] for i in range(5)])
+    scale = float(np.abs(together).max())
+    limit = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 6e-2}[artifact.manifest.dtype]
+    np.testing.assert_allclose(alone, together, rtol=0, atol=limit * scale)
+
+
+def test_plugins_inside_the_engine(tmp_path: Path) -> None:
+    """In a fresh process, which never loads the library itself."""
+    out = exporter.export(micro(), tmp_path / "out")
+    request = EngineRequest(batch=(1, 1, 2), plugins_inside=True)
+    assert build_engine(out, request).plugin is not None
+    code = (
+        "import json, sys\nimport numpy as np\nimport exporter\n"
+        "with exporter.open_session(sys.argv[1], runtime='tensorrt') as session:\n"
+        "    y = session.run(np.zeros((1, 3, 48, 48), np.float32))['logits']\n"
+        "sys.stdout.write(json.dumps(y.tolist()))"
+    )
+    shown = subprocess.check_output([sys.executable, "-c", code, str(out.directory)], text=True)
+    with exporter.open_session(out) as session:
+        want = session.run(np.zeros((1, 3, 48, 48), np.float32))["logits"]
+    got = np.array(json.loads(shown))
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * float(np.abs(want).max()))
