@@ -100,7 +100,7 @@ class _Finder(MetaPathFinder):
             for table in (FUNCTIONS, AROUND):
                 if name in table:
                     return table[name]
-            if name in SHELLS and not _importable("mmcv"):
+            if name in SHELLS and not _installed("mmcv"):
                 return SHELLS[name]
             if name in COMPILED:
                 return COMPILED[name]
@@ -163,8 +163,9 @@ def _others(
     return None
 
 
-def _importable(root: str) -> bool:
-    return root in sys.modules or _others(root) is not None
+def _installed(root: str) -> bool:
+    loaded = sys.modules.get(root)
+    return _others(root) is not None if loaded is None else not isinstance(loaded, Provided)
 
 
 def _patch_loaded(report: UpstreamReport) -> None:

@@ -75,7 +75,7 @@ STAND_INS: Final[dict[str, dict[str, Any]]] = {
         "autotune": stand_ins.triton_jit,
         "Config": dict,
     },
-    "triton.language": {"constexpr": object},
+    "triton.language": {"constexpr": object, "tensor": object},
     "mmcv": {"__version__": "1.7.0"},
     "mmcv.cnn": _CNN,
     "mmcv.cnn.utils": {},
