@@ -19,10 +19,12 @@ _PUBLIC = {
     "create_model": "exporter.models",
     "default_schedule": "exporter.models.schedules",
     "export": "exporter.onnx_export",
+    "export_module": "exporter.compat.module_export",
     "list_models": "exporter.models",
     "load_checkpoint": "exporter.checkpoint",
     "open_session": "exporter.pipeline",
     "preprocess": "exporter.preprocessing",
+    "prune": "exporter.compat.prune",
 }
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the keys are strings
 

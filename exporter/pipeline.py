@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporter.artifact import MODEL_FILE, Artifact, open_artifact
+from exporter.artifact_module import is_module, refuse_module, stored_reference
 from exporter.benchmark import BenchReport, Progress
 from exporter.files import atomic_write_bytes, check_writable
-from exporter.parity import ParityReport, compare
+from exporter.parity import OracleResult, ParityReport, compare, module_result
 from exporter.preprocessing import preprocess, read_labels
 from exporter.runtimes.session import Array, RuntimeInfo, Session
 
 if TYPE_CHECKING:
-    from exporter.models import VisionModel
+    from torch import nn
 
 RUNTIMES = ("ort-cpu", "torch")
 _RUN_BATCH = 16  # images a run of `classify`
@@ -65,7 +66,7 @@ def open_session(
 
 
 def check_parity(
-    model: VisionModel | None,
+    model: nn.Module | None,
     artifact: Artifact | str | os.PathLike[str],
     runtime: str = "ort-cpu",
     images: Array | None = None,
@@ -97,11 +98,16 @@ def check_parity(
     from exporter.torch_session import model_of, oracle
 
     opened = open_artifact(artifact, only=None if model is None else (MODEL_FILE,))
+    known: OracleResult | None = None
+    if model is None and is_module(opened):
+        images, known = _kept_reference(opened, images)
     with open_session(opened, runtime, operators=operators, threads=threads) as session:
         images = sample_images(opened) if images is None else images
         free = session.run(images)
         info = session.info
-    expected = oracle(model_of(opened) if model is None else model, opened, images)
+    if known is None:
+        known = oracle(model_of(opened) if model is None else model, opened, images)
+    expected = known
 
     def run_edited(graph: bytes, feeds: Mapping[str, Array]) -> dict[str, Array]:
         edited = OrtCpuSession(opened, operators=info.operators, threads=info.threads, model=graph)
@@ -117,6 +123,17 @@ def check_parity(
         run_edited=run_edited,
         per_block=per_block,
     )
+
+
+def _kept_reference(artifact: Artifact, images: Array | None) -> tuple[Array, OracleResult]:
+    """The inputs and outputs that the export of a user's module keeps."""
+    if images is not None:
+        refuse_module(
+            artifact, "so only the inputs it keeps can be checked; leave the images out, or give "
+            "check_parity the model"
+        )
+    kept, outputs = stored_reference(artifact)
+    return kept, module_result(outputs)
 
 
 def sample_images(artifact: Artifact, count: int = 4, *, seed: int = 0) -> Array:
