@@ -49,7 +49,7 @@ def causal_conv1d_fn(
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of None, 'silu', 'swish'")
     # Two-dimensional with height 1: runtimes have faster depthwise kernels for it.
-    padded = functional.pad(x, (weight.shape[1] - 1, 0))[:, :, None]
+    padded = functional.pad(x[:, :, None], (weight.shape[1] - 1, 0))
     y = functional.conv2d(padded, weight[:, None, None], bias, groups=x.shape[1]).squeeze(2)
     return y if activation is None else functional.silu(y)
 
