@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from exporter import pipeline
+from exporter import cli_module, pipeline
 from exporter._version import __version__
 from exporter.artifact import Artifact
 from exporter.cli_options import integers, options
@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune vision state-space models, export them to ONNX, run, prove and measure them.",
 )
+cli_module.add_to(app)
 # File names and labels are shown as they are, whatever brackets or colons they hold.
 console = Console(markup=False, emoji=False)
 _errors = Console(stderr=True, markup=False, emoji=False)

@@ -32,7 +32,7 @@ _DYNAMIC = "<a name computed at run time>"
 # From the bottom up. A file that no row names, or two rows do, fails the test.
 LAYERS = (
     Layer("leaves", "shared", ("__init__", "_version", "errors", "spec", "schedule"), ()),
-    Layer("documents", "shared", ("files", "json_fields", "manifest*", "artifact"), ("leaves",)),
+    Layer("documents", "shared", ("files", "json_fields", "manifest*", "artifact*"), ("leaves",)),
     Layer("oracle", "making", ("reference",), ("leaves",)),
     Layer("operators", "making", ("ops*",), ("leaves", "oracle")),
     Layer("pruning", "making", ("pruning", "walks"), ("leaves", "oracle", "operators")),
@@ -40,6 +40,7 @@ LAYERS = (
     Layer("models", "making", ("models/*", "flops"), _MODELS[:-1]),
     Layer("graph", "making", ("onnx_bod*", "onnx_schemas", "onnx_passes"), ("leaves",)),
     Layer("export", "making", ("onnx_export*", "export_*"), (*_MODELS, "graph")),
+    Layer("compat", "making", ("compat/*",), (*_MODELS, "graph", "export")),
     Layer("preprocessing", "running", ("preprocessing",), _SHARED),
     Layer("graph edits", "running", ("graph_edit",), _SHARED),
     Layer("runtimes", "running", ("runtimes/*", "doctor"), (*_SHARED, "graph edits")),
@@ -47,13 +48,13 @@ LAYERS = (
     Layer("machine", "running", ("machine",), (*_RUNTIMES, "reports")),
     Layer("pages", "running", ("tables", "*_page"), (*_RUNTIMES, "reports")),
     Layer("bundle", "running", ("bundle*",), (*_RUNTIMES, "reports")),
-    Layer("torch session", "top", ("torch_session",), (*_MODELS, *_REPORTS)),
+    Layer("torch session", "top", ("torch_session",), (*_MODELS, *_REPORTS, "compat")),
     Layer("subjects", "top", ("bench_subjects",), (*_MODELS, *_REPORTS, "export", "torch session")),
     Layer(
         "pipeline",
         "top",
         ("pipeline*",),
-        (*_MODELS, *_REPORTS, "export", "torch session", "subjects"),
+        (*_MODELS, *_REPORTS, "export", "compat", "torch session", "subjects"),
     ),
     Layer("command line", "top", ("cli*",), (*_SHARED, "runtimes", "reports", "pages", "pipeline")),
 )
@@ -63,10 +64,12 @@ _TORCH = ("torch", "torchvision", "safetensors.torch")
 HEAVY = {
     _TORCH: (
         *("reference", "ops*", "pruning", "walks", "models/*", "checkpoint*", "unpickle*"),
-        *("pickle_*", "onnx_export*", "torch_session", "bench_subjects"),
+        *("pickle_*", "onnx_export*", "torch_session", "bench_subjects", "compat/*"),
+        "pipeline_module",
     ),
     ("onnx", "onnx_ir", "onnxscript"): (
         *("onnx_*", "export_*", "graph_edit", "parity*", "machine", "bench_subjects"),
+        "compat/module_export",
     ),
     ("onnxruntime",): ("runtimes/ort*", "machine", "bench_subjects"),
     ("tensorrt",): ("runtimes/tensorrt*",),

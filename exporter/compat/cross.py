@@ -68,8 +68,9 @@ def cross_merge_fn(
     """
     height, width = y.shape[-2:] if out_channel_first else y.shape[1:3]
     y = y.flatten(-2) if out_channel_first else y.flatten(1, 2).permute(0, 2, 3, 1)
-    table = _walks(height, width, scans, y.device)
-    back = [y[:, k].index_select(-1, o.argsort()) for k, o in enumerate(table)]
+    # The walks of the map turned on its side are the inverses: each place's step.
+    table = _walks(width, height, scans, y.device)
+    back = [y[:, k].index_select(-1, o) for k, o in enumerate(table)]
     if one_by_one:
         apart = torch.stack(back, dim=1)
         return apart if in_channel_first else apart.permute(0, 3, 1, 2)

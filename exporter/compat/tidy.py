@@ -80,7 +80,7 @@ def _is_full(node: Node, source: Node) -> bool:
 
 
 def one_form(r: Rewriter) -> None:
-    """Write transpose and t as permute, chunk and split as split_with_sizes."""
+    """Write transpose and t as permute, chunk and split as split_with_sizes, view as reshape."""
     for node in list(r.graph.nodes):
         if is_call(node, ATEN.transpose.int, ATEN.t.default, ATEN.numpy_T.default):
             source: Any = node.args[0]
@@ -88,6 +88,8 @@ def one_form(r: Rewriter) -> None:
             a, b = (axis(source, d) for d in (node.args[1:] or (0, 1)))  # type: ignore[arg-type]
             order[a], order[b] = order[b], order[a]
             r.replace(node, r.emit(node, ATEN.permute.default, source, order))
+        elif is_call(node, ATEN.view.default):  # whose operand may have lost its contiguous()
+            r.replace(node, r.emit(node, ATEN.reshape.default, *node.args))
         elif is_call(node, ATEN.chunk.default, ATEN.split.Tensor, ATEN.split.sizes):
             source = node.args[0]
             dim = axis(source, argument(node, 2, "dim", 0))
