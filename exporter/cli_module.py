@@ -15,6 +15,20 @@ from exporter.pipeline_module import ModuleExport, ModuleRequest, export_user_mo
 
 _console = Console(markup=False, emoji=False)
 
+Shape = Annotated[str, typer.Option("--input", help="Sizes of the input, batch first.")]
+Tokens = Annotated[int | None, typer.Option(help="The input holds integers below this, no floats.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--set", help="Factory argument KEY=VALUE, repeatable.")
+]
+Paths = Annotated[
+    list[Path] | None, typer.Option("--path", help="Further folder to import from, repeatable.")
+]
+Imagenet = Annotated[
+    bool, typer.Option("--imagenet", help="Images: resize, crop and normalise as ImageNet's.")
+]
+Inline = Annotated[bool, typer.Option("--inline", help="Also write model.inlined.onnx.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+
 
 def add_to(app: typer.Typer) -> None:
     """Make the command one of `app`'s."""
@@ -24,38 +38,24 @@ def add_to(app: typer.Typer) -> None:
 def export_module(
     target: Annotated[str, typer.Argument(help="repo/model.py:factory or repo:module.factory.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
-    shape: Annotated[
-        str, typer.Option("--input", help="Sizes of the input, batch first.")
-    ] = "1x3x224x224",
-    tokens: Annotated[
-        int | None, typer.Option(help="The input holds integers below this, not floats.")
-    ] = None,
+    shape: Shape = "1x3x224x224",
+    tokens: Tokens = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights; the factory's without.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")] = False,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="Factory argument KEY=VALUE, repeatable.")
-    ] = None,
-    path: Annotated[
-        list[Path] | None, typer.Option(help="Further folder to import from, repeatable.")
-    ] = None,
+    option: Options = None,
+    path: Paths = None,
     prefer: Annotated[str, typer.Option(help="ours or installed.")] = "ours",
     schedule: Annotated[str | None, typer.Option(help="Prune: BLOCK:RATIO,...")] = None,
     alignment: Annotated[str, typer.Option(help="gap, constant or none.")] = "gap",
     importance: Annotated[str, typer.Option(help="clip, sum, l1, l2 or random.")] = "clip",
     blocks: Annotated[str, typer.Option(help="Attribute of the blocks to prune.")] = "layers",
     cls_index: Annotated[int | None, typer.Option(help="Place of the class token.")] = None,
-    imagenet: Annotated[
-        bool, typer.Option("--imagenet", help="Images: resize, crop and normalise as ImageNet's.")
-    ] = False,
+    imagenet: Imagenet = False,
     labels: Annotated[Path | None, typer.Option(help="Class names, one a line or JSON.")] = None,
     opset: Annotated[int, typer.Option(help="18 to 20.")] = 18,
-    inline: Annotated[
-        bool, typer.Option("--inline", help="Also write model.inlined.onnx.")
-    ] = False,
+    inline: Inline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the export there.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the result to this file.")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Export a model of your own repository. This runs the code that you name."""
     request = ModuleRequest(
@@ -79,9 +79,7 @@ def export_module(
         force=force,
     )
     with _console.status("working") as status:
-        done = export_user_module(
-            request, output, progress=lambda step: status.update(Text(step))
-        )
+        done = export_user_module(request, output, progress=lambda step: status.update(Text(step)))
     _print(done)
     if json_file is not None:
         write_json(json_file, done.artifact.manifest)

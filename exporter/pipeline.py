@@ -21,7 +21,7 @@ from exporter.preprocessing import preprocess, read_labels
 from exporter.runtimes.session import Array, RuntimeInfo, Session
 
 if TYPE_CHECKING:
-    from torch import nn
+    from exporter.torch_session import TorchModule
 
 RUNTIMES = ("ort-cpu", "torch")
 _RUN_BATCH = 16  # images a run of `classify`
@@ -66,7 +66,7 @@ def open_session(
 
 
 def check_parity(
-    model: nn.Module | None,
+    model: TorchModule | None,
     artifact: Artifact | str | os.PathLike[str],
     runtime: str = "ort-cpu",
     images: Array | None = None,
@@ -129,8 +129,9 @@ def _kept_reference(artifact: Artifact, images: Array | None) -> tuple[Array, Or
     """The inputs and outputs that the export of a user's module keeps."""
     if images is not None:
         refuse_module(
-            artifact, "so only the inputs it keeps can be checked; leave the images out, or give "
-            "check_parity the model"
+            artifact,
+            "so only the inputs it keeps can be checked; leave the images out, or give "
+            "check_parity the model",
         )
     kept, outputs = stored_reference(artifact)
     return kept, module_result(outputs)

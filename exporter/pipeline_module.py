@@ -9,7 +9,7 @@ from typing import Any
 
 from exporter.artifact import Artifact
 from exporter.benchmark import Progress
-from exporter.manifest import Preprocessing
+from exporter.manifest import CheckpointInfo, Preprocessing
 from exporter.preprocessing import read_labels
 from exporter.schedule import PruneSchedule
 
@@ -72,14 +72,16 @@ def export_user_module(
         if request.checkpoint is not None:
             progress(f"loading {request.checkpoint}")
             found = load_checkpoint(model, request.checkpoint, source=request.source)
-            checkpoint, loaded = found.info, str(found)
+            checkpoint, loaded = CheckpointInfo(request.checkpoint.name, found.sha256), str(found)
         example = _example(request)
         if request.schedule is not None:
             progress("pruning")
-            rules = {"alignment": request.alignment, "importance": request.importance}
-            schedule = PruneSchedule.parse(request.schedule, **rules)
-            options = {"blocks": request.blocks, "cls_index": request.cls_index}
-            model = prune(model, schedule, example, **options)
+            schedule = PruneSchedule.parse(
+                request.schedule, alignment=request.alignment, importance=request.importance
+            )
+            model = prune(
+                model, schedule, example, blocks=request.blocks, cls_index=request.cls_index
+            )
         progress("tracing and writing")
         artifact = export_module(
             model,
@@ -89,7 +91,7 @@ def export_user_module(
             opset=request.opset,
             inline=request.inline,
             preprocessing=_preprocessing(request),
-            labels=None if request.labels is None else read_labels(request.labels),
+            labels=None if request.labels is None else _labels(request.labels, model, example),
             checkpoint=checkpoint,
             force=request.force,
         )
@@ -103,6 +105,17 @@ def _example(request: ModuleRequest) -> Any:
     if request.integers is not None:
         return torch.randint(request.integers, request.input_shape, generator=generator)
     return torch.randn(request.input_shape, generator=generator)
+
+
+def _labels(path: Path, model: Any, example: Any) -> tuple[str, ...]:
+    """As many names as the model's first output is wide."""
+    import torch
+
+    from exporter.compat.outputs import public_outputs
+
+    with torch.inference_mode():
+        logits = public_outputs()(model, example)["logits"]
+    return read_labels(path, int(logits.shape[-1]))
 
 
 def _preprocessing(request: ModuleRequest) -> Preprocessing | None:

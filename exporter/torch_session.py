@@ -24,6 +24,9 @@ from exporter.runtimes.session import CLOSED, Array, RuntimeInfo, Session, check
 from exporter.schedule import PruneSchedule
 
 
+TorchModule = nn.Module  # for files that name no torch
+
+
 def model_of(artifact: Artifact, *, dense: bool = False) -> VisionModel:
     """The float32 model of an export, rebuilt from model.json and weights.safetensors.
 

@@ -101,9 +101,7 @@ def _parse(side: str, pattern: str) -> list[Axis]:
     return axes
 
 
-def _sizes(
-    tensor: Tensor, left: list[Axis], pattern: str, sizes: dict[str, int]
-) -> dict[str, Any]:
+def _sizes(tensor: Tensor, left: list[Axis], pattern: str, sizes: dict[str, int]) -> dict[str, Any]:
     """The size of every name on the left; at most one of an axis may be left out."""
     known: dict[str, Any] = dict(sizes)
     for axis, size in zip(left, tensor.shape, strict=True):

@@ -50,13 +50,14 @@ class Rewriter:
     @property
     def graph(self) -> Graph:
         """The graph of the program."""
-        return self.program.graph
+        graph: Graph = self.program.graph
+        return graph
 
     def emit(self, before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new call in front of `before`, its shape inferred."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
-        fake = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])  # type: ignore[attr-defined]
+        fake = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         # The dispatcher in Python: the one in C++ would decide what a symbolic size is.
         with _mode_of(self.graph), enable_python_dispatcher():
             node.meta["val"] = target(*fake[0], **fake[1])
@@ -82,9 +83,7 @@ class Rewriter:
         values = {n: self.constant(n, depth - 1) for n in node.all_input_nodes}
         if any(value is None for value in values.values()):
             return None
-        args, kwargs = torch.fx.map_arg(  # type: ignore[attr-defined]
-            (node.args, node.kwargs), lambda n: values[n]
-        )
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n])
         target: Any = node.target
         result: Tensor = target(*args, **kwargs)
         return result
@@ -99,9 +98,7 @@ class Rewriter:
         return value if isinstance(value, Tensor) else None
 
 
-def run_pass(
-    program: ExportedProgram, name: str, change: Callable[[Rewriter], None]
-) -> PassReport:
+def run_pass(program: ExportedProgram, name: str, change: Callable[[Rewriter], None]) -> PassReport:
     """Run one pass, drop what nothing reads, and return its report."""
     report = PassReport(name)
     change(Rewriter(program, report))

@@ -193,7 +193,7 @@ def _project(
     given: tuple[Tensor | None, Tensor | None],
     biases: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """delta (batch, d_inner, seqlen), B and C of u (batch, d_inner, seqlen)."""
+    """The delta (batch, d_inner, seqlen), B and C of u (batch, d_inner, seqlen)."""
     x_proj, delta_proj = weights
     rank, states = delta_proj.shape[1], A.shape[1]
     sizes = [rank, *(states for x in given if x is None)]

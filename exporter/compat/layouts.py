@@ -89,8 +89,6 @@ def _binary(r: Rewriter, node: Node) -> Node | None:
             inner.append(x)
         else:
             return None
-    if [is_tensor(x) and rank(x) for x in inner].count(rank(first)) < len(layouts):
-        return None
     new = r.emit(node, node.target, *inner, **node.kwargs)
     return r.emit(node, first.target, new, *first.args[1:])
 
@@ -110,7 +108,7 @@ def _plan(layout: Node) -> tuple[int, ...]:
 
 
 def _matmul(r: Rewriter, node: Node) -> Node | None:
-    """weight @ x with x (batch, width, seqlen) flipped along the sequence, or transposed."""
+    """A weight @ x with x (batch, width, seqlen) flipped along the sequence, or transposed."""
     weight, x = node.args
     if not is_tensor(weight) or rank(weight) != 2 or rank(x) != 3:  # type: ignore[arg-type]
         return None

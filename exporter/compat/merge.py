@@ -152,7 +152,7 @@ def _leaves(node: Any) -> list[Node]:
     return [
         leaf
         for part in node.args[:2]
-        for leaf in (_leaves(part) if len(part.users) == 1 else [part])  # type: ignore[union-attr]
+        for leaf in (_leaves(part) if len(part.users) == 1 else [part])
     ]
 
 
@@ -163,7 +163,8 @@ def _why_not_merged(leaves: list[Node], scans: list[Node]) -> str | None:
     first = named[0]
     if any(len(scan.users) > 1 for scan in scans):
         return "a scan of a sum is used elsewhere too"
-    if len({scan.target for scan in scans}) > 1 or any(n.get("z") is not first.get("z") for n in named):
+    kinds = {(scan.target, n.get("z")) for scan, n in zip(scans, named, strict=True)}
+    if len(kinds) > 1:
         return "the scans of a sum have different gates"
     if any(n[a] != first[a] for n in named for a in ("delta_softplus", "params_by_step", "scale")):
         return "the scans of a sum have different attributes"

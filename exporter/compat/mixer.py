@@ -45,6 +45,13 @@ class Mamba(nn.Module):
         init_layer_scale: initial `gamma`, None without one.
     """
 
+    A_log: nn.Parameter
+    A_b_log: nn.Parameter
+    D: nn.Parameter
+    D_b: nn.Parameter
+    dt_proj: nn.Linear
+    dt_proj_b: nn.Linear
+
     def __init__(
         self,
         d_model: int,
@@ -93,9 +100,7 @@ class Mamba(nn.Module):
 
     def _add_branch(self, suffix: str, conv_bias: bool, kind: dict[str, Any]) -> None:
         inner, rank, taps = self.d_inner, self.dt_rank, self.d_conv
-        conv = nn.Conv1d(
-            inner, inner, taps, bias=conv_bias, groups=inner, padding=taps - 1, **kind
-        )
+        conv = nn.Conv1d(inner, inner, taps, bias=conv_bias, groups=inner, padding=taps - 1, **kind)
         self.add_module(f"conv1d{suffix}", conv)
         x_proj = nn.Linear(inner, rank + 2 * self.d_state, bias=False, **kind)
         self.add_module(f"x_proj{suffix}", x_proj)
@@ -141,7 +146,7 @@ class Mamba(nn.Module):
     def _mix(self, xz: Tensor) -> Tensor:
         """(batch, seqlen, d_model) of xz (batch, 2 * d_inner, seqlen)."""
         out = (self.out_proj.weight, self.out_proj.bias)
-        A, D, bias = -torch.exp(self.A_log), self.D, self.dt_proj.bias  # type: ignore[operator]
+        A, D, bias = -torch.exp(self.A_log), self.D, self.dt_proj.bias
         weights = self._weights("")
         if self.bimamba_type == "v1":
             A_b = -torch.exp(self.A_b_log)

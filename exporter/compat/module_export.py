@@ -189,7 +189,9 @@ def _refuse(model: Any, example: Any, opset: int) -> None:
             bad["not float32"].append(key)
         elif not bool(value.isfinite().all()):
             bad["not finite"].append(key)
-    if faults := [f"{why}: {', '.join(keys[:4])} ({len(keys)})" for why, keys in bad.items() if keys]:
+    if faults := [
+        f"{why}: {', '.join(keys[:4])} ({len(keys)})" for why, keys in bad.items() if keys
+    ]:
         raise ValueError(
             f"model: weights {'; '.join(faults)}; load float32 weights on a real device "
             "(model.float()), half precision is for the models of exporter.create_model"

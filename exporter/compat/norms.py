@@ -131,7 +131,7 @@ def _is_wide(x: Tensor) -> bool:
 
 
 def _refuse(function: str, further: dict[str, Any]) -> None:
-    given = [f"{k}={v!r}" for k, v in further.items() if v not in {None, False, 0.0}]
+    given = [f"{k}={v!r}" for k, v in further.items() if v not in {None, False}]
     if given:
         raise UnsupportedError(
             f"{function}: {', '.join(given)} is not supported; use the plain norm of an inference "

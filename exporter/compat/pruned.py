@@ -56,8 +56,7 @@ class _Pass:
 
 
 class PrunedModule(nn.Module):
-    """A user's model whose blocks prune; made by `prune`. The keys of its weights stay, below
-    `model.`.
+    """A user's model whose blocks prune; made by `prune`. Its weights keep their keys in `model`.
 
     Attributes:
         model: the user's model, its blocks replaced.
@@ -65,6 +64,8 @@ class PrunedModule(nn.Module):
         stages: the schedule's stages by block.
         layout: the tokens before pruning.
     """
+
+    layout: TokenLayout | None
 
     def __init__(
         self, model: nn.Module, blocks: str, schedule: PruneSchedule | None, layout: TokenLayout
@@ -178,7 +179,12 @@ class PrunedBlock(nn.Module):
         norm: Any = self.norm
         normalise = layer_norm_fn if isinstance(norm, nn.LayerNorm) else rms_norm_fn
         normed, total = normalise(
-            hidden, norm.weight, norm.bias, residual=residual, eps=norm.eps, prenorm=True,
+            hidden,
+            norm.weight,
+            norm.bias,
+            residual=residual,
+            eps=norm.eps,
+            prenorm=True,
             residual_in_fp32=True,
         )
         mixed, score = self.mixer(normed, tokens, score_rule(stage))

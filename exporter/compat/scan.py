@@ -112,7 +112,7 @@ def selective_scan_groupmamba(
     backnrows: int = 1,
     oflex: bool = True,
 ) -> Tensor:
-    """GroupMamba's and the older VMamba's: as VMamba's, with two tuning arguments that are inert."""
+    """GroupMamba's and the older VMamba's: VMamba's with two tuning arguments, inert here."""
     return selective_scan_vmamba(u, delta, A, B, C, D, delta_bias, delta_softplus, oflex)
 
 
@@ -183,7 +183,7 @@ def _scan_groups(
     z: Tensor | None = None,
     delta_softplus: bool,
 ) -> Tensor:
-    """y (batch, d_inner, seqlen) of B and C (batch, groups, d_state, seqlen), a node a group."""
+    """The y of B and C (batch, groups, d_state, seqlen): one node a group."""
     groups, channels = max(B.shape[1], C.shape[1]), u.shape[1]
     for name, x in (("B", B), ("C", C)):
         if x.shape[1] not in {1, groups} or channels % groups:

@@ -91,7 +91,7 @@ class Stacker:
         return None
 
     def _matmul(self, nodes: tuple[Node, ...]) -> Node | None:
-        """weight @ x of every branch: (K, out, in) @ (batch, K, in, seqlen)."""
+        """The weight @ x of every branch: (K, out, in) @ (batch, K, in, seqlen)."""
         weights: Any = tuple(n.args[0] for n in nodes)
         streams: Any = tuple(n.args[1] for n in nodes)
         if any(rank(w) != 2 for w in weights) or any(rank(x) != 3 for x in streams):
@@ -99,7 +99,7 @@ class Stacker:
         return self._emit(ATEN.matmul.default, self._weights(weights), self.stack(streams))
 
     def _linear(self, nodes: tuple[Node, ...]) -> Node | None:
-        """x weight^T + bias of every branch."""
+        """The x weight^T + bias of every branch."""
         streams: Any = tuple(n.args[0] for n in nodes)
         weights: Any = tuple(n.args[1] for n in nodes)
         biases: Any = tuple(argument(n, 2, "bias") for n in nodes)

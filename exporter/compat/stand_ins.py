@@ -32,7 +32,7 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob or 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """x itself."""
+        """Return x itself."""
         if self.training and self.drop_prob:
             raise UnsupportedError(
                 "DropPath in training mode: exporter.compat stands in for timm and mmcv at "
@@ -126,7 +126,7 @@ class AdaptivePadding(nn.Module):
         return added[0], added[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (batch, channels, height, width), padded."""
+        """The map x (batch, channels, height, width), padded."""
         rows, columns = self.get_pad_shape((x.shape[-2], x.shape[-1]))
         return functional.pad(x, (0, columns, 0, rows)) if rows or columns else x
 
@@ -149,35 +149,35 @@ class Registry:
 
 
 def to_2tuple(x: Any) -> tuple[Any, Any]:
-    """x twice, or x where it is a pair."""
-    return tuple(x) if isinstance(x, tuple | list) else (x, x)  # type: ignore[return-value]
+    """A pair: x twice, or x where it is a pair."""
+    return tuple(x) if isinstance(x, tuple | list) else (x, x)
 
 
 def register_model(function: Any) -> Any:
-    """timm's decorator: the function as it is."""
+    """The decorator of timm: the function as it is."""
     return function
 
 
 def default_config(url: str = "", **options: Any) -> dict[str, Any]:
-    """timm's model description."""
+    """The model description of timm."""
     return {"url": url, **options}
 
 
 def trunc_normal_(
     tensor: Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0
 ) -> Tensor:
-    """timm's and mmcv's truncated normal initialiser."""
+    """The truncated normal initialiser of timm and mmcv."""
     return nn.init.trunc_normal_(tensor, mean, std, a, b)
 
 
 def lecun_normal_(tensor: Tensor) -> Tensor:
-    """timm's initialiser: normal, variance one over the inputs."""
+    """The initialiser of timm: normal, variance one over the inputs."""
     fan_in = nn.init._calculate_fan_in_and_fan_out(tensor)[0]
     return nn.init.trunc_normal_(tensor, std=math.sqrt(1 / fan_in) / 0.87962566103423978)
 
 
 def build_norm_layer(cfg: dict[str, Any], width: int, postfix: Any = "") -> tuple[str, nn.Module]:
-    """mmcv's norm by description: "LN" alone, named ln and its postfix."""
+    """A norm of mmcv by description: "LN" alone, named ln and its postfix."""
     options = dict(cfg)
     kind = options.pop("type")
     if kind != "LN":
@@ -187,7 +187,7 @@ def build_norm_layer(cfg: dict[str, Any], width: int, postfix: Any = "") -> tupl
 
 
 def build_dropout(cfg: dict[str, Any]) -> nn.Module:
-    """mmcv's dropout by description: "DropPath" alone."""
+    """A dropout of mmcv by description: "DropPath" alone."""
     if cfg.get("type") != "DropPath":
         raise UnsupportedError(f"dropout {cfg}: this stand-in knows DropPath; install mmcv 1.x")
     return DropPath(cfg.get("drop_prob", 0.1))
@@ -196,7 +196,7 @@ def build_dropout(cfg: dict[str, Any]) -> nn.Module:
 def resize_pos_embed(
     pos_embed: Tensor, src: Any, dst: Any, mode: str = "bicubic", num_extra_tokens: int = 0
 ) -> Tensor:
-    """mmcls's resizing of a position table (1, tokens, width) from grid `src` to `dst`."""
+    """As mmcls does, resize a position table (1, tokens, width) from grid `src` to `dst`."""
     if tuple(src) == tuple(dst):
         return pos_embed
     extra, grid = pos_embed[:, :num_extra_tokens], pos_embed[:, num_extra_tokens:]
@@ -224,4 +224,3 @@ class Kernel:
             "installed and could not be exported; replace the function that launches it "
             "(docs/compat.md)"
         )
-

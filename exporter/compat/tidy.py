@@ -49,9 +49,10 @@ def drop_copies(r: Rewriter) -> None:
 
 def _unchanged(r: Rewriter, node: Node) -> Node | None:
     """The node that has this node's value, if that is plain to see."""
-    source: Any = node.args[0] if node.args else None
-    if not is_tensor(source):
+    first: Any = node.args[0] if node.args else None
+    if not is_tensor(first):
         return None
+    source: Node = first
     alike = node.meta["val"].dtype == source.meta["val"].dtype
     if is_call(node, *_COPIES):
         return source
@@ -66,8 +67,8 @@ def _unchanged(r: Rewriter, node: Node) -> Node | None:
     if is_call(node, ATEN.add.Tensor) and node.args[1] == 0 and alike:
         return source
     if is_call(node, ATEN.select.int) and is_call(source, ATEN.unsqueeze.default):
-        inserted = axis(source, int(source.args[1]))
-        return source.args[0] if axis(source, int(node.args[1])) == inserted else None
+        inner, inserted = source.args
+        return inner if axis(source, node.args[1]) == axis(source, inserted) else None  # type: ignore[arg-type, return-value]
     return None
 
 
@@ -85,7 +86,8 @@ def one_form(r: Rewriter) -> None:
         if is_call(node, ATEN.transpose.int, ATEN.t.default, ATEN.numpy_T.default):
             source: Any = node.args[0]
             order = list(range(rank(source)))
-            a, b = (axis(source, d) for d in (node.args[1:] or (0, 1)))  # type: ignore[arg-type]
+            swapped: Any = node.args[1:] or (0, 1)
+            a, b = (axis(source, d) for d in swapped)
             order[a], order[b] = order[b], order[a]
             r.replace(node, r.emit(node, ATEN.permute.default, source, order))
         elif is_call(node, ATEN.view.default):  # whose operand may have lost its contiguous()
