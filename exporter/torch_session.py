@@ -23,7 +23,6 @@ from exporter.runtimes.ort import cpu_name
 from exporter.runtimes.session import CLOSED, Array, RuntimeInfo, Session, checked_threads
 from exporter.schedule import PruneSchedule
 
-
 TorchModule = nn.Module  # for files that name no torch
 
 

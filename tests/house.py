@@ -49,7 +49,9 @@ LAYERS = (
     Layer("pages", "running", ("tables", "*_page"), (*_RUNTIMES, "reports")),
     Layer("bundle", "running", ("bundle*",), (*_RUNTIMES, "reports")),
     Layer("torch session", "top", ("torch_session",), (*_MODELS, *_REPORTS, "compat")),
-    Layer("subjects", "top", ("bench_subjects",), (*_MODELS, *_REPORTS, "export", "torch session")),
+    Layer(
+        "subjects", "top", ("bench_subjects*",), (*_MODELS, *_REPORTS, "export", "torch session")
+    ),
     Layer(
         "pipeline",
         "top",
@@ -68,7 +70,7 @@ HEAVY = {
         "pipeline_module",
     ),
     ("onnx", "onnx_ir", "onnxscript"): (
-        *("onnx_*", "export_*", "graph_edit", "parity*", "machine", "bench_subjects"),
+        *("onnx_*", "export_*", "graph_edit", "parity*", "machine", "bench_subjects*"),
         "compat/module_export",
     ),
     ("onnxruntime",): ("runtimes/ort*", "machine", "bench_subjects"),

@@ -24,6 +24,10 @@ _ROOTS: Final = frozenset(
     for table in (FUNCTIONS, AROUND, COMPILED, PACKAGES, STAND_INS, SHELLS)
     for name in table
 )
+_NEIGHBOURS: Final = frozenset({"torch", "torchvision", "onnx", "onnxscript", "onnx_ir"})
+_IMPORTERS: Final = frozenset(
+    {"exporter", "importlib", "_frozen_importlib", "_frozen_importlib_external"}
+)
 _OWN_PATH: Final = frozenset({"mamba_ssm", "causal_conv1d", "mmcls", "mmcls.models"})
 
 
@@ -110,9 +114,8 @@ class _Finder(MetaPathFinder):
             if name in table:
                 return table[name]
         root = name.partition(".")[0]
-        if name in STAND_INS and (name == root or isinstance(sys.modules.get(root), Provided)):
-            return STAND_INS[name]
-        return None
+        absent = name == root or isinstance(sys.modules.get(root), Provided)
+        return STAND_INS[name] if name in STAND_INS and absent and not _for_torch() else None
 
     def _watch(self, name: str, loader: Any) -> None:
         """Look at the module after it has run; what is installed and fails to load is provided."""
@@ -132,6 +135,8 @@ class _Finder(MetaPathFinder):
                 self._report.installed.remove(name)
                 self._report.provided.append(name)
                 self._report.notes.append(f"{name} is installed but cannot be imported: {error}")
+            finally:
+                _hide_triton()
             _patch_by_name(module, self._report, undo=False)
 
         loader.exec_module = run
@@ -161,6 +166,24 @@ def _others(
             if spec is not None:
                 return spec
     return None
+
+
+def _for_torch() -> bool:
+    """Whether torch or a package beside it asks: they must see what is installed, no stand-in."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        asking = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if asking not in _IMPORTERS:
+            return asking in _NEIGHBOURS
+        frame = frame.f_back
+    return False
+
+
+def _hide_triton() -> None:
+    """Files that were just imported hold the stand-in; torch would take it for the real one."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "triton" and isinstance(sys.modules[name], Provided):
+            del sys.modules[name]
 
 
 def _installed(root: str) -> bool:

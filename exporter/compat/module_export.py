@@ -107,7 +107,8 @@ def export_module(
         if inline:
             onnx.save(inliner.inline_local_functions(proto), staging / INLINED_FILE)
         if reference:
-            _write_reference(staging, model, example, public_outputs(outputs, scores=True))
+            count = 2 if dynamic_batch else len(example)
+            _write_reference(staging, model, example, count, public_outputs(outputs, scores=True))
         manifest = _describe(
             proto,
             name=name or type(model).__name__,
@@ -234,14 +235,14 @@ def _write_reference(
     staging: Path,
     model: nn.Module,
     example: Tensor,
+    count: int,
     outputs: Callable[[nn.Module, Tensor], dict[str, Tensor]],
 ) -> None:
-    """Noise of the example's shape, or the example itself where it is no floating point."""
+    """`count` times noise of the example's shape, or the example where it holds integers."""
     x = example
     if example.is_floating_point():
         generator = torch.Generator().manual_seed(_SEED)
-        x = torch.randn((2, *example.shape[1:]), generator=generator)
-        x = x[: len(example)] if len(example) == 1 else x
+        x = torch.randn((count, *example.shape[1:]), generator=generator)
     modes = {module: module.training for module in model.modules()}
     set_eval(model)
     try:
