@@ -112,6 +112,11 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
 
 
+def is_integer(node: Any) -> bool:
+    """Whether a node's value is one tensor of integers, not a mask."""
+    return is_tensor(node) and node.meta["val"].dtype in {torch.int32, torch.int64}
+
+
 def shape(node: Node) -> tuple[Any, ...]:
     """Shape of a tensor node; a symbolic size by its name, so that comparing it decides nothing."""
     return tuple(n if isinstance(n, int) else str(n) for n in node.meta["val"].shape)

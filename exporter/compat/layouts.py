@@ -19,6 +19,7 @@ from exporter.compat.graph import (
     argument,
     axis,
     is_call,
+    is_integer,
     is_tensor,
     rank,
     scan_arguments,
@@ -155,6 +156,22 @@ def _behind_permute(r: Rewriter, node: Node, permute: Node) -> Node | None:
     if is_call(node, ATEN.linear.default) and plan[-1] == len(plan) - 1:
         inner = r.emit(node, ATEN.linear.default, source, *node.args[1:])
         return r.emit(node, _PERMUTE, inner, list(plan))
+    table = gather_table(node)
+    if table is not None and rank(table[1]) == 1:
+        inner = r.emit(node, ATEN.index_select.default, source, plan[table[0]], table[1])
+        return r.emit(node, _PERMUTE, inner, list(plan))
+    return None
+
+
+def gather_table(node: Node) -> tuple[int, Node] | None:
+    """(axis, table) of a gather along one axis by one table; None for any other node."""
+    if is_call(node, ATEN.index_select.default):
+        return axis(node, node.args[1]), node.args[2]  # type: ignore[arg-type, return-value]
+    if is_call(node, ATEN.index.Tensor):
+        tables: Any = node.args[1]
+        places = [place for place, table in enumerate(tables) if table is not None]
+        if len(places) == 1 and is_integer(tables[places[0]]):
+            return places[0], tables[places[0]]
     return None
 
 

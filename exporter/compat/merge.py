@@ -21,6 +21,7 @@ from exporter.compat.graph import (
     scan_call,
     shape,
 )
+from exporter.compat.layouts import gather_table
 from exporter.compat.stack import Stacker
 
 _STREAMS: Final = ("u", "delta", "B", "C")
@@ -90,29 +91,26 @@ def _gathered(r: Rewriter, node: Node) -> tuple[Node, Node, torch.Tensor] | None
     """(ungathered stream, table node, table) of unsqueeze(x[:, table], 2)."""
     if not is_call(node, ATEN.unsqueeze.default) or node.args[1] != 2:
         return None
-    found = _index_table(r, node.args[0])
+    inner: Any = node.args[0]
+    turned = is_call(inner, ATEN.permute.default) and list(inner.args[1]) == [0, 2, 1]
+    found = _index_table(r, inner.args[0] if turned else inner, 2 if turned else 1)
     if found is None:
         return None
     source, table_node, table = found
+    if turned:
+        source = r.emit(node, ATEN.permute.default, source, [0, 2, 1])
     return r.emit(node, ATEN.unsqueeze.default, source, 2), table_node, table
 
 
-def _index_table(r: Rewriter, node: Any) -> tuple[Node, Node, torch.Tensor] | None:
-    """(x, table node, table) of x[:, table] for x (batch, seqlen, width) and a constant table."""
-    if is_call(node, ATEN.index.Tensor):
-        indices: Any = node.args[1]
-        place = [i for i, t in enumerate(indices) if t is not None]
-        if place != [1]:
-            return None
-        table_node = indices[1]
-    elif is_call(node, ATEN.index_select.default) and node.args[1] == 1:
-        table_node = node.args[2]
-    else:
+def _index_table(r: Rewriter, node: Any, dim: int = 1) -> tuple[Node, Node, torch.Tensor] | None:
+    """(x, table node, table) of a gather of x (batch, ., .) along `dim` by a constant table."""
+    found = gather_table(node)
+    if found is None or found[0] != dim or rank(node) != 3:
         return None
-    table = r.constant(table_node)
-    if table is None or table.dim() != 1 or rank(node) != 3:
+    table = r.constant(found[1])
+    if table is None or table.dim() != 1:
         return None
-    return node.args[0], table_node, table.long()
+    return node.args[0], found[1], table.long()
 
 
 def merge_scans(r: Rewriter) -> None:
