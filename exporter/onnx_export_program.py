@@ -33,6 +33,7 @@ def program_to_proto(
     inputs: Sequence[str],
     names: Sequence[str],
     public: int,
+    dynamic_batch: bool = True,
 ) -> onnx.ModelProto:
     """A traced module `model` of a wrapper as a ModelProto, custom nodes at top level.
 
@@ -42,11 +43,12 @@ def program_to_proto(
         inputs: names of the inputs.
         names: names of the outputs.
         public: how many of the outputs stay outputs; the others are named inner values.
+        dynamic_batch: whether the first axis is symbolic.
     """
     register_schemas()
     graph = _translate(program, opset)
     onnx_passes.fold_weights(graph)
-    onnx_passes.rename_inputs(graph, inputs, BATCH)
+    onnx_passes.rename_inputs(graph, inputs, BATCH if dynamic_batch else None)
     onnx_passes.name_outputs(graph, names, public=public)
     onnx_passes.strip_initializer_prefix(graph, "model.")
     onnx_passes.tidy(graph)

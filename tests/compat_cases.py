@@ -319,7 +319,9 @@ class VMambaLike(nn.Module):
 
     def __init__(self, functions: Any, *, core: bool = False, width: int = 6) -> None:
         super().__init__()
-        self.functions, self.walks = functions, 1 if core else 4
+        self.walks = 1 if core else 4
+        self.cross_scan, self.cross_merge = functions.cross_scan_fn, functions.cross_merge_fn
+        self.scan = functions.selective_scan_fn
         # Bound at construction, as GroupMamba does.
         self.apply_core = partial(_apply, functions.SelectiveScanCore)
         self.rank, self.states = 2, 1
@@ -333,7 +335,7 @@ class VMambaLike(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, columns = x.shape
         seqlen, k = height * columns, self.walks
-        xs = self.functions.cross_scan_fn(x) if k == 4 else x.flatten(2)[:, None]
+        xs = self.cross_scan(x) if k == 4 else x.flatten(2)[:, None]
         low = torch.einsum("bkdl,kcd->bkcl", xs, self.x_proj_weight)
         dt, B, C = torch.split(low, [self.rank, self.states, self.states], dim=2)
         dt = torch.einsum("bkrl,kdr->bkdl", dt, self.dt_projs_weight).contiguous()
@@ -348,8 +350,8 @@ class VMambaLike(nn.Module):
         )
         if k == 1:
             return self.apply_core(*operands, True, -1, -1, True)
-        ys = self.functions.selective_scan_fn(*operands, True, True, backend=None)
-        return self.functions.cross_merge_fn(ys.view(batch, 4, -1, height, columns))
+        ys = self.scan(*operands, True, True, backend=None)
+        return self.cross_merge(ys.view(batch, 4, -1, height, columns))
 
 
 def _apply(function: Any, *operands: Any) -> Tensor:

@@ -135,18 +135,19 @@ def trace_module(
     modes = {module: module.training for module in model.modules()}
     set_eval(wrapper)
     try:
+        with torch.inference_mode():
+            names = list(wrapper.outputs(model, example[:1] if options.dynamic_batch else example))
         program = _trace(wrapper, example, options.dynamic_batch)
         if not any(node.target in SCANS for node in program.graph.nodes):
             raise UnsupportedError(_no_scan(model))
         reports = simplify(program)
-        with torch.inference_mode():
-            names = list(wrapper.outputs(model, example[:1]))
         proto = program_to_proto(
             program,
             options.opset,
             inputs=[_input_name(example)],
             names=names,
             public=len(names),
+            dynamic_batch=options.dynamic_batch,
         )
     finally:
         for module, mode in modes.items():

@@ -46,6 +46,13 @@ class _Pass:
         """Forget the pass before."""
         self.tokens, self.handed, self.block, self.chosen = None, (None, None), 0, []
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Pass:
+        """A copy of the plan alone: tensors of the last pass may be a tracer's."""
+        twin = _Pass(self.stages, self.depth, self.directions)
+        twin.seqlen, twin.only_place = self.seqlen, self.only_place
+        memo[id(self)] = twin
+        return twin
+
     def behind(self, x: Tensor) -> Tensor:
         """What the model sees of a stream (batch, seqlen, d_model) behind its blocks."""
         if self.only_place is None:
