@@ -85,7 +85,7 @@ def test_pruned_module_exports(tmp_path: Path) -> None:
     assert names == ["logits", "kept_positions_0", "kept_positions_1"]
     schedule = artifact.manifest.schedule
     assert schedule is not None
-    assert (schedule.num_keep, schedule.cls_position) == ((27, 23), 18)
+    assert (schedule.num_keep, schedule.cls_position) == ((27, 21), 18)
     for model in (None, pruned):
         report = exporter.check_parity(model, artifact)
         assert report.passed, report.failures
