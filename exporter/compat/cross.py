@@ -5,6 +5,8 @@ Source of the signatures: MzeroMiko/VMamba, classification/models/csm_triton.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -86,6 +88,24 @@ def cross_scan(x: Tensor) -> Tensor:
 def cross_merge(ys: Tensor) -> Tensor:
     """`CrossMerge.apply`: (batch, 4, channels, height, width) to (batch, channels, seqlen)."""
     return cross_merge_fn(ys)
+
+
+def one_walk(number: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """`CrossScan_N.apply` and `CrossMerge_N.apply` of GroupMamba for walk `number` from 1.
+
+    The first takes (batch, channels, height, width) to (batch, 1, channels, seqlen), the second
+    (batch, 1, channels, height, width) back to (batch, channels, seqlen).
+    """
+
+    def scan(x: Tensor) -> Tensor:
+        order = _walks(x.shape[2], x.shape[3], 0, x.device)[number - 1]
+        return x.flatten(2).index_select(-1, order)[:, None]
+
+    def merge(ys: Tensor) -> Tensor:
+        back = _walks(ys.shape[4], ys.shape[3], 0, ys.device)[number - 1]
+        return ys[:, 0].flatten(2).index_select(-1, back)
+
+    return scan, merge
 
 
 def _walks(height: int, width: int, scans: int, device: torch.device) -> list[Tensor]:

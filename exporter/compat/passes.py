@@ -12,11 +12,13 @@ from exporter.compat.layouts import move_layouts
 from exporter.compat.merge import absorb_orders, fold_scales, merge_scans
 from exporter.compat.projection import unfold_projections
 from exporter.compat.tidy import drop_copies, one_form, share
+from exporter.compat.unpack import unpack
 
 PASSES: Final[tuple[tuple[str, Callable[[Rewriter], None]], ...]] = (
     ("drop copies", drop_copies),
     ("one form", one_form),
     ("unfold projections", unfold_projections),
+    ("unpack", unpack),
     ("move layouts", move_layouts),
     ("share equal nodes", share),
     ("absorb orders", absorb_orders),

@@ -123,6 +123,8 @@ BY_NAME: Final[dict[str, tuple[Any, tuple[str, ...]]]] = {
     ),
     "CrossScan.apply": (cross.cross_scan, ("x",)),
     "CrossMerge.apply": (cross.cross_merge, ("ys",)),
+    **{f"CrossScan_{n}.apply": (cross.one_walk(n)[0], ("x",)) for n in (1, 2, 3, 4)},
+    **{f"CrossMerge_{n}.apply": (cross.one_walk(n)[1], ("ys",)) for n in (1, 2, 3, 4)},
 }
 
 

@@ -28,7 +28,7 @@ class Stacker:
     def stack(self, nodes: tuple[Node, ...]) -> Node:
         """Values (batch, ...) as one (batch, K, ...)."""
         if nodes not in self._known:
-            self._known[nodes] = self._alike(nodes) or self._plain(nodes)
+            self._known[nodes] = self._together(nodes) or self._alike(nodes) or self._plain(nodes)
         return self._known[nodes]
 
     def _emit(self, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -41,6 +41,23 @@ class Stacker:
             return self._emit(ATEN.unflatten.int, joined, 1, [len(nodes), shape(nodes[0])[1]])
         apart = [self._emit(ATEN.unsqueeze.default, n, 1) for n in nodes]
         return self._emit(ATEN.cat.default, apart, 1)
+
+    def _together(self, nodes: tuple[Node, ...]) -> Node | None:
+        """Parts that are all of one tensor, in order: that tensor, viewed."""
+        first, count = nodes[0], len(nodes)
+        source: Any = first.args[0] if first.args else None
+        if first.target not in {ATEN.select.int, ATEN.slice.Tensor, ATEN.narrow.default}:
+            return None
+        if any(n.target is not first.target or n.args[:2] != (source, 1) for n in nodes):
+            return None
+        starts = [int(n.args[2]) for n in nodes]  # type: ignore[arg-type]
+        total = shape(source)[1]
+        if first.target is ATEN.select.int:
+            return source if starts == list(range(total)) and count == total else None
+        width = shape(first)[1]
+        if total != count * width or starts != list(range(0, total, width)):
+            return None
+        return self._emit(ATEN.unflatten.int, source, 1, [count, width])
 
     def _alike(self, nodes: tuple[Node, ...]) -> Node | None:
         first = nodes[0]
