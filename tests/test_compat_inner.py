@@ -174,6 +174,14 @@ def test_cross_scan_and_merge(scans: int, first: bool) -> None:
         cross.cross_scan_fn(x, scans=3)
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_one_walk(number: int) -> None:
+    x = torch.randn(2, 3, 4, 5)
+    scan, merge = cross.one_walk(number)
+    assert torch.equal(scan(x)[:, 0], _walk(x, 0)[:, [0, 1, 2, 3][number - 1]])
+    assert torch.equal(merge(scan(x).reshape(2, 1, 3, 4, 5)), x.flatten(2))
+
+
 def test_named_axes() -> None:
     x = torch.arange(24.0).reshape(2, 3, 4)
     assert torch.equal(axes.rearrange(x, "b d l -> b l d"), x.transpose(1, 2))

@@ -17,6 +17,7 @@ from exporter.compat.layouts import move_layouts
 from exporter.compat.passes import simplify
 from exporter.compat.projection import unfold_projections
 from exporter.compat.tidy import drop_copies, one_form, share
+from exporter.compat.unpack import unpack
 
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
 L, D, N = 6, 3, 2
@@ -220,6 +221,32 @@ def test_walks_by_index_tables_are_one_node() -> None:
     assert node["params_by_step"] == 1
     widths = {name: node[name].meta["val"].shape[2] for name in ("u", "delta", "B", "C")}
     assert widths == {"u": 1, "delta": 1, "B": 4, "C": 1}
+
+
+def test_packed_parts_are_taken_from_where_they_were() -> None:
+    def packed(x: Tensor) -> Tensor:
+        parts = [functional.silu(x), functional.gelu(x), x.exp()]
+        joined = torch.stack(parts, dim=1).reshape(x.shape[0], 3 * L, D)
+        a, b = joined[:, L : 2 * L], joined.unflatten(1, (3, L))[:, 2]
+        again = torch.cat([a, b], dim=1).unflatten(1, (2, 2, L // 2)).flatten(2, 3)[:, 1]
+        single = x[:, None].unflatten(3, (1, D))[:, 0].flatten(2)
+        return a * again.reshape(x.shape) + single
+
+    program, (_, report) = _changed(_Function(packed), _x(), drop_copies, unpack)
+    found = _targets(program)
+    assert not {ATEN.stack.default, ATEN.cat.default, ATEN.slice.Tensor} & set(found)
+    assert report.applied >= 5
+
+
+def test_parts_across_a_border_stay() -> None:
+    def across(x: Tensor) -> Tensor:
+        joined = torch.cat([functional.silu(x), functional.gelu(x)], dim=1)
+        swapped = torch.stack([x, x.exp()], dim=2)[:, 1].transpose(0, 1)
+        return joined[:, 2 : 2 + L] + swapped.sum()
+
+    program, (report,) = _changed(_Function(across), _x(), unpack)
+    assert ATEN.cat.default in _targets(program)
+    assert report.applied == 0
 
 
 def _why(model: nn.Module, name: str) -> list[str]:

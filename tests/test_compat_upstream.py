@@ -143,10 +143,9 @@ def test_export_agrees_with_the_float64_module(name: str, tmp_path: Path) -> Non
         assert scans == {"GatedSelectiveScan": 24}
         ours = exporter.export(exporter.create_model("vim_tiny"), tmp_path / "ours", weights=False)
         assert len(nodes) <= 1.3 * len(onnx.load(str(ours.model_path)).graph.node)
-    elif fixtures == "plain_mamba_l1":
-        assert scans == {"SelectiveScan": 24}
-    else:
-        assert scans.keys() == {"SelectiveScan"}
+    else:  # one a block; GroupMamba: one a group of channels, in 19 blocks and the class block
+        blocks = {"plain_mamba_l1": 24, "vmamba_tiny_s1l8": 14, "groupmamba_tiny": 80}
+        assert scans == {"SelectiveScan": blocks[fixtures]}
 
 
 @pytest.mark.parametrize("name", ["Vim, our Mamba", "Vim, its fork's Mamba"])
