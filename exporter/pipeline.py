@@ -81,7 +81,8 @@ def check_parity(
         model: the oracle; None rebuilds it from the export's weights.
         artifact: the export, or its directory.
         runtime: "ort-cpu".
-        images: (batch, 3, height, width) float32, preprocessed; None for `sample_images`.
+        images: (batch, 3, height, width) float32, preprocessed, or what else the model takes; None
+            for `sample_images`, or the inputs that the export of a user's module keeps.
         operators: as for `open_session`.
         threads: as for `open_session`.
         per_block: also compare every block's streams, and name the first out of tolerance.
@@ -102,7 +103,7 @@ def check_parity(
     if model is None and is_module(opened):
         images, known = _kept_reference(opened, images)
     with open_session(opened, runtime, operators=operators, threads=threads) as session:
-        images = sample_images(opened) if images is None else images
+        images = _default_images(opened) if images is None else images
         free = session.run(images)
         info = session.info
     if known is None:
@@ -135,6 +136,11 @@ def _kept_reference(artifact: Artifact, images: Array | None) -> tuple[Array, Or
         )
     kept, outputs = stored_reference(artifact)
     return kept, module_result(outputs)
+
+
+def _default_images(artifact: Artifact) -> Array:
+    """Noise, or the inputs that the export of a user's module keeps."""
+    return stored_reference(artifact)[0] if is_module(artifact) else sample_images(artifact)
 
 
 def sample_images(artifact: Artifact, count: int = 4, *, seed: int = 0) -> Array:

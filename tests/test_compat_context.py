@@ -224,6 +224,9 @@ def test_torch_sees_no_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             with_triton.kernel[(1,)](1)
 
 
-def test_import_of_compat_alone() -> None:
-    code = "import exporter, exporter.compat; exporter.export_module; exporter.prune"
+def test_compat_comes_with_its_first_use() -> None:
+    code = (
+        "import sys, exporter; assert 'torch' not in sys.modules; exporter.compat.upstream;"
+        "exporter.export_module; exporter.prune"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import subprocess
 import sys
 import textwrap
 from collections import Counter
@@ -323,6 +325,16 @@ def test_command(vssm: Run, repository: Path, picture: Path, tmp_path: Path, tar
     assert "preprocessing unknown" in text
     assert json.loads((output / "model.json").read_text())["weights"] == "checkpoint"
     _forget("nets")
+
+
+def test_python_of_the_page_runs(tmp_path: Path) -> None:
+    page = Path(__file__).parents[1] / "docs" / "compat.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "provided: mamba_ssm" in done.stdout
+    assert done.stdout.endswith("True\n")
 
 
 def test_command_refuses(vssm: Run, repository: Path, tmp_path: Path) -> None:
