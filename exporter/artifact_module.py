@@ -48,7 +48,8 @@ def stored_reference(artifact: Artifact) -> tuple[Array, dict[str, Array]]:
     if REFERENCE_FILE not in artifact.manifest.files:
         refuse_module(
             artifact,
-            "and it was made without reference: give check_parity the model and images, or export again",
+            "and it was made without reference: give check_parity the model and images, or export "
+            "again",
         )
     path = artifact.directory / REFERENCE_FILE
     try:
