@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 
+from exporter.errors import UnsupportedError
 from exporter.spec import DOMAIN, SCAN_OPERATORS
 
 _SCANS = tuple(op.name for op in SCAN_OPERATORS)
@@ -40,5 +41,16 @@ def _product(node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> int:
 
 
 def _sizes(value: onnx.ValueInfoProto) -> list[int]:
-    """Sizes of a value; the batch, which has none, counts as 1."""
-    return [d.dim_value or 1 for d in value.type.tensor_type.shape.dim]
+    """Sizes of a value; the batch, which has none, counts as 1, also where it is folded in."""
+    return [d.dim_value or _at_batch_one(d.dim_param) for d in value.type.tensor_type.shape.dim]
+
+
+def _at_batch_one(symbol: str) -> int:
+    """A symbolic size, the batch or a multiple of it such as "9*batch", for a batch of 1."""
+    factors = symbol.split("*")
+    if not all(f.isdecimal() or f.isidentifier() for f in factors if symbol):
+        raise UnsupportedError(
+            f"size={symbol!r} in the graph is no multiple of the batch, so its work cannot be "
+            "counted; export with dynamic_batch=False to measure it"
+        )
+    return math.prod(int(f) for f in factors if f.isdecimal())
