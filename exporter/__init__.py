@@ -26,12 +26,13 @@ _PUBLIC = {
     "preprocess": "exporter.preprocessing",
     "prune": "exporter.compat.prune",
 }
+_PACKAGES = {"compat": "exporter.compat"}
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the keys are strings
 
 
 def __getattr__(name: str) -> Any:
-    if name == "compat":
-        return importlib.import_module("exporter.compat")
+    if name in _PACKAGES:
+        return importlib.import_module(_PACKAGES[name])
     if name not in _PUBLIC:
         raise AttributeError(f"module 'exporter' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)
