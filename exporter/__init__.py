@@ -14,21 +14,26 @@ _PUBLIC = {
     "ForwardDetails": "exporter.models",
     "PruneSchedule": "exporter.schedule",
     "Session": "exporter.runtimes.session",
-    "bench_directory": "exporter.pipeline",
+    "bench_directory": "exporter.pipeline_bench",
     "check_parity": "exporter.pipeline",
     "create_model": "exporter.models",
     "default_schedule": "exporter.models.schedules",
     "evaluate": "exporter.pipeline_evaluate",
     "export": "exporter.onnx_export",
+    "export_module": "exporter.compat.module_export",
     "list_models": "exporter.models",
     "load_checkpoint": "exporter.checkpoint",
     "open_session": "exporter.pipeline",
     "preprocess": "exporter.preprocessing",
+    "prune": "exporter.compat.prune",
 }
+_PACKAGES = {"compat": "exporter.compat"}
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the keys are strings
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(_PACKAGES[name])
     if name not in _PUBLIC:
         raise AttributeError(f"module 'exporter' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

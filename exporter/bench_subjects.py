@@ -16,6 +16,8 @@ import torch
 
 from exporter._version import __version__
 from exporter.artifact import Artifact
+from exporter.artifact_module import is_module
+from exporter.bench_subjects_graph import count_graph
 from exporter.benchmark import (
     BenchReport,
     MachineRates,
@@ -105,6 +107,12 @@ def _subjects(
     ) -> Subject:
         return Subject(name, open_session, work.exps, work.gemm, same)
 
+    if is_module(artifact):
+        exps, gemm = count_graph(artifact.model_path)
+        return [
+            Subject(KERNEL, partial(_ort, artifact, "kernel"), exps, gemm, None),
+            Subject(BODY, partial(_ort, artifact, "body"), exps, gemm, KERNEL),
+        ]
     work = count(model_of(artifact))
     subjects = [
         subject(KERNEL, partial(ort, artifact, "kernel"), work, None),
@@ -160,7 +168,7 @@ def _torch(artifact: Artifact, threads: int) -> Session:
 @contextmanager
 def _dense_twin(artifact: Artifact, progress: Progress) -> Iterator[Artifact | None]:
     """The same weights without the schedule, exported to a temporary directory."""
-    if artifact.manifest.schedule is None:
+    if artifact.manifest.schedule is None or is_module(artifact):
         yield None
         return
     progress("exporting the dense twin")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from exporter import pipeline
+from exporter import cli_module, pipeline
 from exporter._version import __version__
 from exporter.artifact import Artifact
 from exporter.cli_deploy import bundle, engine
@@ -31,6 +31,7 @@ from exporter.cli_options import (
 )
 from exporter.errors import ArtifactError, VssmError
 from exporter.json_files import write_json
+from exporter.pipeline_bench import bench_directory
 from exporter.pipeline_export import ExportRequest, export_model
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune vision state-space models, export them to ONNX, run, prove and measure them.",
 )
+cli_module.add_to(app)
 # File names and labels are shown as they are, whatever brackets or colons they hold.
 console = Console(markup=False, emoji=False)
 _errors = Console(stderr=True, markup=False, emoji=False)
@@ -239,7 +241,7 @@ def bench(
     from exporter.tables import bench_tables
 
     with console.status("measuring") as status:
-        measured = pipeline.bench_directory(
+        measured = bench_directory(
             directory,
             batches=integers("batch", batch),
             threads=integers("threads", threads),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Protocol
 
 import onnx
 
 from exporter._version import __version__
 from exporter.manifest import BlockOutput, Manifest, Preprocessing, ScheduleInfo, TensorInfo
 from exporter.models.base import VisionModel
-from exporter.schedule import PruneSchedule
+from exporter.schedule import PruneSchedule, Stage, TokenLayout
 from exporter.spec import DOMAIN, OPERATOR_VERSION
 
 
@@ -51,8 +52,8 @@ def describe_export(
     return Manifest(
         name=model.name,
         config=asdict(model.config),
-        inputs=tuple(map(_tensor_info, proto.graph.input)),
-        outputs=tuple(map(_tensor_info, proto.graph.output)),
+        inputs=tuple(map(describe_tensor, proto.graph.input)),
+        outputs=tuple(map(describe_tensor, proto.graph.output)),
         dtype=dtype,
         opset=proto.opset_import[0].version,
         files=files,
@@ -62,7 +63,7 @@ def describe_export(
             **{name: importlib.metadata.version(name) for name in packages},
         },
         weights=origin if model.checkpoint is None else "checkpoint",
-        schedule=_schedule_info(model),
+        schedule=describe_schedule(model),
         block_outputs=block_outputs(model),
         preprocessing=preprocessing or Preprocessing.for_image_size(model.image_size),
         checkpoint=model.checkpoint,
@@ -70,14 +71,24 @@ def describe_export(
     )
 
 
-def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
+def describe_tensor(value: onnx.ValueInfoProto) -> TensorInfo:
+    """A graph input or output as model.json has it."""
     tensor = value.type.tensor_type
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
     shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
     return TensorInfo(value.name, str(dtype), shape)
 
 
-def _schedule_info(model: VisionModel) -> ScheduleInfo | None:
+class Scheduled(Protocol):
+    """What has a schedule: a model of this package, or a pruned module of the user's."""
+
+    schedule: PruneSchedule | None
+    layout: TokenLayout | None
+    stages: dict[int, Stage]
+
+
+def describe_schedule(model: Scheduled) -> ScheduleInfo | None:
+    """What was pruned where, as model.json has it; None for a dense model."""
     schedule: PruneSchedule | None = model.schedule
     if schedule is None or model.layout is None:
         return None

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import onnx
-import onnx_ir as ir
 import torch
 from onnx import inliner
-from onnxscript import values
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from exporter import onnx_passes, ops
-from exporter._version import __version__
 from exporter.artifact import INLINED_FILE, MODEL_FILE, WEIGHTS_FILE, Artifact
 from exporter.checkpoint import save_safetensors
 from exporter.errors import UnsupportedError
-from exporter.export_manifest import block_outputs, describe_export, used_operators
+from exporter.export_manifest import block_outputs, describe_export
 from exporter.files import sha256_of, staged_directory
 from exporter.manifest import Preprocessing, write_manifest
 from exporter.models import VisionModel, model_from_config
-from exporter.onnx_bodies import SUPPORTED_OPSETS, build_functions
+from exporter.onnx_bodies import SUPPORTED_OPSETS
+from exporter.onnx_export_program import BATCH, program_to_proto, quiet
 from exporter.onnx_schemas import register_schemas
-from exporter.spec import DOMAIN, OPERATOR_VERSION, OPERATORS, PLUGIN_ATTRIBUTES, OperatorSpec
 
 DTYPES: Final = {
     "float32": torch.float32,
@@ -38,9 +32,6 @@ DTYPES: Final = {
     "bfloat16": torch.bfloat16,
 }
 INPUT: Final = "images"
-# ONNX IR 10: the newest that ONNX Runtime 1.20 and TensorRT 10 both read.
-_IR_VERSION: Final = 10
-_BATCH: Final = "batch"
 
 
 def export(
@@ -112,21 +103,10 @@ def build_proto(model: VisionModel, *, dtype: str, opset: int) -> onnx.ModelProt
     """
     register_schemas()
     traced = _Traced(_cast_copy(model, DTYPES[dtype]))
+    program = _trace(traced, model.image_size)
+    public = 1 + len(traced.stages)
     names = traced.output_names()
-    graph = _trace(traced, model.image_size, opset)
-    onnx_passes.fold_weights(graph)
-    onnx_passes.rename_inputs(graph, [INPUT], _BATCH)
-    onnx_passes.name_outputs(graph, names, public=1 + len(traced.stages))
-    onnx_passes.strip_initializer_prefix(graph, "model.")
-    onnx_passes.tidy(graph)
-    graph.ir_version = _IR_VERSION
-    graph.opset_imports.clear()
-    graph.opset_imports.update({"": opset, DOMAIN: OPERATOR_VERSION})
-    graph.producer_name, graph.producer_version = "vssm-exporter", __version__
-    proto = ir.to_proto(graph)
-    # Last: optimisers and version converters inline or drop functions.
-    proto.functions.extend(build_functions(used_operators(proto), opset))
-    return proto
+    return program_to_proto(program, opset, inputs=[INPUT], names=names, public=public)
 
 
 class _Traced(nn.Module):
@@ -229,48 +209,9 @@ def _cast_copy(model: VisionModel, dtype: torch.dtype) -> VisionModel:
     return twin
 
 
-def _trace(traced: _Traced, image_size: tuple[int, int], opset: int) -> ir.Model:
+def _trace(traced: _Traced, image_size: tuple[int, int]) -> ExportedProgram:
     example = torch.zeros(2, 3, *image_size, dtype=torch.float32, device="cpu")
-    with torch.no_grad(), _quiet():
-        program = torch.export.export(
-            traced, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim(_BATCH)}}
+    with torch.no_grad(), quiet():
+        return torch.export.export(
+            traced, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim(BATCH)}}
         )
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            custom_translation_table={ops.torch_op(o): _translation(o) for o in OPERATORS.values()},
-            verbose=False,
-        )
-    if exported is None:
-        raise AssertionError("torch.onnx.export returns a program when it is given no file")
-    model: ir.Model = exported.model
-    return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on packages that it could translate too, such as torchvision."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _translation(op: OperatorSpec) -> Callable[..., Any]:
-    """How torch's exporter writes one of our operators: a node of our domain."""
-    build = getattr(values.Opset(DOMAIN, OPERATOR_VERSION), op.name)
-    inputs = len(op.inputs)
-
-    def translate(*args: Any) -> Any:
-        given = dict(zip((a.name for a in op.attributes), args[inputs:], strict=False))
-        defaults = {a.name: a.default for a in op.attributes}
-        return build(*args[:inputs], **{**defaults, **given}, **PLUGIN_ATTRIBUTES)
-
-    return translate

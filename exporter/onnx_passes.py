@@ -41,10 +41,12 @@ def name_outputs(model: ir.Model, names: Sequence[str], *, public: int) -> None:
         model.graph.outputs.pop()
 
 
-def rename_inputs(model: ir.Model, names: Sequence[str], batch: str) -> None:
-    """Name the inputs, and the symbolic first axis of every value `batch`."""
+def rename_inputs(model: ir.Model, names: Sequence[str], batch: str | None) -> None:
+    """Name the inputs, and the symbolic first axis of every value `batch`; None: it is fixed."""
     for value, name in zip(model.graph.inputs, names, strict=True):
         value.name = name
+    if batch is None:
+        return
     symbols = {str(dim) for value in model.graph.inputs for dim in (value.shape or ())[:1]}
     for node in model.graph:
         for value in node.outputs:

@@ -48,6 +48,18 @@ class OracleResult:
     blocks: dict[str, Array]
 
 
+def module_result(outputs: Mapping[str, Array]) -> OracleResult:
+    """The float64 outputs of a user's module by name, `scores_i` of a pruned one among them."""
+    further = dict(outputs)
+    logits = further.pop("logits")
+    stages = sum(name.startswith("scores_") for name in outputs)
+    kept = [further.pop(f"kept_positions_{i}") for i in range(stages)]
+    scores = [further.pop(f"scores_{i}") for i in range(stages)]
+    places = np.arange(scores[0].shape[1]) if scores else np.arange(0)
+    before = [np.broadcast_to(places, scores[0].shape), *kept[:-1]] if scores else []
+    return OracleResult(logits, kept, scores, before, further)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One compared output: largest absolute error, the same over the oracle's largest value."""
@@ -136,6 +148,7 @@ def compare(
     tolerance = TOLERANCES[artifact.manifest.dtype].of_model(artifact.manifest.name)
     streams = _block_names(artifact) if per_block else []
     forced = _run_forced(artifact, images, oracle, run_edited, streams)
+    streams += [o.name for o in artifact.manifest.outputs if o.name in oracle.blocks]
     logits = compare_array("logits", forced["logits"], oracle.logits, tolerance.logits)
     kept = [free[f"kept_positions_{i}"] for i in range(len(oracle.kept_positions))]
     disagreements = _disagreements(kept, oracle, _protected(artifact))

@@ -26,5 +26,5 @@ class Tolerance:
 
     def of_model(self, name: str) -> Tolerance:
         """The tolerance of a model, wider for a family that magnifies rounding."""
-        factor = _SENSITIVE.get(name.partition("_")[0], 1.0)
+        factor = _SENSITIVE.get(name.lower().partition("_")[0], 1.0)
         return Tolerance(factor * self.logits, factor * self.block, self.margin)

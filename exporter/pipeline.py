@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporter.artifact import MODEL_FILE, Artifact, open_artifact
-from exporter.benchmark import BenchReport, Progress
-from exporter.files import check_writable
-from exporter.json_files import write_json
-from exporter.parity import ParityReport, compare
-from exporter.pipeline_deploy import ENGINE_RUNTIMES, open_engine, refuse_threads, run_engine
+from exporter.artifact_module import is_module, refuse_module, stored_reference
+from exporter.parity import OracleResult, ParityReport, compare, module_result
+from exporter.pipeline_deploy import ENGINE_RUNTIMES, open_engine, run_engine
 from exporter.preprocessing import preprocess, read_labels
 from exporter.runtimes.session import Array, RuntimeInfo, Session
 
 if TYPE_CHECKING:
-    from exporter.models import VisionModel
     from exporter.runtimes.ort import OrtSession
+    from exporter.torch_session import TorchModule
 
 RUNTIMES = ("ort-cpu", "ort-cuda", "torch", *ENGINE_RUNTIMES)
 _RUN_BATCH = 16  # images a run of `classify`
@@ -91,7 +89,7 @@ def _ort_session(runtime: str) -> Callable[..., OrtSession]:
 
 
 def check_parity(
-    model: VisionModel | None,
+    model: TorchModule | None,
     artifact: Artifact | str | os.PathLike[str],
     runtime: str = "ort-cpu",
     images: Array | None = None,
@@ -108,7 +106,8 @@ def check_parity(
         artifact: the export, or its directory.
         runtime: "ort-cpu", "ort-cuda", or "tensorrt" or "tensorrt-rtx", which build an engine of
             the edited graph for the forced positions.
-        images: (batch, 3, height, width) float32, preprocessed; None for `sample_images`.
+        images: (batch, 3, height, width) float32, preprocessed, or what else the model takes; None
+            for `sample_images`, or the inputs that the export of a user's module keeps.
         operators: as for `open_session`.
         threads: as for `open_session`.
         trust: as for `open_session`.
@@ -125,14 +124,18 @@ def check_parity(
     from exporter.torch_session import model_of, oracle
 
     opened = open_artifact(artifact, only=None if model is None else (MODEL_FILE,))
+    known: OracleResult | None = None
+    if model is None and is_module(opened):
+        images, known = _kept_reference(opened, images)
     with open_session(
         opened, runtime, operators=operators, threads=threads, trust=trust
     ) as session:
-        low, high = session.batches
-        images = sample_images(opened, min(max(low, 4), high)) if images is None else images
+        images = _default_images(opened, session) if images is None else images
         free = session.run(images)
         info = session.info
-    expected = oracle(model_of(opened) if model is None else model, opened, images)
+    if known is None:
+        known = oracle(model_of(opened) if model is None else model, opened, images)
+    expected = known
 
     def run_edited(graph: bytes, feeds: Mapping[str, Array]) -> dict[str, Array]:
         if runtime in ENGINE_RUNTIMES:
@@ -152,6 +155,26 @@ def check_parity(
         run_edited=run_edited,
         per_block=per_block,
     )
+
+
+def _kept_reference(artifact: Artifact, images: Array | None) -> tuple[Array, OracleResult]:
+    """The inputs and outputs that the export of a user's module keeps."""
+    if images is not None:
+        refuse_module(
+            artifact,
+            "so only the inputs it keeps can be checked; leave the images out, or give "
+            "check_parity the model",
+        )
+    kept, outputs = stored_reference(artifact)
+    return kept, module_result(outputs)
+
+
+def _default_images(artifact: Artifact, session: Session) -> Array:
+    """Noise, as many as the session takes, or what the export of a user's module keeps."""
+    if is_module(artifact):
+        return stored_reference(artifact)[0]
+    low, high = session.batches
+    return sample_images(artifact, min(max(low, 4), high))
 
 
 def sample_images(artifact: Artifact, count: int = 4, *, seed: int = 0) -> Array:
@@ -242,53 +265,6 @@ def _predictions(
         }
         for c in np.argsort(-shares, kind="stable")[:top]
     ]
-
-
-def bench_directory(
-    directory: Path,
-    *,
-    batches: Sequence[int] = (1, 8),
-    threads: Sequence[int] = (1,),
-    samples: int = 21,
-    torch_loop: bool = True,
-    runtime: str = "ort-cpu",
-    trust: bool = False,
-    page: Path | None = None,
-    progress: Progress = lambda _: None,
-) -> BenchReport:
-    """Measure an export and, where it is pruned, its dense twin; writes bench.json and a page."""
-    from exporter.bench_page import write_page
-    from exporter.bench_subjects import bench
-
-    artifact = open_artifact(directory)
-    page = page or artifact.directory / "bench.html"
-    for path in (page, artifact.directory / "bench.json"):
-        check_writable(path)
-    if runtime in ENGINE_RUNTIMES:
-        from exporter.bench_engine import bench_engine
-
-        refuse_threads(runtime, None if tuple(threads) == (1,) else list(threads))
-        report = bench_engine(
-            artifact,
-            runtime=runtime,
-            batches=batches,
-            samples=samples,
-            trust=trust,
-            progress=progress,
-        )
-    else:
-        report = bench(
-            artifact,
-            batches=batches,
-            threads=threads,
-            samples=samples,
-            torch_loop=torch_loop,
-            runtime=runtime,
-            progress=progress,
-        )
-    write_json(artifact.directory / "bench.json", report)
-    write_page(report, page)
-    return report
 
 
 def describe_models() -> list[dict[str, Any]]:

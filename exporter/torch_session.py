@@ -10,14 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from exporter.artifact import Artifact
+from exporter.artifact_module import is_module, refuse_module
+from exporter.compat.exact import exact_outputs
+from exporter.compat.outputs import public_outputs
 from exporter.errors import ArtifactError
 from exporter.models import VisionModel, model_from_config
-from exporter.parity import OracleResult
+from exporter.parity import OracleResult, module_result
 from exporter.runtimes.ort import cpu_name
 from exporter.runtimes.session import CLOSED, Array, RuntimeInfo, Session, checked_threads
 from exporter.schedule import PruneSchedule
+
+TorchModule = nn.Module  # for files that name no torch
 
 
 def model_of(artifact: Artifact, *, dense: bool = False) -> VisionModel:
@@ -30,6 +36,7 @@ def model_of(artifact: Artifact, *, dense: bool = False) -> VisionModel:
     Raises:
         ArtifactError: the weights were not exported, or do not fit model.json.
     """
+    refuse_module(artifact, "so the model cannot be rebuilt; pass it to check_parity")
     manifest = artifact.manifest
     schedule = None if dense else schedule_of(artifact)
     model = model_from_config(manifest.name, dict(manifest.config), schedule)
@@ -112,12 +119,20 @@ class TorchSession(Session):
         self._model = None
 
 
-def oracle(model: VisionModel, artifact: Artifact, images: Array) -> OracleResult:
+def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
     """What the model says of images (batch, 3, height, width) in float64; it stays as it is.
 
     Raises:
         ValueError: it is not the model that was exported, whatever its weights.
+        UnsupportedError: it is a module of the user's that does not run in float64.
     """
+    if is_module(artifact):
+        return _module_oracle(model, artifact, images)
+    if not isinstance(model, VisionModel):
+        raise TypeError(
+            f"model={type(model).__name__} is not a model of this package, but {artifact.directory}"
+            " is the export of one; pass the model that was exported, or None"
+        )
     _refuse_another(model, artifact)
     exact = copy.deepcopy(model).cpu().eval().double().use_operators("oracle")
     names = artifact.manifest.block_outputs
@@ -138,6 +153,18 @@ def oracle(model: VisionModel, artifact: Artifact, images: Array) -> OracleResul
         positions=[_every_position(exact, len(images)), *kept[:-1]] if kept else [],
         blocks=blocks,
     )
+
+
+def _module_oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
+    names = [output.name for output in artifact.manifest.outputs]
+    outputs = public_outputs(None if artifact.manifest.schedule else names, scores=True)
+    found = exact_outputs(model, torch.from_numpy(np.array(images)), outputs)
+    if not set(names) <= set(found):
+        raise ValueError(
+            f"model: it returns {sorted(found)}, the export in {artifact.directory} "
+            f"{sorted(names)}; pass the module that was exported"
+        )
+    return module_result({name: value.numpy() for name, value in found.items()})
 
 
 def _every_position(model: VisionModel, batch: int) -> Array:

@@ -37,7 +37,7 @@ LAYERS = (
         ("__init__", "_version", "errors", "spec", "schedule", "native_library"),
         (),
     ),
-    Layer("documents", "shared", ("files", "json_*", "manifest*", "artifact"), ("leaves",)),
+    Layer("documents", "shared", ("files", "json_*", "manifest*", "artifact*"), ("leaves",)),
     Layer("oracle", "making", ("reference",), ("leaves",)),
     Layer("operators", "making", ("ops*",), ("leaves", "oracle")),
     Layer("pruning", "making", ("pruning", "walks"), ("leaves", "oracle", "operators")),
@@ -45,6 +45,7 @@ LAYERS = (
     Layer("models", "making", ("models/*", "flops"), _MODELS[:-1]),
     Layer("graph", "making", ("onnx_bod*", "onnx_schemas", "onnx_passes"), ("leaves",)),
     Layer("export", "making", ("onnx_export*", "export_*"), (*_MODELS, "graph")),
+    Layer("compat", "making", ("compat/*",), (*_MODELS, "graph", "export")),
     Layer("preprocessing", "running", ("preprocessing",), _SHARED),
     Layer("graph edits", "running", ("graph_edit",), _SHARED),
     Layer("runtimes", "running", ("runtimes/*", "doctor"), (*_SHARED, "graph edits")),
@@ -58,18 +59,18 @@ LAYERS = (
         (*_RUNTIMES, "preprocessing"),
     ),
     Layer("bundle", "running", ("bundle*",), (*_RUNTIMES, "reports")),
-    Layer("torch session", "top", ("torch_session",), (*_MODELS, *_REPORTS)),
+    Layer("torch session", "top", ("torch_session",), (*_MODELS, *_REPORTS, "compat")),
     Layer(
         "subjects",
         "top",
-        ("bench_subjects", "bench_engine"),
+        ("bench_subjects*", "bench_engine"),
         (*_MODELS, *_REPORTS, "export", "torch session"),
     ),
     Layer(
         "pipeline",
         "top",
         ("pipeline*",),
-        (*_MODELS, *_REPORTS, "evaluation", "export", "torch session", "subjects"),
+        (*_MODELS, *_REPORTS, "evaluation", "export", "compat", "torch session", "subjects"),
     ),
     Layer(
         "command line",
@@ -84,10 +85,12 @@ _TORCH = ("torch", "torchvision", "safetensors.torch")
 HEAVY = {
     _TORCH: (
         *("reference", "ops*", "pruning", "walks", "models/*", "checkpoint*", "unpickle*"),
-        *("pickle_*", "onnx_export*", "torch_session", "bench_subjects"),
+        *("pickle_*", "onnx_export*", "torch_session", "bench_subjects", "compat/*"),
+        "pipeline_module",
     ),
     ("onnx", "onnx_ir", "onnxscript"): (
-        *("onnx_*", "export_*", "graph_edit", "parity*", "machine", "bench_subjects"),
+        *("onnx_*", "export_*", "graph_edit", "parity*", "machine", "bench_subjects*"),
+        "compat/module_export",
     ),
     ("onnxruntime",): ("runtimes/ort*", "machine", "bench_subjects"),
     ("tensorrt", "tensorrt_rtx"): ("runtimes/tensorrt*",),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from exporter.manifest import Manifest
+from exporter.manifest import BATCH, Manifest
 
 Array = npt.NDArray[Any]
 OPERATORS = ("kernel", "body")
@@ -111,12 +111,14 @@ class Session(abc.ABC):
 
     def _checked(self, images: Array) -> Array:
         spec = self.manifest.inputs[0]
-        if not isinstance(images, np.ndarray) or images.dtype != np.float32:
+        if not isinstance(images, np.ndarray) or str(images.dtype) != spec.dtype:
             kind = f"{type(images).__name__} of {getattr(images, 'dtype', 'no dtype')}"
             raise TypeError(
-                f"images={kind} is no NumPy array of float32; use exporter.preprocess, or .astype"
+                f"{spec.name}={kind} is no NumPy array of {spec.dtype}; use exporter.preprocess "
+                "for images, or .astype"
             )
-        if images.ndim != 4 or images.shape[1:] != spec.shape[1:] or images.shape[0] < 1:
+        fits = images.ndim == len(spec.shape) and images.shape[1:] == spec.shape[1:]
+        if not fits or images.shape[0] < 1 or spec.shape[0] not in {BATCH, images.shape[0]}:
             raise ValueError(
                 f"images.shape={images.shape} is not {spec.shape}; resize the images, or export "
                 "the model with this image_size"

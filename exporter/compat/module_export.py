@@ -1,0 +1,286 @@
+"""Any torch module that holds selective scans, to `model.onnx` and `model.json`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import onnx
+import torch
+from onnx import inliner
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from exporter._version import __version__
+from exporter.artifact import INLINED_FILE, MODEL_FILE, Artifact
+from exporter.artifact_module import MODULE_KEY, REFERENCE_FILE
+from exporter.checkpoint import save_safetensors
+from exporter.compat.exact import exact_outputs, set_eval
+from exporter.compat.graph import SCANS, PassReport
+from exporter.compat.outputs import public_outputs
+from exporter.compat.passes import simplify
+from exporter.compat.pruned import PrunedModule
+from exporter.errors import UnsupportedError
+from exporter.export_manifest import describe_schedule, describe_tensor, used_operators
+from exporter.files import sha256_of, staged_directory
+from exporter.manifest import (
+    CheckpointInfo,
+    Manifest,
+    Preprocessing,
+    ScheduleInfo,
+    write_manifest,
+)
+from exporter.onnx_bodies import SUPPORTED_OPSETS
+from exporter.onnx_export_program import BATCH, program_to_proto, quiet
+from exporter.spec import OPERATOR_VERSION
+
+_PACKAGES: Final = ("torch", "onnx", "onnxscript", "numpy")
+_SEED: Final = 0
+
+
+@dataclass(frozen=True)
+class _Options:
+    opset: int
+    dynamic_batch: bool
+    outputs: tuple[str, ...] | None
+
+
+def export_module(
+    model: nn.Module,
+    example_input: Tensor,
+    directory: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    outputs: Sequence[str] | None = None,
+    opset: int = 18,
+    dynamic_batch: bool = True,
+    inline: bool = False,
+    reference: bool = True,
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] | None = None,
+    checkpoint: CheckpointInfo | None = None,
+    force: bool = False,
+) -> Artifact:
+    """Write any module that calls selective scans as one ONNX file, as `export` does a model.
+
+    Its forward pass must be traceable by torch.export. What the graph passes did, and why one did
+    not apply, is in `artifact.manifest.config["passes"]`.
+
+    Args:
+        model: left as it was; float32.
+        example_input: the one input: images (batch, 3, height, width) float32, tokens
+            (batch, seqlen) int64, ...; its sizes behind the batch are those of the file.
+        directory: where model.onnx, model.json and reference.safetensors go.
+        name: for reports; None for the class's name.
+        outputs: a name for each output; None for logits, output_1, ...
+        opset: 18 to 20.
+        dynamic_batch: whether the first axis may have any size.
+        inline: also write model.inlined.onnx, without functions.
+        reference: keep inputs and float64 outputs, for `vssm check`.
+        preprocessing: how image files become inputs; None: unknown, and then image files are
+            refused later.
+        labels: a name for every class.
+        checkpoint: where the weights came from.
+        force: replace the export that `directory` holds.
+
+    Returns:
+        The export; `open_session`, `check_parity` and `vssm check`, `run` and `bench` take it.
+
+    Raises:
+        TypeError: `model` is no module or `example_input` no tensor.
+        ValueError: a weight is not finite or not float32, or an option does not fit.
+        UnsupportedError: torch.export cannot trace the module, no scan is in what it traced, or
+            the module does not run in float64.
+        ArtifactError: the directory cannot be written, or holds an export and not `force`.
+    """
+    _refuse(model, example_input, opset)
+    example = example_input.detach().cpu()
+    with staged_directory(directory, force=force) as staging:
+        options = _Options(opset, dynamic_batch, None if outputs is None else tuple(outputs))
+        proto, reports = trace_module(model, example, options)
+        onnx.save(proto, staging / MODEL_FILE)
+        onnx.checker.check_model(str(staging / MODEL_FILE), full_check=True)
+        if inline:
+            onnx.save(inliner.inline_local_functions(proto), staging / INLINED_FILE)
+        if reference:
+            count = 2 if dynamic_batch else len(example)
+            _write_reference(staging, model, example, count, public_outputs(outputs, scores=True))
+        manifest = _describe(
+            proto,
+            name=name or type(model).__name__,
+            config={
+                MODULE_KEY: f"{type(model).__module__}.{type(model).__qualname__}",
+                "example_input": list(example.shape),
+                "passes": [str(report) for report in reports],
+            },
+            files={path.name: sha256_of(path) for path in sorted(staging.iterdir())},
+            preprocessing=preprocessing,
+            checkpoint=checkpoint,
+            labels=labels,
+            schedule=describe_schedule(model) if isinstance(model, PrunedModule) else None,
+        )
+        write_manifest(staging, manifest)
+    return Artifact(Path(directory).absolute(), manifest)
+
+
+def trace_module(
+    model: nn.Module, example: Tensor, options: _Options
+) -> tuple[onnx.ModelProto, list[PassReport]]:
+    """The ModelProto of a module, and what the passes did."""
+    wrapper = _Wrapper(model, options.outputs)
+    modes = {module: module.training for module in model.modules()}
+    set_eval(wrapper)
+    try:
+        with torch.inference_mode():
+            names = list(wrapper.outputs(model, example[:1] if options.dynamic_batch else example))
+        program = _trace(wrapper, example, options.dynamic_batch)
+        if not any(node.target in SCANS for node in program.graph.nodes):
+            raise UnsupportedError(_no_scan(model))
+        reports = simplify(program)
+        proto = program_to_proto(
+            program,
+            options.opset,
+            inputs=[_input_name(example)],
+            names=names,
+            public=len(names),
+            dynamic_batch=options.dynamic_batch,
+        )
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return proto, reports
+
+
+class _Wrapper(nn.Module):
+    """Gives the outputs as a tuple of tensors."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.outputs = public_outputs(names)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        # Each its own value: a stage's choice may be an input of the next.
+        return tuple(y.clone() for y in self.outputs(self.model, x).values())
+
+
+def _refuse(model: Any, example: Any, opset: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={type(model).__name__} is no torch.nn.Module; give the module")
+    if not isinstance(example, Tensor) or example.dim() < 1:
+        raise TypeError(
+            f"example_input={type(example).__name__} is no tensor with a batch axis; wrap modules "
+            "of several inputs in one that takes the first and fixes the others"
+        )
+    if opset not in SUPPORTED_OPSETS:
+        raise ValueError(
+            f"opset={opset} is outside {SUPPORTED_OPSETS[0]} to {SUPPORTED_OPSETS[-1]}, for which "
+            "there are fallback bodies; choose one of these"
+        )
+    bad: dict[str, list[str]] = {"not float32": [], "on device meta": [], "not finite": []}
+    for key, value in model.state_dict().items():
+        if not value.is_floating_point():
+            continue
+        if value.is_meta:
+            bad["on device meta"].append(key)
+        elif value.dtype != torch.float32:
+            bad["not float32"].append(key)
+        elif not bool(value.isfinite().all()):
+            bad["not finite"].append(key)
+    if faults := [
+        f"{why}: {', '.join(keys[:4])} ({len(keys)})" for why, keys in bad.items() if keys
+    ]:
+        raise ValueError(
+            f"model: weights {'; '.join(faults)}; load float32 weights on a real device "
+            "(model.float()), half precision is for the models of exporter.create_model"
+        )
+
+
+def _trace(wrapper: _Wrapper, example: Tensor, dynamic_batch: bool) -> ExportedProgram:
+    """torch.export's program; a batch of one would be taken for a constant."""
+    pair = torch.cat([example, example])[: max(2, len(example))] if dynamic_batch else example
+    shapes = {"x": {0: torch.export.Dim(BATCH)} if dynamic_batch else None}
+    try:
+        with torch.no_grad(), quiet():
+            return torch.export.export(wrapper, (pair,), dynamic_shapes=shapes)
+    except Exception as error:
+        message = str(error).strip().split("\n")[0][:300]
+        raise UnsupportedError(
+            f"torch.export cannot trace {type(wrapper.model).__name__}: {type(error).__name__}: "
+            f"{message}. Trace it inside exporter.compat.upstream(), take data-dependent control "
+            "flow and .item() out of its forward pass"
+            + (", or try dynamic_batch=False" if dynamic_batch else "")
+            + " (docs/compat.md)"
+        ) from error
+
+
+def _no_scan(model: nn.Module) -> str:
+    return (
+        f"{type(model).__name__}: no selective scan of exporter.compat is in the traced graph, so "
+        "its scan, if it has one, would become a loop of plain operators. Import and build the "
+        "model inside exporter.compat.upstream(), or replace its own scan function with "
+        "report.replace(owner, name, function) (docs/compat.md)"
+    )
+
+
+def _input_name(example: Tensor) -> str:
+    is_images = example.dim() == 4 and example.shape[1] == 3 and example.is_floating_point()
+    return "images" if is_images else "input"
+
+
+def _write_reference(
+    staging: Path,
+    model: nn.Module,
+    example: Tensor,
+    count: int,
+    outputs: Callable[[nn.Module, Tensor], dict[str, Tensor]],
+) -> None:
+    """`count` times noise of the example's shape, or the example where it holds integers."""
+    x = example
+    if example.is_floating_point():
+        generator = torch.Generator().manual_seed(_SEED)
+        x = torch.randn((count, *example.shape[1:]), generator=generator)
+    modes = {module: module.training for module in model.modules()}
+    set_eval(model)
+    try:
+        exact = exact_outputs(model, x, outputs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    save_safetensors({"input": x, **exact}, staging / REFERENCE_FILE)
+
+
+def _describe(
+    proto: onnx.ModelProto,
+    *,
+    name: str,
+    config: dict[str, Any],
+    files: dict[str, str],
+    preprocessing: Preprocessing | None,
+    checkpoint: CheckpointInfo | None,
+    labels: Sequence[str] | None,
+    schedule: ScheduleInfo | None,
+) -> Manifest:
+    return Manifest(
+        name=name,
+        config=config,
+        inputs=tuple(map(describe_tensor, proto.graph.input)),
+        outputs=tuple(map(describe_tensor, proto.graph.output)),
+        dtype="float32",
+        opset=proto.opset_import[0].version,
+        files=files,
+        operators=dict.fromkeys(used_operators(proto), OPERATOR_VERSION),
+        versions={
+            "vssm-exporter": __version__,
+            **{package: importlib.metadata.version(package) for package in _PACKAGES},
+        },
+        schedule=schedule,
+        weights="custom" if checkpoint is None else "checkpoint",
+        preprocessing=preprocessing,
+        checkpoint=checkpoint,
+        labels=None if labels is None else tuple(labels),
+    )
