@@ -109,11 +109,11 @@ class VisionModel(nn.Module):
     def use_operators(self, operators: str) -> Self:
         """Choose what computes the custom operators of this model; the model itself comes back.
 
-        Gradients are the oracle's in every case. Exports and parity checks do not depend on it.
+        Exports and parity checks do not depend on it; docs/operators.md says what gradients are.
 
         Args:
-            operators: "auto": the native kernels where the tensors are on CUDA (float64: the
-                oracle's formula), the PyTorch oracle anywhere else. "oracle": the oracle
+            operators: "auto": the native kernels on CUDA, and on the CPU while gradients are
+                recorded; the PyTorch oracle anywhere else and in float64. "oracle": the oracle
                 everywhere. "kernel": the native kernels on CUDA and on the CPU; no float64.
 
         Raises:
