@@ -6,8 +6,9 @@
 // are loaded kSteps ahead, while the steps before them are computed.
 //
 // A step of 16 states issues 160 instructions a warp (sm_90, float16, as compiled), 80 of them for
-// the states: two products, the exp, two fused additions each. Its 17 exps keep the special-function
-// unit busy for 136 cycles. The two limits lie close together: by counting, not measured.
+// the states: two products, the exp, two fused additions each. Its 17 exps keep the
+// special-function unit busy for 136 cycles. The two limits lie close together: by counting, not
+// measured.
 #ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_THROUGHPUT_CUH_
 #define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_THROUGHPUT_CUH_
 
