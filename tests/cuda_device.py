@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from guarded import Memory
 from native import output_shapes, output_types
 from torch import Tensor
 
@@ -26,9 +27,6 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int3
 VARIANTS = {"auto": 0, "throughput": 1, "latency": 2}
 H100 = {"sm_count": 132, "shared_bytes": 227 << 10}
 SMALL_CARD = {"sm_count": 8, "shared_bytes": 48 << 10}
-_GUARD = 256  # bytes before and after a tensor
-_POISON = 0xFF  # NaN in every float type, -1 in int32
-_UNPOISON = "__asan_unpoison_memory_region"
 _SCANS = {spec.name for spec in SCAN_OPERATORS}
 
 
@@ -124,51 +122,10 @@ def _load(path: Path) -> ctypes.CDLL:
     return library
 
 
-@functools.lru_cache(maxsize=2)
-def _sanitizer(function: str) -> Callable[..., None] | None:
-    """A function of AddressSanitizer's, where it is in this process."""
-    return getattr(ctypes.CDLL(None), function, None)
-
-
-class Memory:
-    """A contiguous tensor between guards, `shift` elements off the alignment of its buffer."""
-
-    def __init__(self, tensor: Tensor, device: str, *, shift: int = 0) -> None:
-        size = tensor.numel() * tensor.element_size()
-        self.start = _GUARD + shift * tensor.element_size()
-        self.buffer = torch.full((self.start + size + _GUARD,), _POISON, dtype=torch.uint8)
-        self.buffer = self.buffer.to(device)
-        self.stop = self.start + size
-        # Where numel() is 0, so is the view; the address still lies between the guards.
-        self.tensor = self.buffer[self.start : self.stop].view(tensor.dtype).view(tensor.shape)
-
-    @classmethod
-    def of(cls, tensor: Tensor, device: str, *, shift: int = 0) -> Memory:
-        memory = cls(tensor, device, shift=shift)
-        memory.tensor.copy_(tensor)
-        return memory
-
-    @property
-    def address(self) -> int:
-        return self.buffer.data_ptr() + self.start
-
-    def check(self, name: str) -> None:
-        for guard in (self.buffer[: self.start], self.buffer[self.stop :]):
-            assert bool((guard == _POISON).all()), f"{name}: written outside its memory"
-
-    def close(self, closed: bool) -> None:
-        """Makes the guards an error to AddressSanitizer, where it runs, or memory again."""
-        change = _sanitizer("__asan_poison_memory_region" if closed else _UNPOISON)
-        if change is not None and self.buffer.device.type == "cpu":
-            base = self.buffer.data_ptr()
-            change(ctypes.c_void_p(base), ctypes.c_size_t(self.start))
-            size = self.buffer.numel() - self.stop
-            change(ctypes.c_void_p(base + self.stop), ctypes.c_size_t(size))
-
-    def describe(self) -> CTensor:
-        dims = tuple(self.tensor.shape)
-        padded = (ctypes.c_int64 * 4)(*dims)
-        return CTensor(self.address, DTYPE_CODES[self.tensor.dtype], len(dims), padded)
+def describe(memory: Memory) -> CTensor:
+    dims = tuple(memory.tensor.shape)
+    padded = (ctypes.c_int64 * 4)(*dims)
+    return CTensor(memory.address, DTYPE_CODES[memory.tensor.dtype], len(dims), padded)
 
 
 @dataclass
@@ -196,7 +153,7 @@ class Call:
 
     def enqueue(self, stream: int | None = None) -> None:
         """Runs it: on the CPU when this returns, on a GPU when the stream gets there."""
-        outputs = _array([memory.describe() for memory in self.outputs.values()])
+        outputs = _array([describe(memory) for memory in self.outputs.values()])
         count = (ctypes.c_int32(len(outputs)),) if self.name not in _SCANS else ()
         launch = None
         if self.backend.launches:
@@ -232,7 +189,7 @@ class Call:
 
     def _call(self, function: str, last: object, outputs: Sequence[object] = ()) -> None:
         error = ctypes.create_string_buffer(512)
-        inputs = _array([memory.describe() for memory in self.inputs.values()])
+        inputs = _array([describe(memory) for memory in self.inputs.values()])
         failed = getattr(self.backend.load(), function)(
             self.name.encode(),
             inputs,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cuda_device
 import pytest
 import torch
 from cases import gather_case, scan_case, scan_reference_arguments
@@ -23,6 +23,7 @@ from cuda_device import (
     CScanAttributes,
     CTensor,
     OperatorError,
+    describe,
     prepare,
     run_operator,
 )
@@ -74,8 +75,8 @@ class Raw:
         attributes = {} if self.scan else {"num_keep": 5}
         self.call = prepare(backend, name, case, **attributes)
         self.op = name.encode()
-        self.inputs = [memory.describe() for memory in self.call.inputs.values()]
-        self.outputs = [memory.describe() for memory in self.call.outputs.values()]
+        self.inputs = [describe(memory) for memory in self.call.inputs.values()]
+        self.outputs = [describe(memory) for memory in self.call.outputs.values()]
         self.attributes = self.call.attributes
         self.launch = None
 
@@ -186,10 +187,9 @@ def test_calls_from_several_threads(backend):
 
 
 @pytest.mark.parametrize("name", ["SelectiveScan", "TokenGather"])
-def test_workspace_is_asked_for_without_data(name):
+def test_workspace_is_asked_for_without_data(name, monkeypatch):
     raw = Raw(name, EMULATED)
-    for memory in raw.call.inputs.values():
-        memory.describe = functools.partial(_without_data, memory.describe())
+    monkeypatch.setattr(cuda_device, "describe", lambda memory: _without_data(describe(memory)))
     assert raw.call.workspace_bytes() >= 0
     raw.call.name = "NoSuchOperator"
     with pytest.raises(OperatorError, match="op=NoSuchOperator"):

@@ -114,9 +114,10 @@ def test_shared_memory_starts_as_nan_in_each_block(probes):
     assert np.isnan(out).all()
 
 
-def test_warp_operations(probes):
+def warp_operations():
+    """What row r of the probe's output must hold."""
     lanes = range(32)
-    expected = [
+    return [
         [8] * 32,
         [lane // 8 * 8 + 3 for lane in lanes],
         [max(lane - 3, 0) if lane >= 3 else lane for lane in lanes],
@@ -131,10 +132,13 @@ def test_warp_operations(probes):
         [0xFFFF] * 16 + [-0x10000] * 16,
         [9] * 32,
     ]
+
+
+def test_warp_operations(probes):
     for seed in SEEDS:
         out = np.zeros((13, 32), np.int32)
         assert probes("warp_operations", pointer(out), seed=seed) == ""
-        assert out.tolist() == expected
+        assert out.tolist() == warp_operations()
 
 
 def test_blocks_and_threads_of_three_dimensions(probes):
@@ -155,18 +159,60 @@ def _floats() -> torch.Tensor:
     return torch.cat([near, near.nextafter(up), near.nextafter(down), ends])
 
 
-def test_halves_and_exp2_round_as_on_a_gpu(probes):
-    given = _floats()
-    out = torch.zeros(3, given.numel())
-    arguments = [ctypes.c_void_p(t.data_ptr()) for t in (given, out)]
-    assert probes("halves", *arguments, ctypes.c_int32(given.numel())) == ""
+def assert_halves(given, out, *, exp2_tolerance):
+    """The rows of the probe's output: through float16, through bfloat16, exp2."""
     for row, dtype in enumerate([torch.float16, torch.bfloat16]):
         assert torch.equal(out[row].nan_to_num(12345), given.to(dtype).float().nan_to_num(12345))
     normal = given.abs() >= 2.0**-126
     flushed = torch.where(normal | given.isnan(), given, 0.0)
     expected = torch.exp2(flushed.double()).float()
     expected = torch.where(expected < 2.0**-126, 0.0, expected)
-    torch.testing.assert_close(out[2], expected, rtol=3e-7, atol=0, equal_nan=True)
+    torch.testing.assert_close(out[2], expected, rtol=exp2_tolerance, atol=0, equal_nan=True)
+
+
+def test_halves_and_exp2_round_as_on_a_gpu(probes):
+    given = _floats()
+    out = torch.zeros(3, given.numel())
+    arguments = [ctypes.c_void_p(t.data_ptr()) for t in (given, out)]
+    assert probes("halves", *arguments, ctypes.c_int32(given.numel())) == ""
+    assert_halves(given, out, exp2_tolerance=3e-7)
+
+
+@pytest.mark.gpu
+def test_a_gpu_agrees_with_the_emulation(tmp_path):
+    """The right probes, compiled by nvcc, give on a GPU what the emulation gives."""
+    nvcc = shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("no CUDA compiler: nvcc in the PATH")
+    command = [nvcc, "-std=c++17", f"-I{ROOT}", "-arch=native", "-Xcompiler", "-fPIC", "-shared"]
+    files = [ROOT / "tests/cuda_probes.cu", KERNELS / "types.cpp"]
+    subprocess.run([*command, *map(str, files), "-o", str(tmp_path / "probes.so")], check=True)
+    library = ctypes.CDLL(str(tmp_path / "probes.so"))
+
+    def run(name, out, *arguments):
+        call = library[f"probe_{name}"]
+        call.restype = ctypes.c_char_p
+        address = ctypes.c_void_p(out.data_ptr())
+        before = [a for a in arguments if not isinstance(a, torch.Tensor)]
+        given = [ctypes.c_void_p(a.data_ptr()) for a in arguments if isinstance(a, torch.Tensor)]
+        count = [ctypes.c_int32(a.numel()) for a in arguments if isinstance(a, torch.Tensor)]
+        assert call(*before, *given, address, *count).decode() == ""
+        torch.cuda.synchronize()
+        return out.cpu()
+
+    def integers(*shape):
+        return torch.zeros(shape, dtype=torch.int32, device="cuda")
+
+    assert run("rotate", integers(256), 1, 1).tolist() == [(i + 2) % 256 for i in range(256)]
+    assert run("rotate_in_warp", integers(32), 1).tolist() == [i ^ 1 for i in range(32)]
+    assert run("early_return", integers(32)).tolist() == [
+        0 if i % 3 == 0 else 21 for i in range(32)
+    ]
+    assert run("warp_operations", integers(13, 32)).tolist() == warp_operations()
+    assert run("places", integers(12 * 24)).tolist() == list(range(24)) * 12
+    given = _floats()
+    out = run("halves", torch.zeros(3, given.numel(), device="cuda"), given.cuda())
+    assert_halves(given, out, exp2_tolerance=2.0**-21)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,8 @@ def test_wheel_holds_the_package(dist: Path) -> None:
         entry_points = [name for name in names if name.endswith("entry_points.txt")]
         assert file.read(licence[0]) == (ROOT / "LICENSE").read_bytes()
         assert "vssm" in file.read(entry_points[0]).decode()
-    assert _sources("exporter") | {LIBRARY} <= names
+    assert _sources("exporter") | {LIBRARY, "exporter/lib/libvssm.so"} <= names
+    assert not [name for name in names if "emulated" in name]
     others = {n for n in names if not n.startswith(("exporter/", "vssm_exporter-"))}
     assert others == set()
     assert not [name for name in names if name.endswith((".pyc", ".h", ".cpp", ".a"))]

@@ -56,12 +56,16 @@ Status check_values(const SelectiveScanArgs& args, const SelectiveScanShape& sha
 /// Checks, then runs on the fastest instruction set of this processor (or VSSM_CPU_ISA's).
 Status selective_scan_cpu(const SelectiveScanArgs& args, const ParallelFor& parallel_for);
 
-/// The CUDA kernels. kAuto takes the one that was measured faster for the shape; the others are
-/// what TensorRT tries as tactics.
+/// The CUDA kernels, which cannot look at order and gap before they run: a step whose token is out
+/// of range takes u, B, C and, unless params_by_step, delta as zero and writes nothing; y is then
+/// unspecified for tokens that some direction does not name exactly once. Nothing outside the
+/// operands is touched. kThroughput: many images; kLatency: few. kAuto takes one by the amount of
+/// work against the size of the GPU (a rule of arithmetic, not measured); TensorRT tries both.
 enum class ScanVariant : int32_t { kAuto = 0, kThroughput = 1, kLatency = 2 };
 constexpr ScanVariant kScanVariants[] = {ScanVariant::kThroughput, ScanVariant::kLatency};
 
-/// Device memory that a launch needs at this shape; never less for larger sizes.
+/// Device memory that a launch needs at this shape, on any GPU; never less for larger sizes of one
+/// kernel (a d_state of 1 has kernels of its own).
 int64_t selective_scan_cuda_workspace(const SelectiveScanShape& shape, DType dtype,
                                       ScanVariant variant);
 
