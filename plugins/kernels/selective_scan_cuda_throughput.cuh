@@ -5,9 +5,10 @@
 // converted once for the block and read from shared memory as broadcasts; u, delta, z and the sums
 // are loaded kSteps ahead, while the steps before them are computed.
 //
-// A step of 16 states issues about 125 instructions a warp, 80 of them for the states (two
-// products, the exp, two fused additions each); its 17 exps keep the special-function unit busy for
-// 136 cycles. So the unit stays the limit, by arithmetic: not measured.
+// A step of 16 states issues about 160 instructions a warp on sm_90 (92 for the states: two
+// products, the exp and two fused additions each, and the loads of B and C); its 17 to 19 exps and
+// reciprocals keep the special-function unit busy for 136 to 152 cycles. Counted with nvdisasm, not
+// measured.
 #ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_THROUGHPUT_CUH_
 #define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_THROUGHPUT_CUH_
 
