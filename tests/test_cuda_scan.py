@@ -161,6 +161,18 @@ def test_scan_without_softplus_and_with_growing_states(backend, together, name, 
 
 
 @each_variant
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("first", [0, 2**31 - 1])
+def test_first_gap_is_ignored(backend, first, together, variant):
+    """Even where the state would grow beyond every number over that many places."""
+    case = scan_case(seqlen=40, d_inner=20, gap="pairs", batch=2, **(TOGETHER if together else {}))
+    case["delta"], case["delta_bias"] = case["delta"] * 0.01, case["delta_bias"] * 0
+    case["A"][:, ::3] *= -1
+    case["gap"][..., 0] = first
+    check(backend, case, variant=variant, delta_softplus=0, params_by_step=int(together))
+
+
+@each_variant
 @pytest.mark.parametrize("spike", [30.0, 1e3, 1e6])
 @pytest.mark.parametrize("together", [False, True])
 def test_scan_survives_spikes_of_delta(backend, together, spike, variant):

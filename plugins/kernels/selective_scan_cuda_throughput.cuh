@@ -5,9 +5,9 @@
 // converted once for the block and read from shared memory as broadcasts; u, delta, z and the sums
 // are loaded kSteps ahead, while the steps before them are computed.
 //
-// A step of 16 states issues 160 instructions a warp (sm_90, float16, as compiled), 80 of them for
-// the states: two products, the exp, two fused additions each. Its 17 exps keep the
-// special-function unit busy for 136 cycles. The two limits lie close together: by counting, not
+// A step of 16 states issues about 160 instructions a warp on sm_90 (92 for the states: two
+// products, the exp and two fused additions each, and the loads of B and C); its 17 to 19 exps and
+// reciprocals keep the special-function unit busy for 136 to 152 cycles. Counted with nvdisasm, not
 // measured.
 #ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_THROUGHPUT_CUH_
 #define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_THROUGHPUT_CUH_

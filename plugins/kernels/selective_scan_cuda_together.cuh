@@ -35,12 +35,12 @@ class TogetherScan {
     u_stride_ = p.u_token * kSize;
     delta_stride_ = p.delta_token * kSize;
     adds_ = in_shared || writes_;
+    order_ = settled(p.order + image_ * p.order_image);
     delta_ = settled(image_of<T>(p.delta, p, image_, p.delta_token) + channel_);
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
       const T* u = image_of<T>(p.u, p, image_, p.u_token) + k * p.u_direction;
       u_[k] = settled(u + channel_);
-      order_[k] = settled(p.order + image_ * p.order_image + int64_t{k} * p.seqlen);
     }
     bias_ = p.delta_bias[channel_];
     delta0_ = p.delta0 == nullptr ? 0.0F : p.delta0[channel_];
@@ -68,7 +68,7 @@ class TogetherScan {
 
   /// What the directions do at a step.
   struct Now {
-    float inject[kTogether], y[kTogether];
+    float inject[kTogether], y[kTogether], before[kTogether];
     int32_t token[kTogether];
   };
 
@@ -116,7 +116,7 @@ class TogetherScan {
   __device__ __forceinline__ void load_tokens(int t) {
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
-      next_token_[k] = t < p_.seqlen ? order_[k][t] : -1;
+      next_token_[k] = t < p_.seqlen ? order_[int64_t{k} * p_.seqlen + t] : -1;
     }
   }
 
@@ -159,15 +159,25 @@ class TogetherScan {
 #pragma unroll
     for (int n = 0; n < kStateGroup; ++n) shared[n] = exp2_approx(span * A_[n]);
     if (agree) {
-#pragma unroll
-      for (int k = 0; k < kTogether; ++k) advance(k, now, shared, states);
+      load_sums(&now);
+      advance<0, kTogether>(shared, states, &now);
     } else {
-#pragma unroll
-      for (int k = 0; k < kTogether; ++k) {
-        float own[kStateGroup];
-        decays_of(extra.v[k], dt, per_place, shared, own);
-        advance(k, now, own, states);
-      }
+      advance_apart<0>(extra, dt, per_place, shared, states, &now);
+      load_sums(&now);  // late: two sets of decays leave no registers for sums
+    }
+    store_sums(now);
+  }
+
+  /// One direction after the other, each with its own decays.
+  template <int k>
+  __device__ __forceinline__ void advance_apart(const Pack<float, kTogether>& extra, float dt,
+                                                float per_place, const float* shared,
+                                                const float* states, Now* now) {
+    float own[kStateGroup];
+    decays_of(extra.v[k], dt, per_place, shared, own);
+    advance<k, k + 1>(own, states, now);
+    if constexpr (k + 1 < kTogether) {
+      advance_apart<k + 1>(extra, dt, per_place, shared, states, now);
     }
   }
 
@@ -191,30 +201,47 @@ class TogetherScan {
     }
   }
 
-  /// One step of direction k. Two directions may meet at a token: the sum is read after the
-  /// direction before has written its own, and long before it is needed.
-  __device__ __forceinline__ void advance(int k, const Now& now, const float* decay,
-                                          const float* states) {
-    const int32_t token = now.token[k];
-    const bool adds = token >= 0 && adds_;
-    float* place = row_at(sums_, token, sums_stride_);
-    const float before = adds ? *place : 0.0F;
-    const float inject = now.inject[k];
-    float even = now.y[k], odd = 0.0F;
-    const float* B = states + k * kStateGroup;
+  /// A step of directions kFrom to kTo - 1: h = decay h + inject B;  y += C h.
+  template <int kFrom, int kTo>
+  __device__ __forceinline__ void advance(const float* decay, const float* states, Now* now) {
     const float* C = states + kTogether * kStateGroup;
 #pragma unroll
     for (int n = 0; n < kStateGroup; n += kPack) {
-      const auto b = *reinterpret_cast<const Pack<float, kPack>*>(B + n);
       const auto c = *reinterpret_cast<const Pack<float, kPack>*>(C + n);
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) {
-        h_[k][n + i] = fmaf(decay[n + i], h_[k][n + i], inject * b.v[i]);
-        float& sum = i % 2 == 0 ? even : odd;
-        sum = fmaf(c.v[i], h_[k][n + i], sum);
+      for (int k = kFrom; k < kTo; ++k) {
+        const float* B = states + k * kStateGroup;
+        const auto b = *reinterpret_cast<const Pack<float, kPack>*>(B + n);
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) {
+          h_[k][n + i] = fmaf(decay[n + i], h_[k][n + i], now->inject[k] * b.v[i]);
+          now->y[k] = fmaf(c.v[i], h_[k][n + i], now->y[k]);
+        }
       }
     }
-    if (adds) *place = before + (even + odd);
+  }
+
+  /// The sums before this step.
+  __device__ __forceinline__ void load_sums(Now* now) const {
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      now->before[k] = 0.0F;
+      if (now->token[k] >= 0) now->before[k] = *row_at(sums_, now->token[k], sums_stride_);
+    }
+  }
+
+  /// Directions may meet at a token: the later one's sum has the earlier one's y in it, too.
+  __device__ __forceinline__ void store_sums(const Now& now) const {
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      float sum = now.before[k];
+#pragma unroll
+      for (int j = 0; j < k; ++j) {
+        if (now.token[j] == now.token[k]) sum += now.y[j];
+      }
+      sum += now.y[k];
+      if (now.token[k] >= 0 && adds_) *row_at(sums_, now.token[k], sums_stride_) = sum;
+    }
   }
 
   /// From the sums to y: scales, gates, stores in its type.
@@ -235,7 +262,7 @@ class TogetherScan {
   bool writes_, adds_;
   int32_t u_stride_, delta_stride_, sums_stride_;  // bytes
   const T *u_[kTogether], *delta_, *z_ = nullptr;
-  const int32_t* order_[kTogether];
+  const int32_t* order_;
   T* y_;
   float* sums_;
   float bias_, delta0_;
