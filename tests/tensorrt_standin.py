@@ -204,7 +204,8 @@ class _Profile:
 
 class _Config:
     def __init__(self, trt: FakeTensorRT) -> None:
-        self.trt, self.cache, self.flags, self.limits = trt, None, [], {}
+        self.trt, self.cache, self.limits = trt, None, {}
+        self.flags = ["TF32"]  # as every TensorRT begins
         self.profile = _Profile()
         self.plugins_to_serialize: list[str] = []
 
@@ -213,6 +214,9 @@ class _Config:
 
     def set_flag(self, flag: str) -> None:
         self.flags.append(flag)
+
+    def clear_flag(self, flag: str) -> None:
+        self.flags.remove(flag)
 
     def add_optimization_profile(self, profile: _Profile) -> int:
         self.profile = profile

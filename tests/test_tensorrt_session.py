@@ -411,10 +411,29 @@ def test_timing_cache_and_options(bench: Bench, artifact: Artifact, tmp_path: Pa
     before = (artifact.directory / "model.plan").read_bytes()
     with pytest.raises(UnsupportedError, match=r"timing_cache=.*other.cache was not made by this"):
         build(artifact, timing_cache=other)
+    for wrong in (tmp_path / "absent" / "x.cache", tmp_path):
+        builds = len(bench.trt.configs)
+        with pytest.raises(ArtifactError, match="cannot be written"):
+            build(artifact, timing_cache=wrong)
+        assert len(bench.trt.configs) == builds  # said before hours of building
     assert (artifact.directory / "model.plan").read_bytes() == before
     info = json.loads((artifact.directory / "engine.json").read_text())
     assert (info["gpu"], info["compute_capability"]) == ("NVIDIA H100", ["9.0"])
     assert (info["cuda"], info["plugin"]["file"]) == ("13.0", "libvssm_tensorrt.so")
+
+
+def test_a_library_that_changes_meanwhile(bench: Bench, artifact: Artifact) -> None:
+    def progress(*_: object) -> None:
+        _stale_plugin(bench, artifact)
+
+    with pytest.raises(ArtifactError, match=r"libvssm_tensorrt.so was changed while the engine"):
+        tensorrt_build.build_engine(artifact, SMALL, progress=progress)
+    assert not (artifact.directory / "engine.json").exists()
+
+
+def test_no_tf32(bench: Bench, artifact: Artifact) -> None:
+    build(artifact)
+    assert bench.trt.configs[-1].flags == []
 
 
 def test_a_failed_build_says_why(bench: Bench, artifact: Artifact) -> None:
