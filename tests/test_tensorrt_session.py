@@ -172,6 +172,29 @@ def test_threads_take_turns(bench: Bench, artifact: Artifact) -> None:
             np.testing.assert_array_equal(got["logits"], expected)
 
 
+def test_other_threads_have_another_device(
+    bench: Bench, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA keeps the current device for each thread, and begins with the first."""
+    build(artifact)
+    bench.cuda.current = 1
+    session = open_engine(artifact)
+    bench.cuda.current = 0
+    used = []
+    put = bench.cuda.put
+    monkeypatch.setattr(
+        bench.cuda, "put", lambda work: used.append(bench.cuda.current) or put(work)
+    )
+    session.run(images(micro(), 2))
+    assert set(used) == {1}
+    assert bench.cuda.current == 0
+    with pytest.raises(ValueError, match="is outside the engine's"):
+        session.run(images(micro(), 9))
+    assert bench.cuda.current == 0
+    session.close()
+    assert (bench.cuda.current, bench.cuda.memory) == (0, {})
+
+
 @pytest.mark.parametrize("batch", [1, 6])
 def test_a_batch_outside_the_profile(bench: Bench, artifact: Artifact, batch: int) -> None:
     build(artifact, batch=(2, 2, 5))
@@ -349,6 +372,17 @@ def test_host_code_stays_forbidden_otherwise(bench: Bench, artifact: Artifact) -
     _no_statement(bench, artifact)
     open_engine(artifact, trust=True).close()
     assert not bench.trt.host_code
+
+
+def test_check_of_an_engine_without_a_statement(
+    bench: Bench, vssm: Run, artifact: Artifact
+) -> None:
+    build(artifact)
+    _no_statement(bench, artifact)
+    command = ("check", artifact.directory, "--runtime=tensorrt", "--trust")
+    assert vssm(*command) == 0, vssm.out
+    assert "operators: unknown" in vssm.out
+    assert "trusted although engine.json is missing" in vssm.out
 
 
 def test_no_engine(bench: Bench, artifact: Artifact) -> None:
