@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -343,6 +344,20 @@ def test_doctor_names_what_engines_need(monkeypatch: pytest.MonkeyPatch) -> None
     assert "libvssm_tensorrt.so is in none of /a, /b; it takes a CUDA compiler" in plugin.remedy
     for package in ("tensorrt", "tensorrt-rtx-cu13", "cuda-bindings"):
         assert found[package].found or "pip install" in found[package].remedy
+
+
+def test_doctor_finds_a_tensorrt_of_another_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name not in {"tensorrt-cu12", "tensorrt-rtx-cu12"}:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "10.16.1.11"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = [f for f in doctor.examine() if f.detail == "10.16.1.11"]
+    assert {(f.part, f.found) for f in found} == {
+        ("tensorrt-cu12", True),
+        ("tensorrt-rtx-cu12", True),
+    }
 
 
 # What docs/troubleshooting.md quotes of ours, without the values in it.
