@@ -94,6 +94,7 @@ def bundle(
     if verify == (output is not None):
         raise ValueError("give either -o OUT, to make a bundle, or --verify, to check one")
     if output is None:
+        _refuse_making(name=name, labels=labels, force=force or None)
         _verify_bundle(directory, json_file)
         return
     low, opt, high = _three(batch)
@@ -105,6 +106,12 @@ def bundle(
     console.print(f"wrote {output} ({len(manifest.files)} files); see {output / 'README.md'}")
     if json_file is not None:
         write_json(json_file, manifest)
+
+
+def _refuse_making(**options: object) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise ValueError(f"{option}={value} with --verify, which makes no bundle: leave it out")
 
 
 def _verify_bundle(directory: Path, json_file: Path | None) -> None:

@@ -50,12 +50,13 @@ def examine() -> list[Finding]:
     ]
 
 
+_TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")  # pip has it for either CUDA
 _PACKAGES = (
     (("torch",), "pip install torch: models, export, the oracle"),
     (("onnx",), "pip install onnx: export and check"),
     (("onnxruntime", "onnxruntime-gpu"), "pip install onnxruntime: sessions ort-cpu"),
     (("matplotlib",), "pip install matplotlib: plots in reports"),
-    (("tensorrt",), "pip install tensorrt on a machine with an NVIDIA GPU: TensorRT engines"),
+    (_TENSORRT, "pip install tensorrt on a machine with an NVIDIA GPU: TensorRT engines"),
     (
         ("mamba-ssm",),
         "pip install mamba-ssm where its CUDA extension builds: a baseline to measure",
@@ -150,7 +151,7 @@ def _package(names: tuple[str, ...], remedy: str) -> Finding:
 
 
 _ENGINE_PACKAGES = (
-    (("tensorrt-rtx-cu13",), f"{TENSORRT_RTX.install}: engines without a GPU"),
+    (("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"), f"{TENSORRT_RTX.install}: engines without a GPU"),
     (("cuda-bindings",), "pip install cuda-bindings: sessions on TensorRT"),
 )
 

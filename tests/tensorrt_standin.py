@@ -41,6 +41,7 @@ class FakeCuda(types.ModuleType):
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.fail_at: int | None = None  # the allocation that fails
         self.devices = 1
+        self.current = 0
         self.handles = itertools.count(1)
 
     def __getattribute__(self, name: str) -> Any:
@@ -62,7 +63,11 @@ class FakeCuda(types.ModuleType):
         return 0, {OUT_OF_MEMORY: b"out of memory", 100: b"no device"}.get(status, b"error")
 
     def cudaGetDevice(self) -> tuple[int, int]:
-        return 0, 0
+        return 0, self.current
+
+    def cudaSetDevice(self, device: int) -> tuple[int]:
+        self.current = device
+        return (0,)
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[int, Any]:
         return 0, self.properties
@@ -204,7 +209,8 @@ class _Profile:
 
 class _Config:
     def __init__(self, trt: FakeTensorRT) -> None:
-        self.trt, self.cache, self.flags, self.limits = trt, None, [], {}
+        self.trt, self.cache, self.limits = trt, None, {}
+        self.flags = ["TF32"]  # as every TensorRT begins
         self.profile = _Profile()
         self.plugins_to_serialize: list[str] = []
 
@@ -213,6 +219,9 @@ class _Config:
 
     def set_flag(self, flag: str) -> None:
         self.flags.append(flag)
+
+    def clear_flag(self, flag: str) -> None:
+        self.flags.remove(flag)
 
     def add_optimization_profile(self, profile: _Profile) -> int:
         self.profile = profile

@@ -36,7 +36,9 @@ class FakeTensorRT(types.ModuleType):
         flags = types.SimpleNamespace(__members__={"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1})
         self.NetworkDefinitionCreationFlag = flags
         self.LayerType, self.HardwareCompatibilityLevel = _Layer, _Level
-        self.BuilderFlag = types.SimpleNamespace(VERSION_COMPATIBLE="version compatible")
+        self.BuilderFlag = types.SimpleNamespace(
+            VERSION_COMPATIBLE="version compatible", TF32="TF32"
+        )
         self.MemoryPoolType = types.SimpleNamespace(WORKSPACE="workspace")
         self.TensorIOMode = types.SimpleNamespace(INPUT="in", OUTPUT="out")
         self.ExecutionContextAllocationStrategy = types.SimpleNamespace(USER_MANAGED="ours")

@@ -10,6 +10,7 @@ import os
 import re
 import runpy
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -214,6 +215,14 @@ def test_usage(vssm: Run, artifact: Artifact, tmp_path: Path) -> None:
         assert message in vssm.out
     assert vssm("bundle", "--verify", artifact.directory) == 2
     assert "is not a bundle" in vssm.out
+    for option, shown in (
+        ("--force", "force=True"),
+        ("--name=x", "name=x"),
+        ("--labels=x", "labels"),
+    ):
+        assert vssm("bundle", "--verify", artifact.directory, option) == 2
+        assert shown in vssm.out
+        assert "with --verify, which makes no bundle" in vssm.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -328,6 +337,7 @@ def test_start_builds_the_engine_once(
     assert status == 0
     assert calls[0] == "trtexec"
     assert f"--onnx={bundle}/model/model.onnx" in calls
+    assert {"--stronglyTyped", "--noTF32"} <= set(calls)
     assert f"--dynamicPlugins={bundle}/lib/libvssm_tensorrt.so" in calls
     sizes = [line for line in calls if "Shapes=" in line]
     assert sizes == [
@@ -345,9 +355,22 @@ def test_start_builds_the_engine_once(
     plan = bundle / f"triton/tensorrt/{NAME}/1/model.plan"
     assert plan.read_text() == "plan\n"
     assert [p.suffix for p in (tmp_path / "engines").iterdir()] == [".plan"]
+    assert stat.S_IMODE(plan.stat().st_mode) & 0o444 == 0o444
     assert "trtexec" not in serve()[1]
     (bundle / "lib/libvssm_tensorrt.so").write_bytes(b"another plugin")
     assert "trtexec" in serve()[1]
+
+
+@pytest.mark.parametrize("fault", ["exit 3", "true"], ids=["fails", "writes nothing"])
+def test_start_leaves_no_half_of_an_engine(
+    serve: Callable[..., tuple[int, list[str]]], bundle: Path, tmp_path: Path, fault: str
+) -> None:
+    (tmp_path / "bin/trtexec").write_text(f"#!/usr/bin/env bash\n{fault}\n")
+    status, calls = serve()
+    assert status == (3 if fault == "exit 3" else 1)
+    assert "tritonserver" not in calls
+    assert list((tmp_path / "engines").iterdir()) == []
+    assert not (bundle / f"triton/tensorrt/{NAME}/1/model.plan").exists()
 
 
 def test_start_serves_onnxruntime_without_a_gpu(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -25,7 +26,7 @@ from exporter.graph_edit import count_nodes, strip_functions
 from exporter.runtimes.engine_info import EngineInfo, PluginInfo, read_info, write_info
 from exporter.runtimes.engine_request import EngineRequest, check_request
 from exporter.runtimes.library import TENSORRT_LIBRARY, find_library
-from exporter.runtimes.tensorrt_api import TENSORRT_RTX
+from exporter.runtimes.tensorrt_api import TENSORRT_RTX, forbid_tf32
 from exporter.runtimes.tensorrt_build import build_engine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,14 +138,14 @@ CALLED = {
     "ParserError": "desc node node_name node_operator local_function_stack",
     "INetworkDefinition": "num_layers get_layer num_inputs get_input",
     "IBuilderConfig": "set_memory_pool_limit set_flag builder_optimization_level progress_monitor "
-    "add_optimization_profile create_timing_cache set_timing_cache get_timing_cache "
+    "clear_flag add_optimization_profile create_timing_cache set_timing_cache get_timing_cache "
     "plugins_to_serialize hardware_compatibility_level set_compute_capability",
     "IOptimizationProfile": "set_shape",
     "IProgressMonitor": "phase_start step_complete phase_finish",
     "IPluginRegistry": "load_library get_creator",
     "ITimingCache": "serialize",
     "LayerType": "PLUGIN_V3",
-    "BuilderFlag": "VERSION_COMPATIBLE",
+    "BuilderFlag": "VERSION_COMPATIBLE TF32",
     "MemoryPoolType": "WORKSPACE",
     "NetworkDefinitionCreationFlag": "STRONGLY_TYPED",
     "HardwareCompatibilityLevel": "AMPERE_PLUS SAME_COMPUTE_CAPABILITY NONE",
@@ -156,6 +157,28 @@ CALLED = {
     "IExecutionContext": "set_input_shape set_tensor_address execute_async_v3 set_device_memory "
     "is_stream_capturable",
 }
+
+
+@needs_rtx
+def test_float32_is_float32() -> None:
+    """A new configuration of the real builder allows TF32."""
+    import tensorrt_rtx
+
+    config = tensorrt_rtx.Builder(tensorrt_rtx.Logger()).create_builder_config()
+    assert config.get_flag(tensorrt_rtx.BuilderFlag.TF32)
+    forbid_tf32(tensorrt_rtx, config)
+    assert not config.get_flag(tensorrt_rtx.BuilderFlag.TF32)
+
+
+@needs_rtx
+def test_a_model_that_changes_meanwhile(out: Artifact) -> None:
+    def progress(*_: object) -> None:
+        with out.model_path.open("ab") as file:
+            file.write(b"\x12\x01x")  # a producer's name: the same model, other bytes
+
+    with pytest.raises(ArtifactError, match=r"model\.onnx was changed while the engine was built"):
+        build_engine(out, RTX, progress=progress)
+    assert not (out.directory / "model.rtx.plan").exists()
 
 
 @needs_rtx
@@ -231,6 +254,11 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"level": 6}, r"level=6 is outside \[0, 5\]"),
     ({"operators": "body", "plugins_inside": True}, "plugins_inside=True with operators='body'"),
     ({"compute_capabilities": ("8.6",)}, "compute_capabilities=.* is no option of TensorRT;"),
+    ({"runtime": "tensorrt-rtx", "plugins_inside": True}, "plugins_inside=True is no option of"),
+    *(
+        ({"runtime": "tensorrt-rtx", "compute_capabilities": wrong}, "give each once, such as 8.6")
+        for wrong in (("86",), ("8.6", "8.6"), ("8.6", ""), ("8.6", " 8.9"))
+    ),
     ({"runtime": "tensorrt-rtx", "operators": "kernel"}, "runs no plugin layers"),
     ({"runtime": "tensorrt-rtx", "timing_cache": Path("x")}, "timing_cache=.* is no option of"),
     ({"runtime": "tensorrt-rtx", "version_compatible": True}, "version_compatible=True is no"),
@@ -316,6 +344,20 @@ def test_doctor_names_what_engines_need(monkeypatch: pytest.MonkeyPatch) -> None
     assert "libvssm_tensorrt.so is in none of /a, /b; it takes a CUDA compiler" in plugin.remedy
     for package in ("tensorrt", "tensorrt-rtx-cu13", "cuda-bindings"):
         assert found[package].found or "pip install" in found[package].remedy
+
+
+def test_doctor_finds_a_tensorrt_of_another_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name not in {"tensorrt-cu12", "tensorrt-rtx-cu12"}:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "10.16.1.11"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = [f for f in doctor.examine() if f.detail == "10.16.1.11"]
+    assert {(f.part, f.found) for f in found} == {
+        ("tensorrt-cu12", True),
+        ("tensorrt-rtx-cu12", True),
+    }
 
 
 # What docs/troubleshooting.md quotes of ours, without the values in it.

@@ -11,7 +11,7 @@ import pytest
 from gpu_check_cases import RATES, document, row
 from rich.console import Console
 
-from benchmarks.gpu import gathers, models, page, result, scans, targets
+from benchmarks.gpu import engines, gathers, models, page, result, scans, targets
 from benchmarks.gpu.result import Absent, Document, StageResult, Work
 from exporter.json_fields import FieldError
 
@@ -32,6 +32,7 @@ def full_document() -> Document:
         case = {"model": name, "kind": "dense", "dtype": "float16", "batch": 128}
         rows.append(row(models.OURS, 1350.0, stage="models", **case))
         rows.append(row(models.MAMBA, 4050.0, stage="models", **case))
+        rows.append(row(engines.SUBJECT, 810.0, stage="engines", **case))
     case = {"model": "vim_small", "kind": "pruned 5:0.8", "dtype": "float16", "batch": 128}
     rows.append(row(models.OURS, 1000.0, stage="models", **case))
     case = {"model": "plain_mamba_l3", "dtype": "float16", "batch": 128}
@@ -62,6 +63,8 @@ def test_targets_from_numbers() -> None:
     assert verdicts["vim_small, batch 128, float16: pruned, faster than dense"] == (1.35, "met")
     whole = "vim_tiny, batch 128, float16: faster than PyTorch with mamba-ssm"
     assert verdicts[whole] == (3.0, "met")
+    engine = "vim_tiny in TensorRT, batch 128, float16: faster than PyTorch with mamba-ssm"
+    assert verdicts[engine] == (5.0, "met")
     copy = "gather 128 x 197 x 384, keep 157, two tensors: time over 1.3 copies + 3 us"
     assert verdicts[copy] == (1.0, "met")
     topk = "the same gather: faster than torch.topk, sort and gather"
@@ -70,7 +73,7 @@ def test_targets_from_numbers() -> None:
 
 def test_targets_without_numbers() -> None:
     empty = targets.evaluate(document())
-    assert len(empty) == 18
+    assert len(empty) == 20
     assert {(t.measured, t.verdict) for t in empty} == {(None, "not measured")}
     cold = document(rows=[dataclasses.replace(r, cache="cold") for r in full_document().rows])
     assert {t.verdict for t in targets.evaluate(cold)} == {"not measured"}

@@ -93,7 +93,9 @@ def test_the_tail_is_short(tmp_path: Path) -> None:
 
 def test_the_limits_keep_a_run_short() -> None:
     stages = plan.plan(quick=False)
-    assert sum(s.limit(False) for s in stages) <= 20 * 60
+    without = [s for s in stages if s.name not in plan.TENSORRT]
+    assert sum(s.limit(False) for s in without) <= 20 * 60
+    assert sum(s.limit(False) for s in stages) <= 33 * 60
     assert sum(s.limit(True) for s in stages) <= 8 * 60
     assert len({s.name for s in stages}) == len(stages)
     assert set(plan.PROGRAMS) <= {s.name for s in stages}
@@ -122,6 +124,23 @@ def test_the_commands_of_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAMBA_SSM_SOURCE", "/nowhere")
     with pytest.raises(SkippedError, match="/nowhere has no csrc/selective_scan"):
         stages["baseline"].commands(10)
+    for module, package in (("tensorrt", "tensorrt"), ("cuda", "cuda-bindings")):
+        monkeypatch.setattr(
+            plan.importlib.util, "find_spec", lambda n, gone=module: n != gone or None
+        )
+        for name in plan.TENSORRT:
+            with pytest.raises(
+                SkippedError, match=f"{package}, of full TensorRT, is not installed"
+            ):
+                stages[name].commands(100)
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda _: True)
+    (tests,) = stages["tensorrt"].commands(420)
+    assert "--slow" in tests
+    assert tests[tests.index("--sample-seconds") + 1] == "300"
+    assert {"test_tensorrt_engines.py", "test_tensorrt_gpu.py"} <= {Path(f).name for f in tests}
+    assert not any("test_tensorrt_engines.py" in part for part in memcheck)
+    (program,) = stages["engines"].commands(360)
+    assert program[program.index("--seconds") + 1] == "240"
     monkeypatch.setattr(plan, "find_tool", lambda _: None)
     with pytest.raises(SkippedError, match="comes with the CUDA toolkit"):
         stages["racecheck"].commands(10)

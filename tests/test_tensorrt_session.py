@@ -172,6 +172,29 @@ def test_threads_take_turns(bench: Bench, artifact: Artifact) -> None:
             np.testing.assert_array_equal(got["logits"], expected)
 
 
+def test_other_threads_have_another_device(
+    bench: Bench, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA keeps the current device for each thread, and begins with the first."""
+    build(artifact)
+    bench.cuda.current = 1
+    session = open_engine(artifact)
+    bench.cuda.current = 0
+    used = []
+    put = bench.cuda.put
+    monkeypatch.setattr(
+        bench.cuda, "put", lambda work: used.append(bench.cuda.current) or put(work)
+    )
+    session.run(images(micro(), 2))
+    assert set(used) == {1}
+    assert bench.cuda.current == 0
+    with pytest.raises(ValueError, match="is outside the engine's"):
+        session.run(images(micro(), 9))
+    assert bench.cuda.current == 0
+    session.close()
+    assert (bench.cuda.current, bench.cuda.memory) == (0, {})
+
+
 @pytest.mark.parametrize("batch", [1, 6])
 def test_a_batch_outside_the_profile(bench: Bench, artifact: Artifact, batch: int) -> None:
     build(artifact, batch=(2, 2, 5))
@@ -351,6 +374,17 @@ def test_host_code_stays_forbidden_otherwise(bench: Bench, artifact: Artifact) -
     assert not bench.trt.host_code
 
 
+def test_check_of_an_engine_without_a_statement(
+    bench: Bench, vssm: Run, artifact: Artifact
+) -> None:
+    build(artifact)
+    _no_statement(bench, artifact)
+    command = ("check", artifact.directory, "--runtime=tensorrt", "--trust")
+    assert vssm(*command) == 0, vssm.out
+    assert "operators: unknown" in vssm.out
+    assert "trusted although engine.json is missing" in vssm.out
+
+
 def test_no_engine(bench: Bench, artifact: Artifact) -> None:
     with pytest.raises(ArtifactError, match=r"model.plan is not there, .* `vssm engine "):
         open_engine(artifact)
@@ -411,10 +445,29 @@ def test_timing_cache_and_options(bench: Bench, artifact: Artifact, tmp_path: Pa
     before = (artifact.directory / "model.plan").read_bytes()
     with pytest.raises(UnsupportedError, match=r"timing_cache=.*other.cache was not made by this"):
         build(artifact, timing_cache=other)
+    for wrong in (tmp_path / "absent" / "x.cache", tmp_path):
+        builds = len(bench.trt.configs)
+        with pytest.raises(ArtifactError, match="cannot be written"):
+            build(artifact, timing_cache=wrong)
+        assert len(bench.trt.configs) == builds  # said before hours of building
     assert (artifact.directory / "model.plan").read_bytes() == before
     info = json.loads((artifact.directory / "engine.json").read_text())
     assert (info["gpu"], info["compute_capability"]) == ("NVIDIA H100", ["9.0"])
     assert (info["cuda"], info["plugin"]["file"]) == ("13.0", "libvssm_tensorrt.so")
+
+
+def test_a_library_that_changes_meanwhile(bench: Bench, artifact: Artifact) -> None:
+    def progress(*_: object) -> None:
+        _stale_plugin(bench, artifact)
+
+    with pytest.raises(ArtifactError, match=r"libvssm_tensorrt.so was changed while the engine"):
+        tensorrt_build.build_engine(artifact, SMALL, progress=progress)
+    assert not (artifact.directory / "engine.json").exists()
+
+
+def test_no_tf32(bench: Bench, artifact: Artifact) -> None:
+    build(artifact)
+    assert bench.trt.configs[-1].flags == []
 
 
 def test_a_failed_build_says_why(bench: Bench, artifact: Artifact) -> None:

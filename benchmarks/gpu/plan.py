@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +18,10 @@ from benchmarks.gpu.stages import SkippedError, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "gpu_check"  # logs and what the programs found so far
-PROGRAMS = ("ceilings", "scans", "compiled", "gathers", "models", "ort")
+PROGRAMS = ("ceilings", "scans", "compiled", "gathers", "models", "ort", "engines")
+TENSORRT = ("tensorrt", "engines")  # stages that are skipped where full TensorRT is not installed
+# Building an engine takes long: a stage of their own, not the sampled tests and the sanitizers.
+_ENGINE_TESTS = frozenset({"test_tensorrt_engines.py", "test_tensorrt_gpu.py"})
 _PYTEST = ROOT / "benchmarks" / "gpu" / "pytest.ini"
 _FOUND_ERRORS = "77"  # compute-sanitizer's exit code then, unlike any of pytest's
 
@@ -46,6 +51,8 @@ def plan(quick: bool) -> list[Stage]:
         program("gathers", "the gather against torch.topk, sort and gather", 20, 15),
         program("models", "whole Vim models in PyTorch", 140, 45),
         Stage("ort", "exports in ONNX Runtime", 50, 0, partial(_ort, quick), needs="build"),
+        Stage("tensorrt", "the plugins' and engines' tests", 420, 0, _tensorrt, "build", _SUMMARY),
+        Stage("engines", "whole Vim models in TensorRT", 360, 0, partial(_engines, quick), "build"),
     ]
 
 
@@ -102,25 +109,55 @@ def _ort(quick: bool, limit: float) -> list[list[str]]:
     return _program("ort", quick, limit)
 
 
+def _require_tensorrt() -> None:
+    for module, package in (("tensorrt", "tensorrt"), ("cuda", "cuda-bindings")):
+        if importlib.util.find_spec(module) is None:
+            raise SkippedError(f"{package}, of full TensorRT, is not installed")
+
+
+def _tensorrt(limit: float) -> list[list[str]]:
+    _require_tensorrt()
+    files = sorted((ROOT / "tests").glob("test_tensorrt_*.py"))
+    return [_pytest(max(limit - 120, 0.6 * limit), "--slow", files=files)]  # a test: 2 minutes
+
+
+def _engines(quick: bool, limit: float) -> list[list[str]]:
+    _require_tensorrt()
+    (command,) = _program("engines", quick, limit)
+    command[command.index("--seconds") + 1] = str(max(limit - 120, 0.6 * limit))  # as above
+    return [command]
+
+
 def part_of(name: str) -> Path:
     """Where a program writes its findings."""
     return WORK / f"{name}.jsonl"
 
 
 def gpu_tests(root: Path = ROOT) -> list[Path]:
-    """The test files with a test for GPUs; the others may need packages that are not here."""
+    """The test files with a test for GPUs, but for engines; others may need absent packages."""
     marks = re.compile(r"\bmark\.gpu\b|^from cuda_device import|^import cuda_device", re.MULTILINE)
     files = sorted((root / "tests").rglob("test_*.py"))
-    return [f for f in files if marks.search(f.read_text(encoding="utf-8"))]
+    found = [f for f in files if marks.search(f.read_text(encoding="utf-8"))]
+    return [f for f in found if f.name not in _ENGINE_TESTS]
 
 
-def _pytest(seconds: float, *options: str) -> list[str]:
-    files = [str(path) for path in gpu_tests()]
+def _pytest(seconds: float, *options: str, files: Sequence[Path] | None = None) -> list[str]:
+    files = gpu_tests() if files is None else files
     if not files:
         raise SkippedError("no file under tests/ has a test marked gpu")
     plugins = ["-p", "benchmarks.gpu.sampling", "--sample-seconds", str(seconds)]
     config = ["-c", str(_PYTEST), "--rootdir", str(ROOT), "--continue-on-collection-errors"]
-    return [sys.executable, "-m", "pytest", *config, *plugins, "-m", "gpu", *options, *files]
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        *config,
+        *plugins,
+        "-m",
+        "gpu",
+        *options,
+        *map(str, files),
+    ]
 
 
 def _tests(limit: float) -> list[list[str]]:

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from benchmarks.gpu import gathers, models, scans
+from benchmarks.gpu import engines, gathers, models, scans
 from benchmarks.gpu.result import Document, Row, Target
 
 NAMES = ("vim_tiny", "vim_small")
@@ -15,6 +15,7 @@ FASTER = 2.0
 LAYER_US = 5.0
 TOKENS = {157: 0.83, 101: 0.55}
 MODEL_FASTER = 3.0
+ENGINE_FASTER = 4.0
 PRUNED_FASTER = 1.35
 GATHER_OVER_COPY, GATHER_EXTRA_US = 1.3, 3.0
 GATHER_FASTER = 3.0
@@ -52,6 +53,7 @@ def evaluate(document: Document) -> list[Target]:
         *_lengths(rows),
         *_whole_models(rows),
         *_gathers(rows),
+        *_engines(rows),
     ]
 
 
@@ -129,6 +131,20 @@ def _whole_models(rows: _Rows) -> Iterator[Target]:
         PRUNED_FASTER,
         _ratio(dense, pruned),
     )
+
+
+def _engines(rows: _Rows) -> Iterator[Target]:
+    for name in NAMES:
+        case = {"model": name, "kind": "dense", "dtype": "float16", "batch": 128}
+        yield _at_least(
+            f"{name} in TensorRT, batch 128, float16: faster than PyTorch with mamba-ssm",
+            ENGINE_FASTER,
+            _ratio(
+                rows.time("models", models.MAMBA, **case),
+                rows.time("engines", engines.SUBJECT, **case),
+            ),
+            detail="whole models, both under CUDA graphs",
+        )
 
 
 def _gathers(rows: _Rows) -> Iterator[Target]:

@@ -101,16 +101,15 @@ class Classifier {
   void add_tensor(const char* name) {
     Tensor tensor{name, engine_->getTensorShape(name)};
     tensor.shape.d[0] = 1;
-    if (engine_->getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT) {
-      context_->setInputShape(name, tensor.shape);
-    }
+    const bool taken = engine_->getTensorIOMode(name) != nvinfer1::TensorIOMode::kINPUT ||
+                       context_->setInputShape(name, tensor.shape);
     for (int axis = 0; axis < tensor.shape.nbDims; ++axis) {
       tensor.count *= static_cast<size_t>(tensor.shape.d[axis]);
     }
     check(
         cudaMalloc(&tensor.device, tensor.count * element_size(engine_->getTensorDataType(name))));
     tensors_.push_back(tensor);
-    if (!context_->setTensorAddress(name, tensor.device)) {
+    if (!taken || !context_->setTensorAddress(name, tensor.device)) {
       throw std::runtime_error(tensor.name + " is refused; TensorRT's reason is above");
     }
   }

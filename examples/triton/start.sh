@@ -15,7 +15,7 @@ autoload=$here/lib/libvssm_tensorrt_autoload.so
 PATH=$PATH:$here/bin
 
 build_engine() {
-  local gpu name plan
+  local gpu name plan part
   gpu=$(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader | head -n 1)
   # An engine is code for one GPU, one model, one plugin and one TensorRT.
   name=$(
@@ -27,12 +27,22 @@ build_engine() {
   if [[ ! -s $plan ]]; then
     echo "start.sh: building the engine for $gpu into $plan"
     mkdir -p "$engines"
-    trtexec --onnx="$here/model/model.onnx" --saveEngine="$plan.part" \
-      --dynamicPlugins="$plugin" --stronglyTyped \
+    # A name of our own: another server may be building the same engine into the same volume.
+    part=$(mktemp "$plan.XXXXXX")
+    # shellcheck disable=SC2064  # the name is known now
+    trap "rm -f '$part'" EXIT
+    # float32 is float32: TF32, which trtexec allows unasked, has ten bits of mantissa.
+    trtexec --onnx="$here/model/model.onnx" --saveEngine="$part" \
+      --dynamicPlugins="$plugin" --stronglyTyped --noTF32 \
       --minShapes="$INPUT:${MIN_BATCH}x$SHAPE" --optShapes="$INPUT:${OPT_BATCH}x$SHAPE" \
       --maxShapes="$INPUT:${MAX_BATCH}x$SHAPE" \
       --timingCacheFile="$engines/timing-$name.cache" --skipInference
-    mv "$plan.part" "$plan"
+    if [[ ! -s $part ]]; then
+      echo "start.sh: trtexec ended well but wrote no engine; see its messages above" >&2
+      exit 1
+    fi
+    chmod a+r "$part"
+    mv "$part" "$plan"
   fi
   ln -sfn "$plan" "$here/triton/tensorrt/$MODEL/1/model.plan"
 }

@@ -28,7 +28,7 @@ class GpuInfo:
 
 
 class Cuda:
-    """CUDA runtime calls that raise; the current device is the one that CUDA chose.
+    """CUDA runtime calls that raise, on the device that is current when this is made.
 
     Raises:
         RuntimeUnavailableError: cuda-python or a usable GPU is missing, or a call fails.
@@ -49,6 +49,20 @@ class Cuda:
                 f"no GPU that CUDA can use ({self._reason(status)}): TensorRT needs an NVIDIA GPU "
                 "and its driver; `vssm doctor` says what is here, runtime='ort-cpu' needs none"
             )
+        self._device = int(self.call("cudaGetDevice"))
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Make its device the current one for a while: CUDA keeps one for each thread."""
+        before = int(self.call("cudaGetDevice"))
+        if before == self._device:
+            yield
+            return
+        self.call("cudaSetDevice", self._device)
+        try:
+            yield
+        finally:
+            self.call("cudaSetDevice", before)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """The result of a runtime function, None if it has none."""
@@ -61,8 +75,8 @@ class Cuda:
         return bytes(self._runtime.cudaGetErrorString(status)[1]).decode()
 
     def gpu(self) -> GpuInfo:
-        """What the current device is."""
-        properties = self.call("cudaGetDeviceProperties", self.call("cudaGetDevice"))
+        """What its device is."""
+        properties = self.call("cudaGetDeviceProperties", self._device)
         name = properties.name
         version = int(self.call("cudaDriverGetVersion"))
         return GpuInfo(

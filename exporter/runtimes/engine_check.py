@@ -17,7 +17,7 @@ from exporter.artifact import MODEL_FILE, Artifact
 from exporter.errors import ArtifactError
 from exporter.files import sha256_of
 from exporter.runtimes.cuda_memory import GpuInfo
-from exporter.runtimes.engine_info import EngineInfo, read_info
+from exporter.runtimes.engine_info import EngineInfo, PluginInfo, read_info
 from exporter.runtimes.tensorrt_api import Product
 
 
@@ -75,6 +75,23 @@ def check_engine(
             "where it comes from: an engine is code"
         )
     return CheckedEngine(data, info, "; ".join(doubts))
+
+
+def refuse_changes(artifact: Artifact, library: Path | None, plugin: PluginInfo | None) -> None:
+    """Refuse to say what an engine is of, when that was replaced during its long building.
+
+    Raises:
+        ArtifactError: model.onnx or the plugin library are not what the building began with.
+    """
+    files = [(artifact.model_path, artifact.manifest.files[MODEL_FILE])]
+    if library is not None and plugin is not None:
+        files.append((library, plugin.sha256))
+    for path, before in files:
+        if sha256_of(path) != before:
+            raise ArtifactError(
+                f"{path.name} was changed while the engine was built, so nobody knows what the "
+                "engine is of; build it again"
+            )
 
 
 def _refuse_stale(

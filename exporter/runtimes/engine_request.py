@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +70,20 @@ def check_request(request: EngineRequest) -> None:
         raise ValueError(f"memory_mib={request.memory_mib} is below 1; give MiB of GPU memory")
     if request.level is not None and not 0 <= request.level <= 5:
         raise ValueError(f"level={request.level} is outside [0, 5]; 3 is TensorRT's own")
+    _check_product(request)
     if request.plugins_inside and not request.uses_plugins:
         raise ValueError("plugins_inside=True with operators='body', which has no plugin; drop one")
-    _check_product(request)
+    _check_capabilities(request.compute_capabilities)
+
+
+def _check_capabilities(wanted: tuple[str, ...]) -> None:
+    """A session compares them with what the GPU calls itself."""
+    for capability in wanted:
+        if not re.fullmatch(r"\d+\.\d", capability) or wanted.count(capability) > 1:
+            raise ValueError(
+                f"compute_capability={capability!r} is no capability, or is there twice; give each "
+                "once, such as 8.6,8.9"
+            )
 
 
 def _check_product(request: EngineRequest) -> None:

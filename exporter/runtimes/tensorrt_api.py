@@ -108,6 +108,13 @@ def create_network(package: Any, builder: Any) -> Any:
     return builder.create_network(bits)
 
 
+def forbid_tf32(package: Any, config: Any) -> None:
+    """float32 is float32: TF32, which TensorRT allows unasked, has ten bits of mantissa."""
+    flags = package.BuilderFlag
+    if hasattr(flags, "TF32"):
+        config.clear_flag(flags.TF32)
+
+
 def set_hardware_level(package: Any, config: Any, level: str) -> None:
     """Let the engine run on other GPUs: "ampere-plus", or since 10.9 "same-compute-capability".
 

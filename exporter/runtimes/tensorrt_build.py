@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from exporter._version import __version__
-from exporter.artifact import Artifact
+from exporter.artifact import MODEL_FILE, Artifact
 from exporter.errors import RuntimeUnavailableError, UnsupportedError
 from exporter.files import atomic_path, atomic_write_bytes, check_writable, sha256_of
 from exporter.graph_edit import count_nodes, strip_functions
 from exporter.runtimes import tensorrt_api as api
 from exporter.runtimes.cuda_memory import Cuda, GpuInfo
+from exporter.runtimes.engine_check import refuse_changes
 from exporter.runtimes.engine_info import EngineInfo, PluginInfo, write_info
 from exporter.runtimes.engine_request import EngineRequest, check_request
 from exporter.runtimes.library import TENSORRT_LIBRARY, find_library, library_version
@@ -49,7 +51,7 @@ def build_engine(
         ValueError: the request contradicts itself.
         RuntimeUnavailableError: the package, the GPU or the plugin library is missing.
         UnsupportedError: TensorRT cannot parse or build this file.
-        ArtifactError: the directory cannot be written.
+        ArtifactError: the directory cannot be written, or its model was changed meanwhile.
     """
     check_request(request)
     product = request.product
@@ -59,10 +61,14 @@ def build_engine(
     package = api.load_package(product)
     gpu = find_gpu(product)
     library = find_library(TENSORRT_LIBRARY) if request.uses_plugins else None
-    start = time.monotonic()
+    plugin = None if library is None else _describe(library, inside=request.plugins_inside)
     cache = _cache_path(artifact, request, package, gpu)
+    if cache is not None:
+        check_writable(cache)
+    start = time.monotonic()
     plan = build_plan(artifact.model_path, request, cache=cache, progress=progress)
     seconds = time.monotonic() - start
+    refuse_changes(artifact, library, plugin)
     info_path.unlink(missing_ok=True)  # never an old statement beside a new engine
     with atomic_path(plan_path) as path:
         path.write_bytes(plan.data)
@@ -73,7 +79,7 @@ def build_engine(
         compute_capability=_compiled_for(request, gpu),
         cuda=None if gpu is None else gpu.cuda,
         operators="kernel" if request.uses_plugins else "body",
-        plugin=None if library is None else _describe(library, inside=request.plugins_inside),
+        plugin=plugin,
         batch=request.batch,
         options={
             "version_compatible": request.version_compatible,
@@ -84,8 +90,8 @@ def build_engine(
         nodes=count_nodes(artifact.model_path)[0],
         layers=plan.layers,
         seconds=round(seconds, 3),
-        model_sha256=sha256_of(artifact.model_path),
-        plan_sha256=sha256_of(plan_path),
+        model_sha256=artifact.manifest.files[MODEL_FILE],
+        plan_sha256=hashlib.sha256(plan.data).hexdigest(),
         plan_bytes=len(plan.data),
         vssm=__version__,
     )
@@ -176,7 +182,8 @@ def run_graph(
     """
     product = api.PRODUCTS[runtime]
     batch = next(iter(feeds.values())).shape[0]
-    asked = operators if product.plugins else None
+    # Of a trusted engine without a statement nobody knows its operators.
+    asked = operators if product.plugins and operators != "unknown" else None
     plan = build_plan(model, EngineRequest(runtime, asked, batch=(batch, batch, batch)))
     runner = EngineRunner(product, plan.data, Cuda(), host_code=False, graphs=False)
     try:
@@ -239,6 +246,7 @@ def _check_layers(package: Any, network: Any, model: Path, request: EngineReques
 
 def _configure(package: Any, builder: Any, network: Any, request: EngineRequest) -> Any:
     config = builder.create_builder_config()
+    api.forbid_tf32(package, config)
     if request.memory_mib is not None:
         config.set_memory_pool_limit(package.MemoryPoolType.WORKSPACE, request.memory_mib * _MIB)
     if request.level is not None:

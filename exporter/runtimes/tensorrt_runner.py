@@ -124,7 +124,7 @@ class EngineRunner:
             RuntimeUnavailableError: the GPU reports an error.
         """
         batch = next(iter(feeds.values())).shape[0]
-        with self._lock:
+        with self._lock, self._cuda.on_device():
             if self._engine is None:
                 raise ValueError(CLOSED)
             if not self.min_batch <= batch <= self.max_batch:
@@ -206,7 +206,7 @@ class EngineRunner:
 
     def close(self) -> None:
         """Free everything; the runner cannot run afterwards."""
-        with self._lock:
+        with self._lock, self._cuda.on_device():
             for batch in list(self._contexts):
                 self._drop_context(batch)
             self._tensors = []

@@ -33,10 +33,24 @@ IPluginV3* Creator::createPlugin(const AsciiChar* name, const PluginFieldCollect
   return plugin;
 }
 
+namespace {
+
+/// Never destroyed: the registry holds pointers to them, and may use them while a process ends.
+union Creators {
+  Creators()
+      : made{Creator(kOperators[0]), Creator(kOperators[1]), Creator(kOperators[2]),
+             Creator(kOperators[3]), Creator(kOperators[4])} {}
+  ~Creators() {}
+
+  Creator made[5];
+};
+
+}  // namespace
+
 IPluginCreatorInterface* const* creators(int32_t* count) {
-  static Creator made[] = {Creator(kOperators[0]), Creator(kOperators[1]), Creator(kOperators[2]),
-                           Creator(kOperators[3]), Creator(kOperators[4])};
-  static IPluginCreatorInterface* const list[] = {&made[0], &made[1], &made[2], &made[3], &made[4]};
+  static Creators all;
+  static IPluginCreatorInterface* const list[] = {&all.made[0], &all.made[1], &all.made[2],
+                                                  &all.made[3], &all.made[4]};
   static_assert(sizeof(list) / sizeof(list[0]) == kOperators.size());
   *count = static_cast<int32_t>(kOperators.size());
   return list;

@@ -69,7 +69,12 @@ int32_t Plugin::getOutputDataTypes(DataType* outputTypes, int32_t nbOutputs,
 int32_t Plugin::getOutputShapes(const DimsExprs* inputs, int32_t nbInputs, const DimsExprs*,
                                 int32_t nbShapeInputs, DimsExprs* outputs, int32_t nbOutputs,
                                 IExprBuilder& exprBuilder) noexcept {
-  Status status = check_counts(nbInputs + nbShapeInputs, nbOutputs);
+  Status status = check_counts(nbInputs, nbOutputs);
+  if (status.ok() && nbShapeInputs != 0) {
+    status = Status::error(node_.spec->name, ": ", nbShapeInputs,
+                           " shape inputs, but the operator has none; make every input of the "
+                           "layer a plain one");
+  }
   if (status.ok()) status = check_static(inputs);
   if (!status.ok()) return report(name_, status);
   for (int32_t i = 0; i < nbOutputs; ++i) {

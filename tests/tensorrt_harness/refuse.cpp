@@ -133,6 +133,13 @@ void refuse_shapes(const Library& library) {
   logged("num_keep=6 is outside [1, 5]");
   expect(shapes(3, 3) != 0 && shapes(4, 2) != 0, "other numbers of inputs and outputs");
   logged("4 inputs and 2 outputs, but the operator has 4 and 3");
+  // Of four inputs one as a shape input: the array of sizes is shorter then, and must not be read.
+  const std::vector<trt::DimsExprs> three(inputs.begin(), inputs.begin() + 3);
+  expect(
+      build.getOutputShapes(three.data(), 3, &inputs[3], 1, outputs.data(), 3, builder) != 0 &&
+          build.getOutputShapes(inputs.data(), 4, &inputs[3], 1, outputs.data(), 3, builder) != 0,
+      "a shape input");
+  logged("1 shape inputs, but the operator has none");
   inputs = expressions_of(given, true, &builder);
   expect(shapes(4, 3) == 0, "num_keep where seqlen is not known yet");
   builder.refuses = true;
