@@ -201,6 +201,21 @@ def test_scans_imported_before_are_put_back(
     assert early_csms6s.selective_scan_fn is function
 
 
+def test_copy_of_the_scan_in_an_own_file_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False"
+    (tmp_path / "copied_scan.py").write_text(f"def selective_scan_fn({arguments}):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with upstream() as report:
+        import copied_scan
+
+        assert copied_scan.selective_scan_fn(*[None] * 5) is None
+    del sys.modules["copied_scan"]
+    assert "copied_scan.selective_scan_fn looks like mamba_ssm's: left" in str(report)
+    assert not report.patched
+
+
 def test_replace_and_its_end() -> None:
     class Own:
         def scan(self) -> int:

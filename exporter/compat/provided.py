@@ -38,7 +38,10 @@ def _caller(frame: FrameType) -> str:
 
 _PREFILL = "it decodes token by token; export the forward pass over a whole sequence"
 _MAMBA2 = "it is a Mamba-2 operator, another recurrence; use the Mamba-1 variant of the model"
-_COMPILED = "it is compiled CUDA code; call the function that wraps it"
+_COMPILED = (
+    "it is compiled CUDA code; let the caller import from mamba_ssm or causal_conv1d what it "
+    "defines itself around it, or put ours in its place with report.replace"
+)
 
 _SCAN: Final = {
     "selective_scan_fn": scan.selective_scan_fn,
