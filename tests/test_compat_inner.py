@@ -30,6 +30,7 @@ def test_causal_convolution_sees_no_later_token(activation: str | None) -> None:
 
 def test_causal_convolution_refuses_states() -> None:
     x, weight = torch.randn(1, 3, 9), torch.randn(3, 4)
+    inner.causal_conv1d_fn(x, weight, None, None, None, False)  # nothing is asked for
     with pytest.raises(UnsupportedError, match=r"causal_conv1d_fn: .silu..*by position"):
         inner.causal_conv1d_fn(x, weight, None, "silu")
     with pytest.raises(UnsupportedError, match="initial_states"):

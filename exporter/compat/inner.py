@@ -38,7 +38,7 @@ def causal_conv1d_fn(
     Raises:
         UnsupportedError: an argument that this form has not is given.
     """
-    given = [repr(value) for value in older if value is not None]
+    given = [repr(value) for value in older if value is not None and value is not False]
     given += [f"{k}={v!r}" for k, v in states.items() if v is not None and v is not False]
     if given:
         raise UnsupportedError(
