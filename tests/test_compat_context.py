@@ -82,17 +82,23 @@ def test_what_is_absent_is_provided_and_gone_at_the_end() -> None:
 
 def test_unknown_names_say_what_is_there() -> None:
     with upstream():
-        with pytest.raises(ImportError, match="cannot import name 'mamba_chunk_scan'"):
+        message = (
+            r"interface\.mamba_chunk_scan \(asked for by test_compat_context, line \d+\) is unk"
+        )
+        with pytest.raises(ImportError, match=message):
             from mamba_ssm.ops.selective_scan_interface import mamba_chunk_scan  # noqa: F401
         import mamba_ssm.ops.selective_scan_interface as interface
 
         with pytest.raises(AttributeError, match=r"stands in for.*docs/compat\.md"):
             interface.mamba_chunk_scan  # noqa: B018
+        assert not hasattr(interface, "mamba_chunk_scan")
         with pytest.raises(ModuleNotFoundError):
             import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
         from mamba_ssm.modules.mamba2 import Mamba2
 
-        with pytest.raises(UnsupportedError, match="Mamba-2 operator"):
+        with pytest.raises(
+            UnsupportedError, match=r"called by test_compat_context, line .*Mamba-2 op"
+        ):
             Mamba2(8)
         import selective_scan_cuda
         from timm.models.vision_transformer import VisionTransformer
@@ -193,6 +199,21 @@ def test_scans_imported_before_are_put_back(
     assert any("early_other.selective_scan_fn takes ('x', 'y')" in note for note in report.notes)
     assert "apply" not in vars(core)
     assert early_csms6s.selective_scan_fn is function
+
+
+def test_copy_of_the_scan_in_an_own_file_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False"
+    (tmp_path / "copied_scan.py").write_text(f"def selective_scan_fn({arguments}):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with upstream() as report:
+        import copied_scan
+
+        assert copied_scan.selective_scan_fn(*[None] * 5) is None
+    del sys.modules["copied_scan"]
+    assert "copied_scan.selective_scan_fn looks like mamba_ssm's: left" in str(report)
+    assert not report.patched
 
 
 def test_replace_and_its_end() -> None:

@@ -354,6 +354,19 @@ def test_command_refuses(vssm: Run, repository: Path, tmp_path: Path) -> None:
         code, text = vssm("export-module", target, *further, "-o", str(tmp_path / "out")), vssm.out
         assert (code, message in text) == (2, True), (target, text)
     (repository / "nets" / "needs.py").write_text("import absent_package\n")
+    nets = repository / "nets"
+    (nets / "breaks.py").write_text("import torch\n\ntorch.no_such_thing\n")
+    (nets / "faulty.py").write_text("def build():\n    raise RuntimeError('no GPU')\n")
+    for target, further, message in (
+        (f"{nets / 'breaks.py'}:f", (), "AttributeError: module 'torch' has no attribute"),
+        (f"{nets / 'faulty.py'}:build", (), "RuntimeError: no GPU"),
+        (f"{file}:build", ("--input", "1x5x24x24"), "give the input that it is made for"),
+    ):
+        code, text = vssm("export-module", target, *further, "-o", str(tmp_path / "out")), vssm.out
+        assert (code, message in text) == (2, True), (target, text)
+    (repository / "json.py").write_text("def build():\n    pass\n")
+    assert vssm("export-module", f"{repository / 'json.py'}:build", "-o", str(tmp_path / "o")) == 2
+    assert "already imported from" in vssm.out
     needs = f"{repository / 'nets' / 'needs.py'}:f"
     assert vssm("export-module", needs, "-o", str(tmp_path / "out")) == 2
     assert "'absent_package', which is not found" in vssm.out

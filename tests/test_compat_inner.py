@@ -30,6 +30,7 @@ def test_causal_convolution_sees_no_later_token(activation: str | None) -> None:
 
 def test_causal_convolution_refuses_states() -> None:
     x, weight = torch.randn(1, 3, 9), torch.randn(3, 4)
+    inner.causal_conv1d_fn(x, weight, None, None, None, False)  # nothing is asked for
     with pytest.raises(UnsupportedError, match=r"causal_conv1d_fn: .silu..*by position"):
         inner.causal_conv1d_fn(x, weight, None, "silu")
     with pytest.raises(UnsupportedError, match="initial_states"):
@@ -105,6 +106,10 @@ def test_projection_biases_and_given_parameters() -> None:
     low = x["x_proj_weight"] @ u
     given = {**x, "x_proj_weight": x["x_proj_weight"][[0, 1, 5, 6, 7]], "B_proj_bias": None}
     got = inner.mamba_inner_fn_no_out_proj(**given, B=low[:, 2:5] + x["B_proj_bias"][:, None])
+    torch.testing.assert_close(got, both, **EXACT)
+    # As upstream: rows of x_proj for a given B may be there, and its bias is the projection's.
+    both_given = {**x, "B": low[:, 2:5] + x["B_proj_bias"][:, None]}
+    got = inner.mamba_inner_fn_no_out_proj(**both_given)
     torch.testing.assert_close(got, both, **EXACT)
     out = {"out_proj_weight": torch.randn(5, 6).double(), "out_proj_bias": torch.randn(5).double()}
     want = functional.linear(both.transpose(1, 2), *out.values())

@@ -132,3 +132,9 @@ def test_complex_and_odd_operands_are_refused() -> None:
         scan.selective_scan_fn(**{**o, "B": o["B"][None]})
     with pytest.raises(ValueError, match="4 groups for 6"):
         scan.selective_scan_fn(**{**o, "B": o["B"].repeat(1, 2, 1, 1)})
+
+
+def test_vmambas_operands_have_groups() -> None:
+    u, rows = torch.randn(1, 4, 5), torch.randn(1, 2, 5)
+    with pytest.raises(ValueError, match="give B and C"):
+        scan.selective_scan_vmamba(u, u, -torch.rand(4, 2), rows, rows)

@@ -28,6 +28,10 @@ _NEIGHBOURS: Final = frozenset({"torch", "torchvision", "onnx", "onnxscript", "o
 _IMPORTERS: Final = frozenset(
     {"exporter", "importlib", "_frozen_importlib", "_frozen_importlib_external"}
 )
+_COPIED: Final = (
+    "if it computes the same, import it from mamba_ssm, or report.replace(module, "
+    "'selective_scan_fn', exporter.compat.selective_scan_fn)"
+)
 _OWN_PATH: Final = frozenset({"mamba_ssm", "causal_conv1d", "mmcls", "mmcls.models"})
 
 
@@ -228,6 +232,8 @@ def _patch_by_name(module: ModuleType, report: UpstreamReport, *, undo: bool) ->
         if given != arguments:
             if name != "selective_scan_fn" or "z" not in given:
                 report.notes.append(f"{place} takes {given}, not {arguments}: left as it is")
+            elif module.__name__.partition(".")[0] not in _ROOTS:
+                report.notes.append(f"{place} looks like mamba_ssm's: left as it is; {_COPIED}")
             continue
         ours = staticmethod(function) if method else function
         kept = list(report._undo)

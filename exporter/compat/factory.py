@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pkgutil
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,11 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
         options: its keyword arguments.
 
     Raises:
-        ValueError: the target is malformed, or there is no such file or factory.
-        UnsupportedError: what it makes is no torch module.
+        ValueError: the target is malformed, or there is no such file or factory, or another module
+            of that name is imported.
+        UnsupportedError: what it makes is no torch module, or the user's code fails.
     """
-    _, module, factory = _resolve(target)
+    folder, module, factory = _resolve(target)
     try:
         function = pkgutil.resolve_name(f"{module}:{factory}")
     except ModuleNotFoundError as error:
@@ -37,16 +39,25 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
             f"target={target!r}: importing {module} needs {error.name!r}, which is not found; "
             "install it, or give its folder with --path DIR"
         ) from error
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"target={target!r}: {error}; name a factory of that module, as in repo/model.py:build"
-        ) from error
+    except AttributeError as error:
+        if module in sys.modules:  # it ran, and has no such name
+            _check_place(target, module, folder)
+            remedy = "name a factory of that module, as in repo/model.py:build"
+            raise ValueError(f"target={target!r}: {error}; {remedy}") from error
+        raise UnsupportedError(f"target={target!r}: importing {module}: {_said(error)}") from error
+    except Exception as error:
+        raise UnsupportedError(f"target={target!r}: importing {module}: {_said(error)}") from error
+    _check_place(target, module, folder)
     try:
         model = function(**options)
     except TypeError as error:
         raise ValueError(
             f"target={target!r} called with {sorted(options)}: {error}; give its arguments with "
             "--set KEY=VALUE"
+        ) from error
+    except Exception as error:
+        raise UnsupportedError(
+            f"target={target!r} called with {sorted(options)}: {_said(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise UnsupportedError(
@@ -74,6 +85,23 @@ def search_path(target: str, further: Sequence[Path] = ()) -> Iterator[None]:
         yield
     finally:
         sys.path[:] = before
+
+
+def _check_place(target: str, module: str, folder: Path) -> None:
+    """Another module of that name may have been imported before, and is not the user's."""
+    file = getattr(sys.modules[module], "__file__", None)
+    if file is None or folder not in Path(file).resolve().parents:
+        raise ValueError(
+            f"target={target!r}: module {module} is already imported from {file}; rename the file, "
+            "or run in a process of its own"
+        )
+
+
+def _said(error: BaseException) -> str:
+    """What the user's code raised, and where."""
+    trace = traceback.extract_tb(error.__traceback__)
+    place = f" ({trace[-1].filename}:{trace[-1].lineno})" if trace else ""
+    return f"{type(error).__name__}: {error}{place}"
 
 
 def _resolve(target: str) -> tuple[Path, str, str]:

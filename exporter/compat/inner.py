@@ -38,7 +38,7 @@ def causal_conv1d_fn(
     Raises:
         UnsupportedError: an argument that this form has not is given.
     """
-    given = [repr(value) for value in older if value is not None]
+    given = [repr(value) for value in older if value is not None and value is not False]
     given += [f"{k}={v!r}" for k, v in states.items() if v is not None and v is not False]
     if given:
         raise UnsupportedError(
@@ -75,14 +75,14 @@ def mamba_inner_fn_no_out_proj(
         xz: scan input and gate, one behind the other.
         conv1d_weight: (d_inner, 1, d_conv).
         conv1d_bias: (d_inner) or None.
-        x_proj_weight: (dt_rank + the states of B and C that are None, d_inner).
+        x_proj_weight: (dt_rank + 2 * d_state, d_inner); rows of a B or C that is given may lack.
         delta_proj_weight: (d_inner, dt_rank).
         A: (d_inner, d_state).
         B: None: from x_proj.
         C: None: from x_proj.
         D: (d_inner) or None.
         delta_bias: (d_inner) or None.
-        B_proj_bias: (d_state) or None, added to the B of x_proj.
+        B_proj_bias: (d_state) or None, added to the B of x_proj; a B that is given has none.
         C_proj_bias: likewise for C.
         delta_softplus: whether delta goes through softplus.
 
@@ -196,11 +196,14 @@ def _project(
     """The delta (batch, d_inner, seqlen), B and C of u (batch, d_inner, seqlen)."""
     x_proj, delta_proj = weights
     rank, states = delta_proj.shape[1], A.shape[1]
-    sizes = [rank, *(states for x in given if x is None)]
-    low, *found = torch.split(x_proj @ u, sizes, dim=1)
+    wide = x_proj @ u
+    if given == (None, None):
+        low, *found = torch.split(wide, [rank, states, states], dim=1)
+    else:  # as upstream reads them, whether or not there are rows for the B or C that is given
+        low, found = wide[:, :rank], [wide[:, rank : rank + states], wide[:, -states:]]
     delta = functional.linear(low.transpose(1, 2), delta_proj).transpose(1, 2)
     rows = []
-    for x, bias in zip(given, biases, strict=True):
-        row = found.pop(0) if x is None else x
-        rows.append(row if bias is None else row + bias.to(row.dtype)[:, None])
+    for x, bias, row in zip(given, biases, found, strict=True):
+        own = row if bias is None else row + bias.to(row.dtype)[:, None]
+        rows.append(own if x is None else x)
     return delta, rows[0], rows[1]

@@ -77,15 +77,18 @@ def _moved(r: Rewriter, node: Node) -> Node | None:
 
 def _binary(r: Rewriter, node: Node) -> Node | None:
     """Both operands under the same layout, or one of them and a number."""
-    a, b = node.args[:2]
-    layouts = [x for x in (a, b) if is_call(x, _FLIP, _PERMUTE)]
+    operands: Any = node.args[:2]
+    layouts = [x for x in operands if is_call(x, _FLIP, _PERMUTE)]
     if not layouts:
         return None
     first: Any = layouts[0]
+    if rank(first) != rank(node):  # broadcast: its axes are others in the result
+        return None
     inner = []
-    for x in (a, b):
-        if is_call(x, first.target) and _plan(x) == _plan(first):  # type: ignore[arg-type]
-            inner.append(x.args[0])  # type: ignore[union-attr]
+    for x in operands:
+        alike = is_call(x, first.target) and rank(x) == rank(node)
+        if alike and _plan(x) == _plan(first):
+            inner.append(x.args[0])
         elif not isinstance(x, Node) or _untouched(x, first):
             inner.append(x)
         else:
@@ -206,6 +209,8 @@ def _axis_operator(r: Rewriter, node: Node, flip: Node) -> Node | None:
     dims = _plan(flip)
     if not added and dim in dims:
         return None
+    if is_call(node, ATEN.squeeze.dim) and rank(node) == rank(flip):
+        return None  # of an axis that is not 1: nothing is squeezed
     inner = r.emit(node, node.target, source, dim, *node.args[2:])
     if added:
         dims = tuple(d + (d >= dim) for d in dims)
@@ -232,6 +237,8 @@ def _convolution(r: Rewriter, node: Node, flip: Node) -> Node | None:
     """A convolution over a flipped axis: with its weight flipped, over the axis as it was."""
     source: Any = flip.args[0]
     weight: Any = node.args[1]
+    if rank(weight) != rank(flip):  # without a batch axis
+        return None
     dims, strides = _plan(flip), argument(node, 3, "stride", [1])
     strides = list(strides) if isinstance(strides, list | tuple) else [strides]
     strides = strides * (rank(flip) - 2) if len(strides) == 1 else strides

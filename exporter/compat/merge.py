@@ -66,6 +66,8 @@ def _why_not_absorbed(
 ) -> str | None:
     table = tables["u"][2]
     steps = torch.arange(len(table))
+    if any(t is not None and shape(t[0])[1] != len(table) for t in tables.values()):
+        return "a gathered scan leaves tokens out"
     order, gap = r.constant(named["order"]), r.constant(named["gap"])
     if "z" in named:
         return "a gathered scan has a gate in the order of its steps"
@@ -172,6 +174,9 @@ def _why_not_merged(leaves: list[Node], scans: list[Node]) -> str | None:
         return "a scan of a sum has an order for each image"
     if any(shape(n["order"])[1] != 1 for n in named):
         return "a scan of a sum has several directions already"
+    streams = any(shape(n[s])[:2] != shape(first[s])[:2] for n in named for s in _STREAMS)
+    if streams or any(shape(n[t]) != shape(first[t]) for n in named for t in _TABLES):
+        return "the scans of a sum have different batches or lengths"
     return None
 
 

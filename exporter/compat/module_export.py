@@ -20,7 +20,7 @@ from exporter.artifact import INLINED_FILE, MODEL_FILE, Artifact
 from exporter.artifact_module import MODULE_KEY, REFERENCE_FILE
 from exporter.checkpoint import save_safetensors
 from exporter.compat.exact import exact_outputs, set_eval
-from exporter.compat.graph import SCANS, PassReport
+from exporter.compat.graph import SCANS, PassReport, without_mutation
 from exporter.compat.outputs import public_outputs
 from exporter.compat.passes import simplify
 from exporter.compat.pruned import PrunedModule
@@ -135,8 +135,7 @@ def trace_module(
     modes = {module: module.training for module in model.modules()}
     set_eval(wrapper)
     try:
-        with torch.inference_mode():
-            names = list(wrapper.outputs(model, example[:1] if options.dynamic_batch else example))
+        names = _output_names(wrapper, example[:1] if options.dynamic_batch else example)
         program = _trace(wrapper, example, options.dynamic_batch)
         if not any(node.target in SCANS for node in program.graph.nodes):
             raise UnsupportedError(_no_scan(model))
@@ -153,6 +152,17 @@ def trace_module(
         for module, mode in modes.items():
             module.training = mode
     return proto, reports
+
+
+def _output_names(wrapper: _Wrapper, x: Tensor) -> list[str]:
+    with torch.inference_mode():
+        try:
+            return list(wrapper.outputs(wrapper.model, x))
+        except (RuntimeError, AssertionError, IndexError) as error:
+            raise UnsupportedError(
+                f"{type(wrapper.model).__name__} fails on an input of shape {tuple(x.shape)}, "
+                f"{x.dtype}: {type(error).__name__}: {error}; give the input that it is made for"
+            ) from error
 
 
 class _Wrapper(nn.Module):
@@ -206,7 +216,8 @@ def _trace(wrapper: _Wrapper, example: Tensor, dynamic_batch: bool) -> ExportedP
     shapes = {"x": {0: torch.export.Dim(BATCH)} if dynamic_batch else None}
     try:
         with torch.no_grad(), quiet():
-            return torch.export.export(wrapper, (pair,), dynamic_shapes=shapes)
+            program = torch.export.export(wrapper, (pair,), dynamic_shapes=shapes)
+            return without_mutation(program)
     except Exception as error:
         message = str(error).strip().split("\n")[0][:300]
         raise UnsupportedError(

@@ -33,7 +33,7 @@ def simplify(program: ExportedProgram) -> list[PassReport]:
     """Bring the scans of a program to as few token-major nodes as is provably the same.
 
     Args:
-        program: changed in place; its inputs, outputs and weights stay.
+        program: `without_mutation`; changed in place; its inputs, outputs and weights stay.
 
     Returns:
         What each pass did, and why it did not where it might have.

@@ -28,15 +28,15 @@ def unfold_projections(r: Rewriter) -> None:
 
 def _source(apart: Any) -> tuple[Node, Node] | None:
     """(weight, x) of reshape(weight @ reshape(permute(x, (2, 0, 1))))."""
-    product = apart.args[0]
     if not is_call(apart, ATEN.reshape.default, ATEN.view.default):
         return None
+    product = apart.args[0]
     if not is_call(product, ATEN.matmul.default, ATEN.mm.default):
         return None
     weight, folded = product.args
     if not is_tensor(weight) or rank(weight) != 2:
         return None
-    if not is_call(folded, ATEN.reshape.default, ATEN.view.default):
+    if not is_call(folded, ATEN.reshape.default, ATEN.view.default) or rank(folded) != 2:
         return None
     turned = folded.args[0]
     if not is_call(turned, ATEN.permute.default) or _plan(turned) != (2, 0, 1):

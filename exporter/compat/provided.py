@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import pkgutil
-from types import ModuleType
+import sys
+from opcode import opmap
+from types import FrameType, ModuleType
 from typing import Any, Final
 
 import torch
@@ -21,14 +23,25 @@ def not_supported(name: str, remedy: str) -> Any:
     """A function or class that may be imported, and refuses to be called."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - of the class below
-        raise UnsupportedError(f"{name} is not supported by exporter.compat: {remedy}; {_DOCS}")
+        caller = _caller(sys._getframe(1))
+        raise UnsupportedError(
+            f"{name} (called by {caller}) is not supported by exporter.compat: {remedy}; {_DOCS}"
+        )
 
     return type(name.rpartition(".")[2], (torch.nn.Module,), {"__init__": __init__})
 
 
+def _caller(frame: FrameType) -> str:
+    """Module and line of a frame."""
+    return f"{frame.f_globals.get('__name__', '?')}, line {frame.f_lineno}"
+
+
 _PREFILL = "it decodes token by token; export the forward pass over a whole sequence"
 _MAMBA2 = "it is a Mamba-2 operator, another recurrence; use the Mamba-1 variant of the model"
-_COMPILED = "it is compiled CUDA code; call the function that wraps it"
+_COMPILED = (
+    "it is compiled CUDA code; let the caller import from mamba_ssm or causal_conv1d what it "
+    "defines itself around it, or put ours in its place with report.replace"
+)
 
 _SCAN: Final = {
     "selective_scan_fn": scan.selective_scan_fn,
@@ -147,8 +160,13 @@ class Provided(ModuleType):
         if (self.__name__, name) in LATER:
             return pkgutil.resolve_name(LATER[self.__name__, name])
         known = ", ".join(sorted(n for n in vars(self) if not n.startswith("__"))) or "nothing"
-        raise AttributeError(
-            f"{self.__name__}.{name} is unknown to exporter.compat, which stands in for "
-            f"{self.__name__} here and has {known}; install the package and use "
-            f"upstream(prefer='installed'), or take the import out; {_DOCS}"
+        frame = sys._getframe(1)
+        message = (
+            f"{self.__name__}.{name} (asked for by {_caller(frame)}) is unknown to "
+            f"exporter.compat, which stands in for {self.__name__} here and has {known}; install "
+            f"the package and use upstream(prefer='installed'), or take the import out; {_DOCS}"
         )
+        # `from module import name` would say no more than "cannot import name".
+        if frame.f_code.co_code[frame.f_lasti] == opmap["IMPORT_FROM"]:
+            raise ImportError(message, name=self.__name__)
+        raise AttributeError(message)

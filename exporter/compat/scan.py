@@ -95,6 +95,10 @@ def selective_scan_vmamba(
         ValueError: B or C has no group axis.
     """
     _refuse("VMamba's selective_scan_fn", A, {"B": B, "C": C})
+    if B.dim() != 4 or C.dim() != 4:
+        raise ValueError(
+            "VMamba's selective_scan_fn: give B and C (batch, groups, d_state, seqlen)"
+        )
     y = _scan_groups(u, delta, A, B, C, D, delta_bias, delta_softplus=delta_softplus)
     return y.to(_wide(u)) if oflex else y
 

@@ -50,7 +50,11 @@ class Stacker:
             return None
         if any(n.target is not first.target or n.args[:2] != (source, 1) for n in nodes):
             return None
-        starts = [int(n.args[2]) for n in nodes]  # type: ignore[arg-type]
+        if any(shape(n) != shape(first) or argument(n, 4, "step", 1) != 1 for n in nodes):
+            return None
+        starts: Any = [argument(n, 2, "start") or 0 for n in nodes]
+        if not all(isinstance(start, int) for start in starts):
+            return None
         total = shape(source)[1]
         if first.target is ATEN.select.int:
             return source if starts == list(range(total)) and count == total else None
@@ -113,6 +117,8 @@ class Stacker:
         streams: Any = tuple(n.args[1] for n in nodes)
         if any(rank(w) != 2 for w in weights) or any(rank(x) != 3 for x in streams):
             return None
+        if any(shape(w) != shape(weights[0]) for w in weights):
+            return None
         return self._emit(ATEN.matmul.default, self._weights(weights), self.stack(streams))
 
     def _linear(self, nodes: tuple[Node, ...]) -> Node | None:
@@ -121,6 +127,8 @@ class Stacker:
         weights: Any = tuple(n.args[1] for n in nodes)
         biases: Any = tuple(argument(n, 2, "bias") for n in nodes)
         if any(rank(x) != 3 for x in streams) or len({b is None for b in biases}) > 1:
+            return None
+        if any(shape(w) != shape(weights[0]) for w in weights):
             return None
         stacked = self._emit(ATEN.permute.default, self._weights(weights), [0, 2, 1])
         y = self._emit(ATEN.matmul.default, self.stack(streams), stacked)

@@ -86,11 +86,16 @@ def one_form(r: Rewriter) -> None:
         if is_call(node, ATEN.transpose.int, ATEN.t.default, ATEN.numpy_T.default):
             source: Any = node.args[0]
             order = list(range(rank(source)))
-            swapped: Any = node.args[1:] or (0, 1)
-            a, b = (axis(source, d) for d in swapped)
-            order[a], order[b] = order[b], order[a]
+            swapped: Any = node.args[1:]
+            if swapped:
+                a, b = (axis(source, d) for d in swapped)
+                order[a], order[b] = order[b], order[a]
+            else:  # numpy's T turns all axes round
+                order.reverse()
             r.replace(node, r.emit(node, ATEN.permute.default, source, order))
-        elif is_call(node, ATEN.view.default):  # whose operand may have lost its contiguous()
+        elif is_call(
+            node, ATEN.view.default, ATEN._unsafe_view.default
+        ):  # whose operand may have lost its contiguous()
             r.replace(node, r.emit(node, ATEN.reshape.default, *node.args))
         elif is_call(node, ATEN.chunk.default, ATEN.split.Tensor, ATEN.split.sizes):
             source = node.args[0]

@@ -50,6 +50,8 @@ def _taken(node: Node) -> Node | None:
     if is_call(node, ATEN.select.int):
         index, count = int(argument(node, 2, "index")), shape(source)[1]
     else:
+        if is_call(node, ATEN.slice.Tensor) and argument(node, 4, "step", 1) != 1:
+            return None
         width, total = shape(node)[1], shape(source)[1]
         if not all(isinstance(n, int) for n in (width, total, start)) or start % width:
             return None
