@@ -17,6 +17,7 @@ from exporter import pipeline
 from exporter._version import __version__
 from exporter.artifact import Artifact
 from exporter.cli_evaluate import evaluate
+from exporter.cli_finetune import finetune
 from exporter.cli_options import integers, options
 from exporter.errors import ArtifactError, VssmError
 from exporter.files import check_writable
@@ -274,6 +275,7 @@ def doctor(json_file: Json = None) -> None:
 
 
 app.command()(evaluate)
+app.command()(finetune)
 
 
 def _write_json(path: Path | None, value: Any) -> None:

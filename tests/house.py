@@ -57,20 +57,39 @@ LAYERS = (
         ("training/__init__", "training/evaluate*"),
         (*_RUNTIMES, "preprocessing"),
     ),
+    Layer(
+        "augmentation",
+        "running",
+        ("training/recipe", "training/request", "training/augment*"),
+        (*_SHARED, "preprocessing"),
+    ),
     Layer("bundle", "running", ("bundle*",), (*_RUNTIMES, "reports")),
+    Layer(
+        "training",
+        "top",
+        ("training/finetune*",),
+        (*_MODELS, *_RUNTIMES, "evaluation", "augmentation"),
+    ),
     Layer("torch session", "top", ("torch_session",), (*_MODELS, *_REPORTS)),
     Layer("subjects", "top", ("bench_subjects",), (*_MODELS, *_REPORTS, "export", "torch session")),
     Layer(
         "pipeline",
         "top",
         ("pipeline*",),
-        (*_MODELS, *_REPORTS, "evaluation", "export", "torch session", "subjects"),
+        (
+            *_MODELS,
+            *_REPORTS,
+            *("evaluation", "augmentation", "training", "export", "torch session", "subjects"),
+        ),
     ),
     Layer(
         "command line",
         "top",
         ("cli*",),
-        (*_SHARED, "runtimes", "reports", "pages", "evaluation", "pipeline"),
+        (
+            *_SHARED,
+            *("runtimes", "reports", "pages", "evaluation", "augmentation", "pipeline"),
+        ),
     ),
 )
 _UNLISTED = Layer("no layer", "none", (), ())
@@ -79,7 +98,7 @@ _TORCH = ("torch", "torchvision", "safetensors.torch")
 HEAVY = {
     _TORCH: (
         *("reference", "ops*", "pruning", "walks", "models/*", "checkpoint*", "unpickle*"),
-        *("pickle_*", "onnx_export*", "torch_session", "bench_subjects"),
+        *("pickle_*", "onnx_export*", "torch_session", "bench_subjects", "training/finetune*"),
     ),
     ("onnx", "onnx_ir", "onnxscript"): (
         *("onnx_*", "export_*", "graph_edit", "parity*", "machine", "bench_subjects"),
