@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,8 +146,9 @@ def train(
 def _batches(run: Run, group: Group, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Classes and inputs of this process's share of every step from `first` on."""
     load = functools.partial(load_batch, recipe=run.recipe, size=_size(run))
-    shares = list(_shares(run, group, first))
-    batches = ([example for example, _ in share] for share in shares)
+    # Made as they are needed: all epochs of a large data set would not fit into memory.
+    shares, ahead = itertools.tee(_shares(run, group, first))
+    batches = ([example for example, _ in share] for share in ahead)
     for share, pixels in zip(shares, in_order(load, batches, workers=run.workers), strict=True):
         classes = torch.tensor([target for _, target in share])
         yield classes.to(group.device), torch.from_numpy(pixels).to(group.device)

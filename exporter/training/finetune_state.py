@@ -73,9 +73,9 @@ class State:
         }
         document = {"format": _FORMAT, "step": self.step, "header": dict(header)}
         with atomic_path(path) as temporary:
-            safetensors.torch.save_file(
-                tensors, temporary, metadata={"vssm": json.dumps(document, sort_keys=True)}
-            )
+            # Not save_file, whose own unfinished files a kill would leave under unknown names.
+            metadata = {"vssm": json.dumps(document, sort_keys=True)}
+            temporary.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
 
     def load(self, path: Path, header: Mapping[str, str]) -> None:
         """Go back to where `save` was.
