@@ -178,7 +178,7 @@ def test_what_is_off_is_off():
         np.testing.assert_allclose(found[channel], expected, rtol=1e-5, atol=1e-6)
     jittered = augment.augment(grey, Recipe(rand_augment=False, erasing=0), SIZE, _rng())
     assert np.ptp(jittered[0]) == 0
-    assert not np.allclose(jittered, found)
+    assert np.abs(jittered - found).max() > 0.1
 
 
 def test_crops_have_the_areas_and_shapes_of_the_recipe():
@@ -227,10 +227,12 @@ def test_targets_are_mixed_as_the_images_are(kind):
         images, classes = _batch()
         recipe = Recipe(smoothing=0.0, **{off: 0.0})
         mixed, targets = mix(images, classes, 5, recipe, _rng(seed))
-        torch.testing.assert_close(targets.sum(1), torch.ones(8))
+        torch.testing.assert_close(targets.sum(1), torch.ones(8), rtol=1e-6, atol=1e-6)
         share = ((mixed[0].mean() - 7) / -7).item()  # of image 0, beside image 7
         hot = torch.nn.functional.one_hot(classes, 5).float()
-        torch.testing.assert_close(targets, share * hot + (1 - share) * hot.flip(0))
+        torch.testing.assert_close(
+            targets, share * hot + (1 - share) * hot.flip(0), rtol=1e-5, atol=1e-5
+        )
         if kind == "cutmix":
             assert set(mixed[1].unique().tolist()) <= {1.0, 6.0}
         shares.add(round(share, 3))
@@ -256,4 +258,6 @@ def test_distillation_is_the_divergence_from_the_teacher():
     p, q = torch.softmax(teacher / 2, 1), torch.softmax(logits / 2, 1)
     hard = -(targets * torch.log_softmax(logits, 1)).sum()
     expected = 0.75 * hard + 0.25 * 4 * (p * (p / q).log()).sum()
-    torch.testing.assert_close(loss_of(logits, targets, teacher, recipe), expected)
+    torch.testing.assert_close(
+        loss_of(logits, targets, teacher, recipe), expected, rtol=1e-12, atol=0
+    )

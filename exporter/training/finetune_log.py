@@ -115,6 +115,8 @@ class RunLog:
     def sync(self) -> None:
         """Bring all rows to the disk, before a state is written that relies on them."""
         os.fsync(self._file)
+        if self._board is not None:
+            self._board.flush()
 
     def losses(self, last: int) -> list[float]:
         """Of the last steps, so many."""
