@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -208,9 +209,9 @@ def _gradients(
 def _line(step: int, loss: float, lr: float, run: Run, since: tuple[float, int]) -> str:
     seconds, resumed = since
     speed = (step - resumed) / seconds
-    left = (run.steps - step) / speed
+    left = timedelta(seconds=round((run.steps - step) / speed))
     return (
         f"epoch {(step - 1) // run.steps_per_epoch + 1} of {run.recipe.epochs}, step {step:,} of "
         f"{run.steps:,}, loss {loss:.4f}, lr {lr:.1e}, {speed * run.recipe.batch:.1f} images/s, "
-        f"{left / 3600:.1f} h left"
+        f"{left} left"
     )
