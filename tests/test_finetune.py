@@ -26,10 +26,11 @@ from safetensors.torch import load_file, save_file
 
 import exporter
 from exporter import Subject, Work
-from exporter.errors import ArtifactError, UnsupportedError, VssmError
+from exporter.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError, VssmError
 from exporter.training.augment import Example, load_batch
 from exporter.training.evaluate_data import find_pictures
 from exporter.training.finetune_log import RunLog, has_tensorboard
+from exporter.training.finetune_parallel import Group
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ("finetuned.safetensors", "finetuned_ema.safetensors", "log.csv", "state.safetensors")
@@ -413,6 +414,24 @@ def test_processes_share_a_batch_evenly(data, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="batch=6 does not give each of the 2 processes the same"):
         exporter.finetune(request(data, tmp_path))
+
+
+def test_processes_must_see_the_same_state(monkeypatch):
+    """As on machines without a shared file system."""
+
+    def gather(found, value):
+        found[:] = [value, value - 3]
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    with pytest.raises(VssmError, match=r"step=\[7, 4\] differs between the processes"):
+        Group("cpu").agree("step", 7)
+
+
+def test_a_gpu_that_is_not_there_is_said(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RuntimeUnavailableError, match="device='cuda': torch finds no GPU; train"):
+        exporter.finetune(request(data, tmp_path, work={"device": "cuda"}))
 
 
 def test_micro_batches_add_up(data, checkpoint, tmp_path, whole):
