@@ -11,9 +11,13 @@ from typing import Any
 from exporter._version import __version__
 
 _PUBLIC = {
+    "FinetuneRequest": "exporter.training.request",
     "ForwardDetails": "exporter.models",
     "PruneSchedule": "exporter.schedule",
+    "Recipe": "exporter.training.recipe",
     "Session": "exporter.runtimes.session",
+    "Subject": "exporter.training.request",
+    "Work": "exporter.training.request",
     "bench_directory": "exporter.pipeline_bench",
     "check_parity": "exporter.pipeline",
     "create_model": "exporter.models",
@@ -21,6 +25,7 @@ _PUBLIC = {
     "evaluate": "exporter.pipeline_evaluate",
     "export": "exporter.onnx_export",
     "export_module": "exporter.compat.module_export",
+    "finetune": "exporter.pipeline_finetune",
     "list_models": "exporter.models",
     "load_checkpoint": "exporter.checkpoint",
     "open_session": "exporter.pipeline",

@@ -147,7 +147,8 @@ def save_safetensors(state: Mapping[str, Tensor], path: str | os.PathLike[str]) 
     # The format has no shared memory: tied weights and views are written out.
     plain = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(plain, temporary, metadata={"format": "pt"})
+        # save_file would put a file of its own in place, which only its owner may read.
+        temporary.write_bytes(safetensors.torch.save(plain, metadata={"format": "pt"}))
 
 
 def _align_prefix(

@@ -18,6 +18,7 @@ from exporter._version import __version__
 from exporter.artifact import Artifact
 from exporter.cli_deploy import bundle, engine
 from exporter.cli_evaluate import evaluate
+from exporter.cli_finetune import finetune
 from exporter.cli_options import (
     Directory,
     Json,
@@ -274,6 +275,7 @@ def doctor(json_file: Json = None) -> None:
 
 
 app.command()(evaluate)
+app.command()(finetune)
 
 
 def _write_json(path: Path | None, value: Any) -> None:

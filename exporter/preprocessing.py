@@ -75,7 +75,7 @@ def preprocess(
     std = np.asarray(spec.std, np.float32)
     out = np.empty((len(several), 3, *spec.crop), np.float32)
     for i, image in enumerate(several):
-        pixels = np.asarray(_resize_and_crop(_rgb(image), spec), np.float32) / np.float32(255)
+        pixels = np.asarray(_resize_and_crop(open_rgb(image), spec), np.float32) / np.float32(255)
         out[i] = ((pixels - mean) / std).transpose(2, 0, 1)
     return out
 
@@ -160,8 +160,12 @@ def _resize_and_crop(image: Image.Image, spec: Preprocessing) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _rgb(image: ImageInput) -> Image.Image:
-    """Any accepted input as an RGB image of 8 bits a channel."""
+def open_rgb(image: ImageInput) -> Image.Image:
+    """Any input that `preprocess` takes as an RGB image of 8 bits a channel.
+
+    Raises:
+        ValueError: it cannot be read, is too large or has a wrong shape or dtype.
+    """
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Image.Image):

@@ -58,6 +58,12 @@ LAYERS = (
         ("training/__init__", "training/evaluate*"),
         (*_RUNTIMES, "preprocessing"),
     ),
+    Layer(
+        "augmentation",
+        "running",
+        ("training/recipe", "training/request", "training/augment*"),
+        (*_SHARED, "preprocessing"),
+    ),
     Layer("bundle", "running", ("bundle*",), (*_RUNTIMES, "reports")),
     Layer("torch session", "top", ("torch_session",), (*_MODELS, *_REPORTS, "compat")),
     Layer(
@@ -67,16 +73,30 @@ LAYERS = (
         (*_MODELS, *_REPORTS, "export", "torch session"),
     ),
     Layer(
+        "training",
+        "top",
+        ("training/finetune*",),
+        (*_MODELS, *_RUNTIMES, "evaluation", "augmentation"),
+    ),
+    Layer(
         "pipeline",
         "top",
         ("pipeline*",),
-        (*_MODELS, *_REPORTS, "evaluation", "export", "compat", "torch session", "subjects"),
+        (
+            *_MODELS,
+            *_REPORTS,
+            *("evaluation", "augmentation", "training", "export", "compat"),
+            *("torch session", "subjects"),
+        ),
     ),
     Layer(
         "command line",
         "top",
         ("cli*",),
-        (*_SHARED, "runtimes", "reports", "pages", "evaluation", "bundle", "pipeline"),
+        (
+            *(*_SHARED, "runtimes", "reports", "pages", "evaluation", "augmentation"),
+            *("bundle", "pipeline"),
+        ),
     ),
 )
 _UNLISTED = Layer("no layer", "none", (), ())
@@ -86,7 +106,7 @@ HEAVY = {
     _TORCH: (
         *("reference", "ops*", "pruning", "walks", "models/*", "checkpoint*", "unpickle*"),
         *("pickle_*", "onnx_export*", "torch_session", "bench_subjects", "compat/*"),
-        "pipeline_module",
+        *("pipeline_module", "training/finetune*"),
     ),
     ("onnx", "onnx_ir", "onnxscript"): (
         *("onnx_*", "export_*", "graph_edit", "parity*", "machine", "bench_subjects*"),

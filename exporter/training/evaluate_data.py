@@ -9,11 +9,12 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from exporter.manifest_types import Preprocessing
 from exporter.preprocessing import FloatArray, preprocess
 
 _AHEAD = 2  # batches a worker may be ahead of the model
+_Batch = TypeVar("_Batch")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -108,15 +111,24 @@ def load_in_order(
     Raises:
         VssmError: a worker was killed, as the system does when memory runs out.
     """
+    return in_order(functools.partial(load, spec=spec), batches, workers=workers)
+
+
+def in_order(
+    work: Callable[[_Batch], _Result], batches: Iterable[_Batch], *, workers: int
+) -> Iterator[_Result]:
+    """`work` of each batch, done ahead by `workers` processes; by this one where that is 0.
+
+    Raises:
+        VssmError: a worker was killed, as the system does when memory runs out.
+    """
     if workers == 0:
-        for batch in batches:
-            yield load(batch, spec)
+        yield from map(work, batches)
         return
     # Not forked: the runtime's threads, and whatever they hold, are not there in a fork.
     context = multiprocessing.get_context("spawn")
-    work = functools.partial(load, spec=spec)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
-        waiting: deque[Future[Loaded]] = deque()
+        waiting: deque[Future[_Result]] = deque()
         try:
             for batch in batches:
                 waiting.append(pool.submit(work, batch))

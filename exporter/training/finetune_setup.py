@@ -1,0 +1,99 @@
+"""From a request to models and a run."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from exporter._version import __version__
+from exporter.checkpoint import load_checkpoint
+from exporter.models import create_model
+from exporter.models.base import VisionModel
+from exporter.models.schedules import default_schedule
+from exporter.preprocessing import read_labels
+from exporter.schedule import PruneSchedule
+from exporter.training.evaluate_data import find_pictures, fingerprint
+from exporter.training.finetune import Run
+from exporter.training.finetune_parallel import Group
+from exporter.training.request import FinetuneRequest, Subject
+
+_MAX_WORKERS = 4  # by default
+
+
+def build_models(request: FinetuneRequest, group: Group) -> tuple[VisionModel, VisionModel | None]:
+    """The model to train, and the dense one to distil from where the recipe does."""
+    if request.work.threads is not None:
+        torch.set_num_threads(request.work.threads)
+    subject = request.subject
+    model = _build(subject, _schedule(subject)).to(group.device)
+    if request.recipe.distil == 0:
+        return model, None
+    return model, _build(subject, None).to(group.device)
+
+
+def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Run:
+    """What to do, and what must be the same when it goes on.
+
+    Raises:
+        ValueError: the folders are not the classes, or the batch does not fit.
+    """
+    recipe, work, names = request.recipe, request.work, None
+    if request.classes is not None:
+        names = read_labels(request.classes, model.num_classes)
+    pictures = find_pictures(request.data, model.num_classes, names)
+    recipe.steps(len(pictures))  # refuses a batch that is larger than the data set
+    pairs = recipe.mixup > 0 or recipe.cutmix > 0
+    if recipe.batch % (group.world * (2 if pairs else 1)):
+        raise ValueError(
+            f"batch={recipe.batch} does not give each of the {group.world} processes the same "
+            "number of images, an even one for mixup and cutmix; give a multiple"
+        )
+    header = {
+        "model": request.subject.name,
+        "config": repr(model.config),
+        "num_classes": str(model.num_classes),
+        "image_size": "x".join(map(str, model.image_size)),
+        "schedule": repr(model.schedule),
+        "tokens": request.subject.tokens,
+        "checkpoint": "none" if model.checkpoint is None else model.checkpoint.sha256,
+        "source": request.subject.source,
+        "images": fingerprint(request.data, pictures),
+        "processes": str(group.world),
+        "device": group.device.type,
+        "threads": str(torch.get_num_threads()),
+        "micro_batch": str(work.micro_batch),
+        "torch": torch.__version__,
+        "vssm": __version__,
+        **recipe.named(),
+    }
+    cores = min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
+    return Run(
+        recipe=recipe,
+        root=request.data,
+        pictures=pictures,
+        directory=request.output,
+        header=header,
+        workers=cores if work.workers is None else work.workers,
+        micro_batch=work.micro_batch,
+        save_every=work.save_every,
+    )
+
+
+def _build(subject: Subject, schedule: PruneSchedule | None) -> VisionModel:
+    model = create_model(
+        subject.name, schedule=schedule, num_classes=subject.num_classes, **subject.options
+    )
+    if subject.checkpoint is not None:
+        load_checkpoint(model, subject.checkpoint, source=subject.source)
+    return model
+
+
+def _schedule(subject: Subject) -> PruneSchedule | None:
+    if subject.schedule is None:
+        return None
+    alignment = "masked" if subject.tokens == "masked" else subject.alignment or "gap"
+    importance = subject.importance or "clip"
+    if subject.schedule == "default":
+        return default_schedule(subject.name, alignment=alignment, importance=importance)
+    return PruneSchedule.parse(subject.schedule, alignment=alignment, importance=importance)

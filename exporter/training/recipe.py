@@ -1,0 +1,157 @@
+"""How a pruned model is trained further: the published recipe as numbers, and what follows from it.
+
+Source: the released scripts and logs of Zhan et al., "Exploring Token Pruning in Vision State
+Space Models", NeurIPS 2024, arXiv:2409.18962, which train with the settings of DeiT
+(arXiv:2012.12877). Random numbers are functions of the seed and of the place they are used at, so
+a run that goes on after a stop draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Draw(IntEnum):
+    """What random numbers are drawn for; each has streams of its own."""
+
+    ORDER = 0
+    IMAGE = 1
+    MIX = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of a training run; the defaults are the published ones.
+
+    Attributes:
+        epochs: passes; with repeats each sees a part of the images.
+        batch: images of a step, of all processes together.
+        lr: learning rate that the warm-up leads to and the cosine starts from; not scaled by batch.
+        min_lr: what the cosine ends at (the published one is above lr: the rate rises).
+        warm_up_epochs: epochs that lead from warm_up_lr to lr.
+        warm_up_lr: of the first epoch.
+        weight_decay: AdamW's, for matrices alone.
+        ema: decay of the averaged weights, a step.
+        smoothing: share of a target that is spread over all classes.
+        mixup: alpha of mixup's Beta distribution; 0 for none.
+        cutmix: likewise of cutmix; where both are on, each step takes one of them by chance.
+        rand_augment: whether images go through m9-mstd0.5-inc1.
+        color_jitter: strength, where rand_augment is off (as in timm, which knows one or other).
+        erasing: share of the images that lose a rectangle to noise.
+        repeats: how often an image is in a batch, each time augmented anew.
+        distil: weight of the dense model's prediction in the loss; 0 trains without it.
+        temperature: what both logits are divided by there.
+        seed: of everything that is drawn.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    epochs: int = 30
+    batch: int = 512
+    lr: float = 5e-6
+    min_lr: float = 1e-5
+    warm_up_epochs: int = 5
+    warm_up_lr: float = 1e-5
+    weight_decay: float = 1e-8
+    ema: float = 0.99996
+    smoothing: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    rand_augment: bool = True
+    color_jitter: float = 0.3
+    erasing: float = 0.25
+    repeats: int = 3
+    distil: float = 0.0
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "repeats"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warm_up_epochs", "lr", "min_lr", "warm_up_lr", "weight_decay", "seed"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("mixup", "cutmix", "color_jitter"):
+            self._check(name, getattr(self, name) >= 0, "0, which is none, or more")
+        for name in ("smoothing", "erasing", "distil", "ema"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        self._check("temperature", self.temperature > 0, "above 0")
+        if (self.mixup > 0 or self.cutmix > 0) and self.batch % 2:
+            raise ValueError(
+                f"batch={self.batch} is odd, but mixup and cutmix pair the images of a batch; give "
+                "an even one, or mixup=0 and cutmix=0"
+            )
+
+    def _check(self, name: str, holds: bool, rule: str) -> None:
+        value = getattr(self, name)
+        if not holds or not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be {rule}; see docs/finetune.md")
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Recipe:
+        """From values by name, as the command line has them; a whole number will do for a float.
+
+        Raises:
+            ValueError: a name is unknown, or a value out of its range.
+            TypeError: a value is of another type.
+        """
+        kinds = {f.name: type(getattr(_DEFAULT, f.name)) for f in fields(cls)}
+        if unknown := sorted(set(values) - set(kinds)):
+            raise ValueError(f"recipe={unknown[0]!r} is not one of {', '.join(kinds)}; name one")
+        for name, value in values.items():
+            kind = kinds[name]
+            allowed = (int, float) if kind is float else (kind,)
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                raise TypeError(
+                    f"recipe: {name}={value!r} is not of type {kind.__name__}; give one"
+                )
+        return cls(**{name: kinds[name](value) for name, value in values.items()})
+
+    def named(self) -> dict[str, str]:
+        """Every number by its name, as text."""
+        return {name: repr(value) for name, value in asdict(self).items()}
+
+    def learning_rate(self, epoch: int) -> float:
+        """Of an epoch, counted from 0: timm's cosine, stepped once an epoch as DeiT does.
+
+        The warm-up takes the place of the cosine's first epochs and does not shift it.
+        """
+        if epoch < self.warm_up_epochs:
+            return self.warm_up_lr + epoch * (self.lr - self.warm_up_lr) / self.warm_up_epochs
+        way = 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+        return self.min_lr + (self.lr - self.min_lr) * way
+
+    def generator(self, what: Draw, *where: int) -> np.random.Generator:
+        """The random numbers for one purpose at one place."""
+        return np.random.Generator(np.random.PCG64([self.seed, what, *where]))
+
+    def steps(self, images: int) -> int:
+        """Steps of an epoch; what does not fill a batch is left out, other images each time.
+
+        Raises:
+            ValueError: there are fewer images than a batch has.
+        """
+        if images < self.batch:
+            raise ValueError(
+                f"batch={self.batch} is more than the {images} images; give a smaller one"
+            )
+        return images // self.batch
+
+    def order(self, epoch: int, images: int) -> npt.NDArray[np.int64]:
+        """Images (steps, batch) of an epoch: shuffled, each `repeats` times in a row.
+
+        An epoch has as many steps as without repeats, and so ends before it has seen every image
+        (repeated augmentation as DeiT has it). Process r of n takes [r::n] of a batch.
+        """
+        steps = self.steps(images)
+        shuffled = self.generator(Draw.ORDER, epoch).permutation(images)
+        return np.repeat(shuffled, self.repeats)[: steps * self.batch].reshape(steps, self.batch)
+
+
+_DEFAULT = Recipe()

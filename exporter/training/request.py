@@ -1,0 +1,130 @@
+"""What `vssm finetune` is asked for, and the refusal of what contradicts itself. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from exporter.training.recipe import Recipe
+
+TOKENS: Final = ("gather", "masked")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model to train.
+
+    Attributes:
+        name: as `create_model` takes it.
+        checkpoint: weights to begin with; None for the seeded initial ones.
+        source: "model", or "ema" for the averaged weights of the checkpoint.
+        schedule: "BLOCK:RATIO,...", "default", or None for the dense model.
+        alignment: as for `PruneSchedule`; None for "gap".
+        importance: as for `PruneSchedule`; None for "clip".
+        tokens: "gather" trains as deployed; "masked" keeps pruned tokens as zeros in their places
+            (Vim only), whatever alignment the weights are deployed with.
+        num_classes: width of the classifier.
+        options: overrides of the model's configuration.
+
+    Raises:
+        ValueError: two of them contradict each other.
+    """
+
+    name: str
+    checkpoint: Path | None = None
+    source: str = "model"
+    schedule: str | None = None
+    alignment: str | None = None
+    importance: str | None = None
+    tokens: str = "gather"
+    num_classes: int = 1000
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for option in ("alignment", "importance"):
+            if getattr(self, option) is not None and self.schedule is None:
+                raise ValueError(
+                    f"{option}={getattr(self, option)!r} without a schedule prunes nothing; give "
+                    "--schedule BLOCK:RATIO,... too, or leave it out"
+                )
+        if self.tokens not in TOKENS:
+            raise ValueError(f"tokens={self.tokens!r} is not one of {', '.join(TOKENS)}; name one")
+        if self.tokens == "masked" and self.schedule is None:
+            raise ValueError(
+                "tokens='masked' without a schedule masks nothing; give --schedule BLOCK:RATIO,..."
+            )
+        if self.tokens == "masked" and self.alignment is not None:
+            raise ValueError(
+                f"alignment={self.alignment!r} with tokens='masked': masked tokens stay in their "
+                "places, so training aligns nothing; leave it out, and give it to vssm export"
+            )
+        if self.source != "model" and self.checkpoint is None:
+            raise ValueError(f"source={self.source!r} without a checkpoint; give --checkpoint FILE")
+        if "num_classes" in self.options:
+            raise ValueError(
+                "--set num_classes: this option has a name of its own; --num-classes N"
+            )
+
+
+@dataclass(frozen=True)
+class Work:
+    """How the work is laid out; only the last bits of sums depend on it.
+
+    Attributes:
+        workers: processes that load images, for each process that trains; None for up to four.
+        micro_batch: images of one pass, whose gradients are added up; None for all of a step.
+        save_every: steps between states, beside the one at the end of each epoch.
+        device: "cpu" or "cuda".
+        threads: of torch on the CPU; None leaves what is set.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    workers: int | None = None
+    micro_batch: int | None = None
+    save_every: int = 100
+    device: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("micro_batch", 1), ("save_every", 1), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} is below {least}; give a larger one")
+
+
+@dataclass(frozen=True)
+class FinetuneRequest:
+    """A whole training run.
+
+    Attributes:
+        subject: the model.
+        data: folder of images, laid out as ImageNet's training set.
+        output: directory for the weights, the state and the log.
+        recipe: the numbers.
+        classes: file that names the folder of each class; None: sorted by name.
+        resume: go on where a stopped run ended.
+        work: how it is laid out.
+
+    Raises:
+        ValueError: the recipe distils, but there is no dense model with weights to distil from.
+    """
+
+    subject: Subject
+    data: Path
+    output: Path
+    recipe: Recipe = field(default_factory=Recipe)
+    classes: Path | None = None
+    resume: bool = False
+    work: Work = field(default_factory=Work)
+
+    def __post_init__(self) -> None:
+        missing = self.subject.schedule is None or self.subject.checkpoint is None
+        if self.recipe.distil > 0 and missing:
+            raise ValueError(
+                f"distil={self.recipe.distil} needs a schedule and a checkpoint: the teacher is "
+                "the dense model with its weights; give both, or distil=0"
+            )
