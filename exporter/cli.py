@@ -18,6 +18,7 @@ from exporter._version import __version__
 from exporter.artifact import Artifact
 from exporter.cli_evaluate import evaluate
 from exporter.cli_options import integers, options
+from exporter.cli_visualize import visualize
 from exporter.errors import ArtifactError, VssmError
 from exporter.files import check_writable
 from exporter.pipeline_export import ExportRequest, export_model
@@ -274,6 +275,7 @@ def doctor(json_file: Json = None) -> None:
 
 
 app.command()(evaluate)
+app.command()(visualize)
 
 
 def _write_json(path: Path | None, value: Any) -> None:

@@ -57,6 +57,8 @@ LAYERS = (
         ("training/__init__", "training/evaluate*"),
         (*_RUNTIMES, "preprocessing"),
     ),
+    Layer("explaining", "making", ("training/visualize*",), _MODELS),
+    Layer("ablation", "making", ("training/ablate*",), _MODELS),
     Layer("bundle", "running", ("bundle*",), (*_RUNTIMES, "reports")),
     Layer("torch session", "top", ("torch_session",), (*_MODELS, *_REPORTS)),
     Layer("subjects", "top", ("bench_subjects",), (*_MODELS, *_REPORTS, "export", "torch session")),
@@ -64,13 +66,19 @@ LAYERS = (
         "pipeline",
         "top",
         ("pipeline*",),
-        (*_MODELS, *_REPORTS, "evaluation", "export", "torch session", "subjects"),
+        (
+            *(*_MODELS, *_REPORTS, "evaluation", "explaining", "ablation"),
+            *("export", "torch session", "subjects"),
+        ),
     ),
     Layer(
         "command line",
         "top",
         ("cli*",),
-        (*_SHARED, "runtimes", "reports", "pages", "evaluation", "pipeline"),
+        (
+            *(*_SHARED, "runtimes", "reports", "pages"),
+            *("evaluation", "explaining", "ablation", "pipeline"),
+        ),
     ),
 )
 _UNLISTED = Layer("no layer", "none", (), ())
@@ -80,6 +88,7 @@ HEAVY = {
     _TORCH: (
         *("reference", "ops*", "pruning", "walks", "models/*", "checkpoint*", "unpickle*"),
         *("pickle_*", "onnx_export*", "torch_session", "bench_subjects"),
+        *("training/visualize*", "training/ablate*"),
     ),
     ("onnx", "onnx_ir", "onnxscript"): (
         *("onnx_*", "export_*", "graph_edit", "parity*", "machine", "bench_subjects"),

@@ -87,7 +87,7 @@ def attention_maps(scan: Scan, readout: Tensor) -> Tensor:
 
 
 def _by_step(scan: Scan, x: Tensor, token: Tensor) -> Tensor:
-    """x (batch, seqlen, 1 or K, width) by step: (batch, seqlen, K, width) float64."""
+    """X (batch, seqlen, 1 or K, width) by step: (batch, seqlen, K, width) float64."""
     spread = x.double().expand(-1, -1, token.shape[2], -1)
     if scan.params_by_step:
         return spread

@@ -57,7 +57,7 @@ class Block:
         return torch.cat(maps, dim=1)
 
     def on_grid(self, values: Tensor) -> Tensor:
-        """values (batch, seqlen) of the tokens as maps (batch, rows, columns); NaN where pruned."""
+        """Values (batch, seqlen) of the tokens as maps (batch, rows, columns); NaN where pruned."""
         rows, columns = self.grid
         patches = rows * columns
         sequence = values.new_full(
