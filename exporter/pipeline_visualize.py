@@ -51,7 +51,7 @@ def visualize(
     """
     from exporter.training.visualize import explain
     from exporter.training.visualize_figures import require_matplotlib
-    from exporter.training.visualize_page import page
+    from exporter.training.visualize_html import page
 
     require_matplotlib()
     subject = open_subject(request)

@@ -47,7 +47,7 @@ class Scan:
 
     @property
     def skip(self) -> Tensor:
-        """What a token's own input weighs in its own output besides the state: (K or 1, d_inner)."""
+        """What a token's own input weighs in its own output beside the state: (K or 1, d_inner)."""
         return self.D.double() * self.scale
 
 

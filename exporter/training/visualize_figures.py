@@ -25,8 +25,10 @@ Array = npt.NDArray[Any]
 _MAP = "cividis"
 _GONE = "#d9d9d9"  # of a pruned place in a map
 _JUMP = "#d55e00"  # Okabe-Ito vermilion
+_PRUNED = np.array([0.80, 0.47, 0.65])  # its reddish purple, which photos rarely have
 _DPI = 110
 _SIDE = 2.1  # inches of a panel
+_ACROSS = 6  # maps in a row at most
 
 
 def require_matplotlib() -> None:
@@ -65,8 +67,9 @@ def kept_figure(picture: Array, kept: Mapping[str, Sequence[tuple[str, Array]]])
 
 def importance_figure(picture: Array, maps: Sequence[tuple[str, Array]]) -> bytes:
     """Score maps of all blocks, each on its own scale; NaN where a token is gone."""
-    columns = min(6, 1 + len(maps))
-    figure, axes = _panels(math.ceil((1 + len(maps)) / columns), columns)
+    panels = 1 + len(maps)
+    rows = math.ceil(panels / _ACROSS)
+    figure, axes = _panels(rows, math.ceil(panels / rows))
     flat = [axis for row in axes for axis in row]
     flat[0].imshow(picture)
     flat[0].set_title("image", fontsize=9)
@@ -176,8 +179,7 @@ def _label(axis: Axes, text: str) -> None:
 
 def _heat(axis: Axes, picture: Array, values: Array, *, limits: tuple[float, float]) -> Any:
     """A map over the image's area; pruned places grey."""
-    colours = _colour_map().copy()
-    colours.set_bad(_GONE)
+    colours = _colour_map().with_extremes(bad=_GONE)
     height, width = picture.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     masked = np.ma.masked_invalid(values)
@@ -194,12 +196,12 @@ def _limits(maps: Sequence[Array]) -> tuple[float, float]:
 
 
 def _faded(picture: Array, here: Array) -> Array:
-    """The picture with the patches that are gone nearly white."""
+    """The picture with the patches that are gone in purple, a little of them showing."""
     shown: Array = picture.copy()
     for top, bottom, left, right, there in _cells(picture, here):
         if not there:
-            cell = shown[top:bottom, left:right]
-            shown[top:bottom, left:right] = 0.92 + 0.08 * cell.mean(axis=-1, keepdims=True)
+            cell = shown[top:bottom, left:right].mean(axis=-1, keepdims=True)
+            shown[top:bottom, left:right] = _PRUNED * (0.8 + 0.2 * cell)
     return shown
 
 

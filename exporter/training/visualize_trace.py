@@ -158,7 +158,8 @@ def _scan(schema: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Scan:
     named = {a.name: a.default_value for a in schema.arguments}  # a call leaves defaults out
     named |= dict(zip(named, args, strict=False)) | given
     named["delta0"] = named.get("delta0")
-    return Scan(**{field.name: named[field.name] for field in fields(Scan)})
+    values = {field.name: named[field.name] for field in fields(Scan)}  # some are parameters
+    return Scan(**{n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()})
 
 
 def _blocks(

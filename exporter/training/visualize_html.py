@@ -14,7 +14,7 @@ img { max-width: 100%; height: auto; display: block } figure { margin: 1.5em 0 }
 figcaption { max-width: 48em }
 """
 CAPTIONS = {
-    "kept": "Tokens kept after every stage; pruned patches are nearly white.",
+    "kept": "Tokens kept after every stage; pruned patches are purple.",
     "importance": "Importance of every token in every block, mean over channels of max(0, y) of "
     "the scan's output before the gate, in the last variant; each map on its own scale. Pruned "
     "places are grey.",
@@ -23,7 +23,8 @@ CAPTIONS = {
     "Computed from the recurrence, gaps included; a row shares its colour scale.",
     "directions": "The same, each direction of the scan by itself.",
     "walks": "How the directions walk the tokens in the last variant, from dark to light; dotted "
-    "vermilion steps jump over pruned places, which alignment counts and plain removal forgets.",
+    "vermilion steps jump over pruned places, which alignment counts and plain removal forgets. "
+    "Where a line is interrupted, the class token stands.",
 }
 
 
