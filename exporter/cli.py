@@ -16,6 +16,7 @@ from rich.text import Text
 from exporter import pipeline
 from exporter._version import __version__
 from exporter.artifact import Artifact
+from exporter.cli_ablate import ablate
 from exporter.cli_evaluate import evaluate
 from exporter.cli_options import integers, options
 from exporter.cli_visualize import visualize
@@ -276,6 +277,7 @@ def doctor(json_file: Json = None) -> None:
 
 app.command()(evaluate)
 app.command()(visualize)
+app.command()(ablate)
 
 
 def _write_json(path: Path | None, value: Any) -> None:

@@ -158,8 +158,11 @@ def _scan(schema: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Scan:
     named = {a.name: a.default_value for a in schema.arguments}  # a call leaves defaults out
     named |= dict(zip(named, args, strict=False)) | given
     named["delta0"] = named.get("delta0")
-    values = {field.name: named[field.name] for field in fields(Scan)}  # some are parameters
-    return Scan(**{n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()})
+    values: dict[str, Any] = {}
+    for name in (f.name for f in fields(Scan)):
+        value = named[name]  # some are parameters
+        values[name] = value.detach() if isinstance(value, Tensor) else value
+    return Scan(**values)
 
 
 def _blocks(
