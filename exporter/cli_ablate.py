@@ -56,16 +56,8 @@ def ablate(
     ] = None,
 ) -> None:
     """Compare alignments, importances, an EViT-style baseline and keep ratios on a data set."""
-    if json_file is not None:
-        check_writable(json_file)
-    request = SubjectRequest(
-        source=source,
-        checkpoint=checkpoint,
-        ema=ema,
-        schedule=schedule,
-        num_classes=num_classes,
-        options=options(option or []),
-    )
+    sizes = options(option or [])
+    request = SubjectRequest(source, checkpoint, ema, schedule, num_classes, sizes)
     asked = AblationOptions(
         seeds=seeds,
         ratios=[ratio.strip() for ratio in ratios.split(",")],
@@ -76,6 +68,18 @@ def ablate(
         device=device,
         finetuned=_files(finetuned or []),
     )
+    _run(request, images, output, asked, json_file)
+
+
+def _run(
+    request: SubjectRequest,
+    images: Path,
+    output: Path,
+    asked: AblationOptions,
+    json_file: Path | None,
+) -> None:
+    if json_file is not None:
+        check_writable(json_file)
     with console.status("building the variants") as status:
         report = ablate_model(
             request, images, output, asked, progress=lambda line: status.update(Text(line))

@@ -175,7 +175,7 @@ def _rows(
     costs: Mapping[str, Cost],
 ) -> list[Row]:
     from exporter.training.ablate_plan import Line, Published, published
-    from exporter.training.ablate_report import make_row
+    from exporter.training.ablate_report import FINE_TUNED, make_row
 
     rows = []
     for line in plan.lines:
@@ -185,7 +185,7 @@ def _rows(
         tuned = tuple(_TUNED + key for key in line.keys)
         for keys, label, weights in (
             (line.keys, line.label, subject.weights),
-            (tuned, f"{line.label}, fine-tuned", "fine-tuned"),
+            (tuned, f"{line.label}, {FINE_TUNED}", FINE_TUNED),
         ):
             if all(key in outcomes for key in keys):
                 found = Line(line.table, label, keys)

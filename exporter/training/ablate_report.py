@@ -11,19 +11,28 @@ from dataclasses import dataclass
 from exporter.training.ablate_plan import (
     ALIGNMENT,
     IMPORTANCE,
-    METHODS,
     RATIO,
     Line,
     Published,
 )
 from exporter.training.ablate_run import Cost, Outcome
 
+FINE_TUNED = "fine-tuned"
 COLUMNS = (
     *("", "GFLOPs, published rule", "without alignment's part", "true", "images/s", "top-1 %"),
     *("published GFLOPs", "published top-1 %"),
 )
-_COLOURS = {METHODS: "#000000", ALIGNMENT: "#0072b2", IMPORTANCE: "#009e73", RATIO: "#d55e00"}
-_MARKS = {METHODS: "D", ALIGNMENT: "s", IMPORTANCE: "^", RATIO: "o"}
+# Okabe-Ito colours, and a mark of its own for whoever sees none.
+_METHODS = {
+    "dense": ("#000000", "D"),
+    "EViT-style, one fused leftover": ("#cc79a7", "v"),
+    "plain removal": ("#0072b2", "o"),
+    "aligned (gap)": ("#d55e00", "o"),
+}
+_OTHERS = {ALIGNMENT: "#56b4e9", IMPORTANCE: "#009e73", RATIO: "#999999"}
+_MARKS = {"constant": "s", "masked": "P", "sum": "^", "l1": "<", "l2": ">"}
+_OTHER_MARK = "X"
+_TUNED_MARK = "*"
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def make_row(
 def cells(row: Row) -> tuple[str, ...]:
     """A row as the tables show it; beside top-1 the seeds' spread where there are several."""
     spread = "" if row.spread is None else f" ± {100 * row.spread:.2f}"
-    flops = (f"{x / 1e9:.3f}" for x in (row.flops.published, row.flops.unaligned, row.flops.true))
+    flops = (f"{x / 1e9:.4g}" for x in (row.flops.published, row.flops.unaligned, row.flops.true))
     printed = row.published
     return (
         row.label,
@@ -139,36 +148,57 @@ def _line(columns: Sequence[str]) -> str:
 
 
 def plot(report: AblationReport, *, against: str) -> bytes:
-    """Top-1 over "flops" (published rule) or "time" (milliseconds an image), as PNG."""
+    """Top-1 over "flops" (published rule) or "time" (milliseconds an image), as PNG.
+
+    Bars are the standard error, or the spread over seeds. Every variant is drawn once.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
-    for table in dict.fromkeys(row.table for row in report.rows):
-        rows = [row for row in report.rows if row.table == table]
-        xs = [_x(row, against) for row in rows]
-        ys = [100 * row.top1 for row in rows]
-        errors = [100 * (row.spread or row.standard_error) for row in rows]
-        style = {"color": _COLOURS[table], "marker": _MARKS[table]}
-        axes.errorbar(xs, ys, errors, linestyle="none", capsize=2, label=table, **style)
-    swept = [row for row in report.rows if row.table == RATIO]
-    for end, style in (("plain removal", ":"), ("aligned (gap)", "-")):
-        line = sorted((_x(r, against), 100 * r.top1) for r in swept if r.label.endswith(end))
-        if line:
-            axes.plot(*zip(*line, strict=True), style, color=_COLOURS[RATIO], label=f"sweep, {end}")
-    for row in report.rows:
-        if row.table == METHODS:
-            place = (_x(row, against), 100 * row.top1)
-            axes.annotate(row.label, place, (6, 5), textcoords="offset points", fontsize=8)
+    for method, (colour, _) in _METHODS.items():
+        rows = [r for r in report.rows if r.table == RATIO and r.label.endswith(method)]
+        xs, ys = [_x(row, against) for row in rows], [100 * row.top1 for row in rows]
+        if rows:  # in the order of the ratios
+            axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.6)
+    for label, rows in _series(report.rows).items():
+        colour, mark = _style(rows[0])
+        xs, ys = [_x(row, against) for row in rows], [100 * row.top1 for row in rows]
+        bars = [100 * (row.standard_error if row.spread is None else row.spread) for row in rows]
+        axes.errorbar(xs, ys, bars, fmt=mark, color=colour, elinewidth=0.7, label=label)
     units = {"flops": "GFLOPs, published rule", "time": "milliseconds an image, measured"}
     axes.set_xlabel(units[against])
     axes.set_ylabel("top-1 %")
-    axes.margins(0.12)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=9, loc="outside right upper")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by their legend; a variant of several tables stands in its first."""
+    found: dict[str, list[Row]] = {}
+    drawn: set[tuple[str, ...]] = set()
+    for row in rows:
+        if row.variants in drawn:
+            continue
+        drawn.add(row.variants)
+        label = row.label
+        if row.table == RATIO:
+            label = f"keep ratios, {row.label.partition(', ')[2]}"
+        found.setdefault(label, []).append(row)
+    return found
+
+
+def _style(row: Row) -> tuple[str, str]:
+    """Colour and mark: the method's where it is one."""
+    if row.weights == FINE_TUNED:
+        return _METHODS["aligned (gap)"][0], _TUNED_MARK
+    for method, style in _METHODS.items():
+        if row.label == method or (row.table == RATIO and row.label.endswith(method)):
+            return (style[0], "." if row.table == RATIO else style[1])
+    return _OTHERS[row.table], _MARKS.get(row.label, _OTHER_MARK)
 
 
 def _x(row: Row, against: str) -> float:
