@@ -67,8 +67,8 @@ def _prune_and_fuse(
     if stage.layout.cls_index is not None:
         strength = strength.masked_fill(kept == stage.layout.cls_index, torch.inf)
     weakest = strength.argmin(1, keepdim=True)
-    weight = score * (~present).scatter(1, slots.gather(1, weakest), True)
-    members = (~present).scatter(1, slots.gather(1, weakest), True).to(weight.dtype)
+    members = (~present).scatter(1, slots.gather(1, weakest), True).to(score.dtype)
+    weight = score * members
     weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, members)
     weight = weight / weight.sum(1, keepdim=True)
     return (
