@@ -16,6 +16,7 @@ from rich.text import Text
 from exporter import cli_module, pipeline
 from exporter._version import __version__
 from exporter.artifact import Artifact
+from exporter.cli_ablate import ablate
 from exporter.cli_deploy import bundle, engine
 from exporter.cli_evaluate import evaluate
 from exporter.cli_finetune import finetune
@@ -30,6 +31,7 @@ from exporter.cli_options import (
     options,
     say,
 )
+from exporter.cli_visualize import visualize
 from exporter.errors import ArtifactError, VssmError
 from exporter.json_files import write_json
 from exporter.pipeline_bench import bench_directory
@@ -276,6 +278,8 @@ def doctor(json_file: Json = None) -> None:
 
 app.command()(evaluate)
 app.command()(finetune)
+app.command()(visualize)
+app.command()(ablate)
 
 
 def _write_json(path: Path | None, value: Any) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Final
+from typing import Any, Final
 
 from exporter.errors import UnsupportedError
 
@@ -130,6 +130,11 @@ class PruneSchedule:
             conv=conv,
             step_parameters=step_parameters,
         )
+
+    def changed(self, **rules: Any) -> PruneSchedule:
+        """This schedule with other rules, such as alignment="none", or other `ratios`."""
+        values = {**vars(self), **rules}
+        return PruneSchedule(values.pop("ratios"), **values)
 
     @staticmethod
     def num_keep(ratio: Ratio, layout: TokenLayout, seqlen: int) -> int:

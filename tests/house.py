@@ -64,6 +64,8 @@ LAYERS = (
         ("training/recipe", "training/request", "training/augment*"),
         (*_SHARED, "preprocessing"),
     ),
+    Layer("explaining", "making", ("training/visualize*",), _MODELS),
+    Layer("ablation", "making", ("training/ablate*",), _MODELS),
     Layer("bundle", "running", ("bundle*",), (*_RUNTIMES, "reports")),
     Layer("torch session", "top", ("torch_session",), (*_MODELS, *_REPORTS, "compat")),
     Layer(
@@ -83,10 +85,8 @@ LAYERS = (
         "top",
         ("pipeline*",),
         (
-            *_MODELS,
-            *_REPORTS,
-            *("evaluation", "augmentation", "training", "export", "compat"),
-            *("torch session", "subjects"),
+            *(*_MODELS, *_REPORTS, "evaluation", "explaining", "ablation", "augmentation"),
+            *("training", "export", "compat", "torch session", "subjects"),
         ),
     ),
     Layer(
@@ -94,8 +94,8 @@ LAYERS = (
         "top",
         ("cli*",),
         (
-            *(*_SHARED, "runtimes", "reports", "pages", "evaluation", "augmentation"),
-            *("bundle", "pipeline"),
+            *(*_SHARED, "runtimes", "reports", "pages"),
+            *("evaluation", "explaining", "ablation", "augmentation", "bundle", "pipeline"),
         ),
     ),
 )
@@ -106,7 +106,7 @@ HEAVY = {
     _TORCH: (
         *("reference", "ops*", "pruning", "walks", "models/*", "checkpoint*", "unpickle*"),
         *("pickle_*", "onnx_export*", "torch_session", "bench_subjects", "compat/*"),
-        *("pipeline_module", "training/finetune*"),
+        *("pipeline_module", "training/finetune*", "training/visualize*", "training/ablate*"),
     ),
     ("onnx", "onnx_ir", "onnxscript"): (
         *("onnx_*", "export_*", "graph_edit", "parity*", "machine", "bench_subjects*"),

@@ -219,3 +219,13 @@ def test_schedules_copy_and_pickle_and_stay_as_they_are():
     assert copy.deepcopy(schedule) == schedule == pickle.loads(pickle.dumps(schedule))
     with pytest.raises(AttributeError):
         schedule.alignment = "none"
+
+
+def test_changed_replaces_rules_and_keeps_the_rest():
+    schedule = PruneSchedule({2: "0.7"}, source="forward", importance="l1")
+    other = schedule.changed(alignment="none", ratios={1: "0.5"})
+    assert (other.alignment, other.source, other.importance) == ("none", "forward", "l1")
+    assert list(other.ratios) == [1]
+    assert list(schedule.ratios) == [2]
+    with pytest.raises(ValueError, match=r"alignment='all' is not one of"):
+        schedule.changed(alignment="all")

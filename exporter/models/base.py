@@ -11,7 +11,7 @@ from typing_extensions import Self
 from exporter.errors import UnsupportedError
 from exporter.manifest import CheckpointInfo
 from exporter.ops import checked_choice
-from exporter.pruning import StageResult
+from exporter.pruning import StageResult, prune
 from exporter.schedule import PruneSchedule, Stage, TokenLayout
 
 
@@ -70,6 +70,7 @@ class VisionModel(nn.Module):
         checkpoint: the file the weights were loaded from, None for initial weights.
         published_directions: scan directions that the published FLOPs count.
         operators: what computes the custom operators, see `use_operators`.
+        pruner: what makes a stage; an ablation may set another of the same form on a model.
     """
 
     name: str
@@ -84,6 +85,7 @@ class VisionModel(nn.Module):
     checkpoint: CheckpointInfo | None = None
     published_directions = 1  # that the published FLOPs count
     operators = "auto"
+    pruner = staticmethod(prune)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, num_classes) of images (batch, 3, height, width), normalised."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -34,3 +35,9 @@ def describe_models() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def standard_config(name: str) -> dict[str, Any]:
+    """The configuration of a model without overrides, as `asdict` gives it."""
+    with torch.device("meta"):
+        return asdict(create_model(name).config)

@@ -21,7 +21,7 @@ from exporter.models.plain_mamba_config import PlainMambaConfig
 from exporter.models.plain_mamba_mixer import PlainMambaMixer
 from exporter.models.plain_mamba_stem import PatchEmbed
 from exporter.models.plain_mamba_walks import DIRECTIONS, GridWalks
-from exporter.pruning import ScoreRule, StageResult, Tokens, prune, score_rule
+from exporter.pruning import ScoreRule, StageResult, Tokens, score_rule
 from exporter.schedule import PruneSchedule, TokenLayout, plan_stages
 
 _BLOCK_NORM_EPS = 1e-5
@@ -154,7 +154,9 @@ class PlainMamba(VisionModel):
             if with_blocks:
                 blocks.append((x, None))
             if stage is not None:
-                tokens, streams, result = prune(stage, tokens, score, [x], operators=self.operators)
+                tokens, streams, result = self.pruner(
+                    stage, tokens, score, [x], operators=self.operators
+                )
                 x = streams[0]
                 chosen.append(result)
         return details(self.head(self.backbone.ln1(x).mean(1)), chosen, blocks)

@@ -19,7 +19,7 @@ from exporter.models.layers import LayerNorm, RMSNorm, resize_grid, wide
 from exporter.models.rope import rope_tables, rotate
 from exporter.models.vim_config import VimConfig
 from exporter.models.vim_mixer import VimMixer
-from exporter.pruning import ScoreRule, StageResult, Tokens, prune, score_rule
+from exporter.pruning import ScoreRule, StageResult, Tokens, score_rule
 from exporter.schedule import PruneSchedule, TokenLayout, plan_stages
 from exporter.walks import LineWalks
 
@@ -180,7 +180,7 @@ class Vim(VisionModel):
             if with_blocks:
                 blocks.append((hidden, residual))
             if stage is not None:
-                tokens, streams, result = prune(
+                tokens, streams, result = self.pruner(
                     stage, tokens, score, [hidden, residual], operators=self.operators
                 )
                 hidden, residual = streams
