@@ -19,6 +19,7 @@ from exporter.bundle_triton import ServingOptions, onnxruntime_config, tensorrt_
 from exporter.errors import RuntimeUnavailableError
 from exporter.manifest import write_manifest
 from exporter.preprocessing import read_labels
+from exporter.runtimes.engine_request import check_batch
 from exporter.runtimes.library import ORT_LIBRARY, TENSORRT_LIBRARY, find_library, find_sources
 
 AUTOLOAD_LIBRARY: Final = "vssm_tensorrt_autoload"
@@ -52,11 +53,8 @@ def check_request(request: BundleRequest) -> None:
         ValueError: a value is out of its range.
     """
     serving = request.serving
+    check_batch(serving.batch)
     low, opt, high = serving.batch
-    if not 1 <= low <= opt <= high:
-        raise ValueError(
-            f"batch={low},{opt},{high} must grow from 1 or more; give MIN,OPT,MAX, such as 1,8,32"
-        )
     if low > 1:
         raise ValueError(
             f"batch={low},{opt},{high}: a server may send a single image; let MIN be 1"

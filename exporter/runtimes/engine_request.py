@@ -61,11 +61,7 @@ def check_request(request: EngineRequest) -> None:
         )
     if request.operators not in {None, "kernel", "body"}:
         raise ValueError(f"operators={request.operators!r} is not kernel or body; choose one")
-    low, opt, high = request.batch
-    if not 1 <= low <= opt <= high:
-        raise ValueError(
-            f"batch={low},{opt},{high} must grow from 1 or more; give MIN,OPT,MAX, such as 1,8,32"
-        )
+    check_batch(request.batch)
     if request.memory_mib is not None and request.memory_mib < 1:
         raise ValueError(f"memory_mib={request.memory_mib} is below 1; give MiB of GPU memory")
     if request.level is not None and not 0 <= request.level <= 5:
@@ -74,6 +70,19 @@ def check_request(request: EngineRequest) -> None:
     if request.plugins_inside and not request.uses_plugins:
         raise ValueError("plugins_inside=True with operators='body', which has no plugin; drop one")
     _check_capabilities(request.compute_capabilities)
+
+
+def check_batch(batch: tuple[int, int, int]) -> None:
+    """Refuse an impossible (min, opt, max).
+
+    Raises:
+        ValueError: the three do not grow from 1 or more.
+    """
+    low, opt, high = batch
+    if not 1 <= low <= opt <= high:
+        raise ValueError(
+            f"batch={low},{opt},{high} must grow from 1 or more; give MIN,OPT,MAX, such as 1,8,32"
+        )
 
 
 def _check_capabilities(wanted: tuple[str, ...]) -> None:
