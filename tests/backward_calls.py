@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from cases import scan_case, scan_reference_arguments
-from cuda_device import CScanAttributes, CTensor, Memory, OperatorError
+from cuda_device import CScanAttributes, CTensor, OperatorError, describe
+from guarded import Memory
 from torch import Tensor
 
 from exporter import reference
@@ -57,9 +58,9 @@ def backward(
     given = Memory.of(dy.contiguous(), "cpu")
     call_backward(
         name,
-        [memory.describe() for memory in inputs],
-        given.describe(),
-        [memory.describe() for memory in gradients.values()],
+        [describe(memory) for memory in inputs],
+        describe(given),
+        [describe(memory) for memory in gradients.values()],
         threads=threads,
         **attributes,
     )

@@ -97,7 +97,7 @@ def oracle(name: str, schedule: str | None, device: torch.device) -> Oracle:
 def run(report: Report, clock: Clock) -> None:
     """Every case until the time is over."""
     # float32 is float32: cuDNN's own default is TF32, with ten bits of mantissa.
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
     extension = None
     try:
         extension = mamba.load()
