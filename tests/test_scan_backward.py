@@ -16,7 +16,8 @@ from backward_calls import (
     upstream,
 )
 from cases import SCAN_SIZES, TOGETHER_SIZES, scan_case
-from cuda_device import Memory, OperatorError
+from cuda_device import OperatorError, describe
+from guarded import Memory
 from native import isa_parameters
 from tolerances import GRADIENT_TOLERANCE
 
@@ -184,9 +185,9 @@ def _described(case, name="SelectiveScan"):
 
 
 def _refusal(inputs, dy, results, **options):
-    described = [[m.describe() for m in memories] for memories in (inputs, results)]
+    described = [[describe(m) for m in memories] for memories in (inputs, results)]
     with pytest.raises(OperatorError) as raised:
-        call_backward("SelectiveScan", described[0], dy and dy.describe(), described[1], **options)
+        call_backward("SelectiveScan", described[0], dy and describe(dy), described[1], **options)
     return str(raised.value)
 
 
