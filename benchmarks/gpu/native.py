@@ -25,7 +25,7 @@ class VariantKernels(Kernels):
         u = operands["u"]
         y = u.new_empty(u.shape[0], u.shape[1], u.shape[3])
         by_step, number = int(params_by_step), VARIANTS[variant]
-        attributes = ops_kernels._ScanAttributes(1, by_step, 1.0, number)
+        attributes = ops_kernels.ScanAttributes(1, by_step, 1.0, number)
         self._run("vssm_selective_scan", op, list(operands.values()), [y], attributes)
         return y
 
