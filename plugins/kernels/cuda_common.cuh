@@ -104,48 +104,30 @@ inline cudaStream_t stream_of(const CudaLaunch& launch) {
 }
 
 #if !defined(VSSM_CUDA_EMULATION)
+/// What helps against an error of the machine; nothing for any other.
+inline const char* remedy_of(cudaError_t error) {
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+      return "; the kernels were not compiled for this GPU: rebuild them with "
+             "VSSM_CUDA_ARCHITECTURES (of make: CUDA_ARCHITECTURES) for its compute capability";
+    case cudaErrorInsufficientDriver:
+    case cudaErrorUnsupportedPtxVersion:
+      return "; the NVIDIA driver is missing, or older than the CUDA that this library was built "
+             "with: update it, or rebuild with an older CUDA";
+    default:
+      return "";
+  }
+}
+
 /// An error of CUDA's as one of ours; takes it off CUDA's list, where the host would find it.
 inline Status cuda_status(const char* name, cudaError_t error) {
   if (error == cudaSuccess) return {};
   static_cast<void>(cudaGetLastError());
-  return Status::error(name, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+  return Status::error(name, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error),
+                       remedy_of(error));
 }
 #endif
-
-struct LaunchShape {
-  dim3 grid, block;
-  size_t shared_bytes = 0;  // dynamic
-};
-
-/// Enqueues kernel(arguments...); the only place where a kernel is launched. `name`: the
-/// operator's, for messages. Legal while a CUDA graph is captured.
-template <typename... Parameters, typename... Arguments>
-Status launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape,
-              cudaStream_t stream, const Arguments&... arguments) {
-  std::tuple<Parameters...> values(arguments...);
-#if defined(VSSM_CUDA_EMULATION)
-  static_cast<void>(stream);
-  auto thread = [&] { std::apply(kernel, values); };
-  const auto call = [](void* argument) { (*static_cast<decltype(thread)*>(argument))(); };
-  return emulation::run(name, {shape.grid, shape.block, shape.shared_bytes, call, &thread});
-#else
-  constexpr size_t kWithoutAsking = 48 << 10;  // larger blocks of shared memory must be asked for
-  const void* function = reinterpret_cast<const void*>(kernel);
-  if (shape.shared_bytes > kWithoutAsking) {
-    const Status status = cuda_status(
-        name, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shape.shared_bytes)));
-    if (!status.ok()) return status;
-  }
-  return std::apply(
-      [&](auto&... value) {
-        void* pointers[] = {&value..., nullptr};
-        return cuda_status(name, cudaLaunchKernel(function, shape.grid, shape.block, pointers,
-                                                  shape.shared_bytes, stream));
-      },
-      values);
-#endif
-}
 
 /// What kernels are chosen and sized by.
 struct DeviceLimits {
@@ -180,6 +162,46 @@ inline Status device_limits(const char* name, DeviceLimits* limits) {
   }
   *limits = {static_cast<int>(both >> 32), static_cast<int>(both & 0xFFFFFFFF)};
   return {};
+#endif
+}
+
+struct LaunchShape {
+  dim3 grid, block;
+  size_t shared_bytes = 0;  // dynamic
+};
+
+/// Enqueues kernel(arguments...); the only place where a kernel is launched. `name`: the
+/// operator's, for messages. Legal while a CUDA graph is captured.
+template <typename... Parameters, typename... Arguments>
+Status launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape,
+              cudaStream_t stream, const Arguments&... arguments) {
+  std::tuple<Parameters...> values(arguments...);
+#if defined(VSSM_CUDA_EMULATION)
+  static_cast<void>(stream);
+  auto thread = [&] { std::apply(kernel, values); };
+  const auto call = [](void* argument) { (*static_cast<decltype(thread)*>(argument))(); };
+  return emulation::run(name, {shape.grid, shape.block, shape.shared_bytes, call, &thread});
+#else
+  constexpr size_t kWithoutAsking = 48 << 10;  // larger blocks of shared memory must be asked for
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (shape.shared_bytes > kWithoutAsking) {
+    // All that the GPU gives, not what this launch needs: the attribute belongs to the kernel, and
+    // another thread may set it between here and the launch. Such a kernel has no static memory.
+    DeviceLimits limits;
+    Status status = device_limits(name, &limits);
+    if (!status.ok()) return status;
+    status = cuda_status(name,
+                         cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              limits.shared_bytes));
+    if (!status.ok()) return status;
+  }
+  return std::apply(
+      [&](auto&... value) {
+        void* pointers[] = {&value..., nullptr};
+        return cuda_status(name, cudaLaunchKernel(function, shape.grid, shape.block, pointers,
+                                                  shape.shared_bytes, stream));
+      },
+      values);
 #endif
 }
 
