@@ -129,6 +129,27 @@ inline Status cuda_status(const char* name, cudaError_t error) {
 }
 #endif
 
+#if !defined(VSSM_CUDA_EMULATION)
+/// While it lives, this thread may call what a capture of a CUDA graph forbids: the first call into
+/// the runtime loads our modules, the first launch a kernel, and loading is such a call. What is
+/// captured stays the same.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() : exchanged_(cudaThreadExchangeStreamCaptureMode(&mode_) == cudaSuccess) {
+    if (!exchanged_) static_cast<void>(cudaGetLastError());  // no driver: the next call says so
+  }
+  ~RelaxedCapture() {
+    if (exchanged_) static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_));
+  }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+  bool exchanged_;
+};
+#endif
+
 /// What kernels are chosen and sized by.
 struct DeviceLimits {
   int sm_count = 0;
@@ -145,6 +166,7 @@ inline Status device_limits(const char* name, DeviceLimits* limits) {
 #else
   constexpr int kDevices = 64;
   static std::atomic<int64_t> known[kDevices];  // both figures in one, so that no half is seen
+  const RelaxedCapture relaxed;
   int device = 0;
   Status status = cuda_status(name, cudaGetDevice(&device));
   if (!status.ok()) return status;
@@ -184,6 +206,7 @@ Status launch(const char* name, void (*kernel)(Parameters...), const LaunchShape
 #else
   constexpr size_t kWithoutAsking = 48 << 10;  // larger blocks of shared memory must be asked for
   const void* function = reinterpret_cast<const void*>(kernel);
+  const RelaxedCapture relaxed;
   if (shape.shared_bytes > kWithoutAsking) {
     // All that the GPU gives, not what this launch needs: the attribute belongs to the kernel, and
     // another thread may set it between here and the launch. Such a kernel has no static memory.
