@@ -125,6 +125,10 @@ def test_a_run_in_several_calls(
     assert [s.status for s in found.stages] == ["ok"] * 5 + ["skipped"]
     assert found.stages[-1].reason == check.NO_TIME
     assert "not run yet: slow; --into this file --rest" in capsys.readouterr().out
+    wide = ["--only", "slow", "--limit", "30", "--seconds", "40"]
+    assert check.main(["--into", str(path), *wide]) == 0
+    assert log.read_text() == "build baseline slow "
+    assert result.load(path).stages[-1].limit_s == 30
     stages.pop()
     found.stages.pop()
     found.write(path)
@@ -191,6 +195,8 @@ def test_findings_that_are_wrong(
 
 
 def test_bad_usage(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main(["--limit", "100"]) == 2
+    assert "--limit=100.0: it needs --only, and seconds above 0" in capsys.readouterr().out
     assert check.main(["--only", "scams"]) == 2
     assert "no stage scams; see --list" in capsys.readouterr().out
     (checkout / "other.json").write_text('{"format": "other"}')

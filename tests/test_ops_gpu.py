@@ -26,10 +26,10 @@ LOGITS = 2e-5
 @pytest.fixture(autouse=True)
 def _float32_convolutions():
     """cuDNN's own default is TF32, with ten bits of mantissa."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def _to(case, device="cuda"):

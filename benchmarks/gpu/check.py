@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import re
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = ((s.name, s.purpose, f"{s.limit_s:.0f}", f"{s.quick_s:.0f}") for s in stages)
         console.print(table("gpu_check", ("stage", "what", "limit, s", "with --quick"), rows))
         return 0
+    if options.limit is not None and not (options.only and options.limit > 0):
+        print(f"gpu_check: --limit={options.limit}: it needs --only, and seconds above 0")
+        return 2
     only = options.only.split(",") if options.only else names
     unknown = sorted(set(only) - set(names))
     if unknown:
@@ -57,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         only = _rest(document, only)
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        run(document, path, only, console, seconds=options.seconds)
+        run(document, path, only, console, seconds=options.seconds, limit=options.limit)
     finally:
         signal.signal(signal.SIGTERM, before)
     for shown in tables(document):
@@ -85,6 +89,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rest", action="store_true", help=rest)
     limit = "start no stage that may take longer than what is left of this"
     parser.add_argument("--seconds", type=float, default=1e9, metavar="N", help=limit)
+    own = "seconds of each stage that --only names, in place of its own; not of the ground's"
+    parser.add_argument("--limit", type=float, metavar="N", help=own)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     return parser.parse_args(arguments)
 
@@ -130,21 +136,31 @@ def _waits(stage: StageResult) -> bool:
 
 
 def run(
-    document: Document, path: Path, only: Sequence[str], console: Console, *, seconds: float = 1e9
+    document: Document,
+    path: Path,
+    only: Sequence[str],
+    console: Console,
+    *,
+    seconds: float = 1e9,
+    limit: float | None = None,
 ) -> None:
-    """Run the stages named, writing the result and its page after each; none that may end late."""
+    """Run the stages named, writing the result and its page after each; none that may end late.
+
+    `limit` takes the place of their own limits, but for the ground's.
+    """
     start = time.monotonic()
     WORK.mkdir(parents=True, exist_ok=True)
     env = environment()
-    for stage in plan(document.quick):
-        limit = stage.limit(document.quick)
+    for planned in plan(document.quick):
+        own = limit is None or planned.name in GROUND
+        stage = planned if own else dataclasses.replace(planned, limit_s=limit, quick_s=limit)
         why = _not_now(document, stage, only, seconds - (time.monotonic() - start))
         if why is not None:
             if not any(s.name == stage.name and not _waits(s) for s in document.stages):
                 document.forget(stage.name)
                 document.stages.append(StageResult(stage.name, "skipped", why))
             continue
-        console.print(f"{stage.name}: {stage.purpose} (limit {limit:.0f} s)")
+        console.print(f"{stage.name}: {stage.purpose} (limit {stage.limit(document.quick):.0f} s)")
         ended = _run_stage(document, stage, env, path)
         console.print(f"{stage.name}: {ended.status} {ended.reason}", markup=False, soft_wrap=True)
     document.finished = _now()
