@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.gpu import result
+from benchmarks.gpu.needs import nvidia_smi
 from benchmarks.gpu.page import page, tables
 from benchmarks.gpu.plan import GROUND, PROGRAMS, ROOT, WORK, environment, part_of, plan
 from benchmarks.gpu.result import Document, StageResult
@@ -251,8 +252,7 @@ def _commit() -> str:
 
 
 def _card() -> str:
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return (_output(query) or "gpu").splitlines()[0]
+    return (nvidia_smi("--query-gpu=name", "--format=csv,noheader") or "gpu").splitlines()[0]
 
 
 def _slug(text: str) -> str:

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.gpu.mamba import BUILD, FOLDER, SOURCE_VARIABLE
-from benchmarks.gpu.needs import OWN_FOLDER, find_tool
+from benchmarks.gpu.needs import OWN_FOLDER, find_tool, nvidia_smi
 from benchmarks.gpu.stages import SkippedError, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,11 +84,10 @@ def _build(_: float) -> list[list[str]]:
 
 def architecture() -> str:
     """The card's compute capability as CMake writes it, such as 90."""
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
-    lines = done.stdout.split()
+    answer = nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader") or ""
+    lines = answer.split()
     if not lines or not re.fullmatch(r"\d+\.\d+", lines[0]):
-        raise SkippedError(f"nvidia-smi names no compute capability: {done.stdout.strip()!r}")
+        raise OSError(f"nvidia-smi names no compute capability: {answer!r}")
     return lines[0].replace(".", "")
 
 
