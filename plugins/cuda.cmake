@@ -35,6 +35,40 @@ if(NOT VSSM_CUDA STREQUAL "OFF")
       endif()
     endif()
   endif()
+  # An older nvcc does not know every GPU of the list. CMake would take its refusal for no nvcc.
+  if(CMAKE_CUDA_COMPILER)
+    execute_process(
+      COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch
+      OUTPUT_VARIABLE vssm_nvcc_knows
+      ERROR_QUIET
+    )
+  endif()
+  set(vssm_unknown "")
+  if(vssm_nvcc_knows MATCHES "compute_")
+    string(REGEX REPLACE "[ \t\r\n]+" ";" vssm_nvcc_knows "${vssm_nvcc_knows}")
+    foreach(architecture IN LISTS VSSM_CUDA_ARCHITECTURES)
+      string(REGEX REPLACE "-(real|virtual)$" "" number "${architecture}")
+      if(number MATCHES "^[0-9]+$" AND NOT "compute_${number}" IN_LIST vssm_nvcc_knows)
+        list(APPEND vssm_unknown "${architecture}")
+      endif()
+    endforeach()
+  endif()
+  if(vssm_unknown AND VSSM_CUDA_ARCHITECTURES STREQUAL vssm_known_architectures)
+    # Nobody asked for these: the rest is compiled, its newest as PTX too.
+    list(REMOVE_ITEM VSSM_CUDA_ARCHITECTURES ${vssm_unknown})
+    list(POP_BACK VSSM_CUDA_ARCHITECTURES newest)
+    string(REPLACE "-real" "" newest "${newest}")
+    list(APPEND VSSM_CUDA_ARCHITECTURES "${newest}")
+    message(
+      STATUS
+      "vssm: left out: CUDA kernels for ${vssm_unknown}, unknown to ${CMAKE_CUDA_COMPILER} (newer CUDA)"
+    )
+  elseif(vssm_unknown)
+    message(
+      FATAL_ERROR
+      "VSSM_CUDA_ARCHITECTURES=${VSSM_CUDA_ARCHITECTURES}: ${CMAKE_CUDA_COMPILER} does not know ${vssm_unknown}; leave them out, or take a newer CUDA"
+    )
+  endif()
   # CMake refuses to enable the language without a list; each target sets its own.
   set(CMAKE_CUDA_ARCHITECTURES "${VSSM_CUDA_ARCHITECTURES}")
   include(CheckLanguage)

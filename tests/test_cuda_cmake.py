@@ -79,6 +79,32 @@ def test_pips_compiler_packages_are_found(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), "vssm: CUDA kernels for 80-real;86-real;87-real;89-real;90 "),
+        ((), "vssm: left out: CUDA kernels for 75-real;100-real;120, unknown to"),
+        (("-DVSSM_CUDA_ARCHITECTURES=86-real;90",), "vssm: CUDA kernels for 86-real;90 "),
+        (("-DVSSM_CUDA_ARCHITECTURES=90;100",), "does not know 100; leave them out, or take"),
+    ],
+)
+def test_an_older_compiler_knows_fewer_gpus(tmp_path, options, expected):
+    """The rest of the list that nobody chose is compiled; of what is asked for, nothing less."""
+    folders = _folders_of_nvcc()
+    if not folders:
+        pytest.skip("no CUDA compiler: nvcc in the PATH")
+    nvcc = tmp_path / "nvcc"
+    known = "compute_80 compute_86 compute_87 compute_89 compute_90"
+    nvcc.write_text(
+        f'#!/bin/sh\n[ "$1" = --list-gpu-arch ] && printf "%s\\n" {known} && exit 0\n'
+        f'exec {folders[0]}/nvcc "$@"\n'
+    )
+    nvcc.chmod(0o755)
+    status, output = _configure(tmp_path, f"-DCMAKE_CUDA_COMPILER={nvcc}", *options)
+    assert (status == 0) == ("does not know" not in expected), output
+    assert expected in f"{output} "
+
+
+@pytest.mark.parametrize(
     ("nvidia_smi", "chosen"),
     [
         (None, "80-real;90"),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
 from cases import gather_case, scan_case
@@ -38,7 +43,7 @@ def current_stream():
 def test_graph_replays_what_it_captured(name, attributes):
     first, second = make_case(name), make_case(name, seed=1)
     call = prepare(CUDA, name, first, **attributes)
-    call.enqueue()  # loads the kernel, which may not happen inside a capture
+    call.enqueue()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -51,6 +56,51 @@ def test_graph_replays_what_it_captured(name, attributes):
             memory.tensor.view(torch.uint8).fill_(0xFF)
         graph.replay()
         assert_same(call.results(), run_operator(CUDA, name, case, **attributes))
+
+
+FIRST = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_cuda_launch import CUDA, LAUNCHES, assert_same, current_stream, make_case, prepare
+name, attributes = LAUNCHES[int(sys.argv[2])]
+call = prepare(CUDA, name, make_case(name), **attributes)
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    call.enqueue(current_stream())
+graph.replay()
+captured = call.results()
+call.enqueue()
+assert_same(captured, call.results())
+"""
+
+
+@pytest.mark.parametrize("index", range(len(LAUNCHES)))
+def test_first_launch_of_a_process_may_be_in_a_graph(index):
+    """It loads the library's modules and the kernel, which a capture forbids to other callers."""
+    command = [sys.executable, "-c", FIRST, str(Path(__file__).parent), str(index)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("variant", ["throughput", "latency"])
+def test_threads_that_need_different_amounts_of_shared_memory(variant):
+    """Each asks for what its kernel may take, and leaves the others theirs."""
+    cases = [
+        scan_case(seqlen=n, d_inner=96, directions=4, shared="udACD", seed=n) for n in (150, 197)
+    ]
+    attributes = {"variant": VARIANTS[variant], "params_by_step": 1}
+    expected = [run_operator(CUDA, "SelectiveScan", case, **attributes) for case in cases]
+
+    def launches(index):
+        call = prepare(CUDA, "SelectiveScan", cases[index], **attributes)
+        for _ in range(2000):
+            call.enqueue()
+        return call.results()
+
+    with ThreadPoolExecutor(len(cases)) as threads:
+        for got, wanted in zip(threads.map(launches, range(len(cases))), expected, strict=True):
+            assert_same(got, wanted)
 
 
 @each_launch

@@ -58,12 +58,15 @@ def test_partial_results_are_kept(checkout: Path, monkeypatch: pytest.MonkeyPatc
     assert [s.status for s in found.stages] == ["ok", "ok", "failed", "failed"]
     assert found.stages[2].log_tail == "illegal memory access"
     assert [r.median_us for r in found.rows] == [5.0]
-    assert (found.machine, found.ceilings) == ({"gpu": "a card"}, RATES)
+    assert found.machine == {"card": "NVIDIA H100 80GB HBM3", "gpu": "a card"}
+    assert found.ceilings == RATES
     assert found.finished is not None
     assert "# gpu_check on a card" in path.with_suffix(".md").read_text(encoding="utf-8")
 
 
-def test_going_on_with_a_result(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_going_on_with_a_result(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     good = dataclasses.asdict(row("vssm auto", 5.0, model="vim_tiny"))
     stages = [
         stage(python("raise SystemExit(1)"), name="build"),
@@ -76,15 +79,62 @@ def test_going_on_with_a_result(checkout: Path, monkeypatch: pytest.MonkeyPatch)
     assert [s.reason for s in result.load(path).stages][1] == "not in --only"
     again = ["--into", str(path), "--only", "scans"]
     assert check.main(again) == 1
-    assert [s.reason for s in result.load(path).stages][1] == "the stage build failed"
+    reason = "it needs the stage build, which failed"
+    assert [s.reason for s in result.load(path).stages][1] == reason
     stages[0] = stage(python("pass"), name="build")
     assert check.main(["--into", str(path), "--only", "build,scans"]) == 0
     assert check.main(again) == 0
     found = result.load(path)
     assert [s.status for s in found.stages] == ["ok", "ok"]
     assert len(found.rows) == 1
+    monkeypatch.setattr(check, "_card", lambda: "NVIDIA H200")
+    assert check.main(again) == 2
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "its card is NVIDIA H100 80GB HBM3, not NVIDIA H200 as here; start a new one" in shown
+    monkeypatch.undo()
     path.write_text(path.read_text(encoding="utf-8").replace('"commit": "', '"commit": "x'))
     assert check.main(again) == 2
+
+
+def test_a_run_in_several_calls(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each call starts what fits into its time, and the next goes on, on a machine made anew."""
+    log = checkout / "log"
+
+    def noted(name: str) -> list[str]:
+        return python(f"open({str(log)!r}, 'a').write({name + ' '!r})")
+
+    limits = {"build": 20, "tests": 30, "baseline": 10, "scans": 60, "gathers": 5, "slow": 1e6}
+    stages = [stage(noted(name), name=name, limit=limit) for name, limit in limits.items()]
+    stages[2] = dataclasses.replace(stages[2], quick_s=0)
+    monkeypatch.setattr(check, "plan", lambda quick: stages)
+    path = checkout / "results" / "one.json"
+    calls = [
+        ("build tests ", ["--quick", "--only", "build,tests,baseline"]),
+        ("build baseline gathers ", ["--rest", "--seconds", "40"]),
+        ("build baseline scans ", ["--rest", "--seconds", "100"]),
+        ("build baseline ", ["--rest", "--seconds", "100"]),
+    ]
+    for expected, options in calls:
+        log.unlink(missing_ok=True)
+        assert check.main(["--into", str(path), *options]) == 0
+        assert log.read_text() == expected
+    found = result.load(path)
+    assert [s.name for s in found.stages] == list(limits)
+    assert [s.status for s in found.stages] == ["ok"] * 5 + ["skipped"]
+    assert found.stages[-1].reason == check.NO_TIME
+    assert "not run yet: slow; --into this file --rest" in capsys.readouterr().out
+    wide = ["--only", "slow", "--limit", "30", "--seconds", "40"]
+    assert check.main(["--into", str(path), *wide]) == 0
+    assert log.read_text() == "build baseline slow "
+    assert result.load(path).stages[-1].limit_s == 30
+    stages.pop()
+    found.stages.pop()
+    found.write(path)
+    log.unlink()
+    assert check.main(["--into", str(path), "--rest"]) == 0
+    assert not log.exists()
 
 
 def test_a_stopped_run_leaves_a_result(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +195,8 @@ def test_findings_that_are_wrong(
 
 
 def test_bad_usage(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main(["--limit", "100"]) == 2
+    assert "--limit=100.0: it needs --only, and seconds above 0" in capsys.readouterr().out
     assert check.main(["--only", "scams"]) == 2
     assert "no stage scams; see --list" in capsys.readouterr().out
     (checkout / "other.json").write_text('{"format": "other"}')

@@ -157,10 +157,12 @@ def test_models_with_torch_compile(
     clock: HostClock, report: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    found = models.Case("vim_tiny", None, 1, "float16")
-    models.case(report, clock, found, micro_oracle(None), None)
-    rows = {r.subject for r in lines(report, "row")}
-    assert rows == {models.OURS, models.COMPILED_SCAN, models.COMPILED_MODEL}
+    found = models.Case("vim_tiny", None, 1, "float16", compiled=True)
+    models.case(report, clock, found, micro_oracle(None), mamba_extension())
+    rows = lines(report, "row")
+    subjects = {models.OURS, models.COMPILED_SCAN, models.COMPILED_MODEL}
+    assert {r.subject for r in rows} == subjects
+    assert {r.case["kind"] for r in rows} == {"dense, torch.compile"}
 
 
 def test_a_model_of_other_numbers_has_no_time(clock: HostClock, report: Report) -> None:
@@ -204,10 +206,13 @@ def test_targets_come_first_and_every_shape_is_new() -> None:
         (b, n, d) for b in (1, 8, 32, 128) for n in (197, 157, 125, 101) for d in shapes.DTYPES
     }
     whole = list(models.cases(quick=False))
-    assert len(set(whole)) == len(whole) == 2 * 2 * 4 * 3
+    assert len(set(whole)) == len(whole) == 2 * 2 * 4 * 3 + 2 * 2
+    assert [c.compiled for c in whole] == [False] * 48 + [True] * 4  # compiling takes minutes
+    assert whole[:6] == list(models.cases(quick=True))
     for case in whole:
         assert case.schedule is None or exporter.PruneSchedule.parse(case.schedule).ratios
-    assert whole[:4] == [c for c in whole if (c.batch, c.dtype) == (128, "float16")]
+    largest = [c for c in whole if (c.batch, c.dtype, c.compiled) == (128, "float16", False)]
+    assert whole[:4] == largest
 
 
 def test_what_is_over_time_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +247,9 @@ def test_models_without_baselines(
         models, "cases", lambda quick: [models.Case("vim_tiny", None, 2, "float32")]
     )
     monkeypatch.setattr(models, "oracle", lambda name, schedule, device: micro_oracle(schedule))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # put back afterwards
     models.run(report, clock)
+    assert torch.backends.cudnn.allow_tf32 is False  # torch.export asks, too: no error
     assert [r.subject for r in lines(report, "row")] == [models.OURS]
     (absent,) = lines(report, "absent")
     assert absent.subject == models.MAMBA

@@ -91,8 +91,29 @@ def test_the_tail_is_short(tmp_path: Path) -> None:
     assert len(tail(log).splitlines()) == 40
 
 
+def test_lines_of_the_log_that_make_a_failure(tmp_path: Path) -> None:
+    """initcheck watches every kernel; only what it says of ours counts."""
+    wrong = plan._IN_OUR_KERNELS
+    read = "========= Uninitialized __global__ memory read of size 4 bytes\n=========     at {}"
+    theirs = read.format("void at::native::vectorized_kernel<4>(int)+0x70")
+    ours = read.format("void vssm::selective_scan_latency<float, 4, 4>(vssm::ScanParams)+0x1f0")
+    summary = "========= ERROR SUMMARY: 1 error"
+    good = stage(
+        python(f"print({theirs!r}, {summary!r}, sep='\\n')"), keep=plan._SUMMARY, wrong=wrong
+    )
+    ended = ran(good, tmp_path)
+    assert (ended.status, ended.reason) == ("ok", summary)
+    ended = ran(stage(python(f"print({ours!r}, {summary!r}, sep='\\n')"), wrong=wrong), tmp_path)
+    assert ended.status == "failed"
+    assert ended.reason.startswith("1 lines such as '=========     at void vssm::selective_scan_la")
+
+
 def test_the_limits_keep_a_run_short() -> None:
     stages = plan.plan(quick=False)
+    names = [s.name for s in stages]
+    assert names.index("scans") < names.index("memcheck")  # what the targets need comes first
+    assert set(plan.GROUND) <= set(names)
+    assert all(s.limit(False) + 60 <= 600 for s in stages)  # the start of a call of ten minutes
     without = [s for s in stages if s.name not in plan.TENSORRT]
     assert sum(s.limit(False) for s in without) <= 20 * 60
     assert sum(s.limit(False) for s in stages) <= 33 * 60
@@ -105,17 +126,34 @@ def test_the_limits_keep_a_run_short() -> None:
 def test_the_commands_of_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "architecture", lambda: "90")
     monkeypatch.setattr(plan, "find_tool", lambda name: f"/tools/{name}")
-    monkeypatch.setattr(plan, "_name_filter", lambda _: "--kernel-name")
+    helps = {"text": "--kernel-name {key1=val1}"}
+    monkeypatch.setattr(
+        plan.subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(command, 0, helps["text"], ""),
+    )
     monkeypatch.delenv("MAMBA_SSM_SOURCE", raising=False)
     stages = {s.name: s for s in plan.plan(quick=True)}
-    configure, build = stages["build"].commands(100)
+    configure, build, touch = stages["build"].commands(100)
+    assert touch[-1] == configure[configure.index("-B") + 1]
     assert "-DVSSM_CUDA_ARCHITECTURES=90-real" in configure
     assert build[:2] == ["/tools/cmake", "--build"]
     (memcheck,) = stages["memcheck"].commands(60)
     assert memcheck[2:6] == ["/tools/compute-sanitizer", "--tool", "memcheck", "--error-exitcode"]
     assert memcheck[7:9] == ["--kernel-name", "kns=vssm"]
     assert memcheck[memcheck.index("--sample-seconds") + 1] == "36.0"
+    assert not {"test_cuda_emulation.py", "test_tensorrt_plugin.py"} & {
+        Path(f).name for f in memcheck
+    }
+    assert "not order_and_gap_of_any_value" not in " ".join(memcheck)
+    (racecheck,) = stages["racecheck"].commands(60)
+    assert "not order_and_gap_of_any_value" in racecheck[racecheck.index("-k") + 1]
+    helps["text"] = "--kernel-regex {key1=val1}"
+    assert plan._name_filter("tool") == ["--kernel-regex", "kns=vssm"]
+    helps["text"] = "--filter"
+    assert plan._name_filter("tool") == []
     (initcheck,) = stages["initcheck"].commands(60)
+    assert "--error-exitcode" not in initcheck
     assert "kns=vssm" not in initcheck  # the inputs that other kernels write count as well
     (program,) = stages["scans"].commands(40)
     assert program[-5:] == ["--out", str(plan.part_of("scans")), "--seconds", "24.0", "--quick"]

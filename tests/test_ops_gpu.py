@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import SCAN_SIZES, TOGETHER_SIZES, gather_case, scan_case, scan_reference_arguments
 from exports import images, micro, micro_plain
-from tolerances import HALF_FACTOR, SCAN_TOLERANCE
+from tolerances import GPU_SCAN_TOLERANCE, HALF_FACTOR
 
 from exporter import ops, reference
 from exporter.spec import GATHER_OPERATORS
@@ -49,7 +49,7 @@ def test_scan_matches_the_oracle(index, name, dtype):
     got = ops.selective_scan(**_to(case), **attributes)
     want = reference.selective_scan(**scan_reference_arguments(case), **attributes)
     error = _error(got, want)
-    assert error <= SCAN_TOLERANCE[dtype]
+    assert error <= GPU_SCAN_TOLERANCE[dtype]
     if dtype != torch.float32:
         by_torch = reference.selective_scan(**_to(case), **attributes)
         assert error <= HALF_FACTOR * _error(by_torch, want)

@@ -15,7 +15,7 @@ import torch
 from cases import gather_case, scan_case, scan_reference_arguments
 from native import output_shapes, output_types
 from tensorrt_build import ROOT, VERSIONS, build_harness, harness, real_library
-from tolerances import SCAN_TOLERANCE
+from tolerances import GPU_SCAN_TOLERANCE, SCAN_TOLERANCE
 
 from exporter import __version__, reference
 from exporter.errors import RuntimeUnavailableError
@@ -246,12 +246,13 @@ def test_scans_match_the_oracle(name, dtype, device, mode, tmp_path):
         _write_case(tmp_path / str(i), name, case, attributes[i]) for i, case in enumerate(cases)
     ]
     harness().run(_library_with_kernels(device), "run", device, mode, *map(str, files))
+    tolerance = (SCAN_TOLERANCE if device == "host" else GPU_SCAN_TOLERANCE)[dtype]
     for i, case in enumerate(cases):
         expected = reference.selective_scan(**scan_reference_arguments(case), **attributes[i])
         for tactic in TACTICS:
             got = _read_outputs(tmp_path / str(i), name, case, attributes[i], tactic)["y"].double()
             error = (got - expected).abs().max() / expected.abs().max()
-            assert float(error) <= SCAN_TOLERANCE[dtype], (SCANS[i], tactic)
+            assert float(error) <= tolerance, (SCANS[i], tactic)
 
 
 GATHERS = [

@@ -19,10 +19,12 @@ DECAY_TOLERANCE = 6e-7  # measured 4.9e-7
 ONE_MINUS_DECAY_TOLERANCE = 8e-7  # measured 5.0e-7, its mean 6.5e-7 (baseline)
 SOFTPLUS_TOLERANCE = 3.5e-7  # measured 3.3e-7 (AVX-512), 2.9e-7
 
-# The CUDA scans keep SCAN_TOLERANCE in emulation (measured there: float32 3.1e-7, float16 4.6e-4,
-# bfloat16 3.5e-3), where exp2 is exact. A GPU's ex2 errs by up to 2^-22 in every decay: four times
-# that for float32, reckoned and NOT measured yet; to be set from the first run on a GPU.
-GPU_SCAN_TOLERANCE = SCAN_TOLERANCE | {torch.float32: 2.4e-6}
+# The CUDA scans keep SCAN_TOLERANCE in emulation (measured there: float32 3.6e-7, float16 4.6e-4,
+# bfloat16 3.5e-3), where exp2 is exact. A GPU's ex2 errs by up to two units in the last place of
+# every decay. Measured in emulation over test_cuda_scan.py with such errors put in, float32: 1.3e-6
+# where they are drawn, 2.2e-6 and 3.8e-6 where every ex2 is one unit and two too large, the worst
+# that may be; half types as without. To be set anew from the first run on a GPU.
+GPU_SCAN_TOLERANCE = SCAN_TOLERANCE | {torch.float32: 4e-6}
 
 # Gradients against float64 autograd of the oracle, over the largest magnitude of each. Measured
 # over test_scan_backward.py, all instruction sets: float32 3.0e-6; half types round each once.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import subprocess
 import sys
 from importlib import metadata
 
 import torch
 
+from benchmarks.gpu.needs import nvidia_smi
 from benchmarks.gpu.program import Report, main
 from benchmarks.gpu.result import Ceilings
 from benchmarks.gpu.timing import Clock, Subject, measure
@@ -70,21 +70,15 @@ def _refuse(code: int) -> None:
 def facts(clock: Clock) -> dict[str, str]:
     """Card, driver, versions, processor."""
     properties = torch.cuda.get_device_properties(clock.device)
-    query = [
-        "nvidia-smi",
-        "--query-gpu=driver_version,clocks.max.sm,power.limit",
-        "--format=csv,noheader",
-    ]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
+    driver = nvidia_smi(query, "--format=csv,noheader") or "unknown"
     return {
         "gpu": properties.name,
         "compute capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": str(properties.multi_processor_count),
         "memory": f"{properties.total_memory / 2**30:.1f} GiB",
         "last-level cache": f"{clock.cache_bytes / 2**20:.0f} MiB",
-        "driver, clock limit, power limit": done.stdout.strip().splitlines()[0]
-        if done.stdout
-        else "unknown",
+        "driver, clock limit, power limit": driver.splitlines()[0],
         "CUDA of torch": str(torch.version.cuda),
         "python": platform.python_version(),
         "platform": f"{platform.machine()}, {sys.platform}",

@@ -95,7 +95,10 @@ def build(folder: Path) -> None:
         )
     from torch.utils import cpp_extension
 
+    folder = folder.resolve()  # the compiler runs elsewhere
     BUILD.mkdir(parents=True, exist_ok=True)
+    # A build that was stopped leaves PyTorch's lock behind, which the next one would wait for.
+    (BUILD / "lock").unlink(missing_ok=True)
     stub = BUILD / "no_backward.cpp"
     stub.write_text(_BACKWARD, encoding="utf-8")
     major, minor = torch.cuda.get_device_capability()

@@ -22,7 +22,7 @@ _PACKAGES = {
 }
 _TOOLS = {"cmake": "the build", "ninja": "the build", "c++": "the build"}
 OWN_FOLDER = Path(sys.executable).parent  # of a virtual environment that is not activated
-CUDA_FOLDERS = ("/usr/local/cuda/bin",)
+CUDA_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/nvidia/bin")  # the latter: containers' driver
 
 
 def find_tool(name: str) -> str | None:
@@ -38,7 +38,7 @@ def missing() -> Iterator[str]:
     """What is not there, and what it is for: one line each."""
     if find_tool("nvidia-smi") is None:
         yield "an NVIDIA GPU and its driver (nvidia-smi is not in the PATH)"
-    elif not (_output(["nvidia-smi", "-L"]) or "").strip():
+    elif not (nvidia_smi("-L") or "").strip():
         yield "an NVIDIA GPU (nvidia-smi -L lists none)"
     elif importlib.util.find_spec("torch") is not None:
         answer = _output([sys.executable, "-c", _GPU]) or "importing torch fails"
@@ -61,6 +61,11 @@ import torch
 usable = torch.cuda.is_available()
 print("gpu" if usable else f"torch {torch.__version__} finds no CUDA device")
 """
+
+
+def nvidia_smi(*arguments: str) -> str | None:
+    """What it prints, None where it is not there or fails."""
+    return _output([find_tool("nvidia-smi") or "nvidia-smi", *arguments])
 
 
 def _output(command: list[str]) -> str | None:

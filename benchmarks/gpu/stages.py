@@ -17,6 +17,7 @@ from benchmarks.gpu.result import StageResult
 TAIL_LINES = 40
 TAIL_CHARACTERS = 6000
 GRACE_S = 5.0
+LEFT_OUT = "left out by --quick"
 
 
 class SkippedError(Exception):
@@ -35,6 +36,7 @@ class Stage:
         commands: what to run, from the seconds it may use; SkippedError where it cannot run.
         needs: a stage without which this one says nothing.
         keep: lines of the log, as a regular expression, that tell what a good run covered.
+        wrong: lines of the log, likewise, that make it a failure however its commands ended.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Stage:
     commands: Callable[[float], Sequence[Sequence[str]]]
     needs: str | None = None
     keep: str | None = None
+    wrong: str | None = None
 
     def limit(self, quick: bool) -> float:
         """Seconds it may take."""
@@ -56,7 +59,7 @@ def run_stage(
     """Run a stage's commands in turn until one fails or the time is over."""
     limit = stage.limit(quick)
     if not limit:
-        return StageResult(stage.name, "skipped", "left out by --quick")
+        return StageResult(stage.name, "skipped", LEFT_OUT)
     start = time.monotonic()
     try:
         commands = stage.commands(limit)
@@ -72,6 +75,7 @@ def run_stage(
             if reason:
                 break
     seconds = round(time.monotonic() - start, 1)
+    reason = reason or _complaint(stage, log)
     if reason:
         end = tail(log)
         last = end.rstrip().rpartition("\n")[2][:200]
@@ -81,9 +85,18 @@ def run_stage(
 
 
 def _covered(stage: Stage, log: Path) -> str:
-    if stage.keep is None:
-        return ""
-    return "; ".join(re.findall(stage.keep, log.read_text(encoding="utf-8", errors="replace")))
+    return "; ".join(_lines(stage.keep, log))
+
+
+def _complaint(stage: Stage, log: Path) -> str:
+    found = _lines(stage.wrong, log)
+    return f"{len(found)} lines such as {found[0].strip()!r}" if found else ""
+
+
+def _lines(pattern: str | None, log: Path) -> list[str]:
+    if pattern is None:
+        return []
+    return re.findall(pattern, log.read_text(encoding="utf-8", errors="replace"))
 
 
 def _run(

@@ -104,13 +104,88 @@ inline cudaStream_t stream_of(const CudaLaunch& launch) {
 }
 
 #if !defined(VSSM_CUDA_EMULATION)
+/// What helps against an error of the machine; nothing for any other.
+inline const char* remedy_of(cudaError_t error) {
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+      return "; the kernels were not compiled for this GPU: rebuild them with "
+             "VSSM_CUDA_ARCHITECTURES (of make: CUDA_ARCHITECTURES) for its compute capability";
+    case cudaErrorInsufficientDriver:
+    case cudaErrorUnsupportedPtxVersion:
+      return "; the NVIDIA driver is missing, or older than the CUDA that this library was built "
+             "with: update it, or rebuild with an older CUDA";
+    default:
+      return "";
+  }
+}
+
 /// An error of CUDA's as one of ours; takes it off CUDA's list, where the host would find it.
 inline Status cuda_status(const char* name, cudaError_t error) {
   if (error == cudaSuccess) return {};
   static_cast<void>(cudaGetLastError());
-  return Status::error(name, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+  return Status::error(name, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error),
+                       remedy_of(error));
 }
 #endif
+
+#if !defined(VSSM_CUDA_EMULATION)
+/// While it lives, this thread may call what a capture of a CUDA graph forbids: the first call into
+/// the runtime loads our modules, the first launch a kernel, and loading is such a call. What is
+/// captured stays the same.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() : exchanged_(cudaThreadExchangeStreamCaptureMode(&mode_) == cudaSuccess) {
+    if (!exchanged_) static_cast<void>(cudaGetLastError());  // no driver: the next call says so
+  }
+  ~RelaxedCapture() {
+    if (exchanged_) static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_));
+  }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+  bool exchanged_;
+};
+#endif
+
+/// What kernels are chosen and sized by.
+struct DeviceLimits {
+  int sm_count = 0;
+  int shared_bytes = 0;  // that a block may ask for
+};
+
+/// The current device's; asked once, then remembered. Legal while a CUDA graph is captured.
+inline Status device_limits(const char* name, DeviceLimits* limits) {
+#if defined(VSSM_CUDA_EMULATION)
+  static_cast<void>(name);
+  const emulation::Device device = emulation::device();
+  *limits = {device.sm_count, device.shared_bytes};
+  return {};
+#else
+  constexpr int kDevices = 64;
+  static std::atomic<int64_t> known[kDevices];  // both figures in one, so that no half is seen
+  const RelaxedCapture relaxed;
+  int device = 0;
+  Status status = cuda_status(name, cudaGetDevice(&device));
+  if (!status.ok()) return status;
+  int64_t both = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (both == 0) {
+    int sm_count = 0, shared_bytes = 0;
+    status = cuda_status(name,
+                         cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device));
+    if (!status.ok()) return status;
+    status = cuda_status(name, cudaDeviceGetAttribute(
+                                   &shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    if (!status.ok()) return status;
+    both = (int64_t{sm_count} << 32) | shared_bytes;
+    if (device < kDevices) known[device].store(both, std::memory_order_relaxed);
+  }
+  *limits = {static_cast<int>(both >> 32), static_cast<int>(both & 0xFFFFFFFF)};
+  return {};
+#endif
+}
 
 struct LaunchShape {
   dim3 grid, block;
@@ -131,10 +206,16 @@ Status launch(const char* name, void (*kernel)(Parameters...), const LaunchShape
 #else
   constexpr size_t kWithoutAsking = 48 << 10;  // larger blocks of shared memory must be asked for
   const void* function = reinterpret_cast<const void*>(kernel);
+  const RelaxedCapture relaxed;
   if (shape.shared_bytes > kWithoutAsking) {
-    const Status status = cuda_status(
-        name, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shape.shared_bytes)));
+    // All that the GPU gives, not what this launch needs: the attribute belongs to the kernel, and
+    // another thread may set it between here and the launch. Such a kernel has no static memory.
+    DeviceLimits limits;
+    Status status = device_limits(name, &limits);
+    if (!status.ok()) return status;
+    status = cuda_status(name,
+                         cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              limits.shared_bytes));
     if (!status.ok()) return status;
   }
   return std::apply(
@@ -144,42 +225,6 @@ Status launch(const char* name, void (*kernel)(Parameters...), const LaunchShape
                                                   shape.shared_bytes, stream));
       },
       values);
-#endif
-}
-
-/// What kernels are chosen and sized by.
-struct DeviceLimits {
-  int sm_count = 0;
-  int shared_bytes = 0;  // that a block may ask for
-};
-
-/// The current device's; asked once, then remembered. Legal while a CUDA graph is captured.
-inline Status device_limits(const char* name, DeviceLimits* limits) {
-#if defined(VSSM_CUDA_EMULATION)
-  static_cast<void>(name);
-  const emulation::Device device = emulation::device();
-  *limits = {device.sm_count, device.shared_bytes};
-  return {};
-#else
-  constexpr int kDevices = 64;
-  static std::atomic<int64_t> known[kDevices];  // both figures in one, so that no half is seen
-  int device = 0;
-  Status status = cuda_status(name, cudaGetDevice(&device));
-  if (!status.ok()) return status;
-  int64_t both = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
-  if (both == 0) {
-    int sm_count = 0, shared_bytes = 0;
-    status = cuda_status(name,
-                         cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device));
-    if (!status.ok()) return status;
-    status = cuda_status(name, cudaDeviceGetAttribute(
-                                   &shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    if (!status.ok()) return status;
-    both = (int64_t{sm_count} << 32) | shared_bytes;
-    if (device < kDevices) known[device].store(both, std::memory_order_relaxed);
-  }
-  *limits = {static_cast<int>(both >> 32), static_cast<int>(both & 0xFFFFFFFF)};
-  return {};
 #endif
 }
 

@@ -17,8 +17,13 @@ bool aligned_to_four(const void* data, DType dtype, const SelectiveScanShape& sh
   return shape.d_state % 4 == 0 && reinterpret_cast<uintptr_t>(data) % bytes == 0;
 }
 
-/// Strides of 32 bits keep the address of a row one instruction.
+/// Strides of 32 bits keep the address of a row one instruction; steps are counted past the end.
 Status check_strides(const char* name, const SelectiveScanShape& shape) {
+  constexpr int64_t kMostTokens = INT32_MAX / 2;
+  if (shape.seqlen > kMostTokens) {
+    return Status::error(name, ": seqlen=", shape.seqlen, " is more than ", kMostTokens,
+                         ", what the CUDA kernels take; run it on the CPU, or split the sequence");
+  }
   constexpr int64_t kLongest = INT32_MAX / 8;
   const int64_t widest =
       shape.directions * (shape.d_inner > kMaxDState ? shape.d_inner : kMaxDState);
