@@ -19,7 +19,7 @@ from PIL import Image
 
 import exporter
 from exporter.errors import ArtifactError, VssmError
-from exporter.training import evaluate_data
+from exporter.training import evaluate_data, evaluate_journal
 from exporter.training.evaluate import COLUMNS
 from exporter.training.evaluate_data import find_pictures, fingerprint, load, load_in_order
 from exporter.training.evaluate_journal import Journal, Row
@@ -292,12 +292,57 @@ def test_classes_of_folders(pictures, tmp_path):
         find_pictures(pictures, CLASSES, [*names[:-1], "n"])
     with pytest.raises(ValueError, match=r"is no folder; give one that holds"):
         find_pictures(tmp_path / "absent", CLASSES)
+    with pytest.raises(ValueError, match=r"folder 'a' is named for the classes 1 and 2; name"):
+        find_pictures(pictures, 3, ["b", "a", "a"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no files in its folders"):
         find_pictures(tmp_path, 1)
     other = _copy(pictures, tmp_path / "other")
     (other / "n000" / "000.png").write_bytes(b"another size")
     assert fingerprint(other, found) != fingerprint(pictures, found)
+
+
+def test_odd_names_and_links(export, pictures, tmp_path):
+    odd = _copy(pictures, tmp_path / "odd")
+    source = odd / "n001" / "001.png"
+    names = ['a,b "c".png', "line\nfeed.png", "carriage\rreturn.png", "\u56fe \u00fc.png"]
+    for name in names:
+        (odd / "n002" / name).write_bytes(source.read_bytes())
+    (odd / "n002" / "dangling.png").symlink_to("nowhere")
+    (odd / "n003" / "linked").symlink_to(pictures / "n003")
+    report = _evaluate(export, odd, tmp_path)
+    rows = {r["image"]: r for r in _rows(tmp_path / "found.csv")}
+    assert {f"n002/{name}" for name in names} < set(rows)
+    assert len(rows) == report.images == (CLASSES + 1) * PER_CLASS + len(names) + 1
+    assert [path for path, _ in report.unreadable] == ["n002/dangling.png"]
+    with (tmp_path / "found.csv").open(encoding="utf-8") as file:  # as most programs read it
+        assert sum(1 for _ in csv.reader(file)) == len(rows) + 1
+    (odd / "n003" / "loop").symlink_to(odd)
+    with pytest.raises(ValueError, match=r"n003/loop, a link to .*, a folder that it is in; remo"):
+        _evaluate(export, odd, tmp_path)
+    (odd / "n003" / "loop").unlink()
+    (odd / "n003" / "there").symlink_to(odd / "n005")
+    (odd / "n005" / "back").symlink_to(odd / "n003")
+    with pytest.raises(ValueError, match=r"n003/there/back, a link to .*/n003, a folder that it"):
+        _evaluate(export, odd, tmp_path)
+    (odd / "n003" / "there").unlink()
+    (odd / "n005" / "back").unlink()
+    Path(os.fsdecode(os.fsencode(odd) + b"/n004/\xff.png")).touch()
+    with pytest.raises(ValueError, match=r"'n004/\\udcff.png', whose name is no UTF-8 .*; rename"):
+        _evaluate(export, odd, tmp_path)
+
+
+def test_a_journal_that_was_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    path = tmp_path / "journal"
+    lock = evaluate_journal.fcntl.flock
+
+    def removed(file, operation):
+        path.unlink()
+        lock(file, operation)
+
+    monkeypatch.setattr(evaluate_journal.fcntl, "flock", removed)
+    with pytest.raises(ArtifactError, match=r"is in use by another evaluation"):
+        Journal(path, {})
 
 
 def test_bad_arguments(export, pictures, tmp_path):
