@@ -345,11 +345,20 @@ def test_a_journal_that_was_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
         Journal(path, {})
 
 
+_LOST = (("model.csv", "model.json"), ("bench.csv", "bench.json"), ("model.onnx", "model.onnx"))
+
+
 def test_bad_arguments(export, pictures, tmp_path):
     with pytest.raises(ValueError, match=r"batch=0 is below 1"):
         _evaluate(export, pictures, tmp_path, batch=0)
     with pytest.raises(ValueError, match=r"workers=-1 is below 0"):
         _evaluate(export, pictures, tmp_path, workers=-1)
+    for name in ("found.json", "found"):
+        with pytest.raises(ValueError, match=r"is to be a CSV file.*; give a name that ends in"):
+            _evaluate(export, pictures, tmp_path, results=tmp_path / name)
+    for name, lost in _LOST:
+        with pytest.raises(ValueError, match=rf"would overwrite {lost}, a file of the export; giv"):
+            _evaluate(export, pictures, tmp_path, results=export.directory / name)
     broken = tmp_path / "broken"
     for i in range(CLASSES):
         (broken / f"n{i}").mkdir(parents=True)
