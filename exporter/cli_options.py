@@ -64,8 +64,8 @@ def sizes(name: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def options(pairs: list[str]) -> dict[str, Any]:
-    """Read KEY=VALUE pairs; a value is JSON, or else a text; the last of a key counts.
+def options(pairs: list[str], flag: str = "--set") -> dict[str, Any]:
+    """Read KEY=VALUE pairs of a flag; a value is JSON, or else a text; the last of a key counts.
 
     Raises:
         ValueError: a pair is malformed.
@@ -74,7 +74,8 @@ def options(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"--set {pair}: is not KEY=VALUE; write for example image_size=384")
+            example = "image_size=384" if flag == "--set" else "seed=1"
+            raise ValueError(f"{flag} {pair}: is not KEY=VALUE; write for example {example}")
         try:
             found[key] = json.loads(value)
         except json.JSONDecodeError:
