@@ -7,7 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from exporter.artifact import MODEL_FILE, Artifact, open_artifact
-from exporter.files import EXPORT_FILES, MANIFEST_NAME, check_writable, sha256_of
+from exporter.files import (
+    EXPORT_FILES,
+    MANIFEST_NAME,
+    check_writable,
+    discard_unfinished,
+    sha256_of,
+)
 from exporter.json_files import write_json
 from exporter.manifest_types import Preprocessing
 from exporter.pipeline import open_session
@@ -77,6 +83,8 @@ def evaluate(
         }
         path = target.with_name(f"{target.name}.journal")
         with Journal(path, header, restart=restart) as journal:
+            for file in (target, summary):
+                discard_unfinished(file)
             report = evaluate_session(
                 session,
                 pictures,

@@ -247,6 +247,82 @@ def test_kill_9_loses_nothing(export, pictures, tmp_path, workers):
     assert left == [], "workers outlived their parent"
 
 
+# As in test_finetune: a child ends at its n-th call that changes a file, a write half done; then
+# one goes on.
+_CRASHES = """
+import os
+import sys
+from pathlib import Path
+import onnxruntime
+import exporter
+import exporter.pipeline_evaluate
+
+directory, pictures, output = map(Path, sys.argv[1:])
+
+
+def child(results, crash):
+    number = os.fork()
+    if number == 0:
+        try:
+            evaluate(results, crash)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+
+def evaluate(results, crash):
+    left = crash
+
+    def counted(real):
+        def call(*args, **rest):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                if real.__name__ == "write":
+                    real(args[0], args[1][: len(args[1]) // 2])
+                os._exit(9)
+            return real(*args, **rest)
+
+        return call
+
+    for name in ("write", "ftruncate", "fsync", "replace", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    exporter.evaluate(directory, pictures, batch=16, threads=1, workers=0, results=results)
+
+
+for crash in range(100):
+    (output / str(crash)).mkdir(parents=True)
+    results = output / str(crash) / "found.csv"
+    code = child(results, crash)
+    if code == 0 and crash:
+        break
+    assert code == (9 if crash else 0), (crash, code)
+    assert child(results, 0) == 0, crash
+"""
+
+
+def test_a_crash_at_every_change_of_a_file(export, pictures, tmp_path):
+    script = tmp_path / "crash.py"
+    script.write_text(_CRASHES)
+    done = subprocess.run(
+        [sys.executable, script, export.directory, pictures, tmp_path / "runs"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert len(runs) > 12
+    whole = (tmp_path / "runs" / "0" / "found.csv").read_bytes()
+    for run in runs:
+        assert (run / "found.csv").read_bytes() == whole, run
+        assert json.loads((run / "found.json").read_text())["images"] == CLASSES * PER_CLASS
+        assert sorted(file.name for file in run.iterdir()) == ["found.csv", "found.json"]
+
+
 def test_a_killed_worker_is_an_error(export, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_data, "_begin_worker", _fall)
     with pytest.raises(VssmError, match=r"workers=1: one was killed.*which goes on where this"):
@@ -357,7 +433,7 @@ def test_bad_arguments(export, pictures, tmp_path):
         with pytest.raises(ValueError, match=r"is to be a CSV file.*; give a name that ends in"):
             _evaluate(export, pictures, tmp_path, results=tmp_path / name)
     for name, lost in _LOST:
-        with pytest.raises(ValueError, match=rf"would overwrite {lost}, a file of the export; giv"):
+        with pytest.raises(ValueError, match=rf"would overwrite {lost}, a file of the export"):
             _evaluate(export, pictures, tmp_path, results=export.directory / name)
     broken = tmp_path / "broken"
     for i in range(CLASSES):
