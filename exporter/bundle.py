@@ -88,7 +88,7 @@ def make_bundle(artifact: Artifact, output: Path, request: BundleRequest) -> Bun
         absent |= _put_repositories(artifact, root, request, name=name, labels=labels)
         _put_sources(sources, root / "sources")
         for file in _SERVING_FILES:
-            shutil.copyfile(sources / "examples/triton_server" / file, root / file)
+            shutil.copyfile(sources / "examples/serving" / file, root / file)
         (root / "bundle.env").write_text(_settings(artifact, request, name), encoding="utf-8")
         manifest = BundleManifest(
             name=name,

@@ -64,18 +64,20 @@ def sizes(name: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def options(pairs: list[str], flag: str = "--set") -> dict[str, Any]:
-    """Read KEY=VALUE pairs of a flag; a value is JSON, or else a text; the last of a key counts.
+def options(pairs: list[str], name: str = "--set") -> dict[str, Any]:
+    """Read KEY=VALUE pairs; a value is JSON, or else a text; the last of a key counts.
+
+    `name` is the option that has them, for errors.
 
     Raises:
         ValueError: a pair is malformed.
     """
+    example = "image_size=384" if name == "--set" else "epochs=3"
     found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            example = "image_size=384" if flag == "--set" else "seed=1"
-            raise ValueError(f"{flag} {pair}: is not KEY=VALUE; write for example {example}")
+            raise ValueError(f"{name} {pair}: is not KEY=VALUE; write for example {example}")
         try:
             found[key] = json.loads(value)
         except json.JSONDecodeError:

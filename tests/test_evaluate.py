@@ -385,12 +385,14 @@ def test_odd_names_and_links(export, pictures, tmp_path):
     for name in names:
         (odd / "n002" / name).write_bytes(source.read_bytes())
     (odd / "n002" / "dangling.png").symlink_to("nowhere")
+    os.mkfifo(odd / "n002" / "pipe.png")
     (odd / "n003" / "linked").symlink_to(pictures / "n003")
     report = _evaluate(export, odd, tmp_path)
     rows = {r["image"]: r for r in _rows(tmp_path / "found.csv")}
     assert {f"n002/{name}" for name in names} < set(rows)
-    assert len(rows) == report.images == (CLASSES + 1) * PER_CLASS + len(names) + 1
-    assert [path for path, _ in report.unreadable] == ["n002/dangling.png"]
+    assert len(rows) == report.images == (CLASSES + 1) * PER_CLASS + len(names) + 2
+    assert [path for path, _ in report.unreadable] == ["n002/dangling.png", "n002/pipe.png"]
+    assert "is a pipe or device" in report.unreadable[1][1]
     with (tmp_path / "found.csv").open(encoding="utf-8") as file:  # as most programs read it
         assert sum(1 for _ in csv.reader(file)) == len(rows) + 1
     (odd / "n003" / "loop").symlink_to(odd)

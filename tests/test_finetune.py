@@ -489,7 +489,7 @@ def test_command(data, checkpoint, tmp_path, vssm: Run):
     assert vssm("finetune", *MODEL, *given, "--recipe=lr=1") == 2
     assert "--recipe lr: this number has an option of its own" in vssm.out
     assert vssm("finetune", *MODEL, *given, "--recipe=epochs") == 2
-    assert "--recipe epochs: is not KEY=VALUE; write for example seed=1" in vssm.out
+    assert "--recipe epochs: is not KEY=VALUE; write for example" in vssm.out
 
 
 def test_masked_tokens(data, checkpoint, tmp_path):

@@ -21,13 +21,7 @@ import pytest
 from exporter._version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = (
-    "CMakeLists.txt",
-    "exporter/_version.py",
-    "plugins",
-    "examples/cpp",
-    "examples/triton_server",
-)
+SOURCES = ("CMakeLists.txt", "exporter/_version.py", "plugins", "examples/cpp", "examples/serving")
 LIBRARY = "exporter/lib/libvssm_onnxruntime.so"
 _tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 _PIN = re.compile(r'[a-z0-9.-]+==[0-9][0-9a-z.]*( ; python_version (>=|<) "3\.\d+")?')
@@ -115,7 +109,7 @@ def test_sdist_holds_what_a_build_needs(dist: Path) -> None:
     build = {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml"}
     assert build | _sources("exporter", "plugins") <= names
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    assert _sources("examples/cpp", "examples/triton_server") <= names
+    assert _sources("examples/cpp", "examples/serving") <= names
     assert folders == {"benchmarks", "examples", "exporter", "plugins"}
     assert not [name for name in names if name.startswith("benchmarks/results")]
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
