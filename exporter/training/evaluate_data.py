@@ -63,12 +63,13 @@ def find_pictures(
     if not root.is_dir():
         raise ValueError(f"images={root} is no folder; give one that holds a folder for each class")
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    _check_distinct(classes or ())
     if classes is None and len(folders) != num_classes:
         raise ValueError(
             f"images={root} holds {len(folders)} folders, but the model has {num_classes} classes; "
             "give one for each, or name the folder of every class in a file with --classes"
         )
-    index = _index(folders if classes is None else classes)
+    index = {name: i for i, name in enumerate(folders if classes is None else classes)}
     if unknown := sorted(set(folders) - set(index)):
         raise ValueError(
             f"images={root} holds the folder {unknown[0]!r}, which is no class of the file; name "
@@ -78,18 +79,6 @@ def find_pictures(
     if not pictures:
         raise ValueError(f"images={root} holds no files in its folders; give the images")
     return pictures
-
-
-def _index(classes: Sequence[str]) -> dict[str, int]:
-    """The class of each folder."""
-    index = {name: i for i, name in enumerate(classes)}
-    if len(index) != len(classes):
-        i = next(i for i, name in enumerate(classes) if index[name] != i)
-        raise ValueError(
-            f"classes: the folder {classes[i]!r} is named for the classes {i} and "
-            f"{index[classes[i]]}; name a folder of its own for each"
-        )
-    return index
 
 
 def fingerprint(root: Path, pictures: Sequence[Picture]) -> str:
@@ -159,6 +148,15 @@ def in_order(
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_distinct(classes: Sequence[str]) -> None:
+    for i, name in enumerate(classes):
+        if name in classes[:i]:
+            raise ValueError(
+                f"classes: the folder {name!r} is named for the classes {classes.index(name)} and "
+                f"{i}; name a folder of its own for each"
+            )
 
 
 def _files(root: Path, folders: Sequence[str]) -> list[str]:
