@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from PIL import Image
 
 import exporter
 from exporter.errors import ArtifactError, VssmError
-from exporter.training import evaluate_data, evaluate_journal
+from exporter.training import evaluate_data
 from exporter.training.evaluate import COLUMNS
 from exporter.training.evaluate_data import find_pictures, fingerprint, load, load_in_order
 from exporter.training.evaluate_journal import Journal, Row
@@ -412,13 +413,13 @@ def test_odd_names_and_links(export, pictures, tmp_path):
 
 def test_a_journal_that_was_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
     path = tmp_path / "journal"
-    lock = evaluate_journal.fcntl.flock
+    lock = fcntl.flock
 
     def removed(file, operation):
         path.unlink()
         lock(file, operation)
 
-    monkeypatch.setattr(evaluate_journal.fcntl, "flock", removed)
+    monkeypatch.setattr(fcntl, "flock", removed)
     with pytest.raises(ArtifactError, match=r"is in use by another evaluation"):
         Journal(path, {})
 

@@ -151,11 +151,12 @@ def in_order(
 
 
 def _check_distinct(classes: Sequence[str]) -> None:
+    first: dict[str, int] = {}
     for i, name in enumerate(classes):
-        if name in classes[:i]:
+        if first.setdefault(name, i) != i:
             raise ValueError(
-                f"classes: the folder {name!r} is named for the classes {classes.index(name)} and "
-                f"{i}; name a folder of its own for each"
+                f"classes: the folder {name!r} is named for the classes {first[name]} and {i}; "
+                "name a folder of its own for each"
             )
 
 
