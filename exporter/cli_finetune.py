@@ -107,7 +107,7 @@ def finetune(
 
 def _recipe(pairs: list[str], named: dict[str, Any]) -> Recipe:
     """The recipe from KEY=VALUE pairs, and the numbers that have options of their own."""
-    given = options(pairs)
+    given = options(pairs, "--recipe")
     if twice := sorted(set(given) & set(named)):
         raise ValueError(f"--recipe {twice[0]}: this number has an option of its own; --{twice[0]}")
     return Recipe.of({**named, **given})

@@ -64,17 +64,20 @@ def sizes(name: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def options(pairs: list[str]) -> dict[str, Any]:
+def options(pairs: list[str], name: str = "--set") -> dict[str, Any]:
     """Read KEY=VALUE pairs; a value is JSON, or else a text; the last of a key counts.
+
+    `name` is the option that has them, for errors.
 
     Raises:
         ValueError: a pair is malformed.
     """
+    example = "image_size=384" if name == "--set" else "epochs=3"
     found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"--set {pair}: is not KEY=VALUE; write for example image_size=384")
+            raise ValueError(f"{name} {pair}: is not KEY=VALUE; write for example {example}")
         try:
             found[key] = json.loads(value)
         except json.JSONDecodeError:

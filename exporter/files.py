@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -89,6 +90,13 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def discard_unfinished(path: str | os.PathLike[str]) -> None:
+    """Delete what killed processes left of writing `path`; the caller keeps others from writing."""
+    target = Path(path)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.vssm-*"):
+        _discard(left)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -7,7 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from exporter.artifact import MODEL_FILE, Artifact, open_artifact
-from exporter.files import MANIFEST_NAME, check_writable, sha256_of
+from exporter.files import (
+    EXPORT_FILES,
+    MANIFEST_NAME,
+    check_writable,
+    discard_unfinished,
+    sha256_of,
+)
 from exporter.json_files import write_json
 from exporter.manifest_types import Preprocessing
 from exporter.pipeline import open_session
@@ -17,6 +23,7 @@ from exporter.training.evaluate_data import find_pictures, fingerprint
 from exporter.training.evaluate_journal import Journal
 
 RESULTS_FILE = "evaluate.csv"
+_OWN_FILES = (RESULTS_FILE, "evaluate.json")
 _MAX_WORKERS = 4  # by default: more than a model on a few cores can use
 
 
@@ -63,9 +70,7 @@ def evaluate(
     opened, root = open_artifact(artifact, only=(MODEL_FILE,)), Path(images)
     spec = _preprocessing(opened)
     target = opened.directory / RESULTS_FILE if results is None else Path(results)
-    summary = target.with_suffix(".json")
-    check_writable(target)
-    check_writable(summary)
+    summary = _summary_of(target, opened)
     num_classes = int(opened.manifest.outputs[0].shape[1])
     names = None if classes is None else read_labels(classes, num_classes)
     pictures = find_pictures(root, num_classes, names)
@@ -78,6 +83,8 @@ def evaluate(
         }
         path = target.with_name(f"{target.name}.journal")
         with Journal(path, header, restart=restart) as journal:
+            for file in (target, summary):
+                discard_unfinished(file)
             report = evaluate_session(
                 session,
                 pictures,
@@ -103,6 +110,24 @@ def _checked(batch: int, workers: int | None) -> int:
     if workers < 0:
         raise ValueError(f"workers={workers} is below 0; 0 loads images in this process")
     return workers
+
+
+def _summary_of(results: Path, artifact: Artifact) -> Path:
+    """The report's file beside the results; neither may take the place of what is there."""
+    if results.suffix == ".json" or not results.suffix:
+        raise ValueError(
+            f"results={results} is to be a CSV file, and the report goes beside it with the suffix "
+            ".json; give a name that ends in .csv"
+        )
+    summary = results.with_suffix(".json")
+    for path in (results, summary):
+        check_writable(path)
+        kept = {MANIFEST_NAME, *artifact.manifest.files, *EXPORT_FILES} - set(_OWN_FILES)
+        if path.name in kept and path.parent.resolve() == artifact.directory.resolve():
+            raise ValueError(
+                f"results={results} would overwrite {path.name}, a file of the export; give another"
+            )
+    return summary
 
 
 def _preprocessing(artifact: Artifact) -> Preprocessing:

@@ -175,6 +175,9 @@ def open_rgb(image: ImageInput) -> Image.Image:
             f"image={type(image).__name__} is no path, PIL image or uint8 array; pass one of these"
         )
     name = f"image={os.fspath(image)}"
+    if os.path.exists(image) and not os.path.isfile(image) and not os.path.isdir(image):
+        # A named pipe would be waited for, perhaps for ever.
+        raise ValueError(f"{name} is a pipe or device, which has no whole image; {_REMEDY}")
     Image.init()
     try:
         with Image.open(image, formats=[f for f in _FORMATS if f in Image.OPEN]) as opened:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import signal
@@ -247,6 +248,82 @@ def test_kill_9_loses_nothing(export, pictures, tmp_path, workers):
     assert left == [], "workers outlived their parent"
 
 
+# As in test_finetune: a child ends at its n-th call that changes a file, a write half done; then
+# one goes on.
+_CRASHES = """
+import os
+import sys
+from pathlib import Path
+import onnxruntime
+import exporter
+import exporter.pipeline_evaluate
+
+directory, pictures, output = map(Path, sys.argv[1:])
+
+
+def child(results, crash):
+    number = os.fork()
+    if number == 0:
+        try:
+            evaluate(results, crash)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+
+def evaluate(results, crash):
+    left = crash
+
+    def counted(real):
+        def call(*args, **rest):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                if real.__name__ == "write":
+                    real(args[0], args[1][: len(args[1]) // 2])
+                os._exit(9)
+            return real(*args, **rest)
+
+        return call
+
+    for name in ("write", "ftruncate", "fsync", "replace", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    exporter.evaluate(directory, pictures, batch=16, threads=1, workers=0, results=results)
+
+
+for crash in range(100):
+    (output / str(crash)).mkdir(parents=True)
+    results = output / str(crash) / "found.csv"
+    code = child(results, crash)
+    if code == 0 and crash:
+        break
+    assert code == (9 if crash else 0), (crash, code)
+    assert child(results, 0) == 0, crash
+"""
+
+
+def test_a_crash_at_every_change_of_a_file(export, pictures, tmp_path):
+    script = tmp_path / "crash.py"
+    script.write_text(_CRASHES)
+    done = subprocess.run(
+        [sys.executable, script, export.directory, pictures, tmp_path / "runs"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert len(runs) > 12
+    whole = (tmp_path / "runs" / "0" / "found.csv").read_bytes()
+    for run in runs:
+        assert (run / "found.csv").read_bytes() == whole, run
+        assert json.loads((run / "found.json").read_text())["images"] == CLASSES * PER_CLASS
+        assert sorted(file.name for file in run.iterdir()) == ["found.csv", "found.json"]
+
+
 def test_a_killed_worker_is_an_error(export, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_data, "_begin_worker", _fall)
     with pytest.raises(VssmError, match=r"workers=1: one was killed.*which goes on where this"):
@@ -292,6 +369,8 @@ def test_classes_of_folders(pictures, tmp_path):
         find_pictures(pictures, CLASSES, [*names[:-1], "n"])
     with pytest.raises(ValueError, match=r"is no folder; give one that holds"):
         find_pictures(tmp_path / "absent", CLASSES)
+    with pytest.raises(ValueError, match=r"folder 'a' is named for the classes 1 and 2; name"):
+        find_pictures(pictures, 3, ["b", "a", "a"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no files in its folders"):
         find_pictures(tmp_path, 1)
@@ -300,11 +379,65 @@ def test_classes_of_folders(pictures, tmp_path):
     assert fingerprint(other, found) != fingerprint(pictures, found)
 
 
+def test_odd_names_and_links(export, pictures, tmp_path):
+    odd = _copy(pictures, tmp_path / "odd")
+    source = odd / "n001" / "001.png"
+    names = ['a,b "c".png', "line\nfeed.png", "carriage\rreturn.png", "\u56fe \u00fc.png"]
+    for name in names:
+        (odd / "n002" / name).write_bytes(source.read_bytes())
+    (odd / "n002" / "dangling.png").symlink_to("nowhere")
+    os.mkfifo(odd / "n002" / "pipe.png")
+    (odd / "n003" / "linked").symlink_to(pictures / "n003")
+    report = _evaluate(export, odd, tmp_path)
+    rows = {r["image"]: r for r in _rows(tmp_path / "found.csv")}
+    assert {f"n002/{name}" for name in names} < set(rows)
+    assert len(rows) == report.images == (CLASSES + 1) * PER_CLASS + len(names) + 2
+    assert [path for path, _ in report.unreadable] == ["n002/dangling.png", "n002/pipe.png"]
+    assert "is a pipe or device" in report.unreadable[1][1]
+    with (tmp_path / "found.csv").open(encoding="utf-8") as file:  # as most programs read it
+        assert sum(1 for _ in csv.reader(file)) == len(rows) + 1
+    (odd / "n003" / "loop").symlink_to(odd)
+    with pytest.raises(ValueError, match=r"n003/loop, a link to .*, a folder that it is in; remo"):
+        _evaluate(export, odd, tmp_path)
+    (odd / "n003" / "loop").unlink()
+    (odd / "n003" / "there").symlink_to(odd / "n005")
+    (odd / "n005" / "back").symlink_to(odd / "n003")
+    with pytest.raises(ValueError, match=r"n003/there/back, a link to .*/n003, a folder that it"):
+        _evaluate(export, odd, tmp_path)
+    (odd / "n003" / "there").unlink()
+    (odd / "n005" / "back").unlink()
+    Path(os.fsdecode(os.fsencode(odd) + b"/n004/\xff.png")).touch()
+    with pytest.raises(ValueError, match=r"'n004/\\udcff.png', whose name is no UTF-8 .*; rename"):
+        _evaluate(export, odd, tmp_path)
+
+
+def test_a_journal_that_was_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    path = tmp_path / "journal"
+    lock = fcntl.flock
+
+    def removed(file, operation):
+        path.unlink()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed)
+    with pytest.raises(ArtifactError, match=r"is in use by another evaluation"):
+        Journal(path, {})
+
+
+_LOST = (("model.csv", "model.json"), ("bench.csv", "bench.json"), ("model.onnx", "model.onnx"))
+
+
 def test_bad_arguments(export, pictures, tmp_path):
     with pytest.raises(ValueError, match=r"batch=0 is below 1"):
         _evaluate(export, pictures, tmp_path, batch=0)
     with pytest.raises(ValueError, match=r"workers=-1 is below 0"):
         _evaluate(export, pictures, tmp_path, workers=-1)
+    for name in ("found.json", "found"):
+        with pytest.raises(ValueError, match=r"is to be a CSV file.*; give a name that ends in"):
+            _evaluate(export, pictures, tmp_path, results=tmp_path / name)
+    for name, lost in _LOST:
+        with pytest.raises(ValueError, match=rf"would overwrite {lost}, a file of the export"):
+            _evaluate(export, pictures, tmp_path, results=export.directory / name)
     broken = tmp_path / "broken"
     for i in range(CLASSES):
         (broken / f"n{i}").mkdir(parents=True)

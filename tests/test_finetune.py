@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,8 @@ from exporter.training.augment import Example, load_batch
 from exporter.training.evaluate_data import find_pictures
 from exporter.training.finetune_log import RunLog, has_tensorboard
 from exporter.training.finetune_parallel import Group
+from exporter.training.finetune_state import State
+from exporter.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ("finetuned.safetensors", "finetuned_ema.safetensors", "log.csv", "state.safetensors")
@@ -117,6 +120,21 @@ def test_a_step_is_adamw_on_the_mean_gradient(data, checkpoint, tmp_path):
         torch.testing.assert_close(found[key][clear], expected[clear], rtol=1e-4, atol=2e-6)
         mean = 0.9 * before[key] + 0.1 * found[key]
         torch.testing.assert_close(average[key], mean, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["vim_tiny", "plain_mamba_l1", "vmamba_tiny_s1l8"])
+def test_every_matrix_decays_and_nothing_else(name):
+    model = exporter.create_model(name)
+    state = State.begin(model, Recipe(weight_decay=0.3))
+    decayed, kept = state.optimizer.param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    keys = {id(p): key for key, p in model.named_parameters()}
+    assert len(decayed["params"]) + len(kept["params"]) == len(keys)
+    assert all(p.dim() > 1 and keys[id(p)].endswith("weight") for p in decayed["params"])
+    # VMamba's bias is a stack of vectors.
+    others = "A_log|A_b_log|A_logs|Bs|pos_embed|cls_token|dt_projs_bias"
+    for parameter in kept["params"]:
+        assert parameter.dim() < 2 or re.search(rf"(^|[._])({others})$", keys[id(parameter)])
 
 
 def test_equal_runs_are_equal_to_the_bit(data, checkpoint, tmp_path, whole):
@@ -470,6 +488,8 @@ def test_command(data, checkpoint, tmp_path, vssm: Run):
     assert "is of another run: ema=0.5, now 0.99996; give --resume the arguments" in vssm.out
     assert vssm("finetune", *MODEL, *given, "--recipe=lr=1") == 2
     assert "--recipe lr: this number has an option of its own" in vssm.out
+    assert vssm("finetune", *MODEL, *given, "--recipe=epochs") == 2
+    assert "--recipe epochs: is not KEY=VALUE; write for example" in vssm.out
 
 
 def test_masked_tokens(data, checkpoint, tmp_path):

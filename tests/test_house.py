@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -288,3 +289,12 @@ def test_every_comparison_has_a_tolerance() -> None:
 )
 def test_bare_allclose_is_found(call: str, bare: bool) -> None:
     assert len(house_text.bare_allclose("a.py", call)) == int(bare)
+
+
+@pytest.mark.parametrize("scripts", ["examples", "benchmarks", "docs"])
+def test_no_folder_beside_a_script_hides_a_package(scripts: str) -> None:
+    """Python puts a script's folder first: examples/triton was taken for the package triton."""
+    packages = {*importlib.metadata.packages_distributions(), "triton", "tensorrt", "mamba_ssm"}
+    folders = {p.name for p in (house.ROOT / scripts).iterdir() if p.is_dir()}
+    assert "cpp" in folders or scripts != "examples"
+    _nothing(sorted(folders & {*packages, *sys.stdlib_module_names}))

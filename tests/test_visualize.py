@@ -190,7 +190,7 @@ def test_pruned_patches_are_seen():
     assert whole == 0
     assert half > 1000
     maps = {"block 1": {"a": np.where(here, 1.0, np.nan), "b": np.full((4, 4), np.nan)}}
-    assert len(attention_figure(picture, maps, unit="%")) > 1000
+    assert len(attention_figure(picture, maps, unit="%", title="a")) > 1000
 
 
 def _purple(png):

@@ -156,9 +156,12 @@ def _row(picture: Picture, logits: Array) -> Row:
 
 def _write(path: Path, pictures: Sequence[Picture], rows: Sequence[Row]) -> None:
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    plain = csv.writer(text, lineterminator="\n")
+    # Python before 3.13 leaves a lone "\r" unquoted, which readers take for the end of a row.
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    plain.writerow(COLUMNS)
     for picture, row in zip(pictures, rows, strict=True):
+        writer = quoted if "\r" in f"{picture.path}{row.error}" else plain
         if row.error is not None:
             writer.writerow((picture.path, picture.target, "", "", "", "", "", "", row.error))
             continue

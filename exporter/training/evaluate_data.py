@@ -57,11 +57,13 @@ def find_pictures(
         classes: the folder of each class.
 
     Raises:
-        ValueError: there are no images, or the folders are not the model's classes.
+        ValueError: there are no images, the folders are not the model's classes, or a name cannot
+            be written down.
     """
     if not root.is_dir():
         raise ValueError(f"images={root} is no folder; give one that holds a folder for each class")
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    _check_distinct(classes or ())
     if classes is None and len(folders) != num_classes:
         raise ValueError(
             f"images={root} holds {len(folders)} folders, but the model has {num_classes} classes; "
@@ -80,10 +82,13 @@ def find_pictures(
 
 
 def fingerprint(root: Path, pictures: Sequence[Picture]) -> str:
-    """SHA-256 over paths, classes and sizes in bytes."""
+    """SHA-256 over paths, classes and sizes in bytes; a link to nothing has size -1."""
     digest = hashlib.sha256()
     for picture in pictures:
-        size = (root / picture.path).stat().st_size
+        try:
+            size = (root / picture.path).stat().st_size
+        except OSError:
+            size = -1
         digest.update(f"{picture.path}\0{picture.target}\0{size}\n".encode())
     return digest.hexdigest()
 
@@ -145,14 +150,42 @@ def in_order(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _check_distinct(classes: Sequence[str]) -> None:
+    first: dict[str, int] = {}
+    for i, name in enumerate(classes):
+        if first.setdefault(name, i) != i:
+            raise ValueError(
+                f"classes: the folder {name!r} is named for the classes {first[name]} and {i}; "
+                "name a folder of its own for each"
+            )
+
+
 def _files(root: Path, folders: Sequence[str]) -> list[str]:
     found = []
     for name in folders:
         for folder, inner, files in os.walk(root / name, followlinks=True):
+            _check_no_loop(root, folder)
             inner[:] = [n for n in inner if not n.startswith(".")]
             place = Path(folder).relative_to(root)
             found += [(place / file).as_posix() for file in files if not file.startswith(".")]
+    for path in found:
+        if any("\ud800" <= letter <= "\udfff" for letter in path):
+            raise ValueError(
+                f"images={root} holds {path!r}, whose name is no UTF-8 and cannot be written into "
+                "results; rename it"
+            )
     return sorted(found)
+
+
+def _check_no_loop(root: Path, folder: str) -> None:
+    """Refuse a link to a folder that the link itself lies in: it would be walked for ever."""
+    if not os.path.islink(folder):
+        return
+    target = Path(folder).resolve()
+    if any(parent.resolve().is_relative_to(target) for parent in Path(folder).parents):
+        raise ValueError(
+            f"images={root} holds {folder}, a link to {target}, a folder that it is in; remove it"
+        )
 
 
 def _begin_worker() -> None:

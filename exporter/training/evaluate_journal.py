@@ -89,6 +89,9 @@ class Journal:
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # One that ended just now has removed the file that was opened: its lock holds nobody.
+            if not os.path.samestat(os.fstat(self._file), os.stat(self.path)):
+                raise BlockingIOError
         except OSError as error:
             raise ArtifactError(
                 f"path={self.path} is in use by another evaluation; wait for it, or give other "

@@ -5,7 +5,6 @@ The CSV file has no times, so a run that was stopped leaves the same bytes as on
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import importlib.util
 import os
@@ -16,6 +15,7 @@ from typing import Any
 from typing_extensions import Self
 
 from exporter.errors import ArtifactError
+from exporter.files import discard_unfinished
 
 COLUMNS = ("step", "epoch", "lr", "loss")
 _HEAD = (",".join(COLUMNS) + "\n").encode()
@@ -153,6 +153,4 @@ def remove_leftovers(directory: Path) -> None:
     """Delete the unfinished files that a killed run left beside those of `files.atomic_path`."""
     names = ("state", "finetuned", "finetuned_ema")
     for name in (*(f"{name}.safetensors" for name in names), "finetune.json"):
-        for path in directory.glob(f".{name}.vssm-*"):
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+        discard_unfinished(directory / name)

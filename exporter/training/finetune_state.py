@@ -137,7 +137,8 @@ def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]]:
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        matrix = parameter.dim() >= 2 and name.endswith(".weight")
+        # VMamba's and GroupMamba's stacks have no module: x_proj_weight, dt_projs_weight.
+        matrix = parameter.dim() >= 2 and name.endswith("weight")
         (decayed if matrix else kept).append(parameter)
     return [
         {"params": decayed, "weight_decay": recipe.weight_decay},

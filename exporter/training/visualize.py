@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,10 +67,17 @@ def explain(
     shown = (
         _checked(blocks, len(told.blocks)) if blocks else _default_blocks(last, len(told.blocks))
     )
+    readout = "class token" if told.blocks[0].class_places else "mean over tokens"
+    place = "output at the class token" if readout == "class token" else readout
+    title = f"What every token weighs in the scan's {place}"
+    split = f"{title},\nby direction, block {shown[-1]}"
+    by_direction = _by_direction(traces, shown[-1])
     figures = {
-        "importance": importance_figure(picture, _importance(told)),
-        "attention": attention_figure(picture, _attention(traces, shown), unit=_UNIT),
-        "directions": attention_figure(picture, _by_direction(traces, shown[-1]), unit=_UNIT),
+        "importance": importance_figure(
+            picture, _importance(told, last.stages), variant=list(models)[-1]
+        ),
+        "attention": attention_figure(picture, _attention(traces, shown), unit=_UNIT, title=title),
+        "directions": attention_figure(picture, by_direction, unit=_UNIT, title=split),
         "walks": walks_figure(
             picture, [_walks(told.blocks[i]) for i in _ends(told)], told.blocks[-1].grid
         ),
@@ -78,7 +85,6 @@ def explain(
     if last.stages:
         kept = {n: _kept(models[n], t) for n, t in traces.items() if models[n].stages}
         figures = {"kept": kept_figure(picture, kept), **figures}
-    readout = "class token" if told.blocks[0].class_places else "mean over tokens"
     return Explanation(figures, readout, shown, {n: _numbers(t, told) for n, t in traces.items()})
 
 
@@ -104,8 +110,11 @@ def _ends(told: Trace) -> list[int]:
     return [same[0], same[-1]] if pruned else [same[-1]]
 
 
-def _importance(told: Trace) -> list[tuple[str, Array]]:
-    return [(f"block {b.number}", _map(b, b.importance())) for b in told.blocks]
+def _importance(told: Trace, stages: Container[int]) -> list[tuple[str, Array]]:
+    return [
+        (f"block {b.number}{', prunes' * (b.number in stages)}", _map(b, b.importance()))
+        for b in told.blocks
+    ]
 
 
 def _attention(traces: Mapping[str, Trace], shown: Sequence[int]) -> dict[str, dict[str, Array]]:
@@ -124,7 +133,7 @@ def _by_direction(traces: Mapping[str, Trace], number: int) -> dict[str, dict[st
     for name, t in traces.items():
         block = t.blocks[number - 1]
         share = _share(block.attention())
-        found[f"{name}, block {number}"] = {
+        found[name] = {
             title: _map(block, share[:, k]) for k, title in enumerate(_titles(share.shape[1]))
         }
     return found

@@ -62,11 +62,11 @@ def kept_figure(picture: Array, kept: Mapping[str, Sequence[tuple[str, Array]]])
         for axis in row[1 + len(stages) :]:
             axis.set_visible(False)
     axes[0][0].set_title("image", fontsize=9)
-    return _png(figure)
+    return _png(figure, "Patches kept after every stage (purple: pruned)")
 
 
-def importance_figure(picture: Array, maps: Sequence[tuple[str, Array]]) -> bytes:
-    """Score maps of all blocks, each on its own scale; NaN where a token is gone."""
+def importance_figure(picture: Array, maps: Sequence[tuple[str, Array]], *, variant: str) -> bytes:
+    """Score maps of all blocks of a variant, each on its own scale; NaN where a token is gone."""
     panels = 1 + len(maps)
     rows = math.ceil(panels / _ACROSS)
     figure, axes = _panels(rows, math.ceil(panels / rows))
@@ -81,11 +81,11 @@ def importance_figure(picture: Array, maps: Sequence[tuple[str, Array]]) -> byte
     bar = figure.colorbar(shown, ax=flat, shrink=0.6, pad=0.01, ticks=_limits([values]))
     bar.ax.set_yticklabels(["least", "most"])
     bar.set_label("importance, each map on its own scale", fontsize=9)
-    return _png(figure)
+    return _png(figure, f"Importance of every token, {variant}{_grey([m for _, m in maps])}")
 
 
 def attention_figure(
-    picture: Array, maps: Mapping[str, Mapping[str, Array]], *, unit: str
+    picture: Array, maps: Mapping[str, Mapping[str, Array]], *, unit: str, title: str
 ) -> bytes:
     """Attention maps: a row for each row's name, a column for each variant or direction.
 
@@ -95,6 +95,7 @@ def attention_figure(
         picture: (height, width, 3) in [0, 1].
         maps: by row and column, values (rows, columns), NaN where a token is gone.
         unit: what the colour bar measures.
+        title: above all.
     """
     columns = 1 + max(map(len, maps.values()))
     figure, axes = _panels(len(maps), columns)
@@ -102,16 +103,21 @@ def attention_figure(
         row[0].imshow(picture)
         _label(row[0], name)
         limits = _limits(list(panels.values()))
-        for axis, (title, values) in zip(row[1:], panels.items(), strict=False):
+        for axis, (column, values) in zip(row[1:], panels.items(), strict=False):
             shown = _heat(axis, picture, values, limits=limits)
-            axis.set_title(title, fontsize=9)
+            axis.set_title(column, fontsize=9)
         for axis in row[1 + len(panels) :]:
             axis.set_visible(False)
-        bar = figure.colorbar(shown, ax=list(row), shrink=0.8, pad=0.01)
+        # The arrow says that the brightest tokens lie above the scale's end.
+        beyond = any(np.nanmax(values, initial=-np.inf) > limits[1] for values in panels.values())
+        bar = figure.colorbar(
+            shown, ax=list(row), shrink=0.8, pad=0.01, extend="max" if beyond else "neither"
+        )
         bar.set_label(unit, fontsize=8)
         bar.ax.tick_params(labelsize=7)
     axes[0][0].set_title("image", fontsize=9)
-    return _png(figure)
+    everything = [values for panels in maps.values() for values in panels.values()]
+    return _png(figure, f"{title}{_grey(everything)}")
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,9 @@ def walks_figure(picture: Array, walks: Sequence[Sequence[Walk]], grid: tuple[in
                 )
             axis.scatter(walk.column, walk.row, c=shade, cmap=_MAP, s=7, zorder=3)
             axis.set_title(walk.title, fontsize=9)
-    return _png(figure)
+    jumps = any(np.any(walk.gap[1:] > 1) for some in walks for walk in some)
+    rest = "\n(dotted: over pruned places)" if jumps else ""
+    return _png(figure, f"How the scan walks, dark to light{rest}")
 
 
 def _panels(rows: int, columns: int, *, side: float = _SIDE) -> tuple[Figure, list[list[Axes]]]:
@@ -216,7 +224,13 @@ def _cells(picture: Array, here: Array) -> Iterator[tuple[int, int, int, int, bo
             yield down[i], down[i + 1], across[j], across[j + 1], bool(here[i, j])
 
 
-def _png(figure: Figure) -> bytes:
+def _grey(maps: Sequence[Array]) -> str:
+    """What the title says of pruned places, where there are any."""
+    return "; grey: pruned" if any(np.isnan(m).any() for m in maps) else ""
+
+
+def _png(figure: Figure, title: str) -> bytes:
+    figure.suptitle(title, fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     return buffer.getvalue()

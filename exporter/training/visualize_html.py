@@ -13,6 +13,13 @@ th, td { border-bottom: 1px solid #ddd; padding: .25em .8em; text-align: left }
 img { max-width: 100%; height: auto; display: block } figure { margin: 1.5em 0 }
 figcaption { max-width: 48em }
 """
+HEADINGS = {
+    "kept": "Kept tokens",
+    "importance": "Importance",
+    "attention": "Effective attention",
+    "directions": "Effective attention by direction",
+    "walks": "Walks of the scan",
+}
 CAPTIONS = {
     "kept": "Tokens kept after every stage; pruned patches are purple.",
     "importance": "Importance of every token in every block, mean over channels of max(0, y) of "
@@ -20,7 +27,8 @@ CAPTIONS = {
     "places are grey.",
     "attention": "Effective attention of the scan: what each token's input weighs in the scan's "
     "output at the {readout}, mean over channels of |w|, directions added, in percent of the sum. "
-    "Computed from the recurrence, gaps included; a row shares its colour scale.",
+    "Computed from the recurrence, gaps included; a row shares its colour scale, which ends at the "
+    "99th percentile of its values. Pruned places are grey.",
     "directions": "The same, each direction of the scan by itself.",
     "walks": "How the directions walk the tokens in the last variant, from dark to light; dotted "
     "vermilion steps jump over pruned places, which alignment counts and plain removal forgets. "
@@ -67,6 +75,7 @@ def _figure(name: str, png: bytes, readout: str) -> str:
     data = base64.b64encode(png).decode()
     caption = html.escape(CAPTIONS[name].format(readout=readout))
     return (
-        f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
+        f"<h3>{HEADINGS[name]}</h3>"
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
