@@ -184,11 +184,11 @@ def _rows(
     from exporter.training.ablate_plan import Published, published
     from exporter.training.ablate_report import make_row
 
+    standard = _is_standard(subject)  # of other sizes of a model nothing is published
     rows = []
     for line in plan.lines:
-        printed = published(subject.name, line.keys[0], schedule)
-        # Other sizes of a model are not the paper's: nothing is published of them.
-        printed = printed if _is_standard(subject) else Published(None, None)
+        key = line.keys[0]
+        printed = published(subject.name, key, schedule) if standard else Published(None, None)
         for tuned in (False, True):
             row = make_row(line, measured, tuned=tuned, weights=subject.weights, published=printed)
             rows += [] if row is None else [row]
