@@ -368,6 +368,7 @@ def test_refusals(vssm, data, checkpoints, tmp_path, monkeypatch):
             *train,
             "--recipe=epochs",
         ],
+        "recipe: distil=1.0 makes the dense model the teacher": [*train, "--recipe=distil=1"],
         "recipe: batch=512 is more than the 42 images of train=": ["--train", data],
         f"train={tmp_path / 'one'} holds 1 folders, but the model": ["--train", tmp_path / "one"],
         f"train={tmp_path / 'none'} is no folder": ["--train", tmp_path / "none"],
@@ -407,6 +408,8 @@ def test_one_subject_for_every_command(data, checkpoints, tmp_path):
         Subject("vim_tiny", schedule=schedule, alignment="none")
     with pytest.raises(ValueError, match="tokens='fused' is a way to train; leave it out"):
         exporter.ablate(subject(checkpoints[0], tokens="fused"), data, tmp_path)
+    with pytest.raises(ValueError, match="tokens='masked' beside a PruneSchedule"):
+        subject(tokens="masked", schedule=schedule)
     with pytest.raises(ValueError, match="alignment='gap' with tokens='fused'"):
         subject(tokens="fused", alignment="gap")
     texts, made = subject(checkpoints[0]), subject(checkpoints[0], schedule=schedule)
