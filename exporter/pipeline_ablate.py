@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,48 +88,62 @@ def ablate(
     facts |= _training_facts(options, plan, opened)
     output.mkdir(parents=True, exist_ok=True)
     check_writable(output / TABLES)
+    ready = _models(runs, opened, options)  # before the training, which takes long
     trained, left_out = Trainer(subject, opened, options, output, progress).runs(plan)
-    runs += trained
-    models, costs, lacking = _models(runs, opened, options)
-    runs = [run for run in runs if run.key in models]
+    ready = ready.joined(_models(trained, opened, options), left_out)
+    runs = [run for run in (*runs, *trained) if run.key in ready.models]
     header = _header(opened, schedule, runs, options, fingerprint(images, pictures))
     path = output / f"{NUMBERS}.journal"
     with AblationJournal(path, header, restart=options.restart) as journal:
         batches = _batches(images, pictures, opened[0], options, done=len(journal.done))
         outcomes = measure(
-            models,
+            ready.models,
             batches,
             total=len(pictures),
             device=options.device,
             journal=journal,
             progress=progress,
         )
-        rows = _rows(plan, opened[0], schedule, Measured(runs, outcomes, costs), facts["weights"])
+        measured = Measured(runs, outcomes, ready.costs)
+        rows = _rows(plan, opened[0], schedule, measured, facts["weights"])
         unreadable = [pair for step in journal.done for pair in step.unreadable]
-        report = _write(output, facts, rows, {**lacking, **left_out}, unreadable)
+        report = _write(output, facts, rows, ready.left_out, unreadable)
         journal.remove()
     return report
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """Models and costs of runs by their keys, and what cannot run, with its reason."""
+
+    models: dict[str, Any]
+    costs: dict[str, Cost]
+    left_out: dict[str, str]
+
+    def joined(self, other: _Ready, left_out: dict[str, str]) -> _Ready:
+        return _Ready(
+            {**self.models, **other.models},
+            {**self.costs, **other.costs},
+            {**self.left_out, **left_out, **other.left_out},
+        )
+
+
 def _models(
     runs: Sequence[Run], opened: Sequence[OpenedSubject], options: AblationOptions
-) -> tuple[dict[str, Any], dict[str, Cost], dict[str, str]]:
-    """Model and cost of every run by its key, and of those that cannot be, the reason."""
+) -> _Ready:
     from exporter.training.ablate_run import prepare
 
-    models: dict[str, Any] = {}
-    costs: dict[str, Cost] = {}
-    left_out: dict[str, str] = {}
+    ready = _Ready({}, {}, {})
     for run in runs:
         try:
             model = model_of_run(run, opened)
         except UnsupportedError as error:
-            left_out[run.name] = str(error)
+            ready.left_out[run.name] = str(error)
             continue
-        models[run.key], costs[run.key] = prepare(
+        ready.models[run.key], ready.costs[run.key] = prepare(
             run.variant, model, operators=options.operators, device=options.device
         )
-    return models, costs, left_out
+    return ready
 
 
 def _header(

@@ -27,8 +27,13 @@ def open_checkpoints(subject: Subject, more: Sequence[Path]) -> list[OpenedSubje
     """The subject with each of its checkpoints, the first its own.
 
     Raises:
+        ValueError: there are further checkpoints, but no first one.
         ValueError, VssmError: as `open_subject`.
     """
+    if more and subject.checkpoint is None:
+        raise ValueError(
+            f"checkpoints={more[0]} and no checkpoint before them; give the first as the subject's"
+        )
     return [open_subject(one) for one in _with_checkpoints(subject, more)]
 
 

@@ -457,6 +457,9 @@ def test_refusals(vssm, data, checkpoints, tmp_path, monkeypatch):
     files = [f"--checkpoint={file}" for file in checkpoints]
     assert vssm("ablate", export.directory, data, "-o", tmp_path / "out", *files) == 2
     assert "is an export, which has its own weights and sizes; leave --checkpoint" in vssm.out
+    assert vssm("ablate", *given[:-1], tmp_path / "no", *train, "--operators=fast") == 2
+    assert "operators='fast' is not one of" in vssm.out
+    assert not (tmp_path / "no" / "finetuned").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert vssm("ablate", *given, *train) == 2
     assert "train with several processes: ablate runs in one; train each variant" in vssm.out
@@ -478,6 +481,8 @@ def test_one_subject_for_every_command(data, checkpoints, tmp_path):
     schedule = PruneSchedule.parse(SCHEDULE)
     with pytest.raises(ValueError, match=r"alignment='none' beside a PruneSchedule.*changed\(al"):
         Subject("vim_tiny", schedule=schedule, alignment="none")
+    with pytest.raises(ValueError, match=r"checkpoints=.*and no checkpoint before them"):
+        exporter.ablate(subject(), data, tmp_path, AblationOptions(checkpoints=checkpoints))
     with pytest.raises(ValueError, match="tokens='fused' is a way to train; leave it out"):
         exporter.ablate(subject(checkpoints[0], tokens="fused"), data, tmp_path)
     with pytest.raises(ValueError, match="tokens='masked' beside a PruneSchedule"):
