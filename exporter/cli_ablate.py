@@ -205,8 +205,10 @@ def _print(report: AblationReport, output: Path) -> None:
     for name, value in report.facts.items():
         console.print(f"{name}: {value}", soft_wrap=True)
     for title in dict.fromkeys(row.table for row in report.rows):
-        rows = (cells(row) for row in report.rows if row.table == title)
-        console.print(table(title, COLUMNS, rows))
+        rows = [cells(row) for row in report.rows if row.table == title]
+        filled = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in rows)]
+        columns = [COLUMNS[i] for i in filled]  # a terminal is narrow; the files have all
+        console.print(table(title, columns, ([row[i] for i in filled] for row in rows)))
     for key, reason in report.left_out.items():
         console.print(Text.assemble(("left out", "yellow"), f": {key}: {reason}"), soft_wrap=True)
     for path, error in report.unreadable:

@@ -200,6 +200,8 @@ def test_command(vssm, tmp_path, pictures):
     assert random["spread"] is not None
     assert len(rows) == 4 + 4 + 5 + 2 + 3  # three tables show the fine-tuned gap
     assert report["left_out"] == {}
+    assert "true" in vssm.out
+    assert "published top-1 %" not in vssm.out  # of a model of this size nothing is published
     assert [path for path, _ in report["unreadable"]] == ["n3/notes.txt"]
     text = (out / "ablation.md").read_text()
     assert text.count("\n## ") == 6
