@@ -30,7 +30,10 @@ Alignment = Annotated[str | None, typer.Option(help="gap (the default), constant
 Importance = Annotated[
     str | None, typer.Option(help="clip (the default), sum, l1, l2, as_released or random.")
 ]
-Tokens = Annotated[str, typer.Option(help="gather: as deployed; masked: as published, Vim only.")]
+Tokens = Annotated[
+    str,
+    typer.Option(help="gather: as deployed; masked: as published, Vim only; fused: EViT-style."),
+]
 NumClasses = Annotated[int, typer.Option(help="Width of the classifier.")]
 Pairs = Annotated[
     list[str] | None, typer.Option("--set", help="Model option KEY=VALUE, repeatable.")

@@ -16,7 +16,8 @@ from exporter import PruneSchedule
 from exporter.models.catalog import standard_config
 from exporter.models.schedules import DEFAULT_SCHEDULES
 from exporter.training.ablate_fused import fuse_leftovers
-from exporter.training.ablate_plan import Published, make_plan, published
+from exporter.training.ablate_plan import Published, Run, make_plan, published
+from exporter.training.ablate_report import COLUMNS, Measured, cells, make_row
 from exporter.training.ablate_run import Outcome, prepare
 
 PLAIN = {"alignment": "none"}
@@ -56,7 +57,16 @@ def test_flops_column_reproduces_the_published(name, variant, printed, figure):
         model = exporter.create_model(name, schedule=chosen.schedule)
     cost = prepare(chosen, model, operators="auto", device="meta")[1]
     assert getattr(cost, figure) / 1e9 == pytest.approx(printed, rel=5e-3)
-    assert published(name, variant, schedule).gflops == printed
+    beside = published(name, variant, schedule)
+    assert beside.gflops == printed
+    run = Run(variant, chosen, False, 0)
+    measured = Measured([run], {variant: Outcome("10", [(2, 1.0, True)])}, {variant: cost})
+    line = next(line for line in plan.lines if line.keys == (variant,))
+    row = make_row(line, measured, tuned=False, weights="", published=beside)
+    shown = dict(zip(COLUMNS, cells(row), strict=True))
+    column = "GFLOPs, published rule" if figure == "published" else "without alignment's part"
+    assert float(shown[column]) == pytest.approx(printed, rel=5e-3)
+    assert float(shown["published GFLOPs"]) == printed
 
 
 @pytest.mark.parametrize("name", ["vim_small", "plain_mamba_l1"])
@@ -160,10 +170,11 @@ def test_fused_leftovers_refuse():
 
 
 def test_throughput_leaves_the_first_batch_out():
-    outcome = Outcome(20, 5, [(8, 9.0), (8, 2.0), (8, 4.0), (4, 0.1)])
+    times = [(8, 9.0, True), (8, 2.0, False), (8, 7.0, True), (8, 4.0, False), (4, 0.1, False)]
+    outcome = Outcome("1000" * 9, times)
     assert outcome.images_per_s() == (8 / 3, 2)
-    assert outcome.top1 == 0.25
-    assert Outcome(8, 1, [(8, 2.0)]).images_per_s() == (4.0, 1)
+    assert (outcome.images, outcome.top1) == (36, 0.25)
+    assert Outcome("1" * 8, [(8, 2.0, True)]).images_per_s() == (4.0, 1)
 
 
 def test_command(vssm, tmp_path, pictures):
@@ -189,9 +200,11 @@ def test_command(vssm, tmp_path, pictures):
     assert random["spread"] is not None
     assert len(rows) == 4 + 4 + 5 + 2 + 3  # three tables show the fine-tuned gap
     assert report["left_out"] == {}
+    assert "true" in vssm.out
+    assert "published top-1 %" not in vssm.out  # of a model of this size nothing is published
     assert [path for path, _ in report["unreadable"]] == ["n3/notes.txt"]
     text = (out / "ablation.md").read_text()
-    assert text.count("\n## ") == 5
+    assert text.count("\n## ") == 6
     assert "| EViT-style, one fused leftover |" in text
     for name in ("accuracy_flops.png", "accuracy_time.png"):
         assert f"]({name})" in text
@@ -218,7 +231,6 @@ def test_refusals(vssm, tmp_path, pictures):
         "has no schedule to ablate": (artifact, ()),
         "finetuned='gup' is no variant": (pruned, ("--finetuned=gup=x.safetensors",)),
         "is not VARIANT=FILE": (pruned, ("--finetuned=gap",)),
-        "gap is named twice": (pruned, ("--finetuned=gap=a", "--finetuned=gap=b")),
         "batch=0 is below 1": (pruned, ("--batch=0",)),
         "workers=-1 is below 0": (pruned, ("--workers=-1",)),
         "device='tpu' is not one of": (pruned, ("--device=tpu",)),

@@ -485,7 +485,7 @@ def test_command(data, checkpoint, tmp_path, vssm: Run):
     assert vssm("finetune", *MODEL, *given) == 2
     assert "holds a training run; go on with it by --resume" in vssm.out
     assert vssm("finetune", *MODEL, *given, "--resume") == 2
-    assert "is of another run: ema=0.5, now 0.99996; give --resume the arguments" in vssm.out
+    assert "is of another run: ema=0.5, now 0.99996; give the arguments" in vssm.out
     assert vssm("finetune", *MODEL, *given, "--recipe=lr=1") == 2
     assert "--recipe lr: this number has an option of its own" in vssm.out
     assert vssm("finetune", *MODEL, *given, "--recipe=epochs") == 2
@@ -542,7 +542,7 @@ def test_distillation(data, checkpoint, tmp_path, whole):
 
 
 def test_refusals(data, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="tokens='masked' without a schedule masks nothing"):
+    with pytest.raises(ValueError, match="tokens='masked' without a schedule prunes nothing"):
         Subject("vim_tiny", tokens="masked")
     with pytest.raises(ValueError, match="alignment='gap' with tokens='masked'"):
         subject(tokens="masked", alignment="gap")
@@ -556,6 +556,12 @@ def test_refusals(data, checkpoint, tmp_path):
         Work(save_every=0)
     with pytest.raises(ValueError, match="batch=44 is more than the 42 images"):
         exporter.finetune(request(data, tmp_path, batch=44))
+    with pytest.raises(ValueError, match=r"data=.*nowhere is no folder; give one"):
+        exporter.finetune(request(tmp_path / "nowhere", tmp_path))
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\n")
+    with pytest.raises(ValueError, match=r"classes=.*names.txt names 2 classes on 2 lines"):
+        exporter.finetune(replace(request(data, tmp_path), classes=names))
     with pytest.raises(ValueError, match="device='tpu' is neither cpu nor cuda"):
         exporter.finetune(request(data, tmp_path, work={"device": "tpu"}))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from command import SIZES
-from exports import exported, images, micro, micro_plain
+from exports import MICRO, exported, images, micro, micro_plain
 from PIL import Image
 
 import exporter
@@ -154,13 +155,24 @@ def test_command_by_name(vssm, tmp_path, picture, name):
     assert ("kept" in numbers["images"][0]["figures"]) == name.startswith("plain")
 
 
+def test_from_python(tmp_path, picture):
+    """By the subject that finetune and ablate take; what comes back is what the file has."""
+    sizes = {key: value for key, value in MICRO.items() if key != "num_classes"}
+    subject = exporter.Subject("vim_tiny", schedule="1:0.5", num_classes=7, options=sizes)
+    found = exporter.visualize(subject, [str(picture)], str(tmp_path / "out"))
+    assert list(found["images"][0]["variants"]) == ["dense", "plain removal", "aligned (gap)"]
+    assert json.loads((tmp_path / "out" / "visualize.json").read_text()) == found
+    with pytest.raises(ValueError, match="tokens='masked' is a way to train; leave it out"):
+        exporter.visualize(replace(subject, tokens="masked"), [picture], tmp_path)
+
+
 def test_refusals(vssm, tmp_path, picture, monkeypatch):
     end = (picture, "-o", tmp_path / "out", *SIZES)
     masked = ("vim_tiny", *end, "--alignment=masked")
     cases = {
         "is neither a model nor the directory": ("vim", *end),
         "alignment='masked' leaves pruned": (*masked, "--schedule=1:0.5"),
-        "alignment without a schedule": ("vim_tiny", *end, "--alignment=gap"),
+        "alignment='gap' without a schedule prunes": ("vim_tiny", *end, "--alignment=gap"),
         "is hierarchical": ("vmamba_tiny_s1l8", *end[:3], "--schedule=1:0.5"),
         "block=4 is outside": ("vim_tiny", *end, "--blocks=4"),
         "has no default schedule": ("vim_base", *end, "--schedule=default"),
