@@ -184,7 +184,7 @@ def test_what_is_off_is_off():
 def test_crops_have_the_areas_and_shapes_of_the_recipe():
     rng, areas, ratios = _rng(), [], []
     for _ in range(2000):
-        left, top, width, height = augment._rectangle(500, 400, rng)
+        left, top, width, height = augment._rectangle(500, 400, rng, 0.08)
         assert 0 <= left <= 500 - width
         assert 0 <= top <= 400 - height
         areas.append(width * height / 200_000)
@@ -194,7 +194,7 @@ def test_crops_have_the_areas_and_shapes_of_the_recipe():
     assert 0.74 < min(ratios) < 0.76
     assert 1.32 < max(ratios) < 1.35
     for width, height in ((1000, 10), (10, 1000), (1, 1)):  # no drawn shape fits these often
-        left, top, w, h = augment._rectangle(width, height, rng)
+        left, top, w, h = augment._rectangle(width, height, rng, 0.08)
         assert 0 < w <= width
         assert 0 < h <= height
 

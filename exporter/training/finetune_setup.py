@@ -90,8 +90,8 @@ def _build(subject: Subject, schedule: PruneSchedule | None) -> VisionModel:
 
 
 def _schedule(subject: Subject) -> PruneSchedule | None:
-    if subject.schedule is None:
-        return None
+    if subject.schedule is None or isinstance(subject.schedule, PruneSchedule):
+        return subject.schedule
     alignment = "masked" if subject.tokens == "masked" else subject.alignment or "gap"
     importance = subject.importance or "clip"
     if subject.schedule == "default":

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from exporter.schedule import PruneSchedule
 from exporter.training.recipe import Recipe
 
 TOKENS: Final = ("gather", "masked")
@@ -20,7 +21,8 @@ class Subject:
         name: as `create_model` takes it.
         checkpoint: weights to begin with; None for the seeded initial ones.
         source: "model", or "ema" for the averaged weights of the checkpoint.
-        schedule: "BLOCK:RATIO,...", "default", or None for the dense model.
+        schedule: "BLOCK:RATIO,...", "default", a whole `PruneSchedule` with rules of its own, or
+            None for the dense model.
         alignment: as for `PruneSchedule`; None for "gap".
         importance: as for `PruneSchedule`; None for "clip".
         tokens: "gather" trains as deployed; "masked" keeps pruned tokens as zeros in their places
@@ -35,7 +37,7 @@ class Subject:
     name: str
     checkpoint: Path | None = None
     source: str = "model"
-    schedule: str | None = None
+    schedule: str | PruneSchedule | None = None
     alignment: str | None = None
     importance: str | None = None
     tokens: str = "gather"
@@ -49,11 +51,21 @@ class Subject:
                     f"{option}={getattr(self, option)!r} without a schedule prunes nothing; give "
                     "--schedule BLOCK:RATIO,... too, or leave it out"
                 )
+            if getattr(self, option) is not None and isinstance(self.schedule, PruneSchedule):
+                raise ValueError(
+                    f"{option}={getattr(self, option)!r} beside a PruneSchedule, which has its own; "
+                    f"leave it out, or pass schedule.changed({option}=...)"
+                )
         if self.tokens not in TOKENS:
             raise ValueError(f"tokens={self.tokens!r} is not one of {', '.join(TOKENS)}; name one")
         if self.tokens == "masked" and self.schedule is None:
             raise ValueError(
                 "tokens='masked' without a schedule masks nothing; give --schedule BLOCK:RATIO,..."
+            )
+        if self.tokens == "masked" and isinstance(self.schedule, PruneSchedule):
+            raise ValueError(
+                "tokens='masked' beside a PruneSchedule, which says so itself; leave it out, and "
+                "pass schedule.changed(alignment='masked')"
             )
         if self.tokens == "masked" and self.alignment is not None:
             raise ValueError(
