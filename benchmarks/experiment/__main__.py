@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.experiment import data, work
-from benchmarks.experiment.cases import CASES, quick_cases
+from benchmarks.experiment import data, report, why, work
+from benchmarks.experiment.cases import CASES, DENSE, quick_cases
+from exporter.pipeline_finetune import WEIGHTS_FILE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,11 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(line: str) -> None:
         print(f"{time.perf_counter() - start:6.0f} s  {line}", file=sys.stderr, flush=True)
 
-    for case in quick_cases() if options.quick else CASES:
+    known = quick_cases() if options.quick else CASES
+    if options.only not in {None, *(case.key for case in known)}:
+        parser.error(f"--only={options.only} is none of {', '.join(case.key for case in known)}")
+    found = []
+    for case in known:
         if options.only in {None, case.key}:
             images = data.write(options.output / "data", case.data, quick=options.quick)
             for seed in range(case.seeds):
-                work.run_seed(case, seed, options.output / case.key / str(seed), images, say)
+                folder = options.output / case.key / str(seed)
+                work.run_seed(case, seed, folder, images, say)
+                weights = folder / DENSE / WEIGHTS_FILE
+                why.explain(case, weights, work.held_out(case, images), folder / "why.json")
+            found.append(report.collect(case, options.output / case.key))
+    report.write(found, options.output)
+    say(f"wrote {options.output / report.TABLES}")
     return 0
 
 

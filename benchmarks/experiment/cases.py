@@ -63,7 +63,7 @@ class Case:
     ratios: tuple[str, ...] = field(default=RATIOS)
 
 
-_TUNED: Final = (FURTHER, "none", "gap", "constant", "random-0", "held")
+_TUNED: Final = (FURTHER, "none", "gap", "constant", "random-0")
 _GRID: Final = ("none+grid", "gap+grid")
 _SCENES_SCRATCH: Final = replace(_FROM_SCRATCH, epochs=30)
 _SCENES_FURTHER: Final = replace(_FURTHER, epochs=4)
@@ -93,7 +93,7 @@ def quick_cases() -> tuple[Case, ...]:
                 schedule="1:0.7,2:0.7",
                 seeds=2,
                 tuned=(FURTHER, "none", "gap"),
-                scratch=replace(case.scratch, epochs=15),
+                scratch=replace(case.scratch, epochs=12),
                 further=replace(case.further, epochs=1),
                 ratios=("0.5",),
             )

@@ -29,13 +29,13 @@ def held_input(key: str) -> Iterator[None]:
     scan = ops.selective_scan
 
     def held(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, **rest: Any) -> Tensor:
-        return scan(u, delta, A, _times_gap(B, **rest), C, **rest)
+        return scan(u, delta, A, times_gap(B, **rest), C, **rest)
 
     with mock.patch.object(ops, "selective_scan", held):
         yield
 
 
-def _times_gap(
+def times_gap(
     B: Tensor, *, order: Tensor, gap: Tensor, params_by_step: bool = False, **_: Any
 ) -> Tensor:
     """B (batch, seqlen, 1 or K, states), each row times the gap of the step that uses it."""

@@ -20,9 +20,11 @@ from exporter.checkpoint import save_safetensors
 from exporter.json_files import write_json
 from exporter.manifest_types import Preprocessing
 from exporter.models import MODELS, VisionModel
+from exporter.pipeline_finetune import REPORT_FILE, WEIGHTS_FILE
 from exporter.training.ablate_plan import Variant, make_plan
 from exporter.training.ablate_run import Batch, Cost, measure, prepare
 from exporter.training.evaluate_data import find_pictures, load
+from exporter.training.finetune import STATE_FILE
 
 _BATCH = 64
 _RANDOM_SEEDS = 3
@@ -88,14 +90,18 @@ def run_seed(case: Case, seed: int, folder: Path, data: Path, say: Say) -> None:
     initial = folder / "initial.safetensors"
     save_safetensors(_initial(case, seed).state_dict(), initial)
     scratch = replace(case.scratch, seed=seed)
-    weights = {DENSE: _train(case, None, initial, scratch, folder / DENSE, data)}
+    dense = folder / DENSE
+    weights = {DENSE: _train(case, None, initial, recipe=scratch, output=dense, data=data)}
     say(f"{case.key}, seed {seed}: trained")
     for key in case.tuned:
         # The same images in the same order for each: differences are the variants'.
         recipe = replace(case.further, seed=1000 + seed)
         schedule = None if key == FURTHER else known[key].schedule
         with held_input(key):
-            weights[key] = _train(case, schedule, weights[DENSE], recipe, folder / key, data)
+            output = folder / key
+            weights[key] = _train(
+                case, schedule, weights[DENSE], recipe=recipe, output=output, data=data
+            )
         say(f"{case.key}, seed {seed}: trained further as {key}")
     found = {
         trained: _right(case, _deployed(case, trained, known), file, images)
@@ -139,11 +145,12 @@ def _train(
     case: Case,
     schedule: PruneSchedule | None,
     start: Path,
+    *,
     recipe: Recipe,
     output: Path,
     data: Path,
 ) -> Path:
-    done, state = output / "finetune.json", output / "state.safetensors"
+    done, state = output / REPORT_FILE, output / STATE_FILE
     if not done.exists():
         subject = Subject(
             case.model, start, schedule=schedule, num_classes=CLASSES, options=case.options
@@ -154,15 +161,16 @@ def _train(
             FinetuneRequest(subject, data / TRAIN, output, recipe, resume=resume, work=work)
         )
     state.unlink(missing_ok=True)  # three times as large as the weights, of no more use
-    return output / "finetuned.safetensors"
+    return output / WEIGHTS_FILE
 
 
 def _deployed(case: Case, trained: str, known: dict[str, Variant]) -> list[Variant]:
-    """All of the dense weights' variants; of others those that are trained."""
+    """All of the dense weights' variants; of others their own, and what they might be taken for."""
     if trained == DENSE:
         return list(known.values())
-    keys = (DENSE, *(key for key in case.tuned if key != FURTHER))
-    return [known[key] for key in keys]
+    own = () if trained == FURTHER else (trained,)
+    grid = ("none" + _GRID, "gap" + _GRID) if trained == "masked" else ()
+    return [known[key] for key in dict.fromkeys((*own, DENSE, "none", "gap", *grid))]
 
 
 def _right(case: Case, some: Sequence[Variant], weights: Path, images: Images) -> dict[str, int]:

@@ -53,8 +53,8 @@ class Subject:
                 )
             if getattr(self, option) is not None and isinstance(self.schedule, PruneSchedule):
                 raise ValueError(
-                    f"{option}={getattr(self, option)!r} beside a PruneSchedule, which has its own; "
-                    f"leave it out, or pass schedule.changed({option}=...)"
+                    f"{option}={getattr(self, option)!r} beside a PruneSchedule, which has its "
+                    f"own; leave it out, or pass schedule.changed({option}=...)"
                 )
         if self.tokens not in TOKENS:
             raise ValueError(f"tokens={self.tokens!r} is not one of {', '.join(TOKENS)}; name one")
