@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = []
     for case in known:
         if options.only in {None, case.key}:
-            images = data.write(options.output / "data", case.data, quick=options.quick)
+            images = data.write(options.output / "digits", quick=options.quick)
             for seed in range(case.seeds):
                 folder = options.output / case.key / str(seed)
                 work.run_seed(case, seed, folder, images, say)

@@ -49,6 +49,8 @@ def variants(case: Case) -> dict[str, Variant]:
     if case.model.startswith("plain_mamba"):  # whose convolution is over the grid already
         del found["masked"]
         return found
+    if case.options.get("d_conv") == 1:
+        return found
     for key in ("none", "gap", "constant", KEY):
         own = found[key].schedule
         if own is not None:
