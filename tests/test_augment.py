@@ -76,6 +76,8 @@ def test_recipes_are_checked():
         "color_jitter": -1.0,
         "smoothing": 1.5,
         "erasing": 1.5,
+        "crop": 0.0,
+        "flip": 1.5,
         "distil": 1.5,
         "ema": -0.5,
         "temperature": 0.0,
@@ -179,6 +181,21 @@ def test_what_is_off_is_off():
     jittered = augment.augment(grey, Recipe(rand_augment=False, erasing=0), SIZE, _rng())
     assert np.ptp(jittered[0]) == 0
     assert np.abs(jittered - found).max() > 0.1
+
+
+def test_crop_and_flip_are_the_recipes():
+    """Without either an image comes through whole, but for the shape that a crop draws."""
+    left_to_right = np.tile(np.linspace(0, 255, 40, dtype=np.uint8)[None, :, None], (40, 1, 3))
+    image = Image.fromarray(left_to_right)
+    plain = {"rand_augment": False, "color_jitter": 0, "erasing": 0}
+    rng = _rng()
+    for flip in (0, 1):
+        recipe = Recipe(**plain, crop=0.9, flip=flip)
+        found = augment.augment(image, recipe, SIZE, rng)
+        slope = found[0, :, -1] - found[0, :, 0]
+        assert (slope * (1 - 2 * flip) > 2).all()
+    narrow = augment.augment(image, Recipe(**plain, crop=0.01, flip=0), SIZE, _rng(3))
+    assert np.ptp(narrow[0]) < np.ptp(found[0])
 
 
 def test_crops_have_the_areas_and_shapes_of_the_recipe():
