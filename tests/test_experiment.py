@@ -161,7 +161,7 @@ def test_held_input_is_a_step_that_is_as_long_as_its_gap():
     by_token = torch.stack([gap[0, 0], gap[0, 1].flip(0)], dim=-1).clamp(min=1)
     longer = dt * by_token[None, :, :, None]
     wanted = ops.selective_scan(u, longer, A, B, C, order=order, gap=torch.ones_like(gap), **rest)
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     with held_input("gap"):
         aligned = ops.selective_scan(u, dt, A, B, C, order=order, gap=gap, **rest)
     assert (aligned - wanted).abs().max() > 1e-3
