@@ -11,6 +11,8 @@ from typing import Any
 from exporter._version import __version__
 
 _PUBLIC = {
+    "AblationOptions": "exporter.pipeline_ablate_options",
+    "AblationTraining": "exporter.pipeline_ablate_options",
     "FinetuneRequest": "exporter.training.request",
     "ForwardDetails": "exporter.models",
     "PruneSchedule": "exporter.schedule",
@@ -18,6 +20,7 @@ _PUBLIC = {
     "Session": "exporter.runtimes.session",
     "Subject": "exporter.training.request",
     "Work": "exporter.training.request",
+    "ablate": "exporter.pipeline_ablate",
     "bench_directory": "exporter.pipeline_bench",
     "check_parity": "exporter.pipeline",
     "create_model": "exporter.models",
@@ -31,6 +34,7 @@ _PUBLIC = {
     "open_session": "exporter.pipeline",
     "preprocess": "exporter.preprocessing",
     "prune": "exporter.compat.prune",
+    "visualize": "exporter.pipeline_visualize",
 }
 _PACKAGES = {"compat": "exporter.compat"}
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the keys are strings

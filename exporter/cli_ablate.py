@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from exporter.cli_options import options
-from exporter.files import check_writable
+from exporter.cli_options import (
+    Ema,
+    Folder,
+    HeadWidth,
+    Json,
+    ModelOptions,
+    OwnSchedule,
+    Source,
+    options,
+)
 from exporter.json_files import write_json
-from exporter.pipeline_ablate import TABLES, AblationOptions
+from exporter.pipeline_ablate import TABLES
 from exporter.pipeline_ablate import ablate as ablate_model
-from exporter.pipeline_subject import SubjectRequest
+from exporter.pipeline_ablate_options import TRAINED, AblationOptions, AblationTraining
+from exporter.training.recipe import Recipe
+from exporter.training.request import Subject
 
 if TYPE_CHECKING:
     from exporter.training.ablate_report import AblationReport
@@ -22,89 +32,169 @@ if TYPE_CHECKING:
 console = Console(markup=False, emoji=False)
 
 
+Images = Annotated[Path, typer.Argument(help="Folder with a folder of images for each class.")]
+Checkpoints = Annotated[
+    list[Path] | None,
+    typer.Option(help="Weights of a named model, several for several seeds; seeded without."),
+]
+Seeds = Annotated[int, typer.Option(help="Seeds of the random choice.")]
+Ratios = Annotated[str, typer.Option(help="Keep ratios of the sweep.")]
+Finetuned = Annotated[
+    list[str] | None,
+    typer.Option(help="VARIANT=FILE: a row with these weights too; repeatable."),
+]
+Train = Annotated[
+    Path | None, typer.Option(help="Folder to fine-tune on; without it nothing is trained.")
+]
+Finetune = Annotated[
+    str | None, typer.Option(help=f"Variants to fine-tune: {','.join(TRAINED)}, or others.")
+]
+FinetuneSeeds = Annotated[
+    int | None, typer.Option(help="Trainings of each variant; one for each checkpoint.")
+]
+Numbers = Annotated[
+    list[str] | None,
+    typer.Option("--recipe", help="KEY=VALUE of docs/finetune.md's table, repeatable."),
+]
+MicroBatch = Annotated[int | None, typer.Option(help="Images of one pass of a training step.")]
+Batch = Annotated[int, typer.Option(help="Images of a run.")]
+Workers = Annotated[int, typer.Option(help="Processes that load images.")]
+Classes = Annotated[
+    Path | None, typer.Option(help="File naming the folder of each class; by name without.")
+]
+Choice = Annotated[str, typer.Option(help="auto, oracle or kernel.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Measure anew, not where a run was stopped.")
+]
+
+
 def ablate(
-    source: Annotated[str, typer.Argument(help="What `vssm export` wrote, or a model's name.")],
-    images: Annotated[Path, typer.Argument(help="Folder with a folder of images for each class.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
+    source: Source,
+    images: Images,
+    output: Folder,
     *,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights of a named model; seeded ones without.")
-    ] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")] = False,
-    schedule: Annotated[
-        str | None, typer.Option(help="BLOCK:RATIO,..., or default; the export's own without.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds of the random choice.")] = 3,
-    ratios: Annotated[str, typer.Option(help="Keep ratios of the sweep.")] = "0.9,0.8,0.7,0.6,0.5",
-    finetuned: Annotated[
-        list[str] | None,
-        typer.Option(help="VARIANT=FILE: a row with these weights too; repeatable."),
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Images of a run.")] = 32,
-    workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
-    classes: Annotated[
-        Path | None, typer.Option(help="File naming the folder of each class; by name without.")
-    ] = None,
-    operators: Annotated[str, typer.Option(help="auto, oracle or kernel.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    num_classes: Annotated[int | None, typer.Option(help="Width of a named model's head.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="Option KEY=VALUE of a named model.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the report to this file.")
-    ] = None,
+    checkpoint: Checkpoints = None,
+    ema: Ema = False,
+    schedule: OwnSchedule = None,
+    seeds: Seeds = 3,
+    ratios: Ratios = "0.9,0.8,0.7,0.6,0.5",
+    finetuned: Finetuned = None,
+    train: Train = None,
+    finetune: Finetune = None,
+    finetune_seeds: FinetuneSeeds = None,
+    recipe: Numbers = None,
+    micro_batch: MicroBatch = None,
+    batch: Batch = 32,
+    workers: Workers = 0,
+    classes: Classes = None,
+    operators: Choice = "auto",
+    device: Device = "cpu",
+    num_classes: HeadWidth = None,
+    option: ModelOptions = None,
+    restart: Restart = False,
+    json_file: Json = None,
 ) -> None:
     """Compare alignments, importances, an EViT-style baseline and keep ratios on a data set."""
-    sizes = options(option or [])
-    request = SubjectRequest(source, checkpoint, ema, schedule, num_classes, sizes)
+    files: list[Path | None] = [None] if checkpoint is None else [*checkpoint]
+    subject = Subject(
+        source,
+        files[0],
+        source="ema" if ema else "model",
+        schedule=schedule,
+        num_classes=num_classes,
+        options=options(option or []),
+    )
+    training = _training(train, finetune, finetune_seeds, recipe, micro_batch)
     asked = AblationOptions(
         seeds=seeds,
-        ratios=[ratio.strip() for ratio in ratios.split(",")],
+        ratios=_words(ratios),
         batch=batch,
         workers=workers,
         classes=classes,
         operators=operators,
         device=device,
+        checkpoints=[file for file in files[1:] if file is not None],
         finetuned=_files(finetuned or []),
+        training=training,
+        restart=restart,
     )
-    _run(request, images, output, asked, json_file)
+    _run(subject, images, output, asked, json_file)
 
 
 def _run(
-    request: SubjectRequest,
+    subject: Subject,
     images: Path,
     output: Path,
     asked: AblationOptions,
     json_file: Path | None,
 ) -> None:
-    if json_file is not None:
-        check_writable(json_file)
     with console.status("building the variants") as status:
         report = ablate_model(
-            request, images, output, asked, progress=lambda line: status.update(Text(line))
+            subject, images, output, asked, progress=lambda line: status.update(Text(line))
         )
     _print(report, output)
     if json_file is not None:
         write_json(json_file, report)
 
 
-def _files(pairs: list[str]) -> dict[str, Path]:
-    """Read VARIANT=FILE pairs.
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _training(
+    data: Path | None,
+    variants: str | None,
+    seeds: int | None,
+    recipe: list[str] | None,
+    micro_batch: int | None,
+) -> AblationTraining | None:
+    """What to train; None without --train.
 
     Raises:
-        ValueError: a pair is malformed, or its variant is named twice.
+        ValueError, TypeError: a number does not fit, or is given without --train.
     """
-    found: dict[str, Path] = {}
+    given: dict[str, Any] = {
+        "finetune": None if variants is None else _words(variants),
+        "finetune-seeds": seeds,
+        "recipe": None if recipe is None else _recipe(recipe),
+        "micro-batch": micro_batch,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if data is not None:
+        names = {"finetune": "variants", "finetune-seeds": "seeds", "micro-batch": "micro_batch"}
+        return AblationTraining(data, **{names.get(k, k): value for k, value in given.items()})
+    if given:
+        raise ValueError(f"--{next(iter(given))} without --train trains nothing; give both")
+    return None
+
+
+def _recipe(pairs: list[str]) -> Recipe:
+    """The recipe from KEY=VALUE pairs.
+
+    Raises:
+        ValueError, TypeError: a pair is malformed, or sets what has an option of its own.
+    """
+    given = options(pairs, "--recipe")
+    if "seed" in given:
+        raise ValueError("--recipe seed: each training has its own; --finetune-seeds N")
+    return Recipe.of(given)
+
+
+def _files(pairs: list[str]) -> dict[str, list[Path]]:
+    """Read VARIANT=FILE pairs; several files of a variant are several seeds.
+
+    Raises:
+        ValueError: a pair is malformed.
+    """
+    found: dict[str, list[Path]] = {}
     for pair in pairs:
         key, equals, file = pair.partition("=")
         if not equals or not file:
             raise ValueError(
                 f"--finetuned {pair}: is not VARIANT=FILE; write gap=model.safetensors"
             )
-        if key in found:
-            raise ValueError(f"--finetuned {pair}: {key} is named twice; give one file")
-        found[key] = Path(file)
+        found.setdefault(key, []).append(Path(file))
     return found
 
 

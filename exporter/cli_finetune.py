@@ -30,7 +30,10 @@ Alignment = Annotated[str | None, typer.Option(help="gap (the default), constant
 Importance = Annotated[
     str | None, typer.Option(help="clip (the default), sum, l1, l2, as_released or random.")
 ]
-Tokens = Annotated[str, typer.Option(help="gather: as deployed; masked: as published, Vim only.")]
+Tokens = Annotated[
+    str,
+    typer.Option(help="gather: as deployed; masked: as published, Vim only; fused: EViT-style."),
+]
 NumClasses = Annotated[int, typer.Option(help="Width of the classifier.")]
 Pairs = Annotated[
     list[str] | None, typer.Option("--set", help="Model option KEY=VALUE, repeatable.")
@@ -107,7 +110,7 @@ def finetune(
 
 def _recipe(pairs: list[str], named: dict[str, Any]) -> Recipe:
     """The recipe from KEY=VALUE pairs, and the numbers that have options of their own."""
-    given = options(pairs)
+    given = options(pairs, "--recipe")
     if twice := sorted(set(given) & set(named)):
         raise ValueError(f"--recipe {twice[0]}: this number has an option of its own; --{twice[0]}")
     return Recipe.of({**named, **given})

@@ -34,6 +34,18 @@ Trust = Annotated[
     bool, typer.Option("--trust", help="Run an engine that is not of this machine, or was changed.")
 ]
 
+# A model by its name or as an export, for the commands that prune it in several ways.
+Source = Annotated[str, typer.Argument(help="What `vssm export` wrote, or a model's name.")]
+Ema = Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")]
+OwnSchedule = Annotated[
+    str | None, typer.Option(help="BLOCK:RATIO,..., or default; the export's own without.")
+]
+HeadWidth = Annotated[int | None, typer.Option(help="Width of a named model's head.")]
+ModelOptions = Annotated[
+    list[str] | None, typer.Option("--set", help="Option KEY=VALUE of a named model.")
+]
+Folder = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")]
+
 
 def say(where: Console, word: str, style: str, rest: str = "") -> None:
     """Print one line, its first word in a style."""
@@ -64,17 +76,20 @@ def sizes(name: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def options(pairs: list[str]) -> dict[str, Any]:
+def options(pairs: list[str], name: str = "--set") -> dict[str, Any]:
     """Read KEY=VALUE pairs; a value is JSON, or else a text; the last of a key counts.
+
+    `name` is the option that has them, for errors.
 
     Raises:
         ValueError: a pair is malformed.
     """
+    example = "image_size=384" if name == "--set" else "epochs=3"
     found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"--set {pair}: is not KEY=VALUE; write for example image_size=384")
+            raise ValueError(f"{name} {pair}: is not KEY=VALUE; write for example {example}")
         try:
             found[key] = json.loads(value)
         except json.JSONDecodeError:

@@ -9,28 +9,35 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from exporter.cli_options import integers, options
+from exporter.cli_options import (
+    Ema,
+    Folder,
+    HeadWidth,
+    ModelOptions,
+    OwnSchedule,
+    Source,
+    integers,
+    options,
+)
 from exporter.files import check_writable
 from exporter.json_files import write_json
-from exporter.pipeline_subject import SubjectRequest
 from exporter.pipeline_visualize import PAGE
 from exporter.pipeline_visualize import visualize as visualize_images
+from exporter.training.request import Subject
 
 console = Console(markup=False, emoji=False)
 
 
 def visualize(
-    source: Annotated[str, typer.Argument(help="What `vssm export` wrote, or a model's name.")],
+    source: Source,
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
+    output: Folder,
     *,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of a named model; seeded ones without.")
     ] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")] = False,
-    schedule: Annotated[
-        str | None, typer.Option(help="BLOCK:RATIO,..., or default; the export's own without.")
-    ] = None,
+    ema: Ema = False,
+    schedule: OwnSchedule = None,
     alignment: Annotated[str | None, typer.Option(help="gap, constant or none.")] = None,
     importance: Annotated[
         str | None, typer.Option(help="clip, sum, l1, l2, as_released or random.")
@@ -38,10 +45,8 @@ def visualize(
     blocks: Annotated[
         str | None, typer.Option(help="Blocks whose attention is shown, 6,11,24.")
     ] = None,
-    num_classes: Annotated[int | None, typer.Option(help="Width of a named model's head.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="Option KEY=VALUE of a named model.")
-    ] = None,
+    num_classes: HeadWidth = None,
+    option: ModelOptions = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the numbers to this file.")
     ] = None,
@@ -49,19 +54,20 @@ def visualize(
     """Draw kept tokens, importance, attention and walks: dense, plain removal, aligned."""
     if json_file is not None:
         check_writable(json_file)
-    request = SubjectRequest(
-        source=source,
-        checkpoint=checkpoint,
-        ema=ema,
+    subject = Subject(
+        source,
+        checkpoint,
+        source="ema" if ema else "model",
         schedule=schedule,
+        alignment=alignment,
+        importance=importance,
         num_classes=num_classes,
         options=options(option or []),
-        rules=given_rules(alignment=alignment, importance=importance),
     )
     shown = None if blocks is None else integers("blocks", blocks)
     with console.status("tracing") as status:
         numbers = visualize_images(
-            request,
+            subject,
             images,
             output,
             blocks=shown,
@@ -70,11 +76,6 @@ def visualize(
     _print(numbers, output)
     if json_file is not None:
         write_json(json_file, numbers)
-
-
-def given_rules(**rules: str | None) -> dict[str, str]:
-    """The rules of a schedule that were asked for."""
-    return {name: value for name, value in rules.items() if value is not None}
 
 
 def _print(numbers: dict[str, Any], output: Path) -> None:

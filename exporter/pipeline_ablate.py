@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporter._version import __version__
 from exporter.errors import UnsupportedError
-from exporter.files import atomic_write_bytes, check_writable
+from exporter.files import atomic_write_bytes, check_writable, sha256_of
 from exporter.json_files import write_json
-from exporter.pipeline_subject import Subject, SubjectRequest, open_subject
-from exporter.preprocessing import read_labels
-from exporter.schedule import PruneSchedule
-from exporter.training.evaluate_data import Picture, find_pictures, load_in_order
+from exporter.pipeline_ablate_options import AblationOptions
+from exporter.pipeline_ablate_runs import (
+    Trainer,
+    check_training,
+    given_runs,
+    model_of_run,
+    open_checkpoints,
+    zero_shot_runs,
+)
+from exporter.pipeline_subject import OpenedSubject
+from exporter.training.ablate_journal import AblationJournal
+from exporter.training.evaluate_data import Picture, fingerprint, load_in_order, open_pictures
+from exporter.training.recipe import Recipe
+from exporter.training.request import Subject
 
 if TYPE_CHECKING:
-    from exporter.training.ablate_plan import Plan, Variant
-    from exporter.training.ablate_report import AblationReport, Row
+    from exporter.schedule import PruneSchedule
+    from exporter.training.ablate_plan import Plan, Run
+    from exporter.training.ablate_report import AblationReport, Measured, Row
     from exporter.training.ablate_run import Cost
 
 TABLES, NUMBERS = "ablation.md", "ablation.json"
 PLOTS = {"accuracy_flops.png": "flops", "accuracy_time.png": "time"}
-DEVICES = ("cpu", "cuda")
-_TUNED = "fine-tuned "  # before the key of a variant with weights of its own
-
-
-@dataclass(frozen=True)
-class AblationOptions:
-    """What `vssm ablate` was asked for beside the model; the fields are its options."""
-
-    seeds: int = 3
-    ratios: Sequence[str] = ("0.9", "0.8", "0.7", "0.6", "0.5")
-    batch: int = 32
-    workers: int = 0
-    classes: Path | None = None
-    operators: str = "auto"
-    device: str = "cpu"
-    finetuned: Mapping[str, Path] = field(default_factory=dict)
 
 
 def ablate(
-    request: SubjectRequest,
+    subject: Subject,
     images: Path,
     output: Path,
     options: AblationOptions | None = None,
@@ -50,168 +47,196 @@ def ablate(
 ) -> AblationReport:
     """Compare alignments, importances, the EViT-style baseline and keep ratios on a data set.
 
-    Every variant runs on every batch, in PyTorch. Writes `ablation.md`, `ablation.json` and two
-    plots into `output`, over those of a run before.
+    Every run sees every batch, in PyTorch. Writes `ablation.md`, `ablation.json` and two plots into
+    `output`, over those of a run before, and trained weights into `output`/finetuned. A call that
+    was stopped, by kill -9 too, goes on where it ended once it is called with the same arguments,
+    and ends with the same accuracies; times are of whichever call measured them.
 
     Args:
-        request: the model and its schedule.
-        images: a folder that holds one folder a class.
+        subject: the model, by its name or as the directory of an export, and its schedule.
+        images: a folder that holds one folder a class; files of any size.
         output: directory to write; made where it is missing.
         options: the rest; None for the defaults.
-        progress: called with a line of text after every batch.
+        progress: called with a line of text after every batch, and every step of a training.
+
+    Returns:
+        The rows: top-1 as shares in [0, 1], FLOPs in multiply-adds an image, speed in images/s.
 
     Raises:
         ValueError: an argument does not fit, or no image can be read.
-        VssmError: matplotlib is missing, or a file or checkpoint cannot be used.
+        VssmError: matplotlib is missing, a file or checkpoint cannot be used, or what a stopped
+            call left is of another ablation.
     """
     from exporter.training.ablate_plan import make_plan
-    from exporter.training.ablate_run import measure
+    from exporter.training.ablate_report import Measured
+    from exporter.training.ablate_run import measure, outcomes
     from exporter.training.visualize_figures import require_matplotlib
 
     options = options or AblationOptions()
     require_matplotlib()
-    _check(options)
-    subject = open_subject(request)
-    schedule = subject.schedule
+    opened = open_checkpoints(subject, options.checkpoints)
+    schedule = opened[0].schedule
     if schedule is None:
         raise ValueError(
-            f"source={request.source!r} has no schedule to ablate; give --schedule BLOCK:RATIO,..."
+            f"source={subject.name!r} has no schedule to ablate; give --schedule BLOCK:RATIO,..."
         )
     plan = make_plan(schedule, seeds=options.seeds, ratios=options.ratios)
+    runs = [*zero_shot_runs(plan, len(opened)), *given_runs(plan, options.finetuned)]
+    pictures = open_pictures(images, int(opened[0].config["num_classes"]), options.classes)
+    facts = _facts(opened, schedule, options, images, len(pictures))
+    facts |= _training_facts(options, plan, opened)
     output.mkdir(parents=True, exist_ok=True)
     check_writable(output / TABLES)
-    models, costs, left_out = _models(subject, plan, options)
-    pictures = _pictures(images, subject, options)
-    unreadable: list[tuple[str, str]] = []
-    batches = _batches(images, pictures, subject, options, unreadable)
-    outcomes = measure(
-        models, batches, total=len(pictures), device=options.device, progress=progress
-    )
-    rows = _rows(plan, subject, schedule, outcomes, costs)
-    facts = _facts(subject, schedule, options, images, len(pictures))
-    return _write(output, facts, rows, left_out, unreadable)
-
-
-def _check(options: AblationOptions) -> None:
-    if options.batch < 1:
-        raise ValueError(f"batch={options.batch} is below 1; give the number of images of a run")
-    if options.workers < 0:
-        raise ValueError(f"workers={options.workers} is below 0; 0 loads images in this process")
-    if options.device not in DEVICES:
-        raise ValueError(
-            f"device={options.device!r} is not one of {', '.join(DEVICES)}; choose one of these"
+    trained, left_out = Trainer(subject, opened, options, output, progress).runs(plan)
+    runs += trained
+    models, costs, lacking = _models(runs, opened, options)
+    runs = [run for run in runs if run.key in models]
+    header = _header(opened, schedule, runs, options, fingerprint(images, pictures))
+    path = output / f"{NUMBERS}.journal"
+    with AblationJournal(path, header, restart=options.restart) as journal:
+        batches = _batches(images, pictures, opened[0], options, done=len(journal.done))
+        measure(
+            models,
+            batches,
+            journal,
+            total=len(pictures),
+            device=options.device,
+            progress=progress,
         )
+        measured = Measured(runs, outcomes(models, journal.done), costs)
+        rows = _rows(plan, opened[0], schedule, measured)
+        unreadable = [pair for step in journal.done for pair in step.unreadable]
+        report = _write(output, facts, rows, {**lacking, **left_out}, unreadable)
+        journal.remove()
+    return report
 
 
 def _models(
-    subject: Subject, plan: Plan, options: AblationOptions
+    runs: Sequence[Run], opened: Sequence[OpenedSubject], options: AblationOptions
 ) -> tuple[dict[str, Any], dict[str, Cost], dict[str, str]]:
-    """Model and cost of every variant by its key, and of those that cannot be, the reason."""
+    """Model and cost of every run by its key, and of those that cannot be, the reason."""
     from exporter.training.ablate_run import prepare
 
     models: dict[str, Any] = {}
     costs: dict[str, Cost] = {}
     left_out: dict[str, str] = {}
-    named = {v.key: v for v in plan.variants}
-    if unknown := sorted(set(options.finetuned) - set(named)):
-        raise ValueError(
-            f"finetuned={unknown[0]!r} is no variant of this ablation; name one of "
-            f"{', '.join(named)}"
-        )
-    wanted: list[tuple[str, Variant, Path | None]] = [(v.key, v, None) for v in plan.variants]
-    wanted += [(_TUNED + k, named[k], file) for k, file in options.finetuned.items()]
-    for key, variant, file in wanted:
+    for run in runs:
         try:
-            model = _model(subject, variant, file)
+            model = model_of_run(run, opened)
         except UnsupportedError as error:
-            left_out[key] = str(error)
+            left_out[run.name] = str(error)
             continue
-        models[key], costs[key] = prepare(
-            variant, model, operators=options.operators, device=options.device
+        models[run.key], costs[run.key] = prepare(
+            run.variant, model, operators=options.operators, device=options.device
         )
     return models, costs, left_out
 
 
-def _model(subject: Subject, variant: Variant, file: Path | None) -> Any:
-    if file is None:
-        return subject.variant(variant.schedule)
-    from exporter.checkpoint import load_checkpoint
-    from exporter.models import model_from_config
+def _header(
+    opened: Sequence[OpenedSubject],
+    schedule: PruneSchedule,
+    runs: Sequence[Run],
+    options: AblationOptions,
+    images: str,
+) -> dict[str, str]:
+    """What must be the same when a stopped ablation goes on."""
+    from exporter.training.ablate_run import machine, state_digest
 
-    model = model_from_config(subject.name, subject.config, variant.schedule)
-    load_checkpoint(model, file)
-    return model
-
-
-def _pictures(images: Path, subject: Subject, options: AblationOptions) -> list[Picture]:
-    classes = int(subject.config["num_classes"])
-    names = None if options.classes is None else read_labels(options.classes, classes)
-    return find_pictures(images, classes, names)
+    tuned = (f"{run.key}: {sha256_of(run.weights)}" for run in runs if run.weights is not None)
+    return {
+        "model": opened[0].name,
+        "config": json.dumps(dict(opened[0].config), sort_keys=True),
+        "weights": ", ".join(state_digest(one.state) for one in opened),
+        "schedule": repr(schedule),
+        "runs": "; ".join(run.key for run in runs),
+        "fine-tuned": "; ".join(tuned),
+        "images": images,
+        "preprocessing": repr(opened[0].preprocessing),
+        "batch": str(options.batch),
+        "operators": options.operators,
+        "machine": machine(options.device),
+        "vssm": __version__,
+    }
 
 
 def _batches(
     root: Path,
     pictures: Sequence[Picture],
-    subject: Subject,
+    subject: OpenedSubject,
     options: AblationOptions,
-    unreadable: list[tuple[str, str]],
-) -> Iterator[tuple[Any, list[int]]]:
-    """Images and classes of every batch; what cannot be read goes to `unreadable`."""
+    *,
+    done: int,
+) -> Iterator[tuple[Any, list[int], list[tuple[str, str]]]]:
+    """Images, classes and what cannot be read of every batch that is not done."""
     size = options.batch
-    batches = [pictures[i : i + size] for i in range(0, len(pictures), size)]
+    batches = [pictures[i : i + size] for i in range(0, len(pictures), size)][done:]
     files = [[str(root / p.path) for p in some] for some in batches]
     loaded = load_in_order(files, subject.preprocessing, workers=options.workers)
     for some, batch in zip(batches, loaded, strict=True):
         pairs = list(zip(some, batch.errors, strict=True))
-        unreadable += [(p.path, error) for p, error in pairs if error is not None]
-        yield batch.images, [p.target for p, error in pairs if error is None]
+        unreadable = [(p.path, error) for p, error in pairs if error is not None]
+        yield batch.images, [p.target for p, error in pairs if error is None], unreadable
 
 
 def _rows(
-    plan: Plan,
-    subject: Subject,
-    schedule: PruneSchedule,
-    outcomes: Mapping[str, Any],
-    costs: Mapping[str, Cost],
+    plan: Plan, subject: OpenedSubject, schedule: PruneSchedule, measured: Measured
 ) -> list[Row]:
-    from exporter.training.ablate_plan import Line, Published, published
-    from exporter.training.ablate_report import FINE_TUNED, make_row
+    from exporter.training.ablate_plan import Published, published
+    from exporter.training.ablate_report import make_row
 
+    standard = _is_standard(subject)  # of other sizes of a model nothing is published
     rows = []
     for line in plan.lines:
-        printed = published(subject.name, line.keys[0], schedule)
-        # Other sizes of a model are not the paper's: nothing is published of them.
-        printed = printed if _is_standard(subject) else Published(None, None)
-        tuned = tuple(_TUNED + key for key in line.keys)
-        for keys, label, weights in (
-            (line.keys, line.label, subject.weights),
-            (tuned, f"{line.label}, {FINE_TUNED}", FINE_TUNED),
-        ):
-            if all(key in outcomes for key in keys):
-                found = Line(line.table, label, keys)
-                rows.append(make_row(found, outcomes, costs, weights=weights, published=printed))
+        key = line.keys[0]
+        printed = published(subject.name, key, schedule) if standard else Published(None, None)
+        for tuned in (False, True):
+            row = make_row(line, measured, tuned=tuned, weights=subject.weights, published=printed)
+            rows += [] if row is None else [row]
     return rows
 
 
-def _is_standard(subject: Subject) -> bool:
+def _is_standard(subject: OpenedSubject) -> bool:
     from exporter.models.catalog import standard_config
 
     return dict(subject.config) == standard_config(subject.name)
 
 
 def _facts(
-    subject: Subject, schedule: PruneSchedule, options: AblationOptions, images: Path, count: int
+    opened: Sequence[OpenedSubject],
+    schedule: PruneSchedule,
+    options: AblationOptions,
+    images: Path,
+    count: int,
 ) -> dict[str, str]:
     from exporter.training.ablate_run import machine
 
     pruned = ", ".join(f"{r} after block {b}" for b, r in schedule.ratios.items())
     return {
-        "model": subject.name,
-        "weights": subject.weights,
+        "model": opened[0].name,
+        "weights": ", ".join(one.weights for one in opened),
         "kept": pruned,
         "images": f"{count:,} in {images}",
         "ran": f"{machine(options.device)}, operators {options.operators}, batch {options.batch}",
-        "images/s": "median over the full batches but the first, model alone, variants in turn",
+        "images/s": "median over the full batches but a call's first, model alone, runs in turn",
+    }
+
+
+def _training_facts(
+    options: AblationOptions, plan: Plan, opened: Sequence[OpenedSubject]
+) -> dict[str, str]:
+    """What is trained; refuses what could only fail later."""
+    training = options.training
+    if training is None:
+        return {}
+    images = check_training(
+        training, plan, opened, classes=options.classes, given=options.finetuned
+    )
+    numbers, usual = asdict(training.recipe), asdict(Recipe())
+    changed = [f"{k}={v}" for k, v in numbers.items() if k != "seed" and v != usual[k]]
+    return {
+        "fine-tuned": f"{', '.join(training.variants)}: {training.seeds or len(opened)} each, on "
+        f"{images:,} images in {training.data}; the weights of the last step, not their average",
+        "recipe": f"published, but {', '.join(changed)}" if changed else "published",
     }
 
 
@@ -222,7 +247,8 @@ def _write(
     left_out: dict[str, str],
     unreadable: list[tuple[str, str]],
 ) -> AblationReport:
-    from exporter.training.ablate_report import AblationReport, markdown, plot
+    from exporter.training.ablate_plot import plot
+    from exporter.training.ablate_report import AblationReport, markdown
 
     report = AblationReport(facts, tuple(rows), left_out, tuple(unreadable))
     for name, against in PLOTS.items():

@@ -11,9 +11,8 @@ from exporter.files import MANIFEST_NAME, check_writable, sha256_of
 from exporter.json_files import write_json
 from exporter.manifest_types import Preprocessing
 from exporter.pipeline import open_session
-from exporter.preprocessing import read_labels
 from exporter.training.evaluate import EvaluationReport, Progress, evaluate_session
-from exporter.training.evaluate_data import find_pictures, fingerprint
+from exporter.training.evaluate_data import fingerprint, open_pictures
 from exporter.training.evaluate_journal import Journal
 
 RESULTS_FILE = "evaluate.csv"
@@ -67,8 +66,7 @@ def evaluate(
     check_writable(target)
     check_writable(summary)
     num_classes = int(opened.manifest.outputs[0].shape[1])
-    names = None if classes is None else read_labels(classes, num_classes)
-    pictures = find_pictures(root, num_classes, names)
+    pictures = open_pictures(root, num_classes, None if classes is None else Path(classes))
     with open_session(opened, runtime, operators=operators, threads=threads) as session:
         header = {
             **{key: str(value) for key, value in asdict(session.info).items()},

@@ -10,7 +10,6 @@ from typing import Any
 from exporter.artifact import Artifact
 from exporter.benchmark import Progress
 from exporter.preprocessing import read_labels
-from exporter.schedule import PruneSchedule
 
 
 @dataclass(frozen=True)
@@ -43,19 +42,16 @@ def export_model(
     """
     from exporter.checkpoint import load_checkpoint
     from exporter.models import create_model
-    from exporter.models.schedules import default_schedule
+    from exporter.models.schedules import named_schedule
     from exporter.onnx_export import export
 
     _refuse_idle_options(request)
-    schedule = None
-    rules: dict[str, Any] = {
-        "alignment": request.alignment or "gap",
-        "importance": request.importance or "clip",
-    }
-    if request.schedule == "default":
-        schedule = default_schedule(request.name, **rules)
-    elif request.schedule is not None:
-        schedule = PruneSchedule.parse(request.schedule, **rules)
+    schedule = named_schedule(
+        request.name,
+        request.schedule,
+        alignment=request.alignment,
+        importance=request.importance,
+    )
     progress(f"building {request.name}")
     model = create_model(
         request.name, schedule=schedule, num_classes=request.num_classes, **request.options

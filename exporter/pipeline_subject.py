@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.artifact import open_artifact
 from exporter.manifest_types import Preprocessing
+from exporter.training.request import Subject
 
 if TYPE_CHECKING:
     from exporter.models import VisionModel
@@ -16,25 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SubjectRequest:
-    """What a command was asked for; the fields are its options.
-
-    `source` is one of `vssm models`, or the directory of an export; a directory of a model's name
-    is written ./NAME. `schedule` is BLOCK:RATIO,..., "default" or None: the export's own.
-    """
-
-    source: str
-    checkpoint: Path | None = None
-    ema: bool = False
-    schedule: str | None = None
-    num_classes: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    rules: Mapping[str, str] = field(default_factory=dict)  # alignment and importance, where given
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Weights, the configuration they belong to, and how they are to be pruned.
+class OpenedSubject:
+    """A `Subject` with its weights read, the configuration they belong to, and its schedule.
 
     Attributes:
         name: the model's name.
@@ -67,90 +51,82 @@ class Subject:
         return model.eval()
 
 
-def open_subject(request: SubjectRequest) -> Subject:
+def open_subject(subject: Subject) -> OpenedSubject:
     """Find the weights and the schedule.
 
     Raises:
-        ValueError: the source is neither, or an option does not belong to it.
+        ValueError: the name is neither, or an option does not belong to it.
         ArtifactError, CheckpointError: the export or the checkpoint cannot be used.
     """
     from exporter.models import list_models
 
-    if request.source in list_models():
-        return _by_name(request)
-    if not Path(request.source).is_dir():
+    if subject.tokens != "gather":
         raise ValueError(
-            f"source={request.source!r} is neither a model nor the directory of an export; see "
+            f"tokens={subject.tokens!r} is a way to train; leave it out, and give it to finetune"
+        )
+    if subject.name in list_models():
+        return _by_name(subject)
+    if not Path(subject.name).is_dir():
+        raise ValueError(
+            f"source={subject.name!r} is neither a model nor the directory of an export; see "
             "`vssm models`, or write one with `vssm export`"
         )
-    return _from_export(request)
+    return _from_export(subject)
 
 
-def _by_name(request: SubjectRequest) -> Subject:
+def _by_name(subject: Subject) -> OpenedSubject:
     from exporter.checkpoint import load_checkpoint
     from exporter.models import create_model
 
-    classes = 1000 if request.num_classes is None else request.num_classes
-    model = create_model(request.source, num_classes=classes, **request.options)
-    if request.checkpoint is not None:
-        load_checkpoint(model, request.checkpoint, source="ema" if request.ema else "model")
-    return Subject(
-        request.source,
+    classes = 1000 if subject.num_classes is None else subject.num_classes
+    model = create_model(subject.name, num_classes=classes, **subject.options)
+    if subject.checkpoint is not None:
+        load_checkpoint(model, subject.checkpoint, source=subject.source)
+    return OpenedSubject(
+        subject.name,
         asdict(model.config),
         model.state_dict(),
-        "seeded initial weights" if request.checkpoint is None else str(request.checkpoint),
-        _schedule(request, request.source),
+        "seeded initial weights" if subject.checkpoint is None else str(subject.checkpoint),
+        _schedule(subject, subject.name),
         Preprocessing.for_image_size(model.image_size),
         None,
     )
 
 
-def _from_export(request: SubjectRequest) -> Subject:
+def _from_export(subject: Subject) -> OpenedSubject:
     from exporter.torch_session import model_of, schedule_of
 
     given = {
-        "checkpoint": request.checkpoint,
-        "num_classes": request.num_classes,
-        "set": request.options or None,
-        "ema": request.ema or None,
+        "checkpoint": subject.checkpoint,
+        "num_classes": subject.num_classes,
+        "set": subject.options or None,
     }
     if named := [name for name, value in given.items() if value is not None]:
         raise ValueError(
-            f"source={request.source!r} is an export, which has its own weights and sizes; leave "
+            f"source={subject.name!r} is an export, which has its own weights and sizes; leave "
             f"--{named[0].replace('_', '-')} out, or give a model's name"
         )
-    artifact = open_artifact(request.source)
+    artifact = open_artifact(subject.name)
     manifest = artifact.manifest
     if manifest.preprocessing is None:
         raise ValueError(
-            f"source={request.source!r} has no preprocessing in its model.json, so image files "
+            f"source={subject.name!r} has no preprocessing in its model.json, so image files "
             "cannot be turned into its input; export the model by its name"
         )
     model = model_of(artifact, dense=True)
-    own = request.schedule is None and not request.rules
-    return Subject(
+    return OpenedSubject(
         manifest.name,
         dict(manifest.config),
         model.state_dict(),
-        f"{request.source}, {manifest.weights}",
-        schedule_of(artifact) if own else _schedule(request, manifest.name),
+        f"{subject.name}, {manifest.weights}",
+        schedule_of(artifact) if subject.schedule is None else _schedule(subject, manifest.name),
         manifest.preprocessing,
         manifest.labels,
     )
 
 
-def _schedule(request: SubjectRequest, name: str) -> PruneSchedule | None:
-    from exporter.models.schedules import default_schedule
-    from exporter.schedule import PruneSchedule
+def _schedule(subject: Subject, name: str) -> PruneSchedule | None:
+    from exporter.models.schedules import named_schedule
 
-    rules: dict[str, Any] = dict(request.rules)
-    if request.schedule == "default":
-        return default_schedule(name, **rules)
-    if request.schedule is not None:
-        return PruneSchedule.parse(request.schedule, **rules)
-    if rules:
-        raise ValueError(
-            f"{', '.join(rules)} without a schedule prunes nothing; give --schedule "
-            "BLOCK:RATIO,... too, or leave it out"
-        )
-    return None
+    alignment, importance = subject.alignment, subject.importance
+    return named_schedule(name, subject.schedule, alignment=alignment, importance=importance)

@@ -10,8 +10,9 @@ import numpy as np
 
 from exporter.files import atomic_write_bytes, check_writable
 from exporter.json_files import write_json
-from exporter.pipeline_subject import Subject, SubjectRequest, open_subject
+from exporter.pipeline_subject import OpenedSubject, open_subject
 from exporter.preprocessing import preprocess
+from exporter.training.request import Subject
 
 if TYPE_CHECKING:
     from exporter.models import VisionModel
@@ -22,7 +23,7 @@ _TOP = 3  # classes in the page's tables
 
 
 def visualize(
-    request: SubjectRequest,
+    subject: Subject,
     images: Sequence[Path],
     output: Path,
     *,
@@ -34,10 +35,11 @@ def visualize(
     Writes `index.html`, `visualize.json` and PNG files into `output`, over those of a run before.
 
     Args:
-        request: the model.
-        images: image files.
+        subject: the model, by its name or as the directory of an export.
+        images: image files of any size, prepared as the model's evaluation does.
         output: directory to write; made where it is missing.
-        blocks: whose attention is shown; None for those after each stage, and the last.
+        blocks: whose attention is shown, counted from 1; None for those after each stage, and the
+            last.
         progress: called with a line of text for every image.
 
     Returns:
@@ -54,23 +56,23 @@ def visualize(
     from exporter.training.visualize_html import page
 
     require_matplotlib()
-    subject = open_subject(request)
-    models = variants(subject)
+    opened = open_subject(subject)
+    models = variants(opened)
     output.mkdir(parents=True, exist_ok=True)
     check_writable(output / PAGE)
     found, sections = [], []
     for number, file in enumerate(images, start=1):
         progress(f"{file}: {number} of {len(images)}")
-        array = preprocess(file, subject.preprocessing)
-        result = explain(models, array, _picture(array, subject), blocks)
+        array = preprocess(file, opened.preprocessing)
+        result = explain(models, array, _picture(array, opened), blocks)
         files = {name: f"{number}_{file.stem}_{name}.png" for name in result.figures}
         for name, png in result.figures.items():
             atomic_write_bytes(output / files[name], png)
         found.append(_entry(file, result, files))
-        sections.append((file.name, _rows(result, subject), result.figures))
+        sections.append((file.name, _rows(result, opened), result.figures))
     if not found:
         raise ValueError("images=[] holds no image; give one at least")
-    facts = _facts(subject)
+    facts = _facts(opened)
     html = page(facts, sections, readout=found[0]["readout"])
     atomic_write_bytes(output / PAGE, html.encode())
     numbers = {"facts": facts, "images": found}
@@ -78,7 +80,7 @@ def visualize(
     return numbers
 
 
-def variants(subject: Subject) -> dict[str, VisionModel]:
+def variants(subject: OpenedSubject) -> dict[str, VisionModel]:
     """Dense, plain removal and aligned, as far as the subject's schedule has them."""
     models = {"dense": subject.variant(None)}
     schedule = subject.schedule
@@ -89,14 +91,14 @@ def variants(subject: Subject) -> dict[str, VisionModel]:
     return models
 
 
-def _picture(array: Any, subject: Subject) -> Any:
+def _picture(array: Any, subject: OpenedSubject) -> Any:
     """What the model sees, (height, width, 3) in [0, 1]."""
     spec = subject.preprocessing
     pixels = array[0].transpose(1, 2, 0) * np.asarray(spec.std) + np.asarray(spec.mean)
     return np.clip(pixels, 0, 1)  # rounding alone leaves the range
 
 
-def _facts(subject: Subject) -> dict[str, str]:
+def _facts(subject: OpenedSubject) -> dict[str, str]:
     schedule = subject.schedule
     blocks = {} if schedule is None else schedule.ratios
     pruned = ", ".join(f"{ratio} after block {block}" for block, ratio in blocks.items())
@@ -116,7 +118,7 @@ def _entry(file: Path, result: Explanation, files: dict[str, str]) -> dict[str, 
     }
 
 
-def _rows(result: Explanation, subject: Subject) -> list[list[str]]:
+def _rows(result: Explanation, subject: OpenedSubject) -> list[list[str]]:
     """The page's table: what each variant says of the image."""
     rows = [["variant", "best classes", "kept as in the last variant, by stage"]]
     for name, numbers in result.variants.items():

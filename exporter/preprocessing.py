@@ -80,11 +80,18 @@ def preprocess(
     return out
 
 
-def read_labels(path: str | os.PathLike[str], num_classes: int) -> tuple[str, ...]:
+def read_labels(
+    path: str | os.PathLike[str], num_classes: int, *, name: str = "labels"
+) -> tuple[str, ...]:
     """Class names from a file: one a line, a JSON list, or a JSON object keyed "0", "1", ...
 
     In an object a value may be a list that ends with the name, as in ImageNet's class index
     ({"0": ["n01440764", "tench"], ...}). Text is UTF-8.
+
+    Args:
+        path: the file.
+        num_classes: classes of the model.
+        name: what errors call the file.
 
     Raises:
         ValueError: the file cannot be read, or does not name `num_classes` classes.
@@ -94,30 +101,30 @@ def read_labels(path: str | os.PathLike[str], num_classes: int) -> tuple[str, ..
         parsed = json.loads(text) if text.lstrip()[:1] in {"[", "{"} else text.splitlines()
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"labels={path} cannot be read ({error}); give a UTF-8 text file, one class name a line"
+            f"{name}={path} cannot be read ({error}); give a UTF-8 text file, one class name a line"
         ) from error
-    names = _label_list(parsed, path)
+    names = _label_list(parsed, f"{name}={path}")
     while names and names[-1] == "":
         names.pop()  # A text file may end in empty lines.
     if len(names) != num_classes or "" in names:
         raise ValueError(
-            f"labels={path} names {sum(map(bool, names))} classes on {len(names)} lines, but the "
+            f"{name}={path} names {sum(map(bool, names))} classes on {len(names)} lines, but the "
             f"model has {num_classes}; give the file of the data set that it was trained on"
         )
     return tuple(names)
 
 
-def _label_list(parsed: Any, path: str | os.PathLike[str]) -> list[str]:
+def _label_list(parsed: Any, file: str) -> list[str]:
     if isinstance(parsed, dict):
         try:
             parsed = [parsed[str(i)] for i in range(len(parsed))]
         except KeyError as error:
             raise ValueError(
-                f"labels={path} has no key {error}; key the names by class index, from 0 on"
+                f"{file} has no key {error}; key the names by class index, from 0 on"
             ) from error
         parsed = [entry[-1] if isinstance(entry, list) and entry else entry for entry in parsed]
     if foreign := [entry for entry in parsed if not isinstance(entry, str)]:
-        raise ValueError(f"labels={path} holds {foreign[0]!r}, which is no text; give names only")
+        raise ValueError(f"{file} holds {foreign[0]!r}, which is no text; give names only")
     return [entry.strip() for entry in parsed]
 
 

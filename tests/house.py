@@ -78,7 +78,7 @@ LAYERS = (
         "training",
         "top",
         ("training/finetune*",),
-        (*_MODELS, *_RUNTIMES, "evaluation", "augmentation"),
+        (*_MODELS, *_RUNTIMES, "evaluation", "augmentation", "ablation"),
     ),
     Layer(
         "pipeline",

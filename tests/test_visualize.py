@@ -160,7 +160,7 @@ def test_refusals(vssm, tmp_path, picture, monkeypatch):
     cases = {
         "is neither a model nor the directory": ("vim", *end),
         "alignment='masked' leaves pruned": (*masked, "--schedule=1:0.5"),
-        "alignment without a schedule": ("vim_tiny", *end, "--alignment=gap"),
+        "alignment='gap' without a schedule prunes": ("vim_tiny", *end, "--alignment=gap"),
         "is hierarchical": ("vmamba_tiny_s1l8", *end[:3], "--schedule=1:0.5"),
         "block=4 is outside": ("vim_tiny", *end, "--blocks=4"),
         "has no default schedule": ("vim_base", *end, "--schedule=default"),

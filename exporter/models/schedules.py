@@ -18,6 +18,28 @@ DEFAULT_SCHEDULES: Final = {
 }
 
 
+def named_schedule(
+    name: str, schedule: str | PruneSchedule | None, **rules: str | None
+) -> PruneSchedule | None:
+    """What a command's --schedule means for a model.
+
+    Args:
+        name: the model's name.
+        schedule: BLOCK:RATIO,..., "default", or None for the dense model; one that is made already
+            comes back.
+        rules: alignment and importance where given, for a text; None for their defaults.
+
+    Raises:
+        ValueError: the text is none, a rule does not fit, or the model has no default.
+    """
+    given: dict[str, Any] = {rule: value for rule, value in rules.items() if value is not None}
+    if schedule is None or isinstance(schedule, PruneSchedule):
+        return schedule
+    if schedule == "default":
+        return default_schedule(name, **given)
+    return PruneSchedule.parse(schedule, **given)
+
+
 def default_schedule(name: str, **rules: Any) -> PruneSchedule:
     """The schedule of a model that `vssm export NAME --schedule default` takes.
 

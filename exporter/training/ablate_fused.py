@@ -1,4 +1,4 @@
-"""The EViT-style baseline, for ablations alone: plain removal with one fused leftover token.
+"""The EViT-style baseline, for comparisons alone: plain removal with one fused leftover token.
 
 EViT appends the leftovers, averaged by their attention, as one more token of a transformer, where
 order means nothing. In a scan a token has a place, so here the weakest kept token's place holds the

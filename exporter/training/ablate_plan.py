@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Final
 
 from exporter.models.schedules import DEFAULT_SCHEDULES
@@ -21,6 +22,44 @@ class Variant:
     key: str
     schedule: PruneSchedule | None
     fused: bool = False
+
+    @property
+    def tokens(self) -> str:
+        """What training does with its pruned tokens, as `Subject.tokens` names it."""
+        if self.fused:
+            return "fused"
+        masked = self.schedule is not None and self.schedule.alignment == "masked"
+        return "masked" if masked else "gather"
+
+    @property
+    def baseline(self) -> str:
+        """Key of the plain removal of the same ratio, which it is compared with."""
+        _, at, ratio = self.key.partition("@")
+        return f"none{at}{ratio}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model that is measured: a variant with some weights.
+
+    Attributes:
+        key: its name in the journal and in reports.
+        variant: what runs.
+        tuned: whether the weights were trained with that variant.
+        number: of the checkpoint, from 0, or of the fine-tuning; equal numbers are compared.
+        weights: their file; None for those of the checkpoint.
+    """
+
+    key: str
+    variant: Variant
+    tuned: bool
+    number: int
+    weights: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The variant and whether it is trained, without the number."""
+        return f"fine-tuned {self.variant.key}" if self.tuned else self.variant.key
 
 
 @dataclass(frozen=True)

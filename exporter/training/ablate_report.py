@@ -1,20 +1,14 @@
-"""What an ablation found: rows, Markdown in the paper's layout, and plots."""
+"""What an ablation found: rows, and Markdown in the paper's layout."""
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from exporter.training.ablate_plan import (
-    ALIGNMENT,
-    IMPORTANCE,
-    RATIO,
-    Line,
-    Published,
-)
+from exporter.training.ablate_paired import Paired, compare, join
+from exporter.training.ablate_plan import Line, Published, Run
 from exporter.training.ablate_run import Cost, Outcome
 
 FINE_TUNED = "fine-tuned"
@@ -22,17 +16,7 @@ COLUMNS = (
     *("", "GFLOPs, published rule", "without alignment's part", "true", "images/s", "top-1 %"),
     *("published GFLOPs", "published top-1 %"),
 )
-# Okabe-Ito colours, and a mark of its own for whoever sees none.
-_METHODS = {
-    "dense": ("#000000", "D"),
-    "EViT-style, one fused leftover": ("#cc79a7", "v"),
-    "plain removal": ("#0072b2", "o"),
-    "aligned (gap)": ("#d55e00", "o"),
-}
-_OTHERS = {ALIGNMENT: "#56b4e9", IMPORTANCE: "#009e73", RATIO: "#999999"}
-_MARKS = {"constant": "s", "masked": "P", "sum": "^", "l1": "<", "l2": ">"}
-_OTHER_MARK = "X"
-_TUNED_MARK = "*"
+PAIRED_COLUMNS = ("", "difference, points", "better", "worse", "p")
 
 
 @dataclass(frozen=True)
@@ -43,20 +27,28 @@ class Row:
         table: which one.
         label: what ran.
         weights: where the row's weights come from.
-        variants: keys of the variants behind it, one a seed.
-        top1: share of the images whose class came first, the mean over seeds.
-        spread: standard deviation over the seeds; None for a single one.
-        standard_error: of one variant's top1, from the number of images alone.
-        images_per_s: the median's; the mean over seeds.
+        tuned: whether they were trained with the row's own variant.
+        variants: keys of the variants behind it; one, or one a seed of the random choice.
+        runs: keys of the runs behind it: a run for each variant and checkpoint or training seed.
+        top1s: of each run, the share of the images whose class came first.
+        top1: their mean.
+        spread: their standard deviation; None for a single run.
+        standard_error: of one run's top1, from the number of images alone.
+        images_per_s: the median's; the mean over the runs.
         timed_batches: behind it.
         flops: multiply-adds of an image.
         published: what the paper prints beside it.
+        paired: its runs beside plain removal's of the same number, image by image; None where
+            there is none to compare with.
     """
 
     table: str
     label: str
     weights: str
+    tuned: bool
     variants: tuple[str, ...]
+    runs: tuple[str, ...]
+    top1s: tuple[float, ...]
     top1: float
     spread: float | None
     standard_error: float
@@ -64,6 +56,7 @@ class Row:
     timed_batches: int
     flops: Cost
     published: Published
+    paired: Paired | None
 
 
 @dataclass(frozen=True)
@@ -76,37 +69,69 @@ class AblationReport:
     unreadable: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """All runs, and by their keys what they did and what they cost."""
+
+    runs: Sequence[Run]
+    outcomes: Mapping[str, Outcome]
+    costs: Mapping[str, Cost]
+
+    def of(self, line: Line, *, tuned: bool) -> list[Run]:
+        """The runs of a line; none where one of its variants has none."""
+        some = [run for run in self.runs if run.tuned == tuned and run.variant.key in line.keys]
+        return some if {run.variant.key for run in some} == set(line.keys) else []
+
+    def baseline(self, run: Run) -> Run | None:
+        """Plain removal of the same ratio, weights and number; None for itself."""
+        wanted = (run.variant.baseline, run.tuned, run.number)
+        found = [r for r in self.runs if (r.variant.key, r.tuned, r.number) == wanted]
+        return found[0] if found and found[0] is not run else None
+
+
 def make_row(
-    line: Line,
-    outcomes: Mapping[str, Outcome],
-    costs: Mapping[str, Cost],
-    *,
-    weights: str,
-    published: Published,
-) -> Row:
-    """The row of a line whose variants all ran."""
-    some = [outcomes[key] for key in line.keys]
+    line: Line, measured: Measured, *, tuned: bool, weights: str, published: Published
+) -> Row | None:
+    """The row of a line; None where its variants did not all run."""
+    runs = measured.of(line, tuned=tuned)
+    if not runs:
+        return None
+    some = [measured.outcomes[run.key] for run in runs]
     shares = [outcome.top1 for outcome in some]
     speeds = [outcome.images_per_s() for outcome in some]
     top1 = statistics.fmean(shares)
     return Row(
         table=line.table,
-        label=line.label,
-        weights=weights,
+        label=f"{line.label}, {FINE_TUNED}" if tuned else line.label,
+        weights=FINE_TUNED if tuned else weights,
+        tuned=tuned,
         variants=line.keys,
+        runs=tuple(run.key for run in runs),
+        top1s=tuple(shares),
         top1=top1,
         spread=statistics.stdev(shares) if len(shares) > 1 else None,
         standard_error=math.sqrt(top1 * (1 - top1) / some[0].images),
         images_per_s=statistics.fmean(speed for speed, _ in speeds),
         timed_batches=min(n for _, n in speeds),
-        flops=costs[line.keys[0]],
+        flops=measured.costs[runs[0].key],
         published=published,
+        paired=_paired(runs, measured),
     )
 
 
+def _paired(runs: Sequence[Run], measured: Measured) -> Paired | None:
+    pairs = []
+    for run in runs:
+        other = measured.baseline(run)
+        if other is not None:
+            one, two = ((r.key, measured.outcomes[r.key].hits) for r in (run, other))
+            pairs.append(compare(one, two))
+    return join(pairs, measured.outcomes[runs[0].key].images) if pairs else None
+
+
 def cells(row: Row) -> tuple[str, ...]:
-    """A row as the tables show it; beside top-1 the seeds' spread where there are several."""
-    spread = "" if row.spread is None else f" ± {100 * row.spread:.2f}"
+    """A row as the tables show it; beside top-1 the spread and number of runs, where several."""
+    spread = "" if row.spread is None else f" ± {100 * row.spread:.2f} ({len(row.runs)})"
     flops = (f"{x / 1e9:.4g}" for x in (row.flops.published, row.flops.unaligned, row.flops.true))
     printed = row.published
     return (
@@ -126,11 +151,14 @@ def markdown(report: AblationReport, plots: Sequence[str]) -> str:
         lines = [f"## {table}", "", _line(COLUMNS), _line(["---"] * len(COLUMNS))]
         lines += [_line(cells(row)) for row in report.rows if row.table == table]
         parts.append("\n".join(lines))
+    if any(row.paired for row in report.rows):
+        parts.append(_paired_table(report.rows))
     error = max(row.standard_error for row in report.rows)
     parts.append(
         "Published figures: Zhan et al., arXiv:2409.18962, on ImageNet; its pruned rows are "
         "fine-tuned, rows here only where they say so. A difference of top-1 below about "
-        f"{200 * error:.2f} points (twice the standard error of one row) may be chance."
+        f"{200 * error:.2f} points (twice the standard error of one run) may be chance; the pairs "
+        "above say more. ± is the standard deviation over runs, their number in brackets."
     )
     if report.left_out:
         lines = [f"- {key}: {reason}" for key, reason in report.left_out.items()]
@@ -142,64 +170,24 @@ def markdown(report: AblationReport, plots: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _paired_table(rows: Sequence[Row]) -> str:
+    """Every row beside plain removal, once; sums over its pairs, and p of a single one."""
+    lines = ["## beside plain removal, image by image", ""]
+    lines += [_line(PAIRED_COLUMNS), _line(["---"] * len(PAIRED_COLUMNS))]
+    shown: set[tuple[str, ...]] = set()
+    for row in rows:
+        if row.paired is None or row.runs in shown:
+            continue
+        shown.add(row.runs)
+        found = row.paired
+        spread = "" if found.spread is None else f" ± {100 * found.spread:.2f}"
+        better, worse = (sum(getattr(p, name) for p in found.pairs) for name in ("better", "worse"))
+        chance = f"{found.pairs[0].p:.2g}" if len(found.pairs) == 1 else "-"
+        difference = f"{100 * found.difference:+.2f}{spread}"
+        lines.append(_line((row.label, difference, str(better), str(worse), chance)))
+    return "\n".join(lines)
+
+
 def _line(columns: Sequence[str]) -> str:
     escaped = (column.replace("|", "\\|") for column in columns)
     return f"| {' | '.join(escaped)} |"
-
-
-def plot(report: AblationReport, *, against: str) -> bytes:
-    """Top-1 over "flops" (published rule) or "time" (milliseconds an image), as PNG.
-
-    Bars are the standard error, or the spread over seeds. Every variant is drawn once.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for method, (colour, _) in _METHODS.items():
-        rows = [r for r in report.rows if r.table == RATIO and r.label.endswith(method)]
-        xs, ys = [_x(row, against) for row in rows], [100 * row.top1 for row in rows]
-        if rows:  # in the order of the ratios
-            axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.6)
-    for label, rows in _series(report.rows).items():
-        colour, mark = _style(rows[0])
-        xs, ys = [_x(row, against) for row in rows], [100 * row.top1 for row in rows]
-        bars = [100 * (row.standard_error if row.spread is None else row.spread) for row in rows]
-        axes.errorbar(xs, ys, bars, fmt=mark, color=colour, elinewidth=0.7, label=label)
-    units = {"flops": "GFLOPs, published rule", "time": "milliseconds an image, measured"}
-    axes.set_xlabel(units[against])
-    axes.set_ylabel("top-1 %")
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize=9, loc="outside right upper")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
-def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by their legend; a variant of several tables stands in its first."""
-    found: dict[str, list[Row]] = {}
-    drawn: set[tuple[str, ...]] = set()
-    for row in rows:
-        if row.variants in drawn:
-            continue
-        drawn.add(row.variants)
-        label = row.label
-        if row.table == RATIO:
-            label = f"keep ratios, {row.label.partition(', ')[2]}"
-        found.setdefault(label, []).append(row)
-    return found
-
-
-def _style(row: Row) -> tuple[str, str]:
-    """Colour and mark: the method's where it is one."""
-    if row.weights == FINE_TUNED:
-        return _METHODS["aligned (gap)"][0], _TUNED_MARK
-    for method, style in _METHODS.items():
-        if row.label == method or (row.table == RATIO and row.label.endswith(method)):
-            return (style[0], "." if row.table == RATIO else style[1])
-    return _OTHERS[row.table], _MARKS.get(row.label, _OTHER_MARK)
-
-
-def _x(row: Row, against: str) -> float:
-    return row.flops.published / 1e9 if against == "flops" else 1e3 / row.images_per_s

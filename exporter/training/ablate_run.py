@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,9 +16,11 @@ import torch
 from exporter.flops import count
 from exporter.models.base import VisionModel
 from exporter.training.ablate_fused import fuse_leftovers
+from exporter.training.ablate_journal import AblationJournal, Step
 from exporter.training.ablate_plan import Variant
 
-Batch = tuple[npt.NDArray[np.float32], Sequence[int]]
+# Images, their classes, and the files that could not be read.
+Batch = tuple[npt.NDArray[np.float32], Sequence[int], Sequence[tuple[str, str]]]
 Progress = Callable[[str], None]
 
 
@@ -32,22 +35,26 @@ class Cost:
 
 @dataclass
 class Outcome:
-    """What one variant did: images and hits, and the seconds of every batch with its size."""
+    """What one run did: a "1" or "0" an image in `hits`; of every batch size, seconds, `first`."""
 
-    images: int = 0
-    correct: int = 0
-    batches: list[tuple[int, float]] = field(default_factory=list)
+    hits: str = ""
+    batches: list[tuple[int, float, bool]] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        """Images that it saw."""
+        return len(self.hits)
 
     @property
     def top1(self) -> float:
         """Share of the images whose class came first."""
-        return self.correct / self.images
+        return self.hits.count("1") / self.images
 
     def images_per_s(self) -> tuple[float, int]:
-        """Median over the largest batches but the first, where there are others; and how many."""
-        size = max(n for n, _ in self.batches)
-        timed = [seconds for n, seconds in self.batches if n == size]
-        timed = timed[1:] or timed
+        """Median over the largest batches but a call's first, where there are others; how many."""
+        size = max(n for n, _, _ in self.batches)
+        full = [(seconds, first) for n, seconds, first in self.batches if n == size]
+        timed = [seconds for seconds, first in full if not first] or [s for s, _ in full]
         return size / statistics.median(timed), len(timed)
 
 
@@ -69,36 +76,67 @@ def prepare(
 def measure(
     models: Mapping[str, VisionModel],
     batches: Iterable[Batch],
+    journal: AblationJournal,
     *,
     total: int,
     device: str,
     progress: Progress = lambda _: None,
-) -> dict[str, Outcome]:
-    """Run every model on every batch, in turn.
+) -> None:
+    """Run every model on every batch, in turn; each batch ends in the journal.
 
     Raises:
-        ValueError: logits are not finite, or there is no image.
+        ValueError: logits are not finite.
+        ArtifactError: the journal cannot be written.
     """
-    found = {key: Outcome() for key in models}
-    seen = 0
-    for images, targets in batches:
-        if not len(targets):
-            continue
-        array = torch.from_numpy(images).to(device)
-        wanted = np.asarray(targets)
-        for key, model in models.items():
-            logits, seconds = _timed(model, array, device)
-            if not np.isfinite(logits).all():
-                raise ValueError(f"variant={key} has logits that are NaN or infinite: it overflows")
-            outcome = found[key]
-            outcome.images += len(targets)
-            outcome.correct += int((logits.argmax(1) == wanted).sum())
-            outcome.batches.append((len(targets), seconds))
-        seen += len(targets)
-        progress(f"{seen:,} of {total:,} images, {len(models)} variants")
-    if seen == 0:
+    seen = sum(_files(step) for step in journal.done)
+    first = True
+    for images, targets, unreadable in batches:
+        hits, seconds = {}, {}
+        if len(targets):
+            array = torch.from_numpy(images).to(device)
+            wanted = np.asarray(targets)
+            for key, model in models.items():
+                logits, seconds[key] = _timed(model, array, device)
+                if not np.isfinite(logits).all():
+                    raise ValueError(
+                        f"variant={key} has logits that are NaN or infinite: it overflows"
+                    )
+                right = logits.argmax(1) == wanted
+                hits[key] = "".join("01"[int(hit)] for hit in right)
+        journal.append(Step(tuple(unreadable), hits, seconds, first and bool(hits)))
+        first = first and not hits
+        seen += len(targets) + len(unreadable)
+        progress(f"{seen:,} of {total:,} images, {len(models)} runs")
+
+
+def outcomes(keys: Iterable[str], steps: Sequence[Step]) -> dict[str, Outcome]:
+    """What every run did, from the journal.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    found = {key: Outcome() for key in keys}
+    for step in steps:
+        for key, hits in step.hits.items():
+            found[key].hits += hits
+            found[key].batches.append((len(hits), step.seconds[key], step.first))
+    if any(outcome.images == 0 for outcome in found.values()):
         raise ValueError("no image can be read; give a folder of image files")
     return found
+
+
+def _files(step: Step) -> int:
+    return len(next(iter(step.hits.values()), "")) + len(step.unreadable)
+
+
+def state_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the names and values of tensors."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _timed(model: VisionModel, images: torch.Tensor, device: str) -> tuple[npt.NDArray[Any], float]:

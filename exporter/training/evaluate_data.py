@@ -20,7 +20,7 @@ import numpy as np
 
 from exporter.errors import VssmError
 from exporter.manifest_types import Preprocessing
-from exporter.preprocessing import FloatArray, preprocess
+from exporter.preprocessing import FloatArray, preprocess, read_labels
 
 _AHEAD = 2  # batches a worker may be ahead of the model
 _Batch = TypeVar("_Batch")
@@ -43,8 +43,26 @@ class Loaded:
     errors: tuple[str | None, ...]
 
 
+def open_pictures(
+    root: Path, num_classes: int, classes: Path | None, *, name: str = "images"
+) -> list[Picture]:
+    """`find_pictures`, the folder of each class named in a file where there is one.
+
+    Args:
+        root: holds a folder for each class.
+        num_classes: classes of the model.
+        classes: the file, as `read_labels` takes it; None: sorted by name.
+        name: what errors call the root: the option that it was given by.
+
+    Raises:
+        ValueError: as `find_pictures` and `read_labels` do.
+    """
+    names = None if classes is None else read_labels(classes, num_classes, name="classes")
+    return find_pictures(root, num_classes, names, name=name)
+
+
 def find_pictures(
-    root: Path, num_classes: int, classes: Sequence[str] | None = None
+    root: Path, num_classes: int, classes: Sequence[str] | None = None, *, name: str = "images"
 ) -> list[Picture]:
     """Every file of the class folders, sorted by its path.
 
@@ -55,27 +73,28 @@ def find_pictures(
         root: holds a folder for each class, such as n01440764.
         num_classes: classes of the model.
         classes: the folder of each class.
+        name: what errors call the root.
 
     Raises:
         ValueError: there are no images, or the folders are not the model's classes.
     """
     if not root.is_dir():
-        raise ValueError(f"images={root} is no folder; give one that holds a folder for each class")
+        raise ValueError(f"{name}={root} is no folder; give one that holds a folder for each class")
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if classes is None and len(folders) != num_classes:
         raise ValueError(
-            f"images={root} holds {len(folders)} folders, but the model has {num_classes} classes; "
+            f"{name}={root} holds {len(folders)} folders, but the model has {num_classes} classes; "
             "give one for each, or name the folder of every class in a file with --classes"
         )
-    index = {name: i for i, name in enumerate(folders if classes is None else classes)}
+    index = {folder: i for i, folder in enumerate(folders if classes is None else classes)}
     if unknown := sorted(set(folders) - set(index)):
         raise ValueError(
-            f"images={root} holds the folder {unknown[0]!r}, which is no class of the file; name "
+            f"{name}={root} holds the folder {unknown[0]!r}, which is no class of the file; name "
             "all folders there, or move it away"
         )
     pictures = [Picture(path, index[path.split("/", 1)[0]]) for path in _files(root, folders)]
     if not pictures:
-        raise ValueError(f"images={root} holds no files in its folders; give the images")
+        raise ValueError(f"{name}={root} holds no files in its folders; give the images")
     return pictures
 
 

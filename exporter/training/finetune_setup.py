@@ -10,10 +10,10 @@ from exporter._version import __version__
 from exporter.checkpoint import load_checkpoint
 from exporter.models import create_model
 from exporter.models.base import VisionModel
-from exporter.models.schedules import default_schedule
-from exporter.preprocessing import read_labels
+from exporter.models.schedules import named_schedule
 from exporter.schedule import PruneSchedule
-from exporter.training.evaluate_data import find_pictures, fingerprint
+from exporter.training.ablate_fused import fuse_leftovers
+from exporter.training.evaluate_data import fingerprint, open_pictures
 from exporter.training.finetune import Run
 from exporter.training.finetune_parallel import Group
 from exporter.training.request import FinetuneRequest, Subject
@@ -27,6 +27,8 @@ def build_models(request: FinetuneRequest, group: Group) -> tuple[VisionModel, V
         torch.set_num_threads(request.work.threads)
     subject = request.subject
     model = _build(subject, _schedule(subject)).to(group.device)
+    if subject.tokens == "fused":
+        fuse_leftovers(model)
     if request.recipe.distil == 0:
         return model, None
     return model, _build(subject, None).to(group.device)
@@ -38,10 +40,8 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Run:
     Raises:
         ValueError: the folders are not the classes, or the batch does not fit.
     """
-    recipe, work, names = request.recipe, request.work, None
-    if request.classes is not None:
-        names = read_labels(request.classes, model.num_classes)
-    pictures = find_pictures(request.data, model.num_classes, names)
+    recipe, work = request.recipe, request.work
+    pictures = open_pictures(request.data, model.num_classes, request.classes, name="data")
     recipe.steps(len(pictures))  # refuses a batch that is larger than the data set
     pairs = recipe.mixup > 0 or recipe.cutmix > 0
     if recipe.batch % (group.world * (2 if pairs else 1)):
@@ -82,7 +82,10 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Run:
 
 def _build(subject: Subject, schedule: PruneSchedule | None) -> VisionModel:
     model = create_model(
-        subject.name, schedule=schedule, num_classes=subject.num_classes, **subject.options
+        subject.name,
+        schedule=schedule,
+        num_classes=1000 if subject.num_classes is None else subject.num_classes,
+        **subject.options,
     )
     if subject.checkpoint is not None:
         load_checkpoint(model, subject.checkpoint, source=subject.source)
@@ -90,10 +93,9 @@ def _build(subject: Subject, schedule: PruneSchedule | None) -> VisionModel:
 
 
 def _schedule(subject: Subject) -> PruneSchedule | None:
-    if subject.schedule is None or isinstance(subject.schedule, PruneSchedule):
-        return subject.schedule
-    alignment = "masked" if subject.tokens == "masked" else subject.alignment or "gap"
-    importance = subject.importance or "clip"
-    if subject.schedule == "default":
-        return default_schedule(subject.name, alignment=alignment, importance=importance)
-    return PruneSchedule.parse(subject.schedule, alignment=alignment, importance=importance)
+    alignment, importance = subject.alignment, subject.importance
+    found = named_schedule(
+        subject.name, subject.schedule, alignment=alignment, importance=importance
+    )
+    forced = {"masked": "masked", "fused": "none"}.get(subject.tokens)
+    return found if found is None or forced is None else found.changed(alignment=forced)

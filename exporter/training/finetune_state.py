@@ -128,7 +128,7 @@ def _check_header(path: Path, document: Mapping[str, object], header: Mapping[st
         if found.get(key) != header.get(key):
             raise ArtifactError(
                 f"state={path} is of another run: {key}={found.get(key)}, now {header.get(key)}; "
-                "give --resume the arguments that it was begun with, or name another directory"
+                "give the arguments that it was begun with, or name another directory"
             )
 
 

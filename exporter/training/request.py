@@ -1,4 +1,7 @@
-"""What `vssm finetune` is asked for, and the refusal of what contradicts itself. No torch."""
+"""Which model with which weights, and what `vssm finetune` is asked for. No torch.
+
+What contradicts itself is refused here.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,26 @@ from typing import Any, Final
 from exporter.schedule import PruneSchedule
 from exporter.training.recipe import Recipe
 
-TOKENS: Final = ("gather", "masked")
+TOKENS: Final = ("gather", "masked", "fused")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model to train.
+    """The model that `finetune`, `visualize` and `ablate` take: weights, and how to prune them.
 
     Attributes:
-        name: as `create_model` takes it.
-        checkpoint: weights to begin with; None for the seeded initial ones.
+        name: as `create_model` takes it; for `visualize` and `ablate` also the directory of an
+            export (one of a model's name is written ./NAME), which has its own weights and sizes.
+        checkpoint: weights; None for the seeded initial ones.
         source: "model", or "ema" for the averaged weights of the checkpoint.
-        schedule: "BLOCK:RATIO,...", "default", a whole `PruneSchedule` with rules of its own, or
-            None for the dense model.
-        alignment: as for `PruneSchedule`; None for "gap".
-        importance: as for `PruneSchedule`; None for "clip".
-        tokens: "gather" trains as deployed; "masked" keeps pruned tokens as zeros in their places
-            (Vim only), whatever alignment the weights are deployed with.
-        num_classes: width of the classifier.
+        schedule: "BLOCK:RATIO,...", "default" or a `PruneSchedule`; None for the dense model, or
+            the export's own.
+        alignment: as for `PruneSchedule`, beside a text; None for "gap".
+        importance: as for `PruneSchedule`, beside a text; None for "clip".
+        tokens: what training does with pruned tokens. "gather": as deployed; "masked": they stay
+            as zeros in their places (Vim only), whatever alignment the weights are deployed with;
+            "fused": plain removal with one fused leftover token, the EViT-style baseline.
+        num_classes: width of the classifier; None for 1000, or the export's own.
         options: overrides of the model's configuration.
 
     Raises:
@@ -41,42 +46,45 @@ class Subject:
     alignment: str | None = None
     importance: str | None = None
     tokens: str = "gather"
-    num_classes: int = 1000
+    num_classes: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for option in ("alignment", "importance"):
-            if getattr(self, option) is not None and self.schedule is None:
+            value = getattr(self, option)
+            if value is not None and self.schedule is None:
                 raise ValueError(
-                    f"{option}={getattr(self, option)!r} without a schedule prunes nothing; give "
-                    "--schedule BLOCK:RATIO,... too, or leave it out"
+                    f"{option}={value!r} without a schedule prunes nothing; give --schedule "
+                    "BLOCK:RATIO,... too, or leave it out"
                 )
-            if getattr(self, option) is not None and isinstance(self.schedule, PruneSchedule):
+            if value is not None and isinstance(self.schedule, PruneSchedule):
                 raise ValueError(
-                    f"{option}={getattr(self, option)!r} beside a PruneSchedule, which has its "
-                    f"own; leave it out, or pass schedule.changed({option}=...)"
+                    f"{option}={value!r} beside a PruneSchedule, which has its own; use "
+                    f"schedule.changed({option}={value!r})"
                 )
-        if self.tokens not in TOKENS:
-            raise ValueError(f"tokens={self.tokens!r} is not one of {', '.join(TOKENS)}; name one")
-        if self.tokens == "masked" and self.schedule is None:
-            raise ValueError(
-                "tokens='masked' without a schedule masks nothing; give --schedule BLOCK:RATIO,..."
-            )
-        if self.tokens == "masked" and isinstance(self.schedule, PruneSchedule):
-            raise ValueError(
-                "tokens='masked' beside a PruneSchedule, which says so itself; leave it out, and "
-                "pass schedule.changed(alignment='masked')"
-            )
-        if self.tokens == "masked" and self.alignment is not None:
-            raise ValueError(
-                f"alignment={self.alignment!r} with tokens='masked': masked tokens stay in their "
-                "places, so training aligns nothing; leave it out, and give it to vssm export"
-            )
+        self._check_tokens()
         if self.source != "model" and self.checkpoint is None:
             raise ValueError(f"source={self.source!r} without a checkpoint; give --checkpoint FILE")
         if "num_classes" in self.options:
             raise ValueError(
                 "--set num_classes: this option has a name of its own; --num-classes N"
+            )
+
+    def _check_tokens(self) -> None:
+        if self.tokens not in TOKENS:
+            raise ValueError(f"tokens={self.tokens!r} is not one of {', '.join(TOKENS)}; name one")
+        if self.tokens == "gather":
+            return
+        if self.schedule is None:
+            raise ValueError(
+                f"tokens={self.tokens!r} without a schedule prunes nothing; give --schedule "
+                "BLOCK:RATIO,..."
+            )
+        if self.alignment is not None:
+            raise ValueError(
+                f"alignment={self.alignment!r} with tokens={self.tokens!r}: masked tokens stay in "
+                "their places and fused ones are plain removal's, so training aligns nothing; "
+                "leave it out, and give it to vssm export"
             )
 
 
