@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,8 +40,8 @@ PLOTS = {"accuracy_flops.png": "flops", "accuracy_time.png": "time"}
 
 def ablate(
     subject: Subject,
-    images: Path,
-    output: Path,
+    images: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     options: AblationOptions | None = None,
     *,
     progress: Callable[[str], None] = lambda _: None,
@@ -69,10 +70,10 @@ def ablate(
     """
     from exporter.training.ablate_plan import make_plan
     from exporter.training.ablate_report import Measured
-    from exporter.training.ablate_run import measure, outcomes
+    from exporter.training.ablate_run import measure
     from exporter.training.visualize_figures import require_matplotlib
 
-    options = options or AblationOptions()
+    options, images, output = options or AblationOptions(), Path(images), Path(output)
     require_matplotlib()
     opened = open_checkpoints(subject, options.checkpoints)
     schedule = opened[0].schedule
@@ -95,16 +96,15 @@ def ablate(
     path = output / f"{NUMBERS}.journal"
     with AblationJournal(path, header, restart=options.restart) as journal:
         batches = _batches(images, pictures, opened[0], options, done=len(journal.done))
-        measure(
+        outcomes = measure(
             models,
             batches,
-            journal,
             total=len(pictures),
             device=options.device,
+            journal=journal,
             progress=progress,
         )
-        measured = Measured(runs, outcomes(models, journal.done), costs)
-        rows = _rows(plan, opened[0], schedule, measured)
+        rows = _rows(plan, opened[0], schedule, Measured(runs, outcomes, costs), facts["weights"])
         unreadable = [pair for step in journal.done for pair in step.unreadable]
         report = _write(output, facts, rows, {**lacking, **left_out}, unreadable)
         journal.remove()
@@ -179,7 +179,11 @@ def _batches(
 
 
 def _rows(
-    plan: Plan, subject: OpenedSubject, schedule: PruneSchedule, measured: Measured
+    plan: Plan,
+    subject: OpenedSubject,
+    schedule: PruneSchedule,
+    measured: Measured,
+    weights: str,
 ) -> list[Row]:
     from exporter.training.ablate_plan import Published, published
     from exporter.training.ablate_report import make_row
@@ -190,7 +194,7 @@ def _rows(
         key = line.keys[0]
         printed = published(subject.name, key, schedule) if standard else Published(None, None)
         for tuned in (False, True):
-            row = make_row(line, measured, tuned=tuned, weights=subject.weights, published=printed)
+            row = make_row(line, measured, tuned=tuned, weights=weights, published=printed)
             rows += [] if row is None else [row]
     return rows
 

@@ -89,6 +89,11 @@ def check_training(
             "each of which is trained from as often; give one"
         )
     num_classes = int(subjects[0].config["num_classes"])
+    if training.recipe.distil > 0 and "dense" in training.variants:
+        raise ValueError(
+            f"recipe: distil={training.recipe.distil} makes the dense model the teacher, so it "
+            "cannot be trained by it; leave dense out of --finetune"
+        )
     images = len(open_pictures(training.data, num_classes, classes, name="train"))
     if images < training.recipe.batch:
         raise ValueError(

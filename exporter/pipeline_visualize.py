@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,8 @@ _TOP = 3  # classes in the page's tables
 
 def visualize(
     subject: Subject,
-    images: Sequence[Path],
-    output: Path,
+    images: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
     *,
     blocks: Sequence[int] | None = None,
     progress: Callable[[str], None] = lambda _: None,
@@ -56,19 +57,20 @@ def visualize(
     from exporter.training.visualize_html import page
 
     require_matplotlib()
+    output, files = Path(output), [Path(file) for file in images]
     opened = open_subject(subject)
     models = variants(opened)
     output.mkdir(parents=True, exist_ok=True)
     check_writable(output / PAGE)
     found, sections = [], []
-    for number, file in enumerate(images, start=1):
-        progress(f"{file}: {number} of {len(images)}")
+    for number, file in enumerate(files, start=1):
+        progress(f"{file}: {number} of {len(files)}")
         array = preprocess(file, opened.preprocessing)
         result = explain(models, array, _picture(array, opened), blocks)
-        files = {name: f"{number}_{file.stem}_{name}.png" for name in result.figures}
+        pngs = {name: f"{number}_{file.stem}_{name}.png" for name in result.figures}
         for name, png in result.figures.items():
-            atomic_write_bytes(output / files[name], png)
-        found.append(_entry(file, result, files))
+            atomic_write_bytes(output / pngs[name], png)
+        found.append(_entry(file, result, pngs))
         sections.append((file.name, _rows(result, opened), result.figures))
     if not found:
         raise ValueError("images=[] holds no image; give one at least")

@@ -16,7 +16,8 @@ from exporter import PruneSchedule
 from exporter.models.catalog import standard_config
 from exporter.models.schedules import DEFAULT_SCHEDULES
 from exporter.training.ablate_fused import fuse_leftovers
-from exporter.training.ablate_plan import Published, make_plan, published
+from exporter.training.ablate_plan import Published, Run, make_plan, published
+from exporter.training.ablate_report import COLUMNS, Measured, cells, make_row
 from exporter.training.ablate_run import Outcome, prepare
 
 PLAIN = {"alignment": "none"}
@@ -56,7 +57,16 @@ def test_flops_column_reproduces_the_published(name, variant, printed, figure):
         model = exporter.create_model(name, schedule=chosen.schedule)
     cost = prepare(chosen, model, operators="auto", device="meta")[1]
     assert getattr(cost, figure) / 1e9 == pytest.approx(printed, rel=5e-3)
-    assert published(name, variant, schedule).gflops == printed
+    beside = published(name, variant, schedule)
+    assert beside.gflops == printed
+    run = Run(variant, chosen, False, 0)
+    measured = Measured([run], {variant: Outcome("10", [(2, 1.0, True)])}, {variant: cost})
+    line = next(line for line in plan.lines if line.keys == (variant,))
+    row = make_row(line, measured, tuned=False, weights="", published=beside)
+    shown = dict(zip(COLUMNS, cells(row), strict=True))
+    column = "GFLOPs, published rule" if figure == "published" else "without alignment's part"
+    assert float(shown[column]) == pytest.approx(printed, rel=5e-3)
+    assert float(shown["published GFLOPs"]) == printed
 
 
 @pytest.mark.parametrize("name", ["vim_small", "plain_mamba_l1"])

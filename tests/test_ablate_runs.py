@@ -251,7 +251,7 @@ def test_unreadable_files_survive_a_stop(checkpoints, tmp_path):
     for name in ("n0/bad.png", "n3/notes.txt"):
         (data / name).write_bytes(b"no image")
     options = AblationOptions(seeds=1, ratios=("0.5",), batch=2)
-    asked = (subject(checkpoints[0]), data, tmp_path / "out", options)
+    asked = (subject(checkpoints[0]), str(data), str(tmp_path / "out"), options)
     with pytest.raises(_StopError):
         exporter.ablate(*asked, progress=_stop_at("10 of 44 images"))
     report = exporter.ablate(*asked)
@@ -327,6 +327,78 @@ def _start(script, *arguments):
     )
 
 
+# Every child ends as by kill -9 at its n-th call that changes a file, a write half done; then one
+# goes on. Forked, as a process that imports torch takes seconds.
+_CRASHES = """
+import os
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+import torch._dynamo
+from exporter import AblationOptions
+from finetune_cases import subject
+from test_ablate_runs import _rows, _same
+import exporter
+
+torch.set_num_threads(1)
+data, checkpoint, output = map(Path, sys.argv[2:])
+
+
+def ablate(folder, crash):
+    left = crash
+
+    def counted(real):
+        def call(*args, **named):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                if real.__name__ == "write":
+                    real(args[0], args[1][: len(args[1]) // 2])
+                os._exit(9)
+            return real(*args, **named)
+
+        return call
+
+    for name in ("write", "ftruncate", "fsync", "replace", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    options = AblationOptions(seeds=1, ratios=(), batch=21)
+    exporter.ablate(subject(checkpoint), data, folder, options)
+    os._exit(0)
+
+
+def child(folder, crash):
+    number = os.fork()
+    if number == 0:
+        try:
+            ablate(folder, crash)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+
+assert child(output / "whole", 0) == 0
+crash = 1
+while (code := child(output / str(crash), crash)) == 9:
+    assert child(output / str(crash), 0) == 0, crash
+    _same(output / str(crash), output / "whole")
+    assert not list((output / str(crash)).glob("*.journal"))
+    crash += 1
+assert code == 0, (crash, code)
+print(crash)
+"""
+
+
+@pytest.mark.slow
+def test_a_crash_at_every_change_of_a_file(data, checkpoints, tmp_path):
+    script = tmp_path / "crash.py"
+    script.write_text(_CRASHES)
+    process = _start(script, data, checkpoints[0], tmp_path / "runs")
+    said, err = process.communicate(timeout=500)
+    assert process.returncode == 0, said + err
+    assert int(said) > 15
+
+
 def test_command(vssm, data, checkpoints, tmp_path, whole):
     """The options, to the same result; files that were trained elsewhere, one a seed."""
     given = ["vim_tiny", data, "--num-classes=7", *SIZES, "--schedule", SCHEDULE, "--seeds=1"]
@@ -368,6 +440,7 @@ def test_refusals(vssm, data, checkpoints, tmp_path, monkeypatch):
             *train,
             "--recipe=epochs",
         ],
+        "recipe: distil=1.0 makes the dense model the teacher": [*train, "--recipe=distil=1"],
         "recipe: batch=512 is more than the 42 images of train=": ["--train", data],
         f"train={tmp_path / 'one'} holds 1 folders, but the model": ["--train", tmp_path / "one"],
         f"train={tmp_path / 'none'} is no folder": ["--train", tmp_path / "none"],
@@ -407,6 +480,8 @@ def test_one_subject_for_every_command(data, checkpoints, tmp_path):
         Subject("vim_tiny", schedule=schedule, alignment="none")
     with pytest.raises(ValueError, match="tokens='fused' is a way to train; leave it out"):
         exporter.ablate(subject(checkpoints[0], tokens="fused"), data, tmp_path)
+    with pytest.raises(ValueError, match="tokens='masked' beside a PruneSchedule"):
+        subject(tokens="masked", schedule=schedule)
     with pytest.raises(ValueError, match="alignment='gap' with tokens='fused'"):
         subject(tokens="fused", alignment="gap")
     texts, made = subject(checkpoints[0]), subject(checkpoints[0], schedule=schedule)

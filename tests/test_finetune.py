@@ -554,6 +554,12 @@ def test_refusals(data, checkpoint, tmp_path):
         Work(save_every=0)
     with pytest.raises(ValueError, match="batch=44 is more than the 42 images"):
         exporter.finetune(request(data, tmp_path, batch=44))
+    with pytest.raises(ValueError, match=r"data=.*nowhere is no folder; give one"):
+        exporter.finetune(request(tmp_path / "nowhere", tmp_path))
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\n")
+    with pytest.raises(ValueError, match=r"classes=.*names.txt names 2 classes on 2 lines"):
+        exporter.finetune(replace(request(data, tmp_path), classes=names))
     with pytest.raises(ValueError, match="device='tpu' is neither cpu nor cuda"):
         exporter.finetune(request(data, tmp_path, work={"device": "tpu"}))
 

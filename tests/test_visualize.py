@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from command import SIZES
-from exports import exported, images, micro, micro_plain
+from exports import MICRO, exported, images, micro, micro_plain
 from PIL import Image
 
 import exporter
@@ -152,6 +153,17 @@ def test_command_by_name(vssm, tmp_path, picture, name):
     assert numbers["images"][0]["readout"] == "mean over tokens"
     assert numbers["images"][0]["blocks"] == [2]
     assert ("kept" in numbers["images"][0]["figures"]) == name.startswith("plain")
+
+
+def test_from_python(tmp_path, picture):
+    """By the subject that finetune and ablate take; what comes back is what the file has."""
+    sizes = {key: value for key, value in MICRO.items() if key != "num_classes"}
+    subject = exporter.Subject("vim_tiny", schedule="1:0.5", num_classes=7, options=sizes)
+    found = exporter.visualize(subject, [str(picture)], str(tmp_path / "out"))
+    assert list(found["images"][0]["variants"]) == ["dense", "plain removal", "aligned (gap)"]
+    assert json.loads((tmp_path / "out" / "visualize.json").read_text()) == found
+    with pytest.raises(ValueError, match="tokens='masked' is a way to train; leave it out"):
+        exporter.visualize(replace(subject, tokens="masked"), [picture], tmp_path)
 
 
 def test_refusals(vssm, tmp_path, picture, monkeypatch):

@@ -46,9 +46,14 @@ class Outcome:
         return len(self.hits)
 
     @property
+    def correct(self) -> int:
+        """Images whose class came first."""
+        return self.hits.count("1")
+
+    @property
     def top1(self) -> float:
         """Share of the images whose class came first."""
-        return self.hits.count("1") / self.images
+        return self.correct / self.images
 
     def images_per_s(self) -> tuple[float, int]:
         """Median over the largest batches but a call's first, where there are others; how many."""
@@ -76,19 +81,31 @@ def prepare(
 def measure(
     models: Mapping[str, VisionModel],
     batches: Iterable[Batch],
-    journal: AblationJournal,
     *,
     total: int,
     device: str,
+    journal: AblationJournal | None = None,
     progress: Progress = lambda _: None,
-) -> None:
-    """Run every model on every batch, in turn; each batch ends in the journal.
+) -> dict[str, Outcome]:
+    """Run every model on every batch, in turn.
+
+    Args:
+        models: by the runs' keys.
+        batches: those that the journal lacks.
+        total: files of all batches.
+        device: where the models are.
+        journal: gets each batch as soon as it is done; None for none.
+        progress: called with a line of text after every batch.
+
+    Returns:
+        What every run did, in the batches of the journal too.
 
     Raises:
-        ValueError: logits are not finite.
+        ValueError: logits are not finite, or there is no image.
         ArtifactError: the journal cannot be written.
     """
-    seen = sum(_files(step) for step in journal.done)
+    steps = [] if journal is None else [*journal.done]
+    seen = sum(_files(step) for step in steps)
     first = True
     for images, targets, unreadable in batches:
         hits, seconds = {}, {}
@@ -103,18 +120,16 @@ def measure(
                     )
                 right = logits.argmax(1) == wanted
                 hits[key] = "".join("01"[int(hit)] for hit in right)
-        journal.append(Step(tuple(unreadable), hits, seconds, first and bool(hits)))
+        steps.append(Step(tuple(unreadable), hits, seconds, first and bool(hits)))
+        if journal is not None:
+            journal.append(steps[-1])
         first = first and not hits
         seen += len(targets) + len(unreadable)
         progress(f"{seen:,} of {total:,} images, {len(models)} runs")
+    return _outcomes(models, steps)
 
 
-def outcomes(keys: Iterable[str], steps: Sequence[Step]) -> dict[str, Outcome]:
-    """What every run did, from the journal.
-
-    Raises:
-        ValueError: there is no image.
-    """
+def _outcomes(keys: Iterable[str], steps: Sequence[Step]) -> dict[str, Outcome]:
     found = {key: Outcome() for key in keys}
     for step in steps:
         for key, hits in step.hits.items():

@@ -98,4 +98,6 @@ def _schedule(subject: Subject) -> PruneSchedule | None:
         subject.name, subject.schedule, alignment=alignment, importance=importance
     )
     forced = {"masked": "masked", "fused": "none"}.get(subject.tokens)
-    return found if found is None or forced is None else found.changed(alignment=forced)
+    if found is None or forced is None or isinstance(subject.schedule, PruneSchedule):
+        return found  # one that is made already says itself how it aligns
+    return found.changed(alignment=forced)

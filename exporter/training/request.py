@@ -59,8 +59,8 @@ class Subject:
                 )
             if value is not None and isinstance(self.schedule, PruneSchedule):
                 raise ValueError(
-                    f"{option}={value!r} beside a PruneSchedule, which has its own; use "
-                    f"schedule.changed({option}={value!r})"
+                    f"{option}={value!r} beside a PruneSchedule, which has its own; leave it out, "
+                    f"or pass schedule.changed({option}={value!r})"
                 )
         self._check_tokens()
         if self.source != "model" and self.checkpoint is None:
@@ -79,6 +79,11 @@ class Subject:
             raise ValueError(
                 f"tokens={self.tokens!r} without a schedule prunes nothing; give --schedule "
                 "BLOCK:RATIO,..."
+            )
+        if self.tokens == "masked" and isinstance(self.schedule, PruneSchedule):
+            raise ValueError(
+                "tokens='masked' beside a PruneSchedule, which says so itself; leave it out, and "
+                "pass schedule.changed(alignment='masked')"
             )
         if self.alignment is not None:
             raise ValueError(
