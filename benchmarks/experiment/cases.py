@@ -72,7 +72,14 @@ CASES: Final = (
         tuned=("none", "gap"),
         ratios=(),
     ),
+    Case(
+        *("vim-digits-no-conv-fast", "vim_tiny", {**_VIM, "d_conv": 1}),
+        tuned=("none", "gap"),
+        ratios=(),
+        step_factor=10.0,
+    ),
     Case("vim-digits-fast", "vim_tiny", _VIM, step_factor=10.0, ratios=()),
+    Case("vim-digits-slow", "vim_tiny", _VIM, step_factor=0.1, ratios=()),
 )
 
 
