@@ -14,7 +14,7 @@ from PIL import Image
 
 import exporter
 from benchmarks.experiment import __main__ as experiment
-from benchmarks.experiment import data, report, why, work
+from benchmarks.experiment import data, probes, report, why, work
 from benchmarks.experiment.cases import CASES, CLASSES, Case, quick_cases
 from benchmarks.experiment.held import held_input
 from benchmarks.experiment.statistics import mean, paired
@@ -51,6 +51,10 @@ def test_rows_are_complete_and_finite(found):
     for one, case in zip(found, quick_cases(), strict=True):
         assert all(math.isfinite(x) for x in _numbers(one["rows"]))
         assert all(math.isfinite(x) for x in _numbers(one["why"]))
+        probed = {name: found["mean"] for name, found in one["probes"].items()}
+        assert list(probed) == list(probes.CHANGES)
+        dense = next(row for row in one["rows"] if row["key"] == "dense")
+        assert probed["nothing changed"] == dense["top1"]["mean"]
         shown = {(row["table"], row["trained"], row["key"]) for row in one["rows"]}
         zero_shot = {key for table, _, key in shown if table == "zero-shot"}
         methods = {"dense", "evit", "none", "gap", "constant", "sum", "l1", "l2", "random", "held"}

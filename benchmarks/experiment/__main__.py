@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.experiment import data, report, why, work
+from benchmarks.experiment import data, probes, report, why, work
 from benchmarks.experiment.cases import CASES, DENSE, quick_cases
 from exporter.pipeline_finetune import WEIGHTS_FILE
 
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folder = options.output / case.key / str(seed)
                 work.run_seed(case, seed, folder, images, say)
                 weights = folder / DENSE / WEIGHTS_FILE
-                why.explain(case, weights, work.held_out(case, images), folder / "why.json")
+                held_out = work.held_out(case, images)
+                why.explain(case, weights, held_out, folder / "why.json")
+                probes.probe(case, weights, held_out, folder / "probes.json")
             found.append(report.collect(case, options.output / case.key))
     report.write(found, options.output)
     say(f"wrote {options.output / report.TABLES}")

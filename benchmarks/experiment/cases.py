@@ -95,7 +95,7 @@ def quick_cases() -> tuple[Case, ...]:
                 schedule="1:0.7,2:0.7",
                 seeds=2,
                 tuned=(FURTHER, "none", "gap"),
-                scratch=replace(case.scratch, epochs=12),
+                scratch=replace(case.scratch, epochs=16),
                 further=replace(case.further, epochs=1),
                 ratios=("0.5",),
             )

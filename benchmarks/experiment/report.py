@@ -16,11 +16,11 @@ import scipy
 import sklearn
 import torch
 
-from benchmarks.experiment import work
+from benchmarks.experiment import probes, work
 from benchmarks.experiment.cases import Case
 from benchmarks.experiment.contrasts import Contrast, make_contrasts
 from benchmarks.experiment.rows import SWEEP, TUNED, ZERO_SHOT, Row, Seeds, make_rows
-from benchmarks.experiment.statistics import Difference
+from benchmarks.experiment.statistics import Difference, Mean, mean
 from exporter.files import atomic_write_bytes
 from exporter.json_files import write_json
 
@@ -30,13 +30,14 @@ Why = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Found:
-    """Everything about one case; `why` is the mean over its seeds."""
+    """Everything about one case; `why` is the mean over its seeds, `probes` percent right."""
 
     case: Case
     seeds: Seeds
     rows: Sequence[Row]
     contrasts: Sequence[Contrast]
     why: Why
+    probes: Mapping[str, Mean]
 
 
 def collect(case: Case, folder: Path) -> Found:
@@ -45,7 +46,9 @@ def collect(case: Case, folder: Path) -> Found:
     seeds = [work.read(place) for place in places]
     whys = [json.loads((place / "why.json").read_text()) for place in places]
     rows = make_rows(case, seeds, work.costs(case))
-    return Found(case, seeds, rows, make_contrasts(case, seeds), _mean(whys))
+    right = [probes.read(place) for place in places]
+    probed = {name: mean([seed[name] for seed in right]) for name in right[0]}
+    return Found(case, seeds, rows, make_contrasts(case, seeds), _mean(whys), probed)
 
 
 def write(found: Sequence[Found], output: Path) -> None:
@@ -81,7 +84,7 @@ def _mean(values: Sequence[Any]) -> Any:
 
 def markdown(found: Sequence[Found]) -> str:
     """A section a case: accuracies, answers, and what explains them."""
-    parts = ["# Pruning on small real data"]
+    parts = ["# Pruning on small real data", _overview(found)]
     for one in found:
         case = one.case
         parts.append(
@@ -93,9 +96,28 @@ def markdown(found: Sequence[Found]) -> str:
             if rows := [row for row in one.rows if row.table == table]:
                 parts.append(_accuracies(table, rows))
         parts.append(_answers(one.contrasts))
+        parts.append(_probed(one.probes))
         parts.append(_explained(one.why))
     parts.append(f"![differences]({PLOT})")
     return "\n\n".join(parts) + "\n"
+
+
+def _overview(found: Sequence[Found]) -> str:
+    """What alignment gives beside how much a dense model hangs on what it keeps right."""
+    lines = [
+        "| case | tokens of memory, median | every second decay twice | order shuffled | "
+        "alignment, zero-shot | fine-tuned |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in found:
+        memory = statistics.fmean(layer["0.5"] for layer in one.why["tokens_of_memory"])
+        whole, decays, order = (m.mean for m in one.probes.values())
+        gain = {c.table: c.difference for c in one.contrasts if c.question == "alignment"}
+        lines.append(
+            f"| {one.case.key} | {memory:.0f} | {decays - whole:+.2f} | {order - whole:+.2f} | "
+            f"{shown(gain[ZERO_SHOT])} | {shown(gain.get(TUNED))} |"
+        )
+    return "\n".join(lines)
 
 
 def _accuracies(table: str, rows: Sequence[Row]) -> str:
@@ -124,6 +146,12 @@ def shown(difference: Difference | None) -> str:
     d = difference
     mark = "**" if d.is_significant else ""
     return f"{mark}{d.mean:+.2f}{mark} ± {d.error:.2f} ({d.low:+.2f} to {d.high:+.2f})"
+
+
+def _probed(found: Mapping[str, Mean]) -> str:
+    lines = ["| dense model, its scans changed | top-1 % |", "| --- | --- |"]
+    lines += [f"| {name} | {m.mean:.2f} ± {m.spread:.2f} |" for name, m in found.items()]
+    return "\n".join(lines)
 
 
 def _explained(why: Why) -> str:

@@ -108,11 +108,24 @@ def run_seed(case: Case, seed: int, folder: Path, data: Path, say: Say) -> None:
             )
         say(f"{case.key}, seed {seed}: trained further as {key}")
     found = {
-        trained: _right(case, _deployed(case, trained, known), file, images)
+        trained: right(case, _deployed(case, trained, known), file, images)
         for trained, file in weights.items()
     }
     write_json(result, {"images": images.total, "right": found})
     say(f"{case.key}, seed {seed}: {_short(found, images.total)}")
+
+
+def right(case: Case, some: Sequence[Variant], weights: Path, images: Images) -> dict[str, int]:
+    """How many images each variant with these weights has right."""
+    found = {}
+    for variant in some:
+        model, _ = build(case, variant, weights)
+        with held_input(variant.key), torch.inference_mode():
+            found[variant.key] = sum(
+                int((model(torch.from_numpy(pixels)).argmax(1) == torch.tensor(classes)).sum())
+                for pixels, classes in images.batches
+            )
+    return found
 
 
 def costs(case: Case) -> dict[str, dict[str, int]]:
@@ -177,23 +190,11 @@ def _deployed(case: Case, trained: str, known: dict[str, Variant]) -> list[Varia
     return [known[key] for key in dict.fromkeys((*own, DENSE, "none", "gap", *grid))]
 
 
-def _right(case: Case, some: Sequence[Variant], weights: Path, images: Images) -> dict[str, int]:
-    found = {}
-    for variant in some:
-        model, _ = build(case, variant, weights)
-        with held_input(variant.key), torch.inference_mode():
-            found[variant.key] = sum(
-                int((model(torch.from_numpy(pixels)).argmax(1) == torch.tensor(classes)).sum())
-                for pixels, classes in images.batches
-            )
-    return found
-
-
 def _short(found: dict[str, dict[str, int]], total: int) -> str:
     parts = [f"{key} {100 * n / total:.1f}" for key, n in found[DENSE].items()]
     own = [
-        f"{key} {100 * right[DENSE if key == FURTHER else key] / total:.1f}"
-        for key, right in found.items()
+        f"{key} {100 * counts[DENSE if key == FURTHER else key] / total:.1f}"
+        for key, counts in found.items()
         if key != DENSE
     ]
     return f"zero-shot {', '.join(parts)}; trained so: {', '.join(own)}"
