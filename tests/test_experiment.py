@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,3 +193,29 @@ def test_quick_cases_change_sizes_alone():
             *("options", "schedule", "seeds", "tuned", "scratch", "further", "ratios")
         }
         assert all(getattr(quick, name) == getattr(case, name) for name in same)
+
+
+def test_the_page_quotes_the_committed_run():
+    """Each table of the page stands in the committed report, whose figures are the JSON's."""
+    root = Path(__file__).parent.parent
+    results = root / "benchmarks" / "results"
+    whole = (results / "digits-2026-11.md").read_text().splitlines()
+    quoted = [
+        line
+        for line in (root / "docs" / "experiment.md").read_text().splitlines()
+        if line.startswith("| ") and not line.startswith("| ---")
+    ]
+    assert len(quoted) > 20
+    assert [line for line in quoted if line not in whole] == []
+    cases = json.loads((results / "digits-2026-11.json").read_text())["cases"]
+    assert [one["case"]["key"] for one in cases] == [case.key for case in CASES]
+    for one in cases:
+        for row in one["rows"]:
+            shown = f"{row['top1']['mean']:.2f} ± {row['top1']['spread']:.2f}"
+            assert any(line.startswith(f"| {row['label']} |") and shown in line for line in whole)
+            values = [
+                100 * seed["right"][row["trained"]][row["key"]] / seed["images"]
+                for seed in one["seeds"]
+                if row["key"] != "random"
+            ]
+            assert not values or np.mean(values) == pytest.approx(row["top1"]["mean"])

@@ -9,6 +9,13 @@ from benchmarks.experiment.cases import DENSE, Case
 from benchmarks.experiment.rows import TUNED, ZERO_SHOT, Seeds, label, top1
 from benchmarks.experiment.statistics import Difference, paired
 
+# What the plot shows.
+MAIN: Final = (
+    "alignment",
+    "alignment, convolution on the grid",
+    "convolution on the grid, plain removal",
+    "score clip against the same places at random",
+)
 # What is asked, and the variants whose difference answers.
 _QUESTIONS: Final = (
     ("alignment", "gap", "none"),

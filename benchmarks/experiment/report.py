@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.experiment import probes, work
 from benchmarks.experiment.cases import Case
-from benchmarks.experiment.contrasts import Contrast, make_contrasts
+from benchmarks.experiment.contrasts import MAIN, Contrast, make_contrasts
 from benchmarks.experiment.rows import SWEEP, TUNED, ZERO_SHOT, Row, Seeds, make_rows
 from benchmarks.experiment.statistics import Difference, Mean, mean
 from exporter.files import atomic_write_bytes
@@ -183,30 +183,30 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def plot(found: Sequence[Found]) -> bytes:
-    """Differences with their intervals, a panel a case; nothing in it depends on the time."""
+    """The main differences with their intervals, a panel a case."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 0.9 + sum(0.27 * len(f.contrasts) + 0.6 for f in found)))
-    figure.set_layout_engine("constrained")
-    heights = [len(f.contrasts) + 1 for f in found]
+    panelled = {f.case.key: [c for c in f.contrasts if c.question in MAIN] for f in found}
+    heights = [len(some) + 1 for some in panelled.values()]
+    figure = Figure(figsize=(9, 1 + 0.3 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(found), 1, sharex=True, squeeze=False, height_ratios=heights)
-    for axes, one in zip(panels[:, 0], found, strict=True):
-        _panel(axes, one)
+    for axes, (key, some) in zip(panels[:, 0], panelled.items(), strict=True):
+        _panel(axes, key, some)
     panels[-1, 0].set_xlabel("difference of top-1, points: mean and 95 % interval over seeds")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _panel(axes: Any, one: Found) -> None:
+def _panel(axes: Any, title: str, contrasts: Sequence[Contrast]) -> None:
     colours = {ZERO_SHOT: "#0072b2", TUNED: "#d55e00"}
-    places = range(len(one.contrasts))
-    for place, contrast in zip(places, one.contrasts, strict=True):
+    places = range(len(contrasts))
+    for place, contrast in zip(places, contrasts, strict=True):
         d = contrast.difference
         bars = [[d.mean - d.low], [d.high - d.mean]]
         axes.errorbar([d.mean], [place], xerr=bars, fmt="o", color=colours[contrast.table])
     axes.axvline(0, color="#000000", linewidth=0.7)
-    axes.set_yticks(places, [f"{c.question}, {c.table}" for c in one.contrasts], fontsize=8)
+    axes.set_yticks(places, [f"{c.question}, {c.table}" for c in contrasts], fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
-    axes.set_title(one.case.key, fontsize=10, loc="left")
+    axes.set_title(title, fontsize=10, loc="left")

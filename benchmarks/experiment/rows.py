@@ -26,6 +26,11 @@ LABELS: Final = {
     "l2": "aligned (gap), score l2",
     "random": "aligned (gap), places at random",
 }
+# How weights are trained, and what they are then deployed as.
+_DEPLOYED_OTHERWISE: Final = (
+    *(("masked", key) for key in ("gap", "none+grid", "gap+grid")),
+    *(("none", "gap"), ("gap", "none")),
+)
 Seeds = Sequence[dict[str, Any]]  # what work.read gives for each seed
 
 
@@ -81,7 +86,7 @@ def make_rows(case: Case, seeds: Seeds, costs: dict[str, dict[str, int]]) -> lis
         for trained in case.tuned:
             key = DENSE if trained == FURTHER else trained
             add(TUNED, key, trained, None if trained in {FURTHER, PLAIN} else plain)
-        for trained, key in (("masked", "gap+grid"), ("masked", "gap"), ("none", "gap")):
+        for trained, key in _DEPLOYED_OTHERWISE:
             if trained in case.tuned:
                 add(TUNED, key, trained, plain)
     for key in swept:
