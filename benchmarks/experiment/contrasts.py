@@ -14,7 +14,7 @@ MAIN: Final = (
     "alignment",
     "alignment, convolution on the grid",
     "convolution on the grid, plain removal",
-    "score clip against the same places at random",
+    "score clip against places at random",
 )
 # What is asked, and the variants whose difference answers.
 _QUESTIONS: Final = (
@@ -27,7 +27,7 @@ _QUESTIONS: Final = (
     ("input held beside alignment", "held", "gap"),
     ("input held, convolution on the grid", "held+grid", "gap+grid"),
     ("masked against aligned on the grid", "masked", "gap+grid"),
-    ("score clip against the same places at random", "gap", "random"),
+    ("score clip against places at random", "gap", "random"),
 )
 
 
