@@ -76,6 +76,8 @@ def test_recipes_are_checked():
         "color_jitter": -1.0,
         "smoothing": 1.5,
         "erasing": 1.5,
+        "crop": 0.0,
+        "flip": 1.5,
         "distil": 1.5,
         "ema": -0.5,
         "temperature": 0.0,
@@ -181,10 +183,25 @@ def test_what_is_off_is_off():
     assert np.abs(jittered - found).max() > 0.1
 
 
+def test_crop_and_flip_are_the_recipes():
+    """Without either an image comes through whole, but for the shape that a crop draws."""
+    left_to_right = np.tile(np.linspace(0, 255, 40, dtype=np.uint8)[None, :, None], (40, 1, 3))
+    image = Image.fromarray(left_to_right)
+    plain = {"rand_augment": False, "color_jitter": 0, "erasing": 0}
+    rng = _rng()
+    for flip in (0, 1):
+        recipe = Recipe(**plain, crop=0.9, flip=flip)
+        found = augment.augment(image, recipe, SIZE, rng)
+        slope = found[0, :, -1] - found[0, :, 0]
+        assert (slope * (1 - 2 * flip) > 2).all()
+    narrow = augment.augment(image, Recipe(**plain, crop=0.01, flip=0), SIZE, _rng(3))
+    assert np.ptp(narrow[0]) < np.ptp(found[0])
+
+
 def test_crops_have_the_areas_and_shapes_of_the_recipe():
     rng, areas, ratios = _rng(), [], []
     for _ in range(2000):
-        left, top, width, height = augment._rectangle(500, 400, rng)
+        left, top, width, height = augment._rectangle(500, 400, rng, 0.08)
         assert 0 <= left <= 500 - width
         assert 0 <= top <= 400 - height
         areas.append(width * height / 200_000)
@@ -194,7 +211,7 @@ def test_crops_have_the_areas_and_shapes_of_the_recipe():
     assert 0.74 < min(ratios) < 0.76
     assert 1.32 < max(ratios) < 1.35
     for width, height in ((1000, 10), (10, 1000), (1, 1)):  # no drawn shape fits these often
-        left, top, w, h = augment._rectangle(width, height, rng)
+        left, top, w, h = augment._rectangle(width, height, rng, 0.08)
         assert 0 < w <= width
         assert 0 < h <= height
 

@@ -529,6 +529,21 @@ def test_plain_mamba_trains(data, tmp_path):
     assert changed == trained  # batch norms keep the statistics of the checkpoint
 
 
+def test_a_whole_schedule_is_trained_as_it_is(data, checkpoint, tmp_path):
+    """The rules that the options name give the same bytes, and others are in the header."""
+    numbers = {**PLAIN, "epochs": 1}
+    options = subject(checkpoint, alignment="none", importance="l1")
+    whole = exporter.PruneSchedule.parse(SCHEDULE, alignment="none", importance="l1")
+    same = subject(checkpoint, schedule=whole)
+    grid = subject(checkpoint, schedule=whole.changed(conv="grid"))
+    found = {}
+    for name, what in (("options", options), ("same", same), ("grid", grid)):
+        report = exporter.finetune(request(data, tmp_path / name, what=what, **numbers))
+        found[name] = report.sha256
+    assert found["options"] == found["same"] != found["grid"]
+    assert "conv='grid'" in report.run["schedule"]
+
+
 def test_distillation(data, checkpoint, tmp_path, whole):
     """Where nothing is pruned the teacher is the model, and the first step's divergence is none."""
     alone = subject(checkpoint, schedule="1:1.0")
@@ -546,6 +561,9 @@ def test_refusals(data, checkpoint, tmp_path):
         Subject("vim_tiny", tokens="masked")
     with pytest.raises(ValueError, match="alignment='gap' with tokens='masked'"):
         subject(tokens="masked", alignment="gap")
+    whole = exporter.PruneSchedule.parse(SCHEDULE)
+    with pytest.raises(ValueError, match="alignment='none' beside a PruneSchedule, which has its"):
+        subject(schedule=whole, alignment="none")
     with pytest.raises(ValueError, match="tokens='zero' is not one of gather, masked"):
         subject(tokens="zero")
     with pytest.raises(ValueError, match="importance='l1' without a schedule"):

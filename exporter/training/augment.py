@@ -19,7 +19,6 @@ from exporter.preprocessing import FloatArray, open_rgb
 from exporter.training.augment_policy import Rng, rand_augment
 from exporter.training.recipe import Draw, Recipe
 
-_SCALE: Final = (0.08, 1.0)  # of the image's area
 _RATIO: Final = (3 / 4, 4 / 3)
 _ERASED: Final = (0.02, 1 / 3)  # of the input's area
 _ERASED_RATIO: Final = (0.3, 10 / 3)
@@ -51,8 +50,8 @@ def _load(example: Example, recipe: Recipe, size: tuple[int, int]) -> FloatArray
 
 def augment(image: Image.Image, recipe: Recipe, size: tuple[int, int], rng: Rng) -> FloatArray:
     """An RGB image as a training input (3, height, width) of `size` (height, width)."""
-    image = random_crop(image, size, rng)
-    if rng.random() < 0.5:
+    image = random_crop(image, size, rng, least=recipe.crop)
+    if rng.random() < recipe.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if recipe.rand_augment:
         image = rand_augment(image, rng)
@@ -66,17 +65,19 @@ def augment(image: Image.Image, recipe: Recipe, size: tuple[int, int], rng: Rng)
     return result
 
 
-def random_crop(image: Image.Image, size: tuple[int, int], rng: Rng) -> Image.Image:
-    """A rectangle of random area and shape, resized to `size` by PIL's bicubic filter."""
-    left, top, width, height = _rectangle(image.width, image.height, rng)
+def random_crop(
+    image: Image.Image, size: tuple[int, int], rng: Rng, *, least: float
+) -> Image.Image:
+    """A rectangle of `least` to all of the area, resized to `size` by PIL's bicubic filter."""
+    left, top, width, height = _rectangle(image.width, image.height, rng, least)
     box = (left, top, left + width, top + height)
     return image.crop(box).resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
-def _rectangle(width: int, height: int, rng: Rng) -> tuple[int, int, int, int]:
+def _rectangle(width: int, height: int, rng: Rng, least: float) -> tuple[int, int, int, int]:
     """Left, top, width and height."""
     for _ in range(_ATTEMPTS):
-        w, h = _shape(width * height * rng.uniform(*_SCALE), _RATIO, rng)
+        w, h = _shape(width * height * rng.uniform(least, 1.0), _RATIO, rng)
         if 1 <= w <= width and 1 <= h <= height:
             return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
     # The largest one in the middle whose shape is allowed.

@@ -44,6 +44,8 @@ class Recipe:
         rand_augment: whether images go through m9-mstd0.5-inc1.
         color_jitter: strength, where rand_augment is off (as in timm, which knows one or other).
         erasing: share of the images that lose a rectangle to noise.
+        crop: least share of the image's area that a random crop has.
+        flip: share of the images that are mirrored, left to right.
         repeats: how often an image is in a batch, each time augmented anew.
         distil: weight of the dense model's prediction in the loss; 0 trains without it.
         temperature: what both logits are divided by there.
@@ -67,6 +69,8 @@ class Recipe:
     rand_augment: bool = True
     color_jitter: float = 0.3
     erasing: float = 0.25
+    crop: float = 0.08
+    flip: float = 0.5
     repeats: int = 3
     distil: float = 0.0
     temperature: float = 1.0
@@ -79,8 +83,9 @@ class Recipe:
             self._check(name, getattr(self, name) >= 0, "0 or more")
         for name in ("mixup", "cutmix", "color_jitter"):
             self._check(name, getattr(self, name) >= 0, "0, which is none, or more")
-        for name in ("smoothing", "erasing", "distil", "ema"):
+        for name in ("smoothing", "erasing", "flip", "distil", "ema"):
             self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        self._check("crop", 0 < self.crop <= 1, "in (0, 1]")
         self._check("temperature", self.temperature > 0, "above 0")
         if (self.mixup > 0 or self.cutmix > 0) and self.batch % 2:
             raise ValueError(
