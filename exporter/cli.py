@@ -21,10 +21,14 @@ from exporter.cli_deploy import bundle, engine
 from exporter.cli_evaluate import evaluate
 from exporter.cli_finetune import finetune
 from exporter.cli_options import (
+    Alignment,
+    Conv,
     Directory,
+    Importance,
     Json,
     Operators,
     Runtime,
+    Schedule,
     Threads,
     Trust,
     integers,
@@ -92,15 +96,10 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights; seeded ones without.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")] = False,
-    schedule: Annotated[
-        str | None, typer.Option(help="BLOCK:RATIO,..., such as 5:0.8,10:0.8; or default.")
-    ] = None,
-    alignment: Annotated[
-        str | None, typer.Option(help="gap (the default), constant or none.")
-    ] = None,
-    importance: Annotated[
-        str | None, typer.Option(help="clip (the default), sum, l1, l2, as_released or random.")
-    ] = None,
+    schedule: Schedule = None,
+    alignment: Alignment = None,
+    importance: Importance = None,
+    conv: Conv = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     opset: Annotated[int, typer.Option(help="18 to 20.")] = 18,
     num_classes: Annotated[int, typer.Option(help="Width of the classifier.")] = 1000,
@@ -125,6 +124,7 @@ def export(
         schedule=schedule,
         alignment=alignment,
         importance=importance,
+        conv=conv,
         dtype=dtype,
         opset=opset,
         num_classes=num_classes,

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from exporter.cli_options import options
+from exporter.cli_options import Alignment, Conv, Importance, Schedule, options
 from exporter.pipeline_finetune import FinetuneReport
 from exporter.pipeline_finetune import finetune as run_finetune
 from exporter.training.recipe import Recipe
@@ -25,11 +25,6 @@ Data = Annotated[Path, typer.Option(help="Folder with a folder of images for eac
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory for all that is written.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights; seeded ones without.")]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")]
-Schedule = Annotated[str | None, typer.Option(help="BLOCK:RATIO,..., or default; dense without.")]
-Alignment = Annotated[str | None, typer.Option(help="gap (the default), constant or none.")]
-Importance = Annotated[
-    str | None, typer.Option(help="clip (the default), sum, l1, l2, as_released or random.")
-]
 Tokens = Annotated[
     str,
     typer.Option(help="gather: as deployed; masked: as published, Vim only; fused: EViT-style."),
@@ -70,6 +65,7 @@ def finetune(
     schedule: Schedule = None,
     alignment: Alignment = None,
     importance: Importance = None,
+    conv: Conv = None,
     tokens: Tokens = "gather",
     num_classes: NumClasses = 1000,
     option: Pairs = None,
@@ -93,6 +89,7 @@ def finetune(
         schedule=schedule,
         alignment=alignment,
         importance=importance,
+        conv=conv,
         tokens=tokens,
         num_classes=num_classes,
         options=options(option or []),

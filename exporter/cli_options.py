@@ -34,6 +34,19 @@ Trust = Annotated[
     bool, typer.Option("--trust", help="Run an engine that is not of this machine, or was changed.")
 ]
 
+Schedule = Annotated[
+    str | None,
+    typer.Option(help="BLOCK:RATIO,..., such as 5:0.8,10:0.8, or default; dense without."),
+]
+Alignment = Annotated[str | None, typer.Option(help="gap (the default), constant or none.")]
+Importance = Annotated[
+    str | None, typer.Option(help="clip (the default), sum, l1, l2, as_released or random.")
+]
+Conv = Annotated[
+    str | None,
+    typer.Option(help="Vim's convolution: compact, over kept tokens (the default), or grid."),
+]
+
 # A model by its name or as an export, for the commands that prune it in several ways.
 Source = Annotated[str, typer.Argument(help="What `vssm export` wrote, or a model's name.")]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")]

@@ -10,9 +10,12 @@ from rich.console import Console
 from rich.text import Text
 
 from exporter.cli_options import (
+    Alignment,
+    Conv,
     Ema,
     Folder,
     HeadWidth,
+    Importance,
     ModelOptions,
     OwnSchedule,
     Source,
@@ -38,10 +41,9 @@ def visualize(
     ] = None,
     ema: Ema = False,
     schedule: OwnSchedule = None,
-    alignment: Annotated[str | None, typer.Option(help="gap, constant or none.")] = None,
-    importance: Annotated[
-        str | None, typer.Option(help="clip, sum, l1, l2, as_released or random.")
-    ] = None,
+    alignment: Alignment = None,
+    importance: Importance = None,
+    conv: Conv = None,
     blocks: Annotated[
         str | None, typer.Option(help="Blocks whose attention is shown, 6,11,24.")
     ] = None,
@@ -61,6 +63,7 @@ def visualize(
         schedule=schedule,
         alignment=alignment,
         importance=importance,
+        conv=conv,
         num_classes=num_classes,
         options=options(option or []),
     )

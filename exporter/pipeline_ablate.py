@@ -68,7 +68,6 @@ def ablate(
         VssmError: matplotlib is missing, a file or checkpoint cannot be used, or what a stopped
             call left is of another ablation.
     """
-    from exporter.training.ablate_plan import make_plan
     from exporter.training.ablate_report import Measured
     from exporter.training.ablate_run import measure
     from exporter.training.visualize_figures import require_matplotlib
@@ -81,7 +80,7 @@ def ablate(
         raise ValueError(
             f"source={subject.name!r} has no schedule to ablate; give --schedule BLOCK:RATIO,..."
         )
-    plan = make_plan(schedule, seeds=options.seeds, ratios=options.ratios)
+    plan = _plan(opened[0].name, schedule, options)
     runs = [*zero_shot_runs(plan, len(opened)), *given_runs(plan, options.finetuned)]
     pictures = open_pictures(images, int(opened[0].config["num_classes"]), options.classes)
     facts = _facts(opened, schedule, options, images, len(pictures))
@@ -110,6 +109,13 @@ def ablate(
         report = _write(output, facts, rows, ready.left_out, unreadable)
         journal.remove()
     return report
+
+
+def _plan(name: str, schedule: PruneSchedule, options: AblationOptions) -> Plan:
+    from exporter.training.ablate_plan import make_plan
+
+    grid = name.startswith("vim") and schedule.conv == "compact"  # PlainMamba's always is
+    return make_plan(schedule, seeds=options.seeds, ratios=options.ratios, grid=grid)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class ExportRequest:
     schedule: str | None = None
     alignment: str | None = None
     importance: str | None = None
+    conv: str | None = None
     dtype: str = "float32"
     opset: int = 18
     num_classes: int = 1000
@@ -51,6 +52,7 @@ def export_model(
         request.schedule,
         alignment=request.alignment,
         importance=request.importance,
+        conv=request.conv,
     )
     progress(f"building {request.name}")
     model = create_model(
@@ -75,7 +77,7 @@ def export_model(
 
 def _refuse_idle_options(request: ExportRequest) -> None:
     """What would change nothing, or be said twice, was meant otherwise."""
-    for option in ("alignment", "importance"):
+    for option in ("alignment", "importance", "conv"):
         if getattr(request, option) is not None and request.schedule is None:
             raise ValueError(
                 f"{option}={getattr(request, option)!r} without a schedule prunes nothing; give "

@@ -29,6 +29,7 @@ class ModuleRequest:
     schedule: str | None = None
     alignment: str = "gap"
     importance: str = "clip"
+    conv: str = "compact"
     blocks: str = "layers"
     cls_index: int | None = None
     imagenet: bool = False
@@ -77,7 +78,10 @@ def export_user_module(
         if request.schedule is not None:
             progress("pruning")
             schedule = PruneSchedule.parse(
-                request.schedule, alignment=request.alignment, importance=request.importance
+                request.schedule,
+                alignment=request.alignment,
+                importance=request.importance,
+                conv=request.conv,
             )
             model = prune(
                 model, schedule, example, blocks=request.blocks, cls_index=request.cls_index

@@ -128,5 +128,4 @@ def _from_export(subject: Subject) -> OpenedSubject:
 def _schedule(subject: Subject, name: str) -> PruneSchedule | None:
     from exporter.models.schedules import named_schedule
 
-    alignment, importance = subject.alignment, subject.importance
-    return named_schedule(name, subject.schedule, alignment=alignment, importance=importance)
+    return named_schedule(name, subject.schedule, **subject.rules)

@@ -106,6 +106,17 @@ def test_plan():
     assert [found[f"random-{s}"].seed for s in (0, 1)] == [0, 1]
     assert [str(r) for r in found["none@0.5"].ratios.values()] == ["0.5", "0.5"]
     assert {key for line in plan.lines for key in line.keys} == set(found)
+    both = make_plan(schedule, seeds=1, ratios=[], grid=True)
+    grids = {v.key: v.schedule for v in both.variants if v.key.endswith("+grid")}
+    assert [(key, s.alignment, s.conv) for key, s in grids.items()] == [
+        ("none+grid", "none", "grid"),
+        ("gap+grid", "gap", "grid"),
+    ]
+    assert [line.label for line in both.lines if line.table == "convolution"] == [
+        "plain removal, on the grid",
+        "aligned (gap), on the grid",
+    ]
+    assert {v.baseline for v in both.variants if v.key in grids} == {"none"}
     with pytest.raises(ValueError, match=r"seeds=0 is below 1"):
         make_plan(schedule, seeds=0, ratios=[])
     with pytest.raises(ValueError, match=r"ratio=2 after block 1 is outside"):
@@ -198,13 +209,13 @@ def test_command(vssm, tmp_path, pictures):
     random = rows["importance", "random, 2 seeds"]
     assert random["variants"] == ["random-0", "random-1"]
     assert random["spread"] is not None
-    assert len(rows) == 4 + 4 + 5 + 2 + 3  # three tables show the fine-tuned gap
+    assert len(rows) == 4 + 4 + 5 + 2 + 2 + 3  # three tables show the fine-tuned gap
     assert report["left_out"] == {}
     assert "true" in vssm.out
     assert "published top-1 %" not in vssm.out  # of a model of this size nothing is published
     assert [path for path, _ in report["unreadable"]] == ["n3/notes.txt"]
     text = (out / "ablation.md").read_text()
-    assert text.count("\n## ") == 6
+    assert text.count("\n## ") == 7
     assert "| EViT-style, one fused leftover |" in text
     for name in ("accuracy_flops.png", "accuracy_time.png"):
         assert f"]({name})" in text

@@ -436,7 +436,7 @@ def test_refusals(vssm, data, checkpoints, tmp_path, monkeypatch):
         "finetune_seeds=0 is below 1": [*train, "--finetune-seeds=0"],
         "finetune='gap' is trained here and given by --finetuned": [*train, "--finetuned=gap=x"],
         "--recipe seed: each training has its own": [*train, "--recipe=seed=1"],
-        "--recipe epochs: is not KEY=VALUE; write for example epochs=3": [
+        "--recipe epochs: is not KEY=VALUE; write for example seed=1": [
             *train,
             "--recipe=epochs",
         ],

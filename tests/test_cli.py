@@ -56,6 +56,15 @@ def test_export_check_run_bench(vssm: Run, tmp_path: Path, checkpoint: Path, pic
     assert vssm("check", out) == 0, "reports beside the export do not spoil it"
 
 
+def test_rules_reach_the_export(vssm: Run, tmp_path: Path) -> None:
+    rules = {"alignment": "constant", "importance": "l1", "conv": "grid"}
+    given = [f"--{name}={value}" for name, value in rules.items()]
+    out = tmp_path / "out"
+    assert vssm("export", *MODEL, "--schedule=1:0.7", *given, "-o", out) == 0, vssm.out
+    schedule = json.loads((out / "model.json").read_text())["schedule"]
+    assert {name: schedule[name] for name in rules} == rules
+
+
 def test_seeded_weights_are_said(vssm: Run, tmp_path: Path) -> None:
     assert vssm("export", *MODEL, "-o", tmp_path / "out", "--no-weights") == 0
     assert "seeded initial weights" in vssm.out
@@ -99,6 +108,8 @@ def labels_file(path: Path) -> Path:
 BAD_EXPORTS: list[tuple[list[str], str]] = [
     ([*MODEL, "--alignment=none"], "alignment='none' without a schedule"),
     ([*MODEL, "--importance=l1"], "importance='l1' without a schedule"),
+    ([*MODEL, "--conv=grid"], "conv='grid' without a schedule"),
+    ([*MODEL, "--schedule=1:0.8", "--conv=wide"], "conv='wide' is not one of"),
     ([*MODEL, "--ema"], "source='ema' without a checkpoint"),
     ([*MODEL, "--set=num_classes=5"], "--num-classes N"),
     ([*MODEL, "--set=depth=abc"], "depth='abc' is not of type int"),

@@ -561,6 +561,8 @@ def test_refusals(data, checkpoint, tmp_path):
         Subject("vim_tiny", tokens="masked")
     with pytest.raises(ValueError, match="alignment='gap' with tokens='masked'"):
         subject(tokens="masked", alignment="gap")
+    with pytest.raises(ValueError, match="conv='grid' with tokens='masked', whose convolution"):
+        subject(tokens="masked", conv="grid")
     whole = exporter.PruneSchedule.parse(SCHEDULE)
     with pytest.raises(ValueError, match="alignment='none' beside a PruneSchedule, which has its"):
         subject(schedule=whole, alignment="none")

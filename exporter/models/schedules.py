@@ -27,7 +27,7 @@ def named_schedule(
         name: the model's name.
         schedule: BLOCK:RATIO,..., "default", or None for the dense model; one that is made already
             comes back.
-        rules: alignment and importance where given, for a text; None for their defaults.
+        rules: alignment, importance and conv where given, for a text; None for their defaults.
 
     Raises:
         ValueError: the text is none, a rule does not fit, or the model has no default.

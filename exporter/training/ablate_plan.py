@@ -13,6 +13,10 @@ from exporter.schedule import ALIGNMENTS, PruneSchedule
 
 METRICS: Final = ("clip", "sum", "l1", "l2")
 METHODS, ALIGNMENT, IMPORTANCE, RATIO = "methods", "alignment", "importance", "keep ratio"
+CONV: Final = "convolution"
+GRID: Final = "+grid"
+
+_NAMES: Final = {"none": "plain removal", "gap": "aligned (gap)"}
 
 
 @dataclass(frozen=True)
@@ -116,13 +120,17 @@ def published(name: str, key: str, schedule: PruneSchedule) -> Published:
     return PUBLISHED.get(name, {}).get(key, Published(None, None))
 
 
-def make_plan(schedule: PruneSchedule, *, seeds: int, ratios: Sequence[str]) -> Plan:
+def make_plan(
+    schedule: PruneSchedule, *, seeds: int, ratios: Sequence[str], grid: bool = False
+) -> Plan:
     """The paper's comparisons on one schedule.
 
     Args:
         schedule: its blocks and ratios; alignment "gap" and importance "clip" are the reference.
         seeds: of the random choice.
         ratios: keep ratios that replace every stage's own, one after the other.
+        grid: compare with convolutions on the grid too; for models whose own run along the list
+            of kept tokens.
 
     Raises:
         ValueError: there is no seed, or a ratio is not in (0, 1].
@@ -136,19 +144,25 @@ def make_plan(schedule: PruneSchedule, *, seeds: int, ratios: Sequence[str]) -> 
     drawn = [
         Variant(f"random-{s}", base.changed(importance="random", seed=s)) for s in range(seeds)
     ]
+    gridded = [
+        Variant(f"{v.alignment}{GRID}", v.changed(conv="grid")) for v in (plain, base) if grid
+    ]
     swept = [v for ratio in ratios for v in _at_ratio(ratio, base, plain)]
     lines = [
         Line(METHODS, "dense", ("dense",)),
         Line(METHODS, "EViT-style, one fused leftover", ("evit",)),
-        Line(METHODS, "plain removal", ("none",)),
-        Line(METHODS, "aligned (gap)", ("gap",)),
+        *(Line(METHODS, label, (key,)) for key, label in _NAMES.items()),
         *(Line(ALIGNMENT, a, (a,)) for a in ALIGNMENTS),
         *(Line(IMPORTANCE, m, ("gap" if m == "clip" else m,)) for m in METRICS),
         Line(IMPORTANCE, f"random, {seeds} seeds", tuple(v.key for v in drawn)),
+        *(
+            Line(CONV, f"{_NAMES[v.key.removesuffix(GRID)]}, on the grid", (v.key,))
+            for v in gridded
+        ),
         *(Line(RATIO, _ratio_label(v.key), (v.key,)) for v in swept),
     ]
     first = [Variant("dense", None), Variant("evit", plain, fused=True)]
-    return Plan((*first, *aligned, *scored, *drawn, *swept), tuple(lines))
+    return Plan((*first, *aligned, *scored, *drawn, *gridded, *swept), tuple(lines))
 
 
 def _at_ratio(ratio: str, base: PruneSchedule, plain: PruneSchedule) -> list[Variant]:
@@ -160,4 +174,4 @@ def _at_ratio(ratio: str, base: PruneSchedule, plain: PruneSchedule) -> list[Var
 
 def _ratio_label(key: str) -> str:
     name, _, ratio = key.partition("@")
-    return f"{ratio}, {'plain removal' if name == 'none' else 'aligned (gap)'}"
+    return f"{ratio}, {_NAMES[name]}"

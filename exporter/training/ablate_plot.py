@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-from exporter.training.ablate_plan import ALIGNMENT, IMPORTANCE, RATIO
+from exporter.training.ablate_plan import ALIGNMENT, CONV, IMPORTANCE, RATIO
 from exporter.training.ablate_report import FINE_TUNED, AblationReport, Row
 
 # Okabe-Ito colours, and a mark of its own for whoever sees none.
@@ -15,7 +15,7 @@ _METHODS = {
     "plain removal": ("#0072b2", "o"),
     "aligned (gap)": ("#d55e00", "o"),
 }
-_OTHERS = {ALIGNMENT: "#56b4e9", IMPORTANCE: "#009e73", RATIO: "#999999"}
+_OTHERS = {ALIGNMENT: "#56b4e9", IMPORTANCE: "#009e73", CONV: "#e69f00", RATIO: "#999999"}
 _MARKS = {"constant": "s", "masked": "P", "sum": "^", "l1": "<", "l2": ">"}
 _OTHER_MARK = "X"
 _TUNED_MARK = "*"

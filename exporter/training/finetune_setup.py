@@ -93,10 +93,7 @@ def _build(subject: Subject, schedule: PruneSchedule | None) -> VisionModel:
 
 
 def _schedule(subject: Subject) -> PruneSchedule | None:
-    alignment, importance = subject.alignment, subject.importance
-    found = named_schedule(
-        subject.name, subject.schedule, alignment=alignment, importance=importance
-    )
+    found = named_schedule(subject.name, subject.schedule, **subject.rules)
     forced = {"masked": "masked", "fused": "none"}.get(subject.tokens)
     if found is None or forced is None or isinstance(subject.schedule, PruneSchedule):
         return found  # one that is made already says itself how it aligns

@@ -14,6 +14,7 @@ from exporter.schedule import PruneSchedule
 from exporter.training.recipe import Recipe
 
 TOKENS: Final = ("gather", "masked", "fused")
+RULES: Final = ("alignment", "importance", "conv")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Subject:
             the export's own.
         alignment: as for `PruneSchedule`, beside a text; None for "gap".
         importance: as for `PruneSchedule`, beside a text; None for "clip".
+        conv: as for `PruneSchedule`, beside a text; None for "compact".
         tokens: what training does with pruned tokens. "gather": as deployed; "masked": they stay
             as zeros in their places (Vim only), whatever alignment the weights are deployed with;
             "fused": plain removal with one fused leftover token, the EViT-style baseline.
@@ -45,12 +47,13 @@ class Subject:
     schedule: str | PruneSchedule | None = None
     alignment: str | None = None
     importance: str | None = None
+    conv: str | None = None
     tokens: str = "gather"
     num_classes: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for option in ("alignment", "importance"):
+        for option in RULES:
             value = getattr(self, option)
             if value is not None and self.schedule is None:
                 raise ValueError(
@@ -69,6 +72,11 @@ class Subject:
             raise ValueError(
                 "--set num_classes: this option has a name of its own; --num-classes N"
             )
+
+    @property
+    def rules(self) -> dict[str, str | None]:
+        """What is asked for beside a schedule's text; None for a default."""
+        return {name: getattr(self, name) for name in RULES}
 
     def _check_tokens(self) -> None:
         if self.tokens not in TOKENS:
@@ -89,6 +97,11 @@ class Subject:
             raise ValueError(
                 f"alignment={self.alignment!r} with tokens={self.tokens!r}: masked tokens stay in "
                 "their places and fused ones are plain removal's, so training aligns nothing; "
+                "leave it out, and give it to vssm export"
+            )
+        if self.conv is not None and self.tokens == "masked":
+            raise ValueError(
+                f"conv={self.conv!r} with tokens='masked', whose convolution sees every place; "
                 "leave it out, and give it to vssm export"
             )
 
