@@ -87,6 +87,7 @@ def engine(
 
 
 def bundle(
+    context: typer.Context,
     directory: Annotated[Path, typer.Argument(help="An export; with --verify, a bundle.")],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Directory to write.")
@@ -111,7 +112,7 @@ def bundle(
     if verify == (output is not None):
         raise ValueError("give either -o OUT, to make a bundle, or --verify, to check one")
     if output is None:
-        _refuse_making(name=name, labels=labels, force=force or None)
+        _refuse_making(context)
         _verify_bundle(directory, json_file)
         return
     low, opt, high = _three(batch)
@@ -125,9 +126,11 @@ def bundle(
         write_json(json_file, manifest)
 
 
-def _refuse_making(**options: object) -> None:
-    for option, value in options.items():
-        if value is not None:
+def _refuse_making(context: typer.Context) -> None:
+    for option in ("name", "labels", "batch", "queue_us", "instances", "force"):
+        source = context.get_parameter_source(option)
+        if source is not None and source.name != "DEFAULT":
+            value = context.params[option]
             raise ValueError(f"{option}={value} with --verify, which makes no bundle: leave it out")
 
 
