@@ -22,13 +22,21 @@ from exporter.cli_evaluate import evaluate
 from exporter.cli_finetune import finetune
 from exporter.cli_options import (
     Alignment,
+    Checkpoint,
     Conv,
     Directory,
+    Ema,
+    Folder,
     Importance,
+    Inline,
     Json,
+    Labels,
+    NumClasses,
     Operators,
+    OtherRuntime,
     Runtime,
     Schedule,
+    Switches,
     Threads,
     Trust,
     integers,
@@ -48,7 +56,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune vision state-space models, export them to ONNX, run, prove and measure them.",
 )
-cli_module.add_to(app)
 # File names and labels are shown as they are, whatever brackets or colons they hold.
 console = Console(markup=False, emoji=False)
 _errors = Console(stderr=True, markup=False, emoji=False)
@@ -93,23 +100,19 @@ def models(json_file: Json = None) -> None:
 @app.command()
 def export(
     name: Annotated[str, typer.Argument(help="One of `vssm models`.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights; seeded ones without.")] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")] = False,
+    output: Folder,
+    checkpoint: Checkpoint = None,
+    ema: Ema = False,
     schedule: Schedule = None,
     alignment: Alignment = None,
     importance: Importance = None,
     conv: Conv = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     opset: Annotated[int, typer.Option(help="18 to 20.")] = 18,
-    num_classes: Annotated[int, typer.Option(help="Width of the classifier.")] = 1000,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="Model option KEY=VALUE, repeatable.")
-    ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Class names, one a line or JSON.")] = None,
-    inline: Annotated[
-        bool, typer.Option("--inline", help="Also write model.inlined.onnx.")
-    ] = False,
+    num_classes: NumClasses = 1000,
+    option: Switches = None,
+    labels: Labels = None,
+    inline: Inline = False,
     no_weights: Annotated[
         bool, typer.Option("--no-weights", help="Leave weights.safetensors out.")
     ] = False,
@@ -152,14 +155,19 @@ def _print_export(artifact: Artifact) -> None:
     console.print(f"wrote {artifact.model_path} ({size:,} bytes, {manifest.dtype})")
 
 
+cli_module.add_to(app)
+
+
 @app.command()
 def check(
     directory: Directory,
-    runtime: Runtime = "ort-cpu",
+    runtime: OtherRuntime = "ort-cpu",
     operators: Operators = None,
     threads: Threads = None,
     trust: Trust = False,
-    image: Annotated[list[Path] | None, typer.Option(help="Image file, repeatable.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image file, repeatable; noise without.")
+    ] = None,
     per_block: Annotated[
         bool, typer.Option("--per-block", help="Compare every block's output.")
     ] = False,
@@ -200,7 +208,7 @@ def run(
     operators: Operators = None,
     threads: Threads = None,
     trust: Trust = False,
-    labels: Annotated[Path | None, typer.Option(help="Class names, one a line or JSON.")] = None,
+    labels: Labels = None,
     top: Annotated[int, typer.Option(help="Classes to print.")] = 5,
     json_file: Json = None,
 ) -> None:
@@ -229,15 +237,17 @@ def run(
 @app.command()
 def bench(
     directory: Directory,
-    runtime: Annotated[str, typer.Option(help="Any but torch.")] = "ort-cpu",
-    batch: Annotated[str, typer.Option(help="Batch sizes, 1,8.")] = "1,8",
-    threads: Annotated[str, typer.Option(help="Thread counts, 1,2.")] = "1",
-    samples: Annotated[int, typer.Option(help="Timed runs of each.")] = 21,
+    runtime: OtherRuntime = "ort-cpu",
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
+    threads: Annotated[str, typer.Option(help="Thread counts, separated by commas.")] = "1",
+    samples: Annotated[int, typer.Option(help="Timed runs of each subject.")] = 21,
     torch_loop: Annotated[
         bool, typer.Option("--torch/--no-torch", help="Time the PyTorch loop too.")
     ] = True,
     trust: Trust = False,
-    report: Annotated[Path | None, typer.Option(help="HTML page; DIR/bench.html.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="HTML page; DIR/bench.html by default.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Measure kernel, fallback body and PyTorch loop, dense and pruned, in one run."""
@@ -263,6 +273,10 @@ def bench(
 
 app.command()(engine)
 app.command()(bundle)
+app.command()(evaluate)
+app.command()(finetune)
+app.command()(ablate)
+app.command()(visualize)
 
 
 @app.command()
@@ -274,12 +288,6 @@ def doctor(json_file: Json = None) -> None:
     findings = examine()
     console.print(findings_table(findings))
     _write_json(json_file, findings)
-
-
-app.command()(evaluate)
-app.command()(finetune)
-app.command()(visualize)
-app.command()(ablate)
 
 
 def _write_json(path: Path | None, value: Any) -> None:

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.text import Text
 
 from exporter.cli_options import (
+    Classes,
     Ema,
     Folder,
     HeadWidth,
+    Images,
     Json,
     ModelOptions,
     OwnSchedule,
@@ -32,13 +34,14 @@ if TYPE_CHECKING:
 console = Console(markup=False, emoji=False)
 
 
-Images = Annotated[Path, typer.Argument(help="Folder with a folder of images for each class.")]
 Checkpoints = Annotated[
     list[Path] | None,
-    typer.Option(help="Weights of a named model, several for several seeds; seeded without."),
+    typer.Option(
+        help="Weights of a named model, repeatable for several seeds; seeded initial without."
+    ),
 ]
 Seeds = Annotated[int, typer.Option(help="Seeds of the random choice.")]
-Ratios = Annotated[str, typer.Option(help="Keep ratios of the sweep.")]
+Ratios = Annotated[str, typer.Option(help="Keep ratios to compare, in place of every stage's.")]
 Finetuned = Annotated[
     list[str] | None,
     typer.Option(help="VARIANT=FILE: a row with these weights too; repeatable."),
@@ -50,19 +53,20 @@ Finetune = Annotated[
     str | None, typer.Option(help=f"Variants to fine-tune: {','.join(TRAINED)}, or others.")
 ]
 FinetuneSeeds = Annotated[
-    int | None, typer.Option(help="Trainings of each variant; one for each checkpoint.")
+    int | None, typer.Option(help="Trainings of each variant; by default one for each checkpoint.")
 ]
 Numbers = Annotated[
     list[str] | None,
     typer.Option("--recipe", help="KEY=VALUE of docs/finetune.md's table, repeatable."),
 ]
-MicroBatch = Annotated[int | None, typer.Option(help="Images of one pass of a training step.")]
-Batch = Annotated[int, typer.Option(help="Images of a run.")]
-Workers = Annotated[int, typer.Option(help="Processes that load images.")]
-Classes = Annotated[
-    Path | None, typer.Option(help="File naming the folder of each class; by name without.")
+MicroBatch = Annotated[
+    int | None, typer.Option(help="Images at a time, where a training step needs too much memory.")
 ]
-Choice = Annotated[str, typer.Option(help="auto, oracle or kernel.")]
+Batch = Annotated[int, typer.Option(help="Images a batch.")]
+Workers = Annotated[int, typer.Option(help="Processes that load images; 0: this one.")]
+Choice = Annotated[
+    str, typer.Option(help="auto, oracle (slow) or kernel, in PyTorch; auto: oracle on a CPU.")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Measure anew, not where a run was stopped.")

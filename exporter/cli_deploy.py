@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from exporter import pipeline_deploy
 from exporter.bundle import BundleRequest
 from exporter.bundle_triton import ServingOptions
-from exporter.cli_options import Directory, Json, Operators, integers
+from exporter.cli_options import Directory, Json, Labels, integers
 from exporter.json_files import write_json
 
 if TYPE_CHECKING:
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
 console = Console(markup=False, emoji=False)
 
+EngineOperators = Annotated[
+    str | None,
+    typer.Option(help="kernel (the default: our plugins) or body, the file's functions."),
+]
+Hardware = Annotated[
+    str | None,
+    typer.Option(help="Runs on other GPUs too: ampere-plus or same-compute-capability."),
+]
+
 
 def engine(
     directory: Directory,
@@ -31,9 +40,14 @@ def engine(
         bool, typer.Option("--rtx", help="TensorRT for RTX: no GPU needed, fallback bodies.")
     ] = False,
     batch: Annotated[str, typer.Option(help="Batch sizes MIN,OPT,MAX.")] = "1,8,32",
-    operators: Operators = None,
-    memory: Annotated[int | None, typer.Option(help="Workspace limit in MiB.")] = None,
-    level: Annotated[int | None, typer.Option(help="Builder optimisation level, 0 to 5.")] = None,
+    operators: EngineOperators = None,
+    memory: Annotated[
+        int | None, typer.Option(help="Workspace limit in MiB; TensorRT's own without.")
+    ] = None,
+    level: Annotated[
+        int | None,
+        typer.Option(help="How long to search for kernels, 0 to 5; TensorRT's own without."),
+    ] = None,
     timing_cache: Annotated[
         Path | None, typer.Option(help="File of timings; beside the model by default.")
     ] = None,
@@ -41,13 +55,11 @@ def engine(
         bool, typer.Option("--serialize-plugins", help="Put the plugin library into the engine.")
     ] = False,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Runs on later TensorRTs too.")
+        bool, typer.Option("--version-compatible", help="Runs on later TensorRT too.")
     ] = False,
-    hardware_compatible: Annotated[
-        str | None, typer.Option(help="ampere-plus or same-compute-capability.")
-    ] = None,
+    hardware_compatible: Hardware = None,
     compute_capability: Annotated[
-        str | None, typer.Option(help="With --rtx, the GPUs to compile for, 8.6,8.9.")
+        str | None, typer.Option(help="With --rtx: GPUs to compile for, such as 8.6,8.9.")
     ] = None,
     json_file: Json = None,
 ) -> None:
@@ -75,6 +87,7 @@ def engine(
 
 
 def bundle(
+    context: typer.Context,
     directory: Annotated[Path, typer.Argument(help="An export; with --verify, a bundle.")],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Directory to write.")
@@ -82,10 +95,15 @@ def bundle(
     verify: Annotated[
         bool, typer.Option("--verify", help="Check a bundle's hashes, and run its model.")
     ] = False,
-    name: Annotated[str | None, typer.Option(help="What the server calls the model.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="Class names, one a line or JSON.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What the server calls the model; the export's name by default."),
+    ] = None,
+    labels: Labels = None,
     batch: Annotated[str, typer.Option(help="Batch sizes MIN,OPT,MAX.")] = "1,8,32",
-    queue_us: Annotated[int, typer.Option(help="How long a request waits for others.")] = 500,
+    queue_us: Annotated[
+        int, typer.Option(help="Microseconds that a request waits for others.")
+    ] = 500,
     instances: Annotated[int, typer.Option(help="Copies of the model on a device.")] = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle there.")] = False,
     json_file: Json = None,
@@ -94,7 +112,7 @@ def bundle(
     if verify == (output is not None):
         raise ValueError("give either -o OUT, to make a bundle, or --verify, to check one")
     if output is None:
-        _refuse_making(name=name, labels=labels, force=force or None)
+        _refuse_making(context)
         _verify_bundle(directory, json_file)
         return
     low, opt, high = _three(batch)
@@ -108,9 +126,11 @@ def bundle(
         write_json(json_file, manifest)
 
 
-def _refuse_making(**options: object) -> None:
-    for option, value in options.items():
-        if value is not None:
+def _refuse_making(context: typer.Context) -> None:
+    for option in ("name", "labels", "batch", "queue_us", "instances", "force"):
+        source = context.get_parameter_source(option)
+        if source is not None and source.name != "DEFAULT":
+            value = context.params[option]
             raise ValueError(f"{option}={value} with --verify, which makes no bundle: leave it out")
 
 

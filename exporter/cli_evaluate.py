@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from exporter.files import check_writable
+from exporter.cli_options import Classes, Directory, Images, Json, Operators, Runtime, Threads
 from exporter.json_files import write_json
 from exporter.pipeline_evaluate import evaluate as evaluate_export
 from exporter.training.evaluate import EvaluationReport
@@ -19,34 +19,27 @@ console = Console(markup=False, emoji=False)
 
 
 def evaluate(
-    directory: Annotated[Path, typer.Argument(help="What `vssm export` wrote.")],
-    images: Annotated[Path, typer.Argument(help="Folder with a folder of images for each class.")],
+    directory: Directory,
+    images: Images,
     *,
-    runtime: Annotated[str, typer.Option(help="ort-cpu, ort-cuda or torch.")] = "ort-cpu",
-    operators: Annotated[
-        str | None, typer.Option(help="kernel (the default) or body, for ONNX Runtime.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of a run; all cores.")] = None,
-    batch: Annotated[int, typer.Option(help="Images of a run.")] = 32,
+    runtime: Runtime = "ort-cpu",
+    operators: Operators = None,
+    threads: Threads = None,
+    batch: Annotated[int, typer.Option(help="Images a batch.")] = 32,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that load images; 0 for none besides.")
+        int | None,
+        typer.Option(help="Processes that load images, up to four by default; 0: this one."),
     ] = None,
-    classes: Annotated[
-        Path | None, typer.Option(help="File naming the folder of each class; by name without.")
-    ] = None,
+    classes: Classes = None,
     results: Annotated[
-        Path | None, typer.Option(help="CSV file, a row an image; DIR/evaluate.csv.")
+        Path | None, typer.Option(help="CSV file, a row an image; DIR/evaluate.csv by default.")
     ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew, not where an evaluation was stopped.")
     ] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the report to this file.")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Measure top-1 and top-5 over a folder of images; goes on where a stopped run ended."""
-    if json_file is not None:
-        check_writable(json_file)
     with console.status("evaluating") as status:
         report = evaluate_export(
             directory,
@@ -71,14 +64,15 @@ def _print(report: EvaluationReport) -> None:
 
     readable = report.images - len(report.unreadable)
     speed = "-" if report.images_per_s is None else f"{report.images_per_s:.1f}"
-    rows = (
+    rows = [
         ("top-1", f"{report.top1:.2%}"),
         ("top-5", f"{report.top5:.2%}"),
         ("images", f"{readable:,}"),
         ("images that cannot be read", f"{len(report.unreadable):,}"),
-        ("images of the run that was stopped", f"{report.resumed:,}"),
         ("images/s, loading included", speed),
-    )
+    ]
+    if report.resumed:
+        rows.insert(4, ("images of the run that was stopped", f"{report.resumed:,}"))
     console.print(table(str(report.info), ("", "measured"), rows))
     for path, error in report.unreadable[:_SHOWN]:
         console.print(Text.assemble(("not read", "yellow"), f": {path}: {error}"), soft_wrap=True)

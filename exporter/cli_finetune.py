@@ -10,7 +10,20 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from exporter.cli_options import Alignment, Conv, Importance, Schedule, options
+from exporter.cli_options import (
+    Alignment,
+    Checkpoint,
+    Classes,
+    Conv,
+    Ema,
+    Importance,
+    Json,
+    NumClasses,
+    Schedule,
+    Switches,
+    options,
+)
+from exporter.json_files import write_json
 from exporter.pipeline_finetune import FinetuneReport
 from exporter.pipeline_finetune import finetune as run_finetune
 from exporter.training.recipe import Recipe
@@ -23,36 +36,29 @@ console = Console(markup=False, emoji=False, quiet=os.environ.get("RANK", "0") !
 Name = Annotated[str, typer.Argument(help="One of `vssm models`.")]
 Data = Annotated[Path, typer.Option(help="Folder with a folder of images for each class.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory for all that is written.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Weights; seeded ones without.")]
-Ema = Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")]
 Tokens = Annotated[
     str,
     typer.Option(help="gather: as deployed; masked: as published, Vim only; fused: EViT-style."),
 ]
-NumClasses = Annotated[int, typer.Option(help="Width of the classifier.")]
-Pairs = Annotated[
-    list[str] | None, typer.Option("--set", help="Model option KEY=VALUE, repeatable.")
-]
-Epochs = Annotated[int, typer.Option(help="Passes.")]
-Batch = Annotated[int, typer.Option(help="Images of a step, of all processes together.")]
+Epochs = Annotated[int, typer.Option(help="Passes over the images.")]
+Batch = Annotated[int, typer.Option(help="Images a step, all processes together.")]
 Rate = Annotated[float, typer.Option(help="Learning rate after the warm-up.")]
 Numbers = Annotated[
     list[str] | None,
     typer.Option("--recipe", help="KEY=VALUE of docs/finetune.md's table, repeatable."),
 ]
-Classes = Annotated[
-    Path | None, typer.Option(help="File naming the folder of each class; by name without.")
-]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run was stopped.")]
 Workers = Annotated[
-    int | None, typer.Option(help="Processes that load images; 0 for none besides.")
+    int | None, typer.Option(help="Processes that load images, up to four by default; 0: this one.")
 ]
 MicroBatch = Annotated[
-    int | None, typer.Option(help="Images of one pass, where a step needs too much memory.")
+    int | None, typer.Option(help="Images at a time, where a step needs too much memory.")
 ]
-SaveEvery = Annotated[int, typer.Option(help="Steps between states, beside each epoch's end.")]
+SaveEvery = Annotated[
+    int, typer.Option(help="Steps between saved states; each epoch's end is saved too.")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of torch; all cores.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of torch; all cores by default.")]
 
 
 def finetune(
@@ -68,7 +74,7 @@ def finetune(
     conv: Conv = None,
     tokens: Tokens = "gather",
     num_classes: NumClasses = 1000,
-    option: Pairs = None,
+    option: Switches = None,
     epochs: Epochs = Recipe.epochs,
     batch: Batch = Recipe.batch,
     lr: Rate = Recipe.lr,
@@ -80,6 +86,7 @@ def finetune(
     save_every: SaveEvery = Work.save_every,
     device: Device = Work.device,
     threads: Threads = None,
+    json_file: Json = None,
 ) -> None:
     """Train a model, pruned or dense; after a kill, --resume goes on bit for bit."""
     subject = Subject(
@@ -103,6 +110,8 @@ def finetune(
         report = run_finetune(request, progress=lambda line: status.update(Text(line)))
     if report is not None:
         _print(report)
+        if json_file is not None:
+            write_json(json_file, report)
 
 
 def _recipe(pairs: list[str], named: dict[str, Any]) -> Recipe:
@@ -118,13 +127,14 @@ def _print(report: FinetuneReport) -> None:
 
     trained = report.trained
     speed = "-" if trained.images_per_s is None else f"{trained.images_per_s:.1f}"
-    rows = (
+    rows = [
         ("images", f"{trained.images:,}"),
         ("steps", f"{trained.steps:,}"),
-        ("steps of the run that was stopped", f"{trained.resumed:,}"),
         ("loss, last epoch", f"{trained.loss:.4f}"),
         ("images/s, loading included", speed),
-    )
+    ]
+    if trained.resumed:
+        rows.insert(2, ("steps of the run that was stopped", f"{trained.resumed:,}"))
     console.print(table(f"{report.run['model']}, trained", ("", ""), rows))
     console.print(f"wrote {report.weights}", soft_wrap=True)
     console.print(f"wrote {report.ema} (averaged)", soft_wrap=True)

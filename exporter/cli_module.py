@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from exporter.cli_options import options, sizes
+from exporter.cli_options import Alignment, Ema, Folder, Inline, Json, Labels, options, sizes
 from exporter.json_files import write_json
 from exporter.pipeline_module import ModuleExport, ModuleRequest, export_user_module
 
@@ -26,8 +26,19 @@ Paths = Annotated[
 Imagenet = Annotated[
     bool, typer.Option("--imagenet", help="Images: resize, crop and normalise as ImageNet's.")
 ]
-Inline = Annotated[bool, typer.Option("--inline", help="Also write model.inlined.onnx.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+Weights = Annotated[Path | None, typer.Option(help="Weights; the factory's own without.")]
+Prefer = Annotated[
+    str, typer.Option(help="Functions of upstream's packages: ours, or those installed.")
+]
+ModuleSchedule = Annotated[
+    str | None, typer.Option(help="BLOCK:RATIO,..., such as 5:0.8,10:0.8; dense without.")
+]
+ModuleImportance = Annotated[
+    str | None, typer.Option(help="clip (the default), sum, l1, l2 or random.")
+]
+ClassToken = Annotated[
+    int | None, typer.Option(help="Place of the class token; by default as Vim's attributes say.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -37,22 +48,22 @@ def add_to(app: typer.Typer) -> None:
 
 def export_module(
     target: Annotated[str, typer.Argument(help="repo/model.py:factory or repo:module.factory.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
+    output: Folder,
     shape: Shape = "1x3x224x224",
     tokens: Tokens = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights; the factory's without.")] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")] = False,
+    checkpoint: Weights = None,
+    ema: Ema = False,
     option: Options = None,
     path: Paths = None,
-    prefer: Annotated[str, typer.Option(help="ours or installed.")] = "ours",
-    schedule: Annotated[str | None, typer.Option(help="Prune: BLOCK:RATIO,...")] = None,
-    alignment: Annotated[str, typer.Option(help="gap, constant or none.")] = "gap",
-    importance: Annotated[str, typer.Option(help="clip, sum, l1, l2 or random.")] = "clip",
-    conv: Annotated[str, typer.Option(help="compact or grid.")] = "compact",
+    prefer: Prefer = "ours",
+    schedule: ModuleSchedule = None,
+    alignment: Alignment = None,
+    importance: ModuleImportance = None,
+    conv: Conv = None,
     blocks: Annotated[str, typer.Option(help="Attribute of the blocks to prune.")] = "layers",
-    cls_index: Annotated[int | None, typer.Option(help="Place of the class token.")] = None,
+    cls_index: ClassToken = None,
     imagenet: Imagenet = False,
-    labels: Annotated[Path | None, typer.Option(help="Class names, one a line or JSON.")] = None,
+    labels: Labels = None,
     opset: Annotated[int, typer.Option(help="18 to 20.")] = 18,
     inline: Inline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the export there.")] = False,
@@ -95,7 +106,8 @@ def _print(done: ModuleExport) -> None:
     else:
         _console.print(f"weights: {done.loaded}")
     for line in manifest.config["passes"]:
-        _console.print(f"pass {line}")
+        if not line.endswith("applied 0 times"):  # model.json has them all
+            _console.print(f"pass {line}")
     if manifest.schedule is not None:
         _console.print(f"tokens kept by stage: {list(manifest.schedule.num_keep)}")
     if manifest.preprocessing is None:

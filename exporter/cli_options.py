@@ -25,15 +25,25 @@ Json = Annotated[
     Path | None,
     typer.Option("--json", callback=_writable, help="Also write the result to this file."),
 ]
-Runtime = Annotated[str, typer.Option(help="ort-cpu, torch, tensorrt or tensorrt-rtx.")]
+Runtime = Annotated[str, typer.Option(help="ort-cpu, ort-cuda, torch, tensorrt or tensorrt-rtx.")]
+# Where torch is what a runtime is compared with.
+OtherRuntime = Annotated[str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.")]
 Operators = Annotated[
-    str | None, typer.Option(help="kernel (the default) or body; of an engine, what it has.")
+    str | None,
+    typer.Option(help="kernel (the default) or body; an engine has what it was built with."),
+]
+Labels = Annotated[Path | None, typer.Option(help="Class names, one a line or JSON.")]
+Inline = Annotated[
+    bool, typer.Option("--inline", help="Also write model.inlined.onnx, without functions.")
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads of one run; all cores by default.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Run an engine that is not of this machine, or was changed.")
 ]
 
+# What `vssm export` and `vssm finetune` make a model from.
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights; the seeded initial ones without.")]
+Ema = Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")]
 Schedule = Annotated[
     str | None,
     typer.Option(help="BLOCK:RATIO,..., such as 5:0.8,10:0.8, or default; dense without."),
@@ -46,16 +56,30 @@ Conv = Annotated[
     str | None,
     typer.Option(help="Vim's convolution: compact, over kept tokens (the default), or grid."),
 ]
+NumClasses = Annotated[int, typer.Option(help="Classes of the classifier.")]
+Switches = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Model option KEY=VALUE, repeatable; a wrong KEY lists them."),
+]
+
+# What holds the classes of images.
+Images = Annotated[Path, typer.Argument(help="Folder with a folder of images for each class.")]
+Classes = Annotated[
+    Path | None,
+    typer.Option(help="File naming the folder of each class; without it the order of names."),
+]
 
 # A model by its name or as an export, for the commands that prune it in several ways.
 Source = Annotated[str, typer.Argument(help="What `vssm export` wrote, or a model's name.")]
-Ema = Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")]
 OwnSchedule = Annotated[
-    str | None, typer.Option(help="BLOCK:RATIO,..., or default; the export's own without.")
+    str | None, typer.Option(help="BLOCK:RATIO,..., or default; without it the export's own.")
 ]
-HeadWidth = Annotated[int | None, typer.Option(help="Width of a named model's head.")]
+HeadWidth = Annotated[int | None, typer.Option(help="Classes of a named model, 1000 by default.")]
 ModelOptions = Annotated[
-    list[str] | None, typer.Option("--set", help="Option KEY=VALUE of a named model.")
+    list[str] | None,
+    typer.Option(
+        "--set", help="Option KEY=VALUE of a named model, repeatable; a wrong KEY lists them."
+    ),
 ]
 Folder = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")]
 

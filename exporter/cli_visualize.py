@@ -10,19 +10,17 @@ from rich.console import Console
 from rich.text import Text
 
 from exporter.cli_options import (
-    Alignment,
     Conv,
     Ema,
     Folder,
     HeadWidth,
-    Importance,
+    Json,
     ModelOptions,
     OwnSchedule,
     Source,
     integers,
     options,
 )
-from exporter.files import check_writable
 from exporter.json_files import write_json
 from exporter.pipeline_visualize import PAGE
 from exporter.pipeline_visualize import visualize as visualize_images
@@ -37,25 +35,26 @@ def visualize(
     output: Folder,
     *,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights of a named model; seeded ones without.")
+        Path | None, typer.Option(help="Weights of a named model; the seeded initial ones without.")
     ] = None,
     ema: Ema = False,
     schedule: OwnSchedule = None,
-    alignment: Alignment = None,
-    importance: Importance = None,
+    alignment: Annotated[
+        str | None, typer.Option(help="gap, constant or none, in place of the export's.")
+    ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(help="clip, sum, l1, l2, as_released or random, in place of the export's."),
+    ] = None,
     conv: Conv = None,
     blocks: Annotated[
-        str | None, typer.Option(help="Blocks whose attention is shown, 6,11,24.")
+        str | None, typer.Option(help="Blocks whose attention is shown, separated by commas.")
     ] = None,
     num_classes: HeadWidth = None,
     option: ModelOptions = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the numbers to this file.")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Draw kept tokens, importance, attention and walks: dense, plain removal, aligned."""
-    if json_file is not None:
-        check_writable(json_file)
     subject = Subject(
         source,
         checkpoint,

@@ -126,7 +126,7 @@ def check_parity(
     opened = open_artifact(artifact, only=None if model is None else (MODEL_FILE,))
     known: OracleResult | None = None
     if model is None and is_module(opened):
-        images, known = _kept_reference(opened, images)
+        images, known = _kept_reference(opened, images, per_block)
     with open_session(
         opened, runtime, operators=operators, threads=threads, trust=trust
     ) as session:
@@ -157,8 +157,12 @@ def check_parity(
     )
 
 
-def _kept_reference(artifact: Artifact, images: Array | None) -> tuple[Array, OracleResult]:
+def _kept_reference(
+    artifact: Artifact, images: Array | None, per_block: bool
+) -> tuple[Array, OracleResult]:
     """The inputs and outputs that the export of a user's module keeps."""
+    if per_block:
+        refuse_module(artifact, "so its blocks cannot be compared; leave --per-block out")
     if images is not None:
         refuse_module(
             artifact,

@@ -27,9 +27,9 @@ class ModuleRequest:
     paths: tuple[Path, ...] = ()
     prefer: str = "ours"
     schedule: str | None = None
-    alignment: str = "gap"
-    importance: str = "clip"
-    conv: str = "compact"
+    alignment: str | None = None
+    importance: str | None = None
+    conv: str | None = None
     blocks: str = "layers"
     cls_index: int | None = None
     imagenet: bool = False
@@ -64,6 +64,7 @@ def export_user_module(
     from exporter.compat.module_export import export_module
     from exporter.compat.prune import prune
 
+    _refuse_idle_options(request)
     loaded = None
     with search_path(request.target, request.paths), upstream(prefer=request.prefer) as report:
         progress(f"importing {request.target}")
@@ -79,9 +80,9 @@ def export_user_module(
             progress("pruning")
             schedule = PruneSchedule.parse(
                 request.schedule,
-                alignment=request.alignment,
-                importance=request.importance,
-                conv=request.conv,
+                alignment=request.alignment or "gap",
+                importance=request.importance or "clip",
+                conv=request.conv or "compact",
             )
             model = prune(
                 model, schedule, example, blocks=request.blocks, cls_index=request.cls_index
@@ -100,6 +101,18 @@ def export_user_module(
             force=request.force,
         )
     return ModuleExport(artifact, str(report), loaded)
+
+
+def _refuse_idle_options(request: ModuleRequest) -> None:
+    """What would change nothing was meant otherwise."""
+    for option in ("alignment", "importance", "conv", "cls_index"):
+        if getattr(request, option) is not None and request.schedule is None:
+            raise ValueError(
+                f"{option}={getattr(request, option)!r} without a schedule prunes nothing; give "
+                "--schedule BLOCK:RATIO,... too, or leave it out"
+            )
+    if request.source != "model" and request.checkpoint is None:
+        raise ValueError(f"source={request.source!r} without a checkpoint; give --checkpoint FILE")
 
 
 def _example(request: ModuleRequest) -> Any:

@@ -139,7 +139,7 @@ def _spec_of(
     if manifest.preprocessing is None:
         raise ValueError(
             f"spec: the export of {manifest.name} does not say how images are prepared; "
-            "pass a Preprocessing of your own"
+            "export it again with --imagenet, or pass a Preprocessing of your own"
         )
     return manifest.preprocessing
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from exporter.benchmark import BenchReport, Row
 from exporter.doctor import Finding
@@ -15,16 +17,16 @@ if TYPE_CHECKING:  # parity needs polygraphy, which a table does not
     from exporter.parity import Comparison, ParityReport
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A table; columns after the first are right-aligned where their cells are numbers."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> RenderableType:
+    """A title over a table; columns after the first are right-aligned where they are numbers."""
     cells = [[_text(cell) for cell in row] for row in rows]
-    result = Table(title=title, title_justify="left")
+    result = Table()
     for i, name in enumerate(columns):
         numbers = i > 0 and all(row[i][:1] in "0123456789-+." for row in cells)
         result.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in cells:
         result.add_row(*row)
-    return result
+    return Group(Text(title, style="italic"), result)  # a Table would wrap it at its own width
 
 
 def _text(cell: object) -> str:
@@ -35,7 +37,7 @@ def _text(cell: object) -> str:
     return str(cell)
 
 
-def models_table(models: Iterable[Mapping[str, Any]]) -> Table:
+def models_table(models: Iterable[Mapping[str, Any]]) -> RenderableType:
     """What `pipeline.describe_models` found."""
     title = (
         "models (tokens of the first block; multiply-adds; the published rule counts one of Vim's "
@@ -56,7 +58,7 @@ def models_table(models: Iterable[Mapping[str, Any]]) -> Table:
     return table(title, columns, rows)
 
 
-def parity_tables(report: ParityReport) -> list[Table]:
+def parity_tables(report: ParityReport) -> list[RenderableType]:
     """The verdict, the choices that differ, and the blocks where they were compared."""
     rows: list[Sequence[object]] = [
         ("logits, oracle's positions", f"{report.forced.relative:.1e}", _limit(report.forced)),
@@ -106,7 +108,7 @@ def _limit(comparison: Comparison) -> str:
     return f"{comparison.tolerance:.0e}"
 
 
-def bench_tables(report: BenchReport) -> list[Table]:
+def bench_tables(report: BenchReport) -> list[RenderableType]:
     """What ran where, times of every subject, and where the kernel session spends its own."""
     columns = ("subject", "median", "p95", "images/s", "floor", "x floor", "diff")
     groups: dict[tuple[int, int, int], list[Row]] = {}
@@ -143,7 +145,7 @@ def bench_tables(report: BenchReport) -> list[Table]:
     return [*measured, spent]
 
 
-def findings_table(findings: Sequence[Finding]) -> Table:
+def findings_table(findings: Sequence[Finding]) -> RenderableType:
     """What `doctor` found, with the remedy of what is absent."""
     return table(
         "vssm doctor",

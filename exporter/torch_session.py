@@ -36,7 +36,9 @@ def model_of(artifact: Artifact, *, dense: bool = False) -> VisionModel:
     Raises:
         ArtifactError: the weights were not exported, or do not fit model.json.
     """
-    refuse_module(artifact, "so the model cannot be rebuilt; pass it to check_parity")
+    refuse_module(
+        artifact, "so PyTorch cannot run it; run model.onnx, or give check_parity the model"
+    )
     manifest = artifact.manifest
     schedule = None if dense else schedule_of(artifact)
     model = model_from_config(manifest.name, dict(manifest.config), schedule)

@@ -219,6 +219,9 @@ def test_usage(vssm: Run, artifact: Artifact, tmp_path: Path) -> None:
         ("--force", "force=True"),
         ("--name=x", "name=x"),
         ("--labels=x", "labels"),
+        ("--batch=1,8,32", "batch=1,8,32"),
+        ("--queue-us=0", "queue_us=0"),
+        ("--instances=2", "instances=2"),
     ):
         assert vssm("bundle", "--verify", artifact.directory, option) == 2
         assert shown in vssm.out

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from command import MODEL, Run
 from exports import micro
 from PIL import Image
 
 from exporter.checkpoint import save_safetensors
+from exporter.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +253,13 @@ def test_usage_errors_are_exit_code_2_and_help_is_0(vssm: Run) -> None:
     assert vssm("--help") == 0
     assert "export" in vssm.out
     assert vssm("--version") == 0
+
+
+def test_every_option_is_explained_and_every_result_can_be_json() -> None:
+    for name, command in typer.main.get_command(app).commands.items():
+        parameters = {p.name: p for p in command.params}
+        assert "json_file" in parameters, name
+        assert all(p.help for p in command.params), name
 
 
 def test_the_installed_command() -> None:

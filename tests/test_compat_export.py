@@ -103,6 +103,8 @@ def test_language_model_prefill(tmp_path: Path) -> None:
     spec = artifact.manifest.inputs[0]
     assert (spec.name, spec.dtype, spec.shape) == ("input", "int64", ("batch", 11))
     assert exporter.check_parity(None, artifact).passed
+    with pytest.raises(ArtifactError, match="leave --per-block out"):
+        exporter.check_parity(None, artifact, per_block=True)
     with exporter.open_session(artifact) as session:
         got = session.run(tokens.numpy())["logits"]
         assert got.shape == (2, 11, 30)
@@ -350,6 +352,9 @@ def test_command_refuses(vssm: Run, repository: Path, tmp_path: Path) -> None:
         (f"{file}:build", ("--path", str(tmp_path / "absent")), "no directory"),
         (f"{file}:build", ("--input", "1x3x24", "--imagenet"), "batch x 3"),
         (f"{file}:build", ("--schedule", "1:0.5", "--input", "1x3x24x24"), "if_cls_token"),
+        (f"{file}:build", ("--alignment", "none"), "without a schedule prunes nothing"),
+        (f"{file}:build", ("--cls-index", "3"), "without a schedule prunes nothing"),
+        (f"{file}:build", ("--ema",), "without a checkpoint"),
     ):
         code, text = vssm("export-module", target, *further, "-o", str(tmp_path / "out")), vssm.out
         assert (code, message in text) == (2, True), (target, text)

@@ -99,6 +99,15 @@ def test_a_new_export_takes_the_old_reports_away(vssm: Run, tmp_path: Path) -> N
     assert {p.name for p in out.iterdir()} == {"model.json", "model.onnx", "weights.safetensors"}
 
 
+def test_titles_are_as_wide_as_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from exporter import cli
+    from exporter.tables import table
+
+    title = "wider than its table"
+    cli.console.print(table(title, ("a", "b"), [(1, 2)]))
+    assert capsys.readouterr().out.splitlines()[0] == title
+
+
 def test_tables_fit_a_terminal(
     vssm: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

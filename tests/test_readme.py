@@ -23,7 +23,7 @@ README = ROOT / "README.md"
 _RUN = frozenset({"bash", "console", "python"})
 _SHOWN = frozenset({"cmake", "cpp", "diff", "html", "json", "mermaid", "text", "toml", "yaml"})
 # What a reader finds in the folder; the package itself comes from the environment.
-_NOT_LINKED = frozenset({".git", "build", "demo", "dist", "exporter", "out"})
+_NOT_LINKED = frozenset({".git", "build", "demo", "dist", "exporter", "out", "out_python"})
 _MAKE = """
 make() {
   for target in "$@"; do

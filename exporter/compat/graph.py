@@ -53,7 +53,7 @@ class PassReport:
         self.refused[reason] += 1
 
     def __str__(self) -> str:
-        reasons = "".join(f"; not at {n}: {why}" for why, n in sorted(self.refused.items()))
+        reasons = "".join(f"; {n} times not: {why}" for why, n in sorted(self.refused.items()))
         return f"{self.name}: applied {self.applied} times{reasons}"
 
 

@@ -53,6 +53,7 @@ def default_schedule(name: str, **rules: Any) -> PruneSchedule:
     if name not in DEFAULT_SCHEDULES:
         raise ValueError(
             f"name={name!r} has no default schedule, only {', '.join(DEFAULT_SCHEDULES)} have; "
-            "name the blocks and ratios, such as 5:0.8,10:0.8"
+            "name the blocks and ratios, such as 5:0.8,10:0.8, of a vim_* or plain_mamba_* model; "
+            "the others cannot be pruned"
         )
     return PruneSchedule.parse(DEFAULT_SCHEDULES[name], **rules)

@@ -173,5 +173,5 @@ def _once_a_layer(model: VisionModel) -> int:
 def machine(device: str) -> str:
     """What ran, for reports."""
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    threads = "" if device == "cuda" else f", {torch.get_num_threads()} threads"
+    threads = "" if device == "cuda" else f", threads: {torch.get_num_threads()}"
     return f"torch {torch.__version__} on {name}{threads}, float32"
