@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from exporter.files import check_writable
+from exporter.cli_options import Json
 from exporter.json_files import write_json
 from exporter.pipeline_evaluate import evaluate as evaluate_export
 from exporter.training.evaluate import EvaluationReport
@@ -40,13 +40,9 @@ def evaluate(
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew, not where an evaluation was stopped.")
     ] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the report to this file.")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Measure top-1 and top-5 over a folder of images; goes on where a stopped run ended."""
-    if json_file is not None:
-        check_writable(json_file)
     with console.status("evaluating") as status:
         report = evaluate_export(
             directory,

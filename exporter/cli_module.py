@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from exporter.cli_options import options, sizes
+from exporter.cli_options import Json, options, sizes
 from exporter.json_files import write_json
 from exporter.pipeline_module import ModuleExport, ModuleRequest, export_user_module
 
@@ -27,7 +27,6 @@ Imagenet = Annotated[
     bool, typer.Option("--imagenet", help="Images: resize, crop and normalise as ImageNet's.")
 ]
 Inline = Annotated[bool, typer.Option("--inline", help="Also write model.inlined.onnx.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 
 def add_to(app: typer.Typer) -> None:

@@ -13,13 +13,13 @@ from exporter.cli_options import (
     Ema,
     Folder,
     HeadWidth,
+    Json,
     ModelOptions,
     OwnSchedule,
     Source,
     integers,
     options,
 )
-from exporter.files import check_writable
 from exporter.json_files import write_json
 from exporter.pipeline_visualize import PAGE
 from exporter.pipeline_visualize import visualize as visualize_images
@@ -47,13 +47,9 @@ def visualize(
     ] = None,
     num_classes: HeadWidth = None,
     option: ModelOptions = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the numbers to this file.")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Draw kept tokens, importance, attention and walks: dense, plain removal, aligned."""
-    if json_file is not None:
-        check_writable(json_file)
     subject = Subject(
         source,
         checkpoint,
