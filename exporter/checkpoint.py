@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -149,6 +150,16 @@ def save_safetensors(state: Mapping[str, Tensor], path: str | os.PathLike[str]) 
     with atomic_path(path) as temporary:
         # save_file would put a file of its own in place, which only its owner may read.
         temporary.write_bytes(safetensors.torch.save(plain, metadata={"format": "pt"}))
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, dtypes, shapes and values of tensors, whatever their order."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _align_prefix(

@@ -154,7 +154,8 @@ def _header(
     images: str,
 ) -> dict[str, str]:
     """What must be the same when a stopped ablation goes on."""
-    from exporter.training.ablate_run import machine, state_digest
+    from exporter.checkpoint import state_digest
+    from exporter.training.ablate_run import machine
 
     tuned = (f"{run.key}: {sha256_of(run.weights)}" for run in runs if run.weights is not None)
     return {

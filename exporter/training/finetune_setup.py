@@ -31,7 +31,8 @@ def build_models(request: FinetuneRequest, group: Group) -> tuple[VisionModel, V
         fuse_leftovers(model)
     if request.recipe.distil == 0:
         return model, None
-    return model, _build(subject, None).to(group.device)
+    # The student trains on the kernels by itself; without gradients "auto" is the slow oracle.
+    return model, _build(subject, None).use_operators("kernel").to(group.device)
 
 
 def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Run:
