@@ -71,23 +71,6 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def read_state_dict(path: str | os.PathLike[str], *, source: str = "model") -> dict[str, Tensor]:
-    """Weights of a checkpoint file, unwrapped, under the file's own keys, on the CPU.
-
-    Nothing in the file is executed: safetensors has no code, torch files go through
-    `torch.load(weights_only=True)`, and where that refuses other objects, through a reader that
-    makes inert stubs of them.
-
-    Args:
-        path: a safetensors file, or one that torch.save wrote.
-        source: "model", or "ema" for the averaged weights that some training codes save beside.
-
-    Raises:
-        CheckpointError: the file is missing, foreign, damaged, or holds no such state dict.
-    """
-    return read_file(path, source=source).state
-
-
 def load_checkpoint(
     model: nn.Module, path: str | os.PathLike[str], *, source: str = "model"
 ) -> LoadReport:
