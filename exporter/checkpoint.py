@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -70,23 +71,6 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def read_state_dict(path: str | os.PathLike[str], *, source: str = "model") -> dict[str, Tensor]:
-    """Weights of a checkpoint file, unwrapped, under the file's own keys, on the CPU.
-
-    Nothing in the file is executed: safetensors has no code, torch files go through
-    `torch.load(weights_only=True)`, and where that refuses other objects, through a reader that
-    makes inert stubs of them.
-
-    Args:
-        path: a safetensors file, or one that torch.save wrote.
-        source: "model", or "ema" for the averaged weights that some training codes save beside.
-
-    Raises:
-        CheckpointError: the file is missing, foreign, damaged, or holds no such state dict.
-    """
-    return read_file(path, source=source).state
-
-
 def load_checkpoint(
     model: nn.Module, path: str | os.PathLike[str], *, source: str = "model"
 ) -> LoadReport:
@@ -149,6 +133,16 @@ def save_safetensors(state: Mapping[str, Tensor], path: str | os.PathLike[str]) 
     with atomic_path(path) as temporary:
         # save_file would put a file of its own in place, which only its owner may read.
         temporary.write_bytes(safetensors.torch.save(plain, metadata={"format": "pt"}))
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, dtypes, shapes and values of tensors, whatever their order."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _align_prefix(

@@ -75,7 +75,11 @@ class _Selection:
 
 
 def read_file(path: str | os.PathLike[str], *, source: str = "model") -> RawCheckpoint:
-    """Read a checkpoint file of any format understood, told by its content.
+    """Read a checkpoint file of any format understood, told by its content, onto the CPU.
+
+    Nothing in the file is executed: safetensors has no code, torch files go through
+    `torch.load(weights_only=True)`, and where that refuses other objects, through a reader that
+    makes inert stubs of them.
 
     Args:
         path: a safetensors file, or one that torch.save wrote (zip or legacy).

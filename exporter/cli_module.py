@@ -9,7 +9,17 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from exporter.cli_options import Alignment, Ema, Folder, Inline, Json, Labels, options, sizes
+from exporter.cli_options import (
+    Alignment,
+    Conv,
+    Ema,
+    Folder,
+    Inline,
+    Json,
+    Labels,
+    options,
+    sizes,
+)
 from exporter.json_files import write_json
 from exporter.pipeline_module import ModuleExport, ModuleRequest, export_user_module
 

@@ -118,6 +118,20 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise _unwritable(target, OSError(0, reason))
 
 
+def make_directory(path: str | os.PathLike[str]) -> None:
+    """Make a directory and its missing parents, unless it is there.
+
+    Raises:
+        ArtifactError: it cannot be made: a file has that name, or the permission is missing.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"output={path} cannot be made ({error.strerror}); name another directory"
+        ) from error
+
+
 @contextlib.contextmanager
 def staged_directory(target: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
     """Yield an empty directory; the files written there move into `target` on success.

@@ -9,6 +9,7 @@ from typing import Any, Final
 FORMAT_VERSION: Final = 1
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+_CROP_RATIO: Final = 0.875  # crop over shorter side, of all official evaluations
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,14 @@ class Preprocessing:
     std: tuple[float, float, float] = IMAGENET_STD
 
     @classmethod
-    def for_image_size(
-        cls,
-        size: int | tuple[int, int],
-        *,
-        crop_ratio: float = 0.875,
-        interpolation: str = "bicubic",
-    ) -> Preprocessing:
+    def for_image_size(cls, size: int | tuple[int, int]) -> Preprocessing:
         """The official evaluation of a model of this input size: 256 then 224, ImageNet statistics.
 
         The shorter side is rounded down, as the evaluation code of Vim, VMamba and timm does; of a
         crop that is not square, the longer side counts.
         """
         crop = (size, size) if isinstance(size, int) else size
-        return cls(resize=int(max(crop) / crop_ratio), crop=crop, interpolation=interpolation)
+        return cls(resize=int(max(crop) / _CROP_RATIO), crop=crop)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from exporter.parity import OracleResult, ParityReport, compare, module_result
 from exporter.pipeline_deploy import ENGINE_RUNTIMES, open_engine, run_engine
 from exporter.preprocessing import preprocess, read_labels
 from exporter.runtimes.session import Array, RuntimeInfo, Session
+from exporter.training.evaluate import class_probabilities
 
 if TYPE_CHECKING:
     from exporter.runtimes.ort import OrtSession
@@ -253,14 +254,8 @@ def classify(
 def _predictions(
     file: Path, logits: Array, names: Sequence[str] | None, top: int
 ) -> list[dict[str, Any]]:
-    """The best classes of one image, with softmax over logits (classes,)."""
-    if not np.isfinite(logits).all():
-        raise ValueError(
-            f"image={file} has logits that are NaN or infinite: the model overflows; see "
-            "`vssm check --per-block --image FILE`, or export it in float32"
-        )
-    shares = np.exp(logits.astype(np.float64) - logits.max())
-    shares /= shares.sum()
+    """The best classes of one image, by its logits (classes,)."""
+    shares = class_probabilities(logits, file)
     return [
         {
             "class": int(c),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter._version import __version__
 from exporter.errors import UnsupportedError
-from exporter.files import atomic_write_bytes, check_writable, sha256_of
+from exporter.files import atomic_write_bytes, check_writable, make_directory, sha256_of
 from exporter.json_files import write_json
 from exporter.pipeline_ablate_options import AblationOptions
 from exporter.pipeline_ablate_runs import (
@@ -85,7 +85,7 @@ def ablate(
     pictures = open_pictures(images, int(opened[0].config["num_classes"]), options.classes)
     facts = _facts(opened, schedule, options, images, len(pictures))
     facts |= _training_facts(options, plan, opened)
-    output.mkdir(parents=True, exist_ok=True)
+    make_directory(output)
     check_writable(output / TABLES)
     ready = _models(runs, opened, options)  # before the training, which takes long
     trained, left_out = Trainer(subject, opened, options, output, progress).runs(plan)
@@ -160,7 +160,8 @@ def _header(
     images: str,
 ) -> dict[str, str]:
     """What must be the same when a stopped ablation goes on."""
-    from exporter.training.ablate_run import machine, state_digest
+    from exporter.checkpoint import state_digest
+    from exporter.training.ablate_run import machine
 
     tuned = (f"{run.key}: {sha256_of(run.weights)}" for run in runs if run.weights is not None)
     return {

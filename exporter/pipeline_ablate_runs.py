@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from exporter.errors import UnsupportedError
 from exporter.pipeline_ablate_options import AblationOptions, AblationTraining
-from exporter.pipeline_finetune import finetune
+from exporter.pipeline_finetune import finetune, has_run
 from exporter.pipeline_subject import OpenedSubject, open_subject
 from exporter.training.evaluate_data import open_pictures
 from exporter.training.request import FinetuneRequest, Subject, Work
@@ -173,13 +173,14 @@ class Trainer:
         return file
 
     def _train(self, folder: str, start: Subject, seed: int, training: AblationTraining) -> Path:
+        output = self.output / FOLDER / folder
         request = FinetuneRequest(
             start,
             training.data,
-            self.output / FOLDER / folder,
+            output,
             replace(training.recipe, seed=seed),
             self.options.classes,
-            resume=True,
+            resume=has_run(output),
             work=Work(
                 self.options.workers,
                 training.micro_batch,

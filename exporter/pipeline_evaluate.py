@@ -18,12 +18,11 @@ from exporter.json_files import write_json
 from exporter.manifest_types import Preprocessing
 from exporter.pipeline import open_session
 from exporter.training.evaluate import EvaluationReport, Progress, evaluate_session
-from exporter.training.evaluate_data import fingerprint, open_pictures
+from exporter.training.evaluate_data import fingerprint, open_pictures, worker_count
 from exporter.training.evaluate_journal import Journal
 
 RESULTS_FILE = "evaluate.csv"
 _OWN_FILES = (RESULTS_FILE, "evaluate.json")
-_MAX_WORKERS = 4  # by default: more than a model on a few cores can use
 
 
 def evaluate(
@@ -65,7 +64,9 @@ def evaluate(
             evaluation left is of another one.
         RuntimeUnavailableError, UnsupportedError: as for `open_session`.
     """
-    workers = _checked(batch, workers)
+    if batch < 1:
+        raise ValueError(f"batch={batch} is below 1; give the number of images of a run")
+    workers = worker_count(workers)
     opened, root = open_artifact(artifact, only=(MODEL_FILE,)), Path(images)
     spec = _preprocessing(opened)
     target = opened.directory / RESULTS_FILE if results is None else Path(results)
@@ -97,17 +98,6 @@ def evaluate(
             write_json(summary, report)
             journal.remove()
     return report
-
-
-def _checked(batch: int, workers: int | None) -> int:
-    """The number of workers."""
-    if batch < 1:
-        raise ValueError(f"batch={batch} is below 1; give the number of images of a run")
-    if workers is None:
-        return min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
-    if workers < 0:
-        raise ValueError(f"workers={workers} is below 0; 0 loads images in this process")
-    return workers
 
 
 def _summary_of(results: Path, artifact: Artifact) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from exporter.errors import ArtifactError
-from exporter.files import sha256_of
+from exporter.files import make_directory, sha256_of
 from exporter.json_files import write_json
 from exporter.training.request import FinetuneRequest
 
@@ -70,10 +70,12 @@ def finetune(
     from exporter.training.finetune_setup import build_models, plan_run
 
     group = Group(request.work.device)
+    if group.leads:
+        _check_output(request)
     model, teacher = build_models(request, group)
     run = plan_run(request, model, group)
     if group.leads:
-        _open_directory(request)
+        make_directory(request.output)
     log = RunLog(request.output / LOG_FILE) if group.leads else None
     with log or nullcontext(), group:
         if group.leads:
@@ -84,19 +86,26 @@ def finetune(
         return _write(state, trained, run, request.output, tensorboard=has_tensorboard())
 
 
-def _open_directory(request: FinetuneRequest) -> None:
+def has_run(output: Path) -> bool:
+    """Whether a training run was begun in `output`; its log is the first file that it makes."""
+    from exporter.training.finetune import LOG_FILE, STATE_FILE
+
+    return (output / STATE_FILE).exists() or (output / LOG_FILE).exists()
+
+
+def _check_output(request: FinetuneRequest) -> None:
+    """A run that is there goes on only if asked to, and one that is not there cannot."""
     from exporter.training.finetune import STATE_FILE
 
-    try:
-        request.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError(
-            f"output={request.output} cannot be made ({error.strerror}); name another directory"
-        ) from error
     if not request.resume and (request.output / STATE_FILE).exists():
         raise ArtifactError(
             f"output={request.output} holds a training run; go on with it by --resume, or name "
             "another directory"
+        )
+    if request.resume and not has_run(request.output):
+        raise ArtifactError(
+            f"output={request.output} holds no training run to go on with; name the directory of "
+            "the run, or leave --resume out to begin one"
         )
 
 

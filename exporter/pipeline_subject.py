@@ -75,13 +75,9 @@ def open_subject(subject: Subject) -> OpenedSubject:
 
 
 def _by_name(subject: Subject) -> OpenedSubject:
-    from exporter.checkpoint import load_checkpoint
-    from exporter.models import create_model
+    from exporter.training.finetune_setup import build_model
 
-    classes = 1000 if subject.num_classes is None else subject.num_classes
-    model = create_model(subject.name, num_classes=classes, **subject.options)
-    if subject.checkpoint is not None:
-        load_checkpoint(model, subject.checkpoint, source=subject.source)
+    model = build_model(subject, None)
     return OpenedSubject(
         subject.name,
         asdict(model.config),

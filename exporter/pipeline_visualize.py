@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporter.files import atomic_write_bytes, check_writable
+from exporter.files import atomic_write_bytes, check_writable, make_directory
 from exporter.json_files import write_json
 from exporter.pipeline_subject import OpenedSubject, open_subject
 from exporter.preprocessing import preprocess
@@ -58,9 +58,11 @@ def visualize(
 
     require_matplotlib()
     output, files = Path(output), [Path(file) for file in images]
+    if not files:
+        raise ValueError("images=[] holds no image; give one at least")
     opened = open_subject(subject)
     models = variants(opened)
-    output.mkdir(parents=True, exist_ok=True)
+    make_directory(output)
     check_writable(output / PAGE)
     found, sections = [], []
     for number, file in enumerate(files, start=1):
@@ -72,8 +74,6 @@ def visualize(
             atomic_write_bytes(output / pngs[name], png)
         found.append(_entry(file, result, pngs))
         sections.append((file.name, _rows(result, opened), result.figures))
-    if not found:
-        raise ValueError("images=[] holds no image; give one at least")
     facts = _facts(opened)
     html = page(facts, sections, readout=found[0]["readout"])
     atomic_write_bytes(output / PAGE, html.encode())

@@ -250,3 +250,6 @@ def test_refusals(vssm, tmp_path, pictures):
     for message, (export, options) in cases.items():
         assert vssm("ablate", export.directory, pictures, "-o", tmp_path / "out", *options) == 2
         assert message in vssm.out
+    taken = pruned.directory / "model.json"
+    assert vssm("ablate", pruned.directory, pictures, "-o", taken) == 2
+    assert f"output={taken} cannot be made (File exists); name another directory" in vssm.out

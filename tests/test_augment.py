@@ -25,8 +25,8 @@ def _rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def _image(width=50, height=40, seed=0):
-    return Image.fromarray(_rng(seed).integers(40, 200, (height, width, 3), dtype=np.uint8))
+def _image():
+    return Image.fromarray(_rng().integers(40, 200, (40, 50, 3), dtype=np.uint8))
 
 
 def test_the_published_learning_rates():

@@ -19,7 +19,8 @@ from checkpoint_cases import (
 )
 from torch import nn
 
-from exporter.checkpoint import load_checkpoint, read_state_dict, save_safetensors
+from exporter.checkpoint import load_checkpoint, save_safetensors
+from exporter.checkpoint_files import read_file
 
 
 class Config(dict):
@@ -158,9 +159,9 @@ def test_two_state_dicts_are_refused(tmp_path):
     assert_refused(Bare(), path, "model and state_dict")
 
 
-def test_read_state_dict_keeps_the_files_keys(tmp_path):
+def test_a_read_file_keeps_the_files_keys(tmp_path):
     state = {f"module.{k}": v for k, v in weights(Bare()).items()}
-    got = read_state_dict(save({"model": state}, tmp_path / "a.pth"))
+    got = read_file(save({"model": state}, tmp_path / "a.pth")).state
     assert list(got) == list(state)
     assert all(torch.equal(got[k], v) and not got[k].requires_grad for k, v in state.items())
 

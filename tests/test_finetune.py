@@ -32,6 +32,7 @@ from exporter.training.augment import Example, load_batch
 from exporter.training.evaluate_data import find_pictures
 from exporter.training.finetune_log import RunLog, has_tensorboard
 from exporter.training.finetune_parallel import Group
+from exporter.training.finetune_setup import build_models
 from exporter.training.finetune_state import State
 from exporter.training.recipe import Recipe
 
@@ -231,6 +232,7 @@ import torch
 from finetune_cases import request, subject
 from pathlib import Path
 import exporter
+from exporter.pipeline_finetune import has_run
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -240,7 +242,7 @@ if __name__ == "__main__":
         Path(output),
         what=subject(Path(checkpoint)),
         work={"workers": int(workers)},
-        resume=True,
+        resume=has_run(Path(output)),
         **json.loads(numbers),
     )
     exporter.finetune(asked, progress=lambda line: print(line, flush=True))
@@ -337,6 +339,7 @@ import torch
 from finetune_cases import request, subject
 import exporter
 import exporter.training.finetune_setup
+from exporter.pipeline_finetune import has_run
 
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports what every child would
@@ -362,7 +365,7 @@ def train(folder, crash):
         setattr(os, name, counted(getattr(os, name)))
     numbers = {"epochs": 1, "batch": 14}
     asked = request(data, folder, what=subject(checkpoint), work={"save_every": 2}, **numbers)
-    exporter.finetune(replace(asked, resume=True))
+    exporter.finetune(replace(asked, resume=has_run(folder)))
     os._exit(0)
 
 
@@ -486,6 +489,13 @@ def test_command(data, checkpoint, tmp_path, vssm: Run):
     assert "holds a training run; go on with it by --resume" in vssm.out
     assert vssm("finetune", *MODEL, *given, "--resume") == 2
     assert "is of another run: ema=0.5, now 0.99996; give the arguments" in vssm.out
+    mistyped = tmp_path / "outt"
+    assert vssm("finetune", *MODEL, *given, "-o", mistyped, "--resume") == 2
+    assert f"output={mistyped} holds no training run to go on with" in vssm.out
+    assert not mistyped.exists()
+    taken = tmp_path / "out" / "log.csv"
+    assert vssm("finetune", *MODEL, *given, "-o", taken) == 2
+    assert f"output={taken} cannot be made (File exists); name another directory" in vssm.out
     assert vssm("finetune", *MODEL, *given, "--recipe=lr=1") == 2
     assert "--recipe lr: this number has an option of its own" in vssm.out
     assert vssm("finetune", *MODEL, *given, "--recipe=epochs") == 2
@@ -552,6 +562,9 @@ def test_distillation(data, checkpoint, tmp_path, whole):
     assert abs(float(first.split(",")[3])) < 1e-6
     exporter.finetune(request(data, tmp_path / "b", what=subject(checkpoint), distil=0.5))
     assert (tmp_path / "b" / "log.csv").read_bytes() != (whole / "log.csv").read_bytes()
+    asked = request(data, tmp_path / "c", what=subject(checkpoint), distil=0.5)
+    _, teacher = build_models(asked, Group("cpu"))
+    assert {m.operators for m in teacher.modules() if hasattr(m, "operators")} == {"kernel"}
     with pytest.raises(ValueError, match=r"distil=0.5 needs a schedule and a checkpoint"):
         request(data, tmp_path, distil=0.5)
 
@@ -598,12 +611,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path):
         exporter.finetune(request(data, tmp_path, lr=1e30, warm_up_lr=1e30, min_lr=1e30))
 
 
+def _with_a_bit_flipped(data, at):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
 def test_a_damaged_state_is_refused(data, checkpoint, tmp_path):
     asked = request(data, tmp_path, what=subject(checkpoint), epochs=1)
     exporter.finetune(asked)
     state = tmp_path / "state.safetensors"
     whole = state.read_bytes()
-    for damaged in (b"", whole[:-100], b"\0" * 16):
+    size = 8 + int.from_bytes(whole[:8], "little")  # of what stands before the values
+    flipped = (_with_a_bit_flipped(whole, at) for at in (size, len(whole) - 1))
+    later = whole.replace(rb"\"step\": 7", rb"\"step\": 6")
+    assert later != whole
+    for damaged in (b"", whole[:-100], b"\0" * 16, *flipped, later):
         state.write_bytes(damaged)
         with pytest.raises(ArtifactError, match=r"state=.* is damaged \("):
             exporter.finetune(replace(asked, resume=True))

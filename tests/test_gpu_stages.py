@@ -175,7 +175,7 @@ def test_the_commands_of_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     (tests,) = stages["tensorrt"].commands(420)
     assert "--slow" in tests
     assert tests[tests.index("--sample-seconds") + 1] == "300"
-    assert {"test_tensorrt_engines.py", "test_tensorrt_gpu.py"} <= {Path(f).name for f in tests}
+    assert "test_tensorrt_engines.py" in {Path(f).name for f in tests}
     assert not any("test_tensorrt_engines.py" in part for part in memcheck)
     (program,) = stages["engines"].commands(360)
     assert program[program.index("--seconds") + 1] == "240"

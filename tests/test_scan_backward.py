@@ -178,9 +178,10 @@ def test_a_batch_of_none_has_no_gradients():
     assert all(bool((g == 0).all()) for g in found.values())
 
 
-def _described(case, name="SelectiveScan"):
-    inputs = [Memory.of(case[o.name], "cpu") for o in OPERATORS[name].inputs]
-    results = [Memory(case[n], "cpu") for n in differentiable(OPERATORS[name])]
+def _described(case):
+    op = OPERATORS["SelectiveScan"]
+    inputs = [Memory.of(case[o.name], "cpu") for o in op.inputs]
+    results = [Memory(case[n], "cpu") for n in differentiable(op)]
     return inputs, Memory.of(upstream(case), "cpu"), results
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from command import Run
 from exports import images, micro
-from tensorrt_standin import FakeCuda
+from tensorrt_standin import OUT_OF_MEMORY, FakeCuda
 from tensorrt_standin_engine import FakeTensorRT
 
 import exporter
@@ -126,6 +126,17 @@ def test_a_graph_for_each_batch_and_no_allocation_while_running(
         assert bench.trt.enqueued == 4
     assert bench.cuda.memory == {}
     assert bench.cuda.graphs == {}
+
+
+def test_a_graph_that_cannot_be_made_is_freed(
+    bench: Bench, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(artifact)
+    monkeypatch.setattr(bench.cuda, "cudaGraphInstantiate", lambda *_: (OUT_OF_MEMORY, None))
+    with open_engine(artifact) as session:
+        with pytest.raises(RuntimeUnavailableError, match="Instantiate failed: out of memory"):
+            session.run(images(micro(), 2))
+        assert bench.cuda.calls.count("cudaGraphDestroy") == 1
 
 
 def test_without_graphs(bench: Bench, artifact: Artifact) -> None:

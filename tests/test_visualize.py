@@ -180,6 +180,10 @@ def test_refusals(vssm, tmp_path, picture, monkeypatch):
     for message, arguments in cases.items():
         assert vssm("visualize", *arguments) == 2
         assert message in vssm.out
+    assert vssm("visualize", "vim_tiny", picture, "-o", picture, *SIZES) == 2
+    assert f"output={picture} cannot be made (File exists); name another directory" in vssm.out
+    with pytest.raises(ValueError, match=r"images=\[\] holds no image"):
+        exporter.visualize(exporter.Subject("vim_tiny"), [], tmp_path / "out")
     artifact = exported(tmp_path, micro())
     assert vssm("visualize", artifact.directory, *end[:3], "--num-classes=3") == 2
     assert "--num-classes out" in vssm.out

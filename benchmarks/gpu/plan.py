@@ -23,7 +23,7 @@ TENSORRT = ("tensorrt", "engines")  # stages that are skipped where full TensorR
 # Stages that the others stand on, whose results lie under build/: a fresh machine lacks them.
 GROUND = ("build", "baseline")
 # Building an engine takes long: a stage of their own, not the sampled tests and the sanitizers.
-_ENGINE_TESTS = frozenset({"test_tensorrt_engines.py", "test_tensorrt_gpu.py"})
+_ENGINE_TESTS = frozenset({"test_tensorrt_engines.py"})
 # These compile something or start other programs, which compute-sanitizer would watch as well.
 _OTHER_PROCESSES = frozenset({"test_cuda_emulation.py", "test_tensorrt_plugin.py"})
 _PYTEST = ROOT / "benchmarks" / "gpu" / "pytest.ini"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -50,6 +51,18 @@ def exact_copy(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model).cpu().double()
     set_eval(twin)
     return twin
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module has its own mode back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    set_eval(model)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def set_eval(model: nn.Module) -> None:

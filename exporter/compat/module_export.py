@@ -19,7 +19,7 @@ from exporter._version import __version__
 from exporter.artifact import INLINED_FILE, MODEL_FILE, Artifact
 from exporter.artifact_module import MODULE_KEY, REFERENCE_FILE
 from exporter.checkpoint import save_safetensors
-from exporter.compat.exact import exact_outputs, set_eval
+from exporter.compat.exact import evaluating, exact_outputs
 from exporter.compat.graph import SCANS, PassReport, without_mutation
 from exporter.compat.outputs import public_outputs
 from exporter.compat.passes import simplify
@@ -132,9 +132,7 @@ def trace_module(
 ) -> tuple[onnx.ModelProto, list[PassReport]]:
     """The ModelProto of a module, and what the passes did."""
     wrapper = _Wrapper(model, options.outputs)
-    modes = {module: module.training for module in model.modules()}
-    set_eval(wrapper)
-    try:
+    with evaluating(wrapper):
         names = _output_names(wrapper, example[:1] if options.dynamic_batch else example)
         program = _trace(wrapper, example, options.dynamic_batch)
         if not any(node.target in SCANS for node in program.graph.nodes):
@@ -148,9 +146,6 @@ def trace_module(
             public=len(names),
             dynamic_batch=options.dynamic_batch,
         )
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return proto, reports
 
 
@@ -255,13 +250,8 @@ def _write_reference(
     if example.is_floating_point():
         generator = torch.Generator().manual_seed(_SEED)
         x = torch.randn((count, *example.shape[1:]), generator=generator)
-    modes = {module: module.training for module in model.modules()}
-    set_eval(model)
-    try:
+    with evaluating(model):
         exact = exact_outputs(model, x, outputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     save_safetensors({"input": x, **exact}, staging / REFERENCE_FILE)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from exporter.compat.exact import set_eval
+from exporter.compat.exact import evaluating
 from exporter.compat.pruned import PrunedModule
 from exporter.errors import UnsupportedError
 from exporter.schedule import PruneSchedule, TokenLayout
@@ -83,13 +83,8 @@ def _check_directions(schedule: PruneSchedule, dense: PrunedModule) -> None:
 
 def _check_same(model: nn.Module, dense: PrunedModule, example: Tensor, place: int) -> int:
     """The unpruned twin must be the model, and read the class token alone; its tokens."""
-    modes = {module: module.training for module in model.modules()}
-    set_eval(model)
-    try:
+    with evaluating(model):
         want = model(example)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     name = type(model).__name__
     if not isinstance(want, Tensor):
         raise UnsupportedError(f"{name} returns {type(want).__name__}, not its logits; wrap it")

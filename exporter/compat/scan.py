@@ -196,21 +196,21 @@ def _scan_groups(
                 "consecutive channels share a group, so their number must divide the channels"
             )
     width = channels // groups
+
+    def own(x: Tensor | None, axis: int, g: int) -> Tensor | None:
+        return x if x is None or groups == 1 else x.narrow(axis, g * width, width)
+
     pieces = []
     for g in range(groups):
-
-        def own(x: Tensor | None, axis: int, g: int = g) -> Tensor | None:
-            return x if x is None or groups == 1 else x.narrow(axis, g * width, width)
-
-        gate = own(z, 1)
+        gate = own(z, 1, g)
         y = _node(
-            _token_major(own(u, 1)),
-            _token_major(own(delta, 1)),
-            own(A, 0),
+            _token_major(own(u, 1, g)),
+            _token_major(own(delta, 1, g)),
+            own(A, 0, g),
             _token_major(B[:, g if B.shape[1] > 1 else 0]),
             _token_major(C[:, g if C.shape[1] > 1 else 0]),
-            own(D, 0),
-            own(delta_bias, 0),
+            own(D, 0, g),
+            own(delta_bias, 0, g),
             z=None if gate is None else _token_major(gate),
             delta_softplus=delta_softplus,
         )

@@ -71,16 +71,14 @@ def to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return x.transpose(1, 2).reshape(-1, x.shape[2], *grid)
 
 
-def resize_grid(
-    table: Tensor, old: tuple[int, int], new: tuple[int, int], *, mode: str = "bicubic"
-) -> Tensor:
+def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """A position table (1, old_h * old_w, width) resized to (1, new_h * new_w, width).
 
     Bicubic, align_corners=False, as the official loaders do.
     """
     width = table.shape[-1]
     grid = wide(table).reshape(1, *old, width).permute(0, 3, 1, 2)
-    grid = functional.interpolate(grid, size=new, mode=mode, align_corners=False)
+    grid = functional.interpolate(grid, size=new, mode="bicubic", align_corners=False)
     return grid.permute(0, 2, 3, 1).reshape(1, -1, width).to(table.dtype)
 
 

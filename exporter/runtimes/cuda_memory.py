@@ -111,9 +111,10 @@ class Cuda:
         """What `work` puts on the stream, as an executable graph."""
         with self._capturing(stream) as graphs:
             work()
-        executable = self.call("cudaGraphInstantiate", graphs[0], 0)
-        self.call("cudaGraphDestroy", graphs[0])
-        return executable
+        try:
+            return self.call("cudaGraphInstantiate", graphs[0], 0)
+        finally:
+            self.call("cudaGraphDestroy", graphs[0])
 
     @contextmanager
     def _capturing(self, stream: int) -> Iterator[list[Any]]:

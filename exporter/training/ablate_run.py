@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -142,16 +141,6 @@ def _outcomes(keys: Iterable[str], steps: Sequence[Step]) -> dict[str, Outcome]:
 
 def _files(step: Step) -> int:
     return len(next(iter(step.hits.values()), "")) + len(step.unreadable)
-
-
-def state_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the names and values of tensors."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _timed(model: VisionModel, images: torch.Tensor, device: str) -> tuple[npt.NDArray[Any], float]:

@@ -142,14 +142,24 @@ def _rows(session: Session, pictures: Sequence[Picture], loaded: Loaded) -> Iter
         yield Row(error=error) if error is not None else _row(picture, next(scores))
 
 
-def _row(picture: Picture, logits: Array) -> Row:
+def class_probabilities(logits: Array, image: Path | str) -> Array:
+    """Softmax over the logits (classes,) of an image, in float64.
+
+    Raises:
+        ValueError: they are not finite; the message names the image.
+    """
     if not np.isfinite(logits).all():
         raise ValueError(
-            f"image={picture.path} has logits that are NaN or infinite: the model overflows; see "
+            f"image={image} has logits that are NaN or infinite: the model overflows; see "
             "`vssm check --per-block --image FILE`, or export it in float32"
         )
     shares = np.exp(logits.astype(np.float64) - logits.max())
-    shares /= shares.sum()
+    probabilities: Array = shares / shares.sum()
+    return probabilities
+
+
+def _row(picture: Picture, logits: Array) -> Row:
+    shares = class_probabilities(logits, picture.path)
     top = np.argsort(-logits, kind="stable")[:TOP]
     return Row(tuple(map(int, top)), float(shares[top[0]]), float(shares[picture.target]))
 

@@ -23,6 +23,7 @@ from exporter.manifest_types import Preprocessing
 from exporter.preprocessing import FloatArray, preprocess, read_labels
 
 _AHEAD = 2  # batches a worker may be ahead of the model
+_MAX_WORKERS = 4  # by default: more than a model on a few cores can use
 _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
 
@@ -41,6 +42,19 @@ class Loaded:
 
     images: FloatArray
     errors: tuple[str | None, ...]
+
+
+def worker_count(workers: int | None) -> int:
+    """How many processes load images: as many as asked for, else one a core up to four.
+
+    Raises:
+        ValueError: the number is below 0.
+    """
+    if workers is None:
+        return min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
+    if workers < 0:
+        raise ValueError(f"workers={workers} is below 0; 0 loads images in this process")
+    return workers
 
 
 def open_pictures(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from exporter._version import __version__
@@ -13,12 +11,10 @@ from exporter.models.base import VisionModel
 from exporter.models.schedules import named_schedule
 from exporter.schedule import PruneSchedule
 from exporter.training.ablate_fused import fuse_leftovers
-from exporter.training.evaluate_data import fingerprint, open_pictures
+from exporter.training.evaluate_data import fingerprint, open_pictures, worker_count
 from exporter.training.finetune import Run
 from exporter.training.finetune_parallel import Group
 from exporter.training.request import FinetuneRequest, Subject
-
-_MAX_WORKERS = 4  # by default
 
 
 def build_models(request: FinetuneRequest, group: Group) -> tuple[VisionModel, VisionModel | None]:
@@ -26,12 +22,13 @@ def build_models(request: FinetuneRequest, group: Group) -> tuple[VisionModel, V
     if request.work.threads is not None:
         torch.set_num_threads(request.work.threads)
     subject = request.subject
-    model = _build(subject, _schedule(subject)).to(group.device)
+    model = build_model(subject, _schedule(subject)).to(group.device)
     if subject.tokens == "fused":
         fuse_leftovers(model)
     if request.recipe.distil == 0:
         return model, None
-    return model, _build(subject, None).to(group.device)
+    # The student trains on the kernels by itself; without gradients "auto" is the slow oracle.
+    return model, build_model(subject, None).use_operators("kernel").to(group.device)
 
 
 def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Run:
@@ -67,20 +64,25 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Run:
         "vssm": __version__,
         **recipe.named(),
     }
-    cores = min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
     return Run(
         recipe=recipe,
         root=request.data,
         pictures=pictures,
         directory=request.output,
         header=header,
-        workers=cores if work.workers is None else work.workers,
+        workers=worker_count(work.workers),
         micro_batch=work.micro_batch,
         save_every=work.save_every,
     )
 
 
-def _build(subject: Subject, schedule: PruneSchedule | None) -> VisionModel:
+def build_model(subject: Subject, schedule: PruneSchedule | None) -> VisionModel:
+    """A model by its name with the weights of its checkpoint, or the seeded initial ones.
+
+    Raises:
+        ValueError: the name or an option is unknown, or the schedule does not fit.
+        CheckpointError: the checkpoint cannot be used.
+    """
     model = create_model(
         subject.name,
         schedule=schedule,

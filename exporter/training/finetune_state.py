@@ -6,6 +6,7 @@ state of random generators is in it: every draw is a function of the seed and it
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from exporter.checkpoint import state_digest
 from exporter.errors import ArtifactError
 from exporter.files import atomic_path
 from exporter.training.recipe import Recipe
 
-_FORMAT = "vssm-finetune-1"
+_FORMAT = "vssm-finetune-2"
 _KINDS = ("model", "ema", "optimizer")
 
 
@@ -72,6 +74,7 @@ class State:
             for key, value in values.items()
         }
         document = {"format": _FORMAT, "step": self.step, "header": dict(header)}
+        document["sha256"] = _digest(document, tensors)
         with atomic_path(path) as temporary:
             # Not save_file, whose own unfinished files a kill would leave under unknown names.
             metadata = {"vssm": json.dumps(document, sort_keys=True)}
@@ -88,6 +91,8 @@ class State:
                 document = json.loads((file.metadata() or {})["vssm"])
                 _check_header(path, document, header)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if document.pop("sha256") != _digest(document, tensors):
+                raise ValueError("its bytes are not those that were written")
             self._fill(tensors)
             self.step = int(document["step"])
         except (safetensors.SafetensorError, ValueError, LookupError, RuntimeError) as error:
@@ -118,6 +123,12 @@ class State:
             # The count of steps stays on the CPU, where AdamW wants it.
             device = "cpu" if part == "step" else parameter.device
             self.optimizer.state[parameter][part] = value.to(device)
+
+
+def _digest(document: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over all that a state is; safetensors itself checks sizes alone."""
+    text = json.dumps(document, sort_keys=True)
+    return hashlib.sha256(f"{text}\n{state_digest(tensors)}".encode()).hexdigest()
 
 
 def _check_header(path: Path, document: Mapping[str, object], header: Mapping[str, str]) -> None:

@@ -144,7 +144,7 @@ class FinetuneRequest:
         output: directory for the weights, the state and the log.
         recipe: the numbers.
         classes: file that names the folder of each class; None: sorted by name.
-        resume: go on where a stopped run ended.
+        resume: go on where the stopped run in `output` ended; refused where there is none.
         work: how it is laid out.
 
     Raises:
