@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.status import Status
-from rich.text import Text
 
 from exporter import cli_module, pipeline
 from exporter._version import __version__
@@ -42,6 +39,7 @@ from exporter.cli_options import (
     integers,
     options,
     say,
+    telling,
 )
 from exporter.cli_visualize import visualize
 from exporter.errors import ArtifactError, VssmError
@@ -72,10 +70,6 @@ def main() -> None:
         traceback.print_exc()
         say(_errors, "fault", "bold red", ": unexpected; unless memory ran out, please report it")
         sys.exit(3)
-
-
-def _show(status: Status) -> Callable[[str], None]:
-    return lambda step: status.update(Text(step))
 
 
 @app.callback(invoke_without_command=True)
@@ -137,8 +131,8 @@ def export(
         weights=not no_weights,
         force=force,
     )
-    with console.status("working") as status:
-        artifact = export_model(request, output, progress=_show(status))
+    with telling(console, "working") as tell:
+        artifact = export_model(request, output, progress=tell)
     _print_export(artifact)
     _write_json(json_file, artifact.manifest)
 
@@ -253,7 +247,7 @@ def bench(
     """Measure kernel, fallback body and PyTorch loop, dense and pruned, in one run."""
     from exporter.tables import bench_tables
 
-    with console.status("measuring") as status:
+    with telling(console, "measuring") as tell:
         measured = bench_directory(
             directory,
             batches=integers("batch", batch),
@@ -263,7 +257,7 @@ def bench(
             runtime=runtime,
             trust=trust,
             page=report,
-            progress=_show(status),
+            progress=tell,
         )
     for shown in bench_tables(measured):
         console.print(shown)

@@ -20,6 +20,7 @@ from exporter.cli_options import (
     OwnSchedule,
     Source,
     options,
+    telling,
 )
 from exporter.json_files import write_json
 from exporter.pipeline_ablate import TABLES
@@ -133,10 +134,8 @@ def _run(
     asked: AblationOptions,
     json_file: Path | None,
 ) -> None:
-    with console.status("building the variants") as status:
-        report = ablate_model(
-            subject, images, output, asked, progress=lambda line: status.update(Text(line))
-        )
+    with telling(console, "building the variants") as tell:
+        report = ablate_model(subject, images, output, asked, progress=tell)
     _print(report, output)
     if json_file is not None:
         write_json(json_file, report)

@@ -9,7 +9,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from exporter.cli_options import Classes, Directory, Images, Json, Operators, Runtime, Threads
+from exporter.cli_options import (
+    Classes,
+    Directory,
+    Images,
+    Json,
+    Operators,
+    Runtime,
+    Threads,
+    telling,
+)
 from exporter.json_files import write_json
 from exporter.pipeline_evaluate import evaluate as evaluate_export
 from exporter.training.evaluate import EvaluationReport
@@ -40,7 +49,7 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Measure top-1 and top-5 over a folder of images; goes on where a stopped run ended."""
-    with console.status("evaluating") as status:
+    with telling(console, "evaluating") as tell:
         report = evaluate_export(
             directory,
             images,
@@ -52,7 +61,7 @@ def evaluate(
             classes=classes,
             results=results,
             restart=restart,
-            progress=lambda line: status.update(Text(line)),
+            progress=tell,
         )
     _print(report)
     if json_file is not None:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from exporter.cli_options import (
     Alignment,
@@ -22,6 +21,7 @@ from exporter.cli_options import (
     Schedule,
     Switches,
     options,
+    telling,
 )
 from exporter.json_files import write_json
 from exporter.pipeline_finetune import FinetuneReport
@@ -106,8 +106,8 @@ def finetune(
     request = FinetuneRequest(subject, data, output, recipe, classes, resume, work)
     if checkpoint is None:
         console.print("no checkpoint given: training begins at the seeded initial weights")
-    with console.status("training") as status:
-        report = run_finetune(request, progress=lambda line: status.update(Text(line)))
+    with telling(console, "training") as tell:
+        report = run_finetune(request, progress=tell)
     if report is not None:
         _print(report)
         if json_file is not None:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from exporter.cli_options import (
     Alignment,
@@ -19,6 +18,7 @@ from exporter.cli_options import (
     Labels,
     options,
     sizes,
+    telling,
 )
 from exporter.json_files import write_json
 from exporter.pipeline_module import ModuleExport, ModuleRequest, export_user_module
@@ -101,8 +101,8 @@ def export_module(
         inline=inline,
         force=force,
     )
-    with _console.status("working") as status:
-        done = export_user_module(request, output, progress=lambda step: status.update(Text(step)))
+    with telling(_console, "working") as tell:
+        done = export_user_module(request, output, progress=tell)
     _print(done)
     if json_file is not None:
         write_json(json_file, done.artifact.manifest)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from exporter.files import check_writable
+
+_SECONDS: Final = 30.0
 
 
 def _writable(path: Path | None) -> Path | None:
@@ -82,6 +87,26 @@ ModelOptions = Annotated[
     ),
 ]
 Folder = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")]
+
+
+@contextlib.contextmanager
+def telling(where: Console, what: str) -> Iterator[Callable[[str], None]]:
+    """A function that tells what happens: on one changing line of a terminal, else now and then.
+
+    A log gets a line in `_SECONDS` at most: enough to see that a long run is alive.
+    """
+    told = time.monotonic()
+
+    def tell(line: str) -> None:
+        nonlocal told
+        if where.is_terminal:
+            status.update(Text(line))
+        elif (now := time.monotonic()) - told >= _SECONDS:
+            told = now
+            where.print(Text(line), soft_wrap=True)
+
+    with where.status(what) as status:
+        yield tell
 
 
 def say(where: Console, word: str, style: str, rest: str = "") -> None:

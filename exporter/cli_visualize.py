@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from exporter.cli_options import (
     Conv,
@@ -20,6 +19,7 @@ from exporter.cli_options import (
     Source,
     integers,
     options,
+    telling,
 )
 from exporter.json_files import write_json
 from exporter.pipeline_visualize import PAGE
@@ -67,13 +67,13 @@ def visualize(
         options=options(option or []),
     )
     shown = None if blocks is None else integers("blocks", blocks)
-    with console.status("tracing") as status:
+    with telling(console, "tracing") as tell:
         numbers = visualize_images(
             subject,
             images,
             output,
             blocks=shown,
-            progress=lambda line: status.update(Text(line)),
+            progress=tell,
         )
     _print(numbers, output)
     if json_file is not None:

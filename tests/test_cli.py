@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import typer
 from command import MODEL, Run
 from exports import micro
 from PIL import Image
+from rich.console import Console
 
+from exporter import cli_options
 from exporter.checkpoint import save_safetensors
 from exporter.cli import app
 
@@ -266,3 +270,14 @@ def test_the_installed_command() -> None:
     command = [sys.executable, "-m", "exporter.cli", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("vssm 0.")
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.0, 10.0, 31.0, 40.0, 62.0])
+    clock = types.SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr(cli_options, "time", clock)
+    log = io.StringIO()
+    with cli_options.telling(Console(file=log, markup=False), "training") as tell:
+        for step in ("one", "two", "three", "four [b]"):
+            tell(step)
+    assert log.getvalue().split("\n") == ["two", "four [b]", ""]
