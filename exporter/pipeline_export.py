@@ -9,6 +9,7 @@ from typing import Any
 
 from exporter.artifact import Artifact
 from exporter.benchmark import Progress
+from exporter.idle_options import refuse_idle_options
 from exporter.preprocessing import read_labels
 
 
@@ -46,14 +47,15 @@ def export_model(
     from exporter.models.schedules import named_schedule
     from exporter.onnx_export import export
 
-    _refuse_idle_options(request)
-    schedule = named_schedule(
-        request.name,
-        request.schedule,
-        alignment=request.alignment,
-        importance=request.importance,
-        conv=request.conv,
+    rules = {name: getattr(request, name) for name in ("alignment", "importance", "conv")}
+    refuse_idle_options(
+        schedule=request.schedule,
+        checkpoint=request.checkpoint,
+        source=request.source,
+        model_options=request.options,
+        **rules,
     )
+    schedule = named_schedule(request.name, request.schedule, **rules)
     progress(f"building {request.name}")
     model = create_model(
         request.name, schedule=schedule, num_classes=request.num_classes, **request.options
@@ -73,17 +75,3 @@ def export_model(
         labels=labels,
         force=request.force,
     )
-
-
-def _refuse_idle_options(request: ExportRequest) -> None:
-    """What would change nothing, or be said twice, was meant otherwise."""
-    for option in ("alignment", "importance", "conv"):
-        if getattr(request, option) is not None and request.schedule is None:
-            raise ValueError(
-                f"{option}={getattr(request, option)!r} without a schedule prunes nothing; give "
-                "--schedule BLOCK:RATIO,... too, or leave it out"
-            )
-    if request.source != "model" and request.checkpoint is None:
-        raise ValueError(f"source={request.source!r} without a checkpoint; give --checkpoint FILE")
-    if "num_classes" in request.options:
-        raise ValueError("--set num_classes: this option has a name of its own; --num-classes N")

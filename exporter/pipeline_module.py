@@ -9,6 +9,7 @@ from typing import Any
 
 from exporter.artifact import Artifact
 from exporter.benchmark import Progress
+from exporter.idle_options import refuse_idle_options
 from exporter.manifest import CheckpointInfo, Preprocessing
 from exporter.preprocessing import read_labels
 from exporter.schedule import PruneSchedule
@@ -64,7 +65,7 @@ def export_user_module(
     from exporter.compat.module_export import export_module
     from exporter.compat.prune import prune
 
-    _refuse_idle_options(request)
+    _check(request)
     loaded = None
     with search_path(request.target, request.paths), upstream(prefer=request.prefer) as report:
         progress(f"importing {request.target}")
@@ -103,16 +104,16 @@ def export_user_module(
     return ModuleExport(artifact, str(report), loaded)
 
 
-def _refuse_idle_options(request: ModuleRequest) -> None:
-    """What would change nothing was meant otherwise."""
-    for option in ("alignment", "importance", "conv", "cls_index"):
-        if getattr(request, option) is not None and request.schedule is None:
-            raise ValueError(
-                f"{option}={getattr(request, option)!r} without a schedule prunes nothing; give "
-                "--schedule BLOCK:RATIO,... too, or leave it out"
-            )
-    if request.source != "model" and request.checkpoint is None:
-        raise ValueError(f"source={request.source!r} without a checkpoint; give --checkpoint FILE")
+def _check(request: ModuleRequest) -> None:
+    refuse_idle_options(
+        schedule=request.schedule,
+        checkpoint=request.checkpoint,
+        source=request.source,
+        alignment=request.alignment,
+        importance=request.importance,
+        conv=request.conv,
+        cls_index=request.cls_index,
+    )
 
 
 def _example(request: ModuleRequest) -> Any:

@@ -34,7 +34,7 @@ LAYERS = (
     Layer(
         "leaves",
         "shared",
-        ("__init__", "_version", "errors", "spec", "schedule", "native_library"),
+        ("__init__", "_version", "errors", "idle_options", "spec", "schedule", "native_library"),
         (),
     ),
     Layer("documents", "shared", ("files", "json_*", "manifest*", "artifact*"), ("leaves",)),

@@ -23,14 +23,13 @@ from exporter.json_files import write_json
 from exporter.manifest_types import Preprocessing
 from exporter.models import MODELS, VisionModel
 from exporter.pipeline_finetune import REPORT_FILE, WEIGHTS_FILE
-from exporter.training.ablate_plan import Variant, make_plan
+from exporter.training.ablate_plan import GRID, Variant, make_plan
 from exporter.training.ablate_run import Cost, prepare
 from exporter.training.evaluate_data import find_pictures, load
 from exporter.training.finetune import STATE_FILE
 
 _BATCH = 64
 _RANDOM_SEEDS = 3
-_GRID = "+grid"  # the convolution before the scan sees pruned places as zeros
 Say = Callable[[str], None]
 
 
@@ -56,7 +55,7 @@ def variants(case: Case) -> dict[str, Variant]:
     for key in ("none", "gap", "constant", KEY):
         own = found[key].schedule
         if own is not None:
-            found[key + _GRID] = Variant(key + _GRID, own.changed(conv="grid"))
+            found[key + GRID] = Variant(key + GRID, own.changed(conv="grid"))
     return found
 
 
@@ -186,7 +185,7 @@ def _deployed(case: Case, trained: str, known: dict[str, Variant]) -> list[Varia
     if trained == DENSE:
         return list(known.values())
     own = () if trained == FURTHER else (trained,)
-    grid = ("none" + _GRID, "gap" + _GRID) if trained == "masked" else ()
+    grid = ("none" + GRID, "gap" + GRID) if trained == "masked" else ()
     return [known[key] for key in dict.fromkeys((*own, DENSE, "none", "gap", *grid))]
 
 

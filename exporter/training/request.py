@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from exporter.idle_options import refuse_idle_options
 from exporter.schedule import PruneSchedule
 from exporter.training.recipe import Recipe
 
@@ -53,25 +54,20 @@ class Subject:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for option in RULES:
-            value = getattr(self, option)
-            if value is not None and self.schedule is None:
-                raise ValueError(
-                    f"{option}={value!r} without a schedule prunes nothing; give --schedule "
-                    "BLOCK:RATIO,... too, or leave it out"
-                )
+        refuse_idle_options(
+            schedule=self.schedule,
+            checkpoint=self.checkpoint,
+            source=self.source,
+            model_options=self.options,
+            **self.rules,
+        )
+        for option, value in self.rules.items():
             if value is not None and isinstance(self.schedule, PruneSchedule):
                 raise ValueError(
                     f"{option}={value!r} beside a PruneSchedule, which has its own; leave it out, "
                     f"or pass schedule.changed({option}={value!r})"
                 )
         self._check_tokens()
-        if self.source != "model" and self.checkpoint is None:
-            raise ValueError(f"source={self.source!r} without a checkpoint; give --checkpoint FILE")
-        if "num_classes" in self.options:
-            raise ValueError(
-                "--set num_classes: this option has a name of its own; --num-classes N"
-            )
 
     @property
     def rules(self) -> dict[str, str | None]:
