@@ -5,7 +5,7 @@
 
 One step is forward, mean of the squared logits, backward; no optimiser. Against the kernels:
 
-- oracle: autograd through exporter.reference, every direction of a layer together;
+- oracle: autograd through vssm.ops.reference, every direction of a layer together;
 - loop: autograd through a loop over the steps, each direction on its own;
 - plain loop: the same, but x[:, t] in place of unbind (benchmarks/plain_loop.py, what the public
   repositories fall back to): the gradient of each of these is as large as x, so its time is
@@ -29,9 +29,10 @@ import torch
 from plain_loop import plain_recurrence
 from torch import Tensor
 
-import exporter
-from exporter import ops, reference
-from exporter.runtimes.ort import cpu_name
+import vssm
+from vssm.ops import operators as ops
+from vssm.ops import reference
+from vssm.runtimes.ort import cpu_name
 
 _TOLERANCE = 1e-4
 Step = Callable[[], dict[str, Tensor]]
@@ -66,8 +67,8 @@ def main() -> None:
     parser.add_argument("--quadratic", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    schedule = exporter.PruneSchedule.parse(options.schedule) if options.schedule else None
-    model = exporter.create_model(options.model, schedule=schedule, depth=options.blocks).train()
+    schedule = vssm.PruneSchedule.parse(options.schedule) if options.schedule else None
+    model = vssm.create_model(options.model, schedule=schedule, depth=options.blocks).train()
     images = torch.randn(options.batch, 3, *model.image_size, generator=_seed())
     print(
         f"{cpu_name()}, torch {torch.__version__}, {options.threads} threads, float32: "

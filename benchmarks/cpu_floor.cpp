@@ -2,7 +2,7 @@
 #include <chrono>
 #include <cstdint>
 
-#include "plugins/kernels/cpu_dispatch.h"
+#include "plugins/kernels/cpu/dispatch.h"
 
 #define VSSM_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -19,7 +19,7 @@ fi
   echo "gpu_check: PYTHON=$PYTHON is missing or older than 3.10; name another with PYTHON=" >&2
   exit 2
 }
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root/exporter:$root${PYTHONPATH:+:$PYTHONPATH}"
 
 case " $* " in
   *" --help "* | *" -h "* | *" --list "*) ;; # these need no GPU

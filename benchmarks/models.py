@@ -17,9 +17,9 @@ from typing import Any
 
 from rich.console import Console
 
-import exporter
-from exporter.files import atomic_write_bytes
-from exporter.tables import bench_tables
+import vssm
+from vssm.commands.tables import bench_tables
+from vssm.files.atomic import atomic_write_bytes
 
 # Model, schedule, batch sizes, thread counts, whether the PyTorch loop is timed too.
 CASES: tuple[tuple[str, str | None, tuple[int, ...], tuple[int, ...], bool], ...] = (
@@ -65,13 +65,11 @@ def bench(
     parsed = None
     if schedule is not None:
         default = schedule == "default"
-        parsed = (
-            exporter.default_schedule(name) if default else exporter.PruneSchedule.parse(schedule)
-        )
-    model = exporter.create_model(name, schedule=parsed)
+        parsed = vssm.default_schedule(name) if default else vssm.PruneSchedule.parse(schedule)
+    model = vssm.create_model(name, schedule=parsed)
     with tempfile.TemporaryDirectory() as directory:
-        exporter.export(model, Path(directory) / name)
-        return exporter.bench_directory(
+        vssm.export(model, Path(directory) / name)
+        return vssm.bench_directory(
             Path(directory) / name,
             batches=batches,
             threads=threads,

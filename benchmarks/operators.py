@@ -23,13 +23,13 @@ import onnxruntime
 from onnx import TensorProto, helper
 from rich.console import Console
 
-from exporter.errors import RuntimeUnavailableError
-from exporter.files import atomic_write_bytes
-from exporter.onnx_bodies import build_functions
-from exporter.runtimes.library import ISA_NAMES, exp2_rate, find_library
-from exporter.runtimes.ort import cpu_name
-from exporter.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES
-from exporter.tables import table
+from vssm.commands.tables import table
+from vssm.errors import RuntimeUnavailableError
+from vssm.files.atomic import atomic_write_bytes
+from vssm.onnx.bodies_folded import build_functions
+from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES
+from vssm.runtimes.library import ISA_NAMES, exp2_rate, find_library
+from vssm.runtimes.ort import cpu_name
 
 _ISA = "VSSM_CPU_ISA"  # read by the library at every run
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import exporter
-from exporter import reference
+import vssm
+from vssm.ops import reference
 
 
 def plain_recurrence(span: Tensor, A: Tensor, inject: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -47,20 +47,18 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    schedule = exporter.PruneSchedule.parse(options.schedule) if options.schedule else None
-    model = exporter.create_model(options.model, schedule=schedule)
+    schedule = vssm.PruneSchedule.parse(options.schedule) if options.schedule else None
+    model = vssm.create_model(options.model, schedule=schedule)
     shape = (1, 3, *model.image_size)
     images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     with tempfile.TemporaryDirectory() as directory:
-        exporter.export(model, Path(directory) / "out", weights=False)
-        with exporter.open_session(Path(directory) / "out", threads=1) as session:
+        vssm.export(model, Path(directory) / "out", weights=False)
+        with vssm.open_session(Path(directory) / "out", threads=1) as session:
             print(session.info)
             report(model, session, images, options.samples)
 
 
-def report(
-    model: torch.nn.Module, session: exporter.Session, images: np.ndarray, samples: int
-) -> None:
+def report(model: torch.nn.Module, session: vssm.Session, images: np.ndarray, samples: int) -> None:
     """Print median milliseconds, and the ratio to the kernels'."""
 
     def in_torch() -> np.ndarray:

@@ -19,8 +19,8 @@ import numpy as np
 import onnx
 import torch
 
-import exporter
-from exporter.compat.factory import build_from, search_path
+import vssm
+from vssm.compat.factory import build_from, search_path
 
 FACTORY = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 
@@ -32,15 +32,13 @@ def main() -> None:
     samples = parser.parse_args().samples
     root = Path(os.environ["VSSM_UPSTREAM"]) / "Vim"
     target = f"{root / 'vim' / 'models_mamba.py'}:{FACTORY}"
-    with search_path(target, (root / "mamba-1p1p1",)), exporter.compat.upstream():
+    with search_path(target, (root / "mamba-1p1p1",)), vssm.compat.upstream():
         theirs = build_from(target, {})
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        module = exporter.export_module(
-            theirs, torch.zeros(1, 3, 224, 224), Path(folder) / "theirs"
-        )
+        module = vssm.export_module(theirs, torch.zeros(1, 3, 224, 224), Path(folder) / "theirs")
         print(f"export of upstream's module: {time.perf_counter() - start:.1f} s")
-        own = exporter.export(exporter.create_model("vim_tiny"), Path(folder) / "ours")
+        own = vssm.export(vssm.create_model("vim_tiny"), Path(folder) / "ours")
         nodes = [len(onnx.load(str(a.model_path)).graph.node) for a in (own, module)]
         print(f"nodes: ours {nodes[0]}, upstream's {nodes[1]}, ratio {nodes[1] / nodes[0]:.3f}")
         times = _times(own, module, samples)
@@ -53,8 +51,8 @@ def _times(first: object, second: object, samples: int) -> list[list[float]]:
     images = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
     times: list[list[float]] = [[], []]
     with (
-        exporter.open_session(first, threads=1) as a,
-        exporter.open_session(second, threads=1) as b,
+        vssm.open_session(first, threads=1) as a,
+        vssm.open_session(second, threads=1) as b,
     ):
         for turn in range(samples + 2):
             for session, kept in zip((a, b), times, strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from exporter.models.cross_scan import WALKS, walk_order
+from vssm.models.cross_scan import WALKS, walk_order
 
 GRID = (4, 5)
 FIGURES = {

@@ -18,7 +18,7 @@ from pathlib import Path
 import digits
 import numpy as np
 
-import exporter
+import vssm
 
 RUNS = (
     ("PyTorch", "torch", None),
@@ -80,13 +80,13 @@ def trained_digits(report: Report, output: Path, *, quick: bool) -> None:
     rows = []
     for name, schedule in (("dense", None), ("pruned", digits.SCHEDULE)):
         directory = output / f"digits_{name}"
-        model = exporter.create_model(digits.MODEL_NAME, schedule=parsed(schedule), **digits.MODEL)
-        exporter.load_checkpoint(model, digits.CHECKPOINT)
-        exporter.export(model, directory, labels=[str(d) for d in range(10)], force=True)
-        images = exporter.preprocess([path for path, _ in files], directory)
+        model = vssm.create_model(digits.MODEL_NAME, schedule=parsed(schedule), **digits.MODEL)
+        vssm.load_checkpoint(model, digits.CHECKPOINT)
+        vssm.export(model, directory, labels=[str(d) for d in range(10)], force=True)
+        images = vssm.preprocess([path for path, _ in files], directory)
         predicted = {}
         for label, runtime, operators in RUNS:
-            with exporter.open_session(directory, runtime, operators=operators) as session:
+            with vssm.open_session(directory, runtime, operators=operators) as session:
                 predicted[label] = classes(session, images)
             accuracy = float((predicted[label] == labels).mean())
             same = int((predicted[label] == predicted["PyTorch"]).sum())
@@ -102,20 +102,20 @@ def full_size(report: Report, output: Path, *, quick: bool) -> None:
     """Export full-size vim_tiny pruned, prove and measure it against its dense twin."""
     report.say(f"\n## Full size: {FULL_SIZE}, tokens pruned {FULL_SCHEDULE}, seeded weights")
     directory = output / FULL_SIZE
-    model = exporter.create_model(FULL_SIZE, schedule=parsed(FULL_SCHEDULE))
-    artifact = exporter.export(model, directory, force=True)
+    model = vssm.create_model(FULL_SIZE, schedule=parsed(FULL_SCHEDULE))
+    artifact = vssm.export(model, directory, force=True)
     size = artifact.model_path.stat().st_size
     report.say(f"exported {artifact.model_path}, {size / 1e6:.1f} MB")
     prove(report, directory, None)
     measure(report, directory, batches=(1,), quick=quick)
 
 
-def parsed(schedule: str | None) -> exporter.PruneSchedule | None:
+def parsed(schedule: str | None) -> vssm.PruneSchedule | None:
     """The schedule of a text like "2:0.75,4:0.75"; None for a dense model."""
-    return None if schedule is None else exporter.PruneSchedule.parse(schedule)
+    return None if schedule is None else vssm.PruneSchedule.parse(schedule)
 
 
-def classes(session: exporter.Session, images: np.ndarray) -> np.ndarray:
+def classes(session: vssm.Session, images: np.ndarray) -> np.ndarray:
     """Top class of every image."""
     batches = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
     return np.concatenate([session.run(batch)["logits"].argmax(1) for batch in batches])
@@ -123,7 +123,7 @@ def classes(session: exporter.Session, images: np.ndarray) -> np.ndarray:
 
 def prove(report: Report, directory: Path, images: np.ndarray | None) -> None:
     """Compare the kernels with the float64 oracle."""
-    found = exporter.check_parity(None, directory, images=images)
+    found = vssm.check_parity(None, directory, images=images)
     kept = "".join(
         f", stage {i}: {a:.2%} of kept positions agree" for i, a in enumerate(found.kept_agreement)
     )
@@ -138,7 +138,7 @@ def prove(report: Report, directory: Path, images: np.ndarray | None) -> None:
 
 def measure(report: Report, directory: Path, *, batches: tuple[int, ...], quick: bool) -> None:
     """Time kernel, body and PyTorch loop, dense and pruned."""
-    found = exporter.bench_directory(
+    found = vssm.bench_directory(
         directory,
         batches=batches,
         samples=5 if quick else 21,

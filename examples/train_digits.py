@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-import exporter
+import vssm
 
 _EPOCHS: Final = 18
 # The scan's decays of a larger batch leave the caches: 16 and 32 cost the same an image, 64 more.
@@ -68,8 +68,8 @@ def create(alignment: str | None = None) -> nn.Module:
     """The example's model: dense, or pruned by the demo's schedule with this alignment."""
     schedule = None
     if alignment is not None:
-        schedule = exporter.PruneSchedule.parse(digits.SCHEDULE, alignment=alignment)
-    return exporter.create_model(digits.MODEL_NAME, schedule=schedule, **digits.MODEL)
+        schedule = vssm.PruneSchedule.parse(digits.SCHEDULE, alignment=alignment)
+    return vssm.create_model(digits.MODEL_NAME, schedule=schedule, **digits.MODEL)
 
 
 def train(

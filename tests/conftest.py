@@ -55,7 +55,7 @@ def _seeds() -> None:
 
 
 @pytest.fixture
-def vssm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     from command import Run  # not above: it needs every package of the command line
 
     monkeypatch.setenv("COLUMNS", "200")

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-
 from benchmarks.experiment import data, probes, report, why, work
 from benchmarks.experiment.cases import CASES, DENSE, quick_cases
-from exporter.pipeline_finetune import WEIGHTS_FILE
+
+from vssm.training.run import WEIGHTS_FILE
 
 
 def main(argv: Sequence[str] | None = None) -> int:

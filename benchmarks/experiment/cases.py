@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from exporter import Recipe
+from vssm import Recipe
 
 CLASSES: Final = 10
 # Keys of trained weights: the dense model trained further, and one a variant of the ablation.

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from exporter import ops
+from vssm.ops import operators as ops
 
 KEY = "held"  # of variants; the schedule is that of "gap"
 

@@ -14,12 +14,12 @@ from typing import Any, Final
 from unittest import mock
 
 import torch
-from torch import Tensor
-
 from benchmarks.experiment.cases import DENSE, Case
 from benchmarks.experiment.work import Images, right, variants
-from exporter import ops
-from exporter.json_files import write_json
+from torch import Tensor
+
+from vssm.files.json_files import write_json
+from vssm.ops import operators as ops
 
 Steps = tuple[Tensor, Tensor]
 

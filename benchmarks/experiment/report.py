@@ -15,14 +15,14 @@ import numpy as np
 import scipy
 import sklearn
 import torch
-
 from benchmarks.experiment import probes, work
 from benchmarks.experiment.cases import Case
 from benchmarks.experiment.contrasts import MAIN, Contrast, make_contrasts
 from benchmarks.experiment.rows import SWEEP, TUNED, ZERO_SHOT, Row, Seeds, make_rows
 from benchmarks.experiment.statistics import Difference, Mean, mean
-from exporter.files import atomic_write_bytes
-from exporter.json_files import write_json
+
+from vssm.files.atomic import atomic_write_bytes
+from vssm.files.json_files import write_json
 
 TABLES, NUMBERS, PLOT = "experiment.md", "experiment.json", "experiment.png"
 Why = Mapping[str, Any]

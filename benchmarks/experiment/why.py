@@ -15,14 +15,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
-
 from benchmarks.experiment.cases import DENSE, Case
 from benchmarks.experiment.held import KEY, held_input, times_gap
 from benchmarks.experiment.work import Images, build, variants
-from exporter import ops, reference
-from exporter.json_files import write_json
-from exporter.models import ForwardDetails, VisionModel
+from torch import Tensor
+
+from vssm.files.json_files import write_json
+from vssm.models import ForwardDetails, VisionModel
+from vssm.ops import operators as ops
+from vssm.ops import reference
 
 _IMAGES = 64  # of the first batch
 _REACH_IMAGES = 8

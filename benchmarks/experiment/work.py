@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-
-import exporter
 from benchmarks.experiment.cases import CLASSES, DENSE, FURTHER, Case
 from benchmarks.experiment.data import HELD_OUT, TRAIN
 from benchmarks.experiment.held import KEY, held_input
-from exporter import FinetuneRequest, PruneSchedule, Recipe, Subject, Work
-from exporter.checkpoint import save_safetensors
-from exporter.json_files import write_json
-from exporter.manifest_types import Preprocessing
-from exporter.models import MODELS, VisionModel
-from exporter.pipeline_finetune import REPORT_FILE, WEIGHTS_FILE
-from exporter.training.ablate_plan import GRID, Variant, make_plan
-from exporter.training.ablate_run import Cost, prepare
-from exporter.training.evaluate_data import find_pictures, load
-from exporter.training.finetune import STATE_FILE
+
+import vssm
+from vssm import FinetuneRequest, PruneSchedule, Recipe, Subject, Work
+from vssm.artifact.manifest_types import Preprocessing
+from vssm.checkpoints.load import save_safetensors
+from vssm.evaluation.data import find_pictures, load
+from vssm.files.json_files import write_json
+from vssm.models import MODELS, VisionModel
+from vssm.studies.measure import Cost, prepare
+from vssm.studies.plan import GRID, Variant, make_plan
+from vssm.training.loop import STATE_FILE
+from vssm.training.run import REPORT_FILE, WEIGHTS_FILE
 
 _BATCH = 64
 _RANDOM_SEEDS = 3
@@ -61,10 +61,10 @@ def variants(case: Case) -> dict[str, Variant]:
 
 def build(case: Case, variant: Variant, weights: Path) -> tuple[VisionModel, Cost]:
     """The variant with these weights, on this package's kernels."""
-    model = exporter.create_model(
+    model = vssm.create_model(
         case.model, schedule=variant.schedule, num_classes=CLASSES, **case.options
     )
-    exporter.load_checkpoint(model, weights)
+    vssm.load_checkpoint(model, weights)
     return prepare(variant, model, operators="kernel", device="cpu")
 
 
@@ -131,7 +131,7 @@ def costs(case: Case) -> dict[str, dict[str, int]]:
     """Multiply-adds of an image by variant."""
     found = {}
     for key, variant in variants(case).items():
-        model = exporter.create_model(
+        model = vssm.create_model(
             case.model, schedule=variant.schedule, num_classes=CLASSES, **case.options
         )
         found[key] = dataclasses.asdict(prepare(variant, model, operators="auto", device="cpu")[1])
@@ -173,7 +173,7 @@ def _train(
         )
         work = Work(workers=0, threads=1, save_every=1000)
         resume = state.exists()
-        exporter.finetune(
+        vssm.finetune(
             FinetuneRequest(subject, data / TRAIN, output, recipe, resume=resume, work=work)
         )
     state.unlink(missing_ok=True)  # three times as large as the weights, of no more use

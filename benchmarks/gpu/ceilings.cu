@@ -1,7 +1,7 @@
 // What the card can do at the most, for gpu_check: libvssm_gpu_bench.so, called through ctypes.
 #include <cstdint>
 
-#include "plugins/kernels/cuda_common.cuh"
+#include "plugins/kernels/cuda/common.cuh"
 
 #define VSSM_EXPORT extern "C" __attribute__((visibility("default")))
 

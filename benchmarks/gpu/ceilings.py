@@ -8,12 +8,12 @@ import sys
 from importlib import metadata
 
 import torch
-
 from benchmarks.gpu.needs import nvidia_smi
 from benchmarks.gpu.program import Report, main
 from benchmarks.gpu.result import Ceilings
 from benchmarks.gpu.timing import Clock, Subject, measure
-from exporter.native_library import find_library
+
+from vssm.native_library import find_library
 
 _BLOCKS_PER_SM = 8
 _ROUNDS = 4096

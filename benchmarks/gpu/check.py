@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.gpu import result
 from benchmarks.gpu.needs import nvidia_smi
 from benchmarks.gpu.page import page, tables
@@ -25,9 +23,11 @@ from benchmarks.gpu.plan import GROUND, PROGRAMS, ROOT, WORK, environment, part_
 from benchmarks.gpu.result import Document, StageResult
 from benchmarks.gpu.stages import LEFT_OUT, Stage, run_stage
 from benchmarks.gpu.targets import evaluate
-from exporter.files import atomic_write_bytes
-from exporter.json_fields import FieldError, Node
-from exporter.tables import table
+from rich.console import Console
+
+from vssm.commands.tables import table
+from vssm.files.atomic import atomic_write_bytes
+from vssm.files.json import FieldError, Node
 
 CARD = "card"  # the entry of `machine` that says on which one a result was begun
 NOT_ASKED = "not in --only"

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from benchmarks.gpu import doubling, scans, shapes
 from benchmarks.gpu.native import VariantKernels
 from benchmarks.gpu.program import Report, main
 from benchmarks.gpu.scans import Contender
 from benchmarks.gpu.shapes import ScanShape
 from benchmarks.gpu.timing import Clock
-from exporter.native_library import find_library
-from exporter.ops_kernels import LIBRARY
+from torch import Tensor
+
+from vssm.native_library import find_library
+from vssm.ops.kernels import LIBRARY
 
 RECURRENCES = {
     "torch.compile, doubling": doubling.doubled,

@@ -57,7 +57,7 @@ def scan(
     operators: str = "auto",
     recurrence: Recurrence = doubled,
 ) -> Tensor:
-    """Arguments and result of `exporter.ops.selective_scan`, for one or two directions.
+    """Arguments and result of `vssm.ops.operators.selective_scan`, for one or two directions.
 
     `order` is taken to be there and back; it is not looked at, nor is
     `operators`: what computes is this.
@@ -66,7 +66,7 @@ def scan(
     if directions > 2 or delta0 is not None:
         raise ValueError(
             f"directions={directions}, delta0={delta0 is not None}: this baseline knows one or two "
-            "directions and no constant gap; use exporter.ops.selective_scan"
+            "directions and no constant gap; use vssm.ops.operators.selective_scan"
         )
 
     def steps(x: Tensor) -> Tensor:

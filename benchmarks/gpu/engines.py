@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
-import exporter
 from benchmarks.gpu import models
 from benchmarks.gpu.models import Case
 from benchmarks.gpu.program import Report, label, main
 from benchmarks.gpu.result import Work
 from benchmarks.gpu.timing import Clock, Subject, measure, relative_error
-from exporter.models.schedules import DEFAULT_SCHEDULES
-from exporter.runtimes import tensorrt_api as api
-from exporter.runtimes.engine_request import EngineRequest
-from exporter.runtimes.tensorrt_build import build_plan
+from torch import Tensor
+
+import vssm
+from vssm.models.schedules import DEFAULT_SCHEDULES
+from vssm.runtimes.tensorrt import api
+from vssm.runtimes.tensorrt.build import build_plan
+from vssm.runtimes.tensorrt.engine_request import EngineRequest
 
 SUBJECT = "tensorrt"
 
@@ -99,7 +99,7 @@ def run(report: Report, clock: Clock) -> None:
 def case(report: Report, clock: Clock, found: Case, exact: models.Oracle, folder: Path) -> None:
     """Export, build, check and time one engine."""
     output = Path(tempfile.mkdtemp(dir=folder)) / "out"
-    made = exporter.export(exact.model, output, dtype=found.dtype, weights=False)
+    made = vssm.export(exact.model, output, dtype=found.dtype, weights=False)
     request = EngineRequest(batch=(found.batch, found.batch, found.batch))
     plan = build_plan(made.model_path, request, cache=folder / "timing.cache")
     images = exact.images.repeat(-(-found.batch // len(exact.images)), 1, 1, 1)[: found.batch]

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-
 from benchmarks.gpu.native import VariantKernels
 from benchmarks.gpu.program import Report, label, main
 from benchmarks.gpu.result import Work
 from benchmarks.gpu.shapes import DTYPES
 from benchmarks.gpu.timing import Clock, Subject, Times, copies_for, measure, sizes
-from exporter import reference
-from exporter.native_library import find_library
-from exporter.ops_kernels import LIBRARY
+from torch import Tensor
+
+from vssm.native_library import find_library
+from vssm.ops import reference
+from vssm.ops.kernels import LIBRARY
 
 OURS = "vssm"
 TORCH = "torch.topk, sort, gather"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from exporter.errors import RuntimeUnavailableError
+from vssm.errors import RuntimeUnavailableError
 
 SOURCE_VARIABLE = "MAMBA_SSM_SOURCE"
 FOLDER = "csrc/selective_scan"
@@ -165,7 +165,7 @@ def joined(results: list[Tensor]) -> Tensor:
 
 
 def scan(extension: Any) -> Any:
-    """A stand-in for `exporter.ops.selective_scan` in a Vim, over the extension.
+    """A stand-in for `vssm.ops.operators.selective_scan` in a Vim, over the extension.
 
     A gap g of a step is put into its operands, which is exact: the step g dt, the input u / g, and
     the skip beside the kernel.

@@ -15,16 +15,16 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
-
-import exporter
 from benchmarks.gpu import compiled, doubling, mamba, shapes
 from benchmarks.gpu.program import Report, label, main
 from benchmarks.gpu.result import Work
 from benchmarks.gpu.timing import Clock, Subject, measure, one_line, relative_error
-from exporter import ops
-from exporter.models import VisionModel
-from exporter.models.schedules import DEFAULT_SCHEDULES
+from torch import Tensor
+
+import vssm
+from vssm.models import VisionModel
+from vssm.models.schedules import DEFAULT_SCHEDULES
+from vssm.ops import operators as ops
 
 OURS = "vssm"
 MAMBA = "mamba-ssm"
@@ -33,7 +33,7 @@ COMPILED_MODEL = "vssm, model by torch.compile"
 # Other choices of tokens in half precision change logits by more than rounding does: this only
 # tells one model from another, as `vssm bench` does.
 SAME_MODEL = 0.2
-# The logits' column of exporter.parity.TOLERANCES, which needs polygraphy.
+# The logits' column of vssm.parity.compare.TOLERANCES, which needs polygraphy.
 LOGITS = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 6e-2}
 _CHECKED = 2  # images compared with the oracle
 
@@ -87,8 +87,8 @@ class Oracle:
 @functools.lru_cache(maxsize=4)
 def oracle(name: str, schedule: str | None, device: torch.device) -> Oracle:
     """The model with seeded weights, on the CPU, and its exact logits, computed on `device`."""
-    parsed = None if schedule is None else exporter.PruneSchedule.parse(schedule)
-    model = exporter.create_model(name, schedule=parsed)
+    parsed = None if schedule is None else vssm.PruneSchedule.parse(schedule)
+    model = vssm.create_model(name, schedule=parsed)
     make = torch.Generator().manual_seed(0)
     images = torch.randn(_CHECKED, 3, *model.image_size, generator=make)
     exact = copy.deepcopy(model).use_operators("oracle").double().to(device)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from exporter import ops_kernels
-from exporter.ops_kernels import Kernels
-from exporter.spec import OPERATORS
+from vssm.ops import kernels as ops_kernels
+from vssm.ops.kernels import Kernels
+from vssm.ops.spec import OPERATORS
 
 # ScanVariant of plugins/kernels/selective_scan.h. PyTorch's own operators take "auto".
 VARIANTS = {"auto": 0, "throughput": 1, "latency": 2}

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-import exporter
 from benchmarks.gpu import models
 from benchmarks.gpu.models import Case
 from benchmarks.gpu.program import Report, main
 from benchmarks.gpu.result import Work
 from benchmarks.gpu.timing import SAMPLES, WARM_UPS, Clock, Times, relative_error
-from exporter.artifact import MODEL_FILE, open_artifact
-from exporter.models.schedules import DEFAULT_SCHEDULES
-from exporter.runtimes.ort_cuda import OrtCudaSession
+
+import vssm
+from vssm.artifact.directory import MODEL_FILE, open_artifact
+from vssm.models.schedules import DEFAULT_SCHEDULES
+from vssm.runtimes.ort_cuda import OrtCudaSession
 
 SUBJECT = "ort-cuda"
 
@@ -57,7 +57,7 @@ def run(report: Report, clock: Clock) -> None:
         exact = models.oracle(found.name, found.schedule, clock.device)
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "out"
-            exporter.export(exact.model, output, dtype=found.dtype, weights=False)
+            vssm.export(exact.model, output, dtype=found.dtype, weights=False)
             opened = open_artifact(output, only=(MODEL_FILE,))
             with OrtCudaSession(opened, timed=True) as session:
                 for batch in (128, 1, 8, 32):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rich.table import Table
-
 from benchmarks.gpu.program import label
 from benchmarks.gpu.result import Document, Row
-from exporter.tables import table
+from rich.table import Table
+
+from vssm.commands.tables import table
 
 _TARGETS = ("target", "asked", "measured", "verdict")
 _STAGES = ("stage", "status", "seconds", "limit", "reason")

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporter.files import atomic_write_bytes
-from exporter.json_fields import FieldError, Node
+from vssm.files.atomic import atomic_write_bytes
+from vssm.files.json import FieldError, Node
 
 FORMAT = "vssm gpu_check"
 VERSION = 1

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from benchmarks.gpu import mamba, shapes
 from benchmarks.gpu.native import VARIANTS, VariantKernels
 from benchmarks.gpu.program import Report, label, main
@@ -28,8 +26,10 @@ from benchmarks.gpu.timing import (
     relative_error,
     sizes,
 )
-from exporter.native_library import find_library
-from exporter.ops_kernels import LIBRARY
+from torch import Tensor
+
+from vssm.native_library import find_library
+from vssm.ops.kernels import LIBRARY
 
 OURS = "vssm"
 MAMBA = "mamba-ssm"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from benchmarks.gpu.result import Work
 from benchmarks.gpu.timing import sizes
-from exporter import reference
+from torch import Tensor
+
+from vssm.ops import reference
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # Largest error against the float64 oracle on the same operands, over the largest magnitude: twice

@@ -103,7 +103,7 @@ def scan(
     params_by_step: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
-    """Arguments and result of `exporter.ops.selective_scan`; contiguous, `order` for all images."""
+    """Arguments and result of `operators.selective_scan`; contiguous, `order` for all images."""
     if order.shape[0] != 1:
         raise ValueError(
             f"order.shape={tuple(order.shape)}: this baseline takes one for all images"

@@ -1,5 +1,5 @@
-// The operator table, C++ copy of exporter/spec.py: a test compares describe_table() of the two.
-// Adapters take names, types and default attributes from here.
+// The operator table, C++ copy of exporter/vssm/ops/spec.py: a test compares describe_table() of
+// the two. Adapters take names, types and default attributes from here.
 #ifndef VSSM_PLUGINS_KERNELS_OP_TABLE_H_
 #define VSSM_PLUGINS_KERNELS_OP_TABLE_H_
 
@@ -165,7 +165,7 @@ inline std::string describe(const OperatorSpec& op) {
   return text;
 }
 
-/// The whole table, one operator a line: what exporter.spec.describe_table() prints.
+/// The whole table, one operator a line: what vssm.ops.spec.describe_table() prints.
 inline std::string describe_table() {
   std::string text;
   for (const OperatorSpec& op : kOperators) text += describe(op) + "\n";

@@ -1,15 +1,15 @@
-// The library's exports: RegisterCustomOps for ONNX Runtime, and what exporter/runtimes/library.py
-// asks. Every operator of the table is registered with every binding of its types, because a
-// registered name hides the fallback body: a missing type would be an error, not a slower run. In
-// builds with CUDA they are registered a second time, for the CUDA provider; an ONNX Runtime that
-// has none ignores those.
+// The library's exports: RegisterCustomOps for ONNX Runtime, and what
+// exporter/vssm/runtimes/library.py asks. Every operator of the table is registered with every
+// binding of its types, because a registered name hides the fallback body: a missing type would be
+// an error, not a slower run. In builds with CUDA they are registered a second time, for the CUDA
+// provider; an ONNX Runtime that has none ignores those.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <mutex>
 #include <string>
 
-#include "plugins/kernels/cpu_dispatch.h"
+#include "plugins/kernels/cpu/dispatch.h"
 #include "plugins/kernels/op_table.h"
 #include "plugins/onnxruntime/custom_op.h"
 #include "plugins/onnxruntime/ort_host.h"
@@ -162,7 +162,7 @@ VSSM_EXPORT vssm::ort::Status* RegisterCustomOps(vssm::ort::SessionOptions* opti
   return vssm::ort::register_all(options, base);
 }
 
-/// The text of exporter.spec.describe_table(), from the C++ side.
+/// The text of vssm.ops.spec.describe_table(), from the C++ side.
 VSSM_EXPORT const char* vssm_operator_table() {
   static const std::string text = vssm::describe_table();
   return text.c_str();

@@ -5,7 +5,7 @@
 
 #define VSSM_EXPORT extern "C" __attribute__((visibility("default")))
 
-/// The text of exporter.spec.describe_table(), from the C++ side.
+/// The text of vssm.ops.spec.describe_table(), from the C++ side.
 VSSM_EXPORT const char* vssm_operator_table() {
   static const std::string text = vssm::describe_table();
   return text.c_str();

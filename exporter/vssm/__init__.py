@@ -1,0 +1,52 @@
+"""vssm: prune vision state-space models, export them to ONNX, run them with native kernels.
+
+Importing this package needs numpy alone; torch, onnx and onnxruntime come with their first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from vssm._version import __version__
+
+_PUBLIC = {
+    "AblationOptions": "vssm.studies.pipeline_ablate_options",
+    "AblationTraining": "vssm.studies.pipeline_ablate_options",
+    "FinetuneRequest": "vssm.training.request",
+    "ForwardDetails": "vssm.models",
+    "PruneSchedule": "vssm.pruning.schedule",
+    "Recipe": "vssm.training.recipe",
+    "Session": "vssm.runtimes.session",
+    "Subject": "vssm.training.request",
+    "Work": "vssm.training.request",
+    "ablate": "vssm.studies.ablate",
+    "bench_directory": "vssm.bench.run",
+    "check_parity": "vssm.parity.check",
+    "create_model": "vssm.models",
+    "default_schedule": "vssm.models.schedules",
+    "evaluate": "vssm.evaluation.evaluate",
+    "export": "vssm.onnx.export",
+    "export_module": "vssm.compat.export",
+    "finetune": "vssm.training.run",
+    "list_models": "vssm.models",
+    "load_checkpoint": "vssm.checkpoints.load",
+    "open_session": "vssm.parity.check",
+    "preprocess": "vssm.artifact.preprocessing",
+    "prune": "vssm.compat.prune",
+    "visualize": "vssm.studies.visualize",
+}
+_PACKAGES = {"compat": "vssm.compat"}
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the keys are strings
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(_PACKAGES[name])
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'vssm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

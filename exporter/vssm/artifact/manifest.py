@@ -1,0 +1,233 @@
+"""`model.json`: what an exported directory holds, read, checked and written.
+
+The two sides of the package meet here, so this file needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Final
+
+from vssm.artifact.manifest_types import (
+    FORMAT_VERSION,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    BlockOutput,
+    CheckpointInfo,
+    Manifest,
+    Preprocessing,
+    ScheduleInfo,
+    TensorInfo,
+)
+from vssm.errors import ArtifactError
+from vssm.files.atomic import MANIFEST_NAME, atomic_write_bytes, sha256_of
+from vssm.files.json import FieldError, Node
+from vssm.ops.spec import FLOAT_TYPES
+
+__all__ = [
+    "FORMAT_VERSION",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "BlockOutput",
+    "CheckpointInfo",
+    "Manifest",
+    "Preprocessing",
+    "ScheduleInfo",
+    "TensorInfo",
+    "manifest_from_json",
+    "manifest_to_json",
+    "read_manifest",
+    "verify",
+    "write_manifest",
+]
+
+INTERPOLATIONS: Final = ("bicubic", "bilinear", "nearest")
+TENSOR_TYPES: Final = (*FLOAT_TYPES, "int64", "int32")
+WEIGHTS: Final = ("checkpoint", "initial", "custom")
+BATCH: Final = "batch"
+_MAX_SIDE: Final = 1 << 16
+_MIN_SEED: Final = -(1 << 63)
+
+
+def manifest_to_json(manifest: Manifest) -> str:
+    """Text of `model.json`: the same manifest gives the same bytes.
+
+    Raises:
+        ValueError: a field is out of its range, or a value has no JSON form.
+    """
+    text = json.dumps(
+        dataclasses.asdict(manifest), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False
+    )
+    try:
+        manifest_from_json(text)
+    except FieldError as error:
+        raise ValueError(f"manifest: {error}") from error
+    return text + "\n"
+
+
+def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> Path:
+    """Write `model.json` into `directory`, whole or not at all; return its path.
+
+    Raises:
+        ValueError: a field is out of its range.
+        ArtifactError: the directory cannot be written.
+    """
+    path = Path(directory) / MANIFEST_NAME
+    atomic_write_bytes(path, manifest_to_json(manifest).encode())
+    return path
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
+    """Read and check `model.json` of an exported directory.
+
+    Raises:
+        ArtifactError: it is missing, no JSON, of a newer format, or a field is wrong.
+    """
+    path = Path(directory) / MANIFEST_NAME
+    try:
+        return manifest_from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be read ({error.strerror}), so {directory} is not an export; "
+            "name the directory that `vssm export -o` wrote"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} is damaged or was edited: {error}; export the model again"
+        ) from error
+
+
+def verify(
+    directory: str | os.PathLike[str], manifest: Manifest, *, only: Collection[str] | None = None
+) -> None:
+    """Check the SHA-256 of the files that the manifest lists.
+
+    Args:
+        directory: the export.
+        manifest: what `read_manifest` returned for it.
+        only: names to check; None means all. A session needs `model.onnx`, not the weights.
+
+    Raises:
+        ArtifactError: a file is missing, was changed, or is not listed.
+    """
+    remedy = "export the model again, or copy the whole directory again"
+    for name in sorted(manifest.files if only is None else only):
+        if name not in manifest.files:
+            raise ArtifactError(
+                f"file={name} is not listed in {directory}/{MANIFEST_NAME}; {remedy}"
+            )
+        try:
+            found = sha256_of(Path(directory) / name)
+        except OSError as error:
+            raise ArtifactError(
+                f"file={Path(directory) / name} cannot be read ({error.strerror}), but "
+                f"{MANIFEST_NAME} lists it; {remedy}"
+            ) from error
+        expected = manifest.files[name]
+        if found != expected:
+            raise ArtifactError(
+                f"file={Path(directory) / name} has sha256 {found[:12]}..., but {MANIFEST_NAME} "
+                f"says {expected[:12]}...: it was changed or damaged; {remedy}"
+            )
+
+
+def manifest_from_json(text: str) -> Manifest:
+    """Parse and check the text of `model.json`.
+
+    Raises:
+        ValueError: no JSON, or a field (named) has a wrong type or value.
+    """
+    root = Node.parse(text)
+    version = root.at("format_version").integer(1)
+    if version > FORMAT_VERSION:
+        raise FieldError(
+            f"format_version={version} is newer than {FORMAT_VERSION}, the newest this vssm reads; "
+            "update vssm"
+        )
+    manifest = Manifest(
+        name=root.at("name").text(),
+        config=root.at("config").mapping(),
+        inputs=tuple(_tensor(node) for node in root.at("inputs").items(at_least=1)),
+        outputs=tuple(_tensor(node) for node in root.at("outputs").items(at_least=1)),
+        dtype=root.at("dtype").choice(FLOAT_TYPES),
+        opset=root.at("opset").integer(18),
+        files={n: node.sha256() for n, node in root.at("files").entries(file_names=True)},
+        operators={n: node.integer(1) for n, node in root.at("operators").entries()},
+        versions={n: node.text() for n, node in root.at("versions").entries()},
+        weights=root.at("weights").choice(WEIGHTS),
+        schedule=root.at("schedule").optional(_schedule),
+        block_outputs=tuple(_block_output(node) for node in root.at("block_outputs").items()),
+        preprocessing=root.at("preprocessing").optional(_preprocessing),
+        checkpoint=root.at("checkpoint").optional(_checkpoint),
+        labels=root.at("labels").optional(lambda n: tuple(i.text() for i in n.items())),
+        format_version=version,
+    )
+    _check_together(manifest)
+    return manifest
+
+
+def _tensor(node: Node) -> TensorInfo:
+    shape: list[int | str] = []
+    for axis, size in enumerate(node.at("shape").items()):
+        shape.append(BATCH if axis == 0 and size.value == BATCH else size.integer(1))
+    return TensorInfo(node.at("name").text(), node.at("dtype").choice(TENSOR_TYPES), tuple(shape))
+
+
+def _block_output(node: Node) -> BlockOutput:
+    residual = node.at("residual").optional(Node.text)
+    return BlockOutput(node.at("block").integer(1), node.at("hidden").text(), residual)
+
+
+def _preprocessing(node: Node) -> Preprocessing:
+    height, width = (n.integer(1, _MAX_SIDE) for n in node.at("crop").items(exactly=2))
+    r, g, b = (n.number() for n in node.at("mean").items(exactly=3))
+    std_r, std_g, std_b = (n.number(above=0) for n in node.at("std").items(exactly=3))
+    return Preprocessing(
+        resize=node.at("resize").integer(max(height, width), _MAX_SIDE),
+        crop=(height, width),
+        interpolation=node.at("interpolation").choice(INTERPOLATIONS),
+        mean=(r, g, b),
+        std=(std_r, std_g, std_b),
+    )
+
+
+def _checkpoint(node: Node) -> CheckpointInfo:
+    return CheckpointInfo(node.at("file").text(), node.at("sha256").sha256())
+
+
+def _schedule(node: Node) -> ScheduleInfo:
+    blocks = {n.key_integer(1): n.keep_ratio() for _, n in node.at("blocks").entries(at_least=1)}
+    num_keep = tuple(n.integer(1) for n in node.at("num_keep").items(exactly=len(blocks)))
+    if list(num_keep) != sorted(num_keep, reverse=True):
+        raise FieldError(f"{node.path}.num_keep={list(num_keep)} grows, but tokens never come back")
+    return ScheduleInfo(
+        blocks=dict(sorted(blocks.items())),
+        alignment=node.at("alignment").text(),
+        importance=node.at("importance").text(),
+        source=node.at("source").text(),
+        gated=node.at("gated").flag(),
+        conv=node.at("conv").text(),
+        step_parameters=node.at("step_parameters").text(),
+        num_keep=num_keep,
+        cls_position=node.at("cls_position").optional(lambda n: n.integer(0)),
+        seed=node.at("seed").optional(lambda n: n.integer(_MIN_SEED)),
+    )
+
+
+def _check_together(manifest: Manifest) -> None:
+    """Rules that span fields."""
+    names = [t.name for t in (*manifest.inputs, *manifest.outputs)]
+    if len(set(names)) != len(names):
+        raise FieldError(f"inputs and outputs name a value twice: {names}")
+    if (manifest.weights == "checkpoint") != (manifest.checkpoint is not None):
+        raise FieldError(
+            f"weights={manifest.weights!r} and checkpoint={manifest.checkpoint} contradict each "
+            "other"
+        )
+    classes = manifest.outputs[0].shape[-1] if manifest.outputs[0].shape else None
+    if manifest.labels is not None and len(manifest.labels) != classes:
+        raise FieldError(f"labels has {len(manifest.labels)} names for {classes} classes")

@@ -1,0 +1,1 @@
+"""How fast an export is: one figure each for runtimes, operators and thread counts."""

@@ -1,0 +1,232 @@
+"""Latency and throughput of several sessions in one run, with the machine's floor beside them.
+
+Subjects run in turn, one sample each a round, so that drift hits all alike; their outputs are
+compared in the same run. Times are only comparable inside one report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from vssm.runtimes.session import Array, Session, checked_threads, plural
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing that is timed.
+
+    Attributes:
+        name: as it stands in the table.
+        open: a session with that many threads.
+        exps: evaluations of exp in its scans, an image.
+        macs: multiply-adds of its matrix products and convolutions, an image.
+        same_as: name of the subject whose logits it must reproduce, None for a reference.
+    """
+
+    name: str
+    open: Callable[[int], Session]
+    exps: int
+    macs: int
+    same_as: str | None = None
+
+
+@dataclass(frozen=True)
+class MachineRates:
+    """What one thread of this machine can do, measured in the same run, by thread count.
+
+    Attributes:
+        exp2: exp2 evaluations a second of one thread, with the kernel's own vector exp2.
+        macs: float32 multiply-adds a second of a large matrix product, by threads.
+    """
+
+    exp2: float
+    macs: dict[int, float]
+
+    def scan_floor_ms(self, exps: int, batch: int, threads: int) -> float:
+        """Milliseconds that the exponentials of `batch` images take at the least."""
+        return 1e3 * exps * batch / (self.exp2 * threads)
+
+    def floor_ms(self, subject: Subject, batch: int, threads: int) -> float:
+        """The scans' exponentials plus the multiply-adds, with nothing overlapped."""
+        products = 1e3 * subject.macs * batch / self.macs[threads]
+        return self.scan_floor_ms(subject.exps, batch, threads) + products
+
+
+@dataclass(frozen=True)
+class Row:
+    """One subject at one batch size and thread count; times in milliseconds a batch.
+
+    The floor is None where the machine's limits were not measured: on a GPU.
+    """
+
+    subject: str
+    batch: int
+    threads: int
+    median_ms: float
+    p95_ms: float
+    min_ms: float
+    samples: int
+    images_per_s: float
+    floor_ms: float | None
+    over_floor: float | None
+    info: str
+    difference: float | None = None
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Everything one run measured.
+
+    Attributes:
+        rows: a row for every subject, batch size and thread count.
+        rates: the machine's own limits; None on a GPU.
+        operators: milliseconds by operator type of the kernel session, batch 1, one thread; empty
+            on a GPU, where ONNX Runtime times the host's calls alone.
+        scan_over_floor: time of our scans over their exponentials' floor, from `operators`.
+        context: machine, versions, dtype, command.
+    """
+
+    rows: list[Row]
+    rates: MachineRates | None
+    operators: dict[str, float]
+    scan_over_floor: float | None
+    context: dict[str, str] = field(default_factory=dict)
+
+    def row(self, subject: str, *, batch: int = 1, threads: int = 1) -> Row:
+        """The row of a subject.
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        for row in self.rows:
+            if (row.subject, row.batch, row.threads) == (subject, batch, threads):
+                return row
+        raise KeyError(f"no row for subject={subject!r}, batch={batch}, threads={threads}")
+
+
+def check_arguments(batches: Sequence[int], threads: Sequence[int], samples: int) -> None:
+    """Refuse what `measure` would refuse, before anything is made ready for it.
+
+    Raises:
+        ValueError: there is no number, one is below 1, or named twice; too many threads.
+    """
+    for name, values in (("batches", batches), ("threads", threads), ("samples", (samples,))):
+        if not values or min(values) < 1:
+            raise ValueError(f"{name}={list(values)}: must be at least 1; give positive numbers")
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name}={list(values)} names one twice; name each once")
+    for count in threads:
+        checked_threads(count)
+
+
+def measure(
+    subjects: Sequence[Subject],
+    image_shape: tuple[int, ...],
+    rates: MachineRates | None,
+    *,
+    batches: Sequence[int] = (1, 8),
+    threads: Sequence[int] = (1,),
+    samples: int = 21,
+    progress: Progress = lambda _: None,
+) -> list[Row]:
+    """Time every subject at every batch size and thread count.
+
+    Args:
+        subjects: what to time; sessions are opened once a thread count.
+        image_shape: (3, height, width).
+        rates: from `machine_rates`; None for rows without a floor.
+        batches: batch sizes.
+        threads: thread counts.
+        samples: timed runs of each, after two that are not.
+        progress: called with a line a measurement.
+
+    Raises:
+        ValueError: an argument is below 1, or outputs that must agree do not.
+    """
+    check_arguments(batches, threads, samples)
+    rows: list[Row] = []
+    for count in threads:
+        sessions: list[Session] = []
+        try:
+            sessions.extend(subject.open(count) for subject in subjects)
+            for batch in batches:
+                shape = (batch, *image_shape)
+                images = np.random.default_rng(batch).standard_normal(shape).astype(np.float32)
+                progress(f"batch {batch}, {plural(count, 'thread')}")
+                times, logits = _alternate(sessions, images, samples)
+                for i, subject in enumerate(subjects):
+                    floor = None if rates is None else rates.floor_ms(subject, batch, count)
+                    difference = _difference(subjects, logits, i)
+                    info = str(sessions[i].info)
+                    row = _row(subject.name, (batch, count), times[i], floor_ms=floor, info=info)
+                    rows.append(replace(row, difference=difference))
+        finally:
+            for session in reversed(sessions):
+                session.close()
+    return rows
+
+
+def _alternate(
+    sessions: Sequence[Session], images: Array, samples: int
+) -> tuple[list[list[float]], list[Array]]:
+    """Seconds of `samples` runs of each session, taken in turn, and each session's logits."""
+    logits = [session.run(images)["logits"] for session in sessions]
+    for session in sessions:
+        session.run(images)
+    times: list[list[float]] = [[] for _ in sessions]
+    for _ in range(samples):
+        for session, taken in zip(sessions, times, strict=True):
+            start = time.perf_counter()
+            session.run(images)
+            taken.append(time.perf_counter() - start)
+    return times, logits
+
+
+# Far above the error of any dtype: two programs that should be one model, or a broken kernel.
+_SAME = 0.2
+
+
+def _difference(subjects: Sequence[Subject], logits: Sequence[Array], index: int) -> float | None:
+    subject = subjects[index]
+    if subject.same_as is None:
+        return None
+    reference = next(x for s, x in zip(subjects, logits, strict=True) if s.name == subject.same_as)
+    difference = float(np.abs(logits[index] - reference).max() / np.abs(reference).max())
+    if not difference <= _SAME:
+        raise ValueError(
+            f"logits of {subject.name!r} differ from {subject.same_as!r} by {difference:.1e} of "
+            "the largest; a timing of wrong numbers says nothing: run vssm check"
+        )
+    return difference
+
+
+def _row(
+    name: str,
+    batch_threads: tuple[int, int],
+    seconds: list[float],
+    *,
+    floor_ms: float | None,
+    info: str,
+) -> Row:
+    batch, threads = batch_threads
+    milliseconds = 1e3 * np.asarray(seconds)
+    median = float(np.median(milliseconds))
+    return Row(
+        subject=name,
+        batch=batch,
+        threads=threads,
+        median_ms=median,
+        p95_ms=float(np.percentile(milliseconds, 95)),
+        min_ms=float(milliseconds.min()),
+        samples=len(seconds),
+        images_per_s=1e3 * batch / median,
+        floor_ms=floor_ms,
+        over_floor=None if floor_ms is None else median / floor_ms,
+        info=info,
+    )

@@ -1,0 +1,137 @@
+"""The benchmark as one HTML page: tables to look up, a plot to look at."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from vssm.bench.measure import BenchReport, Row
+from vssm.files.atomic import atomic_write_bytes
+from vssm.runtimes.session import plural
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em }
+table { border-collapse: collapse; margin: 1em 0 } caption { text-align: left; font-weight: 600 }
+th, td { border-bottom: 1px solid #ddd; padding: .25em .8em; text-align: right }
+th:first-child, td:first-child { text-align: left } svg { max-width: 100%; height: auto }
+"""
+
+
+def write_page(report: BenchReport, path: Path) -> None:
+    """Write the page to `path`, whole or not at all.
+
+    Raises:
+        ArtifactError: the path cannot be written.
+    """
+    atomic_write_bytes(path, page(report).encode())
+
+
+def page(report: BenchReport) -> str:
+    """The page's HTML, without references to other files."""
+    context = "".join(
+        f"<li>{html.escape(k)}: {html.escape(v)}</li>" for k, v in report.context.items()
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>vssm bench</title><style>{_STYLE}</style></head>
+<body><h1>vssm bench</h1><ul>{context}</ul>
+<p>Latency of one batch; subjects were run in turn, so compare ratios within this page.
+{_floor_sentence(report)}</p>
+{_plot(report.rows)}
+{_table("latency", _COLUMNS, map(_cells, report.rows))}
+{_operators(report)}
+</body></html>
+"""
+
+
+_COLUMNS = (
+    "subject",
+    "batch",
+    "threads",
+    "median ms",
+    "p95 ms",
+    "min ms",
+    "n",
+    "images/s",
+    "floor ms",
+    "over floor",
+    "difference",
+    "what ran",
+)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    difference = "-" if row.difference is None else f"{row.difference:.0e}"
+    return (
+        row.subject,
+        str(row.batch),
+        str(row.threads),
+        f"{row.median_ms:.2f}",
+        f"{row.p95_ms:.2f}",
+        f"{row.min_ms:.2f}",
+        str(row.samples),
+        f"{row.images_per_s:.1f}",
+        "-" if row.floor_ms is None else f"{row.floor_ms:.2f}",
+        "-" if row.over_floor is None else f"{row.over_floor:.2f}",
+        difference,
+        row.info,
+    )
+
+
+def _floor_sentence(report: BenchReport) -> str:
+    if report.rates is None:
+        return "Times are the host's, from images to outputs; this GPU's floor was not measured."
+    scan = report.scan_over_floor
+    scans = "" if scan is None else f" The scans themselves take {scan:.2f} times their floor."
+    return (
+        "The floor is the exponentials of the scans at this machine's measured exp2 rate "
+        f"({report.rates.exp2 / 1e9:.1f} G/s a thread) plus the multiply-adds at the rate of a "
+        f"large matrix product, nothing overlapped.{scans}"
+    )
+
+
+def _operators(report: BenchReport) -> str:
+    if not report.operators:
+        return ""
+    total = sum(report.operators.values())
+    return _table(
+        "time by operator, one image, one thread, with kernels",
+        ("operator", "ms", "share"),
+        ((k, f"{v:.3f}", f"{v / total:.0%}") for k, v in report.operators.items()),
+    )
+
+
+def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows
+    )
+    return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>"
+
+
+def _plot(rows: Sequence[Row]) -> str:
+    """Median latency by subject as inline SVG, log scale, the floor as a mark on every bar."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "<p>No plot: matplotlib is not installed (pip install matplotlib).</p>"
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    labels = [f"{r.subject}, batch {r.batch}, {plural(r.threads, 'thread')}" for r in rows]
+    places = list(range(len(rows)))
+    axes.barh(places, [r.median_ms for r in rows], color="#4c78a8", label="median")
+    floors = [(r.floor_ms, place) for r, place in zip(rows, places, strict=True) if r.floor_ms]
+    if floors:
+        axes.plot(*zip(*floors, strict=True), "k|", markersize=12, label="floor")
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds a batch (log scale)")
+    axes.legend()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

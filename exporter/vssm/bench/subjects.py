@@ -1,0 +1,218 @@
+"""What `vssm bench` compares: kernel, body and PyTorch loop of an export, and its dense twin."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+
+from vssm._version import __version__
+from vssm.artifact.directory import Artifact
+from vssm.artifact.reference import is_module
+from vssm.bench.bench_subjects_graph import count_graph
+from vssm.bench.machine import machine_rates
+from vssm.bench.measure import (
+    BenchReport,
+    MachineRates,
+    Progress,
+    Subject,
+    check_arguments,
+    measure,
+)
+from vssm.models.cost import Work, count
+from vssm.onnx.export import export
+from vssm.runtimes.library import library_info
+from vssm.runtimes.ort import OrtCpuSession, cpu_name
+from vssm.runtimes.session import Array, Session
+from vssm.runtimes.torch import TorchSession, model_of
+
+if TYPE_CHECKING:
+    from vssm.runtimes.ort_cuda import DeviceRun, OrtCudaSession
+
+KERNEL, BODY, LOOP, DENSE = "ort kernel", "ort body", "torch loop", "ort kernel, dense"
+RESIDENT = "ort kernel, images on the GPU"
+BENCH_RUNTIMES = ("ort-cpu", "ort-cuda")
+_PROFILE_RUNS = 8
+
+
+def bench(
+    artifact: Artifact,
+    *,
+    batches: Sequence[int],
+    threads: Sequence[int],
+    samples: int,
+    torch_loop: bool,
+    progress: Progress,
+    runtime: str = "ort-cpu",
+) -> BenchReport:
+    """Everything in one run, interleaved; arguments as for `benchmark.measure`.
+
+    Raises:
+        ValueError: an argument is none that can be measured.
+        RuntimeUnavailableError: the runtime is missing.
+    """
+    check_arguments(batches, threads, samples)
+    if runtime not in BENCH_RUNTIMES:
+        raise ValueError(
+            f"runtime={runtime!r} is not one of {', '.join(BENCH_RUNTIMES)}; choose one to measure"
+        )
+    on_cpu = runtime == "ort-cpu"
+    if not on_cpu:
+        _cuda(artifact, "kernel", threads[0]).close()  # what is missing is said at once
+    progress("measuring the machine")
+    rates = machine_rates(threads) if on_cpu else None
+    with _dense_twin(artifact, progress) as dense:
+        subjects = _subjects(artifact, dense, torch_loop, _ort if on_cpu else _cuda)
+        rows = measure(
+            subjects,
+            artifact.image_shape,
+            rates,
+            batches=batches,
+            threads=threads,
+            samples=samples,
+            progress=progress,
+        )
+    command = (
+        f"vssm bench {artifact.directory} --batch {','.join(map(str, batches))} --threads "
+        f"{','.join(map(str, threads))} --samples {samples}{'' if torch_loop else ' --no-torch'}"
+        f"{'' if on_cpu else f' --runtime {runtime}'}"
+    )
+    progress("profiling")
+    operators = _profile(artifact) if on_cpu else {}
+    return BenchReport(
+        rows=rows,
+        rates=rates,
+        operators=operators,
+        scan_over_floor=None if rates is None else _scan_over_floor(operators, rates, subjects[0]),
+        context={**_context(artifact), "command": command},
+    )
+
+
+_Open = Callable[[Artifact, str, int], Session]
+
+
+def _subjects(
+    artifact: Artifact, dense: Artifact | None, torch_loop: bool, ort: _Open
+) -> list[Subject]:
+    def subject(
+        name: str, open_session: Callable[[int], Session], work: Work, same: str | None
+    ) -> Subject:
+        return Subject(name, open_session, work.exps, work.gemm, same)
+
+    if is_module(artifact):
+        exps, gemm = count_graph(artifact.model_path)
+        return [
+            Subject(KERNEL, partial(_ort, artifact, "kernel"), exps, gemm, None),
+            Subject(BODY, partial(_ort, artifact, "body"), exps, gemm, KERNEL),
+        ]
+    work = count(model_of(artifact))
+    subjects = [
+        subject(KERNEL, partial(ort, artifact, "kernel"), work, None),
+        subject(BODY, partial(ort, artifact, "body"), work, KERNEL),
+    ]
+    if ort is _cuda:
+        subjects.append(subject(RESIDENT, partial(_resident, artifact), work, KERNEL))
+    if torch_loop:
+        subjects.append(subject(LOOP, partial(_torch, artifact), work, KERNEL))
+    if dense is not None:
+        dense_work = count(model_of(dense))
+        subjects.append(subject(DENSE, partial(ort, dense, "kernel"), dense_work, None))
+    return subjects
+
+
+def _ort(artifact: Artifact, operators: str, threads: int) -> Session:
+    return OrtCpuSession(artifact, operators=operators, threads=threads)
+
+
+def _cuda(artifact: Artifact, operators: str, threads: int) -> OrtCudaSession:
+    from vssm.runtimes.ort_cuda import OrtCudaSession
+
+    return OrtCudaSession(artifact, operators=operators, threads=threads)
+
+
+class _Resident(Session):
+    """A session on the GPU whose images are there already; the outputs come to the host."""
+
+    def __init__(self, inner: OrtCudaSession) -> None:
+        super().__init__(inner.manifest, inner.info)
+        self._inner = inner
+        self._held: tuple[Array, DeviceRun] | None = None
+
+    def _run(self, images: Array) -> dict[str, Array]:
+        if self._held is None or self._held[0] is not images:
+            self._held = (images, self._inner.on_device(images))
+        self._held[1].run()
+        return self._held[1].outputs()
+
+    def close(self) -> None:
+        self._held = None
+        self._inner.close()
+
+
+def _resident(artifact: Artifact, threads: int) -> Session:
+    return _Resident(_cuda(artifact, "kernel", threads))
+
+
+def _torch(artifact: Artifact, threads: int) -> Session:
+    return TorchSession(artifact, threads=threads)
+
+
+@contextmanager
+def _dense_twin(artifact: Artifact, progress: Progress) -> Iterator[Artifact | None]:
+    """The same weights without the schedule, exported to a temporary directory."""
+    if artifact.manifest.schedule is None or is_module(artifact):
+        yield None
+        return
+    progress("exporting the dense twin")
+    with tempfile.TemporaryDirectory() as directory:
+        yield export(
+            model_of(artifact, dense=True),
+            Path(directory) / "dense",
+            dtype=artifact.manifest.dtype,
+            opset=artifact.manifest.opset,
+        )
+
+
+def _profile(artifact: Artifact) -> dict[str, float]:
+    shape = (1, *artifact.image_shape)
+    images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    session = OrtCpuSession(artifact, threads=1, profile=True)
+    with session:
+        for _ in range(_PROFILE_RUNS):
+            session.run(images)
+        return session.profiled_operators()
+
+
+def _scan_over_floor(
+    operators: dict[str, float], rates: MachineRates, subject: Subject
+) -> float | None:
+    scans = sum(time for name, time in operators.items() if "SelectiveScan" in name)
+    return scans / rates.scan_floor_ms(subject.exps, 1, 1) if scans else None
+
+
+def _context(artifact: Artifact) -> dict[str, str]:
+    manifest, library = artifact.manifest, library_info()
+    schedule = manifest.schedule
+    pruned = "dense"
+    if schedule is not None:
+        ratios = ",".join(f"{block}:{ratio}" for block, ratio in schedule.blocks.items())
+        pruned = f"{ratios} {schedule.alignment}"
+    return {
+        "model": f"{manifest.name} {manifest.dtype} {pruned}",
+        "weights": manifest.weights,
+        "images": "x".join(map(str, artifact.image_shape)) + " float32, after 2 runs to warm up",
+        "cpu": cpu_name(),
+        "kernels": f"{library.path.name} {library.version}, {library.cpu_isa}",
+        "vssm": __version__,
+        "onnxruntime": onnxruntime.__version__,
+        "onnx": onnx.__version__,
+        "torch": torch.__version__,
+    }

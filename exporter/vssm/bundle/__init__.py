@@ -1,0 +1,1 @@
+"""The directory that deploys: made, described, and verified."""

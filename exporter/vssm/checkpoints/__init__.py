@@ -1,0 +1,1 @@
+"""Weights from files of strangers, read without running anything in them."""

@@ -1,0 +1,208 @@
+"""A pickle machine without import and call: classes and functions named in a file stay names.
+
+The standard library's `pickletools` splits the bytes into opcodes; what happens then is written
+below, opcode by opcode. The only things made are plain containers, numbers and texts, records of
+tensors and `Stub`s. Nothing here looks up a module or an attribute, or calls what is on the stack.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable
+from typing import Any, BinaryIO, Final
+
+from vssm.checkpoints.pickle_values import (
+    StorageRef,
+    StorageType,
+    Stub,
+    TensorRecord,
+    apply,
+    find_global,
+    name_of,
+)
+
+
+class PickleMachine:
+    """Runs one pickle; `storages` and `unknown` then hold the storages and the stubs it named."""
+
+    def __init__(self) -> None:
+        self.storages: list[StorageRef] = []
+        self.unknown: set[str] = set()
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self, stream: BinaryIO) -> object:
+        """Execute up to STOP, where the stream is left, and return the object.
+
+        Raises:
+            ValueError, LookupError, TypeError, OverflowError: the pickle is malformed.
+        """
+        for opcode, arg, _ in pickletools.genops(stream):
+            if opcode.name == "STOP":
+                return self.pop()
+            handler = _HANDLERS.get(opcode.name)
+            if handler is None:
+                raise ValueError(f"pickle opcode {opcode.name} is not used by torch files")
+            handler(self, arg)
+        raise ValueError("the pickle has no end")
+
+    def push(self, value: object) -> None:
+        """Put `value` on the stack."""
+        if isinstance(value, Stub):
+            self.unknown.add(value.name)
+        self._stack.append(value)
+
+    def pop(self) -> Any:
+        """Take the top of the stack, which must lie above the last mark."""
+        if len(self._stack) <= (self._marks[-1] if self._marks else 0):
+            raise ValueError("pickle stack underflow")
+        return self._stack.pop()
+
+    def top(self) -> Any:
+        """The top of the stack, left there."""
+        self.push(value := self.pop())
+        return value
+
+    def mark(self) -> None:
+        """Remember the height of the stack."""
+        self._marks.append(len(self._stack))
+
+    def pop_mark(self) -> list[Any]:
+        """Take everything above the last mark, and the mark."""
+        start = self._marks.pop()
+        items = self._stack[start:]
+        del self._stack[start:]
+        return items
+
+    def discard(self) -> None:
+        """POP: drop the last mark if nothing lies above it, else the top."""
+        if self._marks and self._marks[-1] == len(self._stack):
+            self._marks.pop()
+        else:
+            self.pop()
+
+    def memoize(self, index: int | None) -> None:
+        """Name the top of the stack; without an index, by the next free one."""
+        self._memo[len(self._memo) if index is None else index] = self.top()
+
+    def recall(self, index: int) -> None:
+        """Push what `memoize` named."""
+        self.push(self._memo[index])
+
+    def store(self, pairs: list[Any]) -> None:
+        """Put keys and values, in turns, into the mapping on top; a stub swallows them."""
+        target = self.top()
+        if isinstance(target, dict):
+            target.update(_dictionary(pairs))
+        elif not isinstance(target, Stub):
+            raise TypeError(f"pickle stores items into a {type(target).__name__}")
+
+    def extend(self, items: list[Any]) -> None:
+        """Put items into the list or set on top; a stub swallows them."""
+        target = self.top()
+        if isinstance(target, list):
+            target.extend(items)
+        elif isinstance(target, set):
+            target.update(map(_key, items))
+        elif not isinstance(target, Stub):
+            raise TypeError(f"pickle appends items to a {type(target).__name__}")
+
+    def build(self) -> None:
+        """BUILD: attributes and __setstate__ of every object are dropped, unread."""
+        self.pop()
+        if not isinstance(self.top(), Stub | dict | TensorRecord):
+            raise TypeError(f"pickle sets the state of a {type(self.top()).__name__}")
+
+    def resolve_storage(self) -> None:
+        """BINPERSID: ("storage", type, key, location, count[, None]) becomes a `StorageRef`."""
+        match self.pop():
+            case ("storage", StorageType(dtype), str(key), str(), int(numel), *view) if view in (
+                [],
+                [None],
+            ):
+                self.storages.append(StorageRef(key, dtype, numel))
+                self.push(self.storages[-1])
+            case ("storage", Stub(name), *_):
+                self.push(Stub(name))
+            case ("module", *_):
+                self.push(Stub("module source"))
+            case _:
+                raise ValueError("pickle names a storage in an unknown form")
+
+    def reduce(self, arguments: int) -> None:
+        """REDUCE, NEWOBJ, NEWOBJ_EX: take the arguments and what is to be called with them."""
+        popped = [self.pop() for _ in range(arguments)][::-1]
+        keywords = popped[1] if arguments == 2 else None
+        target = self.pop()
+        self.push(Stub(name_of(target)) if keywords else apply(target, popped[0]))
+
+
+def _find_on_stack(machine: PickleMachine) -> object:
+    name, module = machine.pop(), machine.pop()
+    if not isinstance(name, str) or not isinstance(module, str):
+        raise TypeError("pickle names a global by something else than texts")
+    return find_global(f"{module} {name}")
+
+
+def _apply_first(items: list[Any]) -> object:
+    return apply(items[0], tuple(items[1:]))
+
+
+def _dictionary(pairs: list[Any]) -> dict[Any, Any]:
+    return {_key(k): v for k, v in zip(pairs[::2], pairs[1::2], strict=True)}
+
+
+def _key(key: Any) -> Any:
+    # Only flat keys: hashing a tuple nested a million deep would overflow the C stack.
+    flat = key if isinstance(key, tuple) else (key,)
+    if not all(isinstance(part, str | int | float | bytes | Stub | None) for part in flat):
+        raise TypeError(f"pickle uses a {type(key).__name__} as a key")
+    return key
+
+
+_Handler = Callable[[PickleMachine, Any], None]
+_VALUES = (
+    "INT LONG LONG1 LONG4 BININT BININT1 BININT2 STRING BINSTRING SHORT_BINSTRING BINBYTES "
+    "SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
+    "FLOAT BINFLOAT"
+)
+_HANDLERS: Final[dict[str, _Handler]] = {
+    **dict.fromkeys(_VALUES.split(), PickleMachine.push),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), PickleMachine.memoize),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), PickleMachine.recall),
+    **dict.fromkeys(("PROTO", "FRAME"), lambda m, _: None),
+    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), lambda m, code: m.push(Stub(f"extension {code}"))),
+    "NONE": lambda m, _: m.push(None),
+    "NEWTRUE": lambda m, _: m.push(True),
+    "NEWFALSE": lambda m, _: m.push(False),
+    "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "EMPTY_LIST": lambda m, _: m.push([]),
+    "EMPTY_DICT": lambda m, _: m.push({}),
+    "EMPTY_SET": lambda m, _: m.push(set()),
+    "MARK": lambda m, _: m.mark(),
+    "POP": lambda m, _: m.discard(),
+    "POP_MARK": lambda m, _: m.pop_mark().clear(),
+    "DUP": lambda m, _: m.push(m.top()),
+    "TUPLE": lambda m, _: m.push(tuple(m.pop_mark())),
+    "TUPLE1": lambda m, _: m.push((m.pop(),)),
+    "TUPLE2": lambda m, _: m.push((m.pop(), m.pop())[::-1]),
+    "TUPLE3": lambda m, _: m.push((m.pop(), m.pop(), m.pop())[::-1]),
+    "DICT": lambda m, _: m.push(_dictionary(m.pop_mark())),
+    "LIST": lambda m, _: m.push(m.pop_mark()),
+    "FROZENSET": lambda m, _: m.push(frozenset(map(_key, m.pop_mark()))),
+    "APPEND": lambda m, _: m.extend([m.pop()]),
+    "APPENDS": lambda m, _: m.extend(m.pop_mark()),
+    "ADDITEMS": lambda m, _: m.extend(m.pop_mark()),
+    "SETITEM": lambda m, _: m.store([m.pop(), m.pop()][::-1]),
+    "SETITEMS": lambda m, _: m.store(m.pop_mark()),
+    "GLOBAL": lambda m, name: m.push(find_global(name)),
+    "STACK_GLOBAL": lambda m, _: m.push(_find_on_stack(m)),
+    "REDUCE": lambda m, _: m.reduce(1),
+    "NEWOBJ": lambda m, _: m.reduce(1),
+    "NEWOBJ_EX": lambda m, _: m.reduce(2),
+    "INST": lambda m, name: m.push(apply(find_global(name), tuple(m.pop_mark()))),
+    "OBJ": lambda m, _: m.push(_apply_first(m.pop_mark())),
+    "BUILD": lambda m, _: m.build(),
+    "BINPERSID": lambda m, _: m.resolve_storage(),
+}

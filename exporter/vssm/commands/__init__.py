@@ -1,0 +1,1 @@
+"""The command line: each command asks, checks its options, and calls one function."""

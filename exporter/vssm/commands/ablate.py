@@ -1,0 +1,219 @@
+"""The command `vssm ablate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from vssm.commands.options import (
+    Classes,
+    Ema,
+    Folder,
+    HeadWidth,
+    Images,
+    Json,
+    ModelOptions,
+    OwnSchedule,
+    Source,
+    options,
+    telling,
+)
+from vssm.files.json_files import write_json
+from vssm.studies.ablate import TABLES
+from vssm.studies.ablate import ablate as ablate_model
+from vssm.studies.pipeline_ablate_options import TRAINED, AblationOptions, AblationTraining
+from vssm.training.recipe import Recipe
+from vssm.training.request import Subject
+
+if TYPE_CHECKING:
+    from vssm.studies.report import AblationReport
+
+console = Console(markup=False, emoji=False)
+
+
+Checkpoints = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Weights of a named model, repeatable for several seeds; seeded initial without."
+    ),
+]
+Seeds = Annotated[int, typer.Option(help="Seeds of the random choice.")]
+Ratios = Annotated[str, typer.Option(help="Keep ratios to compare, in place of every stage's.")]
+Finetuned = Annotated[
+    list[str] | None,
+    typer.Option(help="VARIANT=FILE: a row with these weights too; repeatable."),
+]
+Train = Annotated[
+    Path | None, typer.Option(help="Folder to fine-tune on; without it nothing is trained.")
+]
+Finetune = Annotated[
+    str | None, typer.Option(help=f"Variants to fine-tune: {','.join(TRAINED)}, or others.")
+]
+FinetuneSeeds = Annotated[
+    int | None, typer.Option(help="Trainings of each variant; by default one for each checkpoint.")
+]
+Numbers = Annotated[
+    list[str] | None,
+    typer.Option("--recipe", help="KEY=VALUE of docs/finetune.md's table, repeatable."),
+]
+MicroBatch = Annotated[
+    int | None, typer.Option(help="Images at a time, where a training step needs too much memory.")
+]
+Batch = Annotated[int, typer.Option(help="Images a batch.")]
+Workers = Annotated[int, typer.Option(help="Processes that load images; 0: this one.")]
+Choice = Annotated[
+    str, typer.Option(help="auto, oracle (slow) or kernel, in PyTorch; auto: oracle on a CPU.")
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Measure anew, not where a run was stopped.")
+]
+
+
+def ablate(
+    source: Source,
+    images: Images,
+    output: Folder,
+    *,
+    checkpoint: Checkpoints = None,
+    ema: Ema = False,
+    schedule: OwnSchedule = None,
+    seeds: Seeds = 3,
+    ratios: Ratios = "0.9,0.8,0.7,0.6,0.5",
+    finetuned: Finetuned = None,
+    train: Train = None,
+    finetune: Finetune = None,
+    finetune_seeds: FinetuneSeeds = None,
+    recipe: Numbers = None,
+    micro_batch: MicroBatch = None,
+    batch: Batch = 32,
+    workers: Workers = 0,
+    classes: Classes = None,
+    operators: Choice = "auto",
+    device: Device = "cpu",
+    num_classes: HeadWidth = None,
+    option: ModelOptions = None,
+    restart: Restart = False,
+    json_file: Json = None,
+) -> None:
+    """Compare alignments, importances, an EViT-style baseline and keep ratios on a data set."""
+    files: list[Path | None] = [None] if checkpoint is None else [*checkpoint]
+    subject = Subject(
+        source,
+        files[0],
+        source="ema" if ema else "model",
+        schedule=schedule,
+        num_classes=num_classes,
+        options=options(option or []),
+    )
+    training = _training(train, finetune, finetune_seeds, recipe, micro_batch)
+    asked = AblationOptions(
+        seeds=seeds,
+        ratios=_words(ratios),
+        batch=batch,
+        workers=workers,
+        classes=classes,
+        operators=operators,
+        device=device,
+        checkpoints=[file for file in files[1:] if file is not None],
+        finetuned=_files(finetuned or []),
+        training=training,
+        restart=restart,
+    )
+    _run(subject, images, output, asked, json_file)
+
+
+def _run(
+    subject: Subject,
+    images: Path,
+    output: Path,
+    asked: AblationOptions,
+    json_file: Path | None,
+) -> None:
+    with telling(console, "building the variants") as tell:
+        report = ablate_model(subject, images, output, asked, progress=tell)
+    _print(report, output)
+    if json_file is not None:
+        write_json(json_file, report)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _training(
+    data: Path | None,
+    variants: str | None,
+    seeds: int | None,
+    recipe: list[str] | None,
+    micro_batch: int | None,
+) -> AblationTraining | None:
+    """What to train; None without --train.
+
+    Raises:
+        ValueError, TypeError: a number does not fit, or is given without --train.
+    """
+    given: dict[str, Any] = {
+        "finetune": None if variants is None else _words(variants),
+        "finetune-seeds": seeds,
+        "recipe": None if recipe is None else _recipe(recipe),
+        "micro-batch": micro_batch,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if data is not None:
+        names = {"finetune": "variants", "finetune-seeds": "seeds", "micro-batch": "micro_batch"}
+        return AblationTraining(data, **{names.get(k, k): value for k, value in given.items()})
+    if given:
+        raise ValueError(f"--{next(iter(given))} without --train trains nothing; give both")
+    return None
+
+
+def _recipe(pairs: list[str]) -> Recipe:
+    """The recipe from KEY=VALUE pairs.
+
+    Raises:
+        ValueError, TypeError: a pair is malformed, or sets what has an option of its own.
+    """
+    given = options(pairs, "--recipe")
+    if "seed" in given:
+        raise ValueError("--recipe seed: each training has its own; --finetune-seeds N")
+    return Recipe.of(given)
+
+
+def _files(pairs: list[str]) -> dict[str, list[Path]]:
+    """Read VARIANT=FILE pairs; several files of a variant are several seeds.
+
+    Raises:
+        ValueError: a pair is malformed.
+    """
+    found: dict[str, list[Path]] = {}
+    for pair in pairs:
+        key, equals, file = pair.partition("=")
+        if not equals or not file:
+            raise ValueError(
+                f"--finetuned {pair}: is not VARIANT=FILE; write gap=model.safetensors"
+            )
+        found.setdefault(key, []).append(Path(file))
+    return found
+
+
+def _print(report: AblationReport, output: Path) -> None:
+    from vssm.commands.tables import table
+    from vssm.studies.report import COLUMNS, cells
+
+    for name, value in report.facts.items():
+        console.print(f"{name}: {value}", soft_wrap=True)
+    for title in dict.fromkeys(row.table for row in report.rows):
+        rows = [cells(row) for row in report.rows if row.table == title]
+        filled = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in rows)]
+        columns = [COLUMNS[i] for i in filled]  # a terminal is narrow; the files have all
+        console.print(table(title, columns, ([row[i] for i in filled] for row in rows)))
+    for key, reason in report.left_out.items():
+        console.print(Text.assemble(("left out", "yellow"), f": {key}: {reason}"), soft_wrap=True)
+    for path, error in report.unreadable:
+        console.print(Text.assemble(("not read", "yellow"), f": {path}: {error}"), soft_wrap=True)
+    console.print(f"wrote {output / TABLES}", soft_wrap=True)

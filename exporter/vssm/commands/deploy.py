@@ -1,0 +1,203 @@
+"""The commands that leave this machine: `vssm engine` and `vssm bundle`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vssm.bundle.make import BundleRequest
+from vssm.bundle.triton import ServingOptions
+from vssm.commands import pipeline_deploy
+from vssm.commands.options import Directory, Json, Labels, integers
+from vssm.files.json_files import write_json
+
+if TYPE_CHECKING:
+    from vssm.runtimes.tensorrt.build import Progress as BuilderProgress
+    from vssm.runtimes.tensorrt.engine import EngineInfo
+
+console = Console(markup=False, emoji=False)
+
+EngineOperators = Annotated[
+    str | None,
+    typer.Option(help="kernel (the default: our plugins) or body, the file's functions."),
+]
+Hardware = Annotated[
+    str | None,
+    typer.Option(help="Runs on other GPUs too: ampere-plus or same-compute-capability."),
+]
+
+
+def engine(
+    directory: Directory,
+    rtx: Annotated[
+        bool, typer.Option("--rtx", help="TensorRT for RTX: no GPU needed, fallback bodies.")
+    ] = False,
+    batch: Annotated[str, typer.Option(help="Batch sizes MIN,OPT,MAX.")] = "1,8,32",
+    operators: EngineOperators = None,
+    memory: Annotated[
+        int | None, typer.Option(help="Workspace limit in MiB; TensorRT's own without.")
+    ] = None,
+    level: Annotated[
+        int | None,
+        typer.Option(help="How long to search for kernels, 0 to 5; TensorRT's own without."),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File of timings; beside the model by default.")
+    ] = None,
+    serialize_plugins: Annotated[
+        bool, typer.Option("--serialize-plugins", help="Put the plugin library into the engine.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Runs on later TensorRT too.")
+    ] = False,
+    hardware_compatible: Hardware = None,
+    compute_capability: Annotated[
+        str | None, typer.Option(help="With --rtx: GPUs to compile for, such as 8.6,8.9.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Build a TensorRT engine beside model.onnx."""
+    from vssm.runtimes.tensorrt.engine_request import EngineRequest
+
+    low, opt, high = _three(batch)
+    request = EngineRequest(
+        runtime="tensorrt-rtx" if rtx else "tensorrt",
+        operators=operators,
+        batch=(low, opt, high),
+        memory_mib=memory,
+        level=level,
+        timing_cache=timing_cache,
+        plugins_inside=serialize_plugins,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        compute_capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
+    )
+    with _phases() as progress:
+        info = pipeline_deploy.build_directory(directory, request, progress=progress)
+    _print_engine(directory, info)
+    if json_file is not None:
+        write_json(json_file, info)
+
+
+def bundle(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(help="An export; with --verify, a bundle.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Directory to write.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check a bundle's hashes, and run its model.")
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What the server calls the model; the export's name by default."),
+    ] = None,
+    labels: Labels = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes MIN,OPT,MAX.")] = "1,8,32",
+    queue_us: Annotated[
+        int, typer.Option(help="Microseconds that a request waits for others.")
+    ] = 500,
+    instances: Annotated[int, typer.Option(help="Copies of the model on a device.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Replace the bundle there.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Pack an export so that a Triton server runs it, or check such a bundle."""
+    if verify == (output is not None):
+        raise ValueError("give either -o OUT, to make a bundle, or --verify, to check one")
+    if output is None:
+        _refuse_making(context)
+        _verify_bundle(directory, json_file)
+        return
+    low, opt, high = _three(batch)
+    serving = ServingOptions((low, opt, high), queue_us=queue_us, instances=instances)
+    request = BundleRequest(name, labels, serving, force=force)
+    manifest = pipeline_deploy.bundle_directory(directory, output, request)
+    for part, reason in manifest.absent.items():
+        console.print(f"left out: {part}: {reason}", style="yellow", soft_wrap=True)
+    console.print(f"wrote {output} ({len(manifest.files)} files); see {output / 'README.md'}")
+    if json_file is not None:
+        write_json(json_file, manifest)
+
+
+def _refuse_making(context: typer.Context) -> None:
+    for option in ("name", "labels", "batch", "queue_us", "instances", "force"):
+        source = context.get_parameter_source(option)
+        if source is not None and source.name != "DEFAULT":
+            value = context.params[option]
+            raise ValueError(f"{option}={value} with --verify, which makes no bundle: leave it out")
+
+
+def _verify_bundle(directory: Path, json_file: Path | None) -> None:
+    from vssm.bundle.verify import verify_bundle
+
+    report = verify_bundle(directory)
+    for failure in report.failures:
+        console.print(f"failed: {failure}", style="bold red", soft_wrap=True)
+    if report.not_run:
+        console.print(f"the model was not run: {report.not_run}", style="yellow", soft_wrap=True)
+    else:
+        console.print(
+            f"{report.name}: {report.files} files hashed, {report.kernels} kernels ran, logits "
+            f"within {report.difference:.1e} of the fallback bodies'"
+        )
+    if json_file is not None:
+        write_json(json_file, report)
+    if not report.passed:
+        raise typer.Exit(1)
+    console.print("passed", style="bold green")
+
+
+def _three(batch: str) -> list[int]:
+    sizes = integers("batch", batch)
+    if len(sizes) != 3:
+        raise ValueError(f"batch={batch!r} is not three sizes; give MIN,OPT,MAX, such as 1,8,32")
+    return sizes
+
+
+@contextmanager
+def _phases() -> Iterator[BuilderProgress]:
+    """A bar for each phase that the builder is in; it calls from threads of its own."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    lock = threading.Lock()
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
+        tasks = {}
+
+        def report(phase: str, step: int, steps: int) -> None:
+            with lock:
+                if phase not in tasks:
+                    tasks[phase] = bars.add_task(phase, total=steps)
+                bars.update(tasks[phase], completed=step, total=steps)
+                if step >= steps:
+                    bars.remove_task(tasks.pop(phase))
+
+        yield report
+
+
+def _print_engine(directory: Path, info: EngineInfo) -> None:
+    from vssm.runtimes.tensorrt.api import PRODUCTS
+
+    product = PRODUCTS[info.product]
+    model = (directory / "model.onnx").stat().st_size
+    console.print(
+        f"{product.title} {info.version}, {info.gpu or 'no GPU needed'}, batch "
+        f"{'-'.join(map(str, info.batch))}, operators: {info.operators}"
+    )
+    console.print(
+        f"{info.nodes:,} nodes became {info.layers:,} layers; model.onnx of {model:,} bytes became "
+        f"an engine of {info.plan_bytes:,} bytes in {info.seconds:.1f} s"
+    )
+    if not product.plugins:
+        console.print(
+            f"{product.title} runs no plugin layers: every scan and gather runs as its fallback "
+            "body, a loop of standard layers, which is slower and larger than the kernel; for the "
+            "kernels build with `vssm engine` where full TensorRT and a GPU are",
+            style="yellow",
+        )
+    console.print(f"wrote {directory / product.plan} and {directory / product.info}")

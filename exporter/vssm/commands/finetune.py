@@ -1,0 +1,142 @@
+"""The command `vssm finetune`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vssm.commands.options import (
+    Alignment,
+    Checkpoint,
+    Classes,
+    Conv,
+    Ema,
+    Importance,
+    Json,
+    NumClasses,
+    Schedule,
+    Switches,
+    options,
+    telling,
+)
+from vssm.files.json_files import write_json
+from vssm.training.recipe import Recipe
+from vssm.training.request import FinetuneRequest, Subject, Work
+from vssm.training.run import FinetuneReport
+from vssm.training.run import finetune as run_finetune
+
+# Under torchrun the first process speaks.
+console = Console(markup=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
+
+
+Name = Annotated[str, typer.Argument(help="One of `vssm models`.")]
+Data = Annotated[Path, typer.Option(help="Folder with a folder of images for each class.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Directory for all that is written.")]
+Tokens = Annotated[
+    str,
+    typer.Option(help="gather: as deployed; masked: as published, Vim only; fused: EViT-style."),
+]
+Epochs = Annotated[int, typer.Option(help="Passes over the images.")]
+Batch = Annotated[int, typer.Option(help="Images a step, all processes together.")]
+Rate = Annotated[float, typer.Option(help="Learning rate after the warm-up.")]
+Numbers = Annotated[
+    list[str] | None,
+    typer.Option("--recipe", help="KEY=VALUE of docs/finetune.md's table, repeatable."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run was stopped.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Processes that load images, up to four by default; 0: this one.")
+]
+MicroBatch = Annotated[
+    int | None, typer.Option(help="Images at a time, where a step needs too much memory.")
+]
+SaveEvery = Annotated[
+    int, typer.Option(help="Steps between saved states; each epoch's end is saved too.")
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of torch; all cores by default.")]
+
+
+def finetune(
+    name: Name,
+    *,
+    data: Data,
+    output: Output,
+    checkpoint: Checkpoint = None,
+    ema: Ema = False,
+    schedule: Schedule = None,
+    alignment: Alignment = None,
+    importance: Importance = None,
+    conv: Conv = None,
+    tokens: Tokens = "gather",
+    num_classes: NumClasses = 1000,
+    option: Switches = None,
+    epochs: Epochs = Recipe.epochs,
+    batch: Batch = Recipe.batch,
+    lr: Rate = Recipe.lr,
+    numbers: Numbers = None,
+    classes: Classes = None,
+    resume: Resume = False,
+    workers: Workers = None,
+    micro_batch: MicroBatch = None,
+    save_every: SaveEvery = Work.save_every,
+    device: Device = Work.device,
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """Train a model, pruned or dense; after a kill, --resume goes on bit for bit."""
+    subject = Subject(
+        name,
+        checkpoint,
+        source="ema" if ema else "model",
+        schedule=schedule,
+        alignment=alignment,
+        importance=importance,
+        conv=conv,
+        tokens=tokens,
+        num_classes=num_classes,
+        options=options(option or []),
+    )
+    recipe = _recipe(numbers or [], {"epochs": epochs, "batch": batch, "lr": lr})
+    work = Work(workers, micro_batch, save_every, device, threads)
+    request = FinetuneRequest(subject, data, output, recipe, classes, resume, work)
+    if checkpoint is None:
+        console.print("no checkpoint given: training begins at the seeded initial weights")
+    with telling(console, "training") as tell:
+        report = run_finetune(request, progress=tell)
+    if report is not None:
+        _print(report)
+        if json_file is not None:
+            write_json(json_file, report)
+
+
+def _recipe(pairs: list[str], named: dict[str, Any]) -> Recipe:
+    """The recipe from KEY=VALUE pairs, and the numbers that have options of their own."""
+    given = options(pairs, "--recipe")
+    if twice := sorted(set(given) & set(named)):
+        raise ValueError(f"--recipe {twice[0]}: this number has an option of its own; --{twice[0]}")
+    return Recipe.of({**named, **given})
+
+
+def _print(report: FinetuneReport) -> None:
+    from vssm.commands.tables import table
+
+    trained = report.trained
+    speed = "-" if trained.images_per_s is None else f"{trained.images_per_s:.1f}"
+    rows = [
+        ("images", f"{trained.images:,}"),
+        ("steps", f"{trained.steps:,}"),
+        ("loss, last epoch", f"{trained.loss:.4f}"),
+        ("images/s, loading included", speed),
+    ]
+    if trained.resumed:
+        rows.insert(2, ("steps of the run that was stopped", f"{trained.resumed:,}"))
+    console.print(table(f"{report.run['model']}, trained", ("", ""), rows))
+    console.print(f"wrote {report.weights}", soft_wrap=True)
+    console.print(f"wrote {report.ema} (averaged)", soft_wrap=True)
+    if not report.tensorboard:
+        console.print("no TensorBoard log: pip install tensorboard brings it; log.csv has the rows")

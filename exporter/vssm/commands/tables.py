@@ -1,0 +1,154 @@
+"""Reports as terminal tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vssm.bench.measure import BenchReport, Row
+from vssm.runtimes.doctor import Finding
+from vssm.runtimes.session import plural
+
+if TYPE_CHECKING:  # parity needs polygraphy, which a table does not
+    from vssm.parity.compare import Comparison, ParityReport
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> RenderableType:
+    """A title over a table; columns after the first are right-aligned where they are numbers."""
+    cells = [[_text(cell) for cell in row] for row in rows]
+    result = Table()
+    for i, name in enumerate(columns):
+        numbers = i > 0 and all(row[i][:1] in "0123456789-+." for row in cells)
+        result.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in cells:
+        result.add_row(*row)
+    return Group(Text(title, style="italic"), result)  # a Table would wrap it at its own width
+
+
+def _text(cell: object) -> str:
+    if cell is None:
+        return "-"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    return str(cell)
+
+
+def models_table(models: Iterable[Mapping[str, Any]]) -> RenderableType:
+    """What `pipeline.describe_models` found."""
+    title = (
+        "models (tokens of the first block; multiply-adds; the published rule counts one of Vim's "
+        "two directions)"
+    )
+    columns = ("model", "parameters", "image", "tokens", "GFLOPs published rule", "true")
+    rows = (
+        (
+            m["name"],
+            f"{m['parameters']:,}",
+            "x".join(map(str, m["image_size"])),
+            m["tokens"],
+            f"{m['flops_published'] / 1e9:.2f}",
+            f"{m['flops_true'] / 1e9:.2f}",
+        )
+        for m in models
+    )
+    return table(title, columns, rows)
+
+
+def parity_tables(report: ParityReport) -> list[RenderableType]:
+    """The verdict, the choices that differ, and the blocks where they were compared."""
+    rows: list[Sequence[object]] = [
+        ("logits, oracle's positions", f"{report.forced.relative:.1e}", _limit(report.forced)),
+    ]
+    if report.free_logits is not None:
+        alike = report.images_alike
+        some = "" if alike == report.images else f", {alike} images of the same choices"
+        free = report.free_logits
+        rows.append((f"logits, free-running{some}", f"{free.relative:.1e}", _limit(free)))
+    for stage, share in enumerate(report.kept_agreement):
+        rows.append((f"kept positions agreed, stage {stage}", f"{share:.2%}", ""))
+    rows.append(("top-1 agreement", f"{report.top1_agreement:.0%}", ""))
+    title = (
+        f"{report.info}\n{report.dtype}, {report.weights} weights, {report.images} images, "
+        "errors relative to the largest value"
+    )
+    tables = [table(title, ("", "measured", "allowed"), rows)]
+    if report.disagreements:
+        columns = ("image", "stage", "place the oracle keeps", "its relative score margin")
+        tables.append(
+            table(
+                "tokens chosen otherwise",
+                columns,
+                (
+                    (
+                        d.image,
+                        d.stage,
+                        d.place,
+                        "follows" if d.margin is None else f"{d.margin:.1e}",
+                    )
+                    for d in report.disagreements[:20]
+                ),
+            )
+        )
+    if report.blocks:
+        tables.append(
+            table(
+                "block streams",
+                ("value", "error", "allowed", "passed"),
+                ((b.name, f"{b.relative:.1e}", _limit(b), b.passed) for b in report.blocks),
+            )
+        )
+    return tables
+
+
+def _limit(comparison: Comparison) -> str:
+    return f"{comparison.tolerance:.0e}"
+
+
+def bench_tables(report: BenchReport) -> list[RenderableType]:
+    """What ran where, times of every subject, and where the kernel session spends its own."""
+    columns = ("subject", "median", "p95", "images/s", "floor", "x floor", "diff")
+    groups: dict[tuple[int, int, int], list[Row]] = {}
+    for row in report.rows:
+        groups.setdefault((row.batch, row.threads, row.samples), []).append(row)
+    times = [
+        table(
+            f"batch {batch}, {plural(threads, 'thread')}: ms a batch, {samples} samples",
+            columns,
+            (
+                (
+                    r.subject,
+                    f"{r.median_ms:.2f}",
+                    f"{r.p95_ms:.2f}",
+                    f"{r.images_per_s:.1f}",
+                    None if r.floor_ms is None else f"{r.floor_ms:.2f}",
+                    None if r.over_floor is None else f"{r.over_floor:.2f}",
+                    None if r.difference is None else f"{r.difference:.0e}",
+                )
+                for r in rows
+            ),
+        )
+        for (batch, threads, samples), rows in groups.items()
+    ]
+    measured = [table("measured", ("", ""), report.context.items()), *times]
+    if not report.operators:
+        return measured
+    total = sum(report.operators.values())
+    spent = table(
+        "one image, one thread, with kernels",
+        ("operator", "ms", "share"),
+        ((k, f"{v:.3f}", f"{v / total:.0%}") for k, v in list(report.operators.items())[:12]),
+    )
+    return [*measured, spent]
+
+
+def findings_table(findings: Sequence[Finding]) -> RenderableType:
+    """What `doctor` found, with the remedy of what is absent."""
+    return table(
+        "vssm doctor",
+        ("part", "there", "found", "to bring it in"),
+        ((f.part, f.found, f.detail, f.remedy) for f in findings),
+    )

@@ -1,0 +1,87 @@
+"""The command `vssm visualize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vssm.commands.options import (
+    Conv,
+    Ema,
+    Folder,
+    HeadWidth,
+    Json,
+    ModelOptions,
+    OwnSchedule,
+    Source,
+    integers,
+    options,
+    telling,
+)
+from vssm.files.json_files import write_json
+from vssm.studies.visualize import PAGE
+from vssm.studies.visualize import visualize as visualize_images
+from vssm.training.request import Subject
+
+console = Console(markup=False, emoji=False)
+
+
+def visualize(
+    source: Source,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    output: Folder,
+    *,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of a named model; the seeded initial ones without.")
+    ] = None,
+    ema: Ema = False,
+    schedule: OwnSchedule = None,
+    alignment: Annotated[
+        str | None, typer.Option(help="gap, constant or none, in place of the export's.")
+    ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(help="clip, sum, l1, l2, as_released or random, in place of the export's."),
+    ] = None,
+    conv: Conv = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Blocks whose attention is shown, separated by commas.")
+    ] = None,
+    num_classes: HeadWidth = None,
+    option: ModelOptions = None,
+    json_file: Json = None,
+) -> None:
+    """Draw kept tokens, importance, attention and walks: dense, plain removal, aligned."""
+    subject = Subject(
+        source,
+        checkpoint,
+        source="ema" if ema else "model",
+        schedule=schedule,
+        alignment=alignment,
+        importance=importance,
+        conv=conv,
+        num_classes=num_classes,
+        options=options(option or []),
+    )
+    shown = None if blocks is None else integers("blocks", blocks)
+    with telling(console, "tracing") as tell:
+        numbers = visualize_images(
+            subject,
+            images,
+            output,
+            blocks=shown,
+            progress=tell,
+        )
+    _print(numbers, output)
+    if json_file is not None:
+        write_json(json_file, numbers)
+
+
+def _print(numbers: dict[str, Any], output: Path) -> None:
+    for name, value in numbers["facts"].items():
+        console.print(f"{name}: {value}", soft_wrap=True)
+    files = sum(len(image["figures"]) for image in numbers["images"])
+    console.print(f"wrote {output / PAGE} and {files} PNG files", soft_wrap=True)

@@ -1,0 +1,287 @@
+"""Any torch module that holds selective scans, to `model.onnx` and `model.json`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import onnx
+import torch
+from onnx import inliner
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from vssm._version import __version__
+from vssm.artifact.directory import INLINED_FILE, MODEL_FILE, Artifact
+from vssm.artifact.manifest import (
+    CheckpointInfo,
+    Manifest,
+    Preprocessing,
+    ScheduleInfo,
+    write_manifest,
+)
+from vssm.artifact.reference import MODULE_KEY, REFERENCE_FILE
+from vssm.checkpoints.load import save_safetensors
+from vssm.compat.exact import evaluating, exact_outputs
+from vssm.compat.outputs import public_outputs
+from vssm.compat.passes import simplify
+from vssm.compat.passes.graph import SCANS, PassReport, without_mutation
+from vssm.compat.pruned import PrunedModule
+from vssm.errors import UnsupportedError
+from vssm.files.atomic import sha256_of, staged_directory
+from vssm.onnx.bodies_folded import SUPPORTED_OPSETS
+from vssm.onnx.describe import describe_schedule, describe_tensor, used_operators
+from vssm.onnx.program import BATCH, program_to_proto, quiet
+from vssm.ops.spec import OPERATOR_VERSION
+
+_PACKAGES: Final = ("torch", "onnx", "onnxscript", "numpy")
+_SEED: Final = 0
+
+
+@dataclass(frozen=True)
+class _Options:
+    opset: int
+    dynamic_batch: bool
+    outputs: tuple[str, ...] | None
+
+
+def export_module(
+    model: nn.Module,
+    example_input: Tensor,
+    directory: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    outputs: Sequence[str] | None = None,
+    opset: int = 18,
+    dynamic_batch: bool = True,
+    inline: bool = False,
+    reference: bool = True,
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] | None = None,
+    checkpoint: CheckpointInfo | None = None,
+    force: bool = False,
+) -> Artifact:
+    """Write any module that calls selective scans as one ONNX file, as `export` does a model.
+
+    Its forward pass must be traceable by torch.export. What the graph passes did, and why one did
+    not apply, is in `artifact.manifest.config["passes"]`.
+
+    Args:
+        model: left as it was; float32.
+        example_input: the one input: images (batch, 3, height, width) float32, tokens
+            (batch, seqlen) int64, ...; its sizes behind the batch are those of the file.
+        directory: where model.onnx, model.json and reference.safetensors go.
+        name: for reports; None for the class's name.
+        outputs: a name for each output; None for logits, output_1, ...
+        opset: 18 to 20.
+        dynamic_batch: whether the first axis may have any size.
+        inline: also write model.inlined.onnx, without functions.
+        reference: keep inputs and float64 outputs, for `vssm check`.
+        preprocessing: how image files become inputs; None: unknown, and then image files are
+            refused later.
+        labels: a name for every class.
+        checkpoint: where the weights came from.
+        force: replace the export that `directory` holds.
+
+    Returns:
+        The export; `open_session`, `check_parity` and `vssm check`, `run` and `bench` take it.
+
+    Raises:
+        TypeError: `model` is no module or `example_input` no tensor.
+        ValueError: a weight is not finite or not float32, or an option does not fit.
+        UnsupportedError: torch.export cannot trace the module, no scan is in what it traced, or
+            the module does not run in float64.
+        ArtifactError: the directory cannot be written, or holds an export and not `force`.
+    """
+    _refuse(model, example_input, opset)
+    example = example_input.detach().cpu()
+    with staged_directory(directory, force=force) as staging:
+        options = _Options(opset, dynamic_batch, None if outputs is None else tuple(outputs))
+        proto, reports = trace_module(model, example, options)
+        onnx.save(proto, staging / MODEL_FILE)
+        onnx.checker.check_model(str(staging / MODEL_FILE), full_check=True)
+        if inline:
+            onnx.save(inliner.inline_local_functions(proto), staging / INLINED_FILE)
+        if reference:
+            count = 2 if dynamic_batch else len(example)
+            _write_reference(staging, model, example, count, public_outputs(outputs, scores=True))
+        manifest = _describe(
+            proto,
+            name=name or type(model).__name__,
+            config={
+                MODULE_KEY: f"{type(model).__module__}.{type(model).__qualname__}",
+                "example_input": list(example.shape),
+                "passes": [str(report) for report in reports],
+            },
+            files={path.name: sha256_of(path) for path in sorted(staging.iterdir())},
+            preprocessing=preprocessing,
+            checkpoint=checkpoint,
+            labels=labels,
+            schedule=describe_schedule(model) if isinstance(model, PrunedModule) else None,
+        )
+        write_manifest(staging, manifest)
+    return Artifact(Path(directory).absolute(), manifest)
+
+
+def trace_module(
+    model: nn.Module, example: Tensor, options: _Options
+) -> tuple[onnx.ModelProto, list[PassReport]]:
+    """The ModelProto of a module, and what the passes did."""
+    wrapper = _Wrapper(model, options.outputs)
+    with evaluating(wrapper):
+        names = _output_names(wrapper, example[:1] if options.dynamic_batch else example)
+        program = _trace(wrapper, example, options.dynamic_batch)
+        if not any(node.target in SCANS for node in program.graph.nodes):
+            raise UnsupportedError(_no_scan(model))
+        reports = simplify(program)
+        proto = program_to_proto(
+            program,
+            options.opset,
+            inputs=[_input_name(example)],
+            names=names,
+            public=len(names),
+            dynamic_batch=options.dynamic_batch,
+        )
+    return proto, reports
+
+
+def _output_names(wrapper: _Wrapper, x: Tensor) -> list[str]:
+    with torch.inference_mode():
+        try:
+            return list(wrapper.outputs(wrapper.model, x))
+        except (RuntimeError, AssertionError, IndexError) as error:
+            raise UnsupportedError(
+                f"{type(wrapper.model).__name__} fails on an input of shape {tuple(x.shape)}, "
+                f"{x.dtype}: {type(error).__name__}: {error}; give the input that it is made for"
+            ) from error
+
+
+class _Wrapper(nn.Module):
+    """Gives the outputs as a tuple of tensors."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.outputs = public_outputs(names)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        # Each its own value: a stage's choice may be an input of the next.
+        return tuple(y.clone() for y in self.outputs(self.model, x).values())
+
+
+def _refuse(model: Any, example: Any, opset: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={type(model).__name__} is no torch.nn.Module; give the module")
+    if not isinstance(example, Tensor) or example.dim() < 1:
+        raise TypeError(
+            f"example_input={type(example).__name__} is no tensor with a batch axis; wrap modules "
+            "of several inputs in one that takes the first and fixes the others"
+        )
+    if opset not in SUPPORTED_OPSETS:
+        raise ValueError(
+            f"opset={opset} is outside {SUPPORTED_OPSETS[0]} to {SUPPORTED_OPSETS[-1]}, for which "
+            "there are fallback bodies; choose one of these"
+        )
+    bad: dict[str, list[str]] = {"not float32": [], "on device meta": [], "not finite": []}
+    for key, value in model.state_dict().items():
+        if not value.is_floating_point():
+            continue
+        if value.is_meta:
+            bad["on device meta"].append(key)
+        elif value.dtype != torch.float32:
+            bad["not float32"].append(key)
+        elif not bool(value.isfinite().all()):
+            bad["not finite"].append(key)
+    if faults := [
+        f"{why}: {', '.join(keys[:4])} ({len(keys)})" for why, keys in bad.items() if keys
+    ]:
+        raise ValueError(
+            f"model: weights {'; '.join(faults)}; load float32 weights on a real device "
+            "(model.float()), half precision is for the models of vssm.create_model"
+        )
+
+
+def _trace(wrapper: _Wrapper, example: Tensor, dynamic_batch: bool) -> ExportedProgram:
+    """torch.export's program; a batch of one would be taken for a constant."""
+    pair = torch.cat([example, example])[: max(2, len(example))] if dynamic_batch else example
+    shapes = {"x": {0: torch.export.Dim(BATCH)} if dynamic_batch else None}
+    try:
+        with torch.no_grad(), quiet():
+            program = torch.export.export(wrapper, (pair,), dynamic_shapes=shapes)
+            return without_mutation(program)
+    except Exception as error:
+        message = str(error).strip().split("\n")[0][:300]
+        raise UnsupportedError(
+            f"torch.export cannot trace {type(wrapper.model).__name__}: {type(error).__name__}: "
+            f"{message}. Trace it inside vssm.compat.upstream(), take data-dependent control "
+            "flow and .item() out of its forward pass"
+            + (", or try dynamic_batch=False" if dynamic_batch else "")
+            + " (docs/compat.md)"
+        ) from error
+
+
+def _no_scan(model: nn.Module) -> str:
+    return (
+        f"{type(model).__name__}: no selective scan of vssm.compat is in the traced graph, so "
+        "its scan, if it has one, would become a loop of plain operators. Import and build the "
+        "model inside vssm.compat.upstream(), or replace its own scan function with "
+        "report.replace(owner, name, function) (docs/compat.md)"
+    )
+
+
+def _input_name(example: Tensor) -> str:
+    is_images = example.dim() == 4 and example.shape[1] == 3 and example.is_floating_point()
+    return "images" if is_images else "input"
+
+
+def _write_reference(
+    staging: Path,
+    model: nn.Module,
+    example: Tensor,
+    count: int,
+    outputs: Callable[[nn.Module, Tensor], dict[str, Tensor]],
+) -> None:
+    """`count` times noise of the example's shape, or the example where it holds integers."""
+    x = example
+    if example.is_floating_point():
+        generator = torch.Generator().manual_seed(_SEED)
+        x = torch.randn((count, *example.shape[1:]), generator=generator)
+    with evaluating(model):
+        exact = exact_outputs(model, x, outputs)
+    save_safetensors({"input": x, **exact}, staging / REFERENCE_FILE)
+
+
+def _describe(
+    proto: onnx.ModelProto,
+    *,
+    name: str,
+    config: dict[str, Any],
+    files: dict[str, str],
+    preprocessing: Preprocessing | None,
+    checkpoint: CheckpointInfo | None,
+    labels: Sequence[str] | None,
+    schedule: ScheduleInfo | None,
+) -> Manifest:
+    return Manifest(
+        name=name,
+        config=config,
+        inputs=tuple(map(describe_tensor, proto.graph.input)),
+        outputs=tuple(map(describe_tensor, proto.graph.output)),
+        dtype="float32",
+        opset=proto.opset_import[0].version,
+        files=files,
+        operators=dict.fromkeys(used_operators(proto), OPERATOR_VERSION),
+        versions={
+            "vssm": __version__,
+            **{package: importlib.metadata.version(package) for package in _PACKAGES},
+        },
+        schedule=schedule,
+        weights="custom" if checkpoint is None else "checkpoint",
+        preprocessing=preprocessing,
+        checkpoint=checkpoint,
+        labels=None if labels is None else tuple(labels),
+    )

@@ -1,0 +1,136 @@
+"""A model from the user's own repository: path:factory, imported and called.
+
+Importing runs the user's code; whoever names the repository trusts it.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vssm.errors import UnsupportedError
+
+
+def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
+    """The module that `target` makes, inside `search_path` of it.
+
+    Args:
+        target: "FILE.py:factory", "PACKAGE:module.factory" or "DIRECTORY:module.factory"; the
+            factory a function or class that returns a torch module.
+        options: its keyword arguments.
+
+    Raises:
+        ValueError: the target is malformed, or there is no such file or factory, or another module
+            of that name is imported.
+        UnsupportedError: what it makes is no torch module, or the user's code fails.
+    """
+    folder, module, factory = _resolve(target)
+    try:
+        function = pkgutil.resolve_name(f"{module}:{factory}")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"target={target!r}: importing {module} needs {error.name!r}, which is not found; "
+            "install it, or give its folder with --path DIR"
+        ) from error
+    except AttributeError as error:
+        if module in sys.modules:  # it ran, and has no such name
+            _check_place(target, module, folder)
+            remedy = "name a factory of that module, as in repo/model.py:build"
+            raise ValueError(f"target={target!r}: {error}; {remedy}") from error
+        raise UnsupportedError(f"target={target!r}: importing {module}: {_said(error)}") from error
+    except Exception as error:
+        raise UnsupportedError(f"target={target!r}: importing {module}: {_said(error)}") from error
+    _check_place(target, module, folder)
+    try:
+        model = function(**options)
+    except TypeError as error:
+        raise ValueError(
+            f"target={target!r} called with {sorted(options)}: {error}; give its arguments with "
+            "--set KEY=VALUE"
+        ) from error
+    except Exception as error:
+        raise UnsupportedError(
+            f"target={target!r} called with {sorted(options)}: {_said(error)}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(
+            f"target={target!r} returns {type(model).__name__}, not a torch.nn.Module; name a "
+            "function or class that returns the model"
+        )
+    return model
+
+
+@contextmanager
+def search_path(target: str, further: Sequence[Path] = ()) -> Iterator[None]:
+    """Let imports find the target's folder first, then `further`; undone at the end.
+
+    Raises:
+        ValueError: the target is malformed, or a folder does not exist.
+    """
+    folder, _, _ = _resolve(target)
+    for path in further:
+        if not path.is_dir():
+            raise ValueError(f"path={path} is no directory; give the folder that holds a package")
+    added = [str(path.resolve()) for path in (folder, *further)]
+    before = list(sys.path)
+    sys.path[:0] = added
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _check_place(target: str, module: str, folder: Path) -> None:
+    """Another module of that name may have been imported before, and is not the user's."""
+    file = getattr(sys.modules[module], "__file__", None)
+    if file is None or folder not in Path(file).resolve().parents:
+        raise ValueError(
+            f"target={target!r}: module {module} is already imported from {file}; rename the file, "
+            "or run in a process of its own"
+        )
+
+
+def _said(error: BaseException) -> str:
+    """What the user's code raised, and where."""
+    trace = traceback.extract_tb(error.__traceback__)
+    place = f" ({trace[-1].filename}:{trace[-1].lineno})" if trace else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _resolve(target: str) -> tuple[Path, str, str]:
+    """(folder to import from, dotted module, factory) of a target."""
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(
+            f"target={target!r} is not PATH:FACTORY; write for example repo/model.py:build, or "
+            "repo:package.model.build"
+        )
+    path = Path(place).resolve()
+    *inner, factory = name.split(".")
+    if path.is_file() and path.suffix == ".py":
+        root, parts = _package_root(path.parent, [path.stem])
+        return root, ".".join([*parts, *inner]), factory
+    if not path.is_dir():
+        raise ValueError(f"target={target!r}: {path} is neither a folder nor a .py file")
+    root, parts = _package_root(path, [])
+    if not parts and not inner:
+        raise ValueError(
+            f"target={target!r}: {path} is a folder without __init__.py; name the module in it "
+            f"too, as in {place}:module.{factory}"
+        )
+    return root, ".".join([*parts, *inner]), factory
+
+
+def _package_root(folder: Path, parts: list[str]) -> tuple[Path, list[str]]:
+    """The folder above the outermost package that holds `folder`, and the dotted parts."""
+    while (folder / "__init__.py").is_file():
+        parts = [folder.name, *parts]
+        folder = folder.parent
+    return folder, parts

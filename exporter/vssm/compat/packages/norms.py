@@ -1,0 +1,139 @@
+"""mamba_ssm's fused add-and-norm: class RMSNorm, rms_norm_fn and layer_norm_fn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vssm.errors import UnsupportedError
+
+
+def rms_norm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    **further: Any,
+) -> Any:
+    """RMSNorm of x + residual.
+
+    Args:
+        x: (..., width).
+        weight: (width).
+        bias: (width) or None.
+        residual: as x, or None.
+        eps: added to the mean square.
+        prenorm: also return the sum.
+        residual_in_fp32: keep the sum in float32 (or wider).
+        further: arguments of newer releases, None, False or 0.
+
+    Returns:
+        The normed sum in x's dtype, or (it, the sum).
+
+    Raises:
+        UnsupportedError: dropout, a second input or weight, row scales, or a gate is asked for.
+    """
+    _refuse("rms_norm_fn", further)
+    total, wide = _add(x, residual, residual_in_fp32)
+    y = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
+    y = (y if bias is None else y + bias).to(x.dtype)
+    return (y, total) if prenorm else y
+
+
+def layer_norm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+    **further: Any,
+) -> Any:
+    """LayerNorm of x + residual; arguments and result as for `rms_norm_fn`."""
+    if is_rms_norm:
+        return rms_norm_fn(
+            x,
+            weight,
+            bias,
+            residual,
+            eps=eps,
+            prenorm=prenorm,
+            residual_in_fp32=residual_in_fp32,
+            **further,
+        )
+    _refuse("layer_norm_fn", further)
+    total, wide = _add(x, residual, residual_in_fp32)
+    shift = None if bias is None else bias.to(wide.dtype)
+    y = functional.layer_norm(wide, wide.shape[-1:], weight.to(wide.dtype), shift, eps)
+    return (y.to(x.dtype), total) if prenorm else y.to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """mamba_ssm's RMSNorm: `weight` alone; called with a residual it adds first."""
+
+    bias: None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        dropout_p: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if dropout_p:
+            _refuse("RMSNorm", {"dropout_p": dropout_p})
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", None)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> Any:
+        """As `rms_norm_fn` with this module's weight."""
+        return rms_norm_fn(
+            x,
+            self.weight,
+            None,
+            residual=residual,
+            eps=self.eps,
+            prenorm=prenorm,
+            residual_in_fp32=residual_in_fp32,
+        )
+
+
+def _add(x: Tensor, residual: Tensor | None, in_fp32: bool) -> tuple[Tensor, Tensor]:
+    """The residual stream as it goes on, and the same in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if residual is not None:
+        wide = wide + residual
+    kept = wide if in_fp32 or (residual is not None and _is_wide(residual)) else wide.to(x.dtype)
+    return kept, wide
+
+
+def _is_wide(x: Tensor) -> bool:
+    return x.dtype in {torch.float32, torch.float64}
+
+
+def _refuse(function: str, further: dict[str, Any]) -> None:
+    given = [f"{k}={v!r}" for k, v in further.items() if v not in {None, False}]
+    if given:
+        raise UnsupportedError(
+            f"{function}: {', '.join(given)} is not supported; use the plain norm of an inference "
+            "forward pass (weight, bias, residual, eps, prenorm, residual_in_fp32)"
+        )

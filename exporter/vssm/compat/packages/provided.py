@@ -1,0 +1,173 @@
+"""Which module of which upstream package has which of our functions: one table.
+
+`Provided` modules know nothing else: an attribute they have not is an error that says so.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+from opcode import opmap
+from types import FrameType, ModuleType
+from typing import Any, Final
+
+import torch
+
+from vssm.compat.packages import blocks as inner
+from vssm.compat.packages import cross, mixer, norms, scan, stand_ins
+from vssm.errors import UnsupportedError
+
+_DOCS: Final = "docs/compat.md lists what is there"
+
+
+def not_supported(name: str, remedy: str) -> Any:
+    """A function or class that may be imported, and refuses to be called."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - of the class below
+        caller = _caller(sys._getframe(1))
+        raise UnsupportedError(
+            f"{name} (called by {caller}) is not supported by vssm.compat: {remedy}; {_DOCS}"
+        )
+
+    return type(name.rpartition(".")[2], (torch.nn.Module,), {"__init__": __init__})
+
+
+def _caller(frame: FrameType) -> str:
+    """Module and line of a frame."""
+    return f"{frame.f_globals.get('__name__', '?')}, line {frame.f_lineno}"
+
+
+_PREFILL = "it decodes token by token; export the forward pass over a whole sequence"
+_MAMBA2 = "it is a Mamba-2 operator, another recurrence; use the Mamba-1 variant of the model"
+_COMPILED = (
+    "it is compiled CUDA code; let the caller import from mamba_ssm or causal_conv1d what it "
+    "defines itself around it, or put ours in its place with report.replace"
+)
+
+_SCAN: Final = {
+    "selective_scan_fn": scan.selective_scan_fn,
+    "selective_scan_ref": scan.selective_scan_fn,
+    "mamba_inner_fn": inner.mamba_inner_fn,
+    "mamba_inner_ref": inner.mamba_inner_fn,
+    "mamba_inner_fn_no_out_proj": inner.mamba_inner_fn_no_out_proj,
+    "bimamba_inner_fn": inner.bimamba_inner_fn,
+    "bimamba_inner_ref": inner.bimamba_inner_fn,
+}
+_NORMS: Final = {
+    "RMSNorm": norms.RMSNorm,
+    "rms_norm_fn": norms.rms_norm_fn,
+    "layer_norm_fn": norms.layer_norm_fn,
+}
+_CONV: Final = {
+    "causal_conv1d_fn": inner.causal_conv1d_fn,
+    "causal_conv1d_update": not_supported("causal_conv1d_update", _PREFILL),
+}
+_UPDATE: Final = {
+    "selective_state_update": not_supported("selective_state_update", _PREFILL),
+}
+# Functions: ours wherever `prefer` is "ours", whatever is installed.
+FUNCTIONS: Final[dict[str, dict[str, Any]]] = {
+    "mamba_ssm": _SCAN,
+    "mamba_ssm.ops.selective_scan_interface": _SCAN,
+    "mamba_ssm.ops.triton.layer_norm": _NORMS,
+    "mamba_ssm.ops.triton.layernorm": _NORMS,
+    "mamba_ssm.ops.triton.selective_state_update": _UPDATE,
+    "causal_conv1d": _CONV,
+    "causal_conv1d.causal_conv1d_interface": _CONV,
+}
+# Compiled modules, so that the files that import them load; there is nothing in them to call.
+COMPILED: Final[dict[str, dict[str, Any]]] = {
+    name: {call: not_supported(f"{name}.{call}", _COMPILED)}
+    for name, call in (
+        ("selective_scan_cuda", "fwd"),
+        ("selective_scan_cuda_core", "fwd"),
+        ("selective_scan_cuda_oflex", "fwd"),
+        ("causal_conv1d_cuda", "causal_conv1d_fwd"),
+    )
+}
+# Files around them that need more packages: ours where `prefer` is "ours".
+AROUND: Final[dict[str, dict[str, Any]]] = {
+    "mamba_ssm.modules.mamba2": {"Mamba2": not_supported("Mamba2", _MAMBA2)},
+    "mamba_ssm.modules.mamba3": {"Mamba3": not_supported("Mamba3", _MAMBA2)},
+    "mamba_ssm.utils.generation": {
+        "GenerationMixin": stand_ins.Empty,
+        "InferenceParams": not_supported("InferenceParams", _PREFILL),
+    },
+    "mamba_ssm.utils.hf": {
+        name: not_supported(name, "it downloads; load a checkpoint file yourself")
+        for name in ("load_config_hf", "load_state_dict_hf")
+    },
+}
+# Packages and modules whose own files are used where they are there.
+PACKAGES: Final[dict[str, dict[str, Any]]] = {
+    "mamba_ssm.ops": {},
+    "mamba_ssm.ops.triton": {},
+    "mamba_ssm.modules": {},
+    "mamba_ssm.modules.mamba_simple": {**_SCAN, **_NORMS, **_CONV, "Mamba": mixer.Mamba},
+    "mamba_ssm.models": {},
+    "mamba_ssm.utils": {},
+}
+# User files that define their own: class or function name, our form, and the arguments it has.
+BY_NAME: Final[dict[str, tuple[Any, tuple[str, ...]]]] = {
+    "SelectiveScanCuda.apply": (
+        scan.selective_scan_cuda_apply,
+        ("u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus", "oflex", "backend"),
+    ),
+    **{
+        f"{name}.apply": (
+            scan.selective_scan_groupmamba,
+            (
+                *("u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus"),
+                *("nrows", "backnrows", "oflex"),
+            ),
+        )
+        for name in ("SelectiveScanCore", "SelectiveScanMamba", "SelectiveScanOflex")
+    },
+    "selective_scan_fn": (
+        scan.selective_scan_vmamba,
+        ("u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus", "oflex", "backend"),
+    ),
+    "cross_scan_fn": (
+        cross.cross_scan_fn,
+        (*("x", "in_channel_first", "out_channel_first", "one_by_one", "scans", "force_torch"),),
+    ),
+    "cross_merge_fn": (
+        cross.cross_merge_fn,
+        (*("y", "in_channel_first", "out_channel_first", "one_by_one", "scans", "force_torch"),),
+    ),
+    "CrossScan.apply": (cross.cross_scan, ("x",)),
+    "CrossMerge.apply": (cross.cross_merge, ("ys",)),
+    **{f"CrossScan_{n}.apply": (cross.one_walk(n)[0], ("x",)) for n in (1, 2, 3, 4)},
+    **{f"CrossMerge_{n}.apply": (cross.one_walk(n)[1], ("ys",)) for n in (1, 2, 3, 4)},
+}
+
+
+# What a package's own __init__ would have imported from a file of the user's, if it is there.
+LATER: Final = {("mamba_ssm", "Mamba"): "mamba_ssm.modules.mamba_simple:Mamba"}
+
+
+class Provided(ModuleType):
+    """A module that this package stands in for; what it has not fails with a message."""
+
+    def __init__(self, name: str, names: dict[str, Any], path: list[str]) -> None:
+        super().__init__(name, f"Provided by vssm.compat in the place of {name}.")
+        self.__path__ = path  # a package: submodules come from the tables, or lie there
+        self.__version__ = "0"
+        vars(self).update(names)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if (self.__name__, name) in LATER:
+            return pkgutil.resolve_name(LATER[self.__name__, name])
+        known = ", ".join(sorted(n for n in vars(self) if not n.startswith("__"))) or "nothing"
+        frame = sys._getframe(1)
+        message = (
+            f"{self.__name__}.{name} (asked for by {_caller(frame)}) is unknown to "
+            f"vssm.compat, which stands in for {self.__name__} here and has {known}; install "
+            f"the package and use upstream(prefer='installed'), or take the import out; {_DOCS}"
+        )
+        # `from module import name` would say no more than "cannot import name".
+        if frame.f_code.co_code[frame.f_lasti] == opmap["IMPORT_FROM"]:
+            raise ImportError(message, name=self.__name__)
+        raise AttributeError(message)

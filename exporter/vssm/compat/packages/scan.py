@@ -1,0 +1,295 @@
+"""Upstream's selective scans, channels first as their callers have them, over our operators.
+
+One node a group of channels: the operator's B and C belong to all channels of a node. The layouts
+are put token-major around the node, and the graph passes cancel what can be cancelled.
+Sources of the signatures: state-spaces/mamba and MzeroMiko/VMamba, as MODELS.md states them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vssm.errors import UnsupportedError
+from vssm.ops import operators as ops
+
+# exp(-1e4) is 0 in every type: a step of this size leaves the state as it is.
+_NO_STEP: Final = -1e4
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool | None = False,
+) -> Any:
+    """mamba_ssm's selective scan.
+
+    Args:
+        u: (batch, d_inner, seqlen).
+        delta: (batch, d_inner, seqlen), before bias and softplus.
+        A: (d_inner, d_state), real and negative.
+        B: (batch, d_state, seqlen) or (batch, groups, d_state, seqlen).
+        C: likewise.
+        D: (d_inner) skip; None for none.
+        z: (batch, d_inner, seqlen) gate; None for none.
+        delta_bias: (d_inner); None for none.
+        delta_softplus: whether delta goes through softplus.
+        return_last_state: also return the state (batch, d_inner, d_state) after the last step.
+
+    Returns:
+        y (batch, d_inner, seqlen) in u's dtype, or (y, last_state).
+
+    Raises:
+        UnsupportedError: A is complex, or B or C is the same for all tokens (d_inner, d_state).
+        ValueError: a shape does not fit.
+    """
+    _refuse("selective_scan_fn", A, {"B": B, "C": C})
+    B, C = (x[:, None] if x.dim() == 3 else x for x in (B, C))
+    operands = (u, delta, A, B, C, D, delta_bias)
+    if return_last_state:
+        y, state = _with_last_state(*operands, delta_softplus=delta_softplus)
+        return (y if z is None else y * functional.silu(z)), state
+    return _scan_groups(*operands, z=z, delta_softplus=delta_softplus)
+
+
+def selective_scan_vmamba(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    oflex: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """VMamba's selective scan: no gate, the bias in seventh place, softplus by default.
+
+    Args:
+        u: (batch, groups * d_inner, seqlen).
+        delta: the same shape.
+        A: (groups * d_inner, d_state).
+        B: (batch, groups, d_state, seqlen).
+        C: likewise.
+        D: (groups * d_inner).
+        delta_bias: (groups * d_inner).
+        delta_softplus: whether delta goes through softplus.
+        oflex: whether y is float32 where u is half precision.
+        backend: which of its kernels; they compute the same.
+
+    Returns:
+        y (batch, groups * d_inner, seqlen).
+
+    Raises:
+        ValueError: B or C has no group axis.
+    """
+    _refuse("VMamba's selective_scan_fn", A, {"B": B, "C": C})
+    if B.dim() != 4 or C.dim() != 4:
+        raise ValueError(
+            "VMamba's selective_scan_fn: give B and C (batch, groups, d_state, seqlen)"
+        )
+    y = _scan_groups(u, delta, A, B, C, D, delta_bias, delta_softplus=delta_softplus)
+    return y.to(_wide(u)) if oflex else y
+
+
+def selective_scan_groupmamba(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    nrows: int = 1,
+    backnrows: int = 1,
+    oflex: bool = True,
+) -> Tensor:
+    """GroupMamba's and the older VMamba's: VMamba's with two tuning arguments, inert here."""
+    return selective_scan_vmamba(u, delta, A, B, C, D, delta_bias, delta_softplus, oflex)
+
+
+def selective_scan_cuda_apply(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    oflex: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """`SelectiveScanCuda.apply` of VMamba: `selective_scan_vmamba` without softplus by default."""
+    return selective_scan_vmamba(u, delta, A, B, C, D, delta_bias, delta_softplus, oflex)
+
+
+def selective_scan_tokens(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+) -> Tensor:
+    """The scan of mamba-minimal's blocks: tokens first, delta already positive.
+
+    Args:
+        u: (batch, seqlen, d_inner).
+        delta: (batch, seqlen, d_inner), after bias and softplus.
+        A: (d_inner, d_state), real and negative.
+        B: (batch, seqlen, d_state).
+        C: (batch, seqlen, d_state).
+        D: (d_inner) skip.
+
+    Returns:
+        y (batch, seqlen, d_inner).
+    """
+    return _node(u, delta, A, B, C, D, None, delta_softplus=False)
+
+
+def _refuse(function: str, A: Tensor, operands: dict[str, Tensor]) -> None:
+    if A.is_complex():
+        raise UnsupportedError(
+            f"{function}: A.dtype={A.dtype} is complex, which no operator here has; use a model "
+            "with real A (every vision model and Mamba release)"
+        )
+    for name, x in operands.items():
+        if x.dim() == 2:
+            raise UnsupportedError(
+                f"{function}: {name}.shape={tuple(x.shape)} is one {name} for all tokens and its "
+                "own for each channel, which the operator has not; use a model whose B and C "
+                "depend on the token: (batch, d_state, seqlen)"
+            )
+        if x.dim() not in {3, 4}:
+            raise ValueError(
+                f"{function}: {name}.shape={tuple(x.shape)} has {x.dim()} axes; give (batch, "
+                "d_state, seqlen) or (batch, groups, d_state, seqlen)"
+            )
+
+
+def _scan_groups(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    *,
+    z: Tensor | None = None,
+    delta_softplus: bool,
+) -> Tensor:
+    """The y of B and C (batch, groups, d_state, seqlen): one node a group."""
+    groups, channels = max(B.shape[1], C.shape[1]), u.shape[1]
+    for name, x in (("B", B), ("C", C)):
+        if x.shape[1] not in {1, groups} or channels % groups:
+            raise ValueError(
+                f"selective scan: {name} has {x.shape[1]} groups for {channels} channels of u; "
+                "consecutive channels share a group, so their number must divide the channels"
+            )
+    width = channels // groups
+
+    def own(x: Tensor | None, axis: int, g: int) -> Tensor | None:
+        return x if x is None or groups == 1 else x.narrow(axis, g * width, width)
+
+    pieces = []
+    for g in range(groups):
+        gate = own(z, 1, g)
+        y = _node(
+            _token_major(own(u, 1, g)),
+            _token_major(own(delta, 1, g)),
+            own(A, 0, g),
+            _token_major(B[:, g if B.shape[1] > 1 else 0]),
+            _token_major(C[:, g if C.shape[1] > 1 else 0]),
+            own(D, 0, g),
+            own(delta_bias, 0, g),
+            z=None if gate is None else _token_major(gate),
+            delta_softplus=delta_softplus,
+        )
+        pieces.append(y.transpose(1, 2))
+    return pieces[0] if groups == 1 else torch.cat(pieces, dim=1)
+
+
+def _with_last_state(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    *,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """Ungated y, and the last state: d_state more steps that leave the state and read it out.
+
+    Their C is one row of the unit matrix each, their u zero and their step size zero.
+    """
+    states, seqlen = A.shape[-1], u.shape[-1]
+    bias = None if delta_bias is None else delta_bias.to(delta.dtype)[:, None]
+    stop = delta.new_full((1, 1, states), _NO_STEP if delta_softplus else 0.0)
+    if not delta_softplus and bias is not None:
+        delta, delta_bias = delta + bias, None
+    unit = torch.eye(states, dtype=C.dtype, device=C.device).expand(*C.shape[:2], -1, -1)
+    y = _scan_groups(
+        functional.pad(u, (0, states)),
+        torch.cat([delta, stop.expand(*delta.shape[:2], -1)], dim=-1),
+        A,
+        functional.pad(B, (0, states)),
+        torch.cat([C, unit], dim=-1),
+        D,
+        delta_bias,
+        delta_softplus=delta_softplus,
+    )
+    return y[..., :seqlen], y[..., seqlen:]
+
+
+def _node(
+    u: Tensor,
+    delta: Tensor,
+    A: Any,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    *,
+    z: Tensor | None = None,
+    delta_softplus: bool,
+) -> Tensor:
+    """One scan node over token-major operands (batch, seqlen, width)."""
+    channels, seqlen = u.shape[2], u.shape[1]
+    wide = _wide(u)
+    zeros = torch.zeros(channels, dtype=wide, device=u.device)
+    order = torch.arange(seqlen, dtype=torch.int32, device=u.device)[None, None]
+    return ops.selective_scan(
+        u[:, :, None],
+        delta[:, :, None],
+        A.to(wide)[None],
+        B[:, :, None],
+        C[:, :, None],
+        D=(zeros if D is None else D.to(wide))[None],
+        delta_bias=(zeros if delta_bias is None else delta_bias.to(wide))[None],
+        order=order,
+        gap=torch.ones_like(order),
+        z=z,
+        delta_softplus=delta_softplus,
+    )
+
+
+def _token_major(x: Any) -> Tensor:
+    """(batch, width, seqlen) to (batch, seqlen, width)."""
+    swapped: Tensor = x.transpose(1, 2)
+    return swapped
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """float32, or float64 where x is."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,210 @@
+"""Reading and rewriting the nodes of an exported program, shapes kept up to date."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+
+from vssm.ops import operators as ops
+from vssm.ops.spec import GATED_SELECTIVE_SCAN, SELECTIVE_SCAN, OperatorSpec
+
+ATEN: Final = torch.ops.aten
+SCANS: Final[dict[Any, OperatorSpec]] = {
+    ops.torch_op(op): op for op in (SELECTIVE_SCAN, GATED_SELECTIVE_SCAN)
+}
+# Operators whose result is a tensor of its own, and those that may then write to it or not.
+_FRESH: Final = (
+    ATEN.conv1d.default,
+    ATEN.conv2d.default,
+    ATEN.batch_norm.default,
+    ATEN.linear.default,
+    ATEN.layer_norm.default,
+    ATEN.add.Tensor,
+    ATEN.mul.Tensor,
+)
+_IN_PLACE: Final[dict[Any, Any]] = {
+    ATEN.relu_.default: ATEN.relu.default,
+    ATEN.silu_.default: ATEN.silu.default,
+    ATEN.add_.Tensor: ATEN.add.Tensor,
+    ATEN.mul_.Tensor: ATEN.mul.Tensor,
+    ATEN.div_.Tensor: ATEN.div.Tensor,
+}
+_SMALL: Final = 1 << 20  # elements of a constant that passes read
+
+
+@dataclass
+class PassReport:
+    """What one pass did: how often it applied, and why it did not where it might have."""
+
+    name: str
+    applied: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def refuse(self, reason: str) -> None:
+        """Note one place where the pass did not apply."""
+        self.refused[reason] += 1
+
+    def __str__(self) -> str:
+        reasons = "".join(f"; {n} times not: {why}" for why, n in sorted(self.refused.items()))
+        return f"{self.name}: applied {self.applied} times{reasons}"
+
+
+@dataclass(frozen=True)
+class Rewriter:
+    """A program under change, and the report of the pass that changes it."""
+
+    program: ExportedProgram
+    report: PassReport
+
+    @property
+    def graph(self) -> Graph:
+        """The graph of the program."""
+        graph: Graph = self.program.graph
+        return graph
+
+    def emit(self, before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A new call in front of `before`, its shape inferred."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        fake = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        # The dispatcher in Python: the one in C++ would decide what a symbolic size is.
+        with _mode_of(self.graph), enable_python_dispatcher():
+            node.meta["val"] = target(*fake[0], **fake[1])
+        return node
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let `new` be used where `old` was, and drop `old` if it can be."""
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+        self.report.applied += 1
+
+    def constant(self, node: Any, depth: int = 12) -> Tensor | None:
+        """The value of a small node that depends on no input and no weight."""
+        if not isinstance(node, Node) or not is_tensor(node) or depth == 0:
+            return None
+        size = node.meta["val"].numel()
+        if not isinstance(size, int) or size > _SMALL:
+            return None
+        if node.op == "placeholder":
+            return self._lifted(node.name)
+        if node.op != "call_function" or node.target in SCANS:
+            return None
+        values = {n: self.constant(n, depth - 1) for n in node.all_input_nodes}
+        if any(value is None for value in values.values()):
+            return None
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        target: Any = node.target
+        result: Tensor = target(*args, **kwargs)
+        return result
+
+    def _lifted(self, name: str) -> Tensor | None:
+        signature = self.program.graph_signature
+        key = signature.inputs_to_lifted_tensor_constants.get(name)
+        key = key or signature.inputs_to_buffers.get(name)
+        if key is None:
+            return None
+        value = self.program.constants.get(key, self.program.state_dict.get(key))
+        return value if isinstance(value, Tensor) else None
+
+
+def without_mutation(program: ExportedProgram) -> ExportedProgram:
+    """The program with no operator that writes to its operands: the passes move values about.
+
+    `x += y` would reach a copy that a pass takes out, or a twin that it shares.
+    """
+    for node in program.graph.nodes:
+        if _writes(node) and node.target in _IN_PLACE:
+            source: Any = node.args[0]
+            kinds = {n.meta["val"].dtype for n in node.all_input_nodes if is_tensor(n)}
+            if is_call(source, *_FRESH) and len(source.users) == 1 == len(kinds):
+                node.target = _IN_PLACE[node.target]  # nobody else sees what it writes to
+    if not any(_writes(node) for node in program.graph.nodes):
+        program.graph_module.recompile()
+        return program
+    functional: ExportedProgram = program.run_decompositions({})
+    return functional
+
+
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def run_pass(program: ExportedProgram, name: str, change: Callable[[Rewriter], None]) -> PassReport:
+    """Run one pass, drop what nothing reads, and return its report."""
+    report = PassReport(name)
+    change(Rewriter(program, report))
+    program.graph.eliminate_dead_code()
+    program.graph.lint()
+    return report
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether a node's value is one tensor."""
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def is_integer(node: Any) -> bool:
+    """Whether a node's value is one tensor of integers, not a mask."""
+    return is_tensor(node) and node.meta["val"].dtype in {torch.int32, torch.int64}
+
+
+def shape(node: Node) -> tuple[Any, ...]:
+    """Shape of a tensor node; a symbolic size by its name, so that comparing it decides nothing."""
+    return tuple(n if isinstance(n, int) else str(n) for n in node.meta["val"].shape)
+
+
+def rank(node: Node) -> int:
+    """Number of axes of a tensor node."""
+    return int(node.meta["val"].dim())
+
+
+def axis(node: Node, dim: int) -> int:
+    """`dim` of a tensor node, counted from the front."""
+    return dim % rank(node)
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Whether a node calls one of these."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def argument(node: Node, place: int, name: str, default: Any = None) -> Any:
+    """An argument by place or keyword."""
+    return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
+
+
+def scan_arguments(node: Node) -> dict[str, Any]:
+    """Operands and attributes of a scan node by name."""
+    op = SCANS[node.target]
+    names = [o.name for o in op.inputs] + [a.name for a in op.attributes]
+    defaults: list[Any] = [None] * len(op.inputs) + [a.default for a in op.attributes]
+    return dict(zip(names, [*node.args, *defaults[len(node.args) :]], strict=True))
+
+
+def scan_call(rewriter: Rewriter, before: Node, target: Any, named: dict[str, Any]) -> Node:
+    """A scan node with these operands and attributes."""
+    op = SCANS[target]
+    names = [o.name for o in op.inputs] + [a.name for a in op.attributes]
+    return rewriter.emit(before, target, *(named[name] for name in names))
+
+
+def rename_outputs(program: ExportedProgram) -> None:
+    """Let the signature name the nodes that now are the outputs."""
+    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
+    values = [v for v in output.args[0] if isinstance(v, Node)]
+    specs = [s for s in program.graph_signature.output_specs if hasattr(s.arg, "name")]
+    for spec, value in zip(specs, values, strict=True):
+        spec.arg.name = value.name
+
+
+def _mode_of(graph: Graph) -> Any:
+    return next(n.meta["val"].fake_mode for n in graph.nodes if is_tensor(n))

@@ -1,0 +1,250 @@
+"""Graph passes on scan nodes: index tables become `order`, sums of scans one node, factors `scale`.
+
+Each changes a graph only where the new node is provably the same function; its docstring says why.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch.fx import Node
+
+from vssm.compat.passes.graph import (
+    ATEN,
+    SCANS,
+    Rewriter,
+    is_call,
+    is_tensor,
+    rank,
+    scan_arguments,
+    scan_call,
+    shape,
+)
+from vssm.compat.passes.layouts import gather_table
+from vssm.compat.passes.stack import Stacker
+
+_STREAMS: Final = ("u", "delta", "B", "C")
+_TABLES: Final = ("order", "gap")
+
+
+def absorb_orders(r: Rewriter) -> None:
+    """Gathers around a scan become its order.
+
+    A scan of u[o] in sequence, read back at the inverse of o, is a scan of u in order o whose
+    result is in token order. Step t has delta, B and C of row t: with those gathered alike, that is
+    token o[t] (params_by_step 0); with none of them gathered, the row t itself (1).
+    """
+    for node in list(r.graph.nodes):
+        if node.target not in SCANS:
+            continue
+        named = scan_arguments(node)
+        tables = {name: _gathered(r, named[name]) for name in _STREAMS}
+        table = tables["u"]
+        if table is None:
+            continue
+        why = _why_not_absorbed(r, node, named, tables)
+        if why:
+            r.report.refuse(why)
+            continue
+        by_step = tables["delta"] is None
+        named["u"] = table[0]
+        for name in () if by_step else ("delta", "B", "C"):
+            named[name] = tables[name][0]  # type: ignore[index]
+        order = r.emit(node, ATEN.to.dtype, table[1], torch.int32)
+        order = r.emit(node, ATEN.unsqueeze.default, order, 0)
+        named["order"] = r.emit(node, ATEN.unsqueeze.default, order, 0)
+        named["params_by_step"] = int(by_step)
+        new = scan_call(r, node, node.target, named)
+        for user in list(node.users):
+            r.replace(user, new)
+        r.graph.erase_node(node)
+
+
+def _why_not_absorbed(
+    r: Rewriter, node: Node, named: dict[str, Any], tables: dict[str, Any]
+) -> str | None:
+    table = tables["u"][2]
+    steps = torch.arange(len(table))
+    if any(t is not None and shape(t[0])[1] != len(table) for t in tables.values()):
+        return "a gathered scan leaves tokens out"
+    order, gap = r.constant(named["order"]), r.constant(named["gap"])
+    if "z" in named:
+        return "a gathered scan has a gate in the order of its steps"
+    if order is None or order.shape[:2] != (1, 1) or not torch.equal(order[0, 0].long(), steps):
+        return "a gathered scan has an order of its own"
+    if gap is None or not bool((gap == 1).all()):
+        return "a gathered scan has gaps"
+    others = [tables[name] for name in ("delta", "B", "C")]
+    alike = [t is not None and torch.equal(t[2], table) for t in others]
+    if any(t is not None for t in others) and not all(alike):
+        return "u, delta, B and C of a scan are gathered by different tables"
+    inverse = torch.argsort(table)
+    if not torch.equal(table[inverse], steps) or not node.users:
+        return "the table of a gathered scan is no permutation"
+    for user in node.users:
+        back = _index_table(r, user)
+        if back is None or not torch.equal(back[2], inverse):
+            return "a gathered scan is not read back at the inverse of its table"
+    return None
+
+
+def _gathered(r: Rewriter, node: Node) -> tuple[Node, Node, torch.Tensor] | None:
+    """(ungathered stream, table node, table) of unsqueeze(x[:, table], 2)."""
+    if not is_call(node, ATEN.unsqueeze.default) or node.args[1] != 2:
+        return None
+    inner: Any = node.args[0]
+    turned = is_call(inner, ATEN.permute.default) and list(inner.args[1]) == [0, 2, 1]
+    found = _index_table(r, inner.args[0] if turned else inner, 2 if turned else 1)
+    if found is None:
+        return None
+    source, table_node, table = found
+    if turned:
+        source = r.emit(node, ATEN.permute.default, source, [0, 2, 1])
+    return r.emit(node, ATEN.unsqueeze.default, source, 2), table_node, table
+
+
+def _index_table(r: Rewriter, node: Any, dim: int = 1) -> tuple[Node, Node, torch.Tensor] | None:
+    """(x, table node, table) of a gather of x (batch, ., .) along `dim` by a constant table."""
+    found = gather_table(node)
+    if found is None or found[0] != dim or rank(node) != 3:
+        return None
+    table = r.constant(found[1])
+    if table is None or table.dim() != 1:
+        return None
+    return node.args[0], found[1], table.long()
+
+
+def merge_scans(r: Rewriter) -> None:
+    """A sum of scans over the same tokens becomes one node with all their directions.
+
+    The operator is a sum over directions, each with its own order and operands, and the gate is
+    the same for all: silu(z) (a + b) = silu(z) a + silu(z) b.
+    """
+    for node in list(r.graph.nodes):
+        if not is_call(node, ATEN.add.Tensor) or _single_sum(node):
+            continue
+        leaves = _leaves(node)
+        scans = [leaf for leaf in leaves if leaf.target in SCANS]
+        if len(scans) < 2:
+            continue
+        why = _why_not_merged(leaves, scans)
+        if why:
+            r.report.refuse(why)
+            continue
+        r.replace(node, _merged(r, node, scans))
+
+
+def _single_sum(node: Node) -> bool:
+    """Whether this sum is a part of a larger one, which is looked at by itself."""
+    users = list(node.users)
+    return len(users) == 1 and is_call(users[0], ATEN.add.Tensor) and _adds_tensors(users[0])
+
+
+def _adds_tensors(node: Node) -> bool:
+    return all(is_tensor(a) for a in node.args[:2]) and not node.kwargs
+
+
+def _leaves(node: Any) -> list[Node]:
+    """What a tree of additions sums, each used here alone."""
+    if not is_call(node, ATEN.add.Tensor) or not _adds_tensors(node):
+        return [node]
+    return [
+        leaf
+        for part in node.args[:2]
+        for leaf in (_leaves(part) if len(part.users) == 1 else [part])
+    ]
+
+
+def _why_not_merged(leaves: list[Node], scans: list[Node]) -> str | None:
+    if len(scans) < len(leaves):
+        return "a sum of scans has other terms"
+    named = [scan_arguments(scan) for scan in scans]
+    first = named[0]
+    if any(len(scan.users) > 1 for scan in scans):
+        return "a scan of a sum is used elsewhere too"
+    kinds = {(scan.target, n.get("z")) for scan, n in zip(scans, named, strict=True)}
+    if len(kinds) > 1:
+        return "the scans of a sum have different gates"
+    if any(n[a] != first[a] for n in named for a in ("delta_softplus", "params_by_step", "scale")):
+        return "the scans of a sum have different attributes"
+    if any(shape(n["A"])[1:] != shape(first["A"])[1:] for n in named):
+        return "the scans of a sum have different states"
+    if any(shape(n[t])[0] != 1 for n in named for t in _TABLES):
+        return "a scan of a sum has an order for each image"
+    if any(shape(n["order"])[1] != 1 for n in named):
+        return "a scan of a sum has several directions already"
+    streams = any(shape(n[s])[:2] != shape(first[s])[:2] for n in named for s in _STREAMS)
+    if streams or any(shape(n[t]) != shape(first[t]) for n in named for t in _TABLES):
+        return "the scans of a sum have different batches or lengths"
+    return None
+
+
+def _merged(r: Rewriter, before: Node, scans: list[Node]) -> Node:
+    named = [scan_arguments(scan) for scan in scans]
+    stacker = Stacker(r, before)
+    whole = dict(named[0])
+
+    def all_of(name: str) -> tuple[Node, ...]:
+        return tuple(n[name] for n in named)
+
+    for name in ("u", "B", "C"):
+        whole[name] = _stream(r, before, stacker, all_of(name))
+    for name in ("A", "D"):
+        whole[name] = _rows(r, before, all_of(name))
+    if any(len(set(all_of(name))) > 1 for name in ("delta", "delta_bias")):  # they share an axis
+        whole["delta"] = _stream(r, before, stacker, all_of("delta"), force=True)
+        whole["delta_bias"] = _rows(r, before, all_of("delta_bias"), force=True)
+    for name in _TABLES:
+        whole[name] = r.emit(before, ATEN.cat.default, list(all_of(name)), 1)
+    return scan_call(r, before, scans[0].target, whole)
+
+
+def _rows(r: Rewriter, before: Node, nodes: tuple[Node, ...], *, force: bool = False) -> Node:
+    """Weights (1, ...) of every scan as (K, ...); one for all where they are the same."""
+    if len(set(nodes)) == 1 and not force:
+        return nodes[0]
+    return r.emit(before, ATEN.cat.default, list(nodes), 0)
+
+
+def _stream(
+    r: Rewriter, before: Node, stacker: Stacker, nodes: tuple[Node, ...], *, force: bool = False
+) -> Node:
+    """Streams (batch, seqlen, 1, width) of every scan as (batch, seqlen, K, width)."""
+    if len(set(nodes)) == 1 and not force:
+        return nodes[0]
+    inner: Any = tuple(n.args[0] for n in nodes)
+    if not all(is_call(n, ATEN.unsqueeze.default) and n.args[1] == 2 for n in nodes):
+        return r.emit(before, ATEN.cat.default, list(nodes), 2)
+    stacked = stacker.stack(inner)
+    if is_call(stacked, ATEN.permute.default):
+        plan: Any = stacked.args[1]
+        return r.emit(
+            before, ATEN.permute.default, stacked.args[0], [plan[0], plan[2], plan[1], plan[3]]
+        )
+    if is_call(stacked, ATEN.cat.default):
+        return r.emit(before, ATEN.cat.default, list(nodes), 2)
+    return r.emit(before, ATEN.permute.default, stacked, [0, 2, 1, 3])
+
+
+def fold_scales(r: Rewriter) -> None:
+    """A number that divides or multiplies a scan, and nothing else of it, becomes its `scale`.
+
+    The operator's result is `scale` times the sum of its directions, gated or not.
+    """
+    for node in list(r.graph.nodes):
+        if not is_call(node, ATEN.div.Tensor, ATEN.mul.Tensor):
+            continue
+        scan, number = node.args[:2]
+        if not isinstance(scan, Node) or scan.target not in SCANS:
+            continue
+        if not isinstance(number, int | float) or number == 0:
+            if number != 0:
+                r.report.refuse("a scan is multiplied by a tensor")
+            continue
+        if len(scan.users) > 1:
+            r.report.refuse("a scaled scan is used elsewhere too")
+            continue
+        named = scan_arguments(scan)
+        named["scale"] *= number if is_call(node, ATEN.mul.Tensor) else 1 / number
+        r.replace(node, scan_call(r, node, scan.target, named))

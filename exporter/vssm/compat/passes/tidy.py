@@ -1,0 +1,127 @@
+"""Graph passes that bring nodes to one form: no copies, permute and split alone, nothing twice."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Final
+
+import torch
+from torch.fx import Node
+
+from vssm.compat.passes.graph import ATEN, Rewriter, argument, axis, is_call, is_tensor, rank, shape
+
+_COPIES: Final = (
+    ATEN.contiguous.default,
+    ATEN.clone.default,
+    ATEN.alias.default,
+    ATEN.detach.default,
+    ATEN.lift_fresh_copy.default,
+)
+_NOTES: Final = (ATEN._assert_tensor_metadata.default, torch.ops.aten.promote_types.default)
+_SHAPES: Final = (ATEN.reshape.default, ATEN.view.default, ATEN.expand.default)
+_PURE: Final = (
+    ATEN.unsqueeze.default,
+    ATEN.permute.default,
+    ATEN.flip.default,
+    ATEN.index.Tensor,
+    ATEN.index_select.default,
+    ATEN.select.int,
+    ATEN.slice.Tensor,
+    ATEN.exp.default,
+    ATEN.neg.default,
+    ATEN.to.dtype,
+    ATEN.arange.default,
+    ATEN.ones_like.default,
+    ATEN.zeros.default,
+    operator.getitem,
+    ATEN.split_with_sizes.default,
+)
+
+
+def drop_copies(r: Rewriter) -> None:
+    """Remove what changes nothing: copies, casts to the own type, full slices, inert dropout."""
+    for node in list(r.graph.nodes):
+        if is_call(node, *_NOTES) and not node.users:
+            r.graph.erase_node(node)
+        elif is_tensor(node) and (same := _unchanged(r, node)) is not None:
+            r.replace(node, same)
+
+
+def _unchanged(r: Rewriter, node: Node) -> Node | None:
+    """The node that has this node's value, if that is plain to see."""
+    first: Any = node.args[0] if node.args else None
+    if not is_tensor(first):
+        return None
+    source: Node = first
+    alike = node.meta["val"].dtype == source.meta["val"].dtype
+    if is_call(node, *_COPIES):
+        return source
+    if is_call(node, ATEN.to.dtype, ATEN.to.dtype_layout, ATEN._to_copy.default) and alike:
+        return source
+    if is_call(node, *_SHAPES) and shape(node) == shape(source):
+        return source
+    if is_call(node, ATEN.dropout.default) and not (node.args[1] and node.args[2]):
+        return source
+    if is_call(node, ATEN.slice.Tensor) and _is_full(node, source):
+        return source
+    if is_call(node, ATEN.add.Tensor) and node.args[1] == 0 and alike:
+        return source
+    if is_call(node, ATEN.select.int) and is_call(source, ATEN.unsqueeze.default):
+        inner, inserted = source.args
+        return inner if axis(source, node.args[1]) == axis(source, inserted) else None  # type: ignore[arg-type, return-value]
+    return None
+
+
+def _is_full(node: Node, source: Node) -> bool:
+    start, end = argument(node, 2, "start"), argument(node, 3, "end")
+    step = argument(node, 4, "step", 1)
+    size = shape(source)[axis(source, argument(node, 1, "dim", 0))]
+    whole = end is None or (isinstance(end, int) and (end >= 1 << 62 or end == size))
+    return start in {None, 0} and whole and step == 1
+
+
+def one_form(r: Rewriter) -> None:
+    """Write transpose and t as permute, chunk and split as split_with_sizes, view as reshape."""
+    for node in list(r.graph.nodes):
+        if is_call(node, ATEN.transpose.int, ATEN.t.default, ATEN.numpy_T.default):
+            source: Any = node.args[0]
+            order = list(range(rank(source)))
+            swapped: Any = node.args[1:]
+            if swapped:
+                a, b = (axis(source, d) for d in swapped)
+                order[a], order[b] = order[b], order[a]
+            else:  # numpy's T turns all axes round
+                order.reverse()
+            r.replace(node, r.emit(node, ATEN.permute.default, source, order))
+        elif is_call(
+            node, ATEN.view.default, ATEN._unsafe_view.default
+        ):  # whose operand may have lost its contiguous()
+            r.replace(node, r.emit(node, ATEN.reshape.default, *node.args))
+        elif is_call(node, ATEN.chunk.default, ATEN.split.Tensor, ATEN.split.sizes):
+            source = node.args[0]
+            dim = axis(source, argument(node, 2, "dim", 0))
+            sizes = [part.shape[dim] for part in node.meta["val"]]
+            if all(isinstance(size, int) for size in sizes):
+                target = ATEN.split_with_sizes.default
+                with r.graph.inserting_before(node):
+                    new = r.graph.call_function(target, (source, sizes, dim))
+                new.meta["val"] = node.meta["val"]
+                r.replace(node, new)
+
+
+def share(r: Rewriter) -> None:
+    """Let equal nodes be one, so that equal operands are seen to be equal."""
+    seen: dict[Any, Node] = {}
+    for node in list(r.graph.nodes):
+        if not is_call(node, *_PURE):
+            continue
+        key = (node.target, _key(node.args), _key(tuple(sorted(node.kwargs.items()))))
+        known = seen.setdefault(key, node)
+        if known is not node:
+            r.replace(node, known)
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_key(v) for v in value)
+    return value if isinstance(value, Node) else (type(value).__name__, str(value))

@@ -1,0 +1,48 @@
+"""What an evaluation has done so far: the rows of every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from vssm.files.journal import JsonJournal
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result for one image.
+
+    Attributes:
+        top: the best classes, best first; empty where the image could not be read.
+        best: softmax probability of the first of them.
+        target: that of the image's own class.
+        error: why the image could not be read.
+    """
+
+    top: tuple[int, ...] = ()
+    best: float = 0.0
+    target: float = 0.0
+    error: str | None = None
+
+
+class Journal(JsonJournal[Sequence[Row]]):
+    """The journal of one evaluation, a list of rows a batch."""
+
+    what = "evaluation"
+    option = "--results"
+
+    @staticmethod
+    def to_json(entry: Sequence[Row]) -> Any:
+        """Rows as lists."""
+        return [astuple(row) for row in entry]
+
+    @staticmethod
+    def from_json(document: Any) -> Sequence[Row]:
+        """Rows again."""
+        return [_row(entry) for entry in document]
+
+
+def _row(entry: Any) -> Row:
+    top, best, target, error = entry
+    return Row(tuple(top), best, target, error)

@@ -1,0 +1,1 @@
+"""Files read and written whole: atomic writes, JSON, journals."""

@@ -1,0 +1,144 @@
+"""What a long run has done so far, in a file that a killed process leaves usable.
+
+One JSON document a line: first what is run and how, then an entry for each batch. A line is
+appended whole by one write; the part of one that a kill may leave is cut off at the next start.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Generic, TypeVar
+
+from vssm.errors import ArtifactError
+
+Entry = TypeVar("Entry")
+_Journal = TypeVar("_Journal", bound="JsonJournal[Any]")
+
+
+class JsonJournal(ABC, Generic[Entry]):
+    """The journal of one run; a context manager that holds it against other processes.
+
+    A subclass says what an entry is, and for messages what runs and which option moves it.
+
+    Args:
+        path: the file; made where it is not there.
+        header: what is run and how.
+        restart: forget what is there.
+
+    Raises:
+        ArtifactError: it belongs to another run, is damaged, is in use, or cannot be written.
+    """
+
+    what: ClassVar[str]  # such as evaluation
+    option: ClassVar[str]  # such as --results
+
+    def __init__(self, path: Path, header: Mapping[str, str], *, restart: bool = False) -> None:
+        self.path = path
+        self.done: list[Entry] = []
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise ArtifactError(
+                f"path={path} cannot be written ({error.strerror}); give another with {self.option}"
+            ) from error
+        try:
+            self._lock()
+            if restart:
+                os.ftruncate(self._file, 0)
+            self._resume(dict(header))
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    @staticmethod
+    @abstractmethod
+    def to_json(entry: Entry) -> Any:
+        """An entry as JSON holds it."""
+
+    @staticmethod
+    @abstractmethod
+    def from_json(document: Any) -> Entry:
+        """The entry again.
+
+        Raises:
+            ValueError, TypeError, LookupError: it is none.
+        """
+
+    def __enter__(self: _Journal) -> _Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._file)
+
+    def append(self, entry: Entry) -> None:
+        """The next batch."""
+        self._write(self.to_json(entry))
+        self.done.append(entry)
+
+    def remove(self) -> None:
+        """The run is over and its results are written."""
+        self.path.unlink()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # One that ended just now has removed the file that was opened: its lock holds nobody.
+            if not os.path.samestat(os.fstat(self._file), os.stat(self.path)):
+                raise BlockingIOError
+        except OSError as error:
+            raise ArtifactError(
+                f"path={self.path} is in use by another {self.what}; wait for it, or give another "
+                f"{self.option}"
+            ) from error
+
+    def _resume(self, header: dict[str, str]) -> None:
+        """Read what is there, cut a torn line off, or begin."""
+        text = self._read()
+        whole = text[: text.rfind(b"\n") + 1]
+        os.ftruncate(self._file, len(whole))
+        if not whole:
+            self._write(header)
+            return
+        try:
+            found, *entries = [json.loads(line) for line in whole.splitlines()]
+            self.done = [self.from_json(entry) for entry in entries]
+            if not isinstance(found, dict):
+                raise TypeError("its first line is no object")
+        except (ValueError, TypeError, LookupError) as error:
+            raise ArtifactError(
+                f"path={self.path} is damaged ({error}); begin anew with --restart"
+            ) from error
+        for key in {**header, **found}:
+            if found.get(key) != header.get(key):
+                raise ArtifactError(
+                    f"path={self.path} is of another {self.what}: {key}={found.get(key)}, now "
+                    f"{header.get(key)}; run it to its end as it was begun, give another "
+                    f"{self.option}, or begin anew with --restart"
+                )
+
+    def _read(self) -> bytes:
+        with os.fdopen(os.dup(self._file), "rb") as file:
+            file.seek(0)
+            return file.read()
+
+    def _write(self, document: Any) -> None:
+        line = f"{json.dumps(document)}\n".encode()
+        try:
+            written = os.write(self._file, line)
+        except OSError as error:
+            raise ArtifactError(
+                f"path={self.path} cannot be written ({error.strerror}); make room and run again"
+            ) from error
+        if written != len(line):
+            raise ArtifactError(f"path={self.path}: the disk is full; make room and run again")

@@ -1,0 +1,180 @@
+"""What every model of this package is: a module with official keys that can prune its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from vssm.artifact.manifest import CheckpointInfo
+from vssm.errors import UnsupportedError
+from vssm.ops.operators import checked_choice
+from vssm.pruning.schedule import PruneSchedule, Stage, TokenLayout
+from vssm.pruning.select import StageResult, prune
+
+
+@dataclass(frozen=True)
+class ForwardDetails:
+    """Everything a forward pass decided.
+
+    Attributes:
+        logits: (batch, num_classes).
+        kept_positions: one (batch, num_keep) int64 of original places per stage.
+        scores: the (batch, seqlen) scores that chose them, of the tokens present before the stage.
+        blocks: (hidden, residual) after each block, before its stage; only where asked for.
+            residual is None in models of one stream.
+    """
+
+    logits: Tensor
+    kept_positions: list[Tensor]
+    scores: list[Tensor]
+    blocks: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block, by token, in multiply-adds.
+
+    `shared` is what branches share, `branch` the linear layers and `convolution` the convolution
+    of one; `states` the channel-states d_inner * d_state of one scan direction, `per_token` its
+    skip, and its gate where every direction has one; `gate` is that of a sum of directions.
+    `on_grid` says that the convolution runs over every place, whatever is pruned.
+    """
+
+    shared: int
+    branch: int
+    convolution: int
+    branches: int
+    directions: int
+    states: int
+    per_token: int
+    gate: int = 0
+    on_grid: bool = False
+
+
+class VisionModel(nn.Module):
+    """Base of the models. A subclass sets these attributes and fills `_forward`.
+
+    Attributes:
+        name: for reports and model.json.
+        config: the family's configuration, a dataclass.
+        schedule: token pruning, None for the dense model.
+        stages: the schedule's stages by block, in order.
+        layout: the tokens before pruning; None for models that cannot prune.
+        image_size: (height, width) in pixels.
+        num_classes: width of the logits.
+        traced_blocks: how many blocks `forward_details(with_blocks=True)` reports.
+        residual_stream: whether a block reports a residual stream beside its output.
+        checkpoint: the file the weights were loaded from, None for initial weights.
+        published_directions: scan directions that the published FLOPs count.
+        operators: what computes the custom operators, see `use_operators`.
+        pruner: what makes a stage; an ablation may set another of the same form on a model.
+    """
+
+    name: str
+    config: Any
+    schedule: PruneSchedule | None
+    stages: dict[int, Stage]
+    layout: TokenLayout | None
+    image_size: tuple[int, int]
+    num_classes: int
+    traced_blocks: int
+    residual_stream = True
+    checkpoint: CheckpointInfo | None = None
+    published_directions = 1  # that the published FLOPs count
+    operators = "auto"
+    pruner = staticmethod(prune)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, num_classes) of images (batch, 3, height, width), normalised."""
+        return self.forward_details(images).logits
+
+    def forward_details(self, images: Tensor, *, with_blocks: bool = False) -> ForwardDetails:
+        """The forward pass with its pruning decisions, and the blocks' outputs where asked for.
+
+        Raises:
+            ValueError: images is not (batch, 3, height, width) of the model's image size.
+        """
+        height, width = self.image_size
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, height, width):
+            raise ValueError(
+                f"images.shape={tuple(images.shape)} is not (batch, 3, {height}, {width}); resize "
+                "the images, or create the model with image_size=(height, width)"
+            )
+        return self._forward(images, with_blocks)
+
+    def _forward(self, images: Tensor, with_blocks: bool) -> ForwardDetails:
+        raise NotImplementedError
+
+    def use_operators(self, operators: str) -> Self:
+        """Choose what computes the custom operators of this model; the model itself comes back.
+
+        Exports and parity checks do not depend on it; docs/operators.md says what gradients are.
+
+        Args:
+            operators: "auto": the native kernels on CUDA, and on the CPU while gradients are
+                recorded; the PyTorch oracle anywhere else and in float64. "oracle": the oracle
+                everywhere. "kernel": the native kernels on CUDA and on the CPU; no float64.
+
+        Raises:
+            ValueError: it is none of the three.
+        """
+        checked_choice(operators)
+        for module in self.modules():
+            if hasattr(type(module), "operators"):
+                vars(module)["operators"] = operators
+        return self
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's tensors made to fit this model, such as a resized position table."""
+        return state
+
+    def fixed_cost(self) -> int:
+        """Multiply-adds outside the blocks, for one image."""
+        raise NotImplementedError
+
+    def block_cost(self) -> BlockCost:
+        """Cost of a block, by token, in a model whose blocks are all alike."""
+        raise NotImplementedError
+
+    def block_costs(self) -> list[tuple[int, BlockCost]]:
+        """Tokens before pruning and cost by token of every block, in order.
+
+        Models whose blocks differ give their own; the others a `layout` and a `block_cost`.
+        """
+        if self.layout is None:
+            raise NotImplementedError
+        return [(self.layout.seqlen, self.block_cost())] * self.config.depth
+
+    def stays_wide(self, name: str) -> bool:
+        """Whether a parameter stays float32 in a half-precision export (an island)."""
+        raise NotImplementedError
+
+
+def details(
+    logits: Tensor, chosen: list[StageResult], blocks: list[tuple[Tensor, Tensor | None]]
+) -> ForwardDetails:
+    """The public details of a pass from what its stages chose."""
+    return ForwardDetails(
+        logits,
+        [c.kept_position.long() for c in chosen],
+        [c.score for c in chosen],
+        blocks,
+    )
+
+
+def refuse_schedule(family: str, schedule: PruneSchedule | None) -> None:
+    """Hierarchical models are dense only.
+
+    Raises:
+        UnsupportedError: there is a schedule.
+    """
+    if schedule is not None:
+        asked = ",".join(f"{block}:{ratio}" for block, ratio in schedule.ratios.items())
+        raise UnsupportedError(
+            f"schedule={asked!r}: {family} is hierarchical, its convolutions and "
+            "downsampling need whole maps and no token can leave them; use schedule=None, or "
+            "prune a model whose tokens form a plain sequence (vim_*, plain_mamba_*)"
+        )

@@ -1,0 +1,59 @@
+"""Default schedules: the published ones of Vim, and ours for PlainMamba."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from vssm.pruning.schedule import PruneSchedule
+
+# Vim: those of Zhan et al., arXiv:2409.18962. PlainMamba: ours. That paper prints FLOPs for L3 and
+# no blocks; these blocks reach them (docs/plain_mamba.md). L1 and L2 have the same relative depths.
+_PLAIN_24: Final = "4:0.8,7:0.8,9:0.8,12:0.8,15:0.8,17:0.8,20:0.8,23:0.8"
+DEFAULT_SCHEDULES: Final = {
+    "vim_tiny": "10:0.8",
+    "vim_small": "5:0.8,10:0.8,15:0.8",
+    "plain_mamba_l1": _PLAIN_24,
+    "plain_mamba_l2": _PLAIN_24,
+    "plain_mamba_l3": "6:0.8,10:0.8,14:0.8,18:0.8,22:0.8,26:0.8,30:0.8,34:0.8",
+}
+
+
+def named_schedule(
+    name: str, schedule: str | PruneSchedule | None, **rules: str | None
+) -> PruneSchedule | None:
+    """What a command's --schedule means for a model.
+
+    Args:
+        name: the model's name.
+        schedule: BLOCK:RATIO,..., "default", or None for the dense model; one that is made already
+            comes back.
+        rules: alignment, importance and conv where given, for a text; None for their defaults.
+
+    Raises:
+        ValueError: the text is none, a rule does not fit, or the model has no default.
+    """
+    given: dict[str, Any] = {rule: value for rule, value in rules.items() if value is not None}
+    if schedule is None or isinstance(schedule, PruneSchedule):
+        return schedule
+    if schedule == "default":
+        return default_schedule(name, **given)
+    return PruneSchedule.parse(schedule, **given)
+
+
+def default_schedule(name: str, **rules: Any) -> PruneSchedule:
+    """The schedule of a model that `vssm export NAME --schedule default` takes.
+
+    Args:
+        name: a model's name.
+        rules: alignment, importance and the other rules of `PruneSchedule`.
+
+    Raises:
+        ValueError: the model has none, or a rule does not fit.
+    """
+    if name not in DEFAULT_SCHEDULES:
+        raise ValueError(
+            f"name={name!r} has no default schedule, only {', '.join(DEFAULT_SCHEDULES)} have; "
+            "name the blocks and ratios, such as 5:0.8,10:0.8, of a vim_* or plain_mamba_* model; "
+            "the others cannot be pruned"
+        )
+    return PruneSchedule.parse(DEFAULT_SCHEDULES[name], **rules)

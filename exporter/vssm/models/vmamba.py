@@ -1,0 +1,245 @@
+"""VMamba: the official architecture and state_dict, tokens channels-last between convolutions.
+
+Source: Liu et al., "VMamba: Visual State Space Model", arXiv:2401.10166, and the numbers of its
+public code. A map is a list of row-major tokens; the four scan directions are orders of one node.
+The official norms "ln2d" and "ln" are one and the same here: they differ in layout only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vssm.models.base import BlockCost, ForwardDetails, VisionModel, details, refuse_schedule
+from vssm.models.cross_scan import CrossScanMixer, MapWalks
+from vssm.models.layers import Conv2d, LayerNorm, Linear, to_map, to_tokens, wide
+from vssm.models.vmamba_config import SCANS, VMambaConfig
+from vssm.models.vmamba_keys import adapt_keys
+from vssm.pruning.schedule import PruneSchedule
+
+_EPS = 1e-5
+_WIDE_PARAMETERS = ("A_logs", "Ds", "dt_projs_bias", "pos_embed")
+
+
+class Mlp(nn.Module):
+    """fc1, GELU, fc2; gated: half of fc1's output times the GELU of the other half."""
+
+    def __init__(self, width: int, hidden: int, *, gated: bool = False) -> None:
+        super().__init__()
+        self.gated = gated
+        self.fc1 = Linear(width, 2 * hidden if gated else hidden)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) to (..., width)."""
+        x = self.fc1(x)
+        if self.gated:
+            x, gate = x.chunk(2, dim=-1)
+            x = x * functional.gelu(gate)
+        else:
+            x = functional.gelu(x)
+        mixed: Tensor = self.fc2(x)
+        return mixed
+
+
+class VMambaBlock(nn.Module):
+    """x + mix(norm(x)), then x + mlp(norm2(x)) where there is an MLP."""
+
+    def __init__(self, config: VMambaConfig, stage: int) -> None:
+        super().__init__()
+        width, hidden = config.width(stage), config.hidden(stage)
+        self.norm = LayerNorm(width, eps=_EPS)
+        self.op = CrossScanMixer(config.mixer(stage))
+        self.mlp: Mlp | None = None
+        if hidden:
+            self.norm2 = LayerNorm(width, eps=_EPS)
+            self.mlp = Mlp(width, hidden, gated=config.gated_mlp)
+
+    def forward(self, x: Tensor, walks: MapWalks) -> Tensor:
+        """(batch, seqlen, width), the residual stream, to the same."""
+        x = x + wide(self.op(self.norm(x), walks))
+        if self.mlp is not None:
+            x = x + wide(self.mlp(self.norm2(x)))
+        return x
+
+
+class ConvDownsample(nn.ModuleDict):
+    """A strided convolution and a norm: 3x3 with padding (v3) or 2x2 (v2)."""
+
+    def __init__(self, width: int, kernel: int) -> None:
+        conv = Conv2d(width, 2 * width, kernel, 2, padding=kernel // 2 if kernel % 2 else 0)
+        super().__init__({"1": conv, "3": LayerNorm(2 * width, eps=_EPS)})
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (batch, seqlen, width) of a map to those of a map of half its sides."""
+        halved: Tensor = self["3"](to_tokens(self["1"](to_map(x, grid))))
+        return halved
+
+
+class MergeDownsample(nn.Module):
+    """v1: the four tokens of each 2x2 patch side by side, a norm, a projection."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.reduction = Linear(4 * width, 2 * width, bias=False)
+        self.norm = LayerNorm(4 * width, eps=_EPS)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """As ConvDownsample; zeros at the bottom and the right of odd sides."""
+        height, width = grid
+        x = x.reshape(-1, height, width, x.shape[2])
+        if height % 2 or width % 2:
+            x = functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        half = (math.ceil(height / 2), math.ceil(width / 2))
+        x = x.reshape(-1, half[0], 2, half[1], 2, x.shape[3])
+        x = x.permute(0, 1, 3, 4, 2, 5)  # columns of a patch before its rows, as the official code
+        x = x.reshape(-1, math.prod(half), 4 * x.shape[5])
+        return wide(self.reduction(self.norm(x)))
+
+
+class VMambaStage(nn.Module):
+    """Blocks on one map, then the way to the next; the last stage has none."""
+
+    def __init__(self, config: VMambaConfig, stage: int) -> None:
+        super().__init__()
+        self.walks = MapWalks(config.grids[stage], SCANS[config.scan])
+        self.blocks = nn.ModuleList(VMambaBlock(config, stage) for _ in range(config.depths[stage]))
+        self.downsample: nn.Module | None = None
+        if stage + 1 < len(config.depths):
+            width = config.width(stage)
+            self.downsample = (
+                MergeDownsample(width)
+                if config.downsample == "v1"
+                else ConvDownsample(width, 3 if config.downsample == "v3" else 2)
+            )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Tokens of this stage to those of the next, and what each block returned."""
+        blocks = []
+        for block in self.blocks:
+            x = block(x, self.walks)
+            blocks.append(x)
+        return x if self.downsample is None else self.downsample(x, self.walks.grid), blocks
+
+
+class VMamba(VisionModel):
+    """VMamba with its official keys; hierarchical, so dense only.
+
+    Args:
+        config: architecture.
+        schedule: must be None.
+        name: for reports and model.json.
+
+    Raises:
+        UnsupportedError: there is a schedule.
+    """
+
+    config: VMambaConfig
+    published_directions = 4
+    residual_stream = False
+
+    def __init__(
+        self, config: VMambaConfig, schedule: PruneSchedule | None = None, *, name: str = "vmamba"
+    ) -> None:
+        super().__init__()
+        refuse_schedule("VMamba", schedule)
+        self.name, self.config, self.schedule = name, config, None
+        self.image_size, self.num_classes = config.image_height_width, config.num_classes
+        self.layout, self.stages, self.traced_blocks = None, {}, config.depth
+        self.patch_embed = nn.ModuleDict(_patch_embed(config))
+        if config.pos_embed:
+            self.pos_embed = nn.Parameter(torch.zeros(1, config.d_model, *config.grids[0]))
+        stages = range(len(config.depths))
+        self.layers = nn.ModuleList(VMambaStage(config, stage) for stage in stages)
+        width = config.width(stages[-1])
+        head = {"norm": LayerNorm(width, eps=_EPS), "head": Linear(width, config.num_classes)}
+        self.classifier = nn.ModuleDict(head)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.config.pos_embed:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def stays_wide(self, name: str) -> bool:
+        """Norms, positions and what the scan takes as float32."""
+        module, _, _ = name.rpartition(".")
+        return name.endswith(_WIDE_PARAMETERS) or isinstance(
+            self.get_submodule(module), nn.LayerNorm
+        )
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Tokens (batch, seqlen, d_model) of the first stage."""
+        parts = self.patch_embed
+        x: Tensor = parts["2"](to_tokens(parts["0"](images)))
+        if "5" in parts:
+            height, width = self.image_size
+            half = (math.ceil(height / 2), math.ceil(width / 2))
+            x = parts["7"](to_tokens(parts["5"](to_map(functional.gelu(x), half))))
+        if self.config.pos_embed:
+            x = x + to_tokens(self.pos_embed)
+        return x
+
+    def _forward(self, images: Tensor, with_blocks: bool) -> ForwardDetails:
+        x = self._embed(images)
+        blocks: list[tuple[Tensor, Tensor | None]] = []
+        for stage in self.layers:
+            x, streams = stage(x)
+            blocks += [(stream, None) for stream in streams]
+        feature = self.classifier["norm"](x).mean(1)
+        logits = wide(self.classifier["head"](feature))
+        return details(logits, [], blocks if with_blocks else [])
+
+    def fixed_cost(self) -> int:
+        """Multiply-adds of the patch embedding, the downsampling and the classifier."""
+        c = self.config
+        if c.patch_embed == "v2":
+            half = math.prod(math.ceil(side / 2) for side in self.image_size)
+            total = half * 3 * 9 * (c.d_model // 2)
+            total += math.prod(c.grids[0]) * (c.d_model // 2) * 9 * c.d_model
+        else:
+            total = math.prod(c.grids[0]) * 3 * c.patch_size**2 * c.d_model
+        taps = {"v1": 4, "v2": 4, "v3": 9}[c.downsample]
+        for stage, grid in enumerate(c.grids[1:]):
+            total += math.prod(grid) * c.width(stage) * taps * c.width(stage + 1)
+        return total + c.width(len(c.depths) - 1) * c.num_classes
+
+    def block_costs(self) -> list[tuple[int, BlockCost]]:
+        """Tokens and cost by token of every block; gate and norms are not counted."""
+        costs: list[tuple[int, BlockCost]] = []
+        for stage, depth in enumerate(self.config.depths):
+            width, hidden = self.config.width(stage), self.config.hidden(stage)
+            cost = self.config.mixer(stage).cost(
+                extra=width * hidden * (3 if self.config.gated_mlp else 2)
+            )
+            costs += [(math.prod(self.config.grids[stage]), cost)] * depth
+        return costs
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Old and one-file names, 1x1 convolutions as linears, positions of another map.
+
+        Raises:
+            CheckpointError: two entries come to one name.
+        """
+        return adapt_keys(state, self.config.grids[0])
+
+
+def _patch_embed(config: VMambaConfig) -> dict[str, nn.Module]:
+    """v1: one convolution as wide as its stride; v2: two of 3x3 that halve the image each."""
+    width = config.d_model
+    if config.patch_embed == "v1":
+        conv = Conv2d(3, width, config.patch_size, config.patch_size)
+        return {"0": conv, "2": LayerNorm(width, eps=_EPS)}
+    return {
+        "0": Conv2d(3, width // 2, 3, 2, padding=1),
+        "2": LayerNorm(width // 2, eps=_EPS),
+        "5": Conv2d(width // 2, width, 3, 2, padding=1),
+        "7": LayerNorm(width, eps=_EPS),
+    }

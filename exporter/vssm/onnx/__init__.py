@@ -1,0 +1,1 @@
+"""From a torch program to model.onnx and model.json."""

@@ -1,0 +1,217 @@
+"""A model to `model.onnx` and `model.json`: torch.export, graph passes, fallback bodies last."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+import onnx
+import torch
+from onnx import inliner
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from vssm.artifact.directory import INLINED_FILE, MODEL_FILE, WEIGHTS_FILE, Artifact
+from vssm.artifact.manifest import Preprocessing, write_manifest
+from vssm.checkpoints.load import save_safetensors
+from vssm.errors import UnsupportedError
+from vssm.files.atomic import sha256_of, staged_directory
+from vssm.models import VisionModel, model_from_config
+from vssm.onnx.bodies_folded import SUPPORTED_OPSETS
+from vssm.onnx.describe import block_outputs, describe_export
+from vssm.onnx.program import BATCH, program_to_proto, quiet
+from vssm.onnx.schemas import register_schemas
+
+DTYPES: Final = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+INPUT: Final = "images"
+
+
+def export(
+    model: VisionModel,
+    directory: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    opset: int = 18,
+    inline: bool = False,
+    weights: bool = True,
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] | None = None,
+    force: bool = False,
+) -> Artifact:
+    """Write the model as one ONNX file for every runtime, and beside it what `check` needs.
+
+    Args:
+        model: a model of `create_model`; it is left as it was.
+        directory: where model.onnx, model.json and weights.safetensors go.
+        dtype: "float32", "float16" or "bfloat16" of the projections and scan operands; norms,
+            residual, A, D, step-size bias, decay and state are float32 in all of them, and so
+            are input and logits.
+        opset: version of the standard operators, 18 to 20.
+        inline: also write model.inlined.onnx, without functions, for runtimes that read none.
+        weights: also write weights.safetensors, the oracle of `vssm check`.
+        preprocessing: how images become inputs; None for the official evaluation at this size.
+        labels: a name for every class.
+        force: replace the export that `directory` holds.
+
+    Raises:
+        TypeError: `model` is not one of this package's models.
+        ValueError: `dtype`, `opset` or `labels` does not fit; the weights are not those of the
+            model's configuration, on no real device, or not finite in `dtype`.
+        UnsupportedError: the schedule has no exported form (alignment "masked").
+        ArtifactError: the directory cannot be written, or holds an export and not `force`.
+    """
+    _refuse(model, dtype, opset, labels)
+    initial = _initial_weights(model)
+    with staged_directory(directory, force=force) as staging:
+        proto = build_proto(model, dtype=dtype, opset=opset)
+        onnx.save(proto, staging / MODEL_FILE)
+        onnx.checker.check_model(str(staging / MODEL_FILE), full_check=True)
+        if inline:
+            onnx.save(inliner.inline_local_functions(proto), staging / INLINED_FILE)
+        if weights:
+            state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+            wide = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+            save_safetensors(wide, staging / WEIGHTS_FILE)
+        manifest = describe_export(
+            model,
+            proto,
+            dtype=dtype,
+            preprocessing=preprocessing,
+            labels=labels,
+            files={path.name: sha256_of(path) for path in sorted(staging.iterdir())},
+            initial=initial,
+        )
+        write_manifest(staging, manifest)
+    return Artifact(Path(directory).absolute(), manifest)
+
+
+def build_proto(model: VisionModel, *, dtype: str, opset: int) -> onnx.ModelProto:
+    """The model as a ModelProto with dynamic batch, custom nodes at top level and their bodies.
+
+    Args:
+        model: left as it was.
+        dtype: one of DTYPES.
+        opset: 18 to 20.
+    """
+    register_schemas()
+    traced = _Traced(_cast_copy(model, DTYPES[dtype]))
+    program = _trace(traced, model.image_size)
+    public = 1 + len(traced.stages)
+    names = traced.output_names()
+    return program_to_proto(program, opset, inputs=[INPUT], names=names, public=public)
+
+
+class _Traced(nn.Module):
+    """What is traced: public outputs first, then every block's streams, to be named."""
+
+    def __init__(self, model: VisionModel) -> None:
+        super().__init__()
+        self.model = model
+        self.stages = () if model.schedule is None else tuple(model.schedule.ratios)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        found = self.model.forward_details(images, with_blocks=True)
+        # Each output its own value: a stage's choice may be an input of the next.
+        return (
+            found.logits,
+            *(kept.clone() for kept in found.kept_positions),
+            *(stream for block in found.blocks for stream in block if stream is not None),
+        )
+
+    def output_names(self) -> list[str]:
+        kept = [f"kept_positions_{stage}" for stage in range(len(self.stages))]
+        streams = [
+            name
+            for block in block_outputs(self.model)
+            for name in (block.hidden, block.residual)
+            if name is not None
+        ]
+        return ["logits", *kept, *streams]
+
+
+def _refuse(model: VisionModel, dtype: str, opset: int, labels: Sequence[str] | None) -> None:
+    if not isinstance(model, VisionModel):
+        raise TypeError(
+            f"model={type(model).__name__} is not a model of this package; make it with "
+            "vssm.create_model"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}; choose one of these")
+    if opset not in SUPPORTED_OPSETS:
+        raise ValueError(
+            f"opset={opset} is outside {SUPPORTED_OPSETS[0]} to {SUPPORTED_OPSETS[-1]}, for which "
+            "there are fallback bodies; choose one of these"
+        )
+    if model.schedule is not None and model.schedule.alignment == "masked":
+        raise UnsupportedError(
+            "alignment='masked' keeps every token and is a PyTorch reference only; export with "
+            "alignment='gap', 'constant' or 'none'"
+        )
+    if labels is not None and len(labels) != model.num_classes:
+        raise ValueError(
+            f"labels={len(labels)} for {model.num_classes} classes; give one label a class"
+        )
+
+
+def _initial_weights(model: VisionModel) -> bool:
+    """Whether the weights are the seeded ones of `create_model`; they must fit its configuration.
+
+    A model whose head was replaced, say, would be exported under a configuration that is not its.
+    """
+    state = model.state_dict()
+    if meta := [key for key, value in state.items() if value.is_meta]:
+        raise ValueError(
+            f"model: {len(meta)} weights, {meta[0]} the first, are on device meta, which holds no "
+            "values; create the model on a real device and load its weights"
+        )
+    with torch.device("cpu"):
+        seeded = model_from_config(model.name, asdict(model.config), model.schedule).state_dict()
+    shapes, wanted = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, seeded))
+    for key in sorted({*shapes, *wanted}):
+        if shapes.get(key) != wanted.get(key):
+            raise ValueError(
+                f"model: {key} has shape {shapes.get(key)}, but {model.name} with its "
+                f"configuration {wanted.get(key)}; create the model with the options that fit, "
+                "such as num_classes, and load the weights into it"
+            )
+    return all(torch.equal(value.to(state[k].dtype), state[k].cpu()) for k, value in seeded.items())
+
+
+def _cast_copy(model: VisionModel, dtype: torch.dtype) -> VisionModel:
+    """A copy on the CPU in eval mode, its projections in `dtype`, its islands in float32.
+
+    ONNX has no bfloat16 convolution before opset 22: there they are islands too.
+
+    Raises:
+        ValueError: a weight is NaN, infinite, or beyond the range of its dtype.
+    """
+    twin = copy.deepcopy(model).cpu().eval().float().use_operators("auto")
+    for owner, module in twin.named_modules():
+        if dtype == torch.bfloat16 and isinstance(module, nn.Conv1d | nn.Conv2d):
+            continue
+        for name, parameter in module.named_parameters(owner, recurse=False):
+            if not twin.stays_wide(name):
+                parameter.data = parameter.data.to(dtype)
+    bad = [key for key, value in twin.state_dict().items() if not bool(value.isfinite().all())]
+    if bad:
+        raise ValueError(
+            f"model: NaN, infinity, or values beyond {dtype} in {', '.join(bad[:6])} ({len(bad)} "
+            "in all); mend them, or export float32 if they are only too large"
+        )
+    return twin
+
+
+def _trace(traced: _Traced, image_size: tuple[int, int]) -> ExportedProgram:
+    example = torch.zeros(2, 3, *image_size, dtype=torch.float32, device="cpu")
+    with torch.no_grad(), quiet():
+        return torch.export.export(
+            traced, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim(BATCH)}}
+        )

@@ -1,0 +1,1 @@
+"""The custom operators: table, oracle, rules, kernels, gradients."""

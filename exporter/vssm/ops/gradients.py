@@ -1,0 +1,126 @@
+"""Gradients of the scans: the native kernel on a CPU, the formula in PyTorch for the rest.
+
+float64 anywhere, and every type on another device, take `ops_backward.selective_scan_backward`:
+exact, and slow. float32, float16 and bfloat16 on a CPU go through libvssm.so. The gradients are
+an operator of their own, `vssm::<scan>_backward`, so that a compiled training step has them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from vssm.errors import RuntimeUnavailableError, UnsupportedError
+from vssm.ops import ops_native
+from vssm.ops.kernels import kernels
+from vssm.ops.ops_backward import selective_scan_backward
+from vssm.ops.spec import OperatorSpec
+
+_NATIVE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def trains_on_kernels(operands: Sequence[Tensor]) -> bool:
+    """Whether a scan of these runs on the native kernels because gradients are recorded.
+
+    So it is on a CPU, in float32, float16 or bfloat16, outside of tracing, where libvssm.so is
+    there. Without the library y comes from the oracle, and asking for gradients is an error.
+    """
+    return (
+        torch.is_grad_enabled()
+        and any(t.requires_grad for t in operands)
+        and all(type(t) in {Tensor, torch.nn.Parameter} for t in operands)
+        and not torch.compiler.is_compiling()
+        and _is_native(operands[0])
+        and _has_kernels()
+    )
+
+
+def define(library: torch.library.Library, op: OperatorSpec, name: str) -> None:
+    """Defines `vssm::<name>_backward`: dy, the operator's inputs and attributes; its gradients.
+
+    Args:
+        library: where.
+        op: the operator.
+        name: its torch name.
+    """
+    count = len(op.inputs)
+    inputs = ", ".join(f"Tensor {o.name}" for o in op.inputs)
+    attributes = ", ".join(f"{a.kind.__name__} {a.name}" for a in op.attributes)
+    outputs = ", ".join("Tensor" for _ in ops_native.differentiable(op))
+    library.define(f"{name}_backward(Tensor dy, {inputs}, {attributes}) -> ({outputs})")
+
+    def run(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        if not _is_native(args[0]):
+            return _by_formula(op, _named(op, args), dy)
+        try:
+            return tuple(ops_native.scan_backward(op, _named(op, args), dy))
+        except RuntimeUnavailableError as error:
+            raise RuntimeUnavailableError(
+                f"{error}; or create the model with operators='oracle', whose gradients are slow"
+            ) from error
+
+    def fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        floats = [t for t in args[:count] if t.is_floating_point()]
+        return tuple(torch.empty_like(t) for t in floats)
+
+    library.impl(f"{name}_backward", run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vssm::{name}_backward", fake, lib=library)
+    torch.library.register_autograd(f"vssm::{name}_backward", _refuse_second, lib=library)
+
+
+def register_autograd(library: torch.library.Library, op: OperatorSpec, overload: str) -> None:
+    """Makes `vssm::<name>_backward` the gradient of `vssm::<name>` or `vssm::<name>.<overload>`."""
+    count = len(op.inputs)
+    name = f"{overload.partition('.')[0]}_backward"
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:count])
+        ctx.attributes = inputs[count:]
+
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        call = getattr(torch.ops.vssm, name).default
+        found = call(dy, *ctx.saved_tensors, *ctx.attributes)
+        gradients = dict(zip(ops_native.differentiable(op), found, strict=True))
+        needed = zip(op.inputs, ctx.needs_input_grad, strict=False)
+        return (
+            *(gradients.get(o.name) if asked else None for o, asked in needed),
+            *(None for _ in ctx.attributes),
+        )
+
+    torch.library.register_autograd(
+        f"vssm::{overload}", backward, setup_context=setup_context, lib=library
+    )
+
+
+def _refuse_second(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise UnsupportedError(
+        "vssm: a scan's gradient has no derivative of its own; for a second one call "
+        "vssm.ops.reference.selective_scan in place of the operator"
+    )
+
+
+def _is_native(u: Tensor) -> bool:
+    return u.device.type == "cpu" and u.dtype in _NATIVE
+
+
+def _has_kernels() -> bool:
+    try:
+        kernels()
+    except RuntimeUnavailableError:
+        return False
+    return True
+
+
+def _named(op: OperatorSpec, args: Sequence[Any]) -> dict[str, Any]:
+    names = [*(o.name for o in op.inputs), *(a.name for a in op.attributes)]
+    return dict(zip(names, args, strict=True))
+
+
+def _by_formula(op: OperatorSpec, named: dict[str, Any], dy: Tensor) -> tuple[Tensor, ...]:
+    flags = {name: bool(named[name]) for name in ("delta_softplus", "params_by_step")}
+    found = selective_scan_backward(dy, **(named | flags))
+    names = ops_native.differentiable(op)
+    return tuple(torch.empty_like(named[n]).copy_(found[n]) for n in names)

@@ -1,0 +1,218 @@
+"""The operators' native kernels on torch's tensors, through the C ABI of libvssm.so.
+
+On CUDA tensors the kernels run on torch's current stream of their device, with a workspace from
+torch's own allocator: nothing waits and nothing else allocates, so a call may be captured in a CUDA
+graph. The values of `order` and `gap` are then not looked at. On CPU tensors the CPU kernels run,
+the scans on as many threads as torch uses, and refuse bad values. float64 has the oracle alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from vssm.errors import RuntimeUnavailableError, UnsupportedError
+from vssm.native_library import find_library, load_library
+from vssm.ops.rules import check_operands
+from vssm.ops.spec import GATHER_OPERATORS, OperatorSpec
+
+LIBRARY: Final = "vssm"
+_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
+_MAX_RANK = 4
+_ALIGNMENT = 256  # bytes, of a workspace
+_ERROR_BYTES = 512
+
+
+class CTensor(ctypes.Structure):
+    """vssm_tensor of plugins/c/vssm.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("dims", ctypes.c_int64 * _MAX_RANK),
+    )
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("stream", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_int64),
+    )
+
+
+class ScanAttributes(ctypes.Structure):
+    """vssm_scan_attributes of plugins/c/vssm.h."""
+
+    _fields_ = (
+        ("delta_softplus", ctypes.c_int64),
+        ("params_by_step", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("variant", ctypes.c_int32),
+    )
+
+
+class _GatherAttributes(ctypes.Structure):
+    _fields_ = (("num_keep", ctypes.c_int64), ("protected_position", ctypes.c_int64))
+
+
+class Kernels:
+    """The kernels of one build of the library.
+
+    Args:
+        path: the library.
+        emulated: whether CPU tensors stand for those of a device, as in the tests' build, whose
+            CUDA kernels run on the CPU.
+
+    Raises:
+        RuntimeUnavailableError: this machine cannot load it.
+    """
+
+    def __init__(self, path: Path, *, emulated: bool = False) -> None:
+        self.path = path
+        self.emulated = emulated
+        self._library = load_library(path)
+        self.has_cuda = bool(self._library.vssm_has_cuda())
+
+    def scan(self, op: OperatorSpec, named: Mapping[str, Any]) -> Tensor:
+        """Run a scan operator on tensors and attributes by name; y (batch, seqlen, d_inner).
+
+        Raises:
+            ValueError: an operand breaks the contract, or is on another device than the first.
+            RuntimeUnavailableError: the tensors are on a device that this build has no kernels for.
+            UnsupportedError: the CUDA kernels refuse the sizes, or CUDA the launch.
+        """
+        check_operands(op, named)
+        operands = [named[o.name] for o in op.inputs]
+        u: Tensor = named["u"]
+        y = u.new_empty(u.shape[0], u.shape[1], u.shape[3])
+        attributes = ScanAttributes(
+            named["delta_softplus"], named["params_by_step"], named["scale"], 0
+        )
+        self._run("vssm_selective_scan", op, operands, [y], attributes)
+        return y
+
+    def gather(self, op: OperatorSpec, named: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """Run a gather operator likewise; kept_position (batch, num_keep) and the kept rows."""
+        check_operands(op, named)
+        operands = [named[o.name] for o in op.inputs]
+        batch, keep = operands[0].shape[0], named["num_keep"]
+        outputs = [operands[1].new_empty(batch, keep)]
+        outputs += [x.new_empty(batch, keep, x.shape[2]) for x in operands[2:]]
+        attributes = _GatherAttributes(named["num_keep"], named["protected_position"])
+        self._run("vssm_token_gather", op, operands, outputs, attributes)
+        return tuple(outputs)
+
+    def _run(
+        self,
+        function: str,
+        op: OperatorSpec,
+        operands: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        attributes: ctypes.Structure,
+    ) -> None:
+        device = _one_device(op, operands)
+        self._require(device)
+        kept = [t.contiguous() for t in operands]  # alive until the call returns
+        inputs, results = describe(kept), describe(outputs)
+        counted = [results]
+        if op in GATHER_OPERATORS:
+            counted.append(ctypes.c_int32(len(results)))
+        given = (op.name.encode(), inputs, ctypes.c_int32(len(inputs)))
+        with _on(device):
+            if device.type == "cpu" and not self.emulated:
+                on_threads, last = function, None
+                if op not in GATHER_OPERATORS:
+                    on_threads += "_on_threads"
+                    last = ctypes.c_int32(torch.get_num_threads())
+                arguments = (*given, *counted, ctypes.byref(attributes), last)
+                failure = self.call(on_threads, *arguments)
+                if failure is not None:
+                    raise ValueError(failure)
+                return
+            size = ctypes.c_int64(0)
+            query = f"{function}_workspace"
+            failure = self.call(query, *given, ctypes.byref(attributes), ctypes.byref(size))
+            if failure is None:
+                launch, _workspace = _launch(device, size.value)
+                failure = self.call(function, *given, *counted, ctypes.byref(attributes), launch)
+            if failure is not None:
+                raise UnsupportedError(failure)
+
+    def call(self, function: str, *arguments: Any) -> str | None:
+        """Call a function of the library; its message, None for success."""
+        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        failed = self._library[function](*arguments, error, ctypes.c_size_t(_ERROR_BYTES))
+        return error.value.decode() if failed else None
+
+    def _require(self, device: torch.device) -> None:
+        if device.type not in {"cpu", "cuda"}:
+            raise RuntimeUnavailableError(
+                f"device={device} has no kernels of ours; move the model to cpu or cuda, or ask "
+                "for operators='oracle'"
+            )
+        if device.type == "cuda" and not self.has_cuda:
+            raise RuntimeUnavailableError(
+                f"device={device}: library={self.path} was built without CUDA kernels; put nvcc in "
+                "the PATH, set CUDA_HOME or pip install nvidia-cuda-nvcc, run `make setup` again, "
+                "or ask for operators='oracle'"
+            )
+
+
+@functools.lru_cache(maxsize=1)
+def kernels() -> Kernels:
+    """The kernels of the installed library.
+
+    Raises:
+        RuntimeUnavailableError: there is no library, or this machine cannot load it.
+    """
+    return Kernels(find_library(LIBRARY))
+
+
+def _one_device(op: OperatorSpec, operands: Sequence[Tensor]) -> torch.device:
+    """The device of all operands: the library cannot tell where a pointer points to."""
+    device = operands[0].device
+    if operands[0].dtype == torch.float64:
+        raise ValueError(
+            f"{op.name} {op.inputs[0].name}.dtype=float64: the kernels compute in float32; ask "
+            "for operators='oracle', or pass float32"
+        )
+    for operand, tensor in zip(op.inputs, operands, strict=True):
+        if tensor.device != device:
+            raise ValueError(
+                f"{op.name} {operand.name}.device={tensor.device} is not {device}, where "
+                f"{op.inputs[0].name} is; move it there"
+            )
+    return device
+
+
+def describe(tensors: Sequence[Tensor]) -> Any:
+    """An array of CTensor for contiguous tensors, which must outlive it."""
+    found = [
+        CTensor(t.data_ptr(), _CODES[t.dtype], t.dim(), (ctypes.c_int64 * _MAX_RANK)(*t.shape))
+        for t in tensors
+    ]
+    return (CTensor * len(found))(*found)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _launch(device: torch.device, size: int) -> tuple[Any, Tensor]:
+    """A launch on the current stream, and its workspace, to be kept until the call returns.
+
+    Afterwards torch may hand it on, in the order of the stream.
+    """
+    workspace = torch.empty(size + _ALIGNMENT if size else 0, dtype=torch.uint8, device=device)
+    aligned = -(-workspace.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    return ctypes.byref(_Launch(stream, aligned if size else None, size)), workspace

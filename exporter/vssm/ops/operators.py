@@ -1,0 +1,293 @@
+"""torch.library operators `vssm::*`: what models call and what the exporter turns into ONNX nodes.
+
+Schemas come from the operator table in `spec`. Every operator has a fake kernel, autograd (the
+gathers through the oracle, the scans as `ops_gradients` says), and three overloads:
+
+- `default` ("auto"): on CUDA tensors the native kernels, for float64 the oracle's formula; on any
+  other device the oracle.
+- `oracle`: the oracle on every device.
+- `kernel`: the native kernels on CUDA and CPU tensors.
+
+Nothing falls back: kernels that are missing are an error. `selective_scan` takes `kernel` for
+"auto" where gradients are recorded on a CPU: a model is trained on the native kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from vssm.ops import gradients as ops_gradients
+from vssm.ops import reference
+from vssm.ops.kernels import kernels
+from vssm.ops.rules import check_operands, check_scan_values
+from vssm.ops.spec import (
+    GATED_SELECTIVE_SCAN,
+    GATHER_OPERATORS,
+    OPERATORS,
+    SCAN_OPERATORS,
+    SELECTIVE_SCAN,
+    SELECTIVE_SCAN_CONSTANT_GAP,
+    OperatorSpec,
+)
+
+_LIBRARY = torch.library.Library("vssm", "DEF")
+_TORCH_NAMES = {
+    "SelectiveScan": "selective_scan",
+    "GatedSelectiveScan": "gated_selective_scan",
+    "SelectiveScanConstantGap": "selective_scan_constant_gap",
+    "TokenGather": "token_gather",
+    "TokenGather1": "token_gather1",
+}
+
+
+# What `operators` may be, and the overload of each.
+OPERATORS_CHOICES: Final = {"auto": "default", "oracle": "oracle", "kernel": "kernel"}
+
+
+def checked_choice(operators: str) -> str:
+    """The argument, if it is one of `OPERATORS_CHOICES`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if operators not in OPERATORS_CHOICES:
+        raise ValueError(
+            f"operators={operators!r} is not one of {', '.join(OPERATORS_CHOICES)}; choose one"
+        )
+    return operators
+
+
+def torch_op(op: OperatorSpec, operators: str = "auto") -> Any:
+    """The callable `torch.ops.vssm.*` overload of an operator."""
+    packet = getattr(torch.ops.vssm, _TORCH_NAMES[op.name])
+    return getattr(packet, OPERATORS_CHOICES[checked_choice(operators)])
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor,
+    delta_bias: Tensor,
+    order: Tensor,
+    gap: Tensor,
+    z: Tensor | None = None,
+    delta0: Tensor | None = None,
+    delta_softplus: bool = True,
+    params_by_step: bool = False,
+    scale: float = 1.0,
+    operators: str = "auto",
+) -> Tensor:
+    """One `vssm` scan node: the arguments and result of `reference.selective_scan`.
+
+    Which operator it is follows from the operands: gated with `z`, constant gap with `delta0`.
+    What computes it is `operators`: "auto", "oracle" or "kernel". "auto" is "kernel" where
+    `ops_gradients.trains_on_kernels` says so.
+
+    Raises:
+        ValueError: a shape or value breaks the contract, or both `z` and `delta0` are given.
+    """
+    if z is not None and delta0 is not None:
+        raise ValueError(
+            "z and delta0 are both given, but no operator takes both; multiply the scan by silu(z)"
+        )
+    operands = [u, delta, A, B, C, D, delta_bias, order, gap]
+    op = SELECTIVE_SCAN
+    if z is not None:
+        op, operands = GATED_SELECTIVE_SCAN, [*operands, z]
+    elif delta0 is not None:
+        op, operands = SELECTIVE_SCAN_CONSTANT_GAP, [*operands, delta0]
+    if operators == "auto" and ops_gradients.trains_on_kernels(operands):
+        operators = "kernel"
+    run = torch_op(op, operators)
+    result: Tensor = run(*operands, int(delta_softplus), int(params_by_step), scale)
+    return result
+
+
+def token_gather(
+    score: Tensor,
+    position: Tensor,
+    xs: Sequence[Tensor],
+    *,
+    num_keep: int,
+    protected_position: int = -1,
+    operators: str = "auto",
+) -> tuple[Tensor, list[Tensor]]:
+    """One `vssm` gather node: arguments and result of `reference.token_gather`, one or two xs.
+
+    What computes it is `operators`: "auto", "oracle" or "kernel".
+
+    Raises:
+        ValueError: a shape or value breaks the contract, or there is another number of xs.
+    """
+    if len(xs) not in {1, 2}:
+        raise ValueError(f"len(xs)={len(xs)}: TokenGather takes 1 or 2 tensors; call it again")
+    op = GATHER_OPERATORS[2 - len(xs)]
+    run = torch_op(op, operators)
+    kept, *rows = run(score, position, *xs, num_keep, protected_position)
+    return kept, rows
+
+
+def _schema(op: OperatorSpec, overload: str) -> str:
+    arguments = [f"Tensor {o.name}" for o in op.inputs]
+    for a in op.attributes:
+        arguments.append(
+            f"{a.kind.__name__} {a.name}" + ("" if a.default is None else f"={a.default}")
+        )
+    outputs = ", ".join("Tensor" for _ in op.outputs)
+    return f"{_qualified(op, overload)}({', '.join(arguments)}) -> ({outputs})"
+
+
+def _qualified(op: OperatorSpec, overload: str) -> str:
+    name = _TORCH_NAMES[op.name]
+    return name if overload == "default" else f"{name}.{overload}"
+
+
+def _named(op: OperatorSpec, args: Sequence[Any]) -> dict[str, Any]:
+    names = [o.name for o in op.inputs] + [a.name for a in op.attributes]
+    defaults = [None] * len(op.inputs) + [a.default for a in op.attributes]
+    given = [*args, *defaults[len(args) :]]
+    return dict(zip(names, given, strict=True))
+
+
+def _scan_reference(op: OperatorSpec, args: Sequence[Any]) -> Tensor:
+    named = _named(op, args)
+    named["delta_softplus"] = bool(named["delta_softplus"])
+    named["params_by_step"] = bool(named["params_by_step"])
+    return reference.selective_scan(**named)
+
+
+def _gather_reference(op: OperatorSpec, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    named = _named(op, args)
+    xs = [named.pop(o.name) for o in op.inputs if o.name.startswith("x")]
+    kept, rows = reference.token_gather(**named, xs=xs)
+    return (kept, *rows)
+
+
+def _scan_oracle(op: OperatorSpec) -> Callable[..., Tensor]:
+    def run(*args: Any) -> Tensor:
+        named = _named(op, args)
+        check_operands(op, named)
+        check_scan_values(op, named)
+        return _scan_reference(op, args).contiguous()
+
+    return run
+
+
+def _scan_fake(op: OperatorSpec) -> Callable[..., Tensor]:
+    def fake(*args: Any) -> Tensor:
+        named = _named(op, args)
+        check_operands(op, named)
+        u: Tensor = named["u"]
+        return u.new_empty(u.shape[0], u.shape[1], u.shape[3])
+
+    return fake
+
+
+def _gather_oracle(op: OperatorSpec) -> Callable[..., tuple[Tensor, ...]]:
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        check_operands(op, _named(op, args))
+        return tuple(t.contiguous() for t in _gather_reference(op, args))
+
+    return run
+
+
+def _gather_fake(op: OperatorSpec) -> Callable[..., tuple[Tensor, ...]]:
+    def fake(*args: Any) -> tuple[Tensor, ...]:
+        named = _named(op, args)
+        check_operands(op, named)
+        batch, keep = named["score"].shape[0], named["num_keep"]
+        rows = [named[o.name] for o in op.inputs if o.name.startswith("x")]
+        kept = named["position"].new_empty(batch, keep)
+        return (kept, *(x.new_empty(batch, keep, x.shape[2]) for x in rows))
+
+    return fake
+
+
+def _native(op: OperatorSpec) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        named = _named(op, args)
+        return kernels().scan(op, named) if op in SCAN_OPERATORS else kernels().gather(op, named)
+
+    return run
+
+
+def _on_cuda(op: OperatorSpec, oracle: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernels; the oracle's formula for float64, which asks for exact numbers."""
+    native = _native(op)
+
+    def run(*args: Any) -> Any:
+        exact = args[0].dtype == torch.float64
+        return oracle(*args) if exact else native(*args)
+
+    return run
+
+
+def _register_autograd(op: OperatorSpec, overload: str, forward: Callable[..., Any]) -> None:
+    """Backward by running the oracle again under autograd: exact, and slow."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = len(op.inputs)
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.attributes = inputs[tensors:]
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            leaves = [
+                t.detach().requires_grad_(needed)
+                for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+            ]
+            outputs = forward(op, [*leaves, *ctx.attributes])
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = [
+                (o, g)
+                for o, g in zip(outputs, grads, strict=True)
+                if o.requires_grad and g is not None
+            ]
+            wanted = [t for t in leaves if t.requires_grad]
+            found = iter(
+                torch.autograd.grad(
+                    [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+                )
+            )
+        gradients = [next(found) if t.requires_grad else None for t in leaves]
+        return (*gradients, *(None for _ in ctx.attributes))
+
+    torch.library.register_autograd(
+        f"vssm::{_qualified(op, overload)}", backward, setup_context=setup_context, lib=_LIBRARY
+    )
+
+
+def _register(
+    op: OperatorSpec,
+    oracle: Callable[..., Any],
+    fake: Callable[..., Any],
+    forward: Callable[..., Any],
+) -> None:
+    anywhere = {"default": oracle, "oracle": oracle, "kernel": _native(op)}
+    for overload, function in anywhere.items():
+        _LIBRARY.define(_schema(op, overload), tags=(torch.Tag.pt2_compliant_tag,))
+        name = _qualified(op, overload)
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        if overload == "default":
+            _LIBRARY.impl(name, _on_cuda(op, oracle), "CUDA")
+        torch.library.register_fake(f"vssm::{name}", fake, lib=_LIBRARY)
+        if op not in SCAN_OPERATORS or overload == "oracle":
+            _register_autograd(op, overload, forward)
+        else:
+            ops_gradients.register_autograd(_LIBRARY, op, name)
+
+
+for _op in SCAN_OPERATORS:
+    ops_gradients.define(_LIBRARY, _op, _TORCH_NAMES[_op.name])
+    _register(_op, _scan_oracle(_op), _scan_fake(_op), _scan_reference)
+for _op in GATHER_OPERATORS:
+    _register(_op, _gather_oracle(_op), _gather_fake(_op), _gather_reference)
+assert set(_TORCH_NAMES) == set(OPERATORS)

@@ -1,0 +1,142 @@
+"""The operators' contract, checked against the table: types, sizes, attributes, order and gap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from torch import Tensor
+
+from vssm.ops.spec import MAX_D_STATE, OperatorSpec
+
+_FLAGS: Final = ("delta_softplus", "params_by_step")
+
+
+def check_operands(op: OperatorSpec, named: Mapping[str, Any]) -> None:
+    """Every rule that shapes, dtypes and attributes can show, on fake tensors too.
+
+    Args:
+        op: the operator.
+        named: its tensors and attributes by name.
+
+    Raises:
+        ValueError: one breaks the operator's contract.
+    """
+    _check_types(op, named)
+    sizes = _check_sizes(op, named)
+    _check_attributes(op, named, sizes)
+
+
+def check_scan_values(op: OperatorSpec, named: Mapping[str, Any]) -> None:
+    """The rules of `order` and `gap`, which only a run can see.
+
+    Raises:
+        ValueError: `order` is no permutation, or a gap is too small.
+    """
+    order, gap = named["order"], named["gap"]
+    steps = order.new_ones(order.shape[-1]).cumsum(0) - 1
+    _require(
+        bool((order.sort(-1).values == steps).all()),
+        f"{op.name} order with values {_span(order)}",
+        f"must be a permutation of [0, {len(steps)}) for every image and direction",
+        "build it from argsort or arange",
+    )
+    _require(
+        bool((gap[..., 1:] >= 1).all()) and bool((gap[..., :1] >= 0).all()),
+        f"{op.name} gap with values {_span(gap)}",
+        "must be at least 1 after a direction's first step, and not negative there",
+        "a dense scan has gap 1 everywhere",
+    )
+
+
+def _check_types(op: OperatorSpec, named: Mapping[str, Any]) -> None:
+    """The table's types; float64 throughout, A, D, delta_bias and score included, is one more."""
+    variables = op.type_variables
+    types = {o.name: str(named[o.name].dtype).removeprefix("torch.") for o in op.inputs}
+    bound = {o.dtype: types[o.name] for o in reversed(op.inputs) if o.dtype in variables}
+    given = tuple(bound[v] for v in variables)
+    exact = set(given) == {"float64"}
+    _require(
+        exact or given in op.types,
+        f"{op.name} ({', '.join(variables)})=({', '.join(given)})",
+        f"must be one of {' | '.join(', '.join(t) for t in op.types)}, or float64 throughout",
+        "cast the inputs",
+    )
+    for operand in op.inputs:
+        wanted = bound.get(operand.dtype, operand.dtype)
+        if exact and wanted == "float32":
+            wanted = "float64"
+        _require(
+            types[operand.name] == wanted,
+            f"{op.name} {operand.name}.dtype={types[operand.name]}",
+            f"must be {wanted} here",
+            "cast it",
+        )
+
+
+def _check_sizes(op: OperatorSpec, named: Mapping[str, Any]) -> dict[str, int]:
+    """Bind the table's symbolic sizes to these tensors; the sizes by symbol."""
+    sizes: dict[str, int] = {}
+    for operand in op.inputs:
+        shape = named[operand.name].shape
+        value = f"{op.name} {operand.name}.shape={tuple(shape)}"
+        axes = f"its axes are ({', '.join(operand.shape)})"
+        _require(len(shape) == len(operand.shape), value, "has another rank than the table", axes)
+        for symbol, size in zip(operand.shape, shape, strict=True):
+            if symbol == "1|batch":
+                fits, known = size in (1, sizes["batch"]), f"1 or batch={sizes['batch']}"
+            else:
+                known = f"{symbol}={sizes.setdefault(symbol, size)} of the inputs before it"
+                fits = sizes[symbol] == size
+            _require(fits, value, f"must have on its axis {symbol} {known}", axes)
+    for symbol, size in sizes.items():
+        if symbol != "batch":
+            _require(size >= 1, f"{op.name} {symbol}={size}", "must be at least 1", "drop the node")
+        if symbol.startswith("K"):
+            _require(
+                size in (1, sizes["K"]),  # a tuple: a symbolic size has no hash
+                f"{op.name} {symbol}={size}",
+                f"is neither 1 nor K={sizes['K']}, the directions of order",
+                "give one row for all directions or one each",
+            )
+    _require(
+        sizes.get("d_state", 1) <= MAX_D_STATE,
+        f"{op.name} d_state={sizes.get('d_state')}",
+        f"is outside [1, {MAX_D_STATE}]",
+        "split the state over several scans",
+    )
+    return sizes
+
+
+def _check_attributes(op: OperatorSpec, named: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    for flag in _FLAGS:
+        _require(
+            named.get(flag, 0) in {0, 1}, f"{flag}={named.get(flag)}", "must be 0 or 1", "0 is no"
+        )
+    scale = named.get("scale", 1.0)
+    _require(math.isfinite(scale), f"scale={scale}", "must be finite", "1.0 is the default")
+    if "num_keep" not in named:
+        return
+    keep, protected, seqlen = named["num_keep"], named["protected_position"], sizes["seqlen"]
+    _require(
+        1 <= keep <= seqlen,
+        f"{op.name} num_keep={keep}",
+        f"is outside [1, {seqlen}], the tokens of this layer",
+        "derive it from keep_ratio with PruneSchedule.num_keep()",
+    )
+    _require(
+        protected >= -1,
+        f"{op.name} protected_position={protected}",
+        "must be an original place, or -1 for none",
+        "pass the class token's place",
+    )
+
+
+def _require(holds: bool, value: str, rule: str, remedy: str) -> None:
+    if not holds:
+        raise ValueError(f"{value} {rule}; {remedy}")
+
+
+def _span(x: Tensor) -> str:
+    return f"{int(x.min())} to {int(x.max())}" if x.numel() else "none"

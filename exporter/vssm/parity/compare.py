@@ -1,0 +1,297 @@
+"""Agreement of a session with the float64 oracle, checked twice.
+
+Forced: a temporary copy of the graph keeps the oracle's positions, so that the numbers compare.
+Free: the file as it is, so that its own choices compare; every other choice is listed with the
+oracle's score margin, because a choice between equal scores is no error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import onnx
+from polygraphy.comparator import IterationResult, SimpleCompareFunc
+from polygraphy.logger import G_LOGGER
+
+from vssm.artifact.directory import Artifact
+from vssm.parity.parity_tolerance import Tolerance
+from vssm.runtimes.graph_edit import expose, force_positions
+from vssm.runtimes.session import Array, RuntimeInfo
+
+# Set from the errors measured on vim_tiny and vim_small, dense and pruned (docs/numerics.md).
+TOLERANCES: Final[Mapping[str, Tolerance]] = {
+    "float32": Tolerance(logits=2e-5, block=2e-5, margin=1e-5),
+    "float16": Tolerance(logits=1e-2, block=1e-2, margin=1e-2),
+    "bfloat16": Tolerance(logits=6e-2, block=6e-2, margin=6e-2),
+}
+
+
+@dataclass(frozen=True)
+class OracleResult:
+    """What the float64 model said of some images, as arrays.
+
+    Attributes:
+        logits: (batch, classes).
+        kept_positions: one (batch, num_keep) a stage, original places in slot order.
+        scores: the (batch, seqlen) scores that chose them.
+        positions: the (batch, seqlen) places those scores belong to.
+        blocks: value name -> (batch, seqlen, d_model), a block's hidden or residual stream.
+    """
+
+    logits: Array
+    kept_positions: list[Array]
+    scores: list[Array]
+    positions: list[Array]
+    blocks: dict[str, Array]
+
+
+def module_result(outputs: Mapping[str, Array]) -> OracleResult:
+    """The float64 outputs of a user's module by name, `scores_i` of a pruned one among them."""
+    further = dict(outputs)
+    logits = further.pop("logits")
+    stages = sum(name.startswith("scores_") for name in outputs)
+    kept = [further.pop(f"kept_positions_{i}") for i in range(stages)]
+    scores = [further.pop(f"scores_{i}") for i in range(stages)]
+    places = np.arange(scores[0].shape[1]) if scores else np.arange(0)
+    before = [np.broadcast_to(places, scores[0].shape), *kept[:-1]] if scores else []
+    return OracleResult(logits, kept, scores, before, further)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One compared output: largest absolute error, the same over the oracle's largest value."""
+
+    name: str
+    error: float
+    relative: float
+    tolerance: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A place that the oracle keeps and the session does not.
+
+    `margin` is the oracle's score of `place` less that of the worst token kept in its stead, over
+    the image's largest score; infinite where no score can excuse it (the class token left, no such
+    token); None where an earlier stage already chose differently.
+    """
+
+    image: int
+    stage: int
+    place: int
+    margin: float | None
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Everything `check_parity` found. `failures` are sentences; empty when it passed.
+
+    `free_logits` is of the images whose tokens were chosen alike; None where there are none.
+    """
+
+    info: RuntimeInfo
+    dtype: str
+    weights: str
+    images: int
+    forced: Comparison
+    free_logits: Comparison | None
+    kept_agreement: list[float]
+    disagreements: list[Disagreement]
+    top1_agreement: float
+    blocks: list[Comparison] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the session agrees with the oracle within the tolerances."""
+        return not self.failures
+
+    @property
+    def images_alike(self) -> int:
+        """How many images' tokens were all chosen alike."""
+        return self.images - len({d.image for d in self.disagreements})
+
+    @property
+    def first_bad_block(self) -> str | None:
+        """Name of the first block stream out of tolerance; None if there is none."""
+        return next((b.name for b in self.blocks if not b.passed), None)
+
+
+RunFeeds = Callable[[bytes, Mapping[str, Array]], dict[str, Array]]
+
+
+def compare(
+    artifact: Artifact,
+    images: Array,
+    oracle: OracleResult,
+    *,
+    info: RuntimeInfo,
+    free: Mapping[str, Array],
+    run_edited: RunFeeds,
+    per_block: bool = False,
+) -> ParityReport:
+    """Compare one runtime with the oracle.
+
+    Args:
+        artifact: the export.
+        images: (batch, 3, height, width) float32 that both saw.
+        oracle: the float64 model's results.
+        info: what ran.
+        free: outputs of the unchanged file.
+        run_edited: runs a serialized edited graph with given inputs, as `info` says.
+        per_block: also compare every block's streams.
+    """
+    tolerance = TOLERANCES[artifact.manifest.dtype].of_model(artifact.manifest.name)
+    streams = _block_names(artifact) if per_block else []
+    forced = _run_forced(artifact, images, oracle, run_edited, streams)
+    streams += [o.name for o in artifact.manifest.outputs if o.name in oracle.blocks]
+    logits = compare_array("logits", forced["logits"], oracle.logits, tolerance.logits)
+    kept = [free[f"kept_positions_{i}"] for i in range(len(oracle.kept_positions))]
+    disagreements = _disagreements(kept, oracle, _protected(artifact))
+    alike = sorted(set(range(len(images))) - {d.image for d in disagreements})
+    report = ParityReport(
+        info=info,
+        dtype=artifact.manifest.dtype,
+        weights=artifact.manifest.weights,
+        images=len(images),
+        forced=logits,
+        free_logits=compare_array(
+            "logits", free["logits"][alike], oracle.logits[alike], tolerance.logits
+        )
+        if alike
+        else None,
+        kept_agreement=list(map(_agreement, kept, oracle.kept_positions)),
+        disagreements=disagreements,
+        top1_agreement=float((free["logits"].argmax(1) == oracle.logits.argmax(1)).mean()),
+        blocks=[
+            compare_array(name, forced[name], oracle.blocks[name], tolerance.block)
+            for name in streams
+        ],
+    )
+    report.failures.extend(_failures(report, tolerance))
+    return report
+
+
+def compare_array(name: str, got: Array, want: Array, tolerance: float) -> Comparison:
+    """Largest error of `got` over the largest value of `want`, held against `tolerance`."""
+    scale = float(np.abs(want).max())
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+        compare_outputs = SimpleCompareFunc(
+            rtol=0.0, atol=tolerance * scale, check_error_stat="max"
+        )
+        found = compare_outputs(
+            IterationResult(outputs={name: np.ascontiguousarray(want, np.float64)}),
+            IterationResult(outputs={name: np.ascontiguousarray(got, np.float64)}),
+        )[name]
+    # Shapes that differ come back as plain False; NaN compares as a failure of infinite size.
+    error = float(found.max_absdiff) if hasattr(found, "max_absdiff") else float("inf")
+    if not (np.isfinite(got).all() and np.isfinite(want).all()):
+        error, scale = float("inf"), 1.0
+    relative = error / scale if scale else error
+    return Comparison(name, error, relative, tolerance, relative <= tolerance)
+
+
+def _block_names(artifact: Artifact) -> list[str]:
+    return [
+        name
+        for block in artifact.manifest.block_outputs
+        for name in (block.hidden, block.residual)
+        if name is not None
+    ]
+
+
+def _run_forced(
+    artifact: Artifact,
+    images: Array,
+    oracle: OracleResult,
+    run_edited: RunFeeds,
+    streams: Sequence[str],
+) -> dict[str, Array]:
+    model = onnx.load(str(artifact.model_path))
+    names = force_positions(model)
+    expose(model, streams)
+    feeds: dict[str, Array] = {artifact.manifest.inputs[0].name: images}
+    gathers = [i for i in model.graph.input if i.name in names]
+    stages = zip(oracle.kept_positions, oracle.positions, strict=True)
+    dropping = [kept for kept, before in stages if kept.shape[1] < before.shape[1]]
+    for value, kept in zip(gathers, dropping, strict=True):
+        width = value.type.tensor_type.shape.dim[1].dim_value
+        feeds[value.name] = _for_gather(artifact, kept, width)
+    return run_edited(model.SerializeToString(), feeds)
+
+
+def _for_gather(artifact: Artifact, kept: Array, width: int) -> Array:
+    """Kept places as the gather node sees them: as_released puts the class token in behind it."""
+    if kept.shape[1] != width:
+        kept = kept[kept != _protected(artifact)].reshape(len(kept), width)
+    return kept.astype(np.int32)
+
+
+def _protected(artifact: Artifact) -> int | None:
+    """The class token's place."""
+    schedule = artifact.manifest.schedule
+    return None if schedule is None else schedule.cls_position
+
+
+def _agreement(got: Array, want: Array) -> float:
+    """Share of the oracle's kept places that the session keeps too."""
+    shared = [len(np.intersect1d(a, b)) for a, b in zip(got, want, strict=True)]
+    return float(np.sum(shared) / want.size)
+
+
+def _disagreements(
+    kept: Sequence[Array], oracle: OracleResult, protected: int | None
+) -> list[Disagreement]:
+    found: list[Disagreement] = []
+    for image in range(len(oracle.logits)):
+        follows = False
+        for stage, got in enumerate(kept):
+            want = oracle.kept_positions[stage][image]
+            missing = np.setdiff1d(want, got[image]).tolist()
+            instead = np.setdiff1d(got[image], want).tolist()
+            places, score = oracle.positions[stage][image], oracle.scores[stage][image]
+            scores = dict(zip(places.tolist(), score.tolist(), strict=True))
+            for place in missing:
+                margin = None if follows else _margin(scores, place, instead)
+                margin = float("inf") if place == protected else margin
+                found.append(Disagreement(image, stage, place, margin))
+            follows = follows or len(missing) > 0
+    return found
+
+
+def _margin(scores: Mapping[int, float], place: int, instead: Sequence[int]) -> float:
+    """How far the scores prefer `place` to the worst of `instead`, over the largest of them."""
+    if not instead or not all(other in scores for other in instead):
+        return float("inf")
+    largest = max(map(abs, scores.values()))
+    return (scores[place] - min(scores[other] for other in instead)) / (largest or 1.0)
+
+
+def _failures(report: ParityReport, tolerance: Tolerance) -> list[str]:
+    failures = [] if report.forced.passed else [_out_of_tolerance(report.forced)]
+    if report.free_logits is not None and not report.free_logits.passed:
+        failures.append("free-running " + _out_of_tolerance(report.free_logits))
+    if report.first_bad_block is not None:
+        bad = next(b for b in report.blocks if not b.passed)
+        failures.append("first block out of tolerance: " + _out_of_tolerance(bad))
+    margins = [(d.margin, d) for d in report.disagreements if d.margin is not None]
+    wide = [pair for pair in margins if not pair[0] <= tolerance.margin]  # NaN counts
+    if wide:
+        margin, worst = max(wide, key=lambda pair: pair[0])
+        failures.append(
+            f"{len(wide)} tokens chosen otherwise at a relative score margin above "
+            f"{tolerance.margin:g}, the widest {margin:.1e} (image {worst.image}, stage "
+            f"{worst.stage}, place {worst.place})"
+        )
+    return failures
+
+
+def _out_of_tolerance(comparison: Comparison) -> str:
+    return (
+        f"{comparison.name}: error {comparison.relative:.1e} of the largest value, allowed "
+        f"{comparison.tolerance:.1e}"
+    )

@@ -1,0 +1,262 @@
+"""Prune schedules: which blocks prune, how much, by which rules, and the counts that follow.
+
+No tensors here. Source: Zhan et al., "Exploring Token Pruning in Vision State Space Models",
+NeurIPS 2024, arXiv:2409.18962; as_released follows the authors' published code instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any, Final
+
+from vssm.errors import UnsupportedError
+
+ALIGNMENTS: Final = ("gap", "constant", "none", "masked")
+IMPORTANCES: Final = ("clip", "sum", "l1", "l2", "as_released", "random")
+SOURCES: Final = ("sum", "forward", "backward")
+CONVS: Final = ("compact", "grid")
+STEP_PARAMETERS: Final = ("rank", "full")
+
+Ratio = float | str | Decimal
+
+
+@dataclass(frozen=True, init=False)
+class PruneSchedule:
+    """Which blocks prune, how much, and by which rules.
+
+    Attributes:
+        ratios: keep ratio in (0, 1] by block, 1-based: tokens go after that block returns.
+        alignment: how the state decays over pruned places: "gap" (the kept token's own step,
+            once a place), "constant" (the step an all-zero token has), "none" (plain removal),
+            "masked" (full length, tokens zeroed: a PyTorch reference that is not exported).
+        importance: how a token is scored from the scan's output y: "clip" (mean of max(0, y)),
+            "sum" (mean of y), "l1", "l2", "random" (by `seed`, the same for every image), or
+            "as_released" (the authors' code; needs alignment "none").
+        source: the scan directions that y sums: "sum" (all), "forward" or "backward".
+        gated: whether y is multiplied by silu(z) before it is scored.
+        conv: the convolution before the scan runs over the kept tokens ("compact") or over the
+            full list with zeros at pruned places ("grid").
+        step_parameters: PlainMamba's choice of delta, B, C for a kept step: "rank" or "full".
+        seed: for importance "random".
+    """
+
+    ratios: Mapping[int, Decimal]
+    alignment: str
+    importance: str
+    source: str
+    gated: bool
+    conv: str
+    step_parameters: str
+    seed: int
+
+    def __init__(
+        self,
+        ratios: Mapping[int, Ratio],
+        *,
+        alignment: str = "gap",
+        importance: str = "clip",
+        source: str = "sum",
+        gated: bool = False,
+        conv: str = "compact",
+        step_parameters: str = "rank",
+        seed: int = 0,
+    ) -> None:
+        _choice("alignment", alignment, ALIGNMENTS)
+        _choice("importance", importance, IMPORTANCES)
+        _choice("source", source, SOURCES)
+        _choice("conv", conv, CONVS)
+        _choice("step_parameters", step_parameters, STEP_PARAMETERS)
+        if importance == "as_released" and alignment != "none":
+            raise ValueError(
+                f"importance='as_released' with alignment={alignment!r}: the released code moves "
+                "the class token, which makes gaps meaningless; use alignment='none'"
+            )
+        if importance == "as_released" and (source != "sum" or gated):
+            raise ValueError(
+                f"importance='as_released' with source={source!r}, gated={gated}: the released "
+                "code scores by the gated backward scan and knows no other; leave both out"
+            )
+        values = {
+            "ratios": _checked_ratios(ratios),
+            "alignment": alignment,
+            "importance": importance,
+            "source": source,
+            "gated": bool(gated),
+            "conv": conv,
+            "step_parameters": step_parameters,
+            "seed": int(seed),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def parse(
+        cls,
+        text: str,
+        *,
+        alignment: str = "gap",
+        importance: str = "clip",
+        source: str = "sum",
+        gated: bool = False,
+        conv: str = "compact",
+        step_parameters: str = "rank",
+    ) -> PruneSchedule:
+        """Read "5:0.8,10:0.8": block:ratio pairs, as the command line takes them.
+
+        Raises:
+            ValueError: a pair is malformed, out of range, or its block is named twice.
+        """
+        ratios: dict[int, Ratio] = {}
+        for pair in text.split(","):
+            block, colon, ratio = pair.partition(":")
+            if not colon or not block.strip().isdecimal():
+                raise ValueError(
+                    f"schedule={text!r}: {pair!r} is not BLOCK:RATIO; write 5:0.8,10:0.8"
+                )
+            if int(block) in ratios:
+                raise ValueError(
+                    f"schedule={text!r}: block {int(block)} is named twice; give one ratio"
+                )
+            ratios[int(block)] = ratio.strip()
+        return cls(
+            ratios,
+            alignment=alignment,
+            importance=importance,
+            source=source,
+            gated=gated,
+            conv=conv,
+            step_parameters=step_parameters,
+        )
+
+    def changed(self, **rules: Any) -> PruneSchedule:
+        """This schedule with other rules, such as alignment="none", or other `ratios`."""
+        values = {**vars(self), **rules}
+        return PruneSchedule(values.pop("ratios"), **values)
+
+    @staticmethod
+    def num_keep(ratio: Ratio, layout: TokenLayout, seqlen: int) -> int:
+        """Tokens kept of `seqlen` at `ratio`, class token included; exact decimal arithmetic.
+
+        ceil(ratio * patches) as the paper's code counts, plus one if that is even where the
+        layout asks for odd counts (Vim: the class token is among them), at most all; ratio 1
+        keeps everything.
+
+        Raises:
+            ValueError: `ratio` is not in (0, 1].
+        """
+        exact = _checked_ratio(ratio)
+        patches = seqlen - (0 if layout.cls_index is None else 1)
+        if exact == 1 or patches == 0:
+            return seqlen
+        keep = math.ceil(exact * patches)
+        if layout.keep_odd and keep % 2 == 0:
+            keep += 1
+        return min(keep, seqlen)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """A model's tokens before pruning: how many, where the class token is, the counting rule."""
+
+    seqlen: int
+    cls_index: int | None
+    keep_odd: bool
+    directional: bool = True  # has a forward and a backward scan to take scores from
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pruning step with its static counts.
+
+    `cls_slot` is the class token's slot before the stage where that is static (as_released and
+    the first stage), else None.
+    """
+
+    index: int
+    block: int
+    seqlen: int
+    num_keep: int
+    layout: TokenLayout
+    schedule: PruneSchedule
+    cls_slot: int | None
+
+
+def plan_stages(
+    schedule: PruneSchedule | None, layout: TokenLayout, depth: int
+) -> dict[int, Stage]:
+    """The stages by block (1-based), with their static token counts.
+
+    Raises:
+        ValueError: a block lies outside the model.
+        UnsupportedError: the model has no such scan direction, or as_released finds no class token
+            to re-centre or keeps no patch beside it.
+    """
+    if schedule is None:
+        return {}
+    if schedule.source != "sum" and not layout.directional:
+        raise UnsupportedError(
+            f"source={schedule.source!r}: this model has no forward and backward scan; "
+            "use source='sum'"
+        )
+    if schedule.importance == "as_released" and layout.cls_index is None:
+        raise UnsupportedError(
+            "importance='as_released' re-centres the class token, and this model has none; "
+            "choose another importance"
+        )
+    stages: dict[int, Stage] = {}
+    seqlen, slot = layout.seqlen, layout.cls_index
+    for index, (block, ratio) in enumerate(schedule.ratios.items()):
+        if block > depth:
+            raise ValueError(
+                f"block={block} of the schedule is outside the model's blocks 1 to {depth}; "
+                "a schedule names the block after which tokens go, counted from 1"
+            )
+        keep = PruneSchedule.num_keep(ratio, layout, seqlen)
+        recentred = schedule.importance == "as_released"
+        if recentred and keep == 1 < seqlen:
+            raise UnsupportedError(
+                f"ratio={ratio} after block {block} keeps one of {seqlen} tokens, the class token; "
+                "importance='as_released' keeps patches beside it: keep more"
+            )
+        stages[block] = Stage(index, block, seqlen, keep, layout, schedule, slot)
+        if keep < seqlen:  # else nothing moves
+            slot = keep // 2 if recentred else None
+        seqlen = keep
+    return stages
+
+
+def _choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"{name}={value!r} is not one of {', '.join(allowed)}; choose one of these"
+        )
+
+
+def _checked_ratio(ratio: Ratio, where: str = "") -> Decimal:
+    try:
+        exact = Decimal(str(ratio))
+    except InvalidOperation:
+        raise ValueError(
+            f"ratio={ratio!r}{where} is not a number; give the share of tokens kept, such as 0.8"
+        ) from None
+    if not (exact.is_finite() and 0 < exact <= 1):
+        raise ValueError(
+            f"ratio={ratio}{where} is outside (0, 1]; it is the share of tokens kept, 1 keeps all"
+        )
+    return exact
+
+
+def _checked_ratios(ratios: Mapping[int, Ratio]) -> dict[int, Decimal]:
+    if not ratios:
+        raise ValueError(
+            "ratios={}: an empty schedule prunes nothing; use schedule=None for a dense model"
+        )
+    checked: dict[int, Decimal] = {}
+    for block, ratio in ratios.items():
+        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+            raise ValueError(f"block={block!r} is not an integer from 1; blocks are counted from 1")
+        checked[block] = _checked_ratio(ratio, f" after block {block}")
+    return dict(sorted(checked.items()))

@@ -1,0 +1,238 @@
+"""Token pruning with hidden-state alignment, written once for every model.
+
+`Tokens` is what the blocks are told about the tokens still present; a `ScoreRule` turns a scan's
+output into scores; `prune` makes one stage. Source: Zhan et al., "Exploring Token Pruning in
+Vision State Space Models", NeurIPS 2024, arXiv:2409.18962.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vssm.ops import operators as ops
+from vssm.ops import reference
+from vssm.pruning.schedule import Stage
+from vssm.pruning.walks import Steps, Walks
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the blocks are told about the tokens that are present.
+
+    Attributes:
+        position: (1 or batch, seqlen) int32, the original place of each token.
+        walks: the directions in which layers scan.
+        steps: the scan's steps over the tokens present.
+        full_seqlen: tokens before any pruning.
+        constant_gap: pruned places decay by delta0 instead of the kept token's step.
+        conv_on_grid: convolutions see the full list, with zeros at pruned places.
+        full_parameters: a step has delta, B and C of its place in the full list.
+        kept: slots (batch, n) that still count, where pruned tokens stay in place (masked).
+    """
+
+    position: Tensor
+    walks: Walks
+    steps: Steps
+    full_seqlen: int
+    constant_gap: bool = False
+    conv_on_grid: bool = False
+    full_parameters: bool = False
+    kept: Tensor | None = None
+
+    @classmethod
+    def dense(cls, walks: Walks, seqlen: int, device: torch.device) -> Tokens:
+        """All tokens."""
+        position = torch.arange(seqlen, dtype=torch.int32, device=device)[None]
+        return cls(position, walks, walks.dense(), seqlen)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every token is still in its place."""
+        return self.position.shape[1] == self.full_seqlen
+
+    @cached_property
+    def row(self) -> Tensor:
+        """(batch, seqlen) int64: each token's row in a table (batch * full_seqlen, width)."""
+        image = torch.arange(self.position.shape[0], device=self.position.device)
+        return self.position.long() + image[:, None] * self.full_seqlen
+
+    def to_places(self, x: Tensor) -> Tensor:
+        """Rows x (batch, seqlen, width) at their places in zeros (batch, full_seqlen, width)."""
+        if self.complete:
+            return x
+        table = x.new_zeros(x.shape[0] * self.full_seqlen, x.shape[2])
+        return table.index_put((self.row,), x).reshape(-1, self.full_seqlen, x.shape[2])
+
+    def from_places(self, table: Tensor) -> Tensor:
+        """The tokens' rows (batch, seqlen, width) of a table (batch, full_seqlen, width)."""
+        return table if self.complete else table.reshape(-1, table.shape[2])[self.row]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one stage chose: kept_position (batch, n) int32 and the (batch, seqlen) score."""
+
+    kept_position: Tensor
+    score: Tensor
+
+
+@dataclass(frozen=True)
+class ScanOutputs:
+    """What scores are made from: a scan's y (batch, seqlen, d_inner) and the gate z."""
+
+    y: Tensor
+    z: Tensor
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """What a block must hand over so that a stage after it can score its tokens."""
+
+    importance: str
+    source: str
+    gated: bool
+
+    @property
+    def by_direction(self) -> bool:
+        """Whether a single direction is scored, so that it must be scanned by itself too."""
+        return self.source != "sum"
+
+    def score(self, outputs: ScanOutputs) -> Tensor:
+        """Score (batch, seqlen), float32 or wider, of y (batch, seqlen, d_inner); no gradient."""
+        y = outputs.y.detach()
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        if self.gated:
+            y = y * functional.silu(outputs.z.detach().to(y.dtype))
+        if self.importance == "clip":
+            return y.relu().mean(-1)
+        if self.importance == "l1":
+            return y.abs().mean(-1)
+        if self.importance == "l2":
+            return y.square().sum(-1).sqrt()
+        if self.importance == "as_released":
+            return y.mean(-1).flip(1)  # token t is given the score of token seqlen - 1 - t
+        return y.mean(-1)
+
+
+def score_rule(stage: Stage | None) -> ScoreRule | None:
+    """The rule for the block before `stage`; None where nothing is scored there."""
+    if stage is None:
+        return None
+    schedule = stage.schedule
+    if schedule.importance == "as_released":
+        return ScoreRule("as_released", "backward", gated=True)
+    return ScoreRule(schedule.importance, schedule.source, schedule.gated)
+
+
+def prune(
+    stage: Stage,
+    tokens: Tokens,
+    score: Tensor,
+    streams: Sequence[Tensor],
+    *,
+    operators: str = "auto",
+) -> tuple[Tokens, list[Tensor], StageResult]:
+    """Make one stage: choose by `score` (batch, seqlen) and gather every stream alike.
+
+    Args:
+        stage: what to do.
+        tokens: the tokens present.
+        score: (batch, seqlen) from the block's ScoreRule.
+        streams: one or two (batch, seqlen, d_model), what the block returned: Vim's mixer output
+            and the residual it will be added to, or the sum of both.
+        operators: what computes the gather, as for `ops.token_gather`.
+
+    Returns:
+        The tokens after the stage, their rows of each stream, and what was chosen.
+    """
+    position = tokens.position.expand(score.shape[0], -1)
+    if tokens.kept is not None:  # what was masked before is not present
+        position, score = position.gather(1, tokens.kept), score.gather(1, tokens.kept)
+    if stage.schedule.importance == "random":
+        score = _random_score(stage, score)
+    if stage.num_keep == stage.seqlen:
+        return tokens, list(streams), StageResult(position, score)
+    if stage.schedule.alignment == "masked":
+        kept, _ = reference.token_gather(
+            score, position, [], num_keep=stage.num_keep, protected_position=_protected(stage)
+        )
+        return *_mask(tokens, kept.long(), streams), StageResult(kept, score)
+    if stage.schedule.importance == "as_released":
+        kept, rows = _gather_recentred(stage, tokens, score, streams, operators=operators)
+    else:
+        kept, rows = ops.token_gather(
+            score,
+            tokens.position,
+            streams,
+            num_keep=stage.num_keep,
+            protected_position=_protected(stage),
+            operators=operators,
+        )
+    return _after(stage, tokens, kept), rows, StageResult(kept, score)
+
+
+def _after(stage: Stage, tokens: Tokens, kept: Tensor) -> Tokens:
+    """What is present once only the places `kept` (batch, num_keep) are left."""
+    schedule = stage.schedule
+    steps = tokens.walks.among(kept)
+    if schedule.alignment == "none":
+        steps = replace(steps, gap=torch.ones_like(steps.order))
+    return replace(
+        tokens,
+        position=kept,
+        steps=steps,
+        constant_gap=schedule.alignment == "constant",
+        conv_on_grid=schedule.conv == "grid",
+        full_parameters=schedule.step_parameters == "full",
+    )
+
+
+def _mask(tokens: Tokens, slots: Tensor, streams: Sequence[Tensor]) -> tuple[Tokens, list[Tensor]]:
+    """Zero all but `slots` (batch, n) and leave them in place: a token's slot is its place."""
+    ones = torch.ones_like(streams[0][..., :1], dtype=torch.bool)
+    gone = ones.scatter(1, slots[..., None], False)
+    return replace(tokens, kept=slots), [x.masked_fill(gone, 0) for x in streams]
+
+
+def _gather_recentred(
+    stage: Stage, tokens: Tokens, score: Tensor, xs: Sequence[Tensor], *, operators: str
+) -> tuple[Tensor, list[Tensor]]:
+    """The released code's choice: the best patches in order, the class token in their middle."""
+    if stage.cls_slot is None:
+        raise AssertionError("as_released stages have a static class slot")
+    slot, middle = stage.cls_slot, stage.num_keep // 2
+
+    def without_class(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :slot], x[:, slot + 1 :]], dim=1)
+
+    position, rows = ops.token_gather(
+        without_class(score),
+        without_class(tokens.position),
+        [without_class(x) for x in xs],
+        num_keep=stage.num_keep - 1,
+        operators=operators,
+    )
+
+    def with_class(chosen: Tensor, before: Tensor) -> Tensor:
+        cls = before[:, slot : slot + 1].expand(chosen.shape[0], *before[:, :1].shape[1:])
+        return torch.cat([chosen[:, :middle], cls, chosen[:, middle:]], dim=1)
+
+    kept = with_class(position, tokens.position)
+    return kept, [with_class(row, x) for row, x in zip(rows, xs, strict=True)]
+
+
+def _protected(stage: Stage) -> int:
+    return -1 if stage.layout.cls_index is None else stage.layout.cls_index
+
+
+def _random_score(stage: Stage, score: Tensor) -> Tensor:
+    draw = random.Random(f"{stage.schedule.seed}:{stage.block}")  # a constant of the exported graph
+    drawn = [draw.random() for _ in range(stage.seqlen)]
+    return torch.tensor(drawn, dtype=score.dtype, device=score.device).expand_as(score)

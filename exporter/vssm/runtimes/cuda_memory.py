@@ -1,0 +1,130 @@
+"""The CUDA runtime through cuda-python, for sessions without torch: memory, streams, graphs."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from vssm.errors import RuntimeUnavailableError
+from vssm.runtimes.session import Array
+
+_INSTALL: Final = "pip install cuda-bindings"
+_NON_BLOCKING: Final = 1  # cudaStreamNonBlocking: never waits for the default stream
+
+
+@dataclass(frozen=True)
+class GpuInfo:
+    """The current GPU: its name, compute capability "9.0", and the driver's CUDA version "13.0"."""
+
+    name: str
+    compute_capability: str
+    cuda: str
+
+
+class Cuda:
+    """CUDA runtime calls that raise, on the device that is current when this is made.
+
+    Raises:
+        RuntimeUnavailableError: cuda-python or a usable GPU is missing, or a call fails.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from cuda.bindings import runtime
+        except ImportError as error:
+            raise RuntimeUnavailableError(
+                "the package cuda-bindings (of cuda-python) is missing, which gives TensorRT "
+                f"sessions their GPU memory; {_INSTALL}"
+            ) from error
+        self._runtime: Any = runtime
+        status, count = runtime.cudaGetDeviceCount()
+        if int(status) != 0 or not count:
+            raise RuntimeUnavailableError(
+                f"no GPU that CUDA can use ({self._reason(status)}): TensorRT needs an NVIDIA GPU "
+                "and its driver; `vssm doctor` says what is here, runtime='ort-cpu' needs none"
+            )
+        self._device = int(self.call("cudaGetDevice"))
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Make its device the current one for a while: CUDA keeps one for each thread."""
+        before = int(self.call("cudaGetDevice"))
+        if before == self._device:
+            yield
+            return
+        self.call("cudaSetDevice", self._device)
+        try:
+            yield
+        finally:
+            self.call("cudaSetDevice", before)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """The result of a runtime function, None if it has none."""
+        status, *values = getattr(self._runtime, name)(*arguments)
+        if int(status) != 0:
+            raise RuntimeUnavailableError(f"{name} failed: {self._reason(status)}")
+        return values[0] if values else None
+
+    def _reason(self, status: Any) -> str:
+        return bytes(self._runtime.cudaGetErrorString(status)[1]).decode()
+
+    def gpu(self) -> GpuInfo:
+        """What its device is."""
+        properties = self.call("cudaGetDeviceProperties", self._device)
+        name = properties.name
+        version = int(self.call("cudaDriverGetVersion"))
+        return GpuInfo(
+            name=name.decode().rstrip("\0") if isinstance(name, bytes) else str(name),
+            compute_capability=f"{properties.major}.{properties.minor}",
+            cuda=f"{version // 1000}.{version % 1000 // 10}",
+        )
+
+    def new_stream(self) -> int:
+        """A stream that does not wait for the default one."""
+        return int(self.call("cudaStreamCreateWithFlags", _NON_BLOCKING))
+
+    def to_device(self, device: int, host: Array, size: int, stream: int) -> None:
+        """Copy `size` bytes of pinned memory."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", device, host.ctypes.data, size, kind, stream)
+
+    def to_host(self, host: Array, device: int, size: int, stream: int) -> None:
+        """Copy `size` bytes into pinned memory."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", host.ctypes.data, device, size, kind, stream)
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, Array]:
+        """Page-locked memory: its address, to be freed with cudaFreeHost, and an array over it."""
+        size = max(1, math.prod(shape) * dtype.itemsize)
+        address = int(self.call("cudaMallocHost", size))
+        memory = (ctypes.c_uint8 * size).from_address(address)
+        array = np.frombuffer(memoryview(memory), np.uint8)[: math.prod(shape) * dtype.itemsize]
+        return address, array.view(dtype).reshape(shape)
+
+    def capture(self, stream: int, work: Callable[[], None]) -> Any:
+        """What `work` puts on the stream, as an executable graph."""
+        with self._capturing(stream) as graphs:
+            work()
+        try:
+            return self.call("cudaGraphInstantiate", graphs[0], 0)
+        finally:
+            self.call("cudaGraphDestroy", graphs[0])
+
+    @contextmanager
+    def _capturing(self, stream: int) -> Iterator[list[Any]]:
+        """Between begin and end, also when the work fails: a stream left capturing is lost."""
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.call("cudaStreamBeginCapture", stream, mode)
+        graphs: list[Any] = []
+        try:
+            yield graphs
+        except BaseException:
+            self._runtime.cudaStreamEndCapture(stream)
+            raise
+        graphs.append(self.call("cudaStreamEndCapture", stream))

@@ -1,0 +1,98 @@
+"""Edits of a temporary copy of model.onnx, for the parity check and for old TensorRTs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from vssm.errors import ArtifactError
+from vssm.ops.spec import DOMAIN, GATHER_OPERATORS
+
+FORCED_INPUT = "forced_positions_{}"
+_GATHERS = tuple(op.name for op in GATHER_OPERATORS)
+
+
+def force_positions(model: onnx.ModelProto) -> list[str]:
+    """Make every TokenGather keep given positions instead of choosing by score.
+
+    Each gather becomes an input `forced_positions_i` (batch, num_keep) int32 of original places,
+    in slot order, and standard operators that gather these rows.
+
+    Returns:
+        The names of the new inputs, in graph order.
+    """
+    nodes: list[onnx.NodeProto] = []
+    names: list[str] = []
+    for node in model.graph.node:
+        if node.domain != DOMAIN or node.op_type not in _GATHERS:
+            nodes.append(node)
+            continue
+        name = FORCED_INPUT.format(len(names))
+        keep = next(a.i for a in node.attribute if a.name == "num_keep")
+        names.append(name)
+        model.graph.input.append(
+            helper.make_tensor_value_info(name, TensorProto.INT32, ["batch", keep])
+        )
+        nodes += _forced_gather(model, node, name)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return names
+
+
+def _forced_gather(
+    model: onnx.ModelProto, node: onnx.NodeProto, forced: str
+) -> list[onnx.NodeProto]:
+    """The slot of each forced place is where it equals the node's own positions."""
+
+    def inner(name: str) -> str:
+        return f"{forced}_{name}"
+
+    def constant(name: str, axis: int) -> str:
+        array = numpy_helper.from_array(np.array([axis]), inner(name))
+        model.graph.initializer.append(array)
+        return inner(name)
+
+    nodes = [
+        helper.make_node("Unsqueeze", [node.input[1], constant("row", 1)], [inner("places")]),
+        helper.make_node("Unsqueeze", [forced, constant("column", 2)], [inner("wanted")]),
+        helper.make_node("Equal", [inner("places"), inner("wanted")], [inner("equal")]),
+        helper.make_node("Cast", [inner("equal")], [inner("match")], to=TensorProto.INT32),
+        helper.make_node("ArgMax", [inner("match")], [inner("slot")], axis=2, keepdims=0),
+        helper.make_node("Unsqueeze", [inner("slot"), constant("last", 2)], [inner("index")]),
+        helper.make_node("Identity", [forced], [node.output[0]]),
+    ]
+    for source, target in zip(node.input[2:], node.output[1:], strict=True):
+        nodes.append(helper.make_node("GatherND", [source, inner("index")], [target], batch_dims=1))
+    return nodes
+
+
+def expose(model: onnx.ModelProto, names: Iterable[str]) -> None:
+    """Add inner values to the graph's outputs.
+
+    Raises:
+        ArtifactError: the graph has no typed value of such a name.
+    """
+    known = {value.name: value for value in model.graph.value_info}
+    for name in names:
+        if name not in known:
+            raise ArtifactError(
+                f"value {name!r} of model.json is not in model.onnx; export the model again"
+            )
+        model.graph.output.append(known[name])
+
+
+def strip_functions(path: Path) -> bytes:
+    """The file without its fallback bodies, serialized; the file stays as it is."""
+    model = onnx.load(path)
+    del model.functions[:]
+    return bytes(model.SerializeToString())
+
+
+def count_nodes(path: Path) -> tuple[int, int]:
+    """How many nodes the graph has, and how many of them are our operators."""
+    model = onnx.load(path, load_external_data=False)
+    return len(model.graph.node), sum(node.domain == DOMAIN for node in model.graph.node)

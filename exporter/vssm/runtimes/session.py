@@ -1,0 +1,141 @@
+"""What every session is: arrays in, arrays out, and a statement of what ran."""
+
+from __future__ import annotations
+
+import abc
+import os
+import sys
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vssm.artifact.manifest import BATCH, Manifest
+
+Array = npt.NDArray[Any]
+OPERATORS = ("kernel", "body")
+CLOSED = "session=closed: open another one to run again"
+_MAX_THREADS = 1024
+
+
+def plural(count: int, noun: str) -> str:
+    """The count and the noun, as in "2 threads"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+@dataclass(frozen=True)
+class RuntimeInfo:
+    """What a session runs, for every report.
+
+    Attributes:
+        runtime: "torch", "ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx".
+        operators: what computes the custom operators: "kernel" (this package's library), "body"
+            (the fallback functions in the file) or "oracle" (PyTorch).
+        version: the runtime's version.
+        device: the device in words.
+        threads: threads of one run.
+        library: file name of the operator library, None without it.
+        library_version: its version.
+        isa: the instruction set its kernels chose, or the GPU's compute capability.
+        trusted: why an engine would have been refused, had the caller not trusted it.
+    """
+
+    runtime: str
+    operators: str
+    version: str
+    device: str
+    threads: int
+    library: str | None = None
+    library_version: str | None = None
+    isa: str | None = None
+    trusted: str | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.runtime} {self.version}, operators: {self.operators}"
+        if self.library is not None:
+            text += f" ({self.library} {self.library_version}, {self.isa})"
+        text = f"{text}, {plural(self.threads, 'thread')}, {self.device}"
+        return text if self.trusted is None else f"{text}, trusted although {self.trusted}"
+
+
+def checked_threads(threads: int | None) -> int:
+    """Threads of one run; None gives the cores that this process may use.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is outside [1, 1024]; a runtime starts what it is told, and hangs.
+    """
+    if threads is None:
+        return len(os.sched_getaffinity(0))
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise TypeError(f"threads={threads!r} is not an integer; give the number of threads")
+    if not 1 <= threads <= _MAX_THREADS:
+        raise ValueError(
+            f"threads={threads} is outside [1, {_MAX_THREADS}]; give the number of threads of one "
+            "run, at best that of the cores"
+        )
+    return threads
+
+
+class Session(abc.ABC):
+    """A model that runs. Use it as a context manager, or call `close`.
+
+    `run` may be called from several threads at once, unless a subclass says otherwise.
+    """
+
+    def __init__(self, manifest: Manifest, info: RuntimeInfo) -> None:
+        self.manifest = manifest
+        self.info = info
+
+    def run(self, images: Array) -> dict[str, Array]:
+        """Outputs by name: `logits` (batch, classes) float32, `kept_positions_0` ... int64.
+
+        Args:
+            images: (batch, 3, height, width) float32, preprocessed.
+
+        Raises:
+            TypeError: images is no float32 array.
+            ValueError: its shape is not the model's.
+        """
+        return self._run(self._checked(images))
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """The smallest and largest batch that it takes; only an engine has bounds."""
+        return 1, sys.maxsize
+
+    @abc.abstractmethod
+    def _run(self, images: Array) -> dict[str, Array]: ...
+
+    def _checked(self, images: Array) -> Array:
+        spec = self.manifest.inputs[0]
+        if not isinstance(images, np.ndarray) or str(images.dtype) != spec.dtype:
+            kind = f"{type(images).__name__} of {getattr(images, 'dtype', 'no dtype')}"
+            raise TypeError(
+                f"{spec.name}={kind} is no NumPy array of {spec.dtype}; use vssm.preprocess "
+                "for images, or .astype"
+            )
+        fits = images.ndim == len(spec.shape) and images.shape[1:] == spec.shape[1:]
+        if not fits or images.shape[0] < 1 or spec.shape[0] not in {BATCH, images.shape[0]}:
+            raise ValueError(
+                f"images.shape={images.shape} is not {spec.shape}; resize the images, or export "
+                "the model with this image_size"
+            )
+        return images
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free what the session holds; it cannot run afterwards."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

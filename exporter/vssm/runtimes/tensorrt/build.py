@@ -1,0 +1,297 @@
+"""Builds TensorRT engines: model.onnx to a plan and what it was built from."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vssm._version import __version__
+from vssm.artifact.directory import MODEL_FILE, Artifact
+from vssm.errors import RuntimeUnavailableError, UnsupportedError
+from vssm.files.atomic import atomic_path, atomic_write_bytes, check_writable, sha256_of
+from vssm.ops.spec import OPERATORS
+from vssm.runtimes.cuda_memory import Cuda, GpuInfo
+from vssm.runtimes.graph_edit import count_nodes, strip_functions
+from vssm.runtimes.library import TENSORRT_LIBRARY, find_library, library_version
+from vssm.runtimes.session import Array
+from vssm.runtimes.tensorrt import api
+from vssm.runtimes.tensorrt.engine import EngineInfo, PluginInfo, write_info
+from vssm.runtimes.tensorrt.engine_check import refuse_changes
+from vssm.runtimes.tensorrt.engine_request import EngineRequest, check_request
+from vssm.runtimes.tensorrt.runner import EngineRunner
+
+Progress = Callable[[str, int, int], None]
+_MIB: Final = 1 << 20
+_SHOWN_ERRORS: Final = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A built engine, and the layers of the network that it was built from."""
+
+    data: bytes
+    layers: int
+
+
+def build_engine(
+    artifact: Artifact, request: EngineRequest, *, progress: Progress = lambda *_: None
+) -> EngineInfo:
+    """Build an engine beside model.onnx, and write what it was built from.
+
+    Args:
+        artifact: a verified export.
+        request: what to build.
+        progress: called with a phase's name, the step it is at, and how many there are.
+
+    Raises:
+        ValueError: the request contradicts itself.
+        RuntimeUnavailableError: the package, the GPU or the plugin library is missing.
+        UnsupportedError: TensorRT cannot parse or build this file.
+        ArtifactError: the directory cannot be written, or its model was changed meanwhile.
+    """
+    check_request(request)
+    product = request.product
+    plan_path, info_path = artifact.directory / product.plan, artifact.directory / product.info
+    for path in (plan_path, info_path):
+        check_writable(path)
+    package = api.load_package(product)
+    gpu = find_gpu(product)
+    library = find_library(TENSORRT_LIBRARY) if request.uses_plugins else None
+    plugin = None if library is None else _describe(library, inside=request.plugins_inside)
+    cache = _cache_path(artifact, request, package, gpu)
+    if cache is not None:
+        check_writable(cache)
+    start = time.monotonic()
+    plan = build_plan(artifact.model_path, request, cache=cache, progress=progress)
+    seconds = time.monotonic() - start
+    refuse_changes(artifact, library, plugin)
+    info_path.unlink(missing_ok=True)  # never an old statement beside a new engine
+    with atomic_path(plan_path) as path:
+        path.write_bytes(plan.data)
+    info = EngineInfo(
+        product=product.runtime,
+        version=str(package.__version__),
+        gpu=None if gpu is None else gpu.name,
+        compute_capability=_compiled_for(request, gpu),
+        cuda=None if gpu is None else gpu.cuda,
+        operators="kernel" if request.uses_plugins else "body",
+        plugin=plugin,
+        batch=request.batch,
+        options={
+            "version_compatible": request.version_compatible,
+            "hardware_compatible": request.hardware_compatible,
+            "level": request.level,
+            "memory_mib": request.memory_mib,
+        },
+        nodes=count_nodes(artifact.model_path)[0],
+        layers=plan.layers,
+        seconds=round(seconds, 3),
+        model_sha256=artifact.manifest.files[MODEL_FILE],
+        plan_sha256=hashlib.sha256(plan.data).hexdigest(),
+        plan_bytes=len(plan.data),
+        vssm=__version__,
+    )
+    write_info(info_path, info)
+    return info
+
+
+def find_gpu(product: api.Product) -> GpuInfo | None:
+    """The GPU; TensorRT for RTX builds without one, full TensorRT does not."""
+    try:
+        return Cuda().gpu()
+    except RuntimeUnavailableError:
+        if product.plugins:
+            raise
+        return None
+
+
+def _compiled_for(request: EngineRequest, gpu: GpuInfo | None) -> tuple[str, ...]:
+    """TensorRT compiles for the GPU that is here, TensorRT for RTX for what it was told."""
+    if gpu is None or not request.product.plugins:
+        return request.compute_capabilities
+    return (gpu.compute_capability,)
+
+
+def _describe(library: Path, *, inside: bool) -> PluginInfo:
+    return PluginInfo(library.name, library_version(library), sha256_of(library), inside)
+
+
+def _cache_path(
+    artifact: Artifact, request: EngineRequest, package: Any, gpu: GpuInfo | None
+) -> Path | None:
+    """Timings belong to one version and one GPU, so the file is named after them."""
+    if gpu is None or not request.product.plugins:
+        return None  # TensorRT for RTX times nothing while it builds
+    name = f"timing-{package.__version__}-sm{gpu.compute_capability.replace('.', '')}.cache"
+    return request.timing_cache or artifact.directory / name
+
+
+def build_plan(
+    model: Path,
+    request: EngineRequest,
+    *,
+    cache: Path | None = None,
+    progress: Progress = lambda *_: None,
+) -> Plan:
+    """Parse a file and build an engine in memory.
+
+    Raises:
+        RuntimeUnavailableError, UnsupportedError: as for `build_engine`.
+    """
+    product = request.product
+    package = api.load_package(product)
+    if request.uses_plugins:
+        api.load_plugin(package, find_library(TENSORRT_LIBRARY))
+    log = api.logger(package)
+    builder = package.Builder(log)
+    if builder is None:
+        raise UnsupportedError(f"{product.title} has no builder here: {_last(log)}")
+    network = api.create_network(package, builder)
+    parser = package.OnnxParser(network, log)
+    _parse(parser, model, request, package)
+    _check_layers(package, network, model, request)
+    config = _configure(package, builder, network, request)
+    # Kept alive by this name: the builder calls it from its own threads.
+    monitor = api.progress_monitor(package, progress)
+    config.progress_monitor = monitor
+    timings = _load_cache(config, cache)
+    built = builder.build_serialized_network(network, config)
+    if built is None:
+        raise UnsupportedError(
+            f"{product.title} {package.__version__} parsed {model.name} but could not build an "
+            f"engine: {_last(log)}; give it memory (--memory), another batch, or --operators body"
+        )
+    if cache is not None and timings is not None:
+        atomic_write_bytes(cache, bytes(config.get_timing_cache().serialize()))
+    return Plan(bytes(built), network.num_layers)
+
+
+def run_graph(
+    model: Path, feeds: Mapping[str, Array], *, runtime: str, operators: str
+) -> dict[str, Array]:
+    """Build an engine of a file for exactly these inputs, run it once, and forget it.
+
+    For graphs with further inputs or outputs, as the parity check makes them.
+
+    Raises:
+        RuntimeUnavailableError, UnsupportedError: as for `build_plan`.
+    """
+    product = api.PRODUCTS[runtime]
+    batch = next(iter(feeds.values())).shape[0]
+    # Of a trusted engine without a statement nobody knows its operators.
+    asked = operators if product.plugins and operators != "unknown" else None
+    plan = build_plan(model, EngineRequest(runtime, asked, batch=(batch, batch, batch)))
+    runner = EngineRunner(product, plan.data, Cuda(), host_code=False, graphs=False)
+    try:
+        return runner.run(feeds)
+    finally:
+        runner.close()
+
+
+def _parse(parser: Any, model: Path, request: EngineRequest, package: Any) -> None:
+    if request.uses_plugins and api.needs_stripping(request.product, package):
+        parsed = parser.parse(strip_functions(model))
+    else:
+        parsed = parser.parse_from_file(str(model))
+    if parsed:
+        return
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    shown = "; ".join(_describe_error(error) for error in errors[:_SHOWN_ERRORS])
+    more = len(errors) - _SHOWN_ERRORS
+    raise UnsupportedError(
+        f"{request.product.title} {package.__version__} cannot parse {model.name}: {shown}"
+        + (f"; and {more} more" if more > 0 else "")
+        + f"; {_parser_remedy(errors)}"
+    )
+
+
+def _parser_remedy(errors: list[Any]) -> str:
+    if any(e.node_operator() in OPERATORS and not e.local_function_stack() for e in errors):
+        return (
+            "of our operators it found neither a plugin nor a body: rebuild the plugin library "
+            "with `make setup`, or export the model again"
+        )
+    return "export it with another --opset, or update TensorRT"
+
+
+def _describe_error(error: Any) -> str:
+    """What the parser says of a node, and inside which fallback bodies it stands."""
+    where = f"node {error.node_name() or error.node()} ({error.node_operator() or 'no operator'})"
+    stack = [str(name) for name in error.local_function_stack()]
+    inside = f" in the body of {' in '.join(stack)}" if stack else ""
+    return f"{where}{inside}: {error.desc()}"
+
+
+def _check_layers(package: Any, network: Any, model: Path, request: EngineRequest) -> None:
+    """The parser takes a body without a word where it finds no plugin, and the other way round."""
+    asked = count_nodes(model)[1] if request.uses_plugins else 0
+    found = api.plugin_layers(package, network)
+    if found == asked:
+        return
+    if asked:
+        raise UnsupportedError(
+            f"the parser made {found} plugin layers of {asked} operators: it took the rest from "
+            "the fallback bodies; rebuild the plugin library of this version with `make setup`, "
+            "or ask for --operators body"
+        )
+    raise UnsupportedError(
+        f"operators='body' was asked for, but the parser made {found} plugin layers: the plugin "
+        "library is already loaded in this process; build in a new one"
+    )
+
+
+def _configure(package: Any, builder: Any, network: Any, request: EngineRequest) -> Any:
+    config = builder.create_builder_config()
+    api.forbid_tf32(package, config)
+    if request.memory_mib is not None:
+        config.set_memory_pool_limit(package.MemoryPoolType.WORKSPACE, request.memory_mib * _MIB)
+    if request.level is not None:
+        config.builder_optimization_level = request.level
+    if request.version_compatible:
+        config.set_flag(package.BuilderFlag.VERSION_COMPATIBLE)
+    if request.hardware_compatible is not None:
+        api.set_hardware_level(package, config, request.hardware_compatible)
+    if request.compute_capabilities:
+        api.set_compute_capabilities(package, config, request.compute_capabilities)
+    if request.plugins_inside:
+        config.plugins_to_serialize = [str(find_library(TENSORRT_LIBRARY))]
+    _add_profile(builder, network, config, request.batch)
+    return config
+
+
+def _add_profile(builder: Any, network: Any, config: Any, batch: tuple[int, int, int]) -> None:
+    """One profile: the first axis of every input, the only dynamic one, is the batch."""
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        rest = tuple(tensor.shape)[1:]
+        if min(rest, default=1) < 1:
+            raise UnsupportedError(
+                f"input {tensor.name} has shape {tuple(tensor.shape)}, but only the batch may be "
+                "dynamic; export the model with this vssm"
+            )
+        profile.set_shape(tensor.name, *((size, *rest) for size in batch))
+    if config.add_optimization_profile(profile) < 0:
+        raise UnsupportedError(f"TensorRT refuses the profile batch={batch}; give other sizes")
+
+
+def _load_cache(config: Any, path: Path | None) -> Any:
+    if path is None:
+        return None
+    data = path.read_bytes() if path.exists() else b""
+    cache = config.create_timing_cache(data)
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise UnsupportedError(
+            f"timing_cache={path} was not made by this TensorRT on this GPU; delete it, or name "
+            "another file"
+        )
+    return cache
+
+
+def _last(log: Any) -> str:
+    """The last of what TensorRT complained of, the reason among it."""
+    return " | ".join(log.complaints[-3:]) or "it gave no reason"

@@ -1,0 +1,144 @@
+"""Sessions on TensorRT and TensorRT for RTX: an engine that `vssm engine` built; no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vssm.artifact.directory import MODEL_FILE, Artifact
+from vssm.errors import ArtifactError, RuntimeUnavailableError
+from vssm.runtimes.cuda_memory import Cuda, GpuInfo
+from vssm.runtimes.library import TENSORRT_LIBRARY, find_library
+from vssm.runtimes.session import Array, RuntimeInfo, Session
+from vssm.runtimes.tensorrt import api
+from vssm.runtimes.tensorrt.engine import EngineInfo
+from vssm.runtimes.tensorrt.engine_check import CheckedEngine, check_engine
+from vssm.runtimes.tensorrt.runner import EngineRunner
+
+
+class TensorRtSession(Session):
+    """`tensorrt` and `tensorrt-rtx`: model.plan on the GPU. Runs of several threads take turns.
+
+    Args:
+        artifact: a verified export with an engine beside it.
+        runtime: which of the two.
+        operators: what the engine must have been built with, "kernel" or "body"; None for either.
+        trust: load an engine that is foreign or tampered; `info.trusted` then says why that was
+            needed.
+        graphs: run CUDA graphs, one for each batch size; None for True on TensorRT, and False on
+            TensorRT for RTX, which captures graphs of its own.
+
+    Raises:
+        ArtifactError: the engine is missing, stale, foreign or tampered.
+        RuntimeUnavailableError: the package, the GPU or the plugin library is missing.
+        ValueError: the engine was built with other operators than asked for.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        runtime: str = "tensorrt",
+        operators: str | None = None,
+        trust: bool = False,
+        graphs: bool | None = None,
+    ) -> None:
+        product = api.PRODUCTS[runtime]
+        package = api.load_package(product)
+        cuda = Cuda()
+        gpu = cuda.gpu()
+        library = _library()
+        engine = check_engine(
+            artifact,
+            product,
+            version=str(package.__version__),
+            gpu=gpu,
+            library=library,
+            trust=trust,
+        )
+        _check_operators(engine.info, operators, product)
+        if library is not None and product.plugins and _wants_library(engine.info):
+            api.load_plugin(package, library)
+        self._runner = EngineRunner(
+            product,
+            engine.data,
+            cuda,
+            host_code=_has_host_code(engine.info),
+            graphs=product.plugins if graphs is None else graphs,
+        )
+        try:
+            _check_tensors(self._runner, artifact, product)
+        except BaseException:
+            self._runner.close()
+            raise
+        version = str(package.__version__)
+        super().__init__(artifact.manifest, _info(product, version, engine, gpu=gpu))
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """The smallest and largest batch that the engine takes."""
+        return self._runner.min_batch, self._runner.max_batch
+
+    def _run(self, images: Array) -> dict[str, Array]:
+        return self._runner.run({self.manifest.inputs[0].name: images})
+
+    def close(self) -> None:
+        """Free the engine and its memory."""
+        self._runner.close()
+
+
+def _check_tensors(runner: EngineRunner, artifact: Artifact, product: api.Product) -> None:
+    """A trusted engine may be of any model."""
+    manifest = artifact.manifest
+    wanted = {t.name: tuple(t.shape[1:]) for t in (*manifest.inputs, *manifest.outputs)}
+    found = runner.shapes()
+    if found != wanted:
+        raise ArtifactError(
+            f"{product.plan} has inputs and outputs {found}, but {MODEL_FILE} has {wanted}: it is "
+            f"of another model; build it with `{product.command} {artifact.directory}`"
+        )
+
+
+def _library() -> Path | None:
+    try:
+        return find_library(TENSORRT_LIBRARY)
+    except RuntimeUnavailableError:
+        return None
+
+
+def _wants_library(info: EngineInfo | None) -> bool:
+    """An engine that carries the library registers it itself; of a trusted one nothing is known."""
+    return info is None or (info.plugin is not None and not info.plugin.inside)
+
+
+def _has_host_code(info: EngineInfo | None) -> bool:
+    """Host code runs only where engine.json, which was checked, says that we put it there."""
+    if info is None:
+        return False
+    inside = info.plugin is not None and info.plugin.inside
+    return inside or bool(info.options.get("version_compatible"))
+
+
+def _check_operators(info: EngineInfo | None, asked: str | None, product: api.Product) -> None:
+    if asked is not None and info is not None and asked != info.operators:
+        raise ValueError(
+            f"operators={asked!r}, but the engine was built with {info.operators!r}; leave it out, "
+            f"or build it with `{product.command} --operators {asked}`"
+        )
+
+
+def _info(
+    product: api.Product, version: str, engine: CheckedEngine, *, gpu: GpuInfo
+) -> RuntimeInfo:
+    info = engine.info
+    plugin = None if info is None else info.plugin
+    return RuntimeInfo(
+        runtime=product.runtime,
+        operators="unknown" if info is None else info.operators,
+        version=version,
+        device=gpu.name,
+        threads=1,
+        library=None if plugin is None else plugin.file,
+        library_version=None if plugin is None else plugin.version,
+        isa=None if plugin is None else f"compute capability {gpu.compute_capability}",
+        trusted=engine.trusted or None,
+    )

@@ -1,0 +1,175 @@
+"""The model in PyTorch: rebuilt from an export, run as a session, and as the float64 oracle."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from vssm.artifact.directory import Artifact
+from vssm.artifact.reference import is_module, refuse_module
+from vssm.compat.exact import exact_outputs
+from vssm.compat.outputs import public_outputs
+from vssm.errors import ArtifactError
+from vssm.models import VisionModel, model_from_config
+from vssm.parity.compare import OracleResult, module_result
+from vssm.pruning.schedule import PruneSchedule
+from vssm.runtimes.ort import cpu_name
+from vssm.runtimes.session import CLOSED, Array, RuntimeInfo, Session, checked_threads
+
+TorchModule = nn.Module  # for files that name no torch
+
+
+def model_of(artifact: Artifact, *, dense: bool = False) -> VisionModel:
+    """The float32 model of an export, rebuilt from model.json and weights.safetensors.
+
+    Args:
+        artifact: a verified export.
+        dense: leave its schedule out.
+
+    Raises:
+        ArtifactError: the weights were not exported, or do not fit model.json.
+    """
+    refuse_module(
+        artifact, "so PyTorch cannot run it; run model.onnx, or give check_parity the model"
+    )
+    manifest = artifact.manifest
+    schedule = None if dense else schedule_of(artifact)
+    model = model_from_config(manifest.name, dict(manifest.config), schedule)
+    try:
+        model.load_state_dict(load_file(artifact.weights_path), strict=True)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{artifact.weights_path} does not fit the model of model.json: {error}; export again"
+        ) from error
+    model.checkpoint = manifest.checkpoint
+    return model.eval()
+
+
+def schedule_of(artifact: Artifact) -> PruneSchedule | None:
+    """The schedule that model.json describes."""
+    info = artifact.manifest.schedule
+    if info is None:
+        return None
+    return PruneSchedule(
+        info.blocks,
+        alignment=info.alignment,
+        importance=info.importance,
+        source=info.source,
+        gated=info.gated,
+        conv=info.conv,
+        step_parameters=info.step_parameters,
+        seed=info.seed or 0,
+    )
+
+
+def _refuse_another(model: VisionModel, artifact: Artifact) -> None:
+    exported, given = json.loads(json.dumps([artifact.manifest.config, asdict(model.config)]))
+    if exported != given or _rules(schedule_of(artifact)) != _rules(model.schedule):
+        raise ValueError(
+            f"model: {model.name} of this configuration and schedule is not the model of this "
+            f"export, in {artifact.directory}; pass the one that was exported, or export it again"
+        )
+
+
+def _rules(schedule: PruneSchedule | None) -> dict[str, Any]:
+    """What a schedule does: its seed only where it draws."""
+    rules = {} if schedule is None else dict(vars(schedule))
+    return rules if rules.get("importance") == "random" else {**rules, "seed": 0}
+
+
+class TorchSession(Session):
+    """`torch`: the float32 model in PyTorch with the operators' oracle, a loop over the sequence.
+
+    `run` may be called from several threads at once; they share torch's threads, whose number
+    `threads` sets for the whole process until `close`.
+    """
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
+        self._model: VisionModel | None = model_of(artifact)
+        self._threads_before = torch.get_num_threads()
+        if threads is not None:
+            torch.set_num_threads(checked_threads(threads))
+        info = RuntimeInfo(
+            runtime="torch",
+            operators="oracle",
+            version=f"torch {torch.__version__} float32",
+            device=cpu_name(),
+            threads=torch.get_num_threads(),
+        )
+        super().__init__(artifact.manifest, info)
+
+    def _run(self, images: Array) -> dict[str, Array]:
+        model = self._model
+        if model is None:
+            raise ValueError(CLOSED)
+        with torch.inference_mode():
+            found = model.forward_details(torch.from_numpy(np.array(images)))
+        kept = {f"kept_positions_{i}": k.numpy() for i, k in enumerate(found.kept_positions)}
+        return {"logits": found.logits.numpy(), **kept}
+
+    def close(self) -> None:
+        """Free the model, and give torch back the threads it had."""
+        if self._model is not None:
+            torch.set_num_threads(self._threads_before)
+        self._model = None
+
+
+def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
+    """What the model says of images (batch, 3, height, width) in float64; it stays as it is.
+
+    Raises:
+        ValueError: it is not the model that was exported, whatever its weights.
+        UnsupportedError: it is a module of the user's that does not run in float64.
+    """
+    if is_module(artifact):
+        return _module_oracle(model, artifact, images)
+    if not isinstance(model, VisionModel):
+        raise TypeError(
+            f"model={type(model).__name__} is not a model of this package, but {artifact.directory}"
+            " is the export of one; pass the model that was exported, or None"
+        )
+    _refuse_another(model, artifact)
+    exact = copy.deepcopy(model).cpu().eval().double().use_operators("oracle")
+    names = artifact.manifest.block_outputs
+    with torch.inference_mode():
+        found = exact.forward_details(
+            torch.from_numpy(np.array(images)).double(), with_blocks=bool(names)
+        )
+    blocks: dict[str, Array] = {}
+    for name, (hidden, residual) in zip(names, found.blocks, strict=True):
+        blocks[name.hidden] = hidden.numpy()
+        if name.residual is not None and residual is not None:
+            blocks[name.residual] = residual.numpy()
+    kept = [k.numpy() for k in found.kept_positions]
+    return OracleResult(
+        logits=found.logits.numpy(),
+        kept_positions=kept,
+        scores=[s.numpy() for s in found.scores],
+        positions=[_every_position(exact, len(images)), *kept[:-1]] if kept else [],
+        blocks=blocks,
+    )
+
+
+def _module_oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
+    names = [output.name for output in artifact.manifest.outputs]
+    outputs = public_outputs(None if artifact.manifest.schedule else names, scores=True)
+    found = exact_outputs(model, torch.from_numpy(np.array(images)), outputs)
+    if not set(names) <= set(found):
+        raise ValueError(
+            f"model: it returns {sorted(found)}, the export in {artifact.directory} "
+            f"{sorted(names)}; pass the module that was exported"
+        )
+    return module_result({name: value.numpy() for name, value in found.items()})
+
+
+def _every_position(model: VisionModel, batch: int) -> Array:
+    """Places (batch, seqlen) of the tokens before the first stage."""
+    seqlen = 0 if model.layout is None else model.layout.seqlen
+    return np.broadcast_to(np.arange(seqlen), (batch, seqlen))

@@ -1,0 +1,1 @@
+"""Comparisons and pictures of pruned models on data."""

@@ -1,0 +1,283 @@
+"""`vssm ablate` as a function: a model and a folder of images to tables and plots."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vssm._version import __version__
+from vssm.errors import UnsupportedError
+from vssm.evaluation.data import Picture, fingerprint, load_in_order, open_pictures
+from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory, sha256_of
+from vssm.files.json_files import write_json
+from vssm.studies.ablate_journal import AblationJournal
+from vssm.studies.pipeline_ablate_options import AblationOptions
+from vssm.studies.runs import (
+    Trainer,
+    check_training,
+    given_runs,
+    model_of_run,
+    open_checkpoints,
+    zero_shot_runs,
+)
+from vssm.studies.subject import OpenedSubject
+from vssm.training.recipe import Recipe
+from vssm.training.request import Subject
+
+if TYPE_CHECKING:
+    from vssm.pruning.schedule import PruneSchedule
+    from vssm.studies.measure import Cost
+    from vssm.studies.plan import Plan, Run
+    from vssm.studies.report import AblationReport, Measured, Row
+
+TABLES, NUMBERS = "ablation.md", "ablation.json"
+PLOTS = {"accuracy_flops.png": "flops", "accuracy_time.png": "time"}
+
+
+def ablate(
+    subject: Subject,
+    images: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    options: AblationOptions | None = None,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
+) -> AblationReport:
+    """Compare alignments, importances, the EViT-style baseline and keep ratios on a data set.
+
+    Every run sees every batch, in PyTorch. Writes `ablation.md`, `ablation.json` and two plots into
+    `output`, over those of a run before, and trained weights into `output`/finetuned. A call that
+    was stopped, by kill -9 too, goes on where it ended once it is called with the same arguments,
+    and ends with the same accuracies; times are of whichever call measured them.
+
+    Args:
+        subject: the model, by its name or as the directory of an export, and its schedule.
+        images: a folder that holds one folder a class; files of any size.
+        output: directory to write; made where it is missing.
+        options: the rest; None for the defaults.
+        progress: called with a line of text after every batch, and every step of a training.
+
+    Returns:
+        The rows: top-1 as shares in [0, 1], FLOPs in multiply-adds an image, speed in images/s.
+
+    Raises:
+        ValueError: an argument does not fit, or no image can be read.
+        VssmError: matplotlib is missing, a file or checkpoint cannot be used, or what a stopped
+            call left is of another ablation.
+    """
+    from vssm.studies.figures import require_matplotlib
+    from vssm.studies.measure import measure
+    from vssm.studies.report import Measured
+
+    options, images, output = options or AblationOptions(), Path(images), Path(output)
+    require_matplotlib()
+    opened = open_checkpoints(subject, options.checkpoints)
+    schedule = opened[0].schedule
+    if schedule is None:
+        raise ValueError(
+            f"source={subject.name!r} has no schedule to ablate; give --schedule BLOCK:RATIO,..."
+        )
+    plan = _plan(opened[0].name, schedule, options)
+    runs = [*zero_shot_runs(plan, len(opened)), *given_runs(plan, options.finetuned)]
+    pictures = open_pictures(images, int(opened[0].config["num_classes"]), options.classes)
+    facts = _facts(opened, schedule, options, images, len(pictures))
+    facts |= _training_facts(options, plan, opened)
+    make_directory(output)
+    check_writable(output / TABLES)
+    ready = _models(runs, opened, options)  # before the training, which takes long
+    trained, left_out = Trainer(subject, opened, options, output, progress).runs(plan)
+    ready = ready.joined(_models(trained, opened, options), left_out)
+    runs = [run for run in (*runs, *trained) if run.key in ready.models]
+    header = _header(opened, schedule, runs, options, fingerprint(images, pictures))
+    path = output / f"{NUMBERS}.journal"
+    with AblationJournal(path, header, restart=options.restart) as journal:
+        batches = _batches(images, pictures, opened[0], options, done=len(journal.done))
+        outcomes = measure(
+            ready.models,
+            batches,
+            total=len(pictures),
+            device=options.device,
+            journal=journal,
+            progress=progress,
+        )
+        measured = Measured(runs, outcomes, ready.costs)
+        rows = _rows(plan, opened[0], schedule, measured, facts["weights"])
+        unreadable = [pair for step in journal.done for pair in step.unreadable]
+        report = _write(output, facts, rows, ready.left_out, unreadable)
+        journal.remove()
+    return report
+
+
+def _plan(name: str, schedule: PruneSchedule, options: AblationOptions) -> Plan:
+    from vssm.studies.plan import make_plan
+
+    grid = name.startswith("vim") and schedule.conv == "compact"  # PlainMamba's always is
+    return make_plan(schedule, seeds=options.seeds, ratios=options.ratios, grid=grid)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """Models and costs of runs by their keys, and what cannot run, with its reason."""
+
+    models: dict[str, Any]
+    costs: dict[str, Cost]
+    left_out: dict[str, str]
+
+    def joined(self, other: _Ready, left_out: dict[str, str]) -> _Ready:
+        return _Ready(
+            {**self.models, **other.models},
+            {**self.costs, **other.costs},
+            {**self.left_out, **left_out, **other.left_out},
+        )
+
+
+def _models(
+    runs: Sequence[Run], opened: Sequence[OpenedSubject], options: AblationOptions
+) -> _Ready:
+    from vssm.studies.measure import prepare
+
+    ready = _Ready({}, {}, {})
+    for run in runs:
+        try:
+            model = model_of_run(run, opened)
+        except UnsupportedError as error:
+            ready.left_out[run.name] = str(error)
+            continue
+        ready.models[run.key], ready.costs[run.key] = prepare(
+            run.variant, model, operators=options.operators, device=options.device
+        )
+    return ready
+
+
+def _header(
+    opened: Sequence[OpenedSubject],
+    schedule: PruneSchedule,
+    runs: Sequence[Run],
+    options: AblationOptions,
+    images: str,
+) -> dict[str, str]:
+    """What must be the same when a stopped ablation goes on."""
+    from vssm.checkpoints.load import state_digest
+    from vssm.studies.measure import machine
+
+    tuned = (f"{run.key}: {sha256_of(run.weights)}" for run in runs if run.weights is not None)
+    return {
+        "model": opened[0].name,
+        "config": json.dumps(dict(opened[0].config), sort_keys=True),
+        "weights": ", ".join(state_digest(one.state) for one in opened),
+        "schedule": repr(schedule),
+        "runs": "; ".join(run.key for run in runs),
+        "fine-tuned": "; ".join(tuned),
+        "images": images,
+        "preprocessing": repr(opened[0].preprocessing),
+        "batch": str(options.batch),
+        "operators": options.operators,
+        "machine": machine(options.device),
+        "vssm": __version__,
+    }
+
+
+def _batches(
+    root: Path,
+    pictures: Sequence[Picture],
+    subject: OpenedSubject,
+    options: AblationOptions,
+    *,
+    done: int,
+) -> Iterator[tuple[Any, list[int], list[tuple[str, str]]]]:
+    """Images, classes and what cannot be read of every batch that is not done."""
+    size = options.batch
+    batches = [pictures[i : i + size] for i in range(0, len(pictures), size)][done:]
+    files = [[str(root / p.path) for p in some] for some in batches]
+    loaded = load_in_order(files, subject.preprocessing, workers=options.workers)
+    for some, batch in zip(batches, loaded, strict=True):
+        pairs = list(zip(some, batch.errors, strict=True))
+        unreadable = [(p.path, error) for p, error in pairs if error is not None]
+        yield batch.images, [p.target for p, error in pairs if error is None], unreadable
+
+
+def _rows(
+    plan: Plan,
+    subject: OpenedSubject,
+    schedule: PruneSchedule,
+    measured: Measured,
+    weights: str,
+) -> list[Row]:
+    from vssm.studies.plan import Published, published
+    from vssm.studies.report import make_row
+
+    standard = _is_standard(subject)  # of other sizes of a model nothing is published
+    rows = []
+    for line in plan.lines:
+        key = line.keys[0]
+        printed = published(subject.name, key, schedule) if standard else Published(None, None)
+        for tuned in (False, True):
+            row = make_row(line, measured, tuned=tuned, weights=weights, published=printed)
+            rows += [] if row is None else [row]
+    return rows
+
+
+def _is_standard(subject: OpenedSubject) -> bool:
+    from vssm.models.catalog import standard_config
+
+    return dict(subject.config) == standard_config(subject.name)
+
+
+def _facts(
+    opened: Sequence[OpenedSubject],
+    schedule: PruneSchedule,
+    options: AblationOptions,
+    images: Path,
+    count: int,
+) -> dict[str, str]:
+    from vssm.studies.measure import machine
+
+    pruned = ", ".join(f"{r} after block {b}" for b, r in schedule.ratios.items())
+    return {
+        "model": opened[0].name,
+        "weights": ", ".join(one.weights for one in opened),
+        "kept": pruned,
+        "images": f"{count:,} in {images}",
+        "ran": f"{machine(options.device)}, operators {options.operators}, batch {options.batch}",
+        "images/s": "median over the full batches but a call's first, model alone, runs in turn",
+    }
+
+
+def _training_facts(
+    options: AblationOptions, plan: Plan, opened: Sequence[OpenedSubject]
+) -> dict[str, str]:
+    """What is trained; refuses what could only fail later."""
+    training = options.training
+    if training is None:
+        return {}
+    images = check_training(
+        training, plan, opened, classes=options.classes, given=options.finetuned
+    )
+    numbers, usual = asdict(training.recipe), asdict(Recipe())
+    changed = [f"{k}={v}" for k, v in numbers.items() if k != "seed" and v != usual[k]]
+    return {
+        "fine-tuned": f"{', '.join(training.variants)}: {training.seeds or len(opened)} each, on "
+        f"{images:,} images in {training.data}; the weights of the last step, not their average",
+        "recipe": f"published, but {', '.join(changed)}" if changed else "published",
+    }
+
+
+def _write(
+    output: Path,
+    facts: dict[str, str],
+    rows: list[Row],
+    left_out: dict[str, str],
+    unreadable: list[tuple[str, str]],
+) -> AblationReport:
+    from vssm.studies.plot import plot
+    from vssm.studies.report import AblationReport, markdown
+
+    report = AblationReport(facts, tuple(rows), left_out, tuple(unreadable))
+    for name, against in PLOTS.items():
+        atomic_write_bytes(output / name, plot(report, against=against))
+    atomic_write_bytes(output / TABLES, markdown(report, list(PLOTS)).encode())
+    write_json(output / NUMBERS, report)
+    return report

@@ -1,0 +1,236 @@
+"""Figures of what a pruned model keeps, scores and attends to. Arrays in, PNG bytes out.
+
+Colours: cividis, made for colour-blind readers, and the Okabe-Ito palette.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vssm.errors import VssmError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = npt.NDArray[Any]
+_MAP = "cividis"
+_GONE = "#d9d9d9"  # of a pruned place in a map
+_JUMP = "#d55e00"  # Okabe-Ito vermilion
+_PRUNED = np.array([0.80, 0.47, 0.65])  # its reddish purple, which photos rarely have
+_DPI = 110
+_SIDE = 2.1  # inches of a panel
+_ACROSS = 6  # maps in a row at most
+
+
+def require_matplotlib() -> None:
+    """Refuse early.
+
+    Raises:
+        VssmError: matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise VssmError(
+            "matplotlib is not installed, which draws the figures; install it with "
+            "pip install 'vssm[reports]'"
+        )
+
+
+def kept_figure(picture: Array, kept: Mapping[str, Sequence[tuple[str, Array]]]) -> bytes:
+    """Patches that are left after every stage, a row for each variant.
+
+    Args:
+        picture: (height, width, 3) in [0, 1], as the model sees it.
+        kept: by variant, each stage's title and map (rows, columns) of bool.
+    """
+    columns = 1 + max(map(len, kept.values()))
+    figure, axes = _panels(len(kept), columns)
+    for row, (variant, stages) in zip(axes, kept.items(), strict=True):
+        row[0].imshow(picture)
+        _label(row[0], variant)
+        for axis, (title, here) in zip(row[1:], stages, strict=False):
+            axis.imshow(_faded(picture, here))
+            axis.set_title(title, fontsize=9)
+        for axis in row[1 + len(stages) :]:
+            axis.set_visible(False)
+    axes[0][0].set_title("image", fontsize=9)
+    return _png(figure, "Patches kept after every stage (purple: pruned)")
+
+
+def importance_figure(picture: Array, maps: Sequence[tuple[str, Array]], *, variant: str) -> bytes:
+    """Score maps of all blocks of a variant, each on its own scale; NaN where a token is gone."""
+    panels = 1 + len(maps)
+    rows = math.ceil(panels / _ACROSS)
+    figure, axes = _panels(rows, math.ceil(panels / rows))
+    flat = [axis for row in axes for axis in row]
+    flat[0].imshow(picture)
+    flat[0].set_title("image", fontsize=9)
+    for axis, (title, values) in zip(flat[1:], maps, strict=False):
+        shown = _heat(axis, picture, values, limits=_limits([values]))
+        axis.set_title(title, fontsize=9)
+    for axis in flat[1 + len(maps) :]:
+        axis.set_visible(False)
+    bar = figure.colorbar(shown, ax=flat, shrink=0.6, pad=0.01, ticks=_limits([values]))
+    bar.ax.set_yticklabels(["least", "most"])
+    bar.set_label("importance, each map on its own scale", fontsize=9)
+    return _png(figure, f"Importance of every token, {variant}{_grey([m for _, m in maps])}")
+
+
+def attention_figure(
+    picture: Array, maps: Mapping[str, Mapping[str, Array]], *, unit: str, title: str
+) -> bytes:
+    """Attention maps: a row for each row's name, a column for each variant or direction.
+
+    A row has one colour scale, so its panels can be compared.
+
+    Args:
+        picture: (height, width, 3) in [0, 1].
+        maps: by row and column, values (rows, columns), NaN where a token is gone.
+        unit: what the colour bar measures.
+        title: above all.
+    """
+    columns = 1 + max(map(len, maps.values()))
+    figure, axes = _panels(len(maps), columns)
+    for row, (name, panels) in zip(axes, maps.items(), strict=True):
+        row[0].imshow(picture)
+        _label(row[0], name)
+        limits = _limits(list(panels.values()))
+        for axis, (column, values) in zip(row[1:], panels.items(), strict=False):
+            shown = _heat(axis, picture, values, limits=limits)
+            axis.set_title(column, fontsize=9)
+        for axis in row[1 + len(panels) :]:
+            axis.set_visible(False)
+        # The arrow says that the brightest tokens lie above the scale's end.
+        beyond = any(np.nanmax(values, initial=-np.inf) > limits[1] for values in panels.values())
+        bar = figure.colorbar(
+            shown, ax=list(row), shrink=0.8, pad=0.01, extend="max" if beyond else "neither"
+        )
+        bar.set_label(unit, fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    axes[0][0].set_title("image", fontsize=9)
+    everything = [values for panels in maps.values() for values in panels.values()]
+    return _png(figure, f"{title}{_grey(everything)}")
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One direction of a scan: its title, the places of its steps, and which of them jump.
+
+    Attributes:
+        title: above the panel.
+        row: of each step, NaN at a class token.
+        column: likewise.
+        gap: original places each step stands for; 1 is a neighbour.
+    """
+
+    title: str
+    row: Array
+    column: Array
+    gap: Array
+
+
+def walks_figure(picture: Array, walks: Sequence[Sequence[Walk]], grid: tuple[int, int]) -> bytes:
+    """How scans walk the patches, dark to light; steps over pruned places in vermilion."""
+    figure, axes = _panels(len(walks), max(map(len, walks)), side=2.6)
+    colours = _colour_map()
+    for row, some in zip(axes, walks, strict=True):
+        for axis in row[len(some) :]:
+            axis.set_visible(False)
+        for axis, walk in zip(row, some, strict=False):
+            extent = (-0.5, grid[1] - 0.5, grid[0] - 0.5, -0.5)
+            axis.imshow(0.75 + 0.25 * picture, extent=extent)
+            shade = np.linspace(0, 1, len(walk.row))
+            for t in range(1, len(walk.row)):
+                jump = walk.gap[t] > 1
+                axis.plot(
+                    walk.column[t - 1 : t + 1],
+                    walk.row[t - 1 : t + 1],
+                    color=_JUMP if jump else colours(shade[t]),
+                    linewidth=1.0 if jump else 1.8,
+                    linestyle=":" if jump else "-",
+                )
+            axis.scatter(walk.column, walk.row, c=shade, cmap=_MAP, s=7, zorder=3)
+            axis.set_title(walk.title, fontsize=9)
+    jumps = any(np.any(walk.gap[1:] > 1) for some in walks for walk in some)
+    rest = "\n(dotted: over pruned places)" if jumps else ""
+    return _png(figure, f"How the scan walks, dark to light{rest}")
+
+
+def _panels(rows: int, columns: int, *, side: float = _SIDE) -> tuple[Figure, list[list[Axes]]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(side * columns + 0.9, (side + 0.25) * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure, [list(row) for row in axes]
+
+
+def _colour_map() -> Any:
+    from matplotlib import colormaps
+
+    return colormaps[_MAP]
+
+
+def _label(axis: Axes, text: str) -> None:
+    axis.set_ylabel(text, fontsize=10)
+
+
+def _heat(axis: Axes, picture: Array, values: Array, *, limits: tuple[float, float]) -> Any:
+    """A map over the image's area; pruned places grey."""
+    colours = _colour_map().with_extremes(bad=_GONE)
+    height, width = picture.shape[:2]
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    masked = np.ma.masked_invalid(values)
+    return axis.imshow(masked, cmap=colours, vmin=limits[0], vmax=limits[1], extent=extent)
+
+
+def _limits(maps: Sequence[Array]) -> tuple[float, float]:
+    """The scale: up to the 99th percentile, so that one token does not darken the rest."""
+    values = np.concatenate([m[np.isfinite(m)].ravel() for m in maps])
+    if values.size == 0:
+        return 0.0, 1.0
+    low, high = float(values.min()), float(np.quantile(values, 0.99))
+    return low, high if high > low else low + 1e-12
+
+
+def _faded(picture: Array, here: Array) -> Array:
+    """The picture with the patches that are gone in purple, a little of them showing."""
+    shown: Array = picture.copy()
+    for top, bottom, left, right, there in _cells(picture, here):
+        if not there:
+            cell = shown[top:bottom, left:right].mean(axis=-1, keepdims=True)
+            shown[top:bottom, left:right] = _PRUNED * (0.8 + 0.2 * cell)
+    return shown
+
+
+def _cells(picture: Array, here: Array) -> Iterator[tuple[int, int, int, int, bool]]:
+    """The pixels of every patch: top, bottom, left, right, and whether it is there."""
+    height, width = picture.shape[:2]
+    rows, columns = here.shape
+    down = np.linspace(0, height, rows + 1).round().astype(int)
+    across = np.linspace(0, width, columns + 1).round().astype(int)
+    for i in range(rows):
+        for j in range(columns):
+            yield down[i], down[i + 1], across[j], across[j + 1], bool(here[i, j])
+
+
+def _grey(maps: Sequence[Array]) -> str:
+    """What the title says of pruned places, where there are any."""
+    return "; grey: pruned" if any(np.isnan(m).any() for m in maps) else ""
+
+
+def _png(figure: Figure, title: str) -> bytes:
+    figure.suptitle(title, fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()

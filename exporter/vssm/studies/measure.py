@@ -1,0 +1,166 @@
+"""The ablation's loop: every variant on every batch, so that all see the same images."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vssm.models.base import VisionModel
+from vssm.models.cost import count
+from vssm.models.fused_tokens import fuse_leftovers
+from vssm.studies.ablate_journal import AblationJournal, Step
+from vssm.studies.plan import Variant
+
+# Images, their classes, and the files that could not be read.
+Batch = tuple[npt.NDArray[np.float32], Sequence[int], Sequence[tuple[str, str]]]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of an image, as `flops.count`; `unaligned`: the published rule without gaps."""
+
+    published: int
+    unaligned: int
+    true: int
+
+
+@dataclass
+class Outcome:
+    """What one run did: a "1" or "0" an image in `hits`; of every batch size, seconds, `first`."""
+
+    hits: str = ""
+    batches: list[tuple[int, float, bool]] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        """Images that it saw."""
+        return len(self.hits)
+
+    @property
+    def correct(self) -> int:
+        """Images whose class came first."""
+        return self.hits.count("1")
+
+    @property
+    def top1(self) -> float:
+        """Share of the images whose class came first."""
+        return self.correct / self.images
+
+    def images_per_s(self) -> tuple[float, int]:
+        """Median over the largest batches but a call's first, where there are others; how many."""
+        size = max(n for n, _, _ in self.batches)
+        full = [(seconds, first) for n, seconds, first in self.batches if n == size]
+        timed = [seconds for seconds, first in full if not first] or [s for s, _ in full]
+        return size / statistics.median(timed), len(timed)
+
+
+def prepare(
+    variant: Variant, model: VisionModel, *, operators: str, device: str
+) -> tuple[VisionModel, Cost]:
+    """The variant's model, ready to run, and its cost.
+
+    Raises:
+        ValueError: the variant or `operators` does not fit.
+    """
+    if variant.fused:
+        fuse_leftovers(model)
+    work, gaps = count(model), _once_a_layer(model)
+    model.use_operators(operators).to(device)
+    return model, Cost(work.published, work.published - gaps, work.true)
+
+
+def measure(
+    models: Mapping[str, VisionModel],
+    batches: Iterable[Batch],
+    *,
+    total: int,
+    device: str,
+    journal: AblationJournal | None = None,
+    progress: Progress = lambda _: None,
+) -> dict[str, Outcome]:
+    """Run every model on every batch, in turn.
+
+    Args:
+        models: by the runs' keys.
+        batches: those that the journal lacks.
+        total: files of all batches.
+        device: where the models are.
+        journal: gets each batch as soon as it is done; None for none.
+        progress: called with a line of text after every batch.
+
+    Returns:
+        What every run did, in the batches of the journal too.
+
+    Raises:
+        ValueError: logits are not finite, or there is no image.
+        ArtifactError: the journal cannot be written.
+    """
+    steps = [] if journal is None else [*journal.done]
+    seen = sum(_files(step) for step in steps)
+    first = True
+    for images, targets, unreadable in batches:
+        hits, seconds = {}, {}
+        if len(targets):
+            array = torch.from_numpy(images).to(device)
+            wanted = np.asarray(targets)
+            for key, model in models.items():
+                logits, seconds[key] = _timed(model, array, device)
+                if not np.isfinite(logits).all():
+                    raise ValueError(
+                        f"variant={key} has logits that are NaN or infinite: it overflows"
+                    )
+                right = logits.argmax(1) == wanted
+                hits[key] = "".join("01"[int(hit)] for hit in right)
+        steps.append(Step(tuple(unreadable), hits, seconds, first and bool(hits)))
+        if journal is not None:
+            journal.append(steps[-1])
+        first = first and not hits
+        seen += len(targets) + len(unreadable)
+        progress(f"{seen:,} of {total:,} images, {len(models)} runs")
+    return _outcomes(models, steps)
+
+
+def _outcomes(keys: Iterable[str], steps: Sequence[Step]) -> dict[str, Outcome]:
+    found = {key: Outcome() for key in keys}
+    for step in steps:
+        for key, hits in step.hits.items():
+            found[key].hits += hits
+            found[key].batches.append((len(hits), step.seconds[key], step.first))
+    if any(outcome.images == 0 for outcome in found.values()):
+        raise ValueError("no image can be read; give a folder of image files")
+    return found
+
+
+def _files(step: Step) -> int:
+    return len(next(iter(step.hits.values()), "")) + len(step.unreadable)
+
+
+def _timed(model: VisionModel, images: torch.Tensor, device: str) -> tuple[npt.NDArray[Any], float]:
+    start = time.perf_counter()
+    with torch.inference_mode():
+        logits = model(images).float().cpu()  # which waits for the device
+    seconds = time.perf_counter() - start
+    return logits.numpy(), seconds
+
+
+def _once_a_layer(model: VisionModel) -> int:
+    """Alignment's part of the published figure: it counts once a layer, not once a direction."""
+    directions = {cost.directions for _, cost in model.block_costs()}
+    if len(directions) != 1:
+        raise AssertionError("models that prune have layers of one kind")
+    return count(model).alignment // directions.pop()
+
+
+def machine(device: str) -> str:
+    """What ran, for reports."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    threads = "" if device == "cuda" else f", threads: {torch.get_num_threads()}"
+    return f"torch {torch.__version__} on {name}{threads}, float32"

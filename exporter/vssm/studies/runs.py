@@ -1,0 +1,226 @@
+"""The runs of an ablation: variants with the checkpoints' weights and with trained ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from vssm.errors import UnsupportedError
+from vssm.evaluation.data import open_pictures
+from vssm.studies.pipeline_ablate_options import AblationOptions, AblationTraining
+from vssm.studies.subject import OpenedSubject, open_subject
+from vssm.training.request import FinetuneRequest, Subject, Work
+from vssm.training.run import finetune, has_run
+
+if TYPE_CHECKING:
+    from vssm.studies.plan import Plan, Run
+
+FOLDER: Final = "finetuned"
+_TUNED = "fine-tuned "  # before the key of a variant with weights of its own
+_START = "start.safetensors"  # an export's weights, to train from
+
+
+def open_checkpoints(subject: Subject, more: Sequence[Path]) -> list[OpenedSubject]:
+    """The subject with each of its checkpoints, the first its own.
+
+    Raises:
+        ValueError: there are further checkpoints, but no first one.
+        ValueError, VssmError: as `open_subject`.
+    """
+    if more and subject.checkpoint is None:
+        raise ValueError(
+            f"checkpoints={more[0]} and no checkpoint before them; give the first as the subject's"
+        )
+    return [open_subject(one) for one in _with_checkpoints(subject, more)]
+
+
+def zero_shot_runs(plan: Plan, checkpoints: int) -> list[Run]:
+    """Every variant with every checkpoint."""
+    from vssm.studies.plan import Run
+
+    return [
+        Run(v.key if checkpoints == 1 else f"{v.key}, checkpoint {c}", v, False, c)
+        for v in plan.variants
+        for c in range(checkpoints)
+    ]
+
+
+def given_runs(plan: Plan, files: Mapping[str, Sequence[Path]]) -> list[Run]:
+    """Variants with the trained weights that were handed over, several files as several seeds.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    from vssm.studies.plan import Run
+
+    _check_keys("finetuned", files, plan)
+    named = {v.key: v for v in plan.variants}
+    return [
+        Run(f"{_TUNED}{key}" + (f", file {i}" if len(some) > 1 else ""), named[key], True, i, file)
+        for key, some in files.items()
+        for i, file in enumerate(some)
+    ]
+
+
+def check_training(
+    training: AblationTraining,
+    plan: Plan,
+    subjects: Sequence[OpenedSubject],
+    *,
+    classes: Path | None,
+    given: Mapping[str, Sequence[Path]],
+) -> int:
+    """Refuse before the first step what could only fail later; the number of images comes back.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    _check_keys("finetune", training.variants, plan)
+    if both := [key for key in training.variants if key in given]:
+        raise ValueError(
+            f"finetune={both[0]!r} is trained here and given by --finetuned; leave one of them out"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "train with several processes: ablate runs in one; train each variant by `torchrun ... "
+            "-m vssm.commands.main finetune`, and give the weights by --finetuned VARIANT=FILE"
+        )
+    if training.seeds is not None and training.seeds % len(subjects):
+        raise ValueError(
+            f"finetune_seeds={training.seeds} is no multiple of the {len(subjects)} checkpoints, "
+            "each of which is trained from as often; give one"
+        )
+    num_classes = int(subjects[0].config["num_classes"])
+    if training.recipe.distil > 0 and "dense" in training.variants:
+        raise ValueError(
+            f"recipe: distil={training.recipe.distil} makes the dense model the teacher, so it "
+            "cannot be trained by it; leave dense out of --finetune"
+        )
+    images = len(open_pictures(training.data, num_classes, classes, name="train"))
+    if images < training.recipe.batch:
+        raise ValueError(
+            f"recipe: batch={training.recipe.batch} is more than the {images} images of train="
+            f"{training.data}; give --recipe batch=N"
+        )
+    return images
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains variants one after the other, each in its own folder of `output`.
+
+    A call that was stopped goes on where it ended: each folder has its own state.
+    """
+
+    subject: Subject
+    opened: Sequence[OpenedSubject]
+    options: AblationOptions
+    output: Path
+    progress: Callable[[str], None]
+
+    def runs(self, plan: Plan) -> tuple[list[Run], dict[str, str]]:
+        """The trained variants, and of those that cannot be, the reason; nothing without training.
+
+        Raises:
+            ValueError, VssmError: as `finetune`.
+        """
+        from vssm.studies.plan import Run
+
+        found: list[Run] = []
+        left_out: dict[str, str] = {}
+        training = self.options.training
+        if training is None:
+            return found, left_out
+        named = {v.key: v for v in plan.variants}
+        starts = self._starts()
+        for key in training.variants:
+            try:
+                self.opened[0].variant(named[key].schedule)
+            except UnsupportedError as error:
+                left_out[_TUNED + key] = str(error)
+                continue
+            for seed in range(training.seeds or len(starts)):
+                start = replace(
+                    starts[seed % len(starts)],
+                    schedule=named[key].schedule,
+                    tokens=named[key].tokens,
+                )
+                weights = self._train(f"{key}-{seed}", start, seed, training)
+                found.append(Run(f"{_TUNED}{key}, seed {seed}", named[key], True, seed, weights))
+        return found, left_out
+
+    def _starts(self) -> list[Subject]:
+        """What each checkpoint's training begins with, by name; an export's weights as a file."""
+        sizes = dict(self.opened[0].config)
+        classes = int(sizes.pop("num_classes"))
+        plain = Subject(self.opened[0].name, num_classes=classes, options=sizes)
+        if self.subject.name != plain.name:  # else it is a model's, see open_subject
+            return [replace(plain, checkpoint=self._start_file())]
+        return [
+            replace(plain, checkpoint=one.checkpoint, source=one.source)
+            for one in _with_checkpoints(self.subject, self.options.checkpoints)
+        ]
+
+    def _start_file(self) -> Path:
+        from vssm.checkpoints.load import save_safetensors
+
+        file = self.output / FOLDER / _START
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_safetensors(self.opened[0].state, file)
+        return file
+
+    def _train(self, folder: str, start: Subject, seed: int, training: AblationTraining) -> Path:
+        output = self.output / FOLDER / folder
+        request = FinetuneRequest(
+            start,
+            training.data,
+            output,
+            replace(training.recipe, seed=seed),
+            self.options.classes,
+            resume=has_run(output),
+            work=Work(
+                self.options.workers,
+                training.micro_batch,
+                training.save_every,
+                self.options.device,
+            ),
+        )
+        report = finetune(
+            request, progress=lambda line: self.progress(f"fine-tuning {folder}: {line}")
+        )
+        if report is None:
+            raise AssertionError("check_training refuses several processes")
+        return Path(report.weights)
+
+
+def model_of_run(run: Run, opened: Sequence[OpenedSubject]) -> Any:
+    """The model of a run with its weights.
+
+    Raises:
+        UnsupportedError: the family does not have the variant.
+        ValueError, VssmError: the schedule or the weights do not fit.
+    """
+    if run.weights is None:
+        return opened[run.number].variant(run.variant.schedule)
+    from vssm.checkpoints.load import load_checkpoint
+    from vssm.models import model_from_config
+
+    model = model_from_config(opened[0].name, opened[0].config, run.variant.schedule)
+    load_checkpoint(model, run.weights)
+    return model
+
+
+def _with_checkpoints(subject: Subject, more: Sequence[Path]) -> list[Subject]:
+    return [subject, *(replace(subject, checkpoint=file) for file in more)]
+
+
+def _check_keys(option: str, keys: Any, plan: Plan) -> None:
+    known = [v.key for v in plan.variants]
+    if unknown := sorted(set(keys) - set(known)):
+        raise ValueError(
+            f"{option}={unknown[0]!r} is no variant of this ablation; name one of "
+            f"{', '.join(known)}"
+        )

@@ -1,0 +1,192 @@
+"""What happens inside a model's blocks: their scans, recorded as they run, and who is present."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vssm.errors import UnsupportedError
+from vssm.models.base import ForwardDetails, VisionModel
+from vssm.models.groupmamba import GroupMamba, GroupMambaBlock
+from vssm.models.plain_mamba import PlainMamba, PlainMambaBlock
+from vssm.models.vim import Vim, VimBlock
+from vssm.models.vmamba import VMamba, VMambaBlock
+from vssm.pruning.select import ScanOutputs, ScoreRule
+from vssm.studies.visualize_attention import Scan, attention_maps
+
+_BLOCKS = (VimBlock, PlainMambaBlock, VMambaBlock, GroupMambaBlock)
+_RULE = ScoreRule("clip", "sum", gated=False)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of one pass.
+
+    Attributes:
+        number: from 1, as schedules count.
+        grid: rows and columns of the map of patches.
+        class_places: places of class tokens in the unpruned sequence; the rest are patches.
+        position: (batch, seqlen) int64, the place of each token present.
+        scans: its scan nodes: one, or one a group of channels.
+    """
+
+    number: int
+    grid: tuple[int, int]
+    class_places: tuple[int, ...]
+    position: Tensor
+    scans: tuple[Scan, ...]
+
+    def importance(self) -> Tensor:
+        """The paper's score (batch, seqlen): the mean over channels of max(0, y)."""
+        y = torch.cat([scan.output() for scan in self.scans], dim=-1)
+        return _RULE.score(ScanOutputs(y, y))
+
+    def attention(self) -> Tensor:
+        """Weight of each token in the class token's output, else in the mean over tokens.
+
+        Returns:
+            (batch, directions, seqlen) float64, the mean over channels of |w|; a node of one
+            direction a group of channels counts as a direction.
+        """
+        maps = [attention_maps(scan, self._readout()) for scan in self.scans]
+        return torch.cat(maps, dim=1)
+
+    def on_grid(self, values: Tensor) -> Tensor:
+        """Values (batch, seqlen) of the tokens as maps (batch, rows, columns); NaN where pruned."""
+        rows, columns = self.grid
+        patches = rows * columns
+        sequence = values.new_full(
+            (len(values), patches + len(self.class_places)), torch.nan, dtype=torch.float64
+        )
+        sequence = sequence.scatter(1, self.position, values.double())
+        is_patch = torch.ones(sequence.shape[1], dtype=torch.bool)
+        is_patch[list(self.class_places)] = False
+        return sequence[:, is_patch].reshape(-1, rows, columns)
+
+    def _readout(self) -> Tensor:
+        if not self.class_places:
+            return torch.full(self.position.shape, 1 / self.position.shape[1])
+        places = torch.tensor(self.class_places)
+        return torch.isin(self.position, places).double() / len(places)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One pass of a model: what it decided, and its blocks."""
+
+    details: ForwardDetails
+    blocks: list[Block]
+
+
+def trace(model: VisionModel, images: Tensor) -> Trace:
+    """Run `model` on images (batch, 3, height, width) and record its scans.
+
+    Raises:
+        UnsupportedError: the model's blocks cannot be told apart, or its tokens are not where the
+            maps would show them.
+    """
+    _refuse(model)
+    recorder = _Recorder()
+    blocks = [module for module in model.modules() if isinstance(module, _BLOCKS)]
+    hooks = [block.register_forward_pre_hook(recorder.enter(i)) for i, block in enumerate(blocks)]
+    hooks += [block.register_forward_hook(recorder.leave) for block in blocks]
+    try:
+        with torch.no_grad(), recorder:
+            details = model.forward_details(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Trace(details, _blocks(model, details, recorder.scans, len(images)))
+
+
+def _refuse(model: VisionModel) -> None:
+    if not isinstance(model, Vim | PlainMamba | VMamba | GroupMamba):
+        raise UnsupportedError(
+            f"model={type(model).__name__} is of no family whose blocks are known here; use a "
+            "Vim, PlainMamba, VMamba or GroupMamba"
+        )
+    if isinstance(model, Vim) and model.config.bidirectional_layers:
+        raise UnsupportedError(
+            "bidirectional_layers=True: every other layer runs on the reversed sequence, which no "
+            "map here shows; use a model without it"
+        )
+    if model.schedule is not None and model.schedule.alignment == "masked":
+        raise UnsupportedError(
+            "alignment='masked' leaves pruned tokens in every scan, so there is nothing to lay "
+            "beside the others; use alignment='gap', 'constant' or 'none'"
+        )
+
+
+@dataclass
+class _Recorder(TorchDispatchMode):
+    """Sees every scan operator that runs, whatever the family calls it from."""
+
+    scans: dict[int, list[Scan]] = field(default_factory=dict)
+    current: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def enter(self, block: int) -> Callable[[nn.Module, Any], None]:
+        """A hook that says which block comes."""
+
+        def hook(_module: nn.Module, _inputs: Any) -> None:
+            self.current = block
+
+        return hook
+
+    def leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+        """A hook: what runs now, such as GroupMamba's class attention, is in no block."""
+        self.current = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if self.current is not None and "vssm::" in (name := func._schema.name) and "scan" in name:
+            self.scans.setdefault(self.current, []).append(_scan(func._schema, args, given))
+        return func(*args, **given)
+
+
+def _scan(schema: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Scan:
+    """The node of an operator call; its gate is left out."""
+    named = {a.name: a.default_value for a in schema.arguments}  # a call leaves defaults out
+    named |= dict(zip(named, args, strict=False)) | given
+    named["delta0"] = named.get("delta0")
+    values: dict[str, Any] = {}
+    for name in (f.name for f in fields(Scan)):
+        value = named[name]  # some are parameters
+        values[name] = value.detach() if isinstance(value, Tensor) else value
+    return Scan(**values)
+
+
+def _blocks(
+    model: VisionModel, details: ForwardDetails, scans: dict[int, list[Scan]], batch: int
+) -> list[Block]:
+    found = []
+    position: Tensor | None = None
+    places = tuple(model.config.class_places) if isinstance(model, Vim) else ()
+    for i, grid in enumerate(_grids(model)):
+        seqlen = scans[i][0].order.shape[2]
+        if position is None or model.layout is None:
+            position = torch.arange(seqlen).expand(batch, -1)
+        # The first node is the layer's own; Vim scans a direction once more to score it alone.
+        nodes = scans[i][:1] if isinstance(model, Vim) else scans[i]
+        found.append(Block(i + 1, grid, places, position, tuple(nodes)))
+        stage = model.stages.get(i + 1) if model.layout is not None else None
+        if stage is not None:
+            position = details.kept_positions[stage.index]
+    return found
+
+
+def _grids(model: VisionModel) -> list[tuple[int, int]]:
+    """Rows and columns of the patches of every block."""
+    config = model.config
+    if isinstance(model, Vim | PlainMamba):
+        return [config.grid] * config.depth
+    return [g for g, depth in zip(config.grids, config.depths, strict=True) for _ in range(depth)]

@@ -1,0 +1,113 @@
+"""One image file to one training input: crop, flip, colours, normalisation, erasing.
+
+No torch: worker processes run this. The rules are those of timm's training transform with DeiT's
+arguments; what is drawn comes from the generator alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from vssm.artifact.manifest_types import IMAGENET_MEAN, IMAGENET_STD
+from vssm.artifact.preprocessing import FloatArray, open_rgb
+from vssm.training.augment_policy import Rng, rand_augment
+from vssm.training.recipe import Draw, Recipe
+
+_RATIO: Final = (3 / 4, 4 / 3)
+_ERASED: Final = (0.02, 1 / 3)  # of the input's area
+_ERASED_RATIO: Final = (0.3, 10 / 3)
+_ATTEMPTS: Final = 10
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image of a batch: its file, and the epoch and place that its draws belong to."""
+
+    file: str
+    epoch: int
+    place: int
+
+
+def load_batch(examples: Sequence[Example], *, recipe: Recipe, size: tuple[int, int]) -> FloatArray:
+    """Inputs (images, 3, height, width) of a batch.
+
+    Raises:
+        ValueError: an image cannot be read; training does without none of them.
+    """
+    return np.stack([_load(example, recipe, size) for example in examples])
+
+
+def _load(example: Example, recipe: Recipe, size: tuple[int, int]) -> FloatArray:
+    rng = recipe.generator(Draw.IMAGE, example.epoch, example.place)
+    return augment(open_rgb(example.file), recipe, size, rng)
+
+
+def augment(image: Image.Image, recipe: Recipe, size: tuple[int, int], rng: Rng) -> FloatArray:
+    """An RGB image as a training input (3, height, width) of `size` (height, width)."""
+    image = random_crop(image, size, rng, least=recipe.crop)
+    if rng.random() < recipe.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if recipe.rand_augment:
+        image = rand_augment(image, rng)
+    elif recipe.color_jitter > 0:
+        image = jitter(image, recipe.color_jitter, rng)
+    pixels = np.asarray(image, np.float32) / np.float32(255)
+    scaled = (pixels - np.asarray(IMAGENET_MEAN, np.float32)) / np.asarray(IMAGENET_STD, np.float32)
+    result = np.ascontiguousarray(scaled.transpose(2, 0, 1))
+    if rng.random() < recipe.erasing:
+        erase(result, rng)
+    return result
+
+
+def random_crop(
+    image: Image.Image, size: tuple[int, int], rng: Rng, *, least: float
+) -> Image.Image:
+    """A rectangle of `least` to all of the area, resized to `size` by PIL's bicubic filter."""
+    left, top, width, height = _rectangle(image.width, image.height, rng, least)
+    box = (left, top, left + width, top + height)
+    return image.crop(box).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+def _rectangle(width: int, height: int, rng: Rng, least: float) -> tuple[int, int, int, int]:
+    """Left, top, width and height."""
+    for _ in range(_ATTEMPTS):
+        w, h = _shape(width * height * rng.uniform(least, 1.0), _RATIO, rng)
+        if 1 <= w <= width and 1 <= h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    # The largest one in the middle whose shape is allowed.
+    w = min(width, max(1, round(height * _RATIO[1])))
+    h = min(height, max(1, round(width / _RATIO[0])))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _shape(area: float, ratio: tuple[float, float], rng: Rng) -> tuple[int, int]:
+    """Width and height of this area, their ratio drawn between two on a logarithmic scale."""
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+
+
+def jitter(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
+    """Brightness, contrast and saturation by factors around 1, in random order."""
+    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for choice in rng.permutation(len(kinds)):
+        factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
+        image = kinds[choice](image).enhance(factor)
+    return image
+
+
+def erase(pixels: FloatArray, rng: Rng) -> None:
+    """Put normal noise, a value a pixel, into one rectangle of (3, height, width), in place."""
+    _, height, width = pixels.shape
+    for _ in range(_ATTEMPTS):
+        h, w = _shape(width * height * rng.uniform(*_ERASED), _ERASED_RATIO, rng)
+        if 1 <= w < width and 1 <= h < height:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            noise = rng.standard_normal((3, h, w), np.float32)
+            pixels[:, top : top + h, left : left + w] = noise
+            return

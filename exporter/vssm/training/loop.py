@@ -1,0 +1,217 @@
+"""Training a pruned model further: the loop over steps, and what it reports."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vssm.errors import VssmError
+from vssm.evaluation.data import Picture, in_order
+from vssm.models.base import VisionModel
+from vssm.training.augment import Example, load_batch
+from vssm.training.finetune_parallel import Group
+from vssm.training.log import LogRow, RunLog
+from vssm.training.mix import loss_of, mix
+from vssm.training.recipe import Draw, Recipe
+from vssm.training.state import State
+
+STATE_FILE = "state.safetensors"
+LOG_FILE = "log.csv"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained on what, and how the work is laid out; only `recipe` changes numbers.
+
+    Attributes:
+        recipe: the numbers.
+        root: folder of the images.
+        pictures: the images and their classes.
+        directory: for the state and the log.
+        header: what must be the same when the run goes on.
+        workers: processes that load images, for each process that trains.
+        micro_batch: images of one pass, whose gradients are added up; None for the whole share of
+            a process. It changes sums in their last bits.
+        save_every: steps between states, beside the one at the end of each epoch.
+    """
+
+    recipe: Recipe
+    root: Path
+    pictures: Sequence[Picture]
+    directory: Path
+    header: Mapping[str, str]
+    workers: int
+    micro_batch: int | None
+    save_every: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return self.recipe.steps(len(self.pictures))
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.recipe.epochs * self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run did.
+
+    Attributes:
+        images: of the data set.
+        steps: in all.
+        resumed: of them, those that a run before had done and saved.
+        loss: mean over the last epoch.
+        seconds: of the other steps, loading included.
+        images_per_s: over these seconds; None where nothing was left to do.
+    """
+
+    images: int
+    steps: int
+    resumed: int
+    loss: float
+    seconds: float
+    images_per_s: float | None
+
+
+def train(
+    model: VisionModel,
+    run: Run,
+    group: Group,
+    *,
+    log: RunLog | None,
+    teacher: nn.Module | None = None,
+    progress: Progress = lambda _: None,
+) -> tuple[State, Trained]:
+    """Train `model` in place, from the state in the directory where there is one.
+
+    Args:
+        model: with the weights to begin with, on the group's device.
+        run: what to do.
+        group: the processes that do it.
+        log: the log, in the process that leads.
+        teacher: the model to distil from, where the recipe does.
+        progress: called with a line of text after every step.
+
+    Raises:
+        ArtifactError: the state there is of another run, or a file cannot be written.
+        ValueError: an image cannot be read.
+        VssmError: the loss is not finite, or a worker was killed.
+    """
+    model.train()
+    state, path = State.begin(model, run.recipe), run.directory / STATE_FILE
+    if path.exists():
+        state.load(path, run.header)
+    group.agree("step", state.step)
+    resumed, start = state.step, time.perf_counter()
+    if log is not None:
+        log.begin(resumed)
+    for batch in _batches(run, group, first=resumed):
+        epoch = state.step // run.steps_per_epoch
+        lr = run.recipe.learning_rate(epoch)
+        loss = _gradients(state, batch, run, group, teacher)
+        state.advance(lr, run.recipe.ema)
+        if log is not None:
+            log.add(LogRow(state.step, epoch + 1, lr, loss))
+            if state.step % run.save_every == 0 or state.step % run.steps_per_epoch == 0:
+                log.sync()
+                state.save(path, run.header)
+        progress(_line(state.step, loss, lr, run, (time.perf_counter() - start, resumed)))
+    group.wait()
+    seconds = time.perf_counter() - start
+    model.eval()
+    losses = [math.nan] if log is None else log.losses(run.steps_per_epoch)
+    done = state.step - resumed
+    return state, Trained(
+        images=len(run.pictures),
+        steps=run.steps,
+        resumed=resumed,
+        loss=sum(losses) / len(losses),
+        seconds=seconds,
+        images_per_s=done * run.recipe.batch / seconds if done else None,
+    )
+
+
+def _batches(run: Run, group: Group, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Classes and inputs of this process's share of every step from `first` on."""
+    load = functools.partial(load_batch, recipe=run.recipe, size=_size(run))
+    # Made as they are needed: all epochs of a large data set would not fit into memory.
+    shares, ahead = itertools.tee(_shares(run, group, first))
+    batches = ([example for example, _ in share] for share in ahead)
+    for share, pixels in zip(shares, in_order(load, batches, workers=run.workers), strict=True):
+        classes = torch.tensor([target for _, target in share])
+        yield classes.to(group.device), torch.from_numpy(pixels).to(group.device)
+
+
+def _size(run: Run) -> tuple[int, int]:
+    height, width = run.header["image_size"].split("x")
+    return int(height), int(width)
+
+
+def _shares(run: Run, group: Group, first: int) -> Iterator[list[tuple[Example, int]]]:
+    """The images that this process has of every step, with their classes."""
+    per_epoch, batch = run.steps_per_epoch, run.recipe.batch
+    for epoch in range(first // per_epoch, run.recipe.epochs):
+        order = run.recipe.order(epoch, len(run.pictures))
+        for step in range(max(0, first - epoch * per_epoch), per_epoch):
+            chosen = enumerate(order[step], start=step * batch)
+            mine = list(chosen)[group.rank :: group.world]
+            pictures = [(place, run.pictures[index]) for place, index in mine]
+            yield [
+                (Example(str(run.root / p.path), epoch, place), p.target) for place, p in pictures
+            ]
+
+
+def _gradients(
+    state: State,
+    batch: tuple[Tensor, Tensor],
+    run: Run,
+    group: Group,
+    teacher: nn.Module | None,
+) -> float:
+    """Leave the gradients of the mean loss over all processes; return that loss."""
+    model, recipe, (classes, images) = state.model, run.recipe, batch
+    rng = recipe.generator(Draw.MIX, state.step, group.rank)
+    num_classes = int(run.header["num_classes"])
+    images, targets = mix(images, classes, num_classes, recipe, rng)
+    total = torch.zeros((), dtype=torch.float64, device=group.device)
+    size = run.micro_batch or len(images)
+    for some, goals in zip(images.split(size), targets.split(size), strict=True):
+        taught = None
+        if teacher is not None:
+            with torch.no_grad():
+                taught = teacher(some)
+        loss = loss_of(model(some), goals, taught, recipe)
+        (loss / recipe.batch).backward()
+        total += loss.detach()
+    group.sum_gradients([p.grad for p in model.parameters() if p.grad is not None])
+    mean = group.sum(total).item() / recipe.batch
+    if not math.isfinite(mean):
+        raise VssmError(
+            f"loss={mean} at step {state.step + 1} is not finite; begin again with a smaller lr "
+            "(--lr), from weights that are whole"
+        )
+    return mean
+
+
+def _line(step: int, loss: float, lr: float, run: Run, since: tuple[float, int]) -> str:
+    seconds, resumed = since
+    speed = (step - resumed) / seconds
+    left = timedelta(seconds=round((run.steps - step) / speed))
+    return (
+        f"epoch {(step - 1) // run.steps_per_epoch + 1} of {run.recipe.epochs}, step {step:,} of "
+        f"{run.steps:,}, loss {loss:.4f}, lr {lr:.1e}, {speed * run.recipe.batch:.1f} images/s, "
+        f"{left} left"
+    )

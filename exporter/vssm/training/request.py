@@ -1,0 +1,164 @@
+"""Which model with which weights, and what `vssm finetune` is asked for. No torch.
+
+What contradicts itself is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from vssm.pruning.schedule import PruneSchedule
+from vssm.training.idle_options import refuse_idle_options
+from vssm.training.recipe import Recipe
+
+TOKENS: Final = ("gather", "masked", "fused")
+RULES: Final = ("alignment", "importance", "conv")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that `finetune`, `visualize` and `ablate` take: weights, and how to prune them.
+
+    Attributes:
+        name: as `create_model` takes it; for `visualize` and `ablate` also the directory of an
+            export (one of a model's name is written ./NAME), which has its own weights and sizes.
+        checkpoint: weights; None for the seeded initial ones.
+        source: "model", or "ema" for the averaged weights of the checkpoint.
+        schedule: "BLOCK:RATIO,...", "default" or a `PruneSchedule`; None for the dense model, or
+            the export's own.
+        alignment: as for `PruneSchedule`, beside a text; None for "gap".
+        importance: as for `PruneSchedule`, beside a text; None for "clip".
+        conv: as for `PruneSchedule`, beside a text; None for "compact".
+        tokens: what training does with pruned tokens. "gather": as deployed; "masked": they stay
+            as zeros in their places (Vim only), whatever alignment the weights are deployed with;
+            "fused": plain removal with one fused leftover token, the EViT-style baseline.
+        num_classes: width of the classifier; None for 1000, or the export's own.
+        options: overrides of the model's configuration.
+
+    Raises:
+        ValueError: two of them contradict each other.
+    """
+
+    name: str
+    checkpoint: Path | None = None
+    source: str = "model"
+    schedule: str | PruneSchedule | None = None
+    alignment: str | None = None
+    importance: str | None = None
+    conv: str | None = None
+    tokens: str = "gather"
+    num_classes: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refuse_idle_options(
+            schedule=self.schedule,
+            checkpoint=self.checkpoint,
+            source=self.source,
+            model_options=self.options,
+            **self.rules,
+        )
+        for option, value in self.rules.items():
+            if value is not None and isinstance(self.schedule, PruneSchedule):
+                raise ValueError(
+                    f"{option}={value!r} beside a PruneSchedule, which has its own; leave it out, "
+                    f"or pass schedule.changed({option}={value!r})"
+                )
+        self._check_tokens()
+
+    @property
+    def rules(self) -> dict[str, str | None]:
+        """What is asked for beside a schedule's text; None for a default."""
+        return {name: getattr(self, name) for name in RULES}
+
+    def _check_tokens(self) -> None:
+        if self.tokens not in TOKENS:
+            raise ValueError(f"tokens={self.tokens!r} is not one of {', '.join(TOKENS)}; name one")
+        if self.tokens == "gather":
+            return
+        if self.schedule is None:
+            raise ValueError(
+                f"tokens={self.tokens!r} without a schedule prunes nothing; give --schedule "
+                "BLOCK:RATIO,..."
+            )
+        if self.tokens == "masked" and isinstance(self.schedule, PruneSchedule):
+            raise ValueError(
+                "tokens='masked' beside a PruneSchedule, which says so itself; leave it out, and "
+                "pass schedule.changed(alignment='masked')"
+            )
+        if self.alignment is not None:
+            raise ValueError(
+                f"alignment={self.alignment!r} with tokens={self.tokens!r}: masked tokens stay in "
+                "their places and fused ones are plain removal's, so training aligns nothing; "
+                "leave it out, and give it to vssm export"
+            )
+        if self.conv is not None and self.tokens == "masked":
+            raise ValueError(
+                f"conv={self.conv!r} with tokens='masked', whose convolution sees every place; "
+                "leave it out, and give it to vssm export"
+            )
+
+
+@dataclass(frozen=True)
+class Work:
+    """How the work is laid out; only the last bits of sums depend on it.
+
+    Attributes:
+        workers: processes that load images, for each process that trains; None for up to four.
+        micro_batch: images of one pass, whose gradients are added up; None for all of a step.
+        save_every: steps between states, beside the one at the end of each epoch.
+        device: "cpu" or "cuda".
+        threads: of torch on the CPU; None leaves what is set.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    workers: int | None = None
+    micro_batch: int | None = None
+    save_every: int = 100
+    device: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("micro_batch", 1), ("save_every", 1), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} is below {least}; give a larger one")
+
+
+@dataclass(frozen=True)
+class FinetuneRequest:
+    """A whole training run.
+
+    Attributes:
+        subject: the model.
+        data: folder of images, laid out as ImageNet's training set.
+        output: directory for the weights, the state and the log.
+        recipe: the numbers.
+        classes: file that names the folder of each class; None: sorted by name.
+        resume: go on where the stopped run in `output` ended; refused where there is none.
+        work: how it is laid out.
+
+    Raises:
+        ValueError: the recipe distils, but there is no dense model with weights to distil from.
+    """
+
+    subject: Subject
+    data: Path
+    output: Path
+    recipe: Recipe = field(default_factory=Recipe)
+    classes: Path | None = None
+    resume: bool = False
+    work: Work = field(default_factory=Work)
+
+    def __post_init__(self) -> None:
+        missing = self.subject.schedule is None or self.subject.checkpoint is None
+        if self.recipe.distil > 0 and missing:
+            raise ValueError(
+                f"distil={self.recipe.distil} needs a schedule and a checkpoint: the teacher is "
+                "the dense model with its weights; give both, or distil=0"
+            )

@@ -1,0 +1,157 @@
+"""Where a training run is: weights, averages and the optimiser's state in one safetensors file.
+
+One file, renamed into place, so that a kill at any moment leaves the state of one step whole. No
+state of random generators is in it: every draw is a function of the seed and its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from vssm.checkpoints.load import state_digest
+from vssm.errors import ArtifactError
+from vssm.files.atomic import atomic_path
+from vssm.training.recipe import Recipe
+
+_FORMAT = "vssm-finetune-2"
+_KINDS = ("model", "ema", "optimizer")
+
+
+@dataclass
+class State:
+    """What changes from step to step.
+
+    Attributes:
+        model: being trained.
+        optimizer: its AdamW.
+        ema: averaged weights by the model's keys.
+        step: steps done since the beginning.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.AdamW
+    ema: dict[str, Tensor]
+    step: int = 0
+
+    @classmethod
+    def begin(cls, model: nn.Module, recipe: Recipe) -> State:
+        """Before the first step."""
+        optimizer = torch.optim.AdamW(_groups(model, recipe), lr=recipe.learning_rate(0))
+        return cls(model, optimizer, {k: v.clone() for k, v in model.state_dict().items()})
+
+    def advance(self, lr: float, decay: float) -> None:
+        """Make a step with the gradients that are there, and average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for key, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                self.ema[key].mul_(decay).add_(value, alpha=1 - decay)
+            else:
+                self.ema[key].copy_(value)
+        self.step += 1
+
+    def save(self, path: Path, header: Mapping[str, str]) -> None:
+        """Write it to `path`, whole or not at all; equal states give equal bytes.
+
+        Raises:
+            ArtifactError: the file cannot be written.
+        """
+        kinds = (self.model.state_dict(), self.ema, self._moments())
+        tensors = {
+            f"{kind}.{key}": value.detach().cpu().contiguous()
+            for kind, values in zip(_KINDS, kinds, strict=True)
+            for key, value in values.items()
+        }
+        document = {"format": _FORMAT, "step": self.step, "header": dict(header)}
+        document["sha256"] = _digest(document, tensors)
+        with atomic_path(path) as temporary:
+            # Not save_file, whose own unfinished files a kill would leave under unknown names.
+            metadata = {"vssm": json.dumps(document, sort_keys=True)}
+            temporary.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
+
+    def load(self, path: Path, header: Mapping[str, str]) -> None:
+        """Go back to where `save` was.
+
+        Raises:
+            ArtifactError: the file is damaged, or of another run.
+        """
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                document = json.loads((file.metadata() or {})["vssm"])
+                _check_header(path, document, header)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if document.pop("sha256") != _digest(document, tensors):
+                raise ValueError("its bytes are not those that were written")
+            self._fill(tensors)
+            self.step = int(document["step"])
+        except (safetensors.SafetensorError, ValueError, LookupError, RuntimeError) as error:
+            raise ArtifactError(
+                f"state={path} is damaged ({error}); begin anew in another directory"
+            ) from error
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimiser's state by parameter and name; nothing before the first step."""
+        return {
+            f"{key}.{name}": value
+            for key, parameter in self.model.named_parameters()
+            for name, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def _fill(self, tensors: Mapping[str, Tensor]) -> None:
+        by_kind: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
+        for key, value in tensors.items():
+            kind, _, name = key.partition(".")
+            by_kind[kind][name] = value
+        self.model.load_state_dict(by_kind["model"])
+        for key, average in self.ema.items():
+            average.copy_(by_kind["ema"].pop(key))
+        parameters = dict(self.model.named_parameters())
+        for key, value in by_kind["optimizer"].items():
+            name, _, part = key.rpartition(".")
+            parameter = parameters[name]
+            # The count of steps stays on the CPU, where AdamW wants it.
+            device = "cpu" if part == "step" else parameter.device
+            self.optimizer.state[parameter][part] = value.to(device)
+
+
+def _digest(document: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over all that a state is; safetensors itself checks sizes alone."""
+    text = json.dumps(document, sort_keys=True)
+    return hashlib.sha256(f"{text}\n{state_digest(tensors)}".encode()).hexdigest()
+
+
+def _check_header(path: Path, document: Mapping[str, object], header: Mapping[str, str]) -> None:
+    found = document["header"]
+    if document["format"] != _FORMAT or not isinstance(found, dict):
+        raise ValueError(f"format={document['format']!r} is not {_FORMAT}")
+    for key in sorted({*found, *header}):
+        if found.get(key) != header.get(key):
+            raise ArtifactError(
+                f"state={path} is of another run: {key}={found.get(key)}, now {header.get(key)}; "
+                "give the arguments that it was begun with, or name another directory"
+            )
+
+
+def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]]:
+    """Matrices decay; biases, norms, embeddings and the scan's A and D do not."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        # VMamba's and GroupMamba's stacks have no module: x_proj_weight, dt_projs_weight.
+        matrix = parameter.dim() >= 2 and name.endswith("weight")
+        (decayed if matrix else kept).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,226 @@
+// The scan for few images: several threads a channel, directions and chunks of the sequence at
+// once, in one launch.
+//
+// A block stages a tile in shared memory: step sizes once for all states, B and C as float32. Each
+// chunk is then scanned from a state of zero; its end, and its decay exp(A sum of spans), give
+// every chunk its true first state; a second scan from there gives y. With one chunk the first scan
+// falls away. Each direction has its own partial sums (token, channel), which are added in the
+// order of the directions when all are done.
+#ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_LATENCY_CUH_
+#define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_LATENCY_CUH_
+
+#include "plugins/kernels/cuda/scan_latency_stage.cuh"
+
+namespace vssm {
+
+constexpr int kLatencyThreads = 512;
+
+template <typename T, int kLanes, int kStates>
+class LatencyScan {
+ public:
+  __device__ __forceinline__ LatencyScan(const ScanParams& p, const LatencyCut& cut, float* shared)
+      : p_(p), cut_(cut), block_(p, cut, shared), lane_(block_.thread % kLanes) {
+    int rest = block_.thread / kLanes;
+    channel_ = rest % cut.channels;
+    rest /= cut.channels;
+    chunk_ = rest % cut.chunks;
+    direction_ = rest / cut.chunks;
+  }
+
+  __device__ __forceinline__ void run() {
+    for (int set = 0; set < p_.directions; set += cut_.directions) {
+      for (int group = 0; group < p_.groups; ++group) scan(set, group);
+    }
+    __syncthreads();
+    finish();
+  }
+
+ private:
+  static constexpr int kWidth = kLanes * kStates;
+  using Pair = Pack<float, 2>;  // span, dt u
+  using States = Pack<float, kStates>;
+
+  /// A set of directions over one group of states, tile by tile.
+  __device__ __forceinline__ void scan(int set, int group) {
+    enter(set, group);
+    const LatencyStage<T, kWidth> stage(p_, cut_, block_);
+    int parity = 0;
+    for (int start = 0; start < p_.seqlen; start += cut_.steps) {
+      __syncthreads();  // the tile before has been read
+      if (start == 0 && works_ && chunk_ == 0) *carry(0) = States{};
+      stage.steps(set, start, group == 0);
+      stage.rows(set, start, group * kWidth);
+      __syncthreads();
+      scan_tile(min(cut_.steps, p_.seqlen - start), parity);
+      parity ^= 1;
+    }
+  }
+
+  /// A of this thread's states; a thread without work has decays of one, and writes nothing.
+  __device__ __forceinline__ void enter(int set, int group) {
+    const int channel = block_.first_channel + channel_;
+    works_ = direction_ < min(cut_.directions, p_.directions - set) && channel < p_.d_inner;
+    slot_ = works_ ? direction_ : 0;
+    partial_ = block_.partials + int64_t{set + slot_} * p_.seqlen * cut_.channels + channel_;
+    const int first = group * kWidth + lane_ * kStates;
+    const float* A = p_.A + (set + slot_) * p_.A_direction + int64_t{channel} * p_.d_state;
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+      A_[i] = works_ && first + i < p_.d_state ? A[first + i] * kLog2E : 0.0F;
+    }
+  }
+
+  __device__ __forceinline__ States* carry(int parity) const {
+    const int row = (parity * cut_.directions + slot_) * cut_.channels + channel_;
+    return reinterpret_cast<States*>(block_.shared + block_.at.carry + row * kWidth +
+                                     lane_ * kStates);
+  }
+  __device__ __forceinline__ States* end_of(int chunk) const {
+    const int row = (slot_ * cut_.chunks + chunk) * cut_.channels + channel_;
+    return reinterpret_cast<States*>(block_.shared + block_.at.ends + row * kWidth +
+                                     lane_ * kStates);
+  }
+  __device__ __forceinline__ float* span_of(int chunk) const {
+    const int row = (slot_ * cut_.chunks + chunk) * cut_.channels + channel_;
+    return block_.shared + block_.at.spans + row;
+  }
+
+  /// The staged steps, `count` of which are; the state at their start is the carry of `parity`.
+  __device__ __forceinline__ void scan_tile(int count, int parity) {
+    if (cut_.chunks > 1) {
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) h_[i] = 0.0F;
+      const float total = run_chunk<false>(count);
+      if (works_) {
+        store(end_of(chunk_));
+        if (lane_ == 0) *span_of(chunk_) = total;
+      }
+      __syncthreads();
+    }
+    const States before = works_ ? *carry(parity) : States{};
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) h_[i] = before.v[i];
+    for (int chunk = 0; chunk < chunk_ && works_; ++chunk) {
+      const float span = *span_of(chunk);
+      const States end = *end_of(chunk);
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) h_[i] = fmaf(exp2_approx(span * A_[i]), h_[i], end.v[i]);
+    }
+    run_chunk<true>(count);
+    if (works_ && chunk_ == cut_.chunks - 1) store(carry(parity ^ 1));
+  }
+
+  __device__ __forceinline__ void store(States* place) const {
+    States h;
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) h.v[i] = h_[i];
+    *place = h;
+  }
+
+  /// This thread's chunk from h_, which becomes the state behind it. Adds y to the partial sums,
+  /// or returns the sum of the spans.
+  template <bool kOutput>
+  __device__ __forceinline__ float run_chunk(int count) {
+    const int channels = cut_.channels;
+    const int first = slot_ * cut_.steps + chunk_ % cut_.chunks * cut_.chunk;
+    const int left = works_ ? count - chunk_ * cut_.chunk : 0;
+    const auto* pair = reinterpret_cast<const Pair*>(block_.shared + block_.at.pairs) +
+                       first * channels + channel_;
+    const float* row = block_.shared + block_.at.rows + first * 2 * kWidth + lane_ * kStates;
+    const int32_t* token = block_.tokens() + first;
+    float total = 0.0F;
+    for (int t = 0; t < cut_.chunk; t += kLatencySteps) {
+      // All lanes of a warp go on together: the sums below need them all.
+      if (!__any_sync(0xFFFFFFFFU, t < left)) break;
+      float y[kLatencySteps];
+#pragma unroll
+      for (int j = 0; j < kLatencySteps; ++j) {
+        const Pair step = *pair;
+        y[j] = advance<kOutput>(step, row);
+        if (!kOutput) total += step.v[0];
+        pair += channels;
+        row += 2 * kWidth;
+      }
+      if (kOutput) add(y, token + t);
+    }
+    return total;
+  }
+
+  /// h = exp2(span A) h + dt u B; returns C h over this thread's states.
+  template <bool kOutput>
+  __device__ __forceinline__ float advance(const Pair& step, const float* row) {
+    const States B = *reinterpret_cast<const States*>(row);
+    float y = 0.0F;
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+      h_[i] = fmaf(exp2_approx(step.v[0] * A_[i]), h_[i], step.v[1] * B.v[i]);
+    }
+    if (kOutput) {
+      const States C = *reinterpret_cast<const States*>(row + kWidth);
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) y = fmaf(C.v[i], h_[i], y);
+    }
+    return y;
+  }
+
+  /// Sums y of kLatencySteps steps over the lanes. With four lanes each ends with the sum of one
+  /// step: three shuffles for four sums.
+  __device__ __forceinline__ void add(const float* y, const int32_t* token) {
+    static_assert(kLanes == 1 || kLanes == kLatencySteps, "each lane adds one step, or all");
+    if constexpr (kLanes == 1) {
+#pragma unroll
+      for (int j = 0; j < kLatencySteps; ++j) add_to(token[j], y[j]);
+    } else {
+      const bool high = (lane_ & 2) != 0, odd = (lane_ & 1) != 0;
+      const float first =
+          (high ? y[2] : y[0]) + __shfl_xor_sync(0xFFFFFFFFU, high ? y[0] : y[2], 2);
+      const float second =
+          (high ? y[3] : y[1]) + __shfl_xor_sync(0xFFFFFFFFU, high ? y[1] : y[3], 2);
+      const float sum =
+          (odd ? second : first) + __shfl_xor_sync(0xFFFFFFFFU, odd ? first : second, 1);
+      add_to(token[lane_], sum);
+    }
+  }
+
+  __device__ __forceinline__ void add_to(int32_t token, float y) {
+    if (works_ && token >= 0) partial_[int64_t{token} * cut_.channels] += y;
+  }
+
+  /// From the partial sums to y.
+  __device__ __forceinline__ void finish() const {
+    const int64_t stride = int64_t{p_.seqlen} * cut_.channels;
+    const int64_t first = block_.image * p_.seqlen * p_.d_inner;
+    for (int64_t i = block_.thread; i < stride; i += block_.threads) {
+      const int channel = block_.first_channel + static_cast<int>(i & (cut_.channels - 1));
+      if (channel >= p_.d_inner) continue;
+      const int64_t at = first + (i >> (__ffs(cut_.channels) - 1)) * p_.d_inner + channel;
+      float y = 0.0F;
+      for (int k = 0; k < p_.directions; ++k) y += block_.partials[k * stride + i];
+      y *= p_.scale;
+      if (p_.z != nullptr) y *= silu(to_float(static_cast<const T*>(p_.z)[at]));
+      static_cast<T*>(p_.y)[at] = from_float<T>(y);
+    }
+  }
+
+  const ScanParams& p_;
+  const LatencyCut& cut_;
+  const LatencyBlock block_;
+  const int lane_;
+  int channel_, chunk_, direction_, slot_ = 0;  // slot_: direction_ where it has work
+  bool works_ = false;
+  float* partial_ = nullptr;  // of this thread's direction and channel
+  float A_[kStates], h_[kStates];
+};
+
+// One block a multiprocessor is all that is asked for: at 64 registers a thread the compiler
+// spills.
+template <typename T, int kLanes, int kStates>
+__global__ void __launch_bounds__(kLatencyThreads, 1)
+    selective_scan_latency(const __grid_constant__ ScanParams p,
+                           const __grid_constant__ LatencyCut cut) {
+  LatencyScan<T, kLanes, kStates>(p, cut, dynamic_shared_memory<float>()).run();
+}
+
+}  // namespace vssm
+
+#endif  // VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_LATENCY_CUH_

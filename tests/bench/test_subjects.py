@@ -1,0 +1,46 @@
+"""Work counted in a file: the same as counted in the model that it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from compat_cases import SlowPath, VimLike, built
+from exports import exported, micro, micro_plain
+
+import vssm
+from vssm.bench.bench_subjects_graph import _at_batch_one, count_graph
+from vssm.errors import UnsupportedError
+from vssm.models import VisionModel
+from vssm.models.cost import count
+
+
+@pytest.mark.parametrize(
+    "model", [micro(None), micro(), micro_plain(None)], ids=["vim", "vim pruned", "plain mamba"]
+)
+def test_graph_and_model_agree(model: VisionModel, tmp_path: Path) -> None:
+    work = count(model)
+    assert count_graph(exported(tmp_path, model).model_path) == (work.exps, work.gemm)
+
+
+def test_linear_layers_of_a_module(tmp_path: Path) -> None:
+    artifact = vssm.export_module(built(SlowPath), torch.randn(2, 9, 12), tmp_path / "out")
+    exps, gemm = count_graph(artifact.model_path)
+    assert exps == 9 * 24 * 4
+    linear = 9 * (12 * 48 + 24 * (2 + 8) + 2 * 24 + 24 * 12)
+    assert gemm == linear + 9 * 24 * 4  # and the convolution of four taps
+
+
+def test_sizes_at_batch_one() -> None:
+    assert [_at_batch_one(s) for s in ("", "batch", "9*batch", "s77*3*2")] == [1, 1, 9, 6]
+    with pytest.raises(UnsupportedError, match="no multiple of the batch"):
+        _at_batch_one("batch + 1")
+
+
+@pytest.mark.timeout(120)
+def test_bench_of_a_module(tmp_path: Path) -> None:
+    model = built(lambda: VimLike(depth=1))
+    artifact = vssm.export_module(model, torch.randn(2, 3, 48, 48), tmp_path / "out")
+    report = vssm.bench_directory(artifact.directory, batches=(1,), samples=2)
+    assert {row.subject for row in report.rows} == {"ort kernel", "ort body"}

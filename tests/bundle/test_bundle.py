@@ -1,0 +1,481 @@
+"""`vssm bundle`: what is in it, what a server would read, and what `--verify` finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.server
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import Run
+from exports import micro
+from PIL import Image
+
+import vssm
+from vssm.artifact.directory import Artifact
+from vssm.artifact.manifest import TensorInfo
+from vssm.bundle.make import BundleRequest, make_bundle
+from vssm.bundle.manifest import BUNDLE_MANIFEST, read_bundle_manifest
+from vssm.bundle.triton import ServingOptions, onnxruntime_config, tensorrt_config
+from vssm.bundle.verify import verify_bundle
+from vssm.errors import ArtifactError, UnsupportedError
+from vssm.runtimes.library import find_library, find_sources
+
+# Without its dependencies: it asks for an older ml-dtypes than onnx has here, and needs none of it.
+_CLIENT = "pip install --no-deps tritonclient==2.73.0"
+NAME = "vim_tiny"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return vssm.export(micro(), tmp_path_factory.mktemp("bundle") / "out")
+
+
+@pytest.fixture(scope="module")
+def made(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made") / "bundle"
+    make_bundle(artifact, path, BundleRequest(serving=ServingOptions(batch=(1, 2, 4))))
+    return path
+
+
+@pytest.fixture
+def bundle(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "bundle"))
+
+
+def test_what_is_in_it(made: Path) -> None:
+    manifest = read_bundle_manifest(made)
+    everything = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()}
+    assert set(manifest.files) | {BUNDLE_MANIFEST} == everything
+    assert everything >= {
+        *("Dockerfile", "README.md", "bundle.env", "client.py", "start.sh"),
+        *("model/model.onnx", "model/model.json", "lib/libvssm_onnxruntime.so"),
+        *(f"triton/{kind}/{NAME}/config.pbtxt" for kind in ("tensorrt", "onnxruntime")),
+        *(f"triton/{kind}/{NAME}/labels.txt" for kind in ("tensorrt", "onnxruntime")),
+        f"triton/onnxruntime/{NAME}/1/model.onnx",
+        *("sources/CMakeLists.txt", "sources/exporter/vssm/_version.py"),
+        "sources/plugins/kernels/cuda/scan.cu",
+    }
+    assert not [name for name in everything if name.endswith((".plan", ".safetensors", ".pyc"))]
+    assert any(name.endswith("model.plan") for name in manifest.absent)
+    for name in everything:
+        assert str(Path.home()) not in name
+
+
+def test_no_path_of_this_machine(made: Path) -> None:
+    roots = [str(find_sources()).encode(), str(made.parent).encode()]
+    for path in made.rglob("*"):
+        if path.is_file() and path.suffix != ".so":
+            assert not [root for root in roots if root in path.read_bytes()], path
+
+
+def test_the_model_opens_from_inside(made: Path, artifact: Artifact) -> None:
+    x = np.zeros((1, 3, 48, 48), np.float32)
+    with vssm.open_session(made / "model") as ours, vssm.open_session(artifact) as theirs:
+        np.testing.assert_array_equal(ours.run(x)["logits"], theirs.run(x)["logits"])
+
+
+def test_verify_runs_the_model(cli: Run, bundle: Path, tmp_path: Path) -> None:
+    moved = bundle.rename(tmp_path / "moved")
+    assert cli("bundle", "--verify", moved, "--json", tmp_path / "report.json") == 0, cli.out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["kernels"] == 5  # three scans and two gathers
+    assert 0 < report["difference"] < 1e-4
+    assert report["failures"] == []
+    assert "passed" in cli.out
+
+
+def _missing(bundle: Path) -> None:
+    (bundle / "start.sh").unlink()
+
+
+def _extra(bundle: Path) -> None:
+    (bundle / "lib/extra.so").write_bytes(b"code")
+
+
+def _changed(bundle: Path) -> None:
+    with (bundle / "lib/libvssm_onnxruntime.so").open("ab") as file:
+        file.write(b"\0")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_missing, "start.sh is missing"),
+        (_extra, "lib/extra.so is not listed"),
+        (_changed, "lib/libvssm_onnxruntime.so was changed: its sha256 is"),
+    ],
+)
+def test_verify_finds(cli: Run, bundle: Path, spoil: Callable[[Path], None], message: str) -> None:
+    spoil(bundle)
+    assert cli("bundle", "--verify", bundle) == 1
+    assert f"failed: {message}" in cli.out
+    assert "the model was not run: files differ" in cli.out
+
+
+def test_verify_refuses_links(bundle: Path) -> None:
+    (bundle / "link").symlink_to("/etc/hostname")
+    with pytest.raises(ArtifactError, match="is a link or no regular file"):
+        verify_bundle(bundle)
+
+
+def test_verify_finds_a_library_of_something_else(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vssm.bundle import verify as bundle_verify
+
+    real = bundle_verify.run_once
+
+    def wrong(model: Path, images: Any, library: Path | None) -> Any:
+        ran = real(model, images, library)
+        if library is None:
+            return ran
+        return dataclasses.replace(ran, kernels=0, outputs={"logits": -ran.outputs["logits"]})
+
+    monkeypatch.setattr(bundle_verify, "run_once", wrong)
+    failures = verify_bundle(bundle).failures
+    assert [f.partition(" ")[0] for f in failures] == ["libvssm_onnxruntime.so", "logits"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"files": {"../model.onnx": "a" * 64}}, "'../model.onnx'"),
+        ({"files": {"/etc/passwd": "a" * 64}}, "'/etc/passwd'"),
+        ({"files": {"a//b": "a" * 64}}, "'a//b'"),
+        ({"files": {}}, "at least 1 members"),
+        ({"format_version": 2}, "format_version=2 is newer than 1"),
+    ],
+)
+def test_damaged_manifests(bundle: Path, changes: dict[str, Any], message: str) -> None:
+    path = bundle / BUNDLE_MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ArtifactError, match=re.escape(message)):
+        verify_bundle(bundle)
+
+
+def test_what_may_be_replaced(cli: Run, bundle: Path, artifact: Artifact, tmp_path: Path) -> None:
+    make = ("bundle", artifact.directory, "-o", bundle)
+    assert cli(*make) == 2
+    assert "is not overwritten unasked" in cli.out
+    assert cli(*make, "--force", "--name", "other") == 0, cli.out
+    assert read_bundle_manifest(bundle).name == "other"
+    (bundle / "notes.txt").write_text("mine")
+    assert cli(*make, "--force") == 2
+    assert "is not as it was made (notes.txt is not listed)" in cli.out
+    assert (bundle / "notes.txt").read_text() == "mine"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("mine")
+    assert cli("bundle", artifact.directory, "-o", mine, "--force") == 2
+    assert "it is no bundle and is not replaced" in cli.out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "mine"]
+
+
+def test_nothing_is_left_of_a_failure(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vssm.bundle import make as module
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_put_sources", full)
+    with pytest.raises(ArtifactError, match="cannot be written \\(No space left"):
+        make_bundle(artifact, tmp_path / "bundle", BundleRequest())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_usage(cli: Run, artifact: Artifact, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    for arguments, message in [
+        ((), "give either -o OUT"),
+        (("-o", out, "--verify"), "give either -o OUT"),
+        (("-o", out, "--batch=1,2"), "is not three sizes"),
+        (("-o", out, "--batch=2,4,8"), "let MIN be 1"),
+        (("-o", out, "--batch=1,8,4"), "must grow"),
+        (("-o", out, "--instances=0"), "instances=0"),
+        (("-o", out, "--name=a b"), "name='a b' is not a letter followed by"),
+        (("-o", out, "--name=../x"), "name='../x' is not a letter followed by"),
+    ]:
+        assert cli("bundle", artifact.directory, *arguments) == 2
+        assert message in cli.out
+    assert cli("bundle", "--verify", artifact.directory) == 2
+    assert "is not a bundle" in cli.out
+    for option, shown in (
+        ("--force", "force=True"),
+        ("--name=x", "name=x"),
+        ("--labels=x", "labels"),
+        ("--batch=1,8,32", "batch=1,8,32"),
+        ("--queue-us=0", "queue_us=0"),
+        ("--instances=2", "instances=2"),
+    ):
+        assert cli("bundle", "--verify", artifact.directory, option) == 2
+        assert shown in cli.out
+        assert "with --verify, which makes no bundle" in cli.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels(artifact: Artifact, bundle: Path, tmp_path: Path) -> None:
+    label_file = f"triton/tensorrt/{NAME}/labels.txt"
+    assert (bundle / label_file).read_text().splitlines()[:2] == ["class 0", "class 1"]
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join("abcdefg"))
+    make_bundle(artifact, tmp_path / "named", BundleRequest(labels=names))
+    assert (tmp_path / "named" / label_file).read_text() == "a\nb\nc\nd\ne\nf\ng\n"
+    names.write_text("one\ntwo")
+    with pytest.raises(ValueError, match="names 2 classes"):
+        make_bundle(artifact, tmp_path / "wrong", BundleRequest(labels=names))
+
+
+def test_bfloat16_has_no_onnxruntime_variant(tmp_path: Path) -> None:
+    out = vssm.export(micro(None), tmp_path / "out", dtype="bfloat16")
+    manifest = make_bundle(out, tmp_path / "bundle", BundleRequest())
+    assert "bfloat16" in manifest.absent["triton/onnxruntime"]
+    assert not (tmp_path / "bundle/triton/onnxruntime").exists()
+    report = verify_bundle(tmp_path / "bundle")
+    assert report.passed
+    assert "bfloat16" in report.not_run
+
+
+def _triton_schema() -> Any:
+    """Triton's own model_config_pb2, without the rest of the package, which needs gRPC."""
+    spec = importlib.util.find_spec("tritonclient")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"Triton's schema is not installed: {_CLIENT}")
+    path = Path(spec.submodule_search_locations[0], "grpc", "model_config_pb2.py")
+    loaded = importlib.util.spec_from_file_location("triton_model_config_pb2", path)
+    assert loaded is not None
+    assert loaded.loader is not None
+    module = importlib.util.module_from_spec(loaded)
+    loaded.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("variant", ["tensorrt", "onnxruntime"])
+def test_config_is_of_tritons_schema(made: Path, variant: str) -> None:
+    from google.protobuf import text_format
+
+    schema = _triton_schema()
+    text = (made / f"triton/{variant}/{NAME}/config.pbtxt").read_text()
+    config = text_format.Parse(text, schema.ModelConfig())
+    assert (config.name, config.backend, config.max_batch_size) == (NAME, variant, 4)
+    inputs = [(t.name, t.data_type, list(t.dims)) for t in config.input]
+    assert inputs == [("images", schema.TYPE_FP32, [3, 48, 48])]
+    outputs = [(t.name, t.data_type, list(t.dims)) for t in config.output]
+    assert outputs == [
+        ("logits", schema.TYPE_FP32, [7]),
+        ("kept_positions_0", schema.TYPE_INT64, [27]),
+        ("kept_positions_1", schema.TYPE_INT64, [21]),
+    ]
+    assert config.output[0].label_filename == "labels.txt"
+    assert list(config.dynamic_batching.preferred_batch_size) == [2, 4]
+    assert config.dynamic_batching.max_queue_delay_microseconds == 500
+    kind = schema.ModelInstanceGroup
+    (group,) = config.instance_group
+    assert group.count == 1
+    assert group.kind == (kind.KIND_GPU if variant == "tensorrt" else kind.KIND_CPU)
+    libraries = list(config.model_operations.op_library_filename)
+    assert libraries == ([] if variant == "tensorrt" else ["/opt/vssm/lib/libvssm_onnxruntime.so"])
+    with pytest.raises(text_format.ParseError):
+        text_format.Parse(text.replace("backend:", "back_end:"), schema.ModelConfig())
+
+
+def test_a_type_that_no_server_takes(artifact: Artifact) -> None:
+    odd = dataclasses.replace(
+        artifact.manifest, outputs=(TensorInfo("logits", "bfloat16", ("batch", 7)),)
+    )
+    for config in (tensorrt_config, onnxruntime_config):
+        with pytest.raises(UnsupportedError, match="output logits is of type bfloat16"):
+            config("a", odd, ServingOptions())
+
+
+STAND_INS = {
+    "nvidia-smi": 'echo "NVIDIA H100, 9.0"',
+    "trtexec": 'for a; do case $a in --saveEngine=*) echo plan > "${a#*=}";; esac; done\n'
+    'printf "%s\\n" trtexec "$@" >> "$LOG"',
+    "tritonserver": 'printf "%s\\n" tritonserver "$@" >> "$LOG"',
+}
+
+
+@pytest.fixture
+def serve(bundle: Path, tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
+    """Runs start.sh with stand-ins for what needs a GPU; gives its exit code and their calls."""
+    folder, log = tmp_path / "bin", tmp_path / "log"
+    folder.mkdir()
+    for name, text in STAND_INS.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    (bundle / "lib/libvssm_tensorrt.so").write_bytes(b"plugin")
+
+    def run(*arguments: str, **environment: str) -> tuple[int, list[str]]:
+        log.write_text("")
+        path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        engines = str(tmp_path / "engines")
+        env = {**os.environ, "PATH": path, "LOG": str(log), "ENGINES": engines, **environment}
+        command = ["bash", str(bundle / "start.sh"), *arguments]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        return done.returncode, log.read_text().splitlines() + done.stderr.splitlines()
+
+    return run
+
+
+def test_start_builds_the_engine_once(
+    serve: Callable[..., tuple[int, list[str]]], bundle: Path, tmp_path: Path
+) -> None:
+    status, calls = serve("--log-verbose=1")
+    assert status == 0
+    assert calls[0] == "trtexec"
+    assert f"--onnx={bundle}/model/model.onnx" in calls
+    assert {"--stronglyTyped", "--noTF32"} <= set(calls)
+    assert f"--dynamicPlugins={bundle}/lib/libvssm_tensorrt.so" in calls
+    sizes = [line for line in calls if "Shapes=" in line]
+    assert sizes == [
+        "--minShapes=images:1x3x48x48",
+        "--optShapes=images:2x3x48x48",
+        "--maxShapes=images:4x3x48x48",
+    ]
+    server = calls[calls.index("tritonserver") :]
+    plugins = f"plugins={bundle}/lib/libvssm_tensorrt_autoload.so"
+    assert server[1:] == [
+        f"--model-repository={bundle}/triton/tensorrt",
+        f"--backend-config=tensorrt,{plugins}",
+        "--log-verbose=1",
+    ]
+    plan = bundle / f"triton/tensorrt/{NAME}/1/model.plan"
+    assert plan.read_text() == "plan\n"
+    assert [p.suffix for p in (tmp_path / "engines").iterdir()] == [".plan"]
+    assert stat.S_IMODE(plan.stat().st_mode) & 0o444 == 0o444
+    assert "trtexec" not in serve()[1]
+    (bundle / "lib/libvssm_tensorrt.so").write_bytes(b"another plugin")
+    assert "trtexec" in serve()[1]
+
+
+@pytest.mark.parametrize("fault", ["exit 3", "true"], ids=["fails", "writes nothing"])
+def test_start_leaves_no_half_of_an_engine(
+    serve: Callable[..., tuple[int, list[str]]], bundle: Path, tmp_path: Path, fault: str
+) -> None:
+    (tmp_path / "bin/trtexec").write_text(f"#!/usr/bin/env bash\n{fault}\n")
+    status, calls = serve()
+    assert status == (3 if fault == "exit 3" else 1)
+    assert "tritonserver" not in calls
+    assert list((tmp_path / "engines").iterdir()) == []
+    assert not (bundle / f"triton/tensorrt/{NAME}/1/model.plan").exists()
+
+
+def test_start_serves_onnxruntime_without_a_gpu(
+    serve: Callable[..., tuple[int, list[str]]], bundle: Path
+) -> None:
+    status, calls = serve(VARIANT="onnxruntime")
+    assert status == 0
+    assert calls == ["tritonserver", f"--model-repository={bundle}/triton/onnxruntime"]
+    status, calls = serve(VARIANT="openvino")
+    assert status == 2
+    assert "VARIANT=openvino is not tensorrt or onnxruntime" in calls[0]
+
+
+def test_docker_copies_what_is_there(made: Path) -> None:
+    text = (made / "Dockerfile").read_text()
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE)
+    assert copied
+    for name in " ".join(copied).split():
+        assert (made / name).exists(), name
+
+
+def test_the_client_prepares_as_the_package_does(made: Path, tmp_path: Path) -> None:
+    prepare = runpy.run_path(str(made / "client.py"))["prepare"]
+    spec = json.loads((made / "model/model.json").read_text())["preprocessing"]
+    for size in ((80, 60), (33, 90), (48, 48), (54, 54)):
+        path = tmp_path / "image.png"
+        pixels = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        want = vssm.preprocess(path, made / "model")[0]
+        np.testing.assert_array_equal(prepare(str(path), spec), want)
+
+
+class _Triton(http.server.BaseHTTPRequestHandler):
+    """One answer of KServe's v2 protocol, with the classes of every image."""
+
+    def do_POST(self) -> None:
+        size = int(self.headers["Inference-Header-Content-Length"])
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        request = json.loads(body[:size])
+        images = np.frombuffer(body[size:], np.float32)
+        (given,), (asked,) = request["inputs"], request["outputs"]
+        assert images.size == np.prod(given["shape"])
+        self.server.seen = (self.path, given["name"], given["shape"])  # type: ignore[attr-defined]
+        count = asked["parameters"]["classification"]
+        assert asked["parameters"]["binary_data"]
+        words = [f"{9 - i}.5:{i}:name {i}".encode() for i in range(count)] * given["shape"][0]
+        data = b"".join(len(word).to_bytes(4, "little") + word for word in words)
+        output = {
+            "name": asked["name"],
+            "datatype": "BYTES",
+            "shape": [given["shape"][0], count],
+            "parameters": {"binary_data_size": len(data)},
+        }
+        head = json.dumps({"model_name": NAME, "outputs": [output]}).encode()
+        answer = head + data
+        self.send_response(200)
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Content-Length", str(len(answer)))
+        self.send_header("Inference-Header-Content-Length", str(len(head)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_client_asks_a_server(made: Path, picture: Path) -> None:
+    """A server of ours that speaks the protocol; the client is the bundle's, with NVIDIA's code."""
+    try:
+        with_http = importlib.util.find_spec("tritonclient.http") is not None
+        with_http &= importlib.util.find_spec("geventhttpclient") is not None
+    except ModuleNotFoundError:
+        with_http = False
+    if not with_http:
+        pytest.skip("Triton's HTTP client is not installed: pip install 'tritonclient[http]'")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Triton)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        url = f"127.0.0.1:{server.server_port}"
+        command = [sys.executable, str(made / "client.py"), str(picture), str(picture)]
+        done = subprocess.run(
+            [*command, "--url", url, "--top=2"], capture_output=True, text=True, check=False
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert done.returncode == 0, done.stderr
+    assert server.seen == (f"/v2/models/{NAME}/infer", "images", [2, 3, 48, 48])  # type: ignore[attr-defined]
+    lines = done.stdout.splitlines()
+    assert lines == 2 * [str(picture), "     9.500  name 0", "     8.500  name 1"]
+
+
+@pytest.mark.slow
+def test_the_sources_build(made: Path, tmp_path: Path) -> None:
+    build = tmp_path / "build"
+    configure = ["cmake", "-S", str(made / "sources"), "-B", str(build), "-G", "Ninja"]
+    for command in ([*configure, "-DVSSM_CUDA=OFF"], ["cmake", "--build", str(build), "-j1"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (library,) = build.rglob(find_library().name)
+    from vssm.runtimes.library import library_info
+
+    assert library_info(library).operators == library_info().operators

@@ -1,0 +1,255 @@
+"""What `upstream` provides, what it patches, and that it leaves everything as it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from compat_cases import CSMS6S
+
+from vssm.compat import upstream
+from vssm.compat.packages import blocks as inner
+from vssm.compat.packages import scan
+from vssm.compat.packages.mixer import Mamba
+from vssm.compat.packages.provided import Provided
+from vssm.errors import UnsupportedError
+
+INTERFACE = """
+class Never:
+    pass
+def selective_scan_fn(u, *args, **kwargs):
+    return "installed"
+def mamba_inner_fn(*args, **kwargs):
+    return "installed"
+"""
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules of a test leave with it."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if not name.startswith(("vssm", "torch")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed mamba_ssm whose __init__ and norms need what is not there."""
+    root = tmp_path / "mamba_ssm"
+    for folder in ("", "ops", "modules", "ops/triton"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / "__init__.py").write_text("")
+    (root / "ops" / "selective_scan_interface.py").write_text(INTERFACE)
+    (root / "ops" / "triton" / "layer_norm.py").write_text("import absent_triton\n")
+    (root / "modules" / "mamba_simple.py").write_text(
+        "from mamba_ssm.ops.selective_scan_interface import selective_scan_fn\n"
+        "class Mamba:\n"
+        "    def run(self):\n"
+        "        return selective_scan_fn\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return root
+
+
+def test_what_is_absent_is_provided_and_gone_at_the_end() -> None:
+    with upstream() as report:
+        from causal_conv1d import causal_conv1d_fn
+        from mamba_ssm import Mamba as Whole
+        from mamba_ssm.modules.mamba_simple import Mamba as Simple
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        from mamba_ssm.ops.triton.layernorm import RMSNorm
+        from timm.models.layers import DropPath
+
+        assert Whole is Simple is Mamba
+        model = Whole(16)
+        assert "timm.models.layers" in report.provided
+        assert "mamba_ssm.modules.mamba_simple" in str(report)
+    assert selective_scan_fn is scan.selective_scan_fn
+    assert causal_conv1d_fn is inner.causal_conv1d_fn
+    assert RMSNorm(4)(torch.ones(1, 4)).shape == (1, 4)
+    assert not [n for n in sys.modules if n.partition(".")[0] in {"mamba_ssm", "timm", "einops"}]
+    assert model(torch.randn(1, 3, 16)).shape == (1, 3, 16)  # goes on working
+    with pytest.raises(UnsupportedError, match="inference only"):
+        DropPath(0.5).train()(torch.ones(1))
+    with pytest.raises(ModuleNotFoundError):
+        import mamba_ssm  # noqa: F401
+
+
+def test_unknown_names_say_what_is_there() -> None:
+    with upstream():
+        message = (
+            r"interface\.mamba_chunk_scan \(asked for by test_compat_context, line \d+\) is unk"
+        )
+        with pytest.raises(ImportError, match=message):
+            from mamba_ssm.ops.selective_scan_interface import mamba_chunk_scan  # noqa: F401
+        import mamba_ssm.ops.selective_scan_interface as interface
+
+        with pytest.raises(AttributeError, match=r"stands in for.*docs/compat\.md"):
+            interface.mamba_chunk_scan  # noqa: B018
+        assert not hasattr(interface, "mamba_chunk_scan")
+        with pytest.raises(ModuleNotFoundError):
+            import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
+        from mamba_ssm.modules.mamba2 import Mamba2
+
+        with pytest.raises(
+            UnsupportedError, match=r"called by test_compat_context, line .*Mamba-2 op"
+        ):
+            Mamba2(8)
+        import selective_scan_cuda
+        from timm.models.vision_transformer import VisionTransformer
+
+        with pytest.raises(UnsupportedError, match="compiled CUDA"):
+            selective_scan_cuda.fwd(1)
+        with pytest.raises(UnsupportedError, match="stand-in"):
+            VisionTransformer()
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match="prefer='theirs'"), upstream(prefer="theirs"):
+        pass
+    with upstream(), pytest.raises(ValueError, match="inside upstream"), upstream():
+        pass
+
+
+def test_own_files_of_an_installed_package_run_over_our_functions(installed: Path) -> None:
+    with upstream() as report:
+        from mamba_ssm import Mamba as Theirs
+
+        assert Theirs is not Mamba
+        assert Theirs().run() is scan.selective_scan_fn
+    assert "mamba_ssm.modules.mamba_simple" in report.installed
+    assert "mamba_ssm.ops.selective_scan_interface" in report.provided
+    assert Theirs().run() is scan.selective_scan_fn
+    from mamba_ssm.modules.mamba_simple import Mamba as Later
+
+    assert Later().run()(None) == "installed"
+
+
+def test_installed_is_preferred_where_it_works(installed: Path) -> None:
+    with upstream(prefer="installed") as report:
+        from mamba_ssm.modules.mamba_simple import Mamba as Theirs
+        from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+
+        assert Theirs().run()(None) == "installed"
+        assert rms_norm_fn(torch.ones(1, 2), torch.ones(2), None).shape == (1, 2)
+    assert "mamba_ssm.ops.triton.layer_norm" in report.provided
+    assert any("absent_triton" in note for note in report.notes)
+    assert "mamba_ssm.ops.selective_scan_interface" not in report.provided
+
+
+def test_names_bound_before_are_ours_inside_and_theirs_again(installed: Path) -> None:
+    import mamba_ssm.modules.mamba_simple as simple
+    import mamba_ssm.ops.selective_scan_interface as interface
+
+    user = types.ModuleType("user_model")
+    user.scan, user.Never = interface.selective_scan_fn, interface.Never
+    sys.modules["user_model"] = user
+    original = interface.selective_scan_fn
+    with upstream() as report:
+        assert simple.Mamba().run() is scan.selective_scan_fn
+        assert user.scan is scan.selective_scan_fn
+        assert user.Never is interface.Never
+        assert interface.mamba_inner_fn is inner.mamba_inner_fn
+        assert "user_model.scan" in report.patched
+    assert user.scan is simple.selective_scan_fn is interface.selective_scan_fn is original
+    assert sys.modules["mamba_ssm.modules.mamba_simple"] is simple
+    with pytest.raises(RuntimeError, match="stop"), upstream():
+        raise RuntimeError("stop")
+    assert user.scan is original
+
+
+def test_scans_of_a_repository_are_replaced_when_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_csms6s.py").write_text(CSMS6S)
+    (tmp_path / "own_model.py").write_text(
+        "from own_csms6s import selective_scan_fn, cross_scan_fn"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with upstream() as report:
+        import own_csms6s
+        import own_model
+
+        assert own_model.selective_scan_fn is scan.selective_scan_vmamba
+    assert own_csms6s.SelectiveScanCore.apply is scan.selective_scan_groupmamba
+    assert own_csms6s.selective_scan_flop_jit(1, 2) == 0
+    assert "own_csms6s.SelectiveScanCuda.apply" in report.patched
+    assert own_model.cross_scan_fn(torch.ones(1, 1, 2, 2)).shape == (1, 4, 1, 4)
+
+
+def test_scans_imported_before_are_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "early_csms6s.py").write_text(CSMS6S)
+    (tmp_path / "early_other.py").write_text("def selective_scan_fn(x, y):\n    return x\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import early_csms6s
+    import early_other
+
+    core, function = early_csms6s.SelectiveScanCore, early_csms6s.selective_scan_fn
+    with upstream() as report:
+        assert core.apply is scan.selective_scan_groupmamba
+        assert early_csms6s.selective_scan_fn is scan.selective_scan_vmamba
+        assert early_other.selective_scan_fn(1, 2) == 1
+    assert any("early_other.selective_scan_fn takes ('x', 'y')" in note for note in report.notes)
+    assert "apply" not in vars(core)
+    assert early_csms6s.selective_scan_fn is function
+
+
+def test_copy_of_the_scan_in_an_own_file_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False"
+    (tmp_path / "copied_scan.py").write_text(f"def selective_scan_fn({arguments}):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with upstream() as report:
+        import copied_scan
+
+        assert copied_scan.selective_scan_fn(*[None] * 5) is None
+    del sys.modules["copied_scan"]
+    assert "copied_scan.selective_scan_fn looks like mamba_ssm's: left" in str(report)
+    assert not report.patched
+
+
+def test_replace_and_its_end() -> None:
+    class Own:
+        def scan(self) -> int:
+            return 1
+
+    with upstream() as report:
+        report.replace(Own, "scan", lambda self: 2)
+        assert Own().scan() == 2
+        assert any(name.endswith("Own.scan") for name in report.patched)
+        with pytest.raises(AttributeError, match="to replace"):
+            report.replace(Own, "scam", print)
+    assert Own().scan() == 1
+
+
+def test_torch_sees_no_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "with_triton.py").write_text(
+        "import triton\nimport triton.language as tl\n"
+        "@triton.jit\ndef kernel(x: tl.constexpr):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with upstream():
+        import with_triton
+
+        loaded = sys.modules.get("triton")
+        assert loaded is None or not isinstance(loaded, Provided)
+        with pytest.raises(UnsupportedError, match="Triton kernel kernel"):
+            with_triton.kernel[(1,)](1)
+
+
+def test_compat_comes_with_its_first_use() -> None:
+    code = (
+        "import sys, vssm; assert 'torch' not in sys.modules; vssm.compat.upstream;"
+        "vssm.export_module; vssm.prune"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,166 @@
+"""Pruning a model of the user's: the numbers of our own pruned Vim, and every refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compat_cases import LanguageModel, MambaVisionLike, VimLike, built
+from exports import MICRO
+from official_data import fill_weights
+from torch import Tensor, nn
+
+import vssm
+from vssm.compat.packages.mixer import Mamba
+from vssm.errors import UnsupportedError
+
+IMAGES = (2, 3, 48, 48)
+RATIOS: dict[int, float] = {1: 0.7, 2: 0.8}
+
+
+def _schedule(**rules: Any) -> vssm.PruneSchedule:
+    return vssm.PruneSchedule(RATIOS, **rules)
+
+
+def _theirs(**options: Any) -> nn.Module:
+    return fill_weights(built(lambda: VimLike(**options)))
+
+
+def _ours(**rules: Any) -> nn.Module:
+    options = {**MICRO, "depth": 3, "bimamba": rules.pop("bimamba", "v2")}
+    return fill_weights(vssm.create_model("vim_tiny", schedule=_schedule(**rules), **options))
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {},
+        {"alignment": "constant"},
+        {"alignment": "none"},
+        {"alignment": "none", "importance": "as_released"},
+        {"importance": "l2", "gated": True},
+        {"source": "backward"},
+        {"conv": "grid"},
+    ],
+    ids=str,
+)
+def test_numbers_of_our_own_pruned_vim(rules: dict[str, Any]) -> None:
+    x = torch.randn(IMAGES)
+    ours = _ours(**rules).double().forward_details(x.double())
+    pruned = vssm.prune(_theirs(), _schedule(**rules), x).double()
+    theirs = pruned.forward_details(x.double())
+    torch.testing.assert_close(theirs.logits, ours.logits, rtol=1e-10, atol=1e-12)
+    for got, want in zip(theirs.kept_positions, ours.kept_positions, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("bimamba", ["v1", "none"])
+def test_other_mixers(bimamba: str) -> None:
+    x = torch.randn(IMAGES)
+    ours = _ours(bimamba=bimamba).double().forward_details(x.double())
+    pruned = vssm.prune(_theirs(bimamba=bimamba), _schedule(), x).double()
+    torch.testing.assert_close(pruned(x.double()), ours.logits, rtol=1e-10, atol=1e-12)
+
+
+def test_model_stays_as_it_was_and_ratio_one_is_dense() -> None:
+    x, model = torch.randn(IMAGES), _theirs()
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    pruned = vssm.prune(model, vssm.PruneSchedule({1: 1.0}), x)
+    assert model.training
+    assert not pruned.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert {k.removeprefix("model.") for k in pruned.state_dict()} == set(before)
+    torch.testing.assert_close(pruned(x), model.eval()(x), rtol=1e-5, atol=1e-6)
+    assert pruned.forward_details(x).kept_positions[0].shape == (2, 37)
+
+
+def test_pruned_module_exports(tmp_path: Path) -> None:
+    x = torch.randn(IMAGES)
+    pruned = vssm.prune(_theirs(), _schedule(), x)
+    artifact = vssm.export_module(pruned, x, tmp_path / "out")
+    names = [output.name for output in artifact.manifest.outputs]
+    assert names == ["logits", "kept_positions_0", "kept_positions_1"]
+    schedule = artifact.manifest.schedule
+    assert schedule is not None
+    assert (schedule.num_keep, schedule.cls_position) == ((27, 21), 18)
+    for model in (None, pruned):
+        report = vssm.check_parity(model, artifact)
+        assert report.passed, report.failures
+        assert report.kept_agreement == [1.0, 1.0]
+
+
+class _Between(VimLike):
+    def between(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden * 1.5, residual
+
+
+class _Reversed(VimLike):
+    def forward(self, images: Tensor) -> Tensor:
+        layers, self.layers = self.layers, nn.ModuleList(reversed(self.layers))
+        try:
+            return super().forward(images)
+        finally:
+            self.layers = layers
+
+
+class _Changed(Mamba):
+    """A fork's mixer: the same weights, another function."""
+
+    def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:
+        return super().forward(hidden_states) * 1.01
+
+
+class _Forked(VimLike):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[1].mixer.__class__ = _Changed
+
+
+def test_stacks_that_are_not_plain_are_refused() -> None:
+    x = torch.randn(IMAGES)
+    with pytest.raises(UnsupportedError, match="between blocks 1 and 2"):
+        vssm.prune(built(_Between), _schedule(), x)
+    with pytest.raises(UnsupportedError, match="block 3 runs after block 0"):
+        vssm.prune(built(_Reversed), _schedule(), x)
+    with pytest.raises(UnsupportedError, match=r"block 2 .*computes something else"):
+        vssm.prune(built(_Forked), _schedule(), x)
+    with pytest.raises(UnsupportedError, match=r"blocks='stages' is no list.* which has layers"):
+        vssm.prune(_theirs(), _schedule(), x, blocks="stages")
+    stack = nn.Module()
+    stack.layers = nn.ModuleList([built(MambaVisionLike)])
+    stack.if_cls_token, stack.patch_embed = True, nn.Module()
+    stack.patch_embed.num_patches = 4
+    with pytest.raises(UnsupportedError, match="has no `norm` and `mixer`"):
+        vssm.prune(stack, _schedule(), x)
+
+
+def test_tokens_that_are_not_classified_by_one_are_refused() -> None:
+    x = torch.randn(IMAGES)
+    mean = _theirs(mean=True)
+    with pytest.raises(UnsupportedError, match=r"if_cls_token.*cls_index=PLACE"):
+        vssm.prune(mean, _schedule(), x)
+    with pytest.raises(UnsupportedError, match="reads more than the token at cls_index=18"):
+        vssm.prune(mean, _schedule(), x, cls_index=18)
+    with pytest.raises(ValueError, match=r"cls_index=37 is outside \[0, 37\)"):
+        vssm.prune(_theirs(), _schedule(), x, cls_index=37)
+    with pytest.raises(UnsupportedError, match="reads more than"):
+        vssm.prune(_theirs(), _schedule(), x, cls_index=3)
+    tokens = torch.randint(30, (2, 11))
+    with pytest.raises(UnsupportedError, match="reads more than"):
+        vssm.prune(built(LanguageModel), _schedule(), tokens, cls_index=10)
+
+
+def test_schedules_that_do_not_fit_are_refused() -> None:
+    x = torch.randn(IMAGES)
+    with pytest.raises(ValueError, match="block=4"):
+        vssm.prune(_theirs(), vssm.PruneSchedule({4: 0.5}), x)
+    with pytest.raises(UnsupportedError, match="PlainMamba's choice"):
+        vssm.prune(_theirs(), _schedule(step_parameters="full"), x)
+    with pytest.raises(UnsupportedError, match="backward scan"):
+        vssm.prune(_theirs(bimamba="none"), _schedule(source="backward"), x)
+    pruned = vssm.prune(_theirs(), _schedule(), x)
+    with pytest.raises(UnsupportedError, match="no cache"):
+        pruned.model.layers[0](torch.zeros(1, 37, 20), inference_params={})

@@ -1,0 +1,274 @@
+"""The exported file: its numbers, its graph, its size, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from exports import exported, images, micro
+
+import vssm
+from vssm.artifact.directory import Artifact, open_artifact
+from vssm.errors import ArtifactError, UnsupportedError
+from vssm.onnx.export import DTYPES, _cast_copy
+from vssm.ops.spec import DOMAIN, PLUGIN_ATTRIBUTES
+
+# Largest error over the largest logit of a micro export, measured (float32 1.1e-6); twice of that.
+FLOAT32 = 2e-6
+
+
+def run_bodies(path: Path, x: np.ndarray) -> list[np.ndarray]:
+    """Outputs of a file in plain ONNX Runtime: what a user without this package gets."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": x})
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def oracle(model: torch.nn.Module, x: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return copy.deepcopy(model).double()(torch.from_numpy(x).double()).numpy()
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return exported(tmp_path_factory.mktemp("pruned"), micro(), inline=True)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_bodies_give_the_oracles_numbers_at_any_batch(pruned: Artifact, batch: int) -> None:
+    model = micro()
+    x = images(model, batch)
+    logits, *kept = run_bodies(pruned.model_path, x)
+    assert relative(logits, oracle(model, x)) <= FLOAT32
+    with torch.no_grad():
+        details = copy.deepcopy(model).double().forward_details(torch.from_numpy(x).double())
+    for got, want in zip(kept, details.kept_positions, strict=True):
+        assert got.dtype == np.int64
+        np.testing.assert_array_equal(got, want.numpy())
+
+
+def test_inlined_file_has_no_functions_and_the_same_numbers(pruned: Artifact) -> None:
+    path = pruned.directory / "model.inlined.onnx"
+    model = onnx.load(path)
+    assert not model.functions
+    assert all(node.domain == "" for node in model.graph.node)
+    x = images(micro())
+    for got, want in zip(run_bodies(path, x), run_bodies(pruned.model_path, x), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+RULES = [
+    {"alignment": "constant"},
+    {"alignment": "none"},
+    {"alignment": "none", "importance": "as_released"},
+    {"importance": "random", "seed": 3},
+    {"importance": "l2", "gated": True},
+    {"source": "forward"},
+    {"source": "backward", "alignment": "constant"},
+    {"conv": "grid"},
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_every_rule_exports(tmp_path: Path, rules: dict[str, object]) -> None:
+    model = micro(rules=rules)
+    artifact = exported(tmp_path, model)
+    x = images(model, 3)
+    assert relative(run_bodies(artifact.model_path, x)[0], oracle(model, x)) <= FLOAT32
+
+
+CONFIGS = [
+    {"class_token": "head"},
+    {"class_token": "none", "pool": "mean"},
+    {"class_token": "none", "pool": "max"},
+    {"class_token": "none", "pool": "last"},
+    {"bimamba": "v1"},
+    {"bimamba": "none"},
+    {"rms_norm": False},
+    {"rope": True, "rope_residual": True, "rope_grid": 6, "class_token": "none"},
+    {"layer_scale": 0.1},
+    {"image_size": [40, 56]},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_configuration_exports_pruned(tmp_path: Path, config: dict[str, object]) -> None:
+    model = micro(**config)
+    artifact = exported(tmp_path, model)
+    x = images(model, 3)
+    assert relative(run_bodies(artifact.model_path, x)[0], oracle(model, x)) <= FLOAT32
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"class_token": "double"}, {"bimamba": "none", "bidirectional_layers": True, "depth": 2}],
+    ids=str,
+)
+def test_configurations_that_cannot_prune_export_dense(
+    tmp_path: Path, config: dict[str, object]
+) -> None:
+    model = micro(None, **config)
+    artifact = exported(tmp_path, model)
+    x = images(model, 3)
+    assert relative(run_bodies(artifact.model_path, x)[0], oracle(model, x)) <= FLOAT32
+
+
+@pytest.mark.parametrize("opset", [18, 19, 20])
+def test_opsets(tmp_path: Path, opset: int) -> None:
+    model = micro()
+    artifact = exported(tmp_path, model, opset=opset)
+    imports = {o.domain: o.version for o in onnx.load(artifact.model_path).opset_import}
+    assert imports == {"": opset, DOMAIN: 1}
+    x = images(model)
+    assert relative(run_bodies(artifact.model_path, x)[0], oracle(model, x)) <= FLOAT32
+
+
+def test_float16_is_as_good_as_torch_in_float16(tmp_path: Path) -> None:
+    model = micro()
+    artifact = exported(tmp_path, model, dtype="float16")
+    x = images(model, 4)
+    want = oracle(model, x)
+    with torch.no_grad():
+        half = _cast_copy(model, torch.float16)(torch.from_numpy(x)).numpy()
+    logits = run_bodies(artifact.model_path, x)[0]
+    assert logits.dtype == np.float32
+    assert relative(logits, want) <= 2 * relative(half, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_islands_stay_float32(tmp_path: Path, dtype: str) -> None:
+    """Norms, residual, A, D, step-size bias, input and logits are float32 in every export."""
+    graph = onnx.load(exported(tmp_path, micro(), dtype=dtype).model_path).graph
+    types = {
+        v.name: v.type.tensor_type.elem_type
+        for v in [*graph.value_info, *graph.input, *graph.output]
+    }
+    types |= {i.name: i.data_type for i in graph.initializer}
+    half = {
+        "float32": onnx.TensorProto.FLOAT,
+        "float16": onnx.TensorProto.FLOAT16,
+        "bfloat16": onnx.TensorProto.BFLOAT16,
+    }[dtype]
+    assert types["images"] == types["logits"] == onnx.TensorProto.FLOAT
+    scans = [n for n in graph.node if "SelectiveScan" in n.op_type]
+    for node in scans:
+        wide = {node.input[i] for i in (2, 5, 6)}
+        assert {types[name] for name in wide} == {onnx.TensorProto.FLOAT}
+        assert {types[node.input[i]] for i in (0, 1, 3, 4)} == {half}
+    norms = [n for n in graph.node if n.op_type == "ReduceMean"]
+    assert {types[n.input[0]] for n in norms} == {onnx.TensorProto.FLOAT}
+    assert {types[f"block_{b}.residual"] for b in (1, 2, 3)} == {onnx.TensorProto.FLOAT}
+    assert {types[n.input[1]] for n in graph.node if n.op_type == "MatMul"} == {half}
+
+
+def test_graph_is_lean(tmp_path: Path) -> None:
+    """At most 40 nodes a block, nothing flipped, one convolution a direction, nodes on top."""
+    model = micro(depth=12, schedule=None)
+    artifact = exported(tmp_path, model)
+    graph = onnx.load(artifact.model_path).graph
+    kinds = Counter(node.op_type for node in graph.node)
+    assert len(graph.node) <= 40 * 12
+    assert kinds["GatedSelectiveScan"] == 12
+    assert kinds["Conv"] == 1 + 2 * 12
+    assert not set(kinds) & {"Loop", "Scan", "If", "ReverseSequence", "GatherElements", "Pad"}
+    initializers = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Slice" and len(node.input) > 4:
+            assert (initializers[node.input[4]] > 0).all(), "a flip is left"
+        if node.domain == DOMAIN:
+            strings = {a.name: a.s.decode() for a in node.attribute if a.s}
+            assert strings == PLUGIN_ATTRIBUTES
+    names = [node.name for node in graph.node]
+    assert len(set(names)) == len(names)
+
+
+def test_file_is_its_weights(tmp_path: Path) -> None:
+    artifact = vssm.export(vssm.create_model("vim_tiny", depth=6), tmp_path / "out")
+    size, weights = (os.path.getsize(p) for p in (artifact.model_path, artifact.weights_path))
+    assert size <= 1.05 * weights + 200_000
+
+
+def test_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = micro().double().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    exported(tmp_path, model, dtype="float16")
+    assert model.training
+    for key, value in model.state_dict().items():
+        assert value.dtype == before[key].dtype
+        assert torch.equal(value, before[key])
+
+
+def test_directory_may_move_and_says_everything(tmp_path: Path, pruned: Artifact) -> None:
+    moved = tmp_path / "elsewhere"
+    artifact = exported(tmp_path, micro(), labels=list("abcdefg"))
+    artifact.directory.rename(moved)
+    manifest = open_artifact(moved).manifest
+    assert manifest.schedule is not None
+    assert manifest.schedule.num_keep == (27, 21)
+    assert manifest.schedule.cls_position == 18
+    assert manifest.weights == "custom"
+    assert manifest.labels == tuple("abcdefg")
+    assert [o.name for o in manifest.outputs] == ["logits", "kept_positions_0", "kept_positions_1"]
+    assert manifest.inputs[0].shape == ("batch", 3, 48, 48)
+    known = {v.name for v in onnx.load(moved / "model.onnx").graph.value_info}
+    assert {b.hidden for b in manifest.block_outputs} <= known
+    assert {b.residual for b in manifest.block_outputs} <= known
+
+
+def test_same_model_gives_the_same_bytes(tmp_path: Path, pruned: Artifact) -> None:
+    again = exported(tmp_path, micro(), inline=True)
+    assert again.manifest.files == pruned.manifest.files
+
+
+def test_torchs_default_dtype_changes_nothing(tmp_path: Path, pruned: Artifact) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        artifact = exported(tmp_path, micro().float(), inline=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert artifact.manifest.files["model.onnx"] == pruned.manifest.files["model.onnx"]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    model = micro()
+    with pytest.raises(ValueError, match=r"dtype='int8' is not one of float32"):
+        exported(tmp_path, model, dtype="int8")
+    with pytest.raises(ValueError, match=r"opset=17 is outside 18 to 20"):
+        exported(tmp_path, model, opset=17)
+    with pytest.raises(ValueError, match=r"labels=2 for 7 classes"):
+        exported(tmp_path, model, labels=["a", "b"])
+    with pytest.raises(TypeError, match=r"Linear is not a model of this package"):
+        exported(tmp_path, torch.nn.Linear(1, 1))
+    with pytest.raises(UnsupportedError, match=r"alignment='masked' .* PyTorch reference"):
+        exported(tmp_path, micro(rules={"alignment": "masked"}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    first = exported(tmp_path, micro())
+    with pytest.raises(ArtifactError, match=r"force"):
+        exported(tmp_path, micro(None))
+    assert open_artifact(first).manifest == first.manifest
+    second = exported(tmp_path, micro(None), force=True)
+    assert open_artifact(tmp_path / "out").manifest == second.manifest != first.manifest
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vssm.onnx.export.write_manifest", _fail)
+    with pytest.raises(RuntimeError, match=r"disk gone"):
+        exported(tmp_path, micro())
+    assert list(tmp_path.iterdir()) == []
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("disk gone")

@@ -1,0 +1,234 @@
+"""Runs the code blocks of README.md in order, as a reader would: one folder, one shell, one Python.
+
+Blocks in bash, console (the lines after `$ `; what they show is not compared) and python run; a
+comment `<!-- not run: reason -->` directly above leaves one out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkout import ROOT
+
+README = ROOT / "README.md"
+_RUN = frozenset({"bash", "console", "python"})
+_SHOWN = frozenset({"cmake", "cpp", "diff", "html", "json", "mermaid", "text", "toml", "yaml"})
+# What a reader finds in the folder; the package itself comes from the environment.
+_NOT_LINKED = frozenset({".git", "build", "demo", "dist", "exporter", "out", "out_python"})
+_MAKE = """
+make() {
+  for target in "$@"; do
+    case "$target" in
+      *=*) ;;
+      setup) test -x .venv/bin/python || command make -C "$VSSM_CHECKOUT" setup ;;
+      demo) python examples/demo.py --quick -o demo ;;
+      lint | test | test-all) echo "make $target: not from within the tests" ;;
+      *) echo "make $target: mark this block <!-- not run: reason -->" >&2; return 2 ;;
+    esac || return
+  done
+}
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block; `line` is that of its opening fence."""
+
+    line: int
+    language: str
+    code: str
+    not_run: str | None
+
+
+def code_blocks(text: str) -> list[Block]:
+    """The fenced blocks of a Markdown text.
+
+    Raises:
+        ValueError: a block has no known language, or no end.
+    """
+    found: list[Block] = []
+    lines = text.splitlines()
+    i = 0
+    while i < len(lines):
+        fence = re.fullmatch(r"\s*(`{3,}|~{3,})\s*(\w*).*", lines[i])
+        if not fence:
+            i += 1
+            continue
+        ends = [j for j in range(i + 1, len(lines)) if lines[j].strip() == fence[1]]
+        if not ends:
+            raise ValueError(f"line {i + 1}: the block has no closing {fence[1]}")
+        if fence[2] not in _RUN | _SHOWN:
+            raise ValueError(
+                f"line {i + 1}: language={fence[2]!r} is none of {sorted(_RUN | _SHOWN)}; "
+                "name the one that runs, or text"
+            )
+        note = re.fullmatch(r"\s*<!-- not run: (.+) -->\s*", lines[i - 1]) if i else None
+        code = textwrap.dedent("\n".join(lines[i + 1 : ends[0]])) + "\n"
+        found.append(Block(i + 1, fence[2], code, note[1] if note else None))
+        i = ends[0] + 1
+    return found
+
+
+def shell_code(block: Block) -> str:
+    """What is typed into the shell.
+
+    Raises:
+        ValueError: a console block has no line that begins with `$ `.
+    """
+    if block.language == "bash":
+        return block.code
+    typed: list[str] = []
+    for line in block.code.splitlines():
+        if line.startswith("$ ") or (line.startswith("> ") and typed and typed[-1].endswith("\\")):
+            typed.append(line[2:])
+    if not typed:
+        raise ValueError(f"line {block.line}: a console block needs a line that begins with '$ '")
+    return "\n".join(typed)
+
+
+def run_blocks(text: str) -> None:
+    """Run the blocks from the current folder on; the first failure ends it."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in code_blocks(text):
+        if block.language not in _RUN or block.not_run:
+            continue
+        sys.stdout.write(f"--- README.md:{block.line} {block.language}\n{block.code}")
+        sys.stdout.flush()
+        if block.language == "python":
+            code = compile("\n" * block.line + block.code, "README.md", "exec")
+            exec(code, names)
+        else:
+            _run_shell(shell_code(block))
+
+
+def _run_shell(code: str) -> None:
+    """Run in bash; its environment and folder are this process's afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        state = Path(folder) / "state"
+        script = f'set -eo pipefail\n{_MAKE}\n{code}\nenv -0 > "$1"'
+        subprocess.run(
+            ["bash", "-c", script, "README.md", str(state)], check=True, stdin=subprocess.DEVNULL
+        )
+        pairs = (entry.partition("=") for entry in state.read_text().split("\0") if entry)
+        os.environ.update({name: value for name, _, value in pairs})
+    os.chdir(os.environ["PWD"])
+
+
+def run_readme(readme: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a README's blocks in `folder`, in a process of their own."""
+    for entry in ROOT.iterdir():
+        if entry.name not in _NOT_LINKED and not (folder / entry.name).exists():
+            (folder / entry.name).symlink_to(entry)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, str(Path(__file__)), str(readme)]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PATH": path, "VSSM_CHECKOUT": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def broken_links(text: str, folder: Path) -> list[str]:
+    """Relative links that lead to no file."""
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    local = [target for target in targets if not re.match(r"\w+:", target)]
+    return [target for target in local if not (folder / target).exists()]
+
+
+def _readme_text() -> str:
+    assert README.is_file(), "README.md is missing: nothing tells a newcomer how to begin"
+    return README.read_text(encoding="utf-8")
+
+
+@pytest.mark.timeout(1200)
+def test_readme_runs(tmp_path: Path) -> None:
+    assert any(b.language == "bash" for b in code_blocks(_readme_text())), "README.md runs nothing"
+    done = run_readme(README, tmp_path)
+    if done.returncode:
+        pytest.fail(done.stdout[-6000:], pytrace=False)
+
+
+def test_readme_links() -> None:
+    assert broken_links(_readme_text(), ROOT) == []
+    for page in (*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CHANGELOG.md"):
+        assert broken_links(page.read_text(encoding="utf-8"), page.parent) == [], page.name
+
+
+@pytest.mark.parametrize(
+    "block",
+    [b for b in code_blocks(README.read_text("utf-8")) if b.not_run] if README.is_file() else [],
+    ids=lambda block: f"line{block.line}",
+)
+def test_block_left_out(block: Block) -> None:
+    pytest.skip(f"README.md:{block.line} not run: {block.not_run}")
+
+
+def _fenced(language: str, code: str) -> str:
+    return f"```{language}\n{code}\n```\n"
+
+
+def test_blocks_share_folder_environment_and_names(tmp_path: Path) -> None:
+    text = (
+        _fenced("bash", "make setup PIP_ARGS=x && mkdir -p made && cd made\nexport VSSM_X=7")
+        + _fenced("python", "import os\nx = int(os.environ['VSSM_X'])")
+        + _fenced("console", "$ test -x ../.venv/bin/python\n$ echo 1 \\\n> 2 > out.txt\n1 2")
+        + _fenced("text", "never run")
+        + "<!-- not run: needs a GPU -->\n"
+        + _fenced("bash", "false")
+        + "1. In a list:\n\n"
+        + textwrap.indent(_fenced("python", "open('x.txt', 'w').write(str(x))"), "   ")
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    done = run_readme(readme, tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "made/out.txt").read_text() == "1 2\n"
+    assert (tmp_path / "made/x.txt").read_text() == "7"
+    assert [b.not_run for b in code_blocks(text) if b.not_run] == ["needs a GPU"]
+
+
+@pytest.mark.parametrize(
+    ("language", "code", "message"),
+    [
+        ("bash", "false | cat\necho reached", "README.md:1 bash"),
+        ("bash", "make install", "mark this block"),
+        ("python", "x = 1\nx.no_such_name", "line 3"),
+        ("console", "$ vssm no-such-command", "no-such-command"),
+        ("console", "vssm models", "needs a line that begins"),
+        ("sh", "true", "language='sh'"),
+        ("", "true", "language=''"),
+        ("bash", "true\n``", "no closing"),
+    ],
+)
+def test_failure_is_found(tmp_path: Path, language: str, code: str, message: str) -> None:
+    readme = tmp_path / "README.md"
+    text = _fenced(language, code)
+    readme.write_text(text.rstrip("`\n") if message == "no closing" else text)
+    done = run_readme(readme, tmp_path)
+    assert done.returncode == 1
+    assert message in done.stdout
+    assert "\nreached" not in done.stdout.replace("echo reached", "")
+
+
+def test_broken_link_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.md").touch()
+    text = "[a](a.md#part) [b](docs/b.md) [c](https://example.org/c) [d](#d)"
+    assert broken_links(text, tmp_path) == ["docs/b.md"]
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: the blocks see what a reader's Python sees
+    run_blocks(Path(sys.argv[1]).read_text(encoding="utf-8"))

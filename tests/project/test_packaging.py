@@ -1,0 +1,180 @@
+"""The pins, the wheel, the source distribution and `.ci/run`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import packaging.requirements
+import packaging.utils
+import pytest
+from checkout import ROOT
+
+from vssm._version import __version__
+
+SOURCES = (
+    "CMakeLists.txt",
+    "exporter/vssm/_version.py",
+    "plugins",
+    "examples/cpp",
+    "examples/serving",
+)
+LIBRARY = "vssm/lib/libvssm_onnxruntime.so"
+_tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+_PIN = re.compile(r'[a-z0-9.-]+==[0-9][0-9a-z.]*( ; python_version (>=|<) "3\.\d+")?')
+
+
+def unpinned(project: dict[str, Any], constraints: str) -> list[str]:
+    """Direct dependencies of a pyproject.toml that the constraints leave open."""
+    lines = [line for line in constraints.splitlines() if not line.startswith("#")]
+    found = [f"{line}: no exact pin" for line in lines if not _PIN.fullmatch(line)]
+    pinned = {packaging.utils.canonicalize_name(line.partition("==")[0]) for line in lines}
+    table = project["project"]
+    asked = [
+        *project["build-system"]["requires"],
+        *table["dependencies"],
+        *(line for extra in table["optional-dependencies"].values() for line in extra),
+        *("cmake", "ninja"),
+    ]
+    names = {
+        packaging.utils.canonicalize_name(packaging.requirements.Requirement(line).name)
+        for line in asked
+    }
+    return found + sorted(names - pinned - {table["name"]})
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = _tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert unpinned(project, constraints) == []
+    without = constraints.replace("numpy==", "numpy>=").replace("\ntyper==", "\nother==")
+    assert "typer" in unpinned(project, without)
+    assert any("no exact pin" in line for line in unpinned(project, without))
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "last"),
+    [
+        ("12 passed, 1 skipped in 3.45s", 0, "12 passed, 1 skipped in 3.45s"),
+        ("1 failed, 12 passed in 75.12s (0:01:15)", 2, "1 failed, 12 passed in 75.12s (0:01:15)"),
+        ("no tests ran in 0.01s", 2, "no tests ran in 0.01s"),
+        ("lint: ruff check", 2, ".ci/run: make test stopped before the tests, exit code 2"),
+    ],
+)
+def test_ci_run_ends_with_the_summary(tmp_path: Path, printed: str, status: int, last: str) -> None:
+    make = tmp_path / "make"
+    make.write_text(
+        f'#!/bin/sh\ntest "$*" = test || exit 9\necho "{printed}"\necho "make: more" >&2\n'
+        f"exit {status}\n"
+    )
+    make.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [ROOT / ".ci/run"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (status, last)
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution, and the wheel that was built from it alone."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return folder
+
+
+def _sources(*folders: str) -> set[str]:
+    """Files that git does not ignore below these folders."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return {line for line in done.stdout.splitlines() if (ROOT / line).is_file()}
+
+
+@pytest.mark.slow
+def test_sdist_holds_what_a_build_needs(dist: Path) -> None:
+    (archive,) = dist.glob("*.tar.gz")
+    assert archive.name == f"vssm-{__version__}.tar.gz"
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    build = {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml"}
+    assert build | _sources("exporter", "plugins") <= names
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    assert _sources("examples/cpp", "examples/serving") <= names
+    assert folders == {"benchmarks", "examples", "exporter", "plugins"}
+    assert not [name for name in names if name.startswith("benchmarks/results")]
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package(dist: Path) -> None:
+    (archive,) = dist.glob("*.whl")
+    assert archive.name.startswith(f"vssm-{__version__}-py3-none-")
+    with zipfile.ZipFile(archive) as file:
+        names = set(file.namelist())
+        licence = [name for name in names if name.endswith("licenses/LICENSE")]
+        entry_points = [name for name in names if name.endswith("entry_points.txt")]
+        assert file.read(licence[0]) == (ROOT / "LICENSE").read_bytes()
+        assert "vssm" in file.read(entry_points[0]).decode()
+    package = {name.removeprefix("exporter/") for name in _sources("exporter")}
+    assert package | {LIBRARY, "vssm/lib/libvssm.so"} <= names
+    assert not [name for name in names if "emulated" in name]
+    others = {n for n in names if not n.startswith(("vssm/", "vssm-"))}
+    assert others == set()
+    # The sources of the libraries, which `vssm bundle` ships; nothing else of that kind.
+    carried = {f"vssm/sources/{name}" for name in _sources(*SOURCES)}
+    assert carried <= names
+    code = {name for name in names if name.endswith((".pyc", ".h", ".cpp", ".a"))}
+    assert code <= carried
+
+
+@pytest.mark.slow
+def test_wheel_runs_outside_the_checkout(dist: Path, tmp_path: Path) -> None:
+    """In a new environment that sees this one's packages, but not its editable install."""
+    (archive,) = dist.glob("*.whl")
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=False)
+    python = str(home / "bin/python")
+    install = ["install", "--quiet", "--no-deps", "--no-index", str(archive)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    (site,) = home.glob("lib/python3*/site-packages")
+    (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    code = (
+        "import sys, vssm\nfrom vssm.runtimes.library import *\n"
+        "sys.stdout.write('\\n'.join([vssm.__file__, str(find_library()), "
+        "library_info(find_library()).version, vssm.list_models()[0], str(find_sources())]))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    package, library, version, model, sources = done.stdout.splitlines()
+    assert Path(package).parent == site / "vssm"
+    assert Path(library) == site / LIBRARY
+    assert Path(sources) == site / "vssm/sources"
+    assert (version, model) == (__version__, "vim_tiny")
+    cli = [str(home / "bin/vssm"), "--help"]
+    shown = subprocess.check_output(cli, cwd=tmp_path, env=environment, text=True)
+    assert "export" in shown

@@ -1,0 +1,215 @@
+"""`vssm visualize`: attention that is the scan itself, maps in their places, figures and page."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from command import SIZES
+from exports import MICRO, exported, images, micro, micro_plain
+from PIL import Image
+
+import vssm
+from vssm.errors import UnsupportedError, VssmError
+from vssm.studies import figures as visualize_figures
+from vssm.studies.figures import attention_figure, kept_figure
+from vssm.studies.trace import trace
+from vssm.studies.visualize_attention import readout_weights
+
+_EXACT = 1e-12  # float64 sums of about a hundred terms; measured: below 1e-15
+SUBJECTS = {
+    "vim": micro,
+    "vim plain": lambda: micro(rules={"alignment": "none"}),
+    "vim constant": lambda: micro(rules={"alignment": "constant"}),
+    "vim backward score": lambda: micro(rules={"source": "backward"}),
+    "vim dense": lambda: micro(None),
+    "vim v1": lambda: micro(bimamba="v1"),
+    "plain_mamba": micro_plain,
+    "plain_mamba full": lambda: micro_plain(rules={"step_parameters": "full"}),
+    "vmamba": lambda: vssm.create_model("vmamba_tiny_s1l8", image_size=32),
+    "groupmamba": lambda: vssm.create_model("groupmamba_tiny", image_size=32),
+}
+
+
+def _traced(model):
+    model = model.double()
+    return model, trace(model, torch.from_numpy(images(model)).double())
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_weights_times_inputs_are_the_scans_output(name):
+    """sum_j w_j u_j plus the skip is the output at the readout, for every node of every block."""
+    model, traced = _traced(SUBJECTS[name]())
+    class_block = name == "groupmamba"  # its last: attention of a class token, on no map
+    assert len(traced.blocks) == model.traced_blocks - class_block
+    torch.manual_seed(0)
+    for block in traced.blocks:
+        for scan in block.scans:
+            one = torch.zeros(block.position.shape, dtype=torch.float64)
+            one[:, one.shape[1] // 2] = 1
+            for readout in (one, torch.rand_like(one)):
+                weights = readout_weights(scan, readout)
+                inputs = scan.u.transpose(1, 2)  # (batch, 1 or K, seqlen, d_inner)
+                skip = readout[:, None, :, None] * scan.skip[:, None] * inputs
+                directions = scan.order.shape[1]
+                found = (weights * inputs + skip.expand(-1, directions, -1, -1)).sum((1, 2))
+                wanted = (readout[..., None] * scan.output()).sum(1)
+                torch.testing.assert_close(found, wanted, rtol=_EXACT, atol=_EXACT)
+
+
+def test_weights_are_the_derivative():
+    """Token by token and channel by channel, not in the sum alone; gaps of the aligned scan."""
+    _, traced = _traced(micro())
+    scan = traced.blocks[-1].scans[0]
+    readout = torch.isin(traced.blocks[-1].position, torch.tensor([18])).double()
+    assert scan.gap.max() > 1
+    u = scan.u.clone().requires_grad_()
+    y = type(scan)(**{**vars(scan), "u": u}).output()
+    (slope,) = torch.autograd.grad((readout[..., None] * y).sum(), u)
+    skip = readout[..., None, None] * scan.skip
+    found = readout_weights(scan, readout).transpose(1, 2) + skip
+    torch.testing.assert_close(found, slope, rtol=_EXACT, atol=_EXACT)
+
+
+def test_a_gap_decays_what_came_before():
+    """Alignment takes weight from the tokens behind a gap; plain removal has other weights."""
+    _, aligned = _traced(micro("1:0.5"))
+    _, plain = _traced(micro("1:0.5", rules={"alignment": "none"}))
+    here, there = aligned.blocks[1], plain.blocks[1]
+    assert torch.equal(here.position, there.position)
+    assert (here.attention() <= there.attention()).all()
+    assert here.attention().sum() < 0.999 * there.attention().sum()
+
+
+def test_importance_is_the_score_that_pruned():
+    model, traced = _traced(micro())
+    for number, stage in model.stages.items():
+        score = traced.details.scores[stage.index]
+        found = traced.blocks[number - 1].importance()
+        torch.testing.assert_close(found, score, rtol=_EXACT, atol=_EXACT)
+
+
+def test_maps_have_every_token_in_its_place():
+    model, traced = _traced(micro())
+    block = traced.blocks[-1]
+    shown = block.on_grid(block.position)
+    patches = np.array([p for p in range(37) if p != 18]).reshape(6, 6)
+    kept = traced.details.kept_positions[-1]
+    for image in range(2):
+        wanted = np.where(np.isin(patches, kept[image]), patches, np.nan)
+        np.testing.assert_array_equal(shown[image], wanted)
+    assert shown.isnan().sum() == 2 * (37 - model.stages[2].num_keep)
+
+
+def test_recording_changes_nothing():
+    model = micro()
+    array = torch.from_numpy(images(model))
+    with torch.no_grad():
+        before = model(array)
+    assert torch.equal(trace(model, array).details.logits, before)
+    with torch.no_grad():
+        assert torch.equal(model(array), before)
+
+
+def test_command_on_an_export(cli, tmp_path, picture):
+    artifact = exported(tmp_path, micro())
+    out = tmp_path / "shown"
+    report = tmp_path / "numbers.json"
+    code = cli("visualize", artifact.directory, picture, picture, "-o", out, "--json", report)
+    assert code == 0, cli.out
+    assert "10 PNG files" in cli.out
+    numbers = json.loads(report.read_text())
+    assert numbers == json.loads((out / "visualize.json").read_text())
+    first = numbers["images"][0]
+    assert list(first["variants"]) == ["dense", "plain removal", "aligned (gap)"]
+    assert list(first["figures"]) == ["kept", "importance", "attention", "directions", "walks"]
+    assert first["readout"] == "class token"
+    aligned = first["variants"]["aligned (gap)"]
+    array = vssm.preprocess(picture, artifact)
+    found = micro().forward_details(torch.from_numpy(array))
+    assert aligned["kept_positions"] == [k[0].tolist() for k in found.kept_positions]
+    assert aligned["kept_as_last"] == [1, 1]
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 10
+    assert "http" not in page
+    for image in numbers["images"]:
+        for file in image["figures"].values():
+            with Image.open(out / file) as png:
+                assert np.asarray(png.convert("L")).std() > 5
+
+
+@pytest.mark.parametrize("name", ["plain_mamba_l1", "vmamba_tiny_s1l8"])
+def test_command_by_name(cli, tmp_path, picture, name):
+    sizes = ["--set=image_size=32", "--num-classes=4"]
+    sizes += ["--set=depth=3", "--schedule=1:0.7"] if name.startswith("plain") else []
+    assert cli("visualize", name, picture, "-o", tmp_path / "out", "--blocks=2", *sizes) == 0
+    numbers = json.loads((tmp_path / "out" / "visualize.json").read_text())
+    assert numbers["facts"]["weights"] == "seeded initial weights"
+    assert numbers["images"][0]["readout"] == "mean over tokens"
+    assert numbers["images"][0]["blocks"] == [2]
+    assert ("kept" in numbers["images"][0]["figures"]) == name.startswith("plain")
+
+
+def test_from_python(tmp_path, picture):
+    """By the subject that finetune and ablate take; what comes back is what the file has."""
+    sizes = {key: value for key, value in MICRO.items() if key != "num_classes"}
+    subject = vssm.Subject("vim_tiny", schedule="1:0.5", num_classes=7, options=sizes)
+    found = vssm.visualize(subject, [str(picture)], str(tmp_path / "out"))
+    assert list(found["images"][0]["variants"]) == ["dense", "plain removal", "aligned (gap)"]
+    assert json.loads((tmp_path / "out" / "visualize.json").read_text()) == found
+    with pytest.raises(ValueError, match="tokens='masked' is a way to train; leave it out"):
+        vssm.visualize(replace(subject, tokens="masked"), [picture], tmp_path)
+
+
+def test_refusals(cli, tmp_path, picture, monkeypatch):
+    end = (picture, "-o", tmp_path / "out", *SIZES)
+    masked = ("vim_tiny", *end, "--alignment=masked")
+    cases = {
+        "is neither a model nor the directory": ("vim", *end),
+        "alignment='masked' leaves pruned": (*masked, "--schedule=1:0.5"),
+        "alignment='gap' without a schedule prunes": ("vim_tiny", *end, "--alignment=gap"),
+        "is hierarchical": ("vmamba_tiny_s1l8", *end[:3], "--schedule=1:0.5"),
+        "block=4 is outside": ("vim_tiny", *end, "--blocks=4"),
+        "has no default schedule": ("vim_base", *end, "--schedule=default"),
+    }
+    for message, arguments in cases.items():
+        assert cli("visualize", *arguments) == 2
+        assert message in cli.out
+    assert cli("visualize", "vim_tiny", picture, "-o", picture, *SIZES) == 2
+    assert f"output={picture} cannot be made (File exists); name another directory" in cli.out
+    with pytest.raises(ValueError, match=r"images=\[\] holds no image"):
+        vssm.visualize(vssm.Subject("vim_tiny"), [], tmp_path / "out")
+    artifact = exported(tmp_path, micro())
+    assert cli("visualize", artifact.directory, *end[:3], "--num-classes=3") == 2
+    assert "--num-classes out" in cli.out
+    with pytest.raises(UnsupportedError, match="bidirectional_layers=True: every other"):
+        trace(
+            micro(None, bidirectional_layers=True, bimamba="none", depth=2),
+            torch.zeros(1, 3, 48, 48),
+        )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(VssmError, match=r"pip install 'vssm\[reports\]'"):
+        visualize_figures.require_matplotlib()
+
+
+def test_pruned_patches_are_seen():
+    """In the kept figure they are purple, and nothing else of a grey picture is."""
+    picture = np.full((32, 32, 3), 0.5)
+    here = np.ones((4, 4), dtype=bool)
+    whole = _purple(kept_figure(picture, {"a": [("all", here)]}))
+    half = _purple(kept_figure(picture, {"a": [("half", here & (np.arange(4) < 2))]}))
+    assert whole == 0
+    assert half > 1000
+    maps = {"block 1": {"a": np.where(here, 1.0, np.nan), "b": np.full((4, 4), np.nan)}}
+    assert len(attention_figure(picture, maps, unit="%", title="a")) > 1000
+
+
+def _purple(png):
+    with Image.open(io.BytesIO(png)) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    return int(((pixels[..., 0] - pixels[..., 1]) > 40).sum())

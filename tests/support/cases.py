@@ -1,0 +1,202 @@
+"""Operator inputs for tests, keyed by the operators' input names. Plain functions, seeded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Sizes of scans that hurt: 1, primes, an edge of the blocks of 16 channels or steps and one past
+# it, several blocks; every shared axis; every d_state with a kernel of its own, and the largest.
+SCAN_SIZES: list[dict[str, Any]] = [
+    {"seqlen": 1, "d_inner": 1, "d_state": 1, "directions": 1},
+    {"seqlen": 2, "d_inner": 5, "d_state": 16, "directions": 2, "shared": "u"},
+    {"seqlen": 63, "d_inner": 16, "d_state": 3, "directions": 4, "shared": "udACD"},
+    {"seqlen": 64, "d_inner": 17, "d_state": 17, "directions": 1, "batch": 3},
+    {"seqlen": 65, "d_inner": 100, "d_state": 16, "directions": 2, "batch": 2, "per_image": True},
+    {"seqlen": 197, "d_inner": 48, "d_state": 16, "directions": 2, "order": "ends", "gap": "ones"},
+    {"seqlen": 197, "d_inner": 16, "d_state": 8, "directions": 4, "shared": "u"},
+    {"seqlen": 257, "d_inner": 17, "d_state": 1, "directions": 4, "batch": 2},
+    {"seqlen": 33, "d_inner": 150, "d_state": 1, "directions": 4, "shared": "u"},
+    {"seqlen": 20, "d_inner": 250, "d_state": 1, "directions": 2},
+    {"seqlen": 257, "d_inner": 16, "d_state": 64, "directions": 2, "shared": "BC", "gap": "large"},
+    {"seqlen": 17, "d_inner": 5, "d_state": 256, "directions": 2, "shared": "AB", "batch": 2},
+    {
+        "seqlen": 64,
+        "d_inner": 16,
+        "d_state": 1,
+        "directions": 1,
+        "gap": "large",
+        "batch": 2,
+        "per_image": True,
+    },
+    {
+        "seqlen": 63,
+        "d_inner": 33,
+        "d_state": 16,
+        "directions": 4,
+        "shared": "D",
+        "batch": 3,
+        "per_image": True,
+    },
+]
+
+# Directions that share step sizes, A and C, so that with params_by_step they go on together
+# (PlainMamba); where gaps are "pairs", some agree and some do not. The last three only look like
+# it: five directions, 65 states, a C for each direction.
+TOGETHER_SIZES: list[dict[str, Any]] = [
+    {
+        "seqlen": 196,
+        "d_inner": 33,
+        "d_state": 16,
+        "directions": 4,
+        "shared": "udACD",
+        "gap": "ones",
+    },
+    {"seqlen": 1, "d_inner": 1, "d_state": 1, "directions": 2, "shared": "udAC"},
+    {"seqlen": 7, "d_inner": 16, "d_state": 3, "directions": 3, "shared": "dACD", "gap": "ones"},
+    {"seqlen": 65, "d_inner": 17, "d_state": 17, "directions": 4, "shared": "udABCD", "batch": 2},
+    {"seqlen": 63, "d_inner": 20, "d_state": 1, "directions": 4, "shared": "dAC", "gap": "pairs"},
+    {
+        "seqlen": 64,
+        "d_inner": 40,
+        "d_state": 16,
+        "directions": 4,
+        "shared": "udACD",
+        "batch": 3,
+        "per_image": True,
+        "gap": "pairs",
+    },
+    {"seqlen": 40, "d_inner": 16, "d_state": 64, "directions": 3, "shared": "udAC", "gap": "large"},
+    {"seqlen": 9, "d_inner": 5, "d_state": 4, "directions": 5, "shared": "udAC", "gap": "ones"},
+    {"seqlen": 9, "d_inner": 5, "d_state": 65, "directions": 4, "shared": "udAC", "gap": "ones"},
+    {"seqlen": 9, "d_inner": 5, "d_state": 16, "directions": 4, "shared": "udA", "gap": "pairs"},
+]
+
+
+def scan_case(
+    *,
+    seqlen: int = 64,
+    d_inner: int = 16,
+    d_state: int = 16,
+    directions: int = 2,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    shared: str = "",
+    order: str = "random",
+    gap: str = "random",
+    per_image: bool = False,
+    extra: str = "",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Inputs of a scan operator.
+
+    Args:
+        seqlen: tokens.
+        d_inner: channels.
+        d_state: states of a channel.
+        directions: K.
+        batch: images.
+        dtype: of u, delta, B, C and z.
+        shared: the inputs whose K axis is 1, from the letters u, d(elta), A, B, C, D.
+        order: "random", or "ends" for forward and backward in turn.
+        gap: "random" (1 to 4), "large" (up to 10,000), "pairs" (1 or 2) or "ones".
+        per_image: whether order and gap differ between images.
+        extra: "z", "delta0" or nothing: the tenth input.
+        seed: of every number.
+    """
+    make = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=make)
+
+    def axis(letter: str) -> int:
+        return 1 if letter in shared else directions
+
+    images = batch if per_image else 1
+    case = {
+        "u": normal(batch, seqlen, axis("u"), d_inner).to(dtype),
+        "delta": normal(batch, seqlen, axis("d"), d_inner).to(dtype),
+        "A": -torch.exp(0.5 * normal(axis("A"), d_inner, d_state)) * torch.arange(1, d_state + 1),
+        "B": normal(batch, seqlen, axis("B"), d_state).to(dtype),
+        "C": normal(batch, seqlen, axis("C"), d_state).to(dtype),
+        "D": normal(axis("D"), d_inner),
+        "delta_bias": normal(axis("d"), d_inner) - 4.0,
+        "order": _order(images, directions, seqlen, kind=order, make=make),
+        "gap": _gap(images, directions, seqlen, kind=gap, make=make),
+    }
+    if extra == "z":
+        case["z"] = normal(batch, seqlen, d_inner).to(dtype)
+    elif extra == "delta0":
+        case["delta0"] = torch.nn.functional.softplus(normal(axis("d"), d_inner) - 4.0)
+    return case
+
+
+def _order(
+    images: int, directions: int, seqlen: int, *, kind: str, make: torch.Generator
+) -> Tensor:
+    if kind == "random":
+        rows = [torch.randperm(seqlen, generator=make) for _ in range(images * directions)]
+    else:
+        forward = torch.arange(seqlen)
+        rows = [forward if k % 2 == 0 else forward.flip(0) for k in range(directions)] * images
+    return torch.stack(rows).reshape(images, directions, seqlen).to(torch.int32)
+
+
+def _gap(images: int, directions: int, seqlen: int, *, kind: str, make: torch.Generator) -> Tensor:
+    shape = (images, directions, seqlen)
+    if kind == "ones":
+        return torch.ones(shape, dtype=torch.int32)
+    end = {"random": 5, "large": 10_001, "pairs": 3}[kind]
+    gap = torch.randint(1, end, shape, generator=make)
+    gap[..., 0] = 0  # without effect at a first step
+    return gap.to(torch.int32)
+
+
+def gather_case(
+    *,
+    seqlen: int = 64,
+    batch: int = 2,
+    widths: tuple[int, ...] = (16, 8),
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float32),
+    ties: bool = False,
+    special: bool = False,
+    shared_position: bool = False,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Inputs of TokenGather, or of TokenGather1 when `widths` has one entry.
+
+    Args:
+        seqlen: tokens.
+        batch: images.
+        widths: of x0, x1.
+        dtypes: of x0, x1.
+        ties: scores from a handful of values.
+        special: NaN, infinities, zeros of both signs and denormals among the scores.
+        shared_position: one row of positions for all images.
+        seed: of every number.
+    """
+    make = torch.Generator().manual_seed(seed)
+    score = torch.randn((batch, seqlen), generator=make)
+    if ties:
+        score = (score * 2).round()
+    if special:
+        values = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e-42, -1e-42])
+        pick = torch.randint(0, len(values), score.shape, generator=make)
+        score = torch.where(torch.rand(score.shape, generator=make) < 0.7, values[pick], score)
+    images = 1 if shared_position else batch
+    places = [
+        torch.randperm(3 * seqlen, generator=make)[:seqlen].sort().values for _ in range(images)
+    ]
+    case = {"score": score, "position": torch.stack(places).to(torch.int32)}
+    for i, (width, dtype) in enumerate(zip(widths, dtypes, strict=False)):
+        case[f"x{i}"] = torch.randn((batch, seqlen, width), generator=make).to(dtype)
+    return case
+
+
+def scan_reference_arguments(case: dict[str, Tensor]) -> dict[str, Any]:
+    """A case in float64, as keyword arguments of vssm.ops.reference.selective_scan."""
+    return {
+        name: value if name in {"order", "gap"} else value.double() for name, value in case.items()
+    }

@@ -1,0 +1,33 @@
+"""The command line, run in this process."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from exports import MICRO
+
+from vssm.commands.main import main
+
+SIZES = [f"--set={key}={json.dumps(value)}" for key, value in MICRO.items() if key != "num_classes"]
+MODEL = ["vim_tiny", "--num-classes=7", *SIZES]
+
+
+class Run:
+    """Runs `vssm` in this process: `run(arguments)` gives the exit code; `out` what it said."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
+        self.capsys, self.patch, self.out = capsys, patch, ""
+
+    def __call__(self, *arguments: object) -> int:
+        self.patch.setattr(sys, "argv", ["vssm", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        else:
+            code = 0
+        captured = self.capsys.readouterr()
+        self.out = " ".join((captured.out + captured.err).split())
+        return code

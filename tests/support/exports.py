@@ -1,0 +1,75 @@
+"""Small exported models that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import vssm
+from vssm.artifact.directory import Artifact
+from vssm.models import VisionModel
+
+# 37 tokens, the class token in the middle; odd widths everywhere.
+MICRO: dict[str, Any] = {
+    "image_size": 48,
+    "patch_size": 8,
+    "stride": 8,
+    "depth": 3,
+    "d_model": 20,
+    "d_state": 5,
+    "num_classes": 7,
+}
+SCHEDULE = "1:0.7,2:0.8"
+
+
+# PlainMamba: a grid of 6 x 5 places.
+MICRO_PLAIN: dict[str, Any] = {
+    "image_size": (24, 20),
+    "patch_size": 4,
+    "depth": 4,
+    "d_model": 20,
+    "d_state": 5,
+    "num_classes": 7,
+    "stem_width": 8,
+}
+
+
+def micro(
+    schedule: str | None = SCHEDULE, *, rules: dict[str, Any] | None = None, **changes: Any
+) -> VisionModel:
+    """A micro Vim whose scan matters: fixture weights, pruned after blocks 1 and 2."""
+    return _filled("vim_tiny", schedule, rules, {**MICRO, **changes})
+
+
+def micro_plain(
+    schedule: str | None = SCHEDULE, *, rules: dict[str, Any] | None = None, **changes: Any
+) -> VisionModel:
+    """A micro PlainMamba L1 likewise."""
+    return _filled("plain_mamba_l1", schedule, rules, {**MICRO_PLAIN, **changes})
+
+
+def _filled(
+    name: str, schedule: str | None, rules: dict[str, Any] | None, options: dict[str, Any]
+) -> VisionModel:
+    from official_data import fill_weights
+
+    parsed = None
+    if schedule is not None:
+        ratios = {int(b): r for b, r in (pair.split(":") for pair in schedule.split(","))}
+        parsed = vssm.PruneSchedule(ratios, **(rules or {}))
+    model = vssm.create_model(name, schedule=parsed, **options)
+    fill_weights(model)
+    return model
+
+
+def images(model: VisionModel, batch: int = 2, *, seed: int = 0) -> np.ndarray:
+    """Normal images (batch, 3, height, width) float32 for a model."""
+    shape = (batch, 3, *model.image_size)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def exported(tmp_path: Path, model: VisionModel, **options: Any) -> Artifact:
+    """The model's export in a fresh directory below `tmp_path`."""
+    return vssm.export(model, tmp_path / "out", **options)

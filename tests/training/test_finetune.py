@@ -1,0 +1,650 @@
+"""`vssm finetune`: what it learns, that a stopped run ends alike, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import finetune_cases
+import numpy as np
+import pytest
+import torch
+from checkout import PYTHONPATH, ROOT
+from command import MODEL, Run
+from exports import SCHEDULE
+from finetune_cases import CLASSES, PLAIN, request, subject, write_pictures
+from safetensors.torch import load_file, save_file
+
+import vssm
+from vssm import Subject, Work
+from vssm.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError, VssmError
+from vssm.evaluation.data import find_pictures
+from vssm.training.augment import Example, load_batch
+from vssm.training.finetune_parallel import Group
+from vssm.training.finetune_setup import build_models
+from vssm.training.log import RunLog, has_tensorboard
+from vssm.training.recipe import Recipe
+from vssm.training.state import State
+
+RESULTS = ("finetuned.safetensors", "finetuned_ema.safetensors", "log.csv", "state.safetensors")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from exports import micro
+
+    path = tmp_path_factory.mktemp("weights") / "micro.safetensors"
+    save_file(dict(micro(None).state_dict()), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(data, checkpoint, tmp_path_factory):
+    """A run that nothing stopped."""
+    output = tmp_path_factory.mktemp("whole")
+    vssm.finetune(request(data, output, what=subject(checkpoint)))
+    return output
+
+
+def _same(one: Path, other: Path) -> None:
+    for name in RESULTS:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_training_learns(tmp_path):
+    data = write_pictures(tmp_path / "data", told_apart=True)
+    numbers = {**PLAIN, "epochs": 12, "lr": 1e-2, "warm_up_epochs": 0, "smoothing": 0}
+    report = vssm.finetune(request(data, tmp_path / "out", **numbers))
+    with (tmp_path / "out" / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["loss"]) for row in rows]
+    assert len(losses) == report.trained.steps == 12 * 7
+    assert np.mean(losses[:7]) > 1.7
+    assert report.trained.loss == pytest.approx(np.mean(losses[-7:]))
+    assert report.trained.loss < 0.5 * np.mean(losses[:7])
+
+
+def _model(checkpoint, alignment="gap"):
+    schedule = vssm.PruneSchedule.parse(SCHEDULE, alignment=alignment)
+    model = vssm.create_model(
+        "vim_tiny", schedule=schedule, num_classes=CLASSES, **finetune_cases.OPTIONS
+    )
+    vssm.load_checkpoint(model, checkpoint)
+    return model
+
+
+def _first_loss(model, data, asked):
+    """Of a model on the first batch of a run that mixes nothing."""
+    pictures = find_pictures(data, CLASSES)
+    chosen = asked.recipe.order(0, len(pictures))[0]
+    examples = [Example(str(data / pictures[i].path), 0, p) for p, i in enumerate(chosen)]
+    images = torch.from_numpy(load_batch(examples, recipe=asked.recipe, size=(48, 48)))
+    targets = torch.tensor([pictures[i].target for i in chosen])
+    return torch.nn.functional.cross_entropy(
+        model(images), targets, label_smoothing=asked.recipe.smoothing
+    )
+
+
+def test_a_step_is_adamw_on_the_mean_gradient(data, checkpoint, tmp_path):
+    """Against torch alone: the model's own loss, AdamW, the average."""
+    numbers = {**PLAIN, "epochs": 1, "warm_up_epochs": 0, "batch": 42, "weight_decay": 0.3}
+    asked = request(data, tmp_path / "out", what=subject(checkpoint), **numbers)
+    vssm.finetune(asked)
+    model = _model(checkpoint)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    _first_loss(model, data, asked).backward()
+    found = load_file(tmp_path / "out" / "finetuned.safetensors")
+    average = load_file(tmp_path / "out" / "finetuned_ema.safetensors")
+    assert set(found) == set(before)
+    for key, parameter in model.named_parameters():
+        decay = 0.3 if parameter.dim() >= 2 and key.endswith(".weight") else 0.0
+        g = parameter.grad
+        # AdamW's first step: both moments, once their bias is taken out, are the gradient's own.
+        expected = before[key] * (1 - 1e-3 * decay) - 1e-3 * g / (g.abs() + 1e-8)
+        clear = g.abs() > 1e-5 * g.abs().max()  # elsewhere rounding decides the quotient
+        torch.testing.assert_close(found[key][clear], expected[clear], rtol=1e-4, atol=2e-6)
+        mean = 0.9 * before[key] + 0.1 * found[key]
+        torch.testing.assert_close(average[key], mean, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["vim_tiny", "plain_mamba_l1", "vmamba_tiny_s1l8"])
+def test_every_matrix_decays_and_nothing_else(name):
+    model = vssm.create_model(name)
+    state = State.begin(model, Recipe(weight_decay=0.3))
+    decayed, kept = state.optimizer.param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    keys = {id(p): key for key, p in model.named_parameters()}
+    assert len(decayed["params"]) + len(kept["params"]) == len(keys)
+    assert all(p.dim() > 1 and keys[id(p)].endswith("weight") for p in decayed["params"])
+    # VMamba's bias is a stack of vectors.
+    others = "A_log|A_b_log|A_logs|Bs|pos_embed|cls_token|dt_projs_bias"
+    for parameter in kept["params"]:
+        assert parameter.dim() < 2 or re.search(rf"(^|[._])({others})$", keys[id(parameter)])
+
+
+def test_equal_runs_are_equal_to_the_bit(data, checkpoint, tmp_path, whole):
+    vssm.finetune(request(data, tmp_path, what=subject(checkpoint), work={"workers": 2}))
+    _same(tmp_path, whole)
+    other = tmp_path / "other"
+    vssm.finetune(request(data, other, what=subject(checkpoint), seed=1))
+    assert (other / "log.csv").read_bytes() != (whole / "log.csv").read_bytes()
+
+
+class _StopError(Exception):
+    pass
+
+
+def _stop_after(steps):
+    left = iter(range(steps - 1))
+
+    def progress(line):
+        assert " of 14, loss " in line
+        if next(left, None) is None:
+            raise _StopError
+
+    return progress
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (5, 1), (6, 4), (7, 100), (3, 100)])
+def test_a_stopped_run_goes_on(data, checkpoint, tmp_path, whole, steps, every):
+    """At a state, behind one, at an epoch's end, and before the first state."""
+    asked = request(data, tmp_path, what=subject(checkpoint), work={"save_every": every})
+    with pytest.raises(_StopError):
+        vssm.finetune(asked, progress=_stop_after(steps))
+    with (tmp_path / "log.csv").open("ab") as file:
+        file.write(b"9,1,1e-0")
+    (tmp_path / ".state.safetensors.vssm-0123456789ab").write_bytes(b"half")
+    report = vssm.finetune(replace(asked, resume=True))
+    assert report.trained.resumed == {(1, 1): 1, (5, 1): 5, (6, 4): 4, (7, 100): 7}.get(
+        (steps, every), 0
+    )
+    _same(tmp_path, whole)
+    names = {p.name for p in tmp_path.iterdir()} - {"tensorboard"}
+    assert names == {*RESULTS, "finetune.json"}
+
+
+def test_tensorboard_goes_on_where_the_state_is(data, tmp_path, monkeypatch):
+    """In place of the package, which is optional: what it is told."""
+    made = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.folder, self.purge_step, self.scalars = folder, purge_step, []
+            made.append(self)
+
+        def add_scalar(self, name, value, step):
+            self.scalars.append((name, value, step))
+
+        def flush(self):
+            self.flushed = len(self.scalars)
+
+        def close(self):
+            self.closed = True
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr("vssm.training.log.has_tensorboard", lambda: True)
+    asked = request(data, tmp_path, work={"save_every": 3})
+    with pytest.raises(_StopError):
+        vssm.finetune(asked, progress=_stop_after(5))
+    assert vssm.finetune(replace(asked, resume=True)).tensorboard
+    first, second = made
+    assert first.folder == str(tmp_path / "tensorboard")
+    assert (first.purge_step, second.purge_step) == (1, 4)
+    assert first.flushed == 9  # all of the state's three steps
+    assert first.closed
+    assert second.closed
+    losses = [value for name, value, _ in second.scalars if name == "train/loss"]
+    log = np.loadtxt(tmp_path / "log.csv", delimiter=",", skiprows=1)
+    assert losses == log[3:, 3].tolist()
+
+
+def test_a_finished_run_goes_on_to_the_same(data, checkpoint, tmp_path, whole):
+    asked = request(data, tmp_path, what=subject(checkpoint))
+    vssm.finetune(asked)
+    report = vssm.finetune(replace(asked, resume=True))
+    assert (report.trained.resumed, report.trained.images_per_s) == (14, None)
+    _same(tmp_path, whole)
+
+
+_SCRIPT = """
+import json
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from finetune_cases import request, subject
+from pathlib import Path
+import vssm
+from vssm.training.run import has_run
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    data, checkpoint, output, workers, numbers = sys.argv[2:]
+    asked = request(
+        Path(data),
+        Path(output),
+        what=subject(Path(checkpoint)),
+        work={"workers": int(workers)},
+        resume=has_run(Path(output)),
+        **json.loads(numbers),
+    )
+    vssm.finetune(asked, progress=lambda line: print(line, flush=True))
+"""
+
+
+def _start(tmp_path, data, checkpoint, output, *, workers=0, processes=1, numbers=None):
+    script = tmp_path / "train.py"
+    script.write_text(_SCRIPT)
+    arguments = [
+        ROOT / "tests/support",
+        data,
+        checkpoint,
+        output,
+        workers,
+        json.dumps(numbers or {}),
+    ]
+    launch = [sys.executable]
+    if processes > 1:
+        port = 20000 + os.getpid() % 10000
+        launch += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        launch += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    return subprocess.Popen(
+        [*launch, str(script), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+
+
+def _running_in(folder):
+    """Processes whose working directory is this one; torchrun's are in sessions of their own."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.readlink(entry / "cwd") == str(folder):
+                    found.append(int(entry.name))
+            except OSError:
+                continue  # it has ended, or is another user's
+    return found
+
+
+def _kill(process, folder):
+    os.kill(process.pid, signal.SIGKILL)
+    while left := _running_in(folder):
+        for number in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        time.sleep(0.01)
+        process.poll()
+    process.communicate()
+
+
+def _kill_at_random(start, draw, folder, *, kills, within):
+    """Start again and again, killing each at a moment drawn within so many seconds of a step."""
+    for _ in range(kills):
+        process = start()
+        process.stdout.readline()  # its first step is done
+        time.sleep(draw.uniform(0, within))
+        _kill(process, folder)
+    process = start()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+
+
+def test_kill_and_resume(data, checkpoint, tmp_path, whole):
+    def start():
+        return _start(tmp_path, data, checkpoint, tmp_path / "out")
+
+    _kill_at_random(start, random.Random(0), tmp_path, kills=3, within=0.05)
+    resumed = json.loads((tmp_path / "out" / "finetune.json").read_text())["trained"]["resumed"]
+    assert 3 <= resumed < 14
+    _same(tmp_path / "out", whole)
+
+
+@pytest.mark.slow
+def test_kill_and_resume_many_times(data, checkpoint, tmp_path, whole):
+    draw = random.Random(1)
+    for trial in range(8):
+        output = tmp_path / str(trial)
+
+        def start(output=output, workers=trial % 3):
+            return _start(tmp_path, data, checkpoint, output, workers=workers)
+
+        _kill_at_random(start, draw, tmp_path, kills=4, within=0.3)
+        _same(output, whole)
+
+
+# Every child ends as by kill -9 at its n-th call that changes a file, a write half done; then one
+# goes on. Forked, as a process that imports torch takes seconds.
+_CRASHES = """
+import os
+import sys
+sys.path.insert(0, sys.argv[1])
+from dataclasses import replace
+from pathlib import Path
+import torch
+from finetune_cases import request, subject
+import vssm
+import vssm.training.finetune_setup
+from vssm.training.run import has_run
+
+torch.set_num_threads(1)
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports what every child would
+data, checkpoint, output = map(Path, sys.argv[2:])
+
+
+def train(folder, crash):
+    left = crash
+
+    def counted(real):
+        def call(*args):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                if real.__name__ == "write":
+                    real(args[0], args[1][: len(args[1]) // 2])
+                os._exit(9)
+            return real(*args)
+
+        return call
+
+    for name in ("write", "ftruncate", "fsync", "replace"):
+        setattr(os, name, counted(getattr(os, name)))
+    numbers = {"epochs": 1, "batch": 14}
+    asked = request(data, folder, what=subject(checkpoint), work={"save_every": 2}, **numbers)
+    vssm.finetune(replace(asked, resume=has_run(folder)))
+    os._exit(0)
+
+
+def child(folder, crash):
+    number = os.fork()
+    if number == 0:
+        try:
+            train(folder, crash)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+
+assert child(output / "whole", 0) == 0
+crash = 1
+while (code := child(output / str(crash), crash)) == 9:
+    assert child(output / str(crash), 0) == 0, crash
+    crash += 1
+assert code == 0, (crash, code)
+"""
+
+
+def test_a_crash_at_every_change_of_a_file(data, checkpoint, tmp_path):
+    script = tmp_path / "crash.py"
+    script.write_text(_CRASHES)
+    done = subprocess.run(
+        [sys.executable, script, ROOT / "tests/support", data, checkpoint, tmp_path / "runs"],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert len(runs) > 20
+    for run in runs:
+        _same(run, tmp_path / "runs" / "whole")
+        assert not list(run.glob(".*"))
+
+
+def test_processes_of_torchrun(data, checkpoint, tmp_path):
+    """Two processes end alike, killed or not, and to rounding as one process does."""
+    numbers = {"batch": 12, "mixup": 0.0, "cutmix": 0.0}
+
+    def start(name):
+        return _start(tmp_path, data, checkpoint, tmp_path / name, processes=2, numbers=numbers)
+
+    killed = start("killed")
+    killed.stdout.readline()
+    _kill(killed, tmp_path)
+    for name in ("killed", "whole"):
+        process = start(name)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, out + err
+    _same(tmp_path / "killed", tmp_path / "whole")
+    header = json.loads((tmp_path / "whole" / "finetune.json").read_text())["run"]
+    assert header["processes"] == "2"
+    vssm.finetune(request(data, tmp_path / "alone", what=subject(checkpoint), **numbers))
+    found = np.loadtxt(tmp_path / "whole" / "log.csv", delimiter=",", skiprows=1)
+    expected = np.loadtxt(tmp_path / "alone" / "log.csv", delimiter=",", skiprows=1)
+    assert len(found) == 6
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_processes_share_a_batch_evenly(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="batch=6 does not give each of the 2 processes the same"):
+        vssm.finetune(request(data, tmp_path))
+
+
+def test_processes_must_see_the_same_state(monkeypatch):
+    """As on machines without a shared file system."""
+
+    def gather(found, value):
+        found[:] = [value, value - 3]
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    with pytest.raises(VssmError, match=r"step=\[7, 4\] differs between the processes"):
+        Group("cpu").agree("step", 7)
+
+
+def test_a_gpu_that_is_not_there_is_said(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RuntimeUnavailableError, match="device='cuda': torch finds no GPU; train"):
+        vssm.finetune(request(data, tmp_path, work={"device": "cuda"}))
+
+
+def test_micro_batches_add_up(data, checkpoint, tmp_path, whole):
+    asked = request(data, tmp_path, what=subject(checkpoint), work={"micro_batch": 4})
+    vssm.finetune(asked)
+    found = np.loadtxt(tmp_path / "log.csv", delimiter=",", skiprows=1)
+    expected = np.loadtxt(whole / "log.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_the_weights_export(data, whole, tmp_path, cli: Run):
+    weights = whole / "finetuned.safetensors"
+    code = cli(
+        "export", *MODEL, "--schedule", SCHEDULE, "--checkpoint", weights, "-o", tmp_path / "o"
+    )
+    assert code == 0, cli.out
+    manifest = json.loads((tmp_path / "o" / "model.json").read_text())
+    report = json.loads((whole / "finetune.json").read_text())
+    assert manifest["weights"] == "checkpoint"
+    assert manifest["checkpoint"] == {"file": "finetuned.safetensors", "sha256": report["sha256"]}
+    assert report["run"]["lr"] == "0.001"
+    assert len(report["run"]["checkpoint"]) == 64
+    assert weights.stat().st_mode & 0o777 == (whole / "log.csv").stat().st_mode & 0o777
+
+
+def test_command(data, checkpoint, tmp_path, cli: Run):
+    given = ["--data", data, "--checkpoint", checkpoint, "--schedule", SCHEDULE]
+    given += ["-o", tmp_path / "out", "--epochs=1", "--batch=6", "--workers=0", "--lr=1e-3"]
+    assert cli("finetune", *MODEL, *given, "--recipe=ema=0.5", "--recipe", "seed=3") == 0, cli.out
+    assert "finetuned_ema.safetensors (averaged)" in cli.out
+    assert ("no TensorBoard log" in cli.out) == (not has_tensorboard())
+    assert cli("finetune", *MODEL, *given) == 2
+    assert "holds a training run; go on with it by --resume" in cli.out
+    assert cli("finetune", *MODEL, *given, "--resume") == 2
+    assert "is of another run: ema=0.5, now 0.99996; give the arguments" in cli.out
+    mistyped = tmp_path / "outt"
+    assert cli("finetune", *MODEL, *given, "-o", mistyped, "--resume") == 2
+    assert f"output={mistyped} holds no training run to go on with" in cli.out
+    assert not mistyped.exists()
+    taken = tmp_path / "out" / "log.csv"
+    assert cli("finetune", *MODEL, *given, "-o", taken) == 2
+    assert f"output={taken} cannot be made (File exists); name another directory" in cli.out
+    assert cli("finetune", *MODEL, *given, "--recipe=lr=1") == 2
+    assert "--recipe lr: this number has an option of its own" in cli.out
+    assert cli("finetune", *MODEL, *given, "--recipe=epochs") == 2
+    assert "--recipe epochs: is not KEY=VALUE; write for example" in cli.out
+
+
+def test_masked_tokens(data, checkpoint, tmp_path):
+    """The loss of the first step is that of the masked reference on the same images."""
+    numbers = {**PLAIN, "epochs": 1}
+    losses = {}
+    for tokens, alignment in (("masked", "masked"), ("gather", "gap")):
+        what = subject(checkpoint, tokens=tokens)
+        asked = request(data, tmp_path / tokens, what=what, **numbers)
+        vssm.finetune(asked)
+        row = (tmp_path / tokens / "log.csv").read_text().splitlines()[1]
+        losses[tokens] = float(row.split(",")[3])
+        expected = _first_loss(_model(checkpoint, alignment), data, asked).item()
+        assert losses[tokens] == pytest.approx(expected, rel=1e-5)
+    assert losses["masked"] != pytest.approx(losses["gather"], rel=1e-4)
+    plain = subject(
+        name="plain_mamba_l1",
+        tokens="masked",
+        schedule="2:0.7",
+        options=finetune_cases.OPTIONS_PLAIN,
+    )
+    with pytest.raises(UnsupportedError, match="alignment='masked' is how Vim was trained"):
+        vssm.finetune(request(data, tmp_path / "plain", what=plain))
+
+
+def test_plain_mamba_trains(data, tmp_path):
+    what = subject(name="plain_mamba_l1", schedule="2:0.7", options=finetune_cases.OPTIONS_PLAIN)
+    report = vssm.finetune(request(data, tmp_path, what=what, epochs=1))
+    assert report.trained.steps == 7
+    model = vssm.create_model("plain_mamba_l1", num_classes=7, **what.options)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    vssm.load_checkpoint(model, tmp_path / "finetuned.safetensors")
+    changed = {
+        key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    }
+    trained = {key for key, _ in model.named_parameters()}
+    assert changed == trained  # batch norms keep the statistics of the checkpoint
+
+
+def test_a_whole_schedule_is_trained_as_it_is(data, checkpoint, tmp_path):
+    """The rules that the options name give the same bytes, and others are in the header."""
+    numbers = {**PLAIN, "epochs": 1}
+    options = subject(checkpoint, alignment="none", importance="l1")
+    whole = vssm.PruneSchedule.parse(SCHEDULE, alignment="none", importance="l1")
+    same = subject(checkpoint, schedule=whole)
+    grid = subject(checkpoint, schedule=whole.changed(conv="grid"))
+    found = {}
+    for name, what in (("options", options), ("same", same), ("grid", grid)):
+        report = vssm.finetune(request(data, tmp_path / name, what=what, **numbers))
+        found[name] = report.sha256
+    assert found["options"] == found["same"] != found["grid"]
+    assert "conv='grid'" in report.run["schedule"]
+
+
+def test_distillation(data, checkpoint, tmp_path, whole):
+    """Where nothing is pruned the teacher is the model, and the first step's divergence is none."""
+    alone = subject(checkpoint, schedule="1:1.0")
+    vssm.finetune(request(data, tmp_path / "a", what=alone, distil=1.0, epochs=1))
+    first = (tmp_path / "a" / "log.csv").read_text().splitlines()[1]
+    assert abs(float(first.split(",")[3])) < 1e-6
+    vssm.finetune(request(data, tmp_path / "b", what=subject(checkpoint), distil=0.5))
+    assert (tmp_path / "b" / "log.csv").read_bytes() != (whole / "log.csv").read_bytes()
+    asked = request(data, tmp_path / "c", what=subject(checkpoint), distil=0.5)
+    _, teacher = build_models(asked, Group("cpu"))
+    assert {m.operators for m in teacher.modules() if hasattr(m, "operators")} == {"kernel"}
+    with pytest.raises(ValueError, match=r"distil=0.5 needs a schedule and a checkpoint"):
+        request(data, tmp_path, distil=0.5)
+
+
+def test_refusals(data, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="tokens='masked' without a schedule prunes nothing"):
+        Subject("vim_tiny", tokens="masked")
+    with pytest.raises(ValueError, match="alignment='gap' with tokens='masked'"):
+        subject(tokens="masked", alignment="gap")
+    with pytest.raises(ValueError, match="conv='grid' with tokens='masked', whose convolution"):
+        subject(tokens="masked", conv="grid")
+    whole = vssm.PruneSchedule.parse(SCHEDULE)
+    with pytest.raises(ValueError, match="alignment='none' beside a PruneSchedule, which has its"):
+        subject(schedule=whole, alignment="none")
+    with pytest.raises(ValueError, match="tokens='zero' is not one of gather, masked"):
+        subject(tokens="zero")
+    with pytest.raises(ValueError, match="importance='l1' without a schedule"):
+        Subject("vim_tiny", importance="l1")
+    with pytest.raises(ValueError, match="source='ema' without a checkpoint"):
+        Subject("vim_tiny", source="ema")
+    with pytest.raises(ValueError, match="save_every=0 is below 1"):
+        Work(save_every=0)
+    with pytest.raises(ValueError, match="batch=44 is more than the 42 images"):
+        vssm.finetune(request(data, tmp_path, batch=44))
+    with pytest.raises(ValueError, match=r"data=.*nowhere is no folder; give one"):
+        vssm.finetune(request(tmp_path / "nowhere", tmp_path))
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\n")
+    with pytest.raises(ValueError, match=r"classes=.*names.txt names 2 classes on 2 lines"):
+        vssm.finetune(replace(request(data, tmp_path), classes=names))
+    with pytest.raises(ValueError, match="device='tpu' is neither cpu nor cuda"):
+        vssm.finetune(request(data, tmp_path, work={"device": "tpu"}))
+
+
+def test_an_image_that_cannot_be_read_ends_the_run(data, tmp_path):
+    copy = write_pictures(tmp_path / "data")
+    (copy / "n3" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"bad\.png cannot be read as an image"):
+        vssm.finetune(request(copy, tmp_path / "out", **{**PLAIN, "batch": 43}))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path):
+    with pytest.raises(VssmError, match=r"loss=nan at step \d+ is not finite; begin again"):
+        vssm.finetune(request(data, tmp_path, lr=1e30, warm_up_lr=1e30, min_lr=1e30))
+
+
+def _with_a_bit_flipped(data, at):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def test_a_damaged_state_is_refused(data, checkpoint, tmp_path):
+    asked = request(data, tmp_path, what=subject(checkpoint), epochs=1)
+    vssm.finetune(asked)
+    state = tmp_path / "state.safetensors"
+    whole = state.read_bytes()
+    size = 8 + int.from_bytes(whole[:8], "little")  # of what stands before the values
+    flipped = (_with_a_bit_flipped(whole, at) for at in (size, len(whole) - 1))
+    later = whole.replace(rb"\"step\": 7", rb"\"step\": 6")
+    assert later != whole
+    for damaged in (b"", whole[:-100], b"\0" * 16, *flipped, later):
+        state.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match=r"state=.* is damaged \("):
+            vssm.finetune(replace(asked, resume=True))
+    state.write_bytes(whole)
+    (tmp_path / "log.csv").write_bytes(b"step,epoch,lr,loss\n")
+    with pytest.raises(ArtifactError, match="has 0 rows, but 7 steps are done"):
+        vssm.finetune(replace(asked, resume=True))
+
+
+def test_a_run_in_use_and_a_foreign_log_are_refused(data, tmp_path):
+    with RunLog(tmp_path / "log.csv"), pytest.raises(ArtifactError, match="in use by another run"):
+        vssm.finetune(request(data, tmp_path))
+    (tmp_path / "log.csv").write_text("a diary\n")
+    with pytest.raises(ArtifactError, match="is no log of a training run"):
+        vssm.finetune(request(data, tmp_path))
+    assert (tmp_path / "log.csv").read_text() == "a diary\n"
