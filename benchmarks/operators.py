@@ -26,7 +26,7 @@ from rich.console import Console
 from vssm.commands.tables import table
 from vssm.errors import RuntimeUnavailableError
 from vssm.files.atomic import atomic_write_bytes
-from vssm.onnx.bodies_folded import build_functions
+from vssm.onnx.bodies import build_functions
 from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES
 from vssm.runtimes.library import ISA_NAMES, exp2_rate, find_library
 from vssm.runtimes.ort import cpu_name

@@ -13,7 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vssm.models.plain_mamba_walks import GridWalks
+from vssm.models.plain_mamba import GridWalks
 
 SIDE, KEPT = 5, 15
 NAMES = ("rows", "rows, reversed", "columns", "columns, reversed")

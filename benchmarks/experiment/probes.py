@@ -18,7 +18,7 @@ from benchmarks.experiment.cases import DENSE, Case
 from benchmarks.experiment.work import Images, right, variants
 from torch import Tensor
 
-from vssm.files.json_files import write_json
+from vssm.files.json import write_json
 from vssm.ops import operators as ops
 
 Steps = tuple[Tensor, Tensor]

@@ -22,7 +22,7 @@ from benchmarks.experiment.rows import SWEEP, TUNED, ZERO_SHOT, Row, Seeds, make
 from benchmarks.experiment.statistics import Difference, Mean, mean
 
 from vssm.files.atomic import atomic_write_bytes
-from vssm.files.json_files import write_json
+from vssm.files.json import write_json
 
 TABLES, NUMBERS, PLOT = "experiment.md", "experiment.json", "experiment.png"
 Why = Mapping[str, Any]

@@ -20,7 +20,7 @@ from benchmarks.experiment.held import KEY, held_input, times_gap
 from benchmarks.experiment.work import Images, build, variants
 from torch import Tensor
 
-from vssm.files.json_files import write_json
+from vssm.files.json import write_json
 from vssm.models import ForwardDetails, VisionModel
 from vssm.ops import operators as ops
 from vssm.ops import reference

@@ -18,10 +18,10 @@ from benchmarks.experiment.held import KEY, held_input
 
 import vssm
 from vssm import FinetuneRequest, PruneSchedule, Recipe, Subject, Work
-from vssm.artifact.manifest_types import Preprocessing
+from vssm.artifact.manifest import Preprocessing
 from vssm.checkpoints.load import save_safetensors
 from vssm.evaluation.data import find_pictures, load
-from vssm.files.json_files import write_json
+from vssm.files.json import write_json
 from vssm.models import MODELS, VisionModel
 from vssm.studies.measure import Cost, prepare
 from vssm.studies.plan import GRID, Variant, make_plan

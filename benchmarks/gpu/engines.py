@@ -23,8 +23,7 @@ from torch import Tensor
 import vssm
 from vssm.models.schedules import DEFAULT_SCHEDULES
 from vssm.runtimes.tensorrt import api
-from vssm.runtimes.tensorrt.build import build_plan
-from vssm.runtimes.tensorrt.engine_request import EngineRequest
+from vssm.runtimes.tensorrt.build import EngineRequest, build_plan
 
 SUBJECT = "tensorrt"
 

@@ -11,8 +11,8 @@ from typing import Any
 from vssm._version import __version__
 
 _PUBLIC = {
-    "AblationOptions": "vssm.studies.pipeline_ablate_options",
-    "AblationTraining": "vssm.studies.pipeline_ablate_options",
+    "AblationOptions": "vssm.studies.plan",
+    "AblationTraining": "vssm.studies.plan",
     "FinetuneRequest": "vssm.training.request",
     "ForwardDetails": "vssm.models",
     "PruneSchedule": "vssm.pruning.schedule",
@@ -31,7 +31,7 @@ _PUBLIC = {
     "finetune": "vssm.training.run",
     "list_models": "vssm.models",
     "load_checkpoint": "vssm.checkpoints.load",
-    "open_session": "vssm.parity.check",
+    "open_session": "vssm.runtimes.open",
     "preprocess": "vssm.artifact.preprocessing",
     "prune": "vssm.compat.prune",
     "visualize": "vssm.studies.visualize",

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from vssm.artifact.manifest import Manifest, TensorInfo
-from vssm.bench.machine import machine_rates
-from vssm.bench.measure import BenchReport, MachineRates, Subject, measure
+from vssm.bench.measure import BenchReport, MachineRates, Subject, machine_rates, measure
 from vssm.bench.page import page
 from vssm.commands.tables import bench_tables
-from vssm.runtimes.session import Array, RuntimeInfo, Session
+from vssm.runtimes.session import RuntimeInfo, Session
+from vssm.types import Array
 
 RATES = MachineRates(exp2=1e9, macs={1: 1e10, 2: 2e10})
 MANIFEST = Manifest(

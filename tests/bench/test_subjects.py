@@ -10,7 +10,7 @@ from compat_cases import SlowPath, VimLike, built
 from exports import exported, micro, micro_plain
 
 import vssm
-from vssm.bench.bench_subjects_graph import _at_batch_one, count_graph
+from vssm.bench.subjects import _at_batch_one, count_graph
 from vssm.errors import UnsupportedError
 from vssm.models import VisionModel
 from vssm.models.cost import count

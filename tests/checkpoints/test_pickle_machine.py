@@ -12,8 +12,7 @@ from collections import Counter, OrderedDict, defaultdict
 import pytest
 import torch
 
-from vssm.checkpoints.pickle_machine import PickleMachine
-from vssm.checkpoints.pickle_values import StorageRef, Stub
+from vssm.checkpoints.pickle_machine import PickleMachine, StorageRef, Stub
 
 
 def run(data: bytes) -> object:

@@ -15,7 +15,7 @@ def test_what_cannot_be_written_is_refused_at_once(
 ) -> None:
     link = tmp_path / "link.json"
     link.symlink_to("/dev/null")
-    monkeypatch.setattr("vssm.parity.check.check_parity", None)  # not reached
+    monkeypatch.setattr("vssm.commands.main.check_parity", None)  # not reached
     for path, reason in (
         (tmp_path, "not a regular file"),
         (link, "not a regular file"),
@@ -84,7 +84,7 @@ def test_a_fault_is_no_failed_check(cli: Run, monkeypatch: pytest.MonkeyPatch) -
     def fault() -> None:
         raise RuntimeError("loose screw")
 
-    monkeypatch.setattr("vssm.parity.check.describe_models", fault)
+    monkeypatch.setattr("vssm.models.cost.describe_models", fault)
     assert cli("models") == 3
     assert "loose screw" in cli.out
     assert "please report it" in cli.out

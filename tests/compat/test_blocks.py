@@ -10,10 +10,9 @@ from official_data import fill_weights, micro_config
 from torch import Tensor
 from torch.nn import functional
 
-from vssm.compat.packages import axes, cross, mixer, norms
-from vssm.compat.packages import blocks as inner
+from vssm.compat.packages import axes, blocks, cross, norms
 from vssm.errors import UnsupportedError
-from vssm.models.vim_mixer import VimMixer
+from vssm.models.vim import VimMixer
 from vssm.pruning.select import Tokens
 from vssm.pruning.walks import LineWalks
 
@@ -25,20 +24,22 @@ def test_causal_convolution_sees_no_later_token(activation: str | None) -> None:
     x, weight, bias = torch.randn(2, 3, 9), torch.randn(3, 4), torch.randn(3)
     want = functional.conv1d(x, weight[:, None], bias, padding=3, groups=3)[..., :9]
     want = want if activation is None else functional.silu(want)
-    got = inner.causal_conv1d_fn(x, weight, bias, activation=activation)
+    got = blocks.causal_conv1d_fn(x, weight, bias, activation=activation)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_causal_convolution_refuses_states() -> None:
     x, weight = torch.randn(1, 3, 9), torch.randn(3, 4)
-    inner.causal_conv1d_fn(x, weight, None, None, None, False)  # nothing is asked for
+    blocks.causal_conv1d_fn(x, weight, None, None, None, False)  # nothing is asked for
     with pytest.raises(UnsupportedError, match=r"causal_conv1d_fn: .silu..*by position"):
-        inner.causal_conv1d_fn(x, weight, None, "silu")
+        blocks.causal_conv1d_fn(x, weight, None, "silu")
     with pytest.raises(UnsupportedError, match="initial_states"):
-        inner.causal_conv1d_fn(x, weight, initial_states=torch.zeros(1, 3, 3))
+        blocks.causal_conv1d_fn(x, weight, initial_states=torch.zeros(1, 3, 3))
     with pytest.raises(ValueError, match="activation='gelu'"):
-        inner.causal_conv1d_fn(x, weight, activation="gelu")
-    assert inner.causal_conv1d_fn(x, weight, None, None, return_final_states=False).shape == x.shape
+        blocks.causal_conv1d_fn(x, weight, activation="gelu")
+    assert (
+        blocks.causal_conv1d_fn(x, weight, None, None, return_final_states=False).shape == x.shape
+    )
 
 
 @pytest.mark.parametrize("bimamba", ["v2", "v1", "none"])
@@ -46,7 +47,7 @@ def test_causal_convolution_refuses_states() -> None:
 def test_mamba_is_our_vim_mixer(bimamba: str, halved: bool) -> None:
     config = micro_config("mid_div2", bimamba=bimamba, divide_out=halved, layer_scale=0.5).mixer
     ours = VimMixer(config).double()
-    theirs = mixer.Mamba(
+    theirs = blocks.Mamba(
         config.d_model,
         d_state=config.d_state,
         d_conv=config.d_conv,
@@ -64,7 +65,7 @@ def test_mamba_is_our_vim_mixer(bimamba: str, halved: bool) -> None:
 
 
 def test_mamba_starts_as_upstream_does() -> None:
-    model = mixer.Mamba(32, bimamba_type="v2", dt_init="constant", dt_scale=2.0)
+    model = blocks.Mamba(32, bimamba_type="v2", dt_init="constant", dt_scale=2.0)
     assert model.dt_rank == 2
     steps = functional.softplus(model.dt_proj.bias.detach())
     assert 0.9e-3 < float(steps.min()) < float(steps.max()) < 1.1e-1
@@ -73,9 +74,9 @@ def test_mamba_starts_as_upstream_does() -> None:
         model.A_log.detach().exp(), torch.arange(1.0, 17).expand(64, -1), rtol=1e-6, atol=1e-6
     )
     with pytest.raises(ValueError, match="bimamba_type='v3'"):
-        mixer.Mamba(8, bimamba_type="v3")
+        blocks.Mamba(8, bimamba_type="v3")
     with pytest.raises(ValueError, match="dt_init='zero'"):
-        mixer.Mamba(8, dt_init="zero")
+        blocks.Mamba(8, dt_init="zero")
     with pytest.raises(UnsupportedError, match="token by token"):
         model(torch.zeros(1, 3, 32), inference_params={})
     with pytest.raises(UnsupportedError, match="whole"):
@@ -99,24 +100,24 @@ def test_projection_biases_and_given_parameters() -> None:
         }.items()
     }
     x["A"] = -x["A"].exp()
-    both = inner.mamba_inner_fn_no_out_proj(**x)
+    both = blocks.mamba_inner_fn_no_out_proj(**x)
     # B given is B computed: the rows of x_proj for it are left out.
     u = functional.silu(
         functional.conv1d(x["xz"][:, :6], x["conv1d_weight"], x["conv1d_bias"], padding=3, groups=6)
     )[..., :7]
     low = x["x_proj_weight"] @ u
     given = {**x, "x_proj_weight": x["x_proj_weight"][[0, 1, 5, 6, 7]], "B_proj_bias": None}
-    got = inner.mamba_inner_fn_no_out_proj(**given, B=low[:, 2:5] + x["B_proj_bias"][:, None])
+    got = blocks.mamba_inner_fn_no_out_proj(**given, B=low[:, 2:5] + x["B_proj_bias"][:, None])
     torch.testing.assert_close(got, both, **EXACT)
     # As upstream: rows of x_proj for a given B may be there, and its bias is the projection's.
     both_given = {**x, "B": low[:, 2:5] + x["B_proj_bias"][:, None]}
-    got = inner.mamba_inner_fn_no_out_proj(**both_given)
+    got = blocks.mamba_inner_fn_no_out_proj(**both_given)
     torch.testing.assert_close(got, both, **EXACT)
     out = {"out_proj_weight": torch.randn(5, 6).double(), "out_proj_bias": torch.randn(5).double()}
     want = functional.linear(both.transpose(1, 2), *out.values())
-    torch.testing.assert_close(inner.mamba_inner_fn(**x, **out), want, **EXACT)
+    torch.testing.assert_close(blocks.mamba_inner_fn(**x, **out), want, **EXACT)
     with pytest.raises(UnsupportedError, match="b_rms_weight"):
-        inner.mamba_inner_fn(**x, **out, b_rms_weight=torch.ones(3))
+        blocks.mamba_inner_fn(**x, **out, b_rms_weight=torch.ones(3))
 
 
 def test_norms_add_and_keep_the_sum_wide() -> None:

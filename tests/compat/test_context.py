@@ -13,9 +13,8 @@ import torch
 from compat_cases import CSMS6S
 
 from vssm.compat import upstream
-from vssm.compat.packages import blocks as inner
-from vssm.compat.packages import scan
-from vssm.compat.packages.mixer import Mamba
+from vssm.compat.packages import blocks, scan
+from vssm.compat.packages.blocks import Mamba
 from vssm.compat.packages.provided import Provided
 from vssm.errors import UnsupportedError
 
@@ -72,7 +71,7 @@ def test_what_is_absent_is_provided_and_gone_at_the_end() -> None:
         assert "timm.models.layers" in report.provided
         assert "mamba_ssm.modules.mamba_simple" in str(report)
     assert selective_scan_fn is scan.selective_scan_fn
-    assert causal_conv1d_fn is inner.causal_conv1d_fn
+    assert causal_conv1d_fn is blocks.causal_conv1d_fn
     assert RMSNorm(4)(torch.ones(1, 4)).shape == (1, 4)
     assert not [n for n in sys.modules if n.partition(".")[0] in {"mamba_ssm", "timm", "einops"}]
     assert model(torch.randn(1, 3, 16)).shape == (1, 3, 16)  # goes on working
@@ -156,7 +155,7 @@ def test_names_bound_before_are_ours_inside_and_theirs_again(installed: Path) ->
         assert simple.Mamba().run() is scan.selective_scan_fn
         assert user.scan is scan.selective_scan_fn
         assert user.Never is interface.Never
-        assert interface.mamba_inner_fn is inner.mamba_inner_fn
+        assert interface.mamba_inner_fn is blocks.mamba_inner_fn
         assert "user_model.scan" in report.patched
     assert user.scan is simple.selective_scan_fn is interface.selective_scan_fn is original
     assert sys.modules["mamba_ssm.modules.mamba_simple"] is simple

@@ -15,9 +15,7 @@ from vssm.compat.packages import scan
 from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import ATEN, SCANS, PassReport, run_pass, scan_arguments
 from vssm.compat.passes.layouts import move_layouts
-from vssm.compat.passes.projection import unfold_projections
-from vssm.compat.passes.tidy import drop_copies, one_form, share
-from vssm.compat.passes.unpack import unpack
+from vssm.compat.passes.tidy import drop_copies, one_form, share, unfold_projections, unpack
 
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
 L, D, N = 6, 3, 2

@@ -13,7 +13,7 @@ from official_data import fill_weights
 from torch import Tensor, nn
 
 import vssm
-from vssm.compat.packages.mixer import Mamba
+from vssm.compat.packages.blocks import Mamba
 from vssm.errors import UnsupportedError
 
 IMAGES = (2, 3, 48, 48)

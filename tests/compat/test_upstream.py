@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import vssm
 from vssm.compat import selective_scan_tokens, upstream
 from vssm.compat.exact import exact_outputs, set_eval
-from vssm.compat.outputs import public_outputs
-from vssm.compat.packages.report import UpstreamReport
+from vssm.compat.export import public_outputs
+from vssm.compat.packages.context import UpstreamReport
 
 ROOT = Path(os.environ.get("VSSM_UPSTREAM", ""))
 VIM = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"

@@ -23,7 +23,7 @@ import vssm
 from vssm.errors import ArtifactError, VssmError
 from vssm.evaluation import data as evaluate_data
 from vssm.evaluation.data import find_pictures, fingerprint, load, load_in_order
-from vssm.evaluation.evaluate_folded import COLUMNS
+from vssm.evaluation.evaluate import COLUMNS
 from vssm.evaluation.journal import Journal, Row
 
 CLASSES = 7

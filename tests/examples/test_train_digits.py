@@ -15,7 +15,7 @@ import torch
 from checkout import ROOT
 from safetensors.torch import load_file
 
-from vssm.artifact.manifest_types import Preprocessing
+from vssm.artifact.manifest import Preprocessing
 from vssm.artifact.preprocessing import preprocess
 
 EXAMPLES = ROOT / "examples"

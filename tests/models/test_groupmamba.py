@@ -20,8 +20,7 @@ from vssm import PruneSchedule
 from vssm.errors import UnsupportedError
 from vssm.models import MODELS
 from vssm.models.cost import count
-from vssm.models.groupmamba import GroupMamba
-from vssm.models.groupmamba_config import GroupMambaConfig
+from vssm.models.groupmamba import GroupMamba, GroupMambaConfig
 
 NAMES = [name for name, (build, _, _) in MODELS.items() if build is GroupMamba]
 CASES = manifest("micro_groupmamba")["cases"]

@@ -26,9 +26,7 @@ from vssm import PruneSchedule
 from vssm.checkpoints.load import load_checkpoint, save_safetensors
 from vssm.errors import CheckpointError
 from vssm.models import MODELS, model_from_config
-from vssm.models.plain_mamba import PlainMamba
-from vssm.models.plain_mamba_config import PlainMambaConfig
-from vssm.models.plain_mamba_walks import grid_walks
+from vssm.models.plain_mamba import PlainMamba, PlainMambaConfig, grid_walks
 
 # Of the largest value. Measured: float64 9e-15 on plain_mamba_l1, 2e-14 on the micro models;
 # float32 3e-6 and 1e-6.

@@ -15,7 +15,7 @@ from vssm import PruneSchedule
 from vssm.errors import UnsupportedError
 from vssm.models import MODELS
 from vssm.models.cost import count
-from vssm.models.plain_mamba_walks import GridWalks, grid_walks
+from vssm.models.plain_mamba import GridWalks, grid_walks
 from vssm.models.schedules import DEFAULT_SCHEDULES, default_schedule
 
 # Of the largest value. Measured in float64: 1.1e-14 on plain_mamba_l1, 1.1e-15 on micro models;

@@ -21,8 +21,7 @@ import vssm
 from vssm import PruneSchedule
 from vssm.errors import CheckpointError
 from vssm.models import MODELS
-from vssm.models.vim import Vim
-from vssm.models.vim_config import VimConfig
+from vssm.models.vim import Vim, VimConfig
 
 # Of the largest value, as the fixtures' README asks. Measured on vim_tiny: float64 5e-15, float32
 # 2.5e-6; on the micro models: 1.1e-15 and 9e-7.

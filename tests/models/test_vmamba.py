@@ -22,8 +22,7 @@ from vssm.errors import CheckpointError, UnsupportedError
 from vssm.models import MODELS
 from vssm.models.cost import count
 from vssm.models.cross_scan import walk_order
-from vssm.models.vmamba import VMamba
-from vssm.models.vmamba_config import VMambaConfig
+from vssm.models.vmamba import VMamba, VMambaConfig
 
 NAMES = [name for name, (build, _, _) in MODELS.items() if build is VMamba]
 CASES = manifest("micro_vmamba")["cases"]

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from vssm.onnx.bodies_folded import build_functions
+from vssm.onnx.bodies import build_functions
 from vssm.ops import reference
 from vssm.ops.spec import DOMAIN, GATHER_OPERATORS, OPERATORS, PLUGIN_ATTRIBUTES, SCAN_OPERATORS
 

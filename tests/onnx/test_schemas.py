@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from vssm.onnx.bodies_folded import build_functions
+from vssm.onnx.bodies import build_functions
 from vssm.onnx.schemas import register_schemas
 from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES, SCAN_OPERATORS
 

@@ -17,7 +17,8 @@ from tolerances import GRADIENT_TOLERANCE
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
 from vssm.ops import kernels as ops_kernels
 from vssm.ops import operators as ops
-from vssm.ops import ops_native, reference
+from vssm.ops import reference
+from vssm.ops.kernels import backward_memory, differentiable
 from vssm.ops.spec import OPERATORS
 
 # Layers that are trained: those of the models, with two images.
@@ -120,7 +121,7 @@ def test_without_the_library_gradients_are_refused(monkeypatch):
     def absent(_):
         raise RuntimeUnavailableError("library=libvssm.so is in none of x; build it with `make`")
 
-    ops_kernels.kernels.cache_clear()
+    ops_kernels.cache_clear()
     monkeypatch.setattr(ops_kernels, "find_library", absent)
     case = scan_case(seqlen=6, d_inner=5)
     leaves = _leaves(case)
@@ -183,8 +184,8 @@ def _sizes(case):
 def _allowed(name, case):
     """Bytes of the gradients and of what the kernel says that it allocates on one thread."""
     named = {a.name: a.default for a in OPERATORS[name].attributes} | case
-    gradients = sum(case[n].nbytes for n in ops_native.differentiable(OPERATORS[name]))
-    return gradients + sum(ops_native.backward_memory(OPERATORS[name], named))
+    gradients = sum(case[n].nbytes for n in differentiable(OPERATORS[name]))
+    return gradients + sum(backward_memory(OPERATORS[name], named))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
@@ -202,7 +203,7 @@ import re, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from cases import scan_case
-from vssm.ops import ops_native
+from vssm.ops.kernels import backward_memory, cache_clear, differentiable, scan_backward
 from vssm.ops.spec import OPERATORS
 from test_gradients import LAYERS, _allowed, _sizes
 
@@ -215,7 +216,7 @@ name = "GatedSelectiveScan"
 op = OPERATORS[name]
 defaults = {a.name: a.default for a in op.attributes}
 small = scan_case(seqlen=2, d_inner=2, extra="z")
-ops_native.scan_backward(op, defaults | small, torch.randn(1, 2, 2))
+scan_backward(op, defaults | small, torch.randn(1, 2, 2))
 case = scan_case(**LAYERS["vim_small"], batch=8, extra="z")
 if sys.argv[2] == "transposed":  # as a convolution over channel-major tokens leaves it
     case["u"] = case["u"].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
@@ -224,7 +225,7 @@ dy = torch.randn(8, 197, 768)
 with open("/proc/self/clear_refs", "w") as control:
     control.write("5")  # the peak begins anew
 before = peak()
-ops_native.scan_backward(op, defaults | case, dy)
+scan_backward(op, defaults | case, dy)
 print(peak() - before, _allowed(name, case), *_sizes(case))
 """
 

@@ -16,8 +16,9 @@ from onnx import numpy_helper
 import vssm
 from vssm.artifact.directory import Artifact
 from vssm.artifact.manifest import write_manifest
+from vssm.artifact.reference import OracleResult
 from vssm.files.atomic import sha256_of
-from vssm.parity.compare import TOLERANCES, OracleResult, _disagreements, compare_array
+from vssm.parity.compare import TOLERANCES, _disagreements, compare_array
 from vssm.runtimes.graph_edit import expose, force_positions
 from vssm.runtimes.ort import OrtCpuSession
 from vssm.runtimes.torch import oracle

@@ -22,8 +22,8 @@ from native import isa_parameters
 from tolerances import GRADIENT_TOLERANCE
 
 from vssm.ops import reference
-from vssm.ops.ops_backward import selective_scan_backward
-from vssm.ops.ops_native import differentiable
+from vssm.ops.kernels import differentiable
+from vssm.ops.reference import selective_scan_backward
 from vssm.ops.spec import OPERATORS
 
 ISAS = isa_parameters()

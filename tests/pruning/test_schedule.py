@@ -13,8 +13,7 @@ import pytest
 
 from vssm import PruneSchedule
 from vssm.errors import UnsupportedError
-from vssm.models.vim import Vim
-from vssm.models.vim_config import VimConfig
+from vssm.models.vim import Vim, VimConfig
 from vssm.pruning.schedule import TokenLayout, plan_stages
 
 VIM = TokenLayout(seqlen=197, cls_index=98, keep_odd=True)

@@ -17,7 +17,7 @@ from exports import exported, images, micro, micro_plain
 
 import vssm
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
-from vssm.parity.check import check_directory
+from vssm.parity.check import check_parity
 from vssm.runtimes import cuda_driver, ort_cuda
 from vssm.runtimes.library import kernel_calls, library_info
 from vssm.runtimes.ort_cuda import PROVIDER, OrtCudaSession, nodes_elsewhere
@@ -367,7 +367,7 @@ needs_provider = pytest.mark.skipif(
 @pytest.mark.parametrize("make", [micro, micro_plain])
 def test_parity_on_a_gpu(tmp_path, make, dtype):
     artifact = exported(tmp_path, make(), dtype=dtype)
-    report = check_directory(artifact.directory, "ort-cuda", per_block=True)
+    report = check_parity(None, artifact, "ort-cuda", per_block=True)
     assert report.passed, report.failures
 
 

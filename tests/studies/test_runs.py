@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 
 import vssm
 from vssm import AblationOptions, AblationTraining, PruneSchedule, Recipe, Subject
-from vssm.artifact.manifest_types import Preprocessing
+from vssm.artifact.manifest import Preprocessing
 from vssm.errors import ArtifactError
 from vssm.evaluation.data import find_pictures, load
 from vssm.models.fused_tokens import fuse_leftovers
-from vssm.studies.ablate_journal import AblationJournal, Step
-from vssm.studies.ablate_paired import Pair, compare, join, mcnemar
+from vssm.studies.measure import AblationJournal, Step
+from vssm.studies.report import Pair, compare, join, mcnemar
 from vssm.training.augment import Example, load_batch
 
 NUMBERS = {**RECIPE, **PLAIN}

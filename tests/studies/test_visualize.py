@@ -18,8 +18,7 @@ import vssm
 from vssm.errors import UnsupportedError, VssmError
 from vssm.studies import figures as visualize_figures
 from vssm.studies.figures import attention_figure, kept_figure
-from vssm.studies.trace import trace
-from vssm.studies.visualize_attention import readout_weights
+from vssm.studies.trace import readout_weights, trace
 
 _EXACT = 1e-12  # float64 sums of about a hundred terms; measured: below 1e-15
 SUBJECTS = {

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from vssm.native_library import find_library, load_library
 from vssm.ops import reference
-from vssm.ops.kernels import LIBRARY
-from vssm.ops.ops_native import differentiable
+from vssm.ops.kernels import LIBRARY, differentiable
 from vssm.ops.spec import OPERATORS
 
 EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}

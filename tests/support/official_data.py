@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 import vssm
 from vssm.models import VisionModel
-from vssm.models.plain_mamba import PlainMamba
-from vssm.models.plain_mamba_config import PlainMambaConfig
-from vssm.models.vim import Vim
-from vssm.models.vim_config import VimConfig
+from vssm.models.plain_mamba import PlainMamba, PlainMambaConfig
+from vssm.models.vim import Vim, VimConfig
 
 OFFICIAL = ROOT / "tests" / "official"
 _POOLS = {"mean": "mean", "max": "max", "none": "last"}

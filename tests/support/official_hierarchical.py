@@ -11,10 +11,8 @@ from official_data import fill_weights, fixture, manifest, relative_error
 from torch import Tensor
 
 from vssm.models import VisionModel
-from vssm.models.groupmamba import GroupMamba
-from vssm.models.groupmamba_config import GroupMambaConfig
-from vssm.models.vmamba import VMamba
-from vssm.models.vmamba_config import VMambaConfig
+from vssm.models.groupmamba import GroupMamba, GroupMambaConfig
+from vssm.models.vmamba import VMamba, VMambaConfig
 
 _SCANS = {"v051d": "unidi", "v052d": "bidi"}
 

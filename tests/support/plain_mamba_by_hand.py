@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vssm.models.plain_mamba_config import PlainMambaConfig
+from vssm.models.plain_mamba import PlainMambaConfig
 from vssm.pruning.schedule import PruneSchedule
 
 RIGHT, LEFT, UP, DOWN = 1, 2, 3, 4

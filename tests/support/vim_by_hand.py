@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vssm.models.vim_config import VimConfig
+from vssm.models.vim import VimConfig
 from vssm.pruning.schedule import PruneSchedule
 
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from vssm import Recipe
-from vssm.artifact.manifest_types import IMAGENET_MEAN, IMAGENET_STD
-from vssm.training import augment, augment_policy
-from vssm.training.augment_policy import OPERATIONS, rand_augment
+from vssm.artifact.manifest import IMAGENET_MEAN, IMAGENET_STD
+from vssm.training import augment
+from vssm.training.augment import OPERATIONS, rand_augment
 from vssm.training.mix import loss_of, mix
 from vssm.training.recipe import Draw
 
@@ -112,7 +112,7 @@ def test_the_policy_has_its_operations_in_its_shares():
         return operation
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(augment_policy, "OPERATIONS", {name: spy(name) for name in OPERATIONS})
+        patch.setattr(augment, "OPERATIONS", {name: spy(name) for name in OPERATIONS})
         rng, image, draws = _rng(), _image(), 6000
         for _ in range(draws):
             rand_augment(image, rng)

@@ -31,10 +31,10 @@ from vssm import Subject, Work
 from vssm.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError, VssmError
 from vssm.evaluation.data import find_pictures
 from vssm.training.augment import Example, load_batch
-from vssm.training.finetune_parallel import Group
-from vssm.training.finetune_setup import build_models
 from vssm.training.log import RunLog, has_tensorboard
+from vssm.training.loop import Group
 from vssm.training.recipe import Recipe
+from vssm.training.run import build_models
 from vssm.training.state import State
 
 RESULTS = ("finetuned.safetensors", "finetuned_ema.safetensors", "log.csv", "state.safetensors")
@@ -345,7 +345,7 @@ from pathlib import Path
 import torch
 from finetune_cases import request, subject
 import vssm
-import vssm.training.finetune_setup
+import vssm.training.run
 from vssm.training.run import has_run
 
 torch.set_num_threads(1)

@@ -6,19 +6,20 @@ inputs and what the float64 module said of them, for `vssm check` to compare wit
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vssm.artifact.directory import Artifact
 from vssm.errors import ArtifactError
+from vssm.types import Array
 
 REFERENCE_FILE: Final = "reference.safetensors"
 MODULE_KEY: Final = "module"  # of model.json's config
-Array = npt.NDArray[Any]
 
 
 def is_module(artifact: Artifact) -> bool:
@@ -59,3 +60,34 @@ def stored_reference(artifact: Artifact) -> tuple[Array, dict[str, Array]]:
     if "input" not in arrays or len(arrays) < 2:
         raise ArtifactError(f"{path} lacks the input or the outputs; export the module again")
     return np.asarray(arrays.pop("input")), arrays
+
+
+@dataclass(frozen=True)
+class OracleResult:
+    """What the float64 model said of some images, as arrays.
+
+    Attributes:
+        logits: (batch, classes).
+        kept_positions: one (batch, num_keep) a stage, original places in slot order.
+        scores: the (batch, seqlen) scores that chose them.
+        positions: the (batch, seqlen) places those scores belong to.
+        blocks: value name -> (batch, seqlen, d_model), a block's hidden or residual stream.
+    """
+
+    logits: Array
+    kept_positions: list[Array]
+    scores: list[Array]
+    positions: list[Array]
+    blocks: dict[str, Array]
+
+
+def module_result(outputs: Mapping[str, Array]) -> OracleResult:
+    """The float64 outputs of a user's module by name, `scores_i` of a pruned one among them."""
+    further = dict(outputs)
+    logits = further.pop("logits")
+    stages = sum(name.startswith("scores_") for name in outputs)
+    kept = [further.pop(f"kept_positions_{i}") for i in range(stages)]
+    scores = [further.pop(f"scores_{i}") for i in range(stages)]
+    places = np.arange(scores[0].shape[1]) if scores else np.arange(0)
+    before = [np.broadcast_to(places, scores[0].shape), *kept[:-1]] if scores else []
+    return OracleResult(logits, kept, scores, before, further)

@@ -12,14 +12,14 @@ import numpy as np
 
 from vssm._version import __version__
 from vssm.artifact.directory import Artifact
-from vssm.bench.measure import BenchReport, Progress, Subject, check_arguments, measure
+from vssm.bench.measure import BenchReport, Subject, check_arguments, measure
 from vssm.models.cost import count
 from vssm.onnx.export import export
-from vssm.runtimes.session import Array, Session
-from vssm.runtimes.tensorrt.build import build_engine
-from vssm.runtimes.tensorrt.engine_request import EngineRequest
+from vssm.runtimes.session import Session
+from vssm.runtimes.tensorrt.build import EngineRequest, build_engine
 from vssm.runtimes.tensorrt.session import TensorRtSession
 from vssm.runtimes.torch import TorchSession, model_of
+from vssm.types import Array, Progress
 
 # Far above the error of any dtype: two programs that should be one model, or a broken kernel.
 _SAME = 0.2

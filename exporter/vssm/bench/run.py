@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vssm.artifact.directory import open_artifact
-from vssm.bench.measure import BenchReport, Progress
-from vssm.commands.pipeline_deploy import ENGINE_RUNTIMES, refuse_threads
+from vssm.bench.measure import BenchReport
 from vssm.files.atomic import check_writable
-from vssm.files.json_files import write_json
+from vssm.files.json import write_json
+from vssm.runtimes.open import ENGINE_RUNTIMES, refuse_threads
+from vssm.types import Progress
 
 
 def bench_directory(

@@ -15,12 +15,11 @@ from vssm._version import __version__
 from vssm.artifact.directory import INLINED_FILE, MODEL_FILE, Artifact
 from vssm.artifact.manifest import write_manifest
 from vssm.artifact.preprocessing import read_labels
-from vssm.bundle.bundle_tree import staged_bundle
-from vssm.bundle.manifest import BundleManifest, hash_files, write_bundle_manifest
+from vssm.bundle.manifest import BundleManifest, hash_files, staged_bundle, write_bundle_manifest
 from vssm.bundle.triton import ServingOptions, onnxruntime_config, tensorrt_config
 from vssm.errors import RuntimeUnavailableError
 from vssm.runtimes.library import ORT_LIBRARY, TENSORRT_LIBRARY, find_library, find_sources
-from vssm.runtimes.tensorrt.engine_request import check_batch
+from vssm.runtimes.tensorrt.build import check_batch
 
 AUTOLOAD_LIBRARY: Final = "vssm_tensorrt_autoload"
 _SERVING_FILES: Final = ("Dockerfile", "README.md", "client.py", "start.sh")

@@ -10,7 +10,7 @@ import numpy as np
 
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
 from vssm.bundle.manifest import compare_files, read_bundle_manifest
-from vssm.runtimes.ort_bundle import run_once
+from vssm.runtimes.ort import run_once
 
 _LIBRARY: Final = "lib/libvssm_onnxruntime.so"
 # Far above the error of any dtype: two programs that should be one model (as in benchmark.py).

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vssm.checkpoints.pickle_values import Stub, TensorRecord
+from vssm.checkpoints.pickle_machine import Stub, TensorRecord
 from vssm.checkpoints.torch_file import LEGACY_MAGIC, ZIP_MAGIC, read_restricted
 from vssm.errors import CheckpointError
 

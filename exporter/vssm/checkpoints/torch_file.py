@@ -21,8 +21,7 @@ from typing import BinaryIO, Final, Protocol
 import torch
 from torch import Tensor
 
-from vssm.checkpoints.pickle_machine import PickleMachine
-from vssm.checkpoints.pickle_values import StorageRef, Stub, TensorRecord
+from vssm.checkpoints.pickle_machine import PickleMachine, StorageRef, Stub, TensorRecord
 from vssm.errors import CheckpointError
 
 __all__ = ["StorageRef", "Stub", "TensorRecord", "read_restricted", "view_storage"]

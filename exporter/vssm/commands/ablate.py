@@ -22,10 +22,10 @@ from vssm.commands.options import (
     options,
     telling,
 )
-from vssm.files.json_files import write_json
+from vssm.files.json import write_json
 from vssm.studies.ablate import TABLES
 from vssm.studies.ablate import ablate as ablate_model
-from vssm.studies.pipeline_ablate_options import TRAINED, AblationOptions, AblationTraining
+from vssm.studies.plan import TRAINED, AblationOptions, AblationTraining
 from vssm.training.recipe import Recipe
 from vssm.training.request import Subject
 

@@ -12,15 +12,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vssm.bundle.make import BundleRequest
+from vssm.artifact.directory import MODEL_FILE, open_artifact
+from vssm.bundle.make import BundleRequest, make_bundle
 from vssm.bundle.triton import ServingOptions
-from vssm.commands import pipeline_deploy
 from vssm.commands.options import Directory, Json, Labels, integers
-from vssm.files.json_files import write_json
+from vssm.files.json import write_json
 
 if TYPE_CHECKING:
-    from vssm.runtimes.tensorrt.build import Progress as BuilderProgress
+    from vssm.runtimes.tensorrt.build import BuildProgress
     from vssm.runtimes.tensorrt.engine import EngineInfo
+
 
 console = Console(markup=False, emoji=False)
 
@@ -64,7 +65,7 @@ def engine(
     json_file: Json = None,
 ) -> None:
     """Build a TensorRT engine beside model.onnx."""
-    from vssm.runtimes.tensorrt.engine_request import EngineRequest
+    from vssm.runtimes.tensorrt.build import EngineRequest, build_engine, check_request
 
     low, opt, high = _three(batch)
     request = EngineRequest(
@@ -79,8 +80,10 @@ def engine(
         hardware_compatible=hardware_compatible,
         compute_capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
     )
+    check_request(request)
+    artifact = open_artifact(directory, only=(MODEL_FILE,))
     with _phases() as progress:
-        info = pipeline_deploy.build_directory(directory, request, progress=progress)
+        info = build_engine(artifact, request, progress=progress)
     _print_engine(directory, info)
     if json_file is not None:
         write_json(json_file, info)
@@ -118,7 +121,7 @@ def bundle(
     low, opt, high = _three(batch)
     serving = ServingOptions((low, opt, high), queue_us=queue_us, instances=instances)
     request = BundleRequest(name, labels, serving, force=force)
-    manifest = pipeline_deploy.bundle_directory(directory, output, request)
+    manifest = make_bundle(open_artifact(directory, only=(MODEL_FILE,)), output, request)
     for part, reason in manifest.absent.items():
         console.print(f"left out: {part}: {reason}", style="yellow", soft_wrap=True)
     console.print(f"wrote {output} ({len(manifest.files)} files); see {output / 'README.md'}")
@@ -162,7 +165,7 @@ def _three(batch: str) -> list[int]:
 
 
 @contextmanager
-def _phases() -> Iterator[BuilderProgress]:
+def _phases() -> Iterator[BuildProgress]:
     """A bar for each phase that the builder is in; it calls from threads of its own."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     lock = threading.Lock()

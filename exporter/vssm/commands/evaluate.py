@@ -19,9 +19,9 @@ from vssm.commands.options import (
     Threads,
     telling,
 )
+from vssm.evaluation.evaluate import EvaluationReport
 from vssm.evaluation.evaluate import evaluate as evaluate_export
-from vssm.evaluation.evaluate_folded import EvaluationReport
-from vssm.files.json_files import write_json
+from vssm.files.json import write_json
 
 _SHOWN = 20  # unreadable images; the results file has them all
 console = Console(markup=False, emoji=False)

@@ -23,7 +23,7 @@ from vssm.commands.options import (
     options,
     telling,
 )
-from vssm.files.json_files import write_json
+from vssm.files.json import write_json
 from vssm.training.recipe import Recipe
 from vssm.training.request import FinetuneRequest, Subject, Work
 from vssm.training.run import FinetuneReport

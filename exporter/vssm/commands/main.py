@@ -11,13 +11,13 @@ import typer
 from rich.console import Console
 
 from vssm._version import __version__
-from vssm.artifact.directory import Artifact
+from vssm.artifact.directory import Artifact, open_artifact
+from vssm.artifact.preprocessing import preprocess
 from vssm.bench.run import bench_directory
-from vssm.commands import cli_module
 from vssm.commands.ablate import ablate
 from vssm.commands.deploy import bundle, engine
 from vssm.commands.evaluate import evaluate
-from vssm.commands.export import ExportRequest, export_model
+from vssm.commands.export import ExportRequest, add_to, export_model
 from vssm.commands.finetune import finetune
 from vssm.commands.options import (
     Alignment,
@@ -45,8 +45,9 @@ from vssm.commands.options import (
 )
 from vssm.commands.visualize import visualize
 from vssm.errors import ArtifactError, VssmError
-from vssm.files.json_files import write_json
-from vssm.parity import check as pipeline
+from vssm.evaluation.classify import classify
+from vssm.files.json import write_json
+from vssm.parity.check import check_parity
 
 app = typer.Typer(
     name="vssm",
@@ -86,8 +87,9 @@ def _version(
 def models(json_file: Json = None) -> None:
     """List the models with their size and cost."""
     from vssm.commands.tables import models_table
+    from vssm.models.cost import describe_models
 
-    rows = pipeline.describe_models()
+    rows = describe_models()
     console.print(models_table(rows))
     _write_json(json_file, rows)
 
@@ -150,7 +152,7 @@ def _print_export(artifact: Artifact) -> None:
     console.print(f"wrote {artifact.model_path} ({size:,} bytes, {manifest.dtype})")
 
 
-cli_module.add_to(app)
+add_to(app)
 
 
 @app.command()
@@ -172,10 +174,12 @@ def check(
     from vssm.commands.tables import parity_tables
 
     with console.status("comparing with the float64 oracle"):
-        report = pipeline.check_directory(
-            directory,
+        artifact = open_artifact(directory)
+        report = check_parity(
+            None,
+            artifact,
             runtime,
-            image_files=image or [],
+            preprocess(image, artifact) if image else None,
             operators=operators,
             threads=threads,
             trust=trust,
@@ -210,7 +214,7 @@ def run(
     """Classify image files."""
     from vssm.commands.tables import table
 
-    results, info = pipeline.classify(
+    results, info = classify(
         directory,
         images,
         runtime,

@@ -38,7 +38,7 @@ def _text(cell: object) -> str:
 
 
 def models_table(models: Iterable[Mapping[str, Any]]) -> RenderableType:
-    """What `pipeline.describe_models` found."""
+    """What `describe_models` found."""
     title = (
         "models (tokens of the first block; multiply-adds; the published rule counts one of Vim's "
         "two directions)"

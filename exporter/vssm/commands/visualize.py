@@ -21,7 +21,7 @@ from vssm.commands.options import (
     options,
     telling,
 )
-from vssm.files.json_files import write_json
+from vssm.files.json import write_json
 from vssm.studies.visualize import PAGE
 from vssm.studies.visualize import visualize as visualize_images
 from vssm.training.request import Subject

@@ -2,15 +2,286 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from vssm.compat.exact import evaluating
-from vssm.compat.pruned import PrunedModule
+from vssm.compat.exact import evaluating, set_eval
+from vssm.compat.packages.norms import layer_norm_fn, rms_norm_fn
 from vssm.errors import UnsupportedError
-from vssm.pruning.schedule import PruneSchedule, TokenLayout
+from vssm.models.base import ForwardDetails, details
+from vssm.models.vim import VimMixer, VimMixerConfig
+from vssm.pruning.schedule import PruneSchedule, Stage, TokenLayout, plan_stages
+from vssm.pruning.select import StageResult, Tokens, score_rule
+from vssm.pruning.select import prune as prune_stage
+from vssm.pruning.walks import LineWalks
+
+# Of the largest value; float32 rounding of the official block is below 1e-6.
+
+_MIXER_KEYS: Final = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+
+
+@dataclass
+class _Pass:
+    """What the blocks of one forward pass hand on: the tokens present and the decisions."""
+
+    stages: dict[int, Stage]
+    depth: int
+    directions: int
+    tokens: Tokens | None = None
+    handed: tuple[Any, Any] = (None, None)
+    block: int = 0
+    chosen: list[StageResult] = field(default_factory=list)
+    seqlen: int = 0
+    only_place: int | None = None  # behind the stack, zeros everywhere else
+
+    def start(self) -> None:
+        """Forget the pass before."""
+        self.tokens, self.handed, self.block, self.chosen = None, (None, None), 0, []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Pass:
+        """A copy of the plan alone: tensors of the last pass may be a tracer's."""
+        twin = _Pass(self.stages, self.depth, self.directions)
+        twin.seqlen, twin.only_place = self.seqlen, self.only_place
+        memo[id(self)] = twin
+        return twin
+
+    def behind(self, x: Tensor) -> Tensor:
+        """What the model sees of a stream (batch, seqlen, d_model) behind its blocks."""
+        if self.only_place is None:
+            return x
+        seen = torch.zeros_like(x)
+        seen[:, self.only_place] = x[:, self.only_place]
+        return seen
+
+
+class PrunedModule(nn.Module):
+    """A user's model whose blocks prune; made by `prune`. Its weights keep their keys in `model`.
+
+    Attributes:
+        model: the user's model, its blocks replaced.
+        schedule: the pruning.
+        stages: the schedule's stages by block.
+        layout: the tokens before pruning.
+    """
+
+    layout: TokenLayout | None
+
+    def __init__(
+        self, model: nn.Module, blocks: str, schedule: PruneSchedule | None, layout: TokenLayout
+    ) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        self.schedule, self.layout = schedule, layout
+        stack = stack_of(self.model, blocks)
+        self.stages = plan_stages(schedule, layout, len(stack))
+        ours = [PrunedBlock(block, number) for number, block in enumerate(stack, start=1)]
+        self._run = _Pass(self.stages, len(ours), ours[0].mixer.directions)
+        for place, block in enumerate(ours):
+            block.run = self._run
+            stack[place] = block
+        set_eval(self)
+
+    @property
+    def state(self) -> _Pass:
+        """What the last forward pass was like."""
+        return self._run
+
+    def forward(self, x: Tensor) -> Any:
+        """What the user's model returns."""
+        self._run.start()
+        found = self.model(x)
+        if self._run.block != self._run.depth:
+            raise UnsupportedError(
+                f"the model ran {self._run.block} of its {self._run.depth} blocks; prune a model "
+                "that runs each once, in order"
+            )
+        return found
+
+    def forward_details(self, x: Tensor) -> ForwardDetails:
+        """The forward pass with its decisions.
+
+        Raises:
+            UnsupportedError: the model does not return one tensor.
+        """
+        logits = self(x)
+        if not isinstance(logits, Tensor):
+            raise UnsupportedError(
+                f"the pruned model returns {type(logits).__name__}, not its logits alone; wrap it"
+            )
+        return details(logits, self._run.chosen, [])
+
+
+class _Mixer(VimMixer):
+    """Our mixer with the parameters of the user's."""
+
+    def __init__(self, theirs: nn.Module, number: int) -> None:
+        super().__init__(_mixer_config(theirs, number))
+        given, own = dict(theirs.named_parameters()), dict(self.named_parameters())
+        shapes = [{k: tuple(v.shape) for k, v in p.items()} for p in (given, own)]
+        if shapes[0] != shapes[1]:
+            odd = sorted(k for k in {**given, **own} if shapes[0].get(k) != shapes[1].get(k))
+            raise UnsupportedError(
+                f"block {number}: its mixer's weights {', '.join(odd[:4])} are not those of "
+                "mamba_ssm's Mamba without projection biases; prune a model with that mixer"
+            )
+        for key, value in given.items():
+            owner, _, name = key.rpartition(".")
+            setattr(self.get_submodule(owner), name, value)
+
+    @property
+    def directions(self) -> int:
+        """How many ways its scan goes."""
+        return 1 if self.config.bimamba == "none" else 2
+
+
+class PrunedBlock(nn.Module):
+    """Add, norm, mix, and prune where a stage follows; the last puts tokens back in place."""
+
+    run: _Pass
+
+    def __init__(self, block: nn.Module, number: int) -> None:
+        super().__init__()
+        norm, mixer = getattr(block, "norm", None), getattr(block, "mixer", None)
+        if not isinstance(norm, nn.Module) or not isinstance(mixer, nn.Module):
+            raise UnsupportedError(
+                f"block {number} ({type(block).__name__}) has no `norm` and `mixer`; only "
+                "mamba_ssm's and Vim's blocks can be pruned here: hidden and residual in and out"
+            )
+        self.number, self.norm, self.mixer = number, norm, _Mixer(mixer, number)
+        _check_same_pruned(block, self)
+
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor | None = None, inference_params: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """(batch, seqlen, d_model) streams to the mixer's output and the residual."""
+        if inference_params is not None:
+            raise UnsupportedError("inference_params: a pruned model has no cache; leave it out")
+        run = self.run
+        self._follow(run, hidden_states, residual)
+        tokens: Any = run.tokens
+        stage = run.stages.get(self.number)
+        hidden, residual, score = self.mix(hidden_states, residual, tokens, stage)
+        if stage is not None:
+            tokens, streams, result = prune_stage(stage, tokens, score, [hidden, residual])
+            hidden, residual = streams
+            run.chosen.append(result)
+        run.tokens, run.block = tokens, self.number
+        if self.number == run.depth:
+            hidden, residual = (run.behind(tokens.to_places(x)) for x in (hidden, residual))
+        run.handed = (hidden, residual)
+        return hidden, residual
+
+    def mix(
+        self, hidden: Tensor, residual: Tensor | None, tokens: Tokens, stage: Stage | None
+    ) -> tuple[Tensor, Tensor, Any]:
+        """The block as it is, and the score where a stage asks for one."""
+        norm: Any = self.norm
+        normalise = layer_norm_fn if isinstance(norm, nn.LayerNorm) else rms_norm_fn
+        normed, total = normalise(
+            hidden,
+            norm.weight,
+            norm.bias,
+            residual=residual,
+            eps=norm.eps,
+            prenorm=True,
+            residual_in_fp32=True,
+        )
+        mixed, score = self.mixer(normed, tokens, score_rule(stage))
+        return mixed, total, score
+
+    def _follow(self, run: _Pass, hidden: Tensor, residual: Tensor | None) -> None:
+        """Refuse blocks out of order, and models that do something between them."""
+        if run.block != self.number - 1:
+            raise UnsupportedError(
+                f"block {self.number} runs after block {run.block}; only a plain stack, each block "
+                "once and in order, can be pruned"
+            )
+        if self.number == 1:
+            run.seqlen = hidden.shape[1]
+            walks = LineWalks(run.seqlen, run.directions, hidden.device)
+            run.tokens = Tokens.dense(walks, run.seqlen, hidden.device)
+        elif hidden is not run.handed[0] or residual is not run.handed[1]:
+            raise UnsupportedError(
+                f"the model changes the tokens between blocks {run.block} and {self.number} (rope, "
+                "a flip, a tap), which knows nothing of pruned places; prune a model that hands "
+                "them on as they are"
+            )
+
+
+def stack_of(model: nn.Module, blocks: str) -> nn.ModuleList:
+    """The blocks of a model.
+
+    Raises:
+        UnsupportedError: there is no such list of modules.
+    """
+    stack: Any = model
+    for name in blocks.split("."):
+        stack = getattr(stack, name, None)
+    if not isinstance(stack, nn.ModuleList) or not len(stack):
+        lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+        raise UnsupportedError(
+            f"blocks={blocks!r} is no list of blocks in {type(model).__name__}, which has "
+            f"{', '.join(lists) or 'none'}; name the plain stack whose blocks hand tokens on"
+        )
+    return stack
+
+
+def _mixer_config(mixer: nn.Module, number: int) -> VimMixerConfig:
+    """Sizes and kind of a Mamba mixer, read from its weights."""
+    if missing := [key for key in _MIXER_KEYS if not hasattr(mixer, key)]:
+        raise UnsupportedError(
+            f"block {number}: its mixer ({type(mixer).__name__}) has no {', '.join(missing)}; only "
+            "mamba_ssm's Mamba (version 1) and Vim's bidirectional ones are known here"
+        )
+    m: Any = mixer
+    d_inner, d_model = m.in_proj.weight.shape[0] // 2, m.in_proj.weight.shape[1]
+    given = getattr(m, "bimamba_type", "none")
+    return VimMixerConfig(
+        d_model=d_model,
+        d_inner=d_inner,
+        d_state=m.A_log.shape[1],
+        d_conv=m.conv1d.weight.shape[-1],
+        dt_rank=m.dt_proj.weight.shape[1],
+        bimamba=given if given in {"v1", "v2"} else "none",
+        divide_out=bool(getattr(m, "if_divide_out", False)),
+        layer_scale=1.0 if getattr(m, "gamma", None) is not None else None,
+    )
+
+
+def _check_same_pruned(theirs: nn.Module, ours: PrunedBlock) -> None:
+    """Run both on noise: a fork whose block computes something else is not pruned as if it did."""
+    generator = torch.Generator().manual_seed(ours.number)
+    shape = (1, 5, ours.mixer.config.d_model)
+    weight = next(ours.parameters())
+    hidden, residual = (
+        torch.randn(shape, generator=generator).to(weight.device, weight.dtype) for _ in range(2)
+    )
+    walks = LineWalks(5, ours.mixer.directions, weight.device)
+    twin = copy.deepcopy(theirs)
+    set_eval(twin)
+    with torch.inference_mode():
+        try:
+            want = twin(hidden, residual)
+            got = ours.mix(hidden, residual, Tokens.dense(walks, 5, weight.device), None)[:2]
+            same = all(
+                bool(((a - b).abs().max() <= _SAME * b.abs().max()).item())
+                for a, b in zip(got, want, strict=True)
+            )
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UnsupportedError(
+                f"block {ours.number} ({type(theirs).__name__}) does not take and return (hidden, "
+                f"residual): {error}; only such blocks can be pruned here"
+            ) from error
+    if not same:
+        raise UnsupportedError(
+            f"block {ours.number} ({type(theirs).__name__}) computes something else than add, norm "
+            "and Mamba mixer; a changed block cannot be pruned here"
+        )
+
 
 _SAME: Final = 1e-4  # of the largest value, float32
 

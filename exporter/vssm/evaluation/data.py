@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from vssm.artifact.manifest_types import Preprocessing
+from vssm.artifact.manifest import Preprocessing
 from vssm.artifact.preprocessing import FloatArray, preprocess, read_labels
 from vssm.errors import VssmError
 

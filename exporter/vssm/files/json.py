@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import decimal
 import json
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
+
+from vssm.files.atomic import atomic_write_bytes
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a report, or what JSON can hold; infinity and NaN, which it lacks, as "inf", "nan".
+
+    Raises:
+        ArtifactError: the path cannot be written.
+    """
+    atomic_write_bytes(path, f"{json.dumps(_plain(value), indent=2, allow_nan=False)}\n".encode())
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
 
 _Result = TypeVar("_Result")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -10,14 +10,10 @@ from typing import Any, Final, get_args, get_origin, get_type_hints
 import torch
 
 from vssm.models.base import ForwardDetails, VisionModel
-from vssm.models.groupmamba import GroupMamba
-from vssm.models.groupmamba_config import GroupMambaConfig
-from vssm.models.plain_mamba import PlainMamba
-from vssm.models.plain_mamba_config import PlainMambaConfig
-from vssm.models.vim import Vim
-from vssm.models.vim_config import VimConfig
-from vssm.models.vmamba import VMamba
-from vssm.models.vmamba_config import VMambaConfig
+from vssm.models.groupmamba import GroupMamba, GroupMambaConfig
+from vssm.models.plain_mamba import PlainMamba, PlainMambaConfig
+from vssm.models.vim import Vim, VimConfig
+from vssm.models.vmamba import VMamba, VMambaConfig
 from vssm.pruning.schedule import PruneSchedule
 
 __all__ = [

@@ -8,6 +8,8 @@ kept tokens are scattered into it and gathered back.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -16,13 +18,344 @@ from torch.nn import functional
 
 from vssm.errors import CheckpointError, UnsupportedError
 from vssm.models.base import BlockCost, ForwardDetails, VisionModel, details
-from vssm.models.layers import LayerNorm, fold_batch_norm, over_grid, resize_grid, wide
-from vssm.models.plain_mamba_config import PlainMambaConfig
-from vssm.models.plain_mamba_mixer import PlainMambaMixer
-from vssm.models.plain_mamba_stem import PatchEmbed
-from vssm.models.plain_mamba_walks import DIRECTIONS, GridWalks
+from vssm.models.layers import (
+    LayerNorm,
+    fold_batch_norm,
+    initial_a_log,
+    initial_dt_proj,
+    over_grid,
+    resize_grid,
+    wide,
+)
+from vssm.ops import operators as ops
 from vssm.pruning.schedule import PruneSchedule, TokenLayout, plan_stages
-from vssm.pruning.select import ScoreRule, StageResult, Tokens, score_rule
+from vssm.pruning.select import ScanOutputs, ScoreRule, StageResult, Tokens, score_rule
+from vssm.pruning.walks import Steps
+
+_POSITIVE = (
+    *("depth", "d_model", "d_state", "conv_size", "expand", "num_classes", "stem_width"),
+    "patch_size",
+)
+
+
+@dataclass(frozen=True)
+class PlainMambaConfig:
+    """The sizes of the official constructor under this package's names.
+
+    `stem_convs` are the 3x3 convolutions between the first one and the projection to patches;
+    `layers_with_dwconv` counts from 0, as the official keys do.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    depth: int = 24
+    d_model: int = 192
+    d_state: int = 16
+    conv_size: int = 7
+    expand: int = 2
+    dt_rank: int | None = None
+    num_classes: int = 1000
+    stem_width: int = 64
+    stem_convs: int = 2
+    layers_with_dwconv: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers_with_dwconv", tuple(self.layers_with_dwconv))
+        if not isinstance(self.image_size, int):  # JSON knows lists only
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+            if len(self.image_size) != 2:
+                raise ValueError(
+                    f"image_size={self.image_size} has not two sides; give (height, width)"
+                )
+        for name in (*_POSITIVE, *(() if self.dt_rank is None else ("dt_rank",))):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is below 1; give a positive size")
+        if min(self.image_height_width) < 1:
+            raise ValueError(f"image_size={self.image_size} has no pixels; give a positive size")
+        if self.patch_size % 2:
+            raise ValueError(
+                f"patch_size={self.patch_size} is odd, but the stem halves the image before it is "
+                "cut into patches; give an even size"
+            )
+        if self.conv_size % 2 == 0:
+            raise ValueError(
+                f"conv_size={self.conv_size} is even, so that the grid convolution has no centre; "
+                "give an odd size"
+            )
+        if self.stem_convs < 0:
+            raise ValueError(f"stem_convs={self.stem_convs} is negative; give 0 or more")
+        outside = [layer for layer in self.layers_with_dwconv if not 0 <= layer < self.depth]
+        if outside:
+            raise ValueError(
+                f"layers_with_dwconv={self.layers_with_dwconv} names {outside[0]}, outside the "
+                f"layers 0 to {self.depth - 1}; layers are counted from 0 here"
+            )
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Image size in pixels as (height, width)."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        return self.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns): the halved image is padded to whole patches."""
+        height, width = (
+            math.ceil(math.ceil(side / 2) / self.projection_size)
+            for side in self.image_height_width
+        )
+        return height, width
+
+    @property
+    def projection_size(self) -> int:
+        """Side of a patch in the halved image."""
+        return self.patch_size // 2
+
+    @property
+    def seqlen(self) -> int:
+        """Tokens before pruning."""
+        return math.prod(self.grid)
+
+    @property
+    def d_inner(self) -> int:
+        """Width of the scan."""
+        return self.expand * self.d_model
+
+    @property
+    def rank(self) -> int:
+        """Width of the step size's low-rank projection."""
+        return self.dt_rank or math.ceil(self.d_model / 16)
+
+
+DIRECTIONS = 4
+MOVES = 5  # start, right, left, up, down
+
+
+def grid_walks(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The four walks over a grid of row-major places, and the move that leads to each step.
+
+    A snake over the rows from the top left corner, its reverse, a snake over the columns from
+    there, its reverse.
+
+    Returns:
+        order (4, places), the place of each step; move (4, places): 0 at the start, else 1 right,
+        2 left, 3 up, 4 down. Both int64.
+    """
+    places = torch.arange(height * width).reshape(height, width)
+    over_rows, over_columns = (_snake(lines) for lines in (places, places.T))
+    order = torch.stack([over_rows, over_rows.flip(0), over_columns, over_columns.flip(0)])
+    down, right = (order // width).diff(), (order % width).diff()
+    move = (right > 0) * 1 + (right < 0) * 2 + (down < 0) * 3 + (down > 0) * 4
+    return order, functional.pad(move, (1, 0))
+
+
+def _snake(lines: Tensor) -> Tensor:
+    """The places of all lines, every other line backwards."""
+    lines = lines.clone()
+    lines[1::2] = lines[1::2].flip(1)
+    return lines.flatten()
+
+
+class GridWalks(nn.Module):
+    """The walks as tables that are no part of a checkpoint.
+
+    Steps are numbered through all walks (those of walk k begin at k * places), so that one table
+    holds the moves of all.
+    """
+
+    order: Tensor
+    move: Tensor
+    entry: Tensor
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        super().__init__()
+        order, move = grid_walks(*grid)
+        self.places = order.shape[1]
+        entry = order.argsort(1) + self._first_steps(order.device)[:, None]
+        for name, table in (
+            ("order", order[None]),  # (1, 4, places): the place of each step
+            ("move", move.flatten()),  # (4 * places,): the move that leads to each step
+            ("entry", entry.T.contiguous()),  # (places, 4): the step that enters each place
+        ):
+            self.register_buffer(name, table.int(), persistent=False)
+
+    def dense(self) -> Steps:
+        """The steps over every place."""
+        code = self.move.reshape(1, DIRECTIONS, self.places).transpose(1, 2)
+        return Steps(self.order, torch.ones_like(self.order), code)
+
+    def among(self, position: Tensor) -> Steps:
+        """The steps over the tokens at `position`: each walk's own, in its own order."""
+        entry = self.entry[position.long()]  # (batch, seqlen, 4)
+        step, slot = entry.topk(entry.shape[1], dim=1, largest=False, sorted=True)
+        last = torch.arange(entry.shape[1], device=step.device) - 1
+        gap = step - step.index_select(1, last.clamp(min=0))
+        return Steps(
+            order=slot.int().transpose(1, 2),
+            gap=gap.transpose(1, 2),
+            code=self.move[step.long()],
+            walked=step - self._first_steps(step.device),
+        )
+
+    def _first_steps(self, device: torch.device) -> Tensor:
+        """(4,) int32: the number of each walk's first step."""
+        return torch.arange(DIRECTIONS, dtype=torch.int32, device=device) * self.places
+
+
+class PatchEmbed(nn.Module):
+    """Convolutions with batch norm and relu at half the image's size, then the projection.
+
+    The official keys: `stem.0`, `stem.1` the first convolution and its norm, `convs.{3i}`,
+    `convs.{3i+1}` the others, `projection`.
+    """
+
+    def __init__(self, config: PlainMambaConfig) -> None:
+        super().__init__()
+        width, side = config.stem_width, config.projection_size
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(width)
+        )
+        convs: list[nn.Module] = []
+        for _ in range(config.stem_convs):
+            conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+            convs += [conv, nn.BatchNorm2d(width), nn.ReLU()]
+        self.convs = nn.Sequential(*convs)
+        self.projection = nn.Conv2d(width, config.d_model, side, stride=side)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(batch, 3, height, width) to row-major tokens (batch, seqlen, d_model)."""
+        dtype = self.projection.weight.dtype
+        x = images.to(dtype)
+        for conv, norm in self._normed_convs():
+            weight, bias = (t.to(dtype) for t in fold_batch_norm(conv, norm))
+            x = functional.conv2d(x, weight, bias, conv.stride, conv.padding)
+            x = torch.relu(x)
+        below, right = (-side % self.projection.stride[0] for side in x.shape[2:])
+        if below or right:
+            x = functional.pad(x, (0, right, 0, below))
+        return wide(self.projection(x)).flatten(2).transpose(1, 2)
+
+    def _normed_convs(self) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        modules = [*self.stem, *self.convs]
+        convs = [m for m in modules if isinstance(m, nn.Conv2d)]
+        norms = [m for m in modules if isinstance(m, nn.BatchNorm2d)]
+        return zip(convs, norms, strict=True)
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """The scan's inputs in operator layout; the walks share all but B, or none of delta, B, C."""
+
+    u: Tensor
+    delta: Tensor
+    B: Tensor
+    C: Tensor
+
+
+class PlainMambaMixer(nn.Module):
+    """in_proj, depthwise convolution over the grid, x_proj, dt_proj, scan, gate, out_proj.
+
+    Only u follows the walks: step t of a walk uses delta, B and C of the t-th token in row-major
+    order, and B has a vector added for the move that led to the step. The bias of dt_proj counts
+    twice: in dt_proj and again in the scan.
+    """
+
+    operators = "auto"  # see VisionModel.use_operators
+
+    def __init__(self, config: PlainMambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, inner, states = config.d_model, config.d_inner, config.d_state
+        self.in_proj = nn.Linear(width, 2 * inner)
+        side = config.conv_size
+        self.conv2d = nn.Conv2d(inner, inner, side, padding=side // 2, groups=inner)
+        self.x_proj = nn.Linear(inner, config.rank + 2 * states, bias=False)
+        self.dt_proj = initial_dt_proj(config.rank, inner)
+        self.A_log = nn.Parameter(initial_a_log(inner, states))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.direction_Bs = nn.Parameter(torch.zeros(MOVES, states))
+        nn.init.trunc_normal_(self.direction_Bs, std=0.02)
+        self.out_proj = nn.Linear(inner, width)
+
+    def forward(
+        self, x: Tensor, tokens: Tokens, rule: ScoreRule | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mixed (batch, seqlen, d_model), and the (batch, seqlen) score if there is a rule."""
+        weight, bias, inner = self.in_proj.weight, self.in_proj.bias, self.config.d_inner
+        z = functional.linear(x, weight[inner:], bias[inner:])
+        x = functional.linear(x, weight[:inner], bias[:inner])
+        y, score = self._scan(self._operands(self._convolve(x, tokens), tokens), z, tokens, rule)
+        return self.out_proj(y), score
+
+    def _convolve(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """The convolution of x (batch, seqlen, d_inner) over the grid, at every place of it."""
+        places = tokens.to_places(x).to(self.conv2d.weight.dtype)
+        return over_grid(places, self.config.grid, self.conv2d).to(x.dtype)
+
+    def _operands(self, convolved: Tensor, tokens: Tokens) -> _Operands:
+        """The scan's inputs from the convolution (batch, full_seqlen, d_inner)."""
+        c = self.config
+        u = functional.silu(tokens.from_places(convolved))
+        if tokens.full_parameters:
+            q = _rows(self.x_proj(functional.silu(convolved)), tokens)
+        else:
+            q = self.x_proj(u)[:, :, None]
+        dt, B, C = q.split([c.rank, c.d_state, c.d_state], dim=-1)
+        if tokens.steps.code is None:
+            raise AssertionError("walks over a grid give the moves")
+        moves = self.direction_Bs[tokens.steps.code.long()]
+        delta = functional.linear(dt, self.dt_proj.weight)
+        return _Operands(u[:, :, None], delta, B + moves, C)
+
+    def _scan(
+        self, operands: _Operands, z: Tensor, tokens: Tokens, rule: ScoreRule | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gated y (batch, seqlen, d_inner), and the score where one is asked for."""
+        if rule is None and not tokens.constant_gap:
+            return self._node(operands, tokens, z=z), None
+        y = self._node(operands, tokens, constant=tokens.constant_gap)
+        score = None if rule is None else rule.score(ScanOutputs(y, z))
+        return y * functional.silu(z), score
+
+    def _node(
+        self, o: _Operands, tokens: Tokens, *, z: Tensor | None = None, constant: bool = False
+    ) -> Tensor:
+        directions = o.delta.shape[2]
+        bias = 2 * wide(self.dt_proj.bias)
+        return ops.selective_scan(
+            o.u,
+            o.delta,
+            -torch.exp(wide(self.A_log))[None],
+            o.B,
+            o.C,
+            D=wide(self.D)[None],
+            delta_bias=bias.expand(directions, -1),
+            order=tokens.steps.order,
+            gap=tokens.steps.gap,
+            z=z,
+            delta0=self._delta0(bias).expand(directions, -1) if constant else None,
+            params_by_step=True,
+            operators=self.operators,
+        )
+
+    def _delta0(self, bias: Tensor) -> Tensor:
+        """Step size (d_inner,) of an all-zero token: its convolution is the bias alone."""
+        if self.conv2d.bias is None:
+            raise AssertionError("the convolution over the grid has a bias")
+        conv = functional.silu(wide(self.conv2d.bias))
+        low = wide(self.x_proj.weight)[: self.config.rank] @ conv
+        return functional.softplus(wide(self.dt_proj.weight) @ low + bias)
+
+
+def _rows(table: Tensor, tokens: Tokens) -> Tensor:
+    """Rows (batch, seqlen, 4, width) of a table (batch, full_seqlen, width), by walk and step."""
+    walked = tokens.steps.walked
+    if walked is None:
+        raise AssertionError("walks over a grid number their steps")
+    image = torch.arange(table.shape[0], device=table.device)[:, None, None]
+    return table.reshape(-1, table.shape[2])[walked.long() + image * tokens.full_seqlen]
+
 
 _BLOCK_NORM_EPS = 1e-5
 _FINAL_NORM_EPS = 1e-6

@@ -9,19 +9,413 @@ block's norm, and pruning gathers both with the same slots.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vssm.errors import CheckpointError, UnsupportedError
 from vssm.models.base import BlockCost, ForwardDetails, VisionModel, details
-from vssm.models.layers import LayerNorm, RMSNorm, resize_grid, wide
-from vssm.models.rope import rope_tables, rotate
-from vssm.models.vim_config import VimConfig
-from vssm.models.vim_mixer import VimMixer
+from vssm.models.layers import LayerNorm, RMSNorm, initial_a_log, initial_dt_proj, resize_grid, wide
+from vssm.ops import operators as ops
 from vssm.pruning.schedule import PruneSchedule, TokenLayout, plan_stages
-from vssm.pruning.select import ScoreRule, StageResult, Tokens, score_rule
+from vssm.pruning.select import ScanOutputs, ScoreRule, StageResult, Tokens, score_rule
 from vssm.pruning.walks import LineWalks
+
+CLASS_TOKENS = ("middle", "head", "double", "none")
+POOLS = ("mean", "max", "last")
+
+
+@dataclass(frozen=True)
+class VimConfig:
+    """The switches of the official constructor under this package's names.
+
+    `class_token` is the place of the class token; without one `pool` reads the tokens. `divide_out`
+    halves the sum of both directions (official if_divide_out; the released models all do).
+    """
+
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    stride: int = 16
+    depth: int = 24
+    d_model: int = 192
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int | None = None
+    num_classes: int = 1000
+    class_token: str = "middle"
+    pool: str = "mean"
+    bimamba: str = "v2"
+    bidirectional_layers: bool = False
+    divide_out: bool = True
+    rms_norm: bool = True
+    norm_eps: float = 1e-5
+    rope: bool = False
+    rope_residual: bool = False
+    rope_grid: int = 14
+    layer_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image_size, int):  # JSON knows lists only
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+            if len(self.image_size) != 2:
+                raise ValueError(
+                    f"image_size={self.image_size} has not two sides; give (height, width)"
+                )
+        for name, allowed in (("class_token", CLASS_TOKENS), ("pool", POOLS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}; choose one"
+                )
+        for name in (
+            "patch_size",
+            "stride",
+            "depth",
+            "d_model",
+            "d_state",
+            "d_conv",
+            "expand",
+            "num_classes",
+            *(() if self.dt_rank is None else ("dt_rank",)),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is below 1; give a positive size")
+        if min(self.image_height_width) < self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
+                "give a larger image"
+            )
+        if self.rope and self.class_token == "double":
+            raise ValueError("rope=True with class_token='double': no released model; use another")
+        if self.rope and self.d_model % 4:
+            raise ValueError(
+                f"d_model={self.d_model} with rope=True is not a multiple of 4, which rows and "
+                "columns need to turn pairs of channels; give one that is"
+            )
+        if self.bidirectional_layers and (self.bimamba != "none" or self.depth % 2):
+            raise ValueError(
+                "bidirectional_layers=True needs bimamba='none' and an even depth: layers work in "
+                "pairs, one in each direction"
+            )
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Image size in pixels as (height, width)."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        return self.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns)."""
+        height, width = self.image_height_width
+        return tuple((side - self.patch_size) // self.stride + 1 for side in (height, width))  # type: ignore[return-value]
+
+    @property
+    def patches(self) -> int:
+        """Number of patch tokens."""
+        return math.prod(self.grid)
+
+    @property
+    def class_places(self) -> tuple[int, ...]:
+        """Places of the class tokens among all tokens."""
+        if self.class_token == "double":
+            return 0, self.patches + 1
+        return {"middle": (self.patches // 2,), "head": (0,), "none": ()}[self.class_token]
+
+    @property
+    def seqlen(self) -> int:
+        """Tokens before pruning, class tokens included."""
+        return self.patches + len(self.class_places)
+
+    @property
+    def mixer(self) -> VimMixerConfig:
+        """Sizes of every block's mixer."""
+        return VimMixerConfig(
+            d_model=self.d_model,
+            d_inner=self.expand * self.d_model,
+            d_state=self.d_state,
+            d_conv=self.d_conv,
+            dt_rank=self.dt_rank or math.ceil(self.d_model / 16),
+            bimamba=self.bimamba,
+            divide_out=self.divide_out,
+            layer_scale=self.layer_scale,
+        )
+
+
+class RopeTables(nn.Module):
+    """The official persistent buffers `freqs_cos` and `freqs_sin`, (patches, d_model)."""
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("freqs_cos", cos)
+        self.register_buffer("freqs_sin", sin)
+
+
+def rope_tables(d_model: int, grid: tuple[int, int], pretrained: int) -> RopeTables:
+    """Tables of a grid, its places scaled to the `pretrained` side.
+
+    f_j = 10000^(-2j / (d_model/2)); the first half of the channels turns by the row, the second by
+    the column, every frequency on a pair of neighbours.
+    """
+    half = d_model // 2
+    freqs = 1.0 / 10000 ** (torch.arange(0, half, 2)[: half // 2].float() / half)
+
+    def angles(side: int) -> Tensor:
+        place = torch.arange(side).float() / side * pretrained
+        return (place[:, None] * freqs).repeat_interleave(2, dim=1)
+
+    rows, columns = (angles(side) for side in grid)
+    both = torch.cat(
+        [
+            rows[:, None, :].expand(-1, grid[1], -1),
+            columns[None, :, :].expand(grid[0], -1, -1),
+        ],
+        dim=-1,
+    ).reshape(-1, d_model)
+    return RopeTables(both.cos(), both.sin())
+
+
+def rotate(x: Tensor, tables: RopeTables, tokens: Tokens) -> Tensor:
+    """Turn x (batch, seqlen, d_model) turned by its tokens' places.
+
+    As in the official code the first token is left alone where a class token makes the length
+    odd, even when that class token stands elsewhere.
+    """
+    cos, sin = wide(tables.freqs_cos), wide(tables.freqs_sin)
+    if tokens.full_seqlen == cos.shape[0] + 1:
+        cos = torch.cat([torch.ones_like(cos[:1]), cos])
+        sin = torch.cat([torch.zeros_like(sin[:1]), sin])
+    index = tokens.position.long()
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(2)
+    return (x * cos[index] + turned * sin[index]).to(x.dtype)
+
+
+BIMAMBA = ("v2", "v1", "none")
+
+
+@dataclass(frozen=True)
+class VimMixerConfig:
+    """Sizes of one mixer.
+
+    `bimamba` is "v2" (own weights for the backward direction), "v1" (an own A only) or "none".
+    """
+
+    d_model: int
+    d_inner: int
+    d_state: int
+    d_conv: int
+    dt_rank: int
+    bimamba: str
+    divide_out: bool
+    layer_scale: float | None
+
+    def __post_init__(self) -> None:
+        if self.bimamba not in BIMAMBA:
+            raise ValueError(
+                f"bimamba={self.bimamba!r} is not one of {', '.join(BIMAMBA)}; choose one of these"
+            )
+
+    @property
+    def scale(self) -> float:
+        """What the sum of the directions is multiplied by; only v2 knows if_divide_out."""
+        return 0.5 if self.bimamba == "v2" and self.divide_out else 1.0
+
+
+@dataclass(frozen=True)
+class ScanOperands:
+    """Inputs of the scan nodes in operator layout: (batch, seqlen, Kx, width) and (Kx, ...)."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    delta_bias: Tensor
+
+    def direction(self, k: int) -> ScanOperands:
+        """The operands of direction k alone; shared ones stay as they are."""
+
+        def pick(x: Tensor, axis: int) -> Tensor:
+            return x if x.shape[axis] == 1 else x.narrow(axis, k, 1)
+
+        streams = {n: pick(getattr(self, n), 2) for n in ("u", "delta", "B", "C")}
+        weights = {n: pick(getattr(self, n), 0) for n in ("A", "D", "delta_bias")}
+        return ScanOperands(**streams, **weights)
+
+
+class VimMixer(nn.Module):
+    """in_proj, one causal depthwise convolution a direction, x_proj, dt_proj, scan, gate, out_proj.
+
+    Keys are the official ones: `conv1d`, `x_proj`, `dt_proj`, `A_log`, `D`, and for the backward
+    direction `conv1d_b`, `x_proj_b`, `dt_proj_b`, `A_b_log`, `D_b` (v1: `A_b_log` only).
+    """
+
+    conv1d: nn.Conv1d
+    A_log: nn.Parameter
+    A_b_log: nn.Parameter
+    D: nn.Parameter
+    D_b: nn.Parameter
+
+    operators = "auto"  # see VisionModel.use_operators
+
+    def __init__(self, config: VimMixerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, inner = config.d_model, config.d_inner
+        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
+        for suffix in self._branches():
+            self._add_branch(suffix)
+        if config.bimamba == "v1":
+            self.A_b_log = nn.Parameter(initial_a_log(config.d_inner, config.d_state))
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        if config.layer_scale is not None:
+            self.gamma = nn.Parameter(config.layer_scale * torch.ones(width))
+
+    def _branches(self) -> tuple[str, ...]:
+        """Key suffixes of the branches that have weights of their own."""
+        return ("", "_b") if self.config.bimamba == "v2" else ("",)
+
+    def _add_branch(self, suffix: str) -> None:
+        c = self.config
+        conv = nn.Conv1d(c.d_inner, c.d_inner, c.d_conv, groups=c.d_inner)
+        self.add_module(f"conv1d{suffix}", conv)
+        x_proj = nn.Linear(c.d_inner, c.dt_rank + 2 * c.d_state, bias=False)
+        self.add_module(f"x_proj{suffix}", x_proj)
+        self.add_module(f"dt_proj{suffix}", initial_dt_proj(c.dt_rank, c.d_inner))
+        log, skip = ("A_log", "D") if not suffix else ("A_b_log", "D_b")
+        self.register_parameter(log, nn.Parameter(initial_a_log(c.d_inner, c.d_state)))
+        self.register_parameter(skip, nn.Parameter(torch.ones(c.d_inner)))
+
+    def _stack(self, name: str) -> Tensor:
+        """A parameter of every branch, stacked: (branches, ...)."""
+        return torch.stack([self.get_parameter(name.format(b=b)) for b in self._branches()])
+
+    def forward(
+        self, x: Tensor, tokens: Tokens, rule: ScoreRule | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mixed (batch, seqlen, d_model), and the (batch, seqlen) score if there is a rule."""
+        inner = self.config.d_inner
+        x_weight, z_weight = self.in_proj.weight[:inner], self.in_proj.weight[inner:]
+        # Channel-major for the convolution: weight @ x^T, which needs no transpose of its result.
+        operands = self._operands(self._convolve(x_weight @ x.transpose(1, 2), tokens))
+        z = functional.linear(x, z_weight)
+        y, score = self._scan(operands, z, tokens, rule)
+        out = functional.linear(y, self.out_proj.weight)
+        if self.config.layer_scale is not None:
+            out = out * self.gamma
+        return out, score
+
+    def _convolve(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Each branch's convolution and silu of x (batch, d_inner, seqlen).
+
+        The backward branch is causal in reversed order: its weight flipped, padded behind.
+
+        Returns:
+            (batch, branches, d_inner, seqlen).
+        """
+        index = tokens.position.long()[:, None].expand_as(x) if tokens.conv_on_grid else None
+        if index is not None:
+            x = x.new_zeros(*x.shape[:2], tokens.full_seqlen).scatter(2, index, x)
+        dtype = x.dtype
+        # Two-dimensional with height 1: runtimes have faster depthwise kernels for it.
+        x = x[:, :, None].to(self.conv1d.weight.dtype)
+        pad = self.config.d_conv - 1
+        outputs = []
+        for suffix in self._branches():
+            conv: nn.Conv1d = getattr(self, f"conv1d{suffix}")
+            weight = conv.weight.flip(-1) if suffix else conv.weight
+            padded = functional.pad(x, (0, pad) if suffix else (pad, 0))
+            outputs.append(
+                functional.conv2d(padded, weight[:, :, None], conv.bias, groups=self.config.d_inner)
+            )
+        y = functional.silu(torch.cat(outputs, dim=1).to(dtype))
+        y = y.reshape(y.shape[0], len(outputs), self.config.d_inner, y.shape[-1])
+        return y if index is None else y.gather(3, index[:, None].expand(-1, len(outputs), -1, -1))
+
+    def _operands(self, u: Tensor) -> ScanOperands:
+        """The scan's inputs from u (batch, branches, d_inner, seqlen)."""
+        c = self.config
+        q = self._stack("x_proj{b}.weight") @ u
+        dt, B, C = q.split([c.dt_rank, c.d_state, c.d_state], dim=2)
+        delta = dt.transpose(2, 3) @ self._stack("dt_proj{b}.weight").transpose(1, 2)
+        A_log: list[Tensor] = [self.A_log] if c.bimamba == "none" else [self.A_log, self.A_b_log]
+        D: list[Tensor] = [self.D] if c.bimamba != "v2" else [self.D, self.D_b]
+        return ScanOperands(
+            u=u.permute(0, 3, 1, 2),
+            delta=delta.transpose(1, 2),
+            A=-torch.exp(wide(torch.stack(A_log))),
+            B=B.permute(0, 3, 1, 2),
+            C=C.permute(0, 3, 1, 2),
+            D=wide(torch.stack(D)),
+            delta_bias=wide(self._stack("dt_proj{b}.bias")),
+        )
+
+    def _scan(
+        self, operands: ScanOperands, z: Tensor, tokens: Tokens, rule: ScoreRule | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gated y (batch, seqlen, d_inner), and the score where one is asked for."""
+        if rule is None and not tokens.constant_gap:
+            return self._node(operands, tokens.steps.order, tokens.steps.gap, z=z), None
+        delta0 = self._delta0() if tokens.constant_gap else None
+        scored = y = self._node(operands, tokens.steps.order, tokens.steps.gap, delta0=delta0)
+        if rule is not None and rule.by_direction and tokens.steps.order.shape[1] > 1:
+            # Once more by itself: the layer's own result stays bit for bit the dense model's.
+            k = 0 if rule.source == "forward" else 1
+            scored = self._direction(operands, k, tokens, delta0)
+        score = None if rule is None else rule.score(ScanOutputs(scored, z))
+        return y * functional.silu(z), score
+
+    def _direction(
+        self, operands: ScanOperands, k: int, tokens: Tokens, delta0: Tensor | None
+    ) -> Tensor:
+        """One direction of the scan alone, (batch, seqlen, d_inner)."""
+        only = slice(k, k + 1)
+        if delta0 is not None and delta0.shape[0] > 1:
+            delta0 = delta0[only]
+        order, gap = tokens.steps.order[:, only], tokens.steps.gap[:, only]
+        return self._node(operands.direction(k), order, gap, delta0=delta0)
+
+    def _node(
+        self,
+        operands: ScanOperands,
+        order: Tensor,
+        gap: Tensor,
+        *,
+        z: Tensor | None = None,
+        delta0: Tensor | None = None,
+    ) -> Tensor:
+        o = operands
+        return ops.selective_scan(
+            o.u,
+            o.delta,
+            o.A,
+            o.B,
+            o.C,
+            D=o.D,
+            delta_bias=o.delta_bias,
+            order=order,
+            gap=gap,
+            z=z,
+            delta0=delta0,
+            scale=self.config.scale,
+            operators=self.operators,
+        )
+
+    def _delta0(self) -> Tensor:
+        """Step size (branches, d_inner) of an all-zero token: its convolution is the bias alone."""
+        rank = self.config.dt_rank
+        conv = functional.silu(wide(self._stack("conv1d{b}.bias")))
+        low = wide(self._stack("x_proj{b}.weight"))[:, :rank] @ conv[..., None]
+        step = (wide(self._stack("dt_proj{b}.weight")) @ low)[..., 0]
+        return functional.softplus(step + wide(self._stack("dt_proj{b}.bias")))
+
 
 _WIDE_PARAMETERS = (
     "A_log",

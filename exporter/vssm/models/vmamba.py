@@ -8,17 +8,195 @@ The official norms "ln2d" and "ln" are one and the same here: they differ in lay
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vssm.errors import CheckpointError
 from vssm.models.base import BlockCost, ForwardDetails, VisionModel, details, refuse_schedule
-from vssm.models.cross_scan import CrossScanMixer, MapWalks
+from vssm.models.cross_scan import WALKS, CrossScanConfig, CrossScanMixer, MapWalks
 from vssm.models.layers import Conv2d, LayerNorm, Linear, to_map, to_tokens, wide
-from vssm.models.vmamba_config import SCANS, VMambaConfig
-from vssm.models.vmamba_keys import adapt_keys
 from vssm.pruning.schedule import PruneSchedule
+
+# The walks of the official forward types: "v05_noz" and "v0", "v051d_noz", "v052d_noz".
+SCANS: Final = {
+    "cross": WALKS,
+    "unidi": ("rows",) * 4,
+    "bidi": ("rows", "rows", "rows_back", "rows_back"),
+}
+_CHOICES: Final = {
+    "patch_embed": ("v1", "v2"),
+    "downsample": ("v1", "v2", "v3"),
+    "scan": tuple(SCANS),
+}
+
+
+@dataclass(frozen=True)
+class VMambaConfig:
+    """The switches of the official constructor under this package's names.
+
+    `d_model` is the width of the first stage; each stage has twice that of the one before it.
+    `gate` is the official forward type without "_noz". The defaults are vmamba_tiny_s1l8's.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 4
+    depths: tuple[int, ...] = (2, 2, 8, 2)
+    d_model: int = 96
+    d_state: int = 1
+    expand: float = 1.0
+    dt_rank: int | None = None
+    conv_bias: bool = False
+    gate: bool = False
+    scan: str = "cross"
+    mlp_ratio: float = 4.0
+    gated_mlp: bool = False
+    patch_embed: str = "v2"
+    downsample: str = "v3"
+    pos_embed: bool = False
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "depths", tuple(self.depths))  # JSON knows lists only
+        if not isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+            if len(self.image_size) != 2:
+                raise ValueError(
+                    f"image_size={self.image_size} has not two sides; give (height, width)"
+                )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}; choose one"
+                )
+        sizes = {name: getattr(self, name) for name in ("d_model", "d_state", "num_classes")}
+        sizes |= {f"depths[{i}]": depth for i, depth in enumerate(self.depths)}
+        sizes |= {"d_inner": int(self.expand * self.d_model)}
+        sizes |= {} if self.dt_rank is None else {"dt_rank": self.dt_rank}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} is below 1; give a positive size")
+        if not self.depths:
+            raise ValueError("depths=() has no stage; give the blocks of each")
+        if self.mlp_ratio < 0:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} is negative; 0 leaves the MLP out")
+        if self.patch_size < 1 or (self.patch_embed == "v2" and self.patch_size != 4):
+            raise ValueError(
+                f"patch_size={self.patch_size} with patch_embed={self.patch_embed!r}: v2 halves "
+                "the image twice, v1 takes any size from 1; use 4, or v1"
+            )
+        if min(min(grid) for grid in self.grids) < 1:
+            raise ValueError(
+                f"image_size={self.image_size} leaves no token in the last of "
+                f"{len(self.depths)} stages; give a larger image"
+            )
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Image size in pixels as (height, width)."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        return self.image_size
+
+    @property
+    def depth(self) -> int:
+        """Blocks of all stages."""
+        return sum(self.depths)
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Map of every stage as (rows, columns)."""
+        return tuple(zip(*map(self._sides, self.image_height_width), strict=True))
+
+    def _sides(self, pixels: int) -> list[int]:
+        """One side of the map in every stage. Odd sides: v1 pads, v3 covers, v2 drops the last."""
+        if self.patch_embed == "v2":
+            sides = [math.ceil(math.ceil(pixels / 2) / 2)]
+        else:
+            sides = [pixels // self.patch_size]
+        for _ in self.depths[1:]:
+            last = sides[-1]
+            sides.append(last // 2 if self.downsample == "v2" else math.ceil(last / 2))
+        return sides
+
+    def width(self, stage: int) -> int:
+        """Channels of a stage, 0-based."""
+        return int(self.d_model * 2**stage)
+
+    def hidden(self, stage: int) -> int:
+        """Width inside the MLP of a stage; 0 without one."""
+        return int(self.width(stage) * self.mlp_ratio)
+
+    def mixer(self, stage: int) -> CrossScanConfig:
+        """Sizes of every mixer of a stage."""
+        width = self.width(stage)
+        return CrossScanConfig(
+            d_model=width,
+            d_inner=int(self.expand * width),
+            d_state=self.d_state,
+            dt_rank=self.dt_rank or math.ceil(width / 16),
+            directions=len(SCANS[self.scan]),
+            conv_bias=self.conv_bias,
+            gate=self.gate,
+        )
+
+
+# The first release; then the one-file code of March 2025.
+_NAMES: Final = (
+    (r"^patch_embed\.proj\.", "patch_embed.0."),
+    (r"^patch_embed\.norm\.", "patch_embed.2."),
+    (r"^(layers\.\d+\.blocks\.\d+)\.ln_1\.", r"\1.norm."),
+    (r"^(layers\.\d+\.blocks\.\d+)\.self_attention\.", r"\1.op."),
+    (r"^norm\.", "classifier.norm."),
+    (r"^head\.", "classifier.head."),
+    (r"\.op\.x_proj\.weight$", ".op.x_proj_weight"),
+    (r"\.op\.dt_projs\.weight$", ".op.dt_projs_weight"),
+)
+_LINEARS: Final = re.compile(
+    r"\.(in_proj|out_proj|fc1|fc2|reduction)\.weight$|^classifier\.head\.weight$"
+)
+_DIRECTIONS: Final = 4
+
+
+def adapt_keys(state: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+    """The tensors of any official VMamba file under today's keys and shapes.
+
+    Args:
+        state: tensors by their names in the file.
+        grid: (height, width) of the first stage's map, for a position map.
+
+    Raises:
+        CheckpointError: two entries come to one name.
+    """
+    adapted: dict[str, Tensor] = {}
+    for old, value in state.items():
+        key = old
+        for pattern, name in _NAMES:
+            key = re.sub(pattern, name, key)
+        if key in adapted or (key != old and key in state):
+            raise CheckpointError(
+                f"key={old!r} is an older name of {key!r}, which the file has too; "
+                "save one model's state_dict()"
+            )
+        adapted[key] = _reshaped(key, value, grid)
+    return adapted
+
+
+def _reshaped(key: str, value: Tensor, grid: tuple[int, int]) -> Tensor:
+    if value.dim() == 4 and value.shape[2:] == (1, 1) and _LINEARS.search(key):
+        return value.flatten(1)
+    by_direction = key.endswith(("x_proj_weight", "dt_projs_weight")) and value.dim() == 2
+    if by_direction and value.shape[0] % _DIRECTIONS == 0:
+        return value.reshape(_DIRECTIONS, -1, value.shape[1])
+    if key == "pos_embed" and value.dim() == 4 and tuple(value.shape[2:]) != grid:
+        table = functional.interpolate(wide(value), size=grid, mode="bicubic", align_corners=False)
+        return table.to(value.dtype)
+    return value
+
 
 _EPS = 1e-5
 _WIDE_PARAMETERS = ("A_logs", "Ds", "dt_projs_bias", "pos_embed")

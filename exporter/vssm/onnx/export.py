@@ -21,7 +21,7 @@ from vssm.checkpoints.load import save_safetensors
 from vssm.errors import UnsupportedError
 from vssm.files.atomic import sha256_of, staged_directory
 from vssm.models import VisionModel, model_from_config
-from vssm.onnx.bodies_folded import SUPPORTED_OPSETS
+from vssm.onnx.bodies import SUPPORTED_OPSETS
 from vssm.onnx.describe import block_outputs, describe_export
 from vssm.onnx.program import BATCH, program_to_proto, quiet
 from vssm.onnx.schemas import register_schemas

@@ -11,16 +11,79 @@ from typing import Any, Final
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import values
+from onnx_ir.passes import common
+from onnxscript import optimizer, values
 from torch.export import ExportedProgram
 
 from vssm._version import __version__
-from vssm.onnx import onnx_passes
-from vssm.onnx.bodies_folded import build_functions
+from vssm.onnx.bodies import build_functions
 from vssm.onnx.describe import used_operators
 from vssm.onnx.schemas import register_schemas
 from vssm.ops import operators as ops
 from vssm.ops.spec import DOMAIN, OPERATOR_VERSION, OPERATORS, PLUGIN_ATTRIBUTES, OperatorSpec
+
+# Weights are folded whatever their size: -exp(A_log), stacked and flipped weights are constants.
+_NO_LIMIT = 2**62
+
+
+def fold_weights(model: ir.Model) -> None:
+    """Compute everything that depends on weights alone, then drop what nothing reads."""
+    optimizer.fold_constants(
+        model, onnx_shape_inference=False, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT
+    )
+    optimizer.remove_unused_nodes(model)
+    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+
+
+def name_outputs(model: ir.Model, names: Sequence[str], *, public: int) -> None:
+    """Give the graph's outputs their names; those after the first `public` stay as inner values.
+
+    Raises:
+        ValueError: the number of names is not the number of outputs, or one value is two outputs.
+    """
+    outputs = list(model.graph.outputs)
+    if len(outputs) != len(names):
+        raise ValueError(f"names={len(names)} for {len(outputs)} graph outputs; name each once")
+    taken: set[int] = set()
+    for value, name in zip(outputs, names, strict=True):
+        if id(value) in taken:
+            raise ValueError(f"output {name!r} is the same value as another; give it its own node")
+        taken.add(id(value))
+        value.name = name
+    while len(model.graph.outputs) > public:  # a slice would leave them marked as outputs
+        model.graph.outputs.pop()
+
+
+def rename_inputs(model: ir.Model, names: Sequence[str], batch: str | None) -> None:
+    """Name the inputs, and the symbolic first axis of every value `batch`; None: it is fixed."""
+    for value, name in zip(model.graph.inputs, names, strict=True):
+        value.name = name
+    if batch is None:
+        return
+    symbols = {str(dim) for value in model.graph.inputs for dim in (value.shape or ())[:1]}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([batch if str(d) in symbols else d for d in value.shape])
+    for value in model.graph.inputs:
+        value.shape = ir.Shape([batch, *(value.shape or ())[1:]])
+
+
+def strip_initializer_prefix(model: ir.Model, prefix: str) -> None:
+    """Call weights by their state_dict keys, without the tracing wrapper's attribute name."""
+    for value in list(model.graph.initializers.values()):
+        if value.name and value.name.startswith(prefix):
+            value.name = value.name.removeprefix(prefix)
+
+
+def tidy(model: ir.Model) -> None:
+    """Unique node names, topological order, no tracing notes."""
+    common.ClearMetadataAndDocStringPass()(model)
+    for index, node in enumerate(model.graph):
+        node.name = f"{node.op_type}_{index}"
+    common.TopologicalSortPass()(model)
+
 
 BATCH: Final = "batch"
 # ONNX IR 10: the newest that ONNX Runtime 1.20 and TensorRT 10 both read.
@@ -48,11 +111,11 @@ def program_to_proto(
     """
     register_schemas()
     graph = _translate(program, opset)
-    onnx_passes.fold_weights(graph)
-    onnx_passes.rename_inputs(graph, inputs, BATCH if dynamic_batch else None)
-    onnx_passes.name_outputs(graph, names, public=public)
-    onnx_passes.strip_initializer_prefix(graph, "model.")
-    onnx_passes.tidy(graph)
+    fold_weights(graph)
+    rename_inputs(graph, inputs, BATCH if dynamic_batch else None)
+    name_outputs(graph, names, public=public)
+    strip_initializer_prefix(graph, "model.")
+    tidy(graph)
     graph.ir_version = _IR_VERSION
     graph.opset_imports.clear()
     graph.opset_imports.update({"": opset, DOMAIN: OPERATOR_VERSION})

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
-from vssm.ops import ops_native
-from vssm.ops.kernels import kernels
-from vssm.ops.ops_backward import selective_scan_backward
+from vssm.ops.kernels import differentiable, kernels, scan_backward
+from vssm.ops.reference import selective_scan_backward
 from vssm.ops.spec import OperatorSpec
 
 _NATIVE = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,14 +48,14 @@ def define(library: torch.library.Library, op: OperatorSpec, name: str) -> None:
     count = len(op.inputs)
     inputs = ", ".join(f"Tensor {o.name}" for o in op.inputs)
     attributes = ", ".join(f"{a.kind.__name__} {a.name}" for a in op.attributes)
-    outputs = ", ".join("Tensor" for _ in ops_native.differentiable(op))
+    outputs = ", ".join("Tensor" for _ in differentiable(op))
     library.define(f"{name}_backward(Tensor dy, {inputs}, {attributes}) -> ({outputs})")
 
     def run(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
         if not _is_native(args[0]):
             return _by_formula(op, _named(op, args), dy)
         try:
-            return tuple(ops_native.scan_backward(op, _named(op, args), dy))
+            return tuple(scan_backward(op, _named(op, args), dy))
         except RuntimeUnavailableError as error:
             raise RuntimeUnavailableError(
                 f"{error}; or create the model with operators='oracle', whose gradients are slow"
@@ -83,7 +82,7 @@ def register_autograd(library: torch.library.Library, op: OperatorSpec, overload
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         call = getattr(torch.ops.vssm, name).default
         found = call(dy, *ctx.saved_tensors, *ctx.attributes)
-        gradients = dict(zip(ops_native.differentiable(op), found, strict=True))
+        gradients = dict(zip(differentiable(op), found, strict=True))
         needed = zip(op.inputs, ctx.needs_input_grad, strict=False)
         return (
             *(gradients.get(o.name) if asked else None for o, asked in needed),
@@ -122,5 +121,5 @@ def _named(op: OperatorSpec, args: Sequence[Any]) -> dict[str, Any]:
 def _by_formula(op: OperatorSpec, named: dict[str, Any], dy: Tensor) -> tuple[Tensor, ...]:
     flags = {name: bool(named[name]) for name in ("delta_softplus", "params_by_step")}
     found = selective_scan_backward(dy, **(named | flags))
-    names = ops_native.differentiable(op)
+    names = differentiable(op)
     return tuple(torch.empty_like(named[n]).copy_(found[n]) for n in names)

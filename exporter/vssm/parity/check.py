@@ -1,92 +1,30 @@
-"""The commands as functions: the only file, with cli, that sees the making and the running side."""
+"""Whether a runtime computes what the model computes: `vssm.check_parity`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
-from vssm.artifact.preprocessing import preprocess, read_labels
-from vssm.artifact.reference import is_module, refuse_module, stored_reference
-from vssm.commands.pipeline_deploy import ENGINE_RUNTIMES, open_engine, run_engine
-from vssm.evaluation.evaluate_folded import class_probabilities
-from vssm.parity.compare import OracleResult, ParityReport, compare, module_result
-from vssm.runtimes.session import Array, RuntimeInfo, Session
+from vssm.artifact.reference import (
+    OracleResult,
+    is_module,
+    module_result,
+    refuse_module,
+    stored_reference,
+)
+from vssm.parity.compare import ParityReport, compare
+from vssm.runtimes.open import ENGINE_RUNTIMES, open_session, ort_session
+from vssm.runtimes.session import RuntimeInfo, Session
+from vssm.types import Array
 
 if TYPE_CHECKING:
-    from vssm.runtimes.ort import OrtSession
     from vssm.runtimes.torch import TorchModule
-
-RUNTIMES = ("ort-cpu", "ort-cuda", "torch", *ENGINE_RUNTIMES)
-_RUN_BATCH = 16  # images a run of `classify`
-
-
-def open_session(
-    artifact: Artifact | str | os.PathLike[str],
-    runtime: str = "ort-cpu",
-    *,
-    operators: str | None = None,
-    threads: int | None = None,
-    device: int | None = None,
-    cuda_graph_batch: int | None = None,
-    trust: bool = False,
-) -> Session:
-    """Open an export in a runtime. torch is imported for runtime "torch" alone.
-
-    Args:
-        artifact: what `export` returned, or the directory it wrote, wherever that is now.
-        runtime: "ort-cpu", "ort-cuda", "torch", "tensorrt" or "tensorrt-rtx".
-        operators: "kernel" (this package's library; the default) or "body" (the file's fallback
-            functions); for runtime "torch" None; for an engine what it must have been built with.
-        threads: threads of one run; None for all cores; not for an engine.
-        trust: load an engine that is foreign or tampered; the session's `info` then says so.
-        device: ordinal of the GPU, for "ort-cuda"; None for the first.
-        cuda_graph_batch: for "ort-cuda", the one batch size to record a CUDA graph for.
-
-    Raises:
-        ValueError: an argument is not one of these.
-        ArtifactError: the directory is no export, or was changed.
-        RuntimeUnavailableError: the runtime or the library is missing.
-        UnsupportedError: the runtime cannot run this export.
-    """
-    if runtime not in RUNTIMES:
-        raise ValueError(f"runtime={runtime!r} is not one of {', '.join(RUNTIMES)}; choose one")
-    options = {"device": device, "cuda_graph_batch": cuda_graph_batch}
-    on_gpu = {name: value for name, value in options.items() if value is not None}
-    if on_gpu and runtime != "ort-cuda":
-        given = ", ".join(f"{name}={value}" for name, value in on_gpu.items())
-        raise ValueError(f"{given} with runtime={runtime!r}: only ort-cuda takes it; leave it out")
-    opened = open_artifact(artifact, only=None if runtime == "torch" else (MODEL_FILE,))
-    if runtime in ENGINE_RUNTIMES:
-        return open_engine(opened, runtime, operators, threads=threads, trust=trust)
-    if trust:
-        raise ValueError(
-            f"trust=True with runtime={runtime!r}, which loads no engine: leave it out"
-        )
-    if runtime == "torch":
-        if operators is not None:
-            raise ValueError(
-                f"operators={operators!r} with runtime='torch', which runs the oracle: leave it out"
-            )
-        from vssm.runtimes.torch import TorchSession
-
-        return TorchSession(opened, threads=threads)
-    return _ort_session(runtime)(opened, operators=operators or "kernel", threads=threads, **on_gpu)
-
-
-def _ort_session(runtime: str) -> Callable[..., OrtSession]:
-    """The class of a runtime; the CUDA one loads libraries of the driver."""
-    from vssm.runtimes.ort import OrtCpuSession
-
-    if runtime == "ort-cpu":
-        return OrtCpuSession
-    from vssm.runtimes.ort_cuda import OrtCudaSession
-
-    return OrtCudaSession
 
 
 def check_parity(
@@ -140,8 +78,8 @@ def check_parity(
 
     def run_edited(graph: bytes, feeds: Mapping[str, Array]) -> dict[str, Array]:
         if runtime in ENGINE_RUNTIMES:
-            return run_engine(graph, feeds, info)
-        edited = _ort_session(runtime)(
+            return _run_engine(graph, feeds, info)
+        edited = ort_session(runtime)(
             opened, operators=info.operators, threads=info.threads, model=graph
         )
         with edited:
@@ -188,86 +126,11 @@ def sample_images(artifact: Artifact, count: int = 4, *, seed: int = 0) -> Array
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def check_directory(
-    directory: Path,
-    runtime: str,
-    *,
-    image_files: Sequence[Path] = (),
-    operators: str | None = None,
-    threads: int | None = None,
-    trust: bool = False,
-    per_block: bool = False,
-) -> ParityReport:
-    """`check_parity` on an export's own weights and image files; None of these: noise."""
-    artifact = open_artifact(directory)
-    images = preprocess(list(image_files), artifact) if image_files else None
-    return check_parity(
-        None,
-        artifact,
-        runtime,
-        images,
-        operators=operators,
-        threads=threads,
-        trust=trust,
-        per_block=per_block,
-    )
+def _run_engine(graph: bytes, feeds: Mapping[str, Array], info: RuntimeInfo) -> dict[str, Array]:
+    """Run an edited graph in an engine of its own, built as the session's was."""
+    from vssm.runtimes.tensorrt.build import run_graph
 
-
-def classify(
-    directory: Path,
-    files: Sequence[Path],
-    runtime: str,
-    *,
-    operators: str | None = None,
-    threads: int | None = None,
-    trust: bool = False,
-    labels: Path | None = None,
-    top: int = 5,
-) -> tuple[list[dict[str, Any]], RuntimeInfo]:
-    """The `top` classes of image files, with their softmax probabilities.
-
-    Raises:
-        ValueError: a file is no image, its logits are not finite, the labels do not fit, or `top`
-            is below 1.
-    """
-    if top < 1:
-        raise ValueError(f"top={top} is below 1; give the number of classes to print")
-    artifact = open_artifact(directory, only=(MODEL_FILE,))
-    manifest = artifact.manifest
-    classes = int(manifest.outputs[0].shape[1])
-    names = manifest.labels if labels is None else read_labels(labels, classes)
-    results: list[dict[str, Any]] = []
-    with open_session(
-        artifact, runtime, operators=operators, threads=threads, trust=trust
-    ) as session:
-        step = min(_RUN_BATCH, session.batches[1])
-        for start in range(0, len(files), step):
-            some = files[start : start + step]
-            logits = session.run(preprocess(list(some), artifact))["logits"]
-            results += [
-                {"file": str(file), "predictions": _predictions(file, scores, names, top)}
-                for file, scores in zip(some, logits, strict=True)
-            ]
-        return results, session.info
-
-
-def _predictions(
-    file: Path, logits: Array, names: Sequence[str] | None, top: int
-) -> list[dict[str, Any]]:
-    """The best classes of one image, by its logits (classes,)."""
-    shares = class_probabilities(logits, file)
-    return [
-        {
-            "class": int(c),
-            "label": str(c) if names is None else names[c],
-            "probability": float(shares[c]),
-        }
-        for c in np.argsort(-shares, kind="stable")[:top]
-    ]
-
-
-def describe_models() -> list[dict[str, Any]]:
-    """Name, parameters, image size, tokens and cost of every model."""
-    from vssm.models import catalog
-
-    return catalog.describe_models()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / MODEL_FILE
+        path.write_bytes(graph)
+        return run_graph(path, feeds, runtime=info.runtime, operators=info.operators)

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from vssm.errors import RuntimeUnavailableError
-from vssm.runtimes.session import Array
+from vssm.types import Array
 
 _INSTALL: Final = "pip install cuda-bindings"
 _NON_BLOCKING: Final = 1  # cudaStreamNonBlocking: never waits for the default stream

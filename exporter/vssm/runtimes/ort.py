@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 
 from vssm.artifact.directory import Artifact
 from vssm.errors import RuntimeUnavailableError, UnsupportedError, VssmError
 from vssm.runtimes.library import LibraryInfo, kernel_calls, library_info
-from vssm.runtimes.session import CLOSED, OPERATORS, Array, RuntimeInfo, Session, checked_threads
+from vssm.runtimes.session import CLOSED, OPERATORS, RuntimeInfo, Session, checked_threads
+from vssm.types import Array
 
 try:
     import onnxruntime
@@ -246,3 +248,37 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class OneRun:
+    """Outputs by name, and how many of the library's kernels ran."""
+
+    outputs: dict[str, Array]
+    kernels: int
+
+
+def run_once(model: Path, images: Array, library: Path | None) -> OneRun:
+    """Run `model` on the CPU with the operators of `library`; None for its fallback bodies.
+
+    Raises:
+        UnsupportedError: ONNX Runtime cannot open or run it.
+        RuntimeUnavailableError: the library cannot be loaded.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    before = 0 if library is None else kernel_calls(library)
+    try:
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        session = onnxruntime.InferenceSession(
+            str(model), options, providers=["CPUExecutionProvider"]
+        )
+        names = [output.name for output in session.get_outputs()]
+        values = session.run(names, {session.get_inputs()[0].name: images})
+    except Exception as error:  # ONNX Runtime's errors have no common base
+        raise UnsupportedError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot run {model}: {error}"
+        ) from error
+    ran = 0 if library is None else kernel_calls(library) - before
+    return OneRun(dict(zip(names, values, strict=True)), ran)

@@ -19,7 +19,8 @@ from vssm.ops.spec import DOMAIN
 from vssm.runtimes.cuda_driver import Stream, find_gpu
 from vssm.runtimes.library import cuda_kernel_calls, library_info
 from vssm.runtimes.ort import OrtSession, Target, checked_operators, ort_errors
-from vssm.runtimes.session import CLOSED, Array, plural
+from vssm.runtimes.session import CLOSED, plural
+from vssm.types import Array
 
 PROVIDER: Final = "CUDAExecutionProvider"
 _NUMPY_TYPES: Final = {"tensor(float)": np.float32, "tensor(int64)": np.int64}

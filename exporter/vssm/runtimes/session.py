@@ -7,14 +7,12 @@ import os
 import sys
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vssm.artifact.manifest import BATCH, Manifest
+from vssm.types import Array
 
-Array = npt.NDArray[Any]
 OPERATORS = ("kernel", "body")
 CLOSED = "session=closed: open another one to run again"
 _MAX_THREADS = 1024

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vssm.artifact.directory import Artifact
-from vssm.artifact.reference import is_module, refuse_module
+from vssm.artifact.reference import OracleResult, is_module, module_result, refuse_module
 from vssm.compat.exact import exact_outputs
-from vssm.compat.outputs import public_outputs
+from vssm.compat.export import public_outputs
 from vssm.errors import ArtifactError
 from vssm.models import VisionModel, model_from_config
-from vssm.parity.compare import OracleResult, module_result
 from vssm.pruning.schedule import PruneSchedule
 from vssm.runtimes.ort import cpu_name
-from vssm.runtimes.session import CLOSED, Array, RuntimeInfo, Session, checked_threads
+from vssm.runtimes.session import CLOSED, RuntimeInfo, Session, checked_threads
+from vssm.types import Array
 
 TorchModule = nn.Module  # for files that name no torch
 

@@ -13,9 +13,9 @@ from vssm._version import __version__
 from vssm.errors import UnsupportedError
 from vssm.evaluation.data import Picture, fingerprint, load_in_order, open_pictures
 from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory, sha256_of
-from vssm.files.json_files import write_json
-from vssm.studies.ablate_journal import AblationJournal
-from vssm.studies.pipeline_ablate_options import AblationOptions
+from vssm.files.json import write_json
+from vssm.studies.measure import AblationJournal
+from vssm.studies.plan import AblationOptions
 from vssm.studies.runs import (
     Trainer,
     check_training,
@@ -221,7 +221,7 @@ def _rows(
 
 
 def _is_standard(subject: OpenedSubject) -> bool:
-    from vssm.models.catalog import standard_config
+    from vssm.models.cost import standard_config
 
     return dict(subject.config) == standard_config(subject.name)
 

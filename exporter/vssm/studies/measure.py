@@ -4,23 +4,59 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from vssm.files.journal import JsonJournal
 from vssm.models.base import VisionModel
 from vssm.models.cost import count
 from vssm.models.fused_tokens import fuse_leftovers
-from vssm.studies.ablate_journal import AblationJournal, Step
 from vssm.studies.plan import Variant
+from vssm.types import Progress
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch through every run.
+
+    Attributes:
+        unreadable: files that are no readable images: path and error.
+        hits: by run, a "1" for every readable image whose class came first, else a "0".
+        seconds: by run; nothing where no image could be read.
+        first: whether it was the first batch of its call, in which runs warm up.
+    """
+
+    unreadable: tuple[tuple[str, str], ...]
+    hits: Mapping[str, str]
+    seconds: Mapping[str, float]
+    first: bool
+
+
+class AblationJournal(JsonJournal[Step]):
+    """The journal of one ablation, a step a batch."""
+
+    what = "ablation"
+    option = "-o"
+
+    @staticmethod
+    def to_json(entry: Step) -> Any:
+        """A step as an object."""
+        return asdict(entry)
+
+    @staticmethod
+    def from_json(document: Any) -> Step:
+        """A step again."""
+        unreadable = tuple((path, error) for path, error in document["unreadable"])
+        return Step(unreadable, document["hits"], document["seconds"], document["first"])
+
 
 # Images, their classes, and the files that could not be read.
 Batch = tuple[npt.NDArray[np.float32], Sequence[int], Sequence[tuple[str, str]]]
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

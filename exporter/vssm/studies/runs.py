@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vssm.errors import UnsupportedError
 from vssm.evaluation.data import open_pictures
-from vssm.studies.pipeline_ablate_options import AblationOptions, AblationTraining
+from vssm.studies.plan import AblationOptions, AblationTraining
 from vssm.studies.subject import OpenedSubject, open_subject
 from vssm.training.request import FinetuneRequest, Subject, Work
 from vssm.training.run import finetune, has_run

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vssm.artifact.directory import open_artifact
-from vssm.artifact.manifest_types import Preprocessing
+from vssm.artifact.manifest import Preprocessing
 from vssm.training.request import Subject
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def open_subject(subject: Subject) -> OpenedSubject:
 
 
 def _by_name(subject: Subject) -> OpenedSubject:
-    from vssm.training.finetune_setup import build_model
+    from vssm.training.run import build_model
 
     model = build_model(subject, None)
     return OpenedSubject(

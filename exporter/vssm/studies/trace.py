@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vssm.errors import UnsupportedError
@@ -16,8 +17,8 @@ from vssm.models.groupmamba import GroupMamba, GroupMambaBlock
 from vssm.models.plain_mamba import PlainMamba, PlainMambaBlock
 from vssm.models.vim import Vim, VimBlock
 from vssm.models.vmamba import VMamba, VMambaBlock
+from vssm.ops import operators as ops
 from vssm.pruning.select import ScanOutputs, ScoreRule
-from vssm.studies.visualize_attention import Scan, attention_maps
 
 _BLOCKS = (VimBlock, PlainMambaBlock, VMambaBlock, GroupMambaBlock)
 _RULE = ScoreRule("clip", "sum", gated=False)
@@ -190,3 +191,75 @@ def _grids(model: VisionModel) -> list[tuple[int, int]]:
     if isinstance(model, Vim | PlainMamba):
         return [config.grid] * config.depth
     return [g for g, depth in zip(config.grids, config.depths, strict=True) for _ in range(depth)]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan node without its gate: the operands of `ops.selective_scan`, by the same names."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    delta_bias: Tensor
+    order: Tensor
+    gap: Tensor
+    delta0: Tensor | None
+    delta_softplus: int
+    params_by_step: int
+    scale: float
+
+    def output(self) -> Tensor:
+        """The ungated y (batch, seqlen, d_inner)."""
+        flags = {n: bool(getattr(self, n)) for n in ("delta_softplus", "params_by_step")}
+        return ops.selective_scan(**{**vars(self), **flags}, operators="oracle")
+
+    @property
+    def skip(self) -> Tensor:
+        """What a token's own input weighs in its own output beside the state: (K or 1, d_inner)."""
+        return self.D.double() * self.scale
+
+
+def readout_weights(scan: Scan, readout: Tensor) -> Tensor:
+    """The weights w of the module's formula, exact in float64.
+
+    Args:
+        scan: the node.
+        readout: (batch, seqlen), the weight r of each token's output.
+
+    Returns:
+        (batch, K, seqlen, d_inner) float64, in token order; the skip is not in it.
+    """
+    directions = scan.order.shape[1]
+    token = scan.order.long().expand(scan.u.shape[0], -1, -1).transpose(1, 2)
+    dt = _by_step(scan, scan.delta, token) + scan.delta_bias.double()
+    dt = functional.softplus(dt) if scan.delta_softplus else dt
+    extra = scan.gap.transpose(1, 2)[..., None].double() - 1
+    span = dt + extra * (dt if scan.delta0 is None else scan.delta0.double())
+    asked = readout.double()[..., None].expand(-1, -1, directions).gather(1, token)
+    B, C = (_by_step(scan, x, token) for x in (scan.B, scan.C))
+    A = scan.A.double()
+    reach = dt.new_zeros(dt.shape[0], directions, *A.shape[1:])  # (batch, K, d_inner, d_state)
+    weights = torch.empty_like(span)
+    for t in reversed(range(token.shape[1])):
+        reach = reach + (asked[:, t, :, None] * C[:, t])[:, :, None]
+        weights[:, t] = dt[:, t] * (reach * B[:, t, :, None]).sum(-1)
+        reach = reach * torch.exp(span[:, t, ..., None] * A)  # of no use at t = 0: no state before
+    index = token[..., None].expand_as(weights)
+    in_tokens = torch.zeros_like(weights).scatter(1, index, weights)
+    return in_tokens.transpose(1, 2) * scan.scale
+
+
+def attention_maps(scan: Scan, readout: Tensor) -> Tensor:
+    """Mean over channels of |w|, by direction: (batch, K, seqlen) float64."""
+    return readout_weights(scan, readout).abs().mean(-1)
+
+
+def _by_step(scan: Scan, x: Tensor, token: Tensor) -> Tensor:
+    """X (batch, seqlen, 1 or K, width) by step: (batch, seqlen, K, width) float64."""
+    spread = x.double().expand(-1, -1, token.shape[2], -1)
+    if scan.params_by_step:
+        return spread
+    return spread.gather(1, token[..., None].expand(-1, -1, -1, x.shape[-1]))

@@ -3,21 +3,205 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vssm.artifact.preprocessing import preprocess
 from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory
-from vssm.files.json_files import write_json
+from vssm.files.json import write_json
+from vssm.models.base import VisionModel
+from vssm.studies.figures import (
+    Walk,
+    attention_figure,
+    importance_figure,
+    kept_figure,
+    walks_figure,
+)
 from vssm.studies.subject import OpenedSubject, open_subject
+from vssm.studies.trace import Block, Trace, trace
 from vssm.training.request import Subject
+from vssm.types import Array
 
-if TYPE_CHECKING:
-    from vssm.models import VisionModel
-    from vssm.studies.visualize_folded import Explanation
+_EVEN = 4  # blocks shown of a model that prunes nothing
+_UNIT = "% of the weight"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The figures of one image, PNG by name, and its numbers.
+
+    Attributes:
+        figures: "kept" (pruned models only), "importance", "attention", "directions", "walks".
+        readout: what attends: "class token" or "mean over tokens".
+        blocks: the blocks whose attention is shown.
+        variants: by variant: "probabilities" of all classes, "kept_positions" by stage, and
+            "kept_as_last", the share of each stage's choice that the last variant also keeps.
+    """
+
+    figures: Mapping[str, bytes]
+    readout: str
+    blocks: Sequence[int]
+    variants: Mapping[str, Mapping[str, Any]]
+
+
+def explain(
+    models: Mapping[str, VisionModel],
+    images: Array,
+    picture: Array,
+    blocks: Sequence[int] | None = None,
+) -> Explanation:
+    """Trace the variants on one image.
+
+    Args:
+        models: by name, dense first, the one of interest last; the same weights.
+        images: (1, 3, height, width) float32, preprocessed.
+        picture: (height, width, 3) in [0, 1], the same to look at.
+        blocks: whose attention is shown; None for the blocks after each stage, and the last.
+
+    Raises:
+        ValueError: a block lies outside the model.
+        UnsupportedError: as for `trace`.
+    """
+    traces = {name: trace(model, torch.from_numpy(images)) for name, model in models.items()}
+    *_, last = models.values()
+    *_, told = traces.values()
+    shown = (
+        _checked(blocks, len(told.blocks)) if blocks else _default_blocks(last, len(told.blocks))
+    )
+    readout = "class token" if told.blocks[0].class_places else "mean over tokens"
+    place = "output at the class token" if readout == "class token" else readout
+    title = f"What every token weighs in the scan's {place}"
+    split = f"{title},\nby direction, block {shown[-1]}"
+    by_direction = _by_direction(traces, shown[-1])
+    figures = {
+        "importance": importance_figure(
+            picture, _importance(told, last.stages), variant=list(models)[-1]
+        ),
+        "attention": attention_figure(picture, _attention(traces, shown), unit=_UNIT, title=title),
+        "directions": attention_figure(picture, by_direction, unit=_UNIT, title=split),
+        "walks": walks_figure(
+            picture, [_walks(told.blocks[i]) for i in _ends(told)], told.blocks[-1].grid
+        ),
+    }
+    if last.stages:
+        kept = {n: _kept(models[n], t) for n, t in traces.items() if models[n].stages}
+        figures = {"kept": kept_figure(picture, kept), **figures}
+    return Explanation(figures, readout, shown, {n: _numbers(t, told) for n, t in traces.items()})
+
+
+def _checked(blocks: Sequence[int], depth: int) -> list[int]:
+    for block in blocks:
+        if not 1 <= block <= depth:
+            raise ValueError(
+                f"block={block} is outside the model's blocks 1 to {depth}; name blocks of it"
+            )
+    return sorted(set(blocks))
+
+
+def _default_blocks(model: VisionModel, depth: int) -> list[int]:
+    if not model.stages:
+        return sorted({max(1, round(depth * (i + 1) / _EVEN)) for i in range(_EVEN)})
+    return sorted({min(block + 1, depth) for block in model.stages} | {depth})
+
+
+def _ends(told: Trace) -> list[int]:
+    """First and last block of the last map size: the walks are the same over all of these."""
+    same = [i for i, block in enumerate(told.blocks) if block.grid == told.blocks[-1].grid]
+    pruned = told.blocks[same[0]].position.shape != told.blocks[-1].position.shape
+    return [same[0], same[-1]] if pruned else [same[-1]]
+
+
+def _importance(told: Trace, stages: Container[int]) -> list[tuple[str, Array]]:
+    return [
+        (f"block {b.number}{', prunes' * (b.number in stages)}", _map(b, b.importance()))
+        for b in told.blocks
+    ]
+
+
+def _attention(traces: Mapping[str, Trace], shown: Sequence[int]) -> dict[str, dict[str, Array]]:
+    """The share of every token in percent, directions together."""
+    return {
+        f"block {number}": {
+            name: _map(block := t.blocks[number - 1], _share(block.attention()).sum(1))
+            for name, t in traces.items()
+        }
+        for number in shown
+    }
+
+
+def _by_direction(traces: Mapping[str, Trace], number: int) -> dict[str, dict[str, Array]]:
+    found: dict[str, dict[str, Array]] = {}
+    for name, t in traces.items():
+        block = t.blocks[number - 1]
+        share = _share(block.attention())
+        found[name] = {
+            title: _map(block, share[:, k]) for k, title in enumerate(_titles(share.shape[1]))
+        }
+    return found
+
+
+def _titles(directions: int) -> list[str]:
+    if directions == 2:
+        return ["forward", "backward"]
+    return [f"direction {k + 1}" for k in range(directions)]
+
+
+def _share(attention: Tensor) -> Tensor:
+    """Attention (batch, directions, seqlen) in percent of an image's sum."""
+    return 100 * attention / attention.sum((1, 2), keepdim=True)
+
+
+def _map(block: Block, values: Tensor) -> Array:
+    return block.on_grid(values)[0].numpy()
+
+
+def _kept(model: VisionModel, told: Trace) -> list[tuple[str, Array]]:
+    """Each stage's title and which patches it left."""
+    found = []
+    for number, stage in model.stages.items():
+        kept = told.details.kept_positions[stage.index]
+        present = told.blocks[number - 1]
+        left = Block(number, present.grid, present.class_places, kept, ())
+        here = ~np.isnan(_map(left, torch.ones(kept.shape)))
+        found.append((f"after block {number}: {here.sum()} of {here.size}", here))
+    return found
+
+
+def _walks(block: Block) -> list[Walk]:
+    """Every direction of a block's scans."""
+    rows, columns = block.grid
+    patch = torch.arange(rows * columns)
+    values = torch.full((rows * columns + len(block.class_places),), -1)
+    is_patch = torch.ones(len(values), dtype=torch.bool)
+    is_patch[list(block.class_places)] = False
+    values[is_patch] = patch
+    present = values[block.position[0]].double()
+    present[present < 0] = torch.nan
+    orders = torch.cat([scan.order[:1].long() for scan in block.scans], dim=1)[0]
+    gaps = torch.cat([scan.gap[:1].long() for scan in block.scans], dim=1)[0]
+    found = []
+    for title, order, gap in zip(_titles(len(orders)), orders, gaps, strict=True):
+        place = present[order].numpy()
+        name = f"block {block.number}, {title}"
+        found.append(Walk(name, place // columns, place % columns, gap.numpy()))
+    return found
+
+
+def _numbers(told: Trace, last: Trace) -> dict[str, Any]:
+    kept = [k[0].tolist() for k in told.details.kept_positions]
+    reference = [set(k[0].tolist()) for k in last.details.kept_positions]
+    return {
+        "probabilities": torch.softmax(told.details.logits[0].double(), 0).tolist(),
+        "kept_positions": kept,
+        "kept_as_last": [len(r & set(k)) / len(k) for k, r in zip(kept, reference, strict=False)],
+    }
+
 
 PAGE, NUMBERS = "index.html", "visualize.json"
 _TOP = 3  # classes in the page's tables
@@ -52,9 +236,8 @@ def visualize(
         ValueError: an argument does not fit, or an image cannot be read.
         ArtifactError: a file cannot be written.
     """
-    from vssm.studies.figures import require_matplotlib
-    from vssm.studies.visualize_folded import explain
-    from vssm.studies.visualize_html import page
+    from vssm.studies.figures import page, require_matplotlib
+    from vssm.studies.visualize import explain
 
     require_matplotlib()
     output, files = Path(output), [Path(file) for file in images]

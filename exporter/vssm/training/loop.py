@@ -5,28 +5,110 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from typing_extensions import Self
 
-from vssm.errors import VssmError
+from vssm.errors import RuntimeUnavailableError, VssmError
 from vssm.evaluation.data import Picture, in_order
 from vssm.models.base import VisionModel
 from vssm.training.augment import Example, load_batch
-from vssm.training.finetune_parallel import Group
 from vssm.training.log import LogRow, RunLog
 from vssm.training.mix import loss_of, mix
 from vssm.training.recipe import Draw, Recipe
 from vssm.training.state import State
+from vssm.types import Progress
+
+
+class Group:
+    """The processes of a run; a context manager. Alone, every method is free.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (NCCL, a GPU for each process of a machine).
+
+    Raises:
+        ValueError: the device is neither.
+        RuntimeUnavailableError: there is no such GPU.
+    """
+
+    def __init__(self, device: str) -> None:
+        if device not in {"cpu", "cuda"}:
+            raise ValueError(f"device={device!r} is neither cpu nor cuda; give one of them")
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets these
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.device = torch.device(device)
+        if device == "cuda":
+            if not torch.cuda.is_available():
+                raise RuntimeUnavailableError(
+                    "device='cuda': torch finds no GPU; train with device='cpu', or install a "
+                    "build of torch for the driver of this machine"
+                )
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+
+    def __enter__(self) -> Self:
+        if self.world > 1:
+            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.world > 1:
+            distributed.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Replace each by its sum over the processes, in place."""
+        if self.world == 1:
+            return
+        flat = torch.cat([g.flatten() for g in gradients])
+        distributed.all_reduce(flat)
+        start = 0
+        for gradient in gradients:
+            gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+            start += gradient.numel()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a number over the processes."""
+        if self.world > 1:
+            distributed.all_reduce(value)
+        return value
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            distributed.barrier()
+
+    def agree(self, name: str, value: Any) -> None:
+        """Refuse to go on where processes differ.
+
+        Raises:
+            VssmError: they do.
+        """
+        if self.world == 1:
+            return
+        found: list[Any] = [None] * self.world
+        distributed.all_gather_object(found, value)
+        if any(other != found[0] for other in found):
+            raise VssmError(
+                f"{name}={found} differs between the processes; they must see the same files: "
+                "start them with the same arguments on a shared file system"
+            )
+
 
 STATE_FILE = "state.safetensors"
 LOG_FILE = "log.csv"
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,8 @@ from vssm.runtimes import doctor
 from vssm.runtimes.graph_edit import count_nodes, strip_functions
 from vssm.runtimes.library import TENSORRT_LIBRARY, find_library
 from vssm.runtimes.tensorrt.api import TENSORRT_RTX, forbid_tf32
-from vssm.runtimes.tensorrt.build import build_engine
+from vssm.runtimes.tensorrt.build import EngineRequest, build_engine, check_request
 from vssm.runtimes.tensorrt.engine import EngineInfo, PluginInfo, read_info, write_info
-from vssm.runtimes.tensorrt.engine_request import EngineRequest, check_request
 
 RTX = EngineRequest(runtime="tensorrt-rtx", batch=(1, 2, 4), compute_capabilities=("8.6",))
 needs_rtx = pytest.mark.skipif(

@@ -19,8 +19,7 @@ import vssm
 from vssm.artifact.directory import Artifact
 from vssm.errors import RuntimeUnavailableError
 from vssm.runtimes.library import TENSORRT_LIBRARY, find_library
-from vssm.runtimes.tensorrt.build import build_engine
-from vssm.runtimes.tensorrt.engine_request import EngineRequest
+from vssm.runtimes.tensorrt.build import EngineRequest, build_engine
 from vssm.runtimes.tensorrt.session import TensorRtSession
 
 BATCHES = EngineRequest(batch=(1, 3, 5))

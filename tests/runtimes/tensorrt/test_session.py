@@ -28,8 +28,8 @@ from vssm.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError
 from vssm.runtimes.library import TENSORRT_LIBRARY, find_library
 from vssm.runtimes.tensorrt import build as tensorrt_build
 from vssm.runtimes.tensorrt import session as tensorrt_session
+from vssm.runtimes.tensorrt.build import EngineRequest
 from vssm.runtimes.tensorrt.engine import read_info, write_info
-from vssm.runtimes.tensorrt.engine_request import EngineRequest
 
 SMALL = EngineRequest(batch=(1, 2, 5))
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vssm.compat.packages.scan import selective_scan_fn
 from vssm.errors import UnsupportedError
+from vssm.models.layers import initial_a_log
 
 _ACTIVATIONS = (None, "silu", "swish")
 
@@ -207,3 +209,182 @@ def _project(
         own = row if bias is None else row + bias.to(row.dtype)[:, None]
         rows.append(own if x is None else x)
     return delta, rows[0], rows[1]
+
+
+_BIMAMBA = ("none", "v1", "v2")
+
+
+class Mamba(nn.Module):
+    """in_proj, causal depthwise convolution, x_proj, dt_proj, gated scan, out_proj.
+
+    Args:
+        d_model: width in and out.
+        d_state: states a channel.
+        d_conv: taps of the convolution.
+        expand: d_inner / d_model.
+        dt_rank: "auto" for ceil(d_model / 16).
+        dt_min: smallest initial step.
+        dt_max: largest initial step.
+        dt_init: "random" or "constant".
+        dt_scale: of the initial step projection.
+        dt_init_floor: lower bound of the initial steps.
+        conv_bias: whether the convolution has one.
+        bias: whether in_proj and out_proj have one.
+        use_fast_path: inert: both of upstream's paths compute the same for one direction.
+        layer_idx: kept as upstream does.
+        device: of the weights.
+        dtype: of the weights.
+        bimamba_type: "none", "v1" (an own A for the backward direction) or "v2" (own weights).
+        if_divide_out: v2: halve the sum of the directions.
+        init_layer_scale: initial `gamma`, None without one.
+    """
+
+    A_log: nn.Parameter
+    A_b_log: nn.Parameter
+    D: nn.Parameter
+    D_b: nn.Parameter
+    dt_proj: nn.Linear
+    dt_proj_b: nn.Linear
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        bimamba_type: str = "none",
+        if_divide_out: bool = False,
+        init_layer_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        if bimamba_type not in _BIMAMBA:
+            raise ValueError(
+                f"bimamba_type={bimamba_type!r} is not one of {', '.join(_BIMAMBA)}; choose one"
+            )
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.d_inner = int(expand * d_model)
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
+        self.bimamba_type, self.if_divide_out = bimamba_type, if_divide_out
+        self.init_layer_scale = init_layer_scale
+        self.activation, self.act = "silu", nn.SiLU()
+        kind = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **kind)
+        for suffix in ("", "_b") if bimamba_type == "v2" else ("",):
+            self._add_branch(suffix, conv_bias, kind)
+            steps = _initial_steps(self.d_inner, dt_min, dt_max, dt_init_floor)
+            self._initialise_steps(suffix, steps, dt_init, dt_scale)
+        if bimamba_type == "v1":
+            self.A_b_log = self._state_log(device)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **kind)
+        if init_layer_scale is not None:
+            self.gamma = nn.Parameter(init_layer_scale * torch.ones(d_model, device=device))
+
+    def _add_branch(self, suffix: str, conv_bias: bool, kind: dict[str, Any]) -> None:
+        inner, rank, taps = self.d_inner, self.dt_rank, self.d_conv
+        conv = nn.Conv1d(inner, inner, taps, bias=conv_bias, groups=inner, padding=taps - 1, **kind)
+        self.add_module(f"conv1d{suffix}", conv)
+        x_proj = nn.Linear(inner, rank + 2 * self.d_state, bias=False, **kind)
+        self.add_module(f"x_proj{suffix}", x_proj)
+        self.add_module(f"dt_proj{suffix}", nn.Linear(rank, inner, bias=True, **kind))
+        log, skip = ("A_b_log", "D_b") if suffix else ("A_log", "D")
+        self.register_parameter(log, self._state_log(kind["device"]))
+        ones = nn.Parameter(torch.ones(inner, device=kind["device"]))
+        self.register_parameter(skip, _undecayed(ones))
+
+    def _state_log(self, device: Any) -> nn.Parameter:
+        log = initial_a_log(self.d_inner, self.d_state)
+        return _undecayed(nn.Parameter(log.to(device or log.device)))
+
+    def _initialise_steps(self, suffix: str, steps: Tensor, how: str, scale: float) -> None:
+        if how not in {"random", "constant"}:
+            raise ValueError(f"dt_init={how!r} is not random or constant; choose one of these")
+        projection: Any = getattr(self, f"dt_proj{suffix}")
+        bound = self.dt_rank**-0.5 * scale
+        if how == "constant":
+            nn.init.constant_(projection.weight, bound)
+        else:
+            nn.init.uniform_(projection.weight, -bound, bound)
+        with torch.no_grad():
+            projection.bias.copy_(steps + torch.log(-torch.expm1(-steps)))
+        # What upstream's own initialisers look for: leave this bias alone.
+        projection.bias._no_reinit = True
+
+    def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:
+        """Mixed (batch, seqlen, d_model).
+
+        Raises:
+            UnsupportedError: `inference_params` asks for a cache.
+        """
+        if inference_params is not None:
+            raise UnsupportedError(
+                "Mamba.forward: inference_params is a cache for decoding token by token; call the "
+                "model on the whole sequence (prefill), with inference_params=None"
+            )
+        xz = functional.linear(hidden_states, self.in_proj.weight, self.in_proj.bias)
+        out = self._mix(xz.transpose(1, 2))
+        return out if self.init_layer_scale is None else out * self.gamma
+
+    def _mix(self, xz: Tensor) -> Tensor:
+        """(batch, seqlen, d_model) of xz (batch, 2 * d_inner, seqlen)."""
+        out = (self.out_proj.weight, self.out_proj.bias)
+        A, D, bias = -torch.exp(self.A_log), self.D, self.dt_proj.bias
+        weights = self._weights("")
+        if self.bimamba_type == "v1":
+            A_b = -torch.exp(self.A_b_log)
+            return bimamba_inner_fn(xz, *weights, *out, A, A_b, D=D, delta_bias=bias)
+        if self.bimamba_type == "none":
+            return mamba_inner_fn(xz, *weights, *out, A, D=D, delta_bias=bias)
+        y = mamba_inner_fn_no_out_proj(xz, *weights, A, D=D, delta_bias=bias)
+        back = mamba_inner_fn_no_out_proj(
+            xz.flip(-1),
+            *self._weights("_b"),
+            -torch.exp(self.A_b_log),
+            D=self.D_b,
+            delta_bias=self.dt_proj_b.bias,
+        )
+        y = y + back.flip(-1)
+        y = y / 2 if self.if_divide_out else y
+        return functional.linear(y.transpose(1, 2), *out)
+
+    def _weights(self, suffix: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        conv: Any = getattr(self, f"conv1d{suffix}")
+        x_proj: Any = getattr(self, f"x_proj{suffix}")
+        dt_proj: Any = getattr(self, f"dt_proj{suffix}")
+        return conv.weight, conv.bias, x_proj.weight, dt_proj.weight
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: decoding token by token has no exported form.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            "Mamba.step decodes token by token, which is not supported; call the model on the "
+            "whole sequence (prefill)"
+        )
+
+
+def _initial_steps(d_inner: int, low: float, high: float, floor: float) -> Tensor:
+    """Log-uniform step sizes in [low, high]."""
+    span = math.log(high) - math.log(low)
+    return torch.exp(torch.rand(d_inner) * span + math.log(low)).clamp(min=floor)
+
+
+def _undecayed(parameter: nn.Parameter) -> nn.Parameter:
+    """Marked as upstream's optimiser set-up expects."""
+    marked: Any = parameter
+    marked._no_weight_decay = True
+    return parameter

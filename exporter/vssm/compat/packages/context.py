@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -15,8 +16,68 @@ from typing import Any, Final
 from torch.autograd import Function
 
 from vssm.compat.packages.provided import AROUND, BY_NAME, COMPILED, FUNCTIONS, PACKAGES, Provided
-from vssm.compat.packages.report import UpstreamReport
 from vssm.compat.packages.stand_in_table import SHELLS, STAND_INS
+
+_INHERITED = object()
+
+
+@dataclass
+class UpstreamReport:
+    """What is in place inside `upstream`; it grows as modules are imported.
+
+    Attributes:
+        provided: modules that this package stands in for.
+        patched: names of modules and classes that now are ours, as "module.name".
+        installed: modules of upstream packages whose own files are used.
+        notes: what was looked at and left, and why.
+    """
+
+    provided: list[str] = field(default_factory=list)
+    patched: list[str] = field(default_factory=list)
+    installed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _undo: list[tuple[Any, str, Any]] = field(default_factory=list, repr=False)
+
+    def replace(self, owner: Any, name: str, function: Any) -> None:
+        """Put `function` in the place of `owner.name` until `upstream` ends.
+
+        For code that no table knows, such as the scan method of a hand-written block.
+
+        Raises:
+            AttributeError: `owner` has no such name: nothing would be replaced.
+        """
+        if not hasattr(owner, name):
+            raise AttributeError(
+                f"{owner} has no {name!r} to replace; give the class or module that defines it"
+            )
+        self._undo.append((owner, name, vars(owner).get(name, _INHERITED)))
+        setattr(owner, name, function)
+        where = getattr(owner, "__module__", None)
+        title = f"{where}.{owner.__qualname__}" if where else owner.__name__
+        self.patched.append(f"{title}.{name}")
+
+    def restore(self) -> None:
+        """Undo every replacement, the last first."""
+        while self._undo:
+            owner, name, before = self._undo.pop()
+            if before is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{word}: {', '.join(names)}"
+            for word, names in (
+                ("provided", self.provided),
+                ("patched", self.patched),
+                ("their own files", self.installed),
+                ("notes", self.notes),
+            )
+            if names
+        ]
+        return "; ".join(parts) or "nothing provided or patched"
+
 
 PREFER: Final = ("ours", "installed")
 _ROOTS: Final = frozenset(

@@ -13,8 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from vssm.compat.packages import blocks as inner
-from vssm.compat.packages import cross, mixer, norms, scan, stand_ins
+from vssm.compat.packages import blocks, cross, norms, scan, stand_ins
 from vssm.errors import UnsupportedError
 
 _DOCS: Final = "docs/compat.md lists what is there"
@@ -47,11 +46,11 @@ _COMPILED = (
 _SCAN: Final = {
     "selective_scan_fn": scan.selective_scan_fn,
     "selective_scan_ref": scan.selective_scan_fn,
-    "mamba_inner_fn": inner.mamba_inner_fn,
-    "mamba_inner_ref": inner.mamba_inner_fn,
-    "mamba_inner_fn_no_out_proj": inner.mamba_inner_fn_no_out_proj,
-    "bimamba_inner_fn": inner.bimamba_inner_fn,
-    "bimamba_inner_ref": inner.bimamba_inner_fn,
+    "mamba_inner_fn": blocks.mamba_inner_fn,
+    "mamba_inner_ref": blocks.mamba_inner_fn,
+    "mamba_inner_fn_no_out_proj": blocks.mamba_inner_fn_no_out_proj,
+    "bimamba_inner_fn": blocks.bimamba_inner_fn,
+    "bimamba_inner_ref": blocks.bimamba_inner_fn,
 }
 _NORMS: Final = {
     "RMSNorm": norms.RMSNorm,
@@ -59,7 +58,7 @@ _NORMS: Final = {
     "layer_norm_fn": norms.layer_norm_fn,
 }
 _CONV: Final = {
-    "causal_conv1d_fn": inner.causal_conv1d_fn,
+    "causal_conv1d_fn": blocks.causal_conv1d_fn,
     "causal_conv1d_update": not_supported("causal_conv1d_update", _PREFILL),
 }
 _UPDATE: Final = {
@@ -103,7 +102,7 @@ PACKAGES: Final[dict[str, dict[str, Any]]] = {
     "mamba_ssm.ops": {},
     "mamba_ssm.ops.triton": {},
     "mamba_ssm.modules": {},
-    "mamba_ssm.modules.mamba_simple": {**_SCAN, **_NORMS, **_CONV, "Mamba": mixer.Mamba},
+    "mamba_ssm.modules.mamba_simple": {**_SCAN, **_NORMS, **_CONV, "Mamba": blocks.Mamba},
     "mamba_ssm.models": {},
     "mamba_ssm.utils": {},
 }

@@ -10,9 +10,7 @@ from torch.export import ExportedProgram
 from vssm.compat.passes.graph import PassReport, Rewriter, rename_outputs, run_pass
 from vssm.compat.passes.layouts import move_layouts
 from vssm.compat.passes.merge import absorb_orders, fold_scales, merge_scans
-from vssm.compat.passes.projection import unfold_projections
-from vssm.compat.passes.tidy import drop_copies, one_form, share
-from vssm.compat.passes.unpack import unpack
+from vssm.compat.passes.tidy import drop_copies, one_form, share, unfold_projections, unpack
 
 PASSES: Final[tuple[tuple[str, Callable[[Rewriter], None]], ...]] = (
     ("drop copies", drop_copies),

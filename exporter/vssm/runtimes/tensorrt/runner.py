@@ -12,8 +12,9 @@ import numpy as np
 
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
 from vssm.runtimes.cuda_memory import Cuda
-from vssm.runtimes.session import CLOSED, Array
+from vssm.runtimes.session import CLOSED
 from vssm.runtimes.tensorrt import api
+from vssm.types import Array
 
 _MAX_CONTEXTS: Final = 16  # each holds the state of one batch size; the oldest goes
 

@@ -8,11 +8,11 @@ from vssm.artifact.directory import MODEL_FILE, Artifact
 from vssm.errors import ArtifactError, RuntimeUnavailableError
 from vssm.runtimes.cuda_memory import Cuda, GpuInfo
 from vssm.runtimes.library import TENSORRT_LIBRARY, find_library
-from vssm.runtimes.session import Array, RuntimeInfo, Session
+from vssm.runtimes.session import RuntimeInfo, Session
 from vssm.runtimes.tensorrt import api
-from vssm.runtimes.tensorrt.engine import EngineInfo
-from vssm.runtimes.tensorrt.engine_check import CheckedEngine, check_engine
+from vssm.runtimes.tensorrt.engine import CheckedEngine, EngineInfo, check_engine
 from vssm.runtimes.tensorrt.runner import EngineRunner
+from vssm.types import Array
 
 
 class TensorRtSession(Session):

@@ -1,0 +1,104 @@
+"""Opens an export in the runtime that is asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
+from vssm.runtimes.ort import OrtSession
+from vssm.runtimes.session import Session
+
+ENGINE_RUNTIMES = ("tensorrt", "tensorrt-rtx")
+RUNTIMES = ("ort-cpu", "ort-cuda", "torch", *ENGINE_RUNTIMES)
+
+
+def open_session(
+    artifact: Artifact | str | os.PathLike[str],
+    runtime: str = "ort-cpu",
+    *,
+    operators: str | None = None,
+    threads: int | None = None,
+    device: int | None = None,
+    cuda_graph_batch: int | None = None,
+    trust: bool = False,
+) -> Session:
+    """Open an export in a runtime. torch is imported for runtime "torch" alone.
+
+    Args:
+        artifact: what `export` returned, or the directory it wrote, wherever that is now.
+        runtime: "ort-cpu", "ort-cuda", "torch", "tensorrt" or "tensorrt-rtx".
+        operators: "kernel" (this package's library; the default) or "body" (the file's fallback
+            functions); for runtime "torch" None; for an engine what it must have been built with.
+        threads: threads of one run; None for all cores; not for an engine.
+        trust: load an engine that is foreign or tampered; the session's `info` then says so.
+        device: ordinal of the GPU, for "ort-cuda"; None for the first.
+        cuda_graph_batch: for "ort-cuda", the one batch size to record a CUDA graph for.
+
+    Raises:
+        ValueError: an argument is not one of these.
+        ArtifactError: the directory is no export, or was changed.
+        RuntimeUnavailableError: the runtime or the library is missing.
+        UnsupportedError: the runtime cannot run this export.
+    """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime={runtime!r} is not one of {', '.join(RUNTIMES)}; choose one")
+    options = {"device": device, "cuda_graph_batch": cuda_graph_batch}
+    on_gpu = {name: value for name, value in options.items() if value is not None}
+    if on_gpu and runtime != "ort-cuda":
+        given = ", ".join(f"{name}={value}" for name, value in on_gpu.items())
+        raise ValueError(f"{given} with runtime={runtime!r}: only ort-cuda takes it; leave it out")
+    opened = open_artifact(artifact, only=None if runtime == "torch" else (MODEL_FILE,))
+    if runtime in ENGINE_RUNTIMES:
+        return _open_engine(opened, runtime, operators, threads=threads, trust=trust)
+    if trust:
+        raise ValueError(
+            f"trust=True with runtime={runtime!r}, which loads no engine: leave it out"
+        )
+    if runtime == "torch":
+        if operators is not None:
+            raise ValueError(
+                f"operators={operators!r} with runtime='torch', which runs the oracle: leave it out"
+            )
+        from vssm.runtimes.torch import TorchSession
+
+        return TorchSession(opened, threads=threads)
+    return ort_session(runtime)(opened, operators=operators or "kernel", threads=threads, **on_gpu)
+
+
+def ort_session(runtime: str) -> Callable[..., OrtSession]:
+    """The class of a runtime; the CUDA one loads libraries of the driver."""
+    from vssm.runtimes.ort import OrtCpuSession
+
+    if runtime == "ort-cpu":
+        return OrtCpuSession
+    from vssm.runtimes.ort_cuda import OrtCudaSession
+
+    return OrtCudaSession
+
+
+def _open_engine(
+    artifact: Artifact, runtime: str, operators: str | None, *, threads: int | None, trust: bool
+) -> Session:
+    """A session on an engine; arguments as for `open_session`.
+
+    Raises:
+        ValueError: `threads` is given.
+        ArtifactError, RuntimeUnavailableError: as for `TensorRtSession`.
+    """
+    refuse_threads(runtime, threads)
+    from vssm.runtimes.tensorrt.session import TensorRtSession
+
+    return TensorRtSession(artifact, runtime=runtime, operators=operators, trust=trust)
+
+
+def refuse_threads(runtime: str, threads: object) -> None:
+    """Refuse a number of threads, which an engine has no use for.
+
+    Raises:
+        ValueError: `threads` is not None.
+    """
+    if threads is not None:
+        raise ValueError(
+            f"threads={threads} with runtime={runtime!r}, which runs on the GPU: leave it out"
+        )

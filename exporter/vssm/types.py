@@ -1,0 +1,11 @@
+"""Types that several rooms share. Standard library and numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Progress = Callable[[str], None]
