@@ -117,7 +117,7 @@ def scan_step(operands: dict[str, object]) -> dict[str, Tensor]:
     return {k: v.grad for k, v in leaves.items() if isinstance(v, Tensor) and v.grad is not None}
 
 
-def by_autograd(*tensors: Tensor, operators: str = "auto", **rest: object) -> Tensor:
+def by_autograd(*tensors: Tensor, backend: str = "auto", **rest: object) -> Tensor:
     """The oracle where a model calls an operator."""
     return reference.selective_scan(*tensors, **rest)  # type: ignore[arg-type]
 

@@ -85,8 +85,8 @@ def trained_digits(report: Report, output: Path, *, quick: bool) -> None:
         vssm.export(model, directory, labels=[str(d) for d in range(10)], force=True)
         images = vssm.preprocess([path for path, _ in files], directory)
         predicted = {}
-        for label, runtime, operators in RUNS:
-            with vssm.open_session(directory, runtime, operators=operators) as session:
+        for label, runtime, backend in RUNS:
+            with vssm.open_session(directory, runtime, backend=backend) as session:
                 predicted[label] = classes(session, images)
             accuracy = float((predicted[label] == labels).mean())
             same = int((predicted[label] == predicted["PyTorch"]).sum())

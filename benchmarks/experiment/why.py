@@ -42,7 +42,7 @@ def explain(case: Case, weights: Path, images: Images, output: Path) -> None:
     runs = {}
     for key in (DENSE, *keys):
         model, _ = build(case, known[key], weights)
-        model.use_operators("oracle")
+        model.use_backend("reference")
         runs[key] = _record(model, batch, key)
     dense, calls = runs.pop(DENSE)
     stage = min(int(part.split(":")[0]) for part in case.schedule.split(","))
@@ -84,7 +84,7 @@ def _record(model: VisionModel, batch: Tensor, key: str) -> tuple[ForwardDetails
 def _state_part(call: Call, **changes: Any) -> Tensor:
     """The scan's output (batch, seqlen, d_inner) without skip and gate, in float64."""
     given = {**call, **changes, "z": None}
-    given.pop("operators")
+    given.pop("backend")
     wide = {k: v.double() if _is_float(v) else v for k, v in given.items()}
     return reference.selective_scan(**{**wide, "D": torch.zeros_like(wide["D"])})
 

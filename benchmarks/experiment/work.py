@@ -65,7 +65,7 @@ def build(case: Case, variant: Variant, weights: Path) -> tuple[VisionModel, Cos
         case.model, schedule=variant.schedule, num_classes=CLASSES, **case.options
     )
     vssm.load_checkpoint(model, weights)
-    return prepare(variant, model, operators="kernel", device="cpu")
+    return prepare(variant, model, backend="kernel", device="cpu")
 
 
 def held_out(case: Case, data: Path) -> Images:
@@ -134,7 +134,7 @@ def costs(case: Case) -> dict[str, dict[str, int]]:
         model = vssm.create_model(
             case.model, schedule=variant.schedule, num_classes=CLASSES, **case.options
         )
-        found[key] = dataclasses.asdict(prepare(variant, model, operators="auto", device="cpu")[1])
+        found[key] = dataclasses.asdict(prepare(variant, model, backend="auto", device="cpu")[1])
     return found
 
 

@@ -54,13 +54,13 @@ def scan(
     z: Tensor | None = None,
     delta0: Tensor | None = None,
     scale: float = 1.0,
-    operators: str = "auto",
+    backend: str = "auto",
     recurrence: Recurrence = doubled,
 ) -> Tensor:
     """Arguments and result of `vssm.ops.operators.selective_scan`, for one or two directions.
 
     `order` is taken to be there and back; it is not looked at, nor is
-    `operators`: what computes is this.
+    `backend`: what computes is this.
     """
     directions = order.shape[1]
     if directions > 2 or delta0 is not None:

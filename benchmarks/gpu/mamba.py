@@ -185,7 +185,7 @@ def scan(extension: Any) -> Any:
         z: Tensor | None = None,
         delta0: Tensor | None = None,
         scale: float = 1.0,
-        operators: str = "auto",  # what computes is this
+        backend: str = "auto",  # what computes is this
     ) -> Tensor:
         if delta0 is not None or order.shape[1] > 2:
             raise ValueError("mamba-ssm runs Vim's scans alone: there and back, no constant gap")

@@ -91,7 +91,7 @@ def oracle(name: str, schedule: str | None, device: torch.device) -> Oracle:
     model = vssm.create_model(name, schedule=parsed)
     make = torch.Generator().manual_seed(0)
     images = torch.randn(_CHECKED, 3, *model.image_size, generator=make)
-    exact = copy.deepcopy(model).use_operators("oracle").double().to(device)
+    exact = copy.deepcopy(model).use_backend("reference").double().to(device)
     with torch.no_grad():
         logits = exact(images.double().to(device)).cpu()
     return Oracle(model, images, logits)

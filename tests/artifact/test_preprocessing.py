@@ -157,7 +157,7 @@ def manifest(preprocessing: Preprocessing | None) -> Manifest:
         dtype="float32",
         opset=18,
         files={},
-        operators={},
+        backend={},
         versions={},
         preprocessing=preprocessing,
     )

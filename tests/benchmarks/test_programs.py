@@ -260,4 +260,4 @@ def test_the_oracle_of_a_model_leaves_the_model_alone() -> None:
     exact = models.oracle("vim_tiny", None, CPU)
     assert exact.logits.dtype == torch.float64
     assert {p.dtype for p in exact.model.parameters()} == {torch.float32}
-    assert exact.model.operators == "auto"
+    assert exact.model.backend == "auto"

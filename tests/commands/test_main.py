@@ -39,11 +39,11 @@ def test_export_check_run_bench(cli: Run, tmp_path: Path, checkpoint: Path, pict
     assert "tokens kept by stage: [27, 21]" in cli.out
 
     assert cli("check", out, "--per-block", "--json", tmp_path / "check.json") == 0, cli.out
-    assert "operators: kernel" in cli.out
+    assert "backend: kernel" in cli.out
     assert "passed" in cli.out
     for file in (tmp_path / "check.json", out / "parity.json"):
         assert json.loads(file.read_text())["failures"] == []
-    assert cli("check", out, "--operators=body", "--image", picture) == 0, cli.out
+    assert cli("check", out, "--backend=body", "--image", picture) == 0, cli.out
 
     assert cli("run", out, picture, "--top=3", "--json", tmp_path / "run.json") == 0, cli.out
     (result,) = json.loads((tmp_path / "run.json").read_text())["images"]

@@ -84,7 +84,7 @@ def test_every_style_exports(tmp_path: Path, style: str) -> None:
     more = np.random.default_rng(1).standard_normal((3, *shape[1:])).astype(np.float32)
     report = vssm.check_parity(model, artifact, images=more)
     assert report.passed, report.failures
-    body = vssm.check_parity(None, artifact, operators="body")
+    body = vssm.check_parity(None, artifact, backend="body")
     assert body.passed, body.failures
 
 

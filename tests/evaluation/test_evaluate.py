@@ -88,15 +88,15 @@ def test_accuracy_is_that_of_the_session(export, pictures, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["found.csv", "found.json"]
 
 
-@pytest.mark.parametrize(("runtime", "operators"), [("ort-cpu", "body"), ("torch", None)])
-def test_every_runtime_finds_the_same(export, pictures, tmp_path, runtime, operators):
+@pytest.mark.parametrize(("runtime", "backend"), [("ort-cpu", "body"), ("torch", None)])
+def test_every_runtime_finds_the_same(export, pictures, tmp_path, runtime, backend):
     kernel = _evaluate(export, pictures, tmp_path)
     other = _evaluate(
         export,
         pictures,
         tmp_path,
         runtime=runtime,
-        operators=operators,
+        backend=backend,
         results=tmp_path / "other.csv",
     )
     assert (other.top1, other.top5) == (kernel.top1, kernel.top5)
@@ -184,8 +184,8 @@ def test_what_was_stopped_must_be_the_same_evaluation(export, pictures, tmp_path
         _evaluate(export, pictures, tmp_path, progress=_stop_after(2))
     with pytest.raises(ArtifactError, match=r"batch=8, now 4; run it to its end as it was"):
         _evaluate(export, pictures, tmp_path, batch=4)
-    with pytest.raises(ArtifactError, match=r"another evaluation: operators=kernel, now body;"):
-        _evaluate(export, pictures, tmp_path, operators="body")
+    with pytest.raises(ArtifactError, match=r"another evaluation: backend=kernel, now body;"):
+        _evaluate(export, pictures, tmp_path, backend="body")
     other = _copy(pictures, tmp_path / "other")
     Image.new("RGB", (60, 60)).save(other / "n001" / "one_more.png")
     with pytest.raises(ArtifactError, match=r"another evaluation: images=[0-9a-f]{64}, now"):

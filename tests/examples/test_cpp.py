@@ -67,12 +67,12 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("operators", ["kernel", "body"])
-def test_ort_classify(program: Path, artifact: Artifact, photo: Path, operators: str) -> None:
-    library = find_library() if operators == "kernel" else "-"
+@pytest.mark.parametrize("backend", ["kernel", "body"])
+def test_ort_classify(program: Path, artifact: Artifact, photo: Path, backend: str) -> None:
+    library = find_library() if backend == "kernel" else "-"
     status, shown, errors = run(program, artifact.model_path, library, photo)
     assert (status, errors) == (0, "")
-    with vssm.open_session(artifact, operators=operators) as session:
+    with vssm.open_session(artifact, backend=backend) as session:
         logits = session.run(vssm.preprocess(photo, artifact))["logits"][0].astype(np.float64)
     share = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     order = np.argsort(-share, kind="stable")[:5]

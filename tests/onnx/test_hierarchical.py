@@ -54,10 +54,10 @@ def oracle(model: VisionModel, x: np.ndarray) -> np.ndarray:
         return copy.deepcopy(model).double()(torch.from_numpy(x).double()).numpy()
 
 
-@pytest.mark.parametrize("operators", ["kernel", "body"])
-def test_numbers_at_any_batch(whole: tuple[VisionModel, Artifact], operators: str) -> None:
+@pytest.mark.parametrize("backend", ["kernel", "body"])
+def test_numbers_at_any_batch(whole: tuple[VisionModel, Artifact], backend: str) -> None:
     model, artifact = whole
-    with vssm.open_session(artifact, "ort-cpu", operators=operators, threads=1) as session:
+    with vssm.open_session(artifact, "ort-cpu", backend=backend, threads=1) as session:
         for batch in (1, 2, 3):
             x = images(model, batch)
             assert relative(session.run(x)["logits"], oracle(model, x)) <= FLOAT32[model.name]
@@ -81,8 +81,8 @@ def test_float16_is_as_good_as_torch_in_float16(half: tuple[VisionModel, Artifac
     want = oracle(model, x)
     with torch.no_grad():
         torch_half = _cast_copy(model, torch.float16)(torch.from_numpy(x)).numpy()
-    for operators in ("kernel", "body"):
-        with vssm.open_session(artifact, "ort-cpu", operators=operators, threads=1) as session:
+    for backend in ("kernel", "body"):
+        with vssm.open_session(artifact, "ort-cpu", backend=backend, threads=1) as session:
             logits = session.run(x)["logits"]
         assert logits.dtype == np.float32
         assert relative(logits, want) <= 2 * relative(torch_half, want)

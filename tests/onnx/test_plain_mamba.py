@@ -46,11 +46,11 @@ def model_of(artifact: Artifact) -> VisionModel:
     return micro_plain("1:0.7,3:0.8" if artifact.manifest.schedule else None)
 
 
-@pytest.mark.parametrize("operators", ["kernel", "body"])
+@pytest.mark.parametrize("backend", ["kernel", "body"])
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_sessions_give_the_oracles_numbers(artifact: Artifact, operators: str, batch: int) -> None:
+def test_sessions_give_the_oracles_numbers(artifact: Artifact, backend: str, batch: int) -> None:
     x = images(model_of(artifact), batch)
-    with vssm.open_session(artifact, operators=operators) as session:
+    with vssm.open_session(artifact, backend=backend) as session:
         outputs = session.run(x)
     want = oracle(model_of(artifact), x)
     assert relative(outputs["logits"], want.logits.numpy()) <= FLOAT32
@@ -58,9 +58,9 @@ def test_sessions_give_the_oracles_numbers(artifact: Artifact, operators: str, b
         np.testing.assert_array_equal(outputs[f"kept_positions_{stage}"], kept.numpy())
 
 
-@pytest.mark.parametrize("operators", ["kernel", "body"])
-def test_parity_compares_the_one_stream_of_every_block(artifact: Artifact, operators: str) -> None:
-    report = vssm.check_parity(None, artifact, operators=operators, per_block=True)
+@pytest.mark.parametrize("backend", ["kernel", "body"])
+def test_parity_compares_the_one_stream_of_every_block(artifact: Artifact, backend: str) -> None:
+    report = vssm.check_parity(None, artifact, backend=backend, per_block=True)
     assert report.passed, report.failures
     assert [b.name for b in report.blocks] == [f"block_{b}.hidden" for b in (1, 2, 3, 4)]
     assert [b.residual for b in artifact.manifest.block_outputs] == [None] * 4
@@ -81,7 +81,7 @@ def test_every_rule_exports(tmp_path: Path, rules: dict[str, object]) -> None:
     rules = {k: v for k, v in rules.items() if k not in options}
     model = micro_plain("1:0.7", rules=rules, depth=2, **{"layers_with_dwconv": (), **options})
     x = images(model, 3)
-    with vssm.open_session(exported(tmp_path, model), operators="body") as session:
+    with vssm.open_session(exported(tmp_path, model), backend="body") as session:
         logits = session.run(x)["logits"]
     assert relative(logits, oracle(model, x).logits.numpy()) <= FLOAT32
 
@@ -93,8 +93,8 @@ def test_float16_is_as_good_as_torch_in_float16(tmp_path: Path) -> None:
     want = oracle(model, x).logits.numpy()
     with torch.no_grad():
         half = _cast_copy(model, torch.float16)(torch.from_numpy(x)).numpy()
-    for operators in ("kernel", "body"):
-        with vssm.open_session(artifact, operators=operators) as session:
+    for backend in ("kernel", "body"):
+        with vssm.open_session(artifact, backend=backend) as session:
             logits = session.run(x)["logits"]
         assert logits.dtype == np.float32
         error = relative(logits, want)

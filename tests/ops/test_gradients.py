@@ -53,7 +53,7 @@ def test_training_runs_on_the_kernels(name, dtype):
     case = scan_case(seqlen=70, d_inner=20, batch=2, dtype=dtype, extra=EXTRA[name])
     dy = upstream(case).to(dtype)
     y, gradients = _train(case, dy, scale=0.5)
-    assert torch.equal(y, ops.selective_scan(**case, scale=0.5, operators="kernel"))
+    assert torch.equal(y, ops.selective_scan(**case, scale=0.5, backend="kernel"))
     assert all(g.dtype == case[n].dtype for n, g in gradients.items())
     expected = oracle_gradients(case, dy, scale=0.5)
     assert largest_error(gradients, expected) <= GRADIENT_TOLERANCE[dtype]
@@ -127,23 +127,23 @@ def test_without_the_library_gradients_are_refused(monkeypatch):
     leaves = _leaves(case)
     y = ops.selective_scan(**leaves)
     assert torch.equal(y, reference.selective_scan(**case))
-    with pytest.raises(RuntimeUnavailableError, match=r"with `make`; or .* operators='oracle'"):
+    with pytest.raises(RuntimeUnavailableError, match=r"with `make`; or .* backend='reference'"):
         y.sum().backward()
-    ops.selective_scan(**leaves, operators="oracle").backward(upstream(case))
+    ops.selective_scan(**leaves, backend="reference").backward(upstream(case))
     expected = oracle_gradients(case, upstream(case))
     assert largest_error({"u": leaves["u"].grad}, {"u": expected["u"]}) <= 1e-5
 
 
-@pytest.mark.parametrize("operators", ["oracle", "kernel"])
-def test_the_choice_of_operators_counts_in_training(operators):
+@pytest.mark.parametrize("backend", ["reference", "kernel"])
+def test_the_choice_of_operators_counts_in_training(backend):
     case = scan_case(seqlen=20, d_inner=5)
-    y, gradients = _train(case, upstream(case), operators=operators)
-    assert torch.equal(y, ops.selective_scan(**case, operators=operators))
+    y, gradients = _train(case, upstream(case), backend=backend)
+    assert torch.equal(y, ops.selective_scan(**case, backend=backend))
     exact = largest_error(gradients, oracle_gradients(case, upstream(case)))
     assert exact <= GRADIENT_TOLERANCE[torch.float32]
-    _, of_kernels = _train(case, upstream(case), operators="kernel")
+    _, of_kernels = _train(case, upstream(case), backend="kernel")
     same = all(torch.equal(g, of_kernels[n]) for n, g in gradients.items())
-    assert same == (operators == "kernel")
+    assert same == (backend == "kernel")
 
 
 def test_values_that_break_the_contract_are_refused_in_training_too():

@@ -24,7 +24,7 @@ GATHERS = [(op.name, types) for op in GATHER_OPERATORS for types in op.types]
 
 @pytest.fixture(params=["host", "emulated"])
 def backend(request, monkeypatch):
-    """What `operators="kernel"` runs on CPU tensors: the CPU kernels, or CUDA's in emulation."""
+    """What `backend="kernel"` runs on CPU tensors: the CPU kernels, or CUDA's in emulation."""
     if request.param == "emulated":
         _use(monkeypatch, "vssm_emulated")
     return request.param
@@ -46,7 +46,7 @@ def _error(got, want):
 def test_scan_matches_the_oracle(backend, index, name, dtype):
     case = scan_case(**SHAPES[index], extra=EXTRA[name], dtype=dtype, seed=index)
     attributes = {"params_by_step": bool(index % 2), "scale": 0.5 if index % 3 == 0 else 1.0}
-    got = ops.selective_scan(**case, **attributes, operators="kernel")
+    got = ops.selective_scan(**case, **attributes, backend="kernel")
     want = reference.selective_scan(**scan_reference_arguments(case), **attributes)
     assert got.dtype == dtype
     assert got.is_contiguous()
@@ -63,7 +63,7 @@ def test_gather_is_the_oracle(backend, shared, name, types):
     xs = [case[f"x{i}"] for i in range(len(types))]
     attributes = {"num_keep": 40, "protected_position": int(case["position"][0, 7])}
     kept, rows = ops.token_gather(
-        case["score"], case["position"], xs, **attributes, operators="kernel"
+        case["score"], case["position"], xs, **attributes, backend="kernel"
     )
     want, rows_wanted = reference.token_gather(case["score"], case["position"], xs, **attributes)
     assert torch.equal(kept, want)
@@ -75,7 +75,7 @@ def test_gather_is_the_oracle(backend, shared, name, types):
 @pytest.mark.parametrize("name", EXTRA)
 def test_views_are_taken_as_they_read(backend, name):
     case = scan_case(seqlen=9, extra=EXTRA[name], batch=3, per_image=True)
-    want = ops.selective_scan(**case, operators="kernel")
+    want = ops.selective_scan(**case, backend="kernel")
     views = {}
     for key, tensor in case.items():
         wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), -1).to(tensor.dtype)
@@ -83,16 +83,16 @@ def test_views_are_taken_as_they_read(backend, name):
         views[key] = wide[..., ::2]
     views["u"] = case["u"].transpose(1, 3).contiguous().transpose(1, 3)
     assert not any(view.is_contiguous() for view in views.values())
-    assert torch.equal(ops.selective_scan(**views, operators="kernel"), want)
+    assert torch.equal(ops.selective_scan(**views, backend="kernel"), want)
 
 
 def test_expanded_tables_are_shared(backend):
     """One order for all images, and one row expanded to as many: both read the same."""
     case = scan_case(seqlen=9, batch=3)
-    want = ops.selective_scan(**case, operators="kernel")
+    want = ops.selective_scan(**case, backend="kernel")
     case["order"] = case["order"].expand(3, -1, -1)
     case["gap"] = case["gap"].expand(3, -1, -1)
-    assert torch.equal(ops.selective_scan(**case, operators="kernel"), want)
+    assert torch.equal(ops.selective_scan(**case, backend="kernel"), want)
 
 
 @pytest.mark.parametrize("op", SCAN_OPERATORS, ids=lambda op: op.name)
@@ -100,22 +100,22 @@ def test_an_empty_batch(backend, op):
     case = scan_case(seqlen=5, extra=EXTRA[op.name])
     batched = {o.name for o in op.inputs if o.shape[0] == "batch"}
     case = {n: t[:0] if n in batched else t for n, t in case.items()}
-    assert ops.selective_scan(**case, operators="kernel").shape == (0, 5, 16)
+    assert ops.selective_scan(**case, backend="kernel").shape == (0, 5, 16)
 
 
 def test_a_launch_gets_an_aligned_workspace(monkeypatch):
     """vssm_probe's launchers write stream, workspace and its size into the first output."""
     _use(monkeypatch, "vssm_probe")
-    y = ops.selective_scan(**scan_case(seqlen=9), operators="kernel")
+    y = ops.selective_scan(**scan_case(seqlen=9), backend="kernel")
     stream, workspace, size = y.view(-1)[:6].view(torch.int64).tolist()
     assert (stream, workspace % 256, size) == (0, 0, 4000)
     assert workspace != 0
     case = gather_case(seqlen=9)
     xs = [case["x0"], case["x1"]]
-    _, rows = ops.token_gather(case["score"], case["position"], xs, num_keep=4, operators="kernel")
+    _, rows = ops.token_gather(case["score"], case["position"], xs, num_keep=4, backend="kernel")
     assert rows[0].view(-1)[:6].view(torch.int64).tolist() == [0, 0, 0]
     with pytest.raises(UnsupportedError, match="the launch failed, as the test asked"):
-        ops.selective_scan(**scan_case(seqlen=9), scale=-1.0, operators="kernel")
+        ops.selective_scan(**scan_case(seqlen=9), scale=-1.0, backend="kernel")
 
 
 def test_the_default_on_the_cpu_is_the_oracle(monkeypatch):
@@ -126,24 +126,24 @@ def test_the_default_on_the_cpu_is_the_oracle(monkeypatch):
     case = scan_case(seqlen=9)
     want = reference.selective_scan(**case)
     assert torch.equal(ops.selective_scan(**case), want)
-    assert torch.equal(ops.selective_scan(**case, operators="oracle"), want)
+    assert torch.equal(ops.selective_scan(**case, backend="reference"), want)
 
 
 def test_bad_values_are_errors_of_the_cpu_kernels():
     case = scan_case(seqlen=9)
     case["order"] = torch.zeros_like(case["order"])
     with pytest.raises(ValueError, match="is there twice in one direction"):
-        ops.selective_scan(**case, operators="kernel")
+        ops.selective_scan(**case, backend="kernel")
 
 
 def test_what_no_kernel_takes_is_an_error():
     case = {k: v.double() if v.is_floating_point() else v for k, v in scan_case(seqlen=9).items()}
     with pytest.raises(ValueError, match=r"dtype=float64: the kernels compute in float32"):
-        ops.selective_scan(**case, operators="kernel")
-    with pytest.raises(ValueError, match=r"operators='fast' is not one of auto, oracle, kernel"):
-        ops.selective_scan(**scan_case(seqlen=9), operators="fast")
+        ops.selective_scan(**case, backend="kernel")
+    with pytest.raises(ValueError, match=r"backend='fast' is not one of auto, oracle, kernel"):
+        ops.selective_scan(**scan_case(seqlen=9), backend="fast")
     case = {k: v.to("meta") for k, v in scan_case(seqlen=9).items()}
-    assert ops.selective_scan(**case, operators="kernel").is_meta, "meta tensors have shapes alone"
+    assert ops.selective_scan(**case, backend="kernel").is_meta, "meta tensors have shapes alone"
 
 
 def test_operands_on_two_devices_are_refused():
@@ -169,14 +169,14 @@ def test_a_missing_library_is_said(monkeypatch):
     ops_kernels.kernels.cache_clear()
     monkeypatch.setattr(ops_kernels, "find_library", missing)
     with pytest.raises(RuntimeUnavailableError, match=r"libvssm\.so"):
-        ops.selective_scan(**scan_case(seqlen=9), operators="kernel")
+        ops.selective_scan(**scan_case(seqlen=9), backend="kernel")
 
 
 @pytest.mark.parametrize("op", OPERATORS.values(), ids=lambda op: op.name)
-@pytest.mark.parametrize("operators", ["oracle", "kernel"])
+@pytest.mark.parametrize("backend", ["reference", "kernel"])
 def test_every_overload_has_the_tables_schema(op, operators):
-    auto, other = ops.torch_op(op)._schema, ops.torch_op(op, operators)._schema
-    assert other.overload_name == operators
+    auto, other = ops.torch_op(op)._schema, ops.torch_op(op, backend)._schema
+    assert other.overload_name == backend
     assert [(a.name, str(a.type), a.default_value) for a in other.arguments] == [
         (a.name, str(a.type), a.default_value) for a in auto.arguments
     ]
@@ -197,11 +197,11 @@ def test_opcheck_of_the_kernels(op):
 def test_gradients_are_the_oracles():
     case = scan_case(seqlen=9, extra="z")
     gradients = []
-    for operators in ("oracle", "kernel"):
+    for backend in ("reference", "kernel"):
         leaves = {k: v.clone() for k, v in case.items()}
         for name in ("u", "delta", "A", "z"):
             leaves[name].requires_grad_()
-        ops.selective_scan(**leaves, operators=operators).square().sum().backward()
+        ops.selective_scan(**leaves, backend=backend).square().sum().backward()
         gradients.append(torch.cat([leaves[n].grad.flatten() for n in ("u", "delta", "A", "z")]))
     assert _error(gradients[1], gradients[0].double()) <= 1e-5
 
@@ -219,15 +219,15 @@ def test_a_model_runs_on_the_kernels(backend, family):
     x = torch.randn(2, 3, *model.image_size)
     with torch.inference_mode():
         want = model.forward_details(x)
-        got = model.use_operators("kernel").forward_details(x)
-    assert {m.operators for m in model.modules() if hasattr(type(m), "operators")} == {"kernel"}
+        got = model.use_backend("kernel").forward_details(x)
+    assert {m.backend for m in model.modules() if hasattr(type(m), "backend")} == {"kernel"}
     assert _error(got.logits, want.logits.double()) <= 2e-5
     for kept, kept_wanted in zip(got.kept_positions, want.kept_positions, strict=True):
         assert torch.equal(kept, kept_wanted)
 
 
 def test_a_model_compiles_in_one_graph(backend):
-    model = micro().use_operators("kernel")
+    model = micro().use_backend("kernel")
     x = torch.randn(2, 3, *model.image_size)
     with torch.inference_mode():
         want = model(x)
@@ -238,17 +238,17 @@ def test_a_model_compiles_in_one_graph(backend):
 
 def test_create_model_takes_the_choice():
     options = {"depth": 1, "d_model": 8, "image_size": 32}
-    model = vssm.create_model("vim_tiny", operators="kernel", **options)
-    assert model.operators == "kernel"
-    assert "operators" not in vars(model.config)
-    with pytest.raises(ValueError, match=r"operators='fast' is not one of auto, oracle, kernel"):
-        vssm.create_model("vim_tiny", operators="fast", **options)
+    model = vssm.create_model("vim_tiny", backend="kernel", **options)
+    assert model.backend == "kernel"
+    assert "backend" not in vars(model.config)
+    with pytest.raises(ValueError, match=r"backend='fast' is not one of auto, oracle, kernel"):
+        vssm.create_model("vim_tiny", backend="fast", **options)
 
 
 def test_export_and_parity_do_not_depend_on_the_choice(tmp_path):
-    model = micro().use_operators("kernel")
+    model = micro().use_backend("kernel")
     artifact = vssm.export(model, tmp_path / "out")
-    assert model.operators == "kernel"
+    assert model.backend == "kernel"
     assert vssm.check_parity(model, artifact).passed
 
 

@@ -29,11 +29,11 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return exported(tmp_path_factory.mktemp("parity"), micro())
 
 
-@pytest.mark.parametrize("operators", ["kernel", "body"])
-def test_a_right_export_passes(artifact: Artifact, operators: str) -> None:
-    report = vssm.check_parity(None, artifact, operators=operators, per_block=True)
+@pytest.mark.parametrize("backend", ["kernel", "body"])
+def test_a_right_export_passes(artifact: Artifact, backend: str) -> None:
+    report = vssm.check_parity(None, artifact, backend=backend, per_block=True)
     assert report.passed
-    assert report.info.operators == operators
+    assert report.info.backend == backend
     assert report.kept_agreement == [1.0, 1.0]
     assert report.top1_agreement == 1.0
     assert [b.name for b in report.blocks][:2] == ["block_1.hidden", "block_1.residual"]
@@ -189,7 +189,7 @@ def test_forced_graph_keeps_what_it_is_given(artifact: Artifact) -> None:
     rng = np.random.default_rng(5)
     first = np.stack([np.sort(rng.permutation(37)[:27]) for _ in range(2)]).astype(np.int32)
     second = np.stack([np.sort(rng.permutation(row)[:21]) for row in first]).astype(np.int32)
-    with OrtCpuSession(artifact, operators="body", model=model.SerializeToString()) as session:
+    with OrtCpuSession(artifact, backend="body", model=model.SerializeToString()) as session:
         feeds = {"images": images(micro(), 2), names[0]: first, names[1]: second}
         got = session.run_feeds(feeds)
     np.testing.assert_array_equal(got["kept_positions_0"], first)

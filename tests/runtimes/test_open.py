@@ -30,14 +30,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def test_all_runtimes_agree_and_say_what_ran(artifact: Artifact) -> None:
     x = images(micro(), 3)
     outputs = {}
-    for runtime, operators in RUNS:
-        with vssm.open_session(artifact, runtime, operators=operators, threads=1) as session:
-            outputs[operators] = session.run(x)
+    for runtime, backend in RUNS:
+        with vssm.open_session(artifact, runtime, backend=backend, threads=1) as session:
+            outputs[backend] = session.run(x)
             assert session.info.runtime == runtime
-            assert session.info.operators == (operators or "oracle")
+            assert session.info.backend == (backend or "reference")
             assert session.info.threads == 1
-            assert (session.info.library is not None) == (operators == "kernel")
-            assert session.info.operators in str(session.info)
+            assert (session.info.library is not None) == (backend == "kernel")
+            assert session.info.backend in str(session.info)
     want = outputs[None]
     for got in (outputs["kernel"], outputs["body"]):
         assert set(got) == set(want) == {"logits", "kept_positions_0", "kept_positions_1"}
@@ -52,10 +52,10 @@ def test_a_body_in_place_of_the_kernel_is_an_error(artifact: Artifact) -> None:
     """A graph without our operators, passed off as the file: the counter of kernel runs tells."""
     model = onnx.inliner.inline_local_functions(onnx.load(artifact.model_path))
     x = images(micro(), 1)
-    kernel = OrtCpuSession(artifact, operators="kernel", model=model.SerializeToString())
+    kernel = OrtCpuSession(artifact, backend="kernel", model=model.SerializeToString())
     with kernel, pytest.raises(RuntimeUnavailableError, match=r"ran the fallback bodies"):
         kernel.run(x)
-    with OrtCpuSession(artifact, operators="body", model=model.SerializeToString()) as body:
+    with OrtCpuSession(artifact, backend="body", model=model.SerializeToString()) as body:
         assert body.run(x)["logits"].shape == (1, 7)
 
 
@@ -66,7 +66,7 @@ def test_missing_library_is_an_error(artifact: Artifact, monkeypatch: pytest.Mon
     monkeypatch.setattr("vssm.runtimes.library.find_library", missing)
     with pytest.raises(RuntimeUnavailableError, match=r"libvssm_onnxruntime"):
         vssm.open_session(artifact, "ort-cpu")
-    with vssm.open_session(artifact, "ort-cpu", operators="body") as session:
+    with vssm.open_session(artifact, "ort-cpu", backend="body") as session:
         assert session.run(images(micro(), 1))["logits"].shape == (1, 7)
 
 
@@ -83,12 +83,12 @@ def test_bfloat16_is_refused_with_the_reason(tmp_path: Path) -> None:
         vssm.open_session(artifact, "ort-cpu")
 
 
-@pytest.mark.parametrize(("runtime", "operators"), RUNS)
+@pytest.mark.parametrize(("runtime", "backend"), RUNS)
 def test_a_session_serves_several_threads(
-    artifact: Artifact, runtime: str, operators: str | None
+    artifact: Artifact, runtime: str, backend: str | None
 ) -> None:
     batches = [images(micro(), 1 + i % 3, seed=i) for i in range(12)]
-    with vssm.open_session(artifact, runtime, operators=operators, threads=1) as session:
+    with vssm.open_session(artifact, runtime, backend=backend, threads=1) as session:
         alone = [session.run(x)["logits"] for x in batches]
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             together = [out["logits"] for out in pool.map(session.run, batches)]
@@ -99,10 +99,10 @@ def test_a_session_serves_several_threads(
 def test_bad_arguments(artifact: Artifact) -> None:
     with pytest.raises(ValueError, match=r"runtime='cuda' is not one of ort-cpu, ort-cuda, torch"):
         vssm.open_session(artifact, "cuda")
-    with pytest.raises(ValueError, match=r"operators='fast' is not one of kernel, body"):
-        vssm.open_session(artifact, "ort-cpu", operators="fast")
-    with pytest.raises(ValueError, match=r"operators='body' with runtime='torch'"):
-        vssm.open_session(artifact, "torch", operators="body")
+    with pytest.raises(ValueError, match=r"backend='fast' is not one of kernel, body"):
+        vssm.open_session(artifact, "ort-cpu", backend="fast")
+    with pytest.raises(ValueError, match=r"backend='body' with runtime='torch'"):
+        vssm.open_session(artifact, "torch", backend="body")
     for runtime in ("ort-cpu", "torch"):
         for threads in (-1, 0, 1025, 10**20):
             with pytest.raises(ValueError, match=r"threads=-?\d+ is outside \[1, 1024\]"):
@@ -127,13 +127,13 @@ def test_a_torch_session_gives_the_threads_back(artifact: Artifact) -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize(("runtime", "operators"), RUNS)
+@pytest.mark.parametrize(("runtime", "backend"), RUNS)
 def test_views_and_read_only_images_run(
-    artifact: Artifact, runtime: str, operators: str | None
+    artifact: Artifact, runtime: str, backend: str | None
 ) -> None:
     view = images(micro(), 2)[:, ::-1]  # BGR to RGB
     view.setflags(write=False)
-    with vssm.open_session(artifact, runtime, operators=operators) as session:
+    with vssm.open_session(artifact, runtime, backend=backend) as session:
         want = session.run(np.ascontiguousarray(view))["logits"]
         np.testing.assert_array_equal(session.run(view)["logits"], want)
 
@@ -159,7 +159,7 @@ def test_what_onnxruntime_refuses_is_said_in_one_line(artifact: Artifact) -> Non
 
 def test_bad_images(artifact: Artifact) -> None:
     x = images(micro(), 1)
-    with vssm.open_session(artifact, operators="body") as session:
+    with vssm.open_session(artifact, backend="body") as session:
         with pytest.raises(TypeError, match=r"float64 is no NumPy array of float32"):
             session.run(x.astype(np.float64))
         with pytest.raises(TypeError, match=r"list of no dtype is no NumPy array"):

@@ -179,7 +179,7 @@ def test_a_library_without_cuda_is_an_error(stand_in, artifact, monkeypatch):
     monkeypatch.setattr(ort_cuda, "library_info", lambda: plain)
     with pytest.raises(RuntimeUnavailableError, match=r"was built without CUDA kernels; put nvcc"):
         OrtCudaSession(artifact)
-    with OrtCudaSession(artifact, operators="body") as session:
+    with OrtCudaSession(artifact, backend="body") as session:
         assert session.run(images(micro(), 1))["logits"].shape == (1, 7)
 
 

@@ -55,7 +55,7 @@ def test_flops_column_reproduces_the_published(name, variant, printed, figure):
     chosen = next(v for v in plan.variants if v.key == variant)
     with torch.device("meta"):
         model = vssm.create_model(name, schedule=chosen.schedule)
-    cost = prepare(chosen, model, operators="auto", device="meta")[1]
+    cost = prepare(chosen, model, backend="auto", device="meta")[1]
     assert getattr(cost, figure) / 1e9 == pytest.approx(printed, rel=5e-3)
     beside = published(name, variant, schedule)
     assert beside.gflops == printed
@@ -77,7 +77,7 @@ def test_without_alignments_part_is_plain_removal(name):
         if variant.key in {"gap", "none"}:
             with torch.device("meta"):
                 model = vssm.create_model(name, schedule=variant.schedule)
-            costs[variant.key] = prepare(variant, model, operators="auto", device="meta")[1]
+            costs[variant.key] = prepare(variant, model, backend="auto", device="meta")[1]
     assert costs["gap"].unaligned == costs["none"].published == costs["none"].unaligned
     assert costs["gap"].published > costs["gap"].unaligned
 
@@ -245,7 +245,7 @@ def test_refusals(cli, tmp_path, pictures):
         "batch=0 is below 1": (pruned, ("--batch=0",)),
         "workers=-1 is below 0": (pruned, ("--workers=-1",)),
         "device='tpu' is not one of": (pruned, ("--device=tpu",)),
-        "operators='fast' is not one of": (pruned, ("--operators=fast",)),
+        "backend='fast' is not one of": (pruned, ("--backend=fast",)),
     }
     for message, (export, options) in cases.items():
         assert cli("ablate", export.directory, pictures, "-o", tmp_path / "out", *options) == 2

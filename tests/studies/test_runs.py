@@ -455,8 +455,8 @@ def test_refusals(cli, data, checkpoints, tmp_path, monkeypatch):
     files = [f"--checkpoint={file}" for file in checkpoints]
     assert cli("ablate", export.directory, data, "-o", tmp_path / "out", *files) == 2
     assert "is an export, which has its own weights and sizes; leave --checkpoint" in cli.out
-    assert cli("ablate", *given[:-1], tmp_path / "no", *train, "--operators=fast") == 2
-    assert "operators='fast' is not one of" in cli.out
+    assert cli("ablate", *given[:-1], tmp_path / "no", *train, "--backend=fast") == 2
+    assert "backend='fast' is not one of" in cli.out
     assert not (tmp_path / "no" / "finetuned").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli("ablate", *given, *train) == 2

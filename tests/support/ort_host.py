@@ -57,7 +57,7 @@ class Host:
     stream = 0x5EED
 
     def __init__(self, library: Path, version: int = 29) -> None:
-        self.operators: list[int] = []
+        self.backend: list[int] = []
         self.scratch: dict[int, Tensor] = {}
         self.lent: list[int] = []
         self.allocators = 0
@@ -91,7 +91,7 @@ class Host:
         self, name: str, provider: str, dtypes: Mapping[str, torch.dtype] | None = None
     ) -> int:
         """The registered operator of this name, provider and types of inputs, in their order."""
-        for op in self.operators:
+        for op in self.backend:
             if (self._text(op, "GetName"), self._text(op, "GetExecutionProviderType")) != (
                 name,
                 provider,
@@ -106,7 +106,7 @@ class Host:
         """(operator, provider) of everything that was registered."""
         return [
             (self._text(op, "GetName"), self._text(op, "GetExecutionProviderType"))
-            for op in self.operators
+            for op in self.backend
         ]
 
     # A node's life.
@@ -244,7 +244,7 @@ class Host:
 
     def _add(self, domain: int, op: int) -> None:
         assert self._objects[domain] == "domain"
-        self.operators.append(op)
+        self.backend.append(op)
 
     def _data(self, value: int, out: Any) -> None:
         out[0] = self._objects[value].data_ptr()

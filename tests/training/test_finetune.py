@@ -571,7 +571,7 @@ def test_distillation(data, checkpoint, tmp_path, whole):
     assert (tmp_path / "b" / "log.csv").read_bytes() != (whole / "log.csv").read_bytes()
     asked = request(data, tmp_path / "c", what=subject(checkpoint), distil=0.5)
     _, teacher = build_models(asked, Group("cpu"))
-    assert {m.operators for m in teacher.modules() if hasattr(m, "operators")} == {"kernel"}
+    assert {m.backend for m in teacher.modules() if hasattr(m, "backend")} == {"kernel"}
     with pytest.raises(ValueError, match=r"distil=0.5 needs a schedule and a checkpoint"):
         request(data, tmp_path, distil=0.5)
 

@@ -130,14 +130,14 @@ def _subjects(
     return subjects
 
 
-def _ort(artifact: Artifact, operators: str, threads: int) -> Session:
-    return OrtCpuSession(artifact, operators=operators, threads=threads)
+def _ort(artifact: Artifact, backend: str, threads: int) -> Session:
+    return OrtCpuSession(artifact, backend=backend, threads=threads)
 
 
-def _cuda(artifact: Artifact, operators: str, threads: int) -> OrtCudaSession:
+def _cuda(artifact: Artifact, backend: str, threads: int) -> OrtCudaSession:
     from vssm.runtimes.ort_cuda import OrtCudaSession
 
-    return OrtCudaSession(artifact, operators=operators, threads=threads)
+    return OrtCudaSession(artifact, backend=backend, threads=threads)
 
 
 class _Resident(Session):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 console = Console(markup=False, emoji=False)
 
-EngineOperators = Annotated[
+EngineBackend = Annotated[
     str | None,
     typer.Option(help="kernel (the default: our plugins) or body, the file's functions."),
 ]
@@ -41,7 +41,7 @@ def engine(
         bool, typer.Option("--rtx", help="TensorRT for RTX: no GPU needed, fallback bodies.")
     ] = False,
     batch: Annotated[str, typer.Option(help="Batch sizes MIN,OPT,MAX.")] = "1,8,32",
-    operators: EngineOperators = None,
+    backend: EngineBackend = None,
     memory: Annotated[
         int | None, typer.Option(help="Workspace limit in MiB; TensorRT's own without.")
     ] = None,
@@ -70,7 +70,7 @@ def engine(
     low, opt, high = _three(batch)
     request = EngineRequest(
         runtime="tensorrt-rtx" if rtx else "tensorrt",
-        operators=operators,
+        backend=backend,
         batch=(low, opt, high),
         memory_mib=memory,
         level=level,
@@ -190,7 +190,7 @@ def _print_engine(directory: Path, info: EngineInfo) -> None:
     model = (directory / "model.onnx").stat().st_size
     console.print(
         f"{product.title} {info.version}, {info.gpu or 'no GPU needed'}, batch "
-        f"{'-'.join(map(str, info.batch))}, operators: {info.operators}"
+        f"{'-'.join(map(str, info.batch))}, backend: {info.backend}"
     )
     console.print(
         f"{info.nodes:,} nodes became {info.layers:,} layers; model.onnx of {model:,} bytes became "

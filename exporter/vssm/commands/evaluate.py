@@ -32,7 +32,7 @@ def evaluate(
     images: Images,
     *,
     runtime: Runtime = "ort-cpu",
-    operators: Operators = None,
+    backend: Operators = None,
     threads: Threads = None,
     batch: Annotated[int, typer.Option(help="Images a batch.")] = 32,
     workers: Annotated[
@@ -54,7 +54,7 @@ def evaluate(
             directory,
             images,
             runtime,
-            operators=operators,
+            backend=backend,
             threads=threads,
             batch=batch,
             workers=workers,

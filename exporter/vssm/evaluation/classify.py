@@ -22,7 +22,7 @@ def classify(
     files: Sequence[Path],
     runtime: str,
     *,
-    operators: str | None = None,
+    backend: str | None = None,
     threads: int | None = None,
     trust: bool = False,
     labels: Path | None = None,
@@ -41,9 +41,7 @@ def classify(
     classes = int(manifest.outputs[0].shape[1])
     names = manifest.labels if labels is None else read_labels(labels, classes)
     results: list[dict[str, Any]] = []
-    with open_session(
-        artifact, runtime, operators=operators, threads=threads, trust=trust
-    ) as session:
+    with open_session(artifact, runtime, backend=backend, threads=threads, trust=trust) as session:
         step = min(_RUN_BATCH, session.batches[1])
         for start in range(0, len(files), step):
             some = files[start : start + step]

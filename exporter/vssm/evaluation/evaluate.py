@@ -195,7 +195,7 @@ def evaluate(
     images: str | os.PathLike[str],
     runtime: str = "ort-cpu",
     *,
-    operators: str | None = None,
+    backend: str | None = None,
     threads: int | None = None,
     batch: int = 32,
     workers: int | None = None,
@@ -213,7 +213,7 @@ def evaluate(
         artifact: the export, or its directory.
         images: the folder, laid out as ImageNet's validation set.
         runtime: as for `open_session`.
-        operators: as for `open_session`.
+        backend: as for `open_session`.
         threads: as for `open_session`.
         batch: images of one run.
         workers: processes that load images; 0 for this one alone; None for up to four.
@@ -238,7 +238,7 @@ def evaluate(
     summary = _summary_of(target, opened)
     num_classes = int(opened.manifest.outputs[0].shape[1])
     pictures = open_pictures(root, num_classes, None if classes is None else Path(classes))
-    with open_session(opened, runtime, operators=operators, threads=threads) as session:
+    with open_session(opened, runtime, backend=backend, threads=threads) as session:
         header = {
             **{key: str(value) for key, value in asdict(session.info).items()},
             "model": sha256_of(opened.directory / MANIFEST_NAME),

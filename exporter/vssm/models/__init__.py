@@ -91,7 +91,7 @@ def create_model(
     *,
     schedule: PruneSchedule | None = None,
     num_classes: int = 1000,
-    operators: str = "auto",
+    backend: str = "auto",
     **overrides: Any,
 ) -> VisionModel:
     """A model in eval mode with the official state_dict keys and seeded initial weights.
@@ -103,7 +103,7 @@ def create_model(
         name: one of `list_models()`.
         schedule: token pruning; None for the dense model.
         num_classes: width of the classifier.
-        operators: what computes the custom operators, as for `VisionModel.use_operators`.
+        backend: what computes the custom operators, as for `VisionModel.use_backend`.
         overrides: fields of the family's configuration, such as image_size.
 
     Raises:
@@ -113,7 +113,7 @@ def create_model(
     """
     _, _, changes = _entry(name)
     config = {**changes, "num_classes": num_classes, **overrides}
-    return model_from_config(name, config, schedule).use_operators(operators)
+    return model_from_config(name, config, schedule).use_backend(backend)
 
 
 def model_from_config(

@@ -69,7 +69,7 @@ class VisionModel(nn.Module):
         residual_stream: whether a block reports a residual stream beside its output.
         checkpoint: the file the weights were loaded from, None for initial weights.
         published_directions: scan directions that the published FLOPs count.
-        operators: what computes the custom operators, see `use_operators`.
+        backend: what computes the custom operators, see `use_backend`.
         pruner: what makes a stage; an ablation may set another of the same form on a model.
     """
 
@@ -84,7 +84,7 @@ class VisionModel(nn.Module):
     residual_stream = True
     checkpoint: CheckpointInfo | None = None
     published_directions = 1  # that the published FLOPs count
-    operators = "auto"
+    backend = "auto"
     pruner = staticmethod(prune)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -108,23 +108,23 @@ class VisionModel(nn.Module):
     def _forward(self, images: Tensor, with_blocks: bool) -> ForwardDetails:
         raise NotImplementedError
 
-    def use_operators(self, operators: str) -> Self:
+    def use_backend(self, backend: str) -> Self:
         """Choose what computes the custom operators of this model; the model itself comes back.
 
         Exports and parity checks do not depend on it; docs/operators.md says what gradients are.
 
         Args:
-            operators: "auto": the native kernels on CUDA, and on the CPU while gradients are
-                recorded; the PyTorch oracle anywhere else and in float64. "oracle": the oracle
+            backend: "auto": the native kernels on CUDA, and on the CPU while gradients are
+                recorded; the PyTorch oracle anywhere else and in float64. "reference": the oracle
                 everywhere. "kernel": the native kernels on CUDA and on the CPU; no float64.
 
         Raises:
             ValueError: it is none of the three.
         """
-        checked_choice(operators)
+        checked_choice(backend)
         for module in self.modules():
-            if hasattr(type(module), "operators"):
-                vars(module)["operators"] = operators
+            if hasattr(type(module), "backend"):
+                vars(module)["backend"] = backend
         return self
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

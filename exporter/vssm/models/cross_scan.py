@@ -82,7 +82,7 @@ class CrossScanConfig:
 class CrossScanMixer(nn.Module):
     """in_proj, 3x3 depthwise convolution, silu, one scan of all walks, norm, gate, out_proj."""
 
-    operators = "auto"  # see VisionModel.use_operators
+    backend = "auto"  # see VisionModel.use_backend
 
     def __init__(self, config: CrossScanConfig) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class CrossScanMixer(nn.Module):
             delta_bias=wide(self.dt_projs_bias),
             order=walks.order,
             gap=walks.gap,
-            operators=self.operators,
+            backend=self.backend,
         )
 
     def _low_projection(self) -> Tensor:

@@ -53,10 +53,10 @@ def _prune_and_fuse(
     score: Tensor,
     streams: Sequence[Tensor],
     *,
-    operators: str = "auto",
+    backend: str = "auto",
 ) -> tuple[Tokens, list[Tensor], StageResult]:
     """`prune`, with the weakest kept token's rows replaced by the fused ones."""
-    after, rows, result = prune(stage, tokens, score, streams, operators=operators)
+    after, rows, result = prune(stage, tokens, score, streams, backend=backend)
     if stage.num_keep == stage.seqlen:
         return after, rows, result
     kept, score = result.kept_position, result.score

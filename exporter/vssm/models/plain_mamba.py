@@ -261,7 +261,7 @@ class PlainMambaMixer(nn.Module):
     twice: in dt_proj and again in the scan.
     """
 
-    operators = "auto"  # see VisionModel.use_operators
+    backend = "auto"  # see VisionModel.use_backend
 
     def __init__(self, config: PlainMambaConfig) -> None:
         super().__init__()
@@ -336,7 +336,7 @@ class PlainMambaMixer(nn.Module):
             z=z,
             delta0=self._delta0(bias).expand(directions, -1) if constant else None,
             params_by_step=True,
-            operators=self.operators,
+            backend=self.backend,
         )
 
     def _delta0(self, bias: Tensor) -> Tensor:
@@ -488,7 +488,7 @@ class PlainMamba(VisionModel):
                 blocks.append((x, None))
             if stage is not None:
                 tokens, streams, result = self.pruner(
-                    stage, tokens, score, [x], operators=self.operators
+                    stage, tokens, score, [x], backend=self.backend
                 )
                 x = streams[0]
                 chosen.append(result)

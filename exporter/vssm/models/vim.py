@@ -263,7 +263,7 @@ class VimMixer(nn.Module):
     D: nn.Parameter
     D_b: nn.Parameter
 
-    operators = "auto"  # see VisionModel.use_operators
+    backend = "auto"  # see VisionModel.use_backend
 
     def __init__(self, config: VimMixerConfig) -> None:
         super().__init__()
@@ -405,7 +405,7 @@ class VimMixer(nn.Module):
             z=z,
             delta0=delta0,
             scale=self.config.scale,
-            operators=self.operators,
+            backend=self.backend,
         )
 
     def _delta0(self) -> Tensor:
@@ -575,7 +575,7 @@ class Vim(VisionModel):
                 blocks.append((hidden, residual))
             if stage is not None:
                 tokens, streams, result = self.pruner(
-                    stage, tokens, score, [hidden, residual], operators=self.operators
+                    stage, tokens, score, [hidden, residual], backend=self.backend
                 )
                 hidden, residual = streams
                 chosen.append(result)

@@ -193,7 +193,7 @@ def _cast_copy(model: VisionModel, dtype: torch.dtype) -> VisionModel:
     Raises:
         ValueError: a weight is NaN, infinite, or beyond the range of its dtype.
     """
-    twin = copy.deepcopy(model).cpu().eval().float().use_operators("auto")
+    twin = copy.deepcopy(model).cpu().eval().float().use_backend("auto")
     for owner, module in twin.named_modules():
         if dtype == torch.bfloat16 and isinstance(module, nn.Conv1d | nn.Conv2d):
             continue

@@ -58,7 +58,7 @@ def define(library: torch.library.Library, op: OperatorSpec, name: str) -> None:
             return tuple(scan_backward(op, _named(op, args), dy))
         except RuntimeUnavailableError as error:
             raise RuntimeUnavailableError(
-                f"{error}; or create the model with operators='oracle', whose gradients are slow"
+                f"{error}; or create the model with backend='reference', whose gradients are slow"
             ) from error
 
     def fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:

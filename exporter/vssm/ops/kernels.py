@@ -157,13 +157,13 @@ class Kernels:
         if device.type not in {"cpu", "cuda"}:
             raise RuntimeUnavailableError(
                 f"device={device} has no kernels of ours; move the model to cpu or cuda, or ask "
-                "for operators='oracle'"
+                "for backend='reference'"
             )
         if device.type == "cuda" and not self.has_cuda:
             raise RuntimeUnavailableError(
                 f"device={device}: library={self.path} was built without CUDA kernels; put nvcc in "
                 "the PATH, set CUDA_HOME or pip install nvidia-cuda-nvcc, run `make setup` again, "
-                "or ask for operators='oracle'"
+                "or ask for backend='reference'"
             )
 
 
@@ -183,7 +183,7 @@ def _one_device(op: OperatorSpec, operands: Sequence[Tensor]) -> torch.device:
     if operands[0].dtype == torch.float64:
         raise ValueError(
             f"{op.name} {op.inputs[0].name}.dtype=float64: the kernels compute in float32; ask "
-            "for operators='oracle', or pass float32"
+            "for backend='reference', or pass float32"
         )
     for operand, tensor in zip(op.inputs, operands, strict=True):
         if tensor.device != device:

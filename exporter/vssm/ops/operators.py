@@ -44,27 +44,25 @@ _TORCH_NAMES = {
 }
 
 
-# What `operators` may be, and the overload of each.
-OPERATORS_CHOICES: Final = {"auto": "default", "oracle": "oracle", "kernel": "kernel"}
+# What `backend` may be, and the overload of each.
+BACKENDS: Final = {"auto": "default", "reference": "reference", "kernel": "kernel"}
 
 
-def checked_choice(operators: str) -> str:
-    """The argument, if it is one of `OPERATORS_CHOICES`.
+def checked_choice(backend: str) -> str:
+    """The argument, if it is one of `BACKENDS`.
 
     Raises:
         ValueError: it is none.
     """
-    if operators not in OPERATORS_CHOICES:
-        raise ValueError(
-            f"operators={operators!r} is not one of {', '.join(OPERATORS_CHOICES)}; choose one"
-        )
-    return operators
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}; choose one")
+    return backend
 
 
-def torch_op(op: OperatorSpec, operators: str = "auto") -> Any:
+def torch_op(op: OperatorSpec, backend: str = "auto") -> Any:
     """The callable `torch.ops.vssm.*` overload of an operator."""
     packet = getattr(torch.ops.vssm, _TORCH_NAMES[op.name])
-    return getattr(packet, OPERATORS_CHOICES[checked_choice(operators)])
+    return getattr(packet, BACKENDS[checked_choice(backend)])
 
 
 def selective_scan(
@@ -83,12 +81,12 @@ def selective_scan(
     delta_softplus: bool = True,
     params_by_step: bool = False,
     scale: float = 1.0,
-    operators: str = "auto",
+    backend: str = "auto",
 ) -> Tensor:
     """One `vssm` scan node: the arguments and result of `reference.selective_scan`.
 
     Which operator it is follows from the operands: gated with `z`, constant gap with `delta0`.
-    What computes it is `operators`: "auto", "oracle" or "kernel". "auto" is "kernel" where
+    What computes it is `backend`: "auto", "reference" or "kernel". "auto" is "kernel" where
     `ops_gradients.trains_on_kernels` says so.
 
     Raises:
@@ -104,9 +102,9 @@ def selective_scan(
         op, operands = GATED_SELECTIVE_SCAN, [*operands, z]
     elif delta0 is not None:
         op, operands = SELECTIVE_SCAN_CONSTANT_GAP, [*operands, delta0]
-    if operators == "auto" and ops_gradients.trains_on_kernels(operands):
-        operators = "kernel"
-    run = torch_op(op, operators)
+    if backend == "auto" and ops_gradients.trains_on_kernels(operands):
+        backend = "kernel"
+    run = torch_op(op, backend)
     result: Tensor = run(*operands, int(delta_softplus), int(params_by_step), scale)
     return result
 
@@ -118,11 +116,11 @@ def token_gather(
     *,
     num_keep: int,
     protected_position: int = -1,
-    operators: str = "auto",
+    backend: str = "auto",
 ) -> tuple[Tensor, list[Tensor]]:
     """One `vssm` gather node: arguments and result of `reference.token_gather`, one or two xs.
 
-    What computes it is `operators`: "auto", "oracle" or "kernel".
+    What computes it is `backend`: "auto", "reference" or "kernel".
 
     Raises:
         ValueError: a shape or value breaks the contract, or there is another number of xs.
@@ -130,7 +128,7 @@ def token_gather(
     if len(xs) not in {1, 2}:
         raise ValueError(f"len(xs)={len(xs)}: TokenGather takes 1 or 2 tensors; call it again")
     op = GATHER_OPERATORS[2 - len(xs)]
-    run = torch_op(op, operators)
+    run = torch_op(op, backend)
     kept, *rows = run(score, position, *xs, num_keep, protected_position)
     return kept, rows
 
@@ -271,7 +269,7 @@ def _register(
     fake: Callable[..., Any],
     forward: Callable[..., Any],
 ) -> None:
-    anywhere = {"default": oracle, "oracle": oracle, "kernel": _native(op)}
+    anywhere = {"default": oracle, "reference": oracle, "kernel": _native(op)}
     for overload, function in anywhere.items():
         _LIBRARY.define(_schema(op, overload), tags=(torch.Tag.pt2_compliant_tag,))
         name = _qualified(op, overload)
@@ -279,7 +277,7 @@ def _register(
         if overload == "default":
             _LIBRARY.impl(name, _on_cuda(op, oracle), "CUDA")
         torch.library.register_fake(f"vssm::{name}", fake, lib=_LIBRARY)
-        if op not in SCAN_OPERATORS or overload == "oracle":
+        if op not in SCAN_OPERATORS or overload == "reference":
             _register_autograd(op, overload, forward)
         else:
             ops_gradients.register_autograd(_LIBRARY, op, name)

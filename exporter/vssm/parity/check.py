@@ -33,7 +33,7 @@ def check_parity(
     runtime: str = "ort-cpu",
     images: Array | None = None,
     *,
-    operators: str | None = None,
+    backend: str | None = None,
     threads: int | None = None,
     trust: bool = False,
     per_block: bool = False,
@@ -47,7 +47,7 @@ def check_parity(
             the edited graph for the forced positions.
         images: (batch, 3, height, width) float32, preprocessed, or what else the model takes; None
             for `sample_images`, or the inputs that the export of a user's module keeps.
-        operators: as for `open_session`.
+        backend: as for `open_session`.
         threads: as for `open_session`.
         trust: as for `open_session`.
         per_block: also compare every block's streams, and name the first out of tolerance.
@@ -66,9 +66,7 @@ def check_parity(
     known: OracleResult | None = None
     if model is None and is_module(opened):
         images, known = _kept_reference(opened, images, per_block)
-    with open_session(
-        opened, runtime, operators=operators, threads=threads, trust=trust
-    ) as session:
+    with open_session(opened, runtime, backend=backend, threads=threads, trust=trust) as session:
         images = _default_images(opened, session) if images is None else images
         free = session.run(images)
         info = session.info
@@ -80,7 +78,7 @@ def check_parity(
         if runtime in ENGINE_RUNTIMES:
             return _run_engine(graph, feeds, info)
         edited = ort_session(runtime)(
-            opened, operators=info.operators, threads=info.threads, model=graph
+            opened, backend=info.backend, threads=info.threads, model=graph
         )
         with edited:
             return edited.run_feeds(feeds)
@@ -133,4 +131,4 @@ def _run_engine(graph: bytes, feeds: Mapping[str, Array], info: RuntimeInfo) -> 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / MODEL_FILE
         path.write_bytes(graph)
-        return run_graph(path, feeds, runtime=info.runtime, operators=info.operators)
+        return run_graph(path, feeds, runtime=info.runtime, backend=info.backend)

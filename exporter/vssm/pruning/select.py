@@ -137,7 +137,7 @@ def prune(
     score: Tensor,
     streams: Sequence[Tensor],
     *,
-    operators: str = "auto",
+    backend: str = "auto",
 ) -> tuple[Tokens, list[Tensor], StageResult]:
     """Make one stage: choose by `score` (batch, seqlen) and gather every stream alike.
 
@@ -147,7 +147,7 @@ def prune(
         score: (batch, seqlen) from the block's ScoreRule.
         streams: one or two (batch, seqlen, d_model), what the block returned: Vim's mixer output
             and the residual it will be added to, or the sum of both.
-        operators: what computes the gather, as for `ops.token_gather`.
+        backend: what computes the gather, as for `ops.token_gather`.
 
     Returns:
         The tokens after the stage, their rows of each stream, and what was chosen.
@@ -165,7 +165,7 @@ def prune(
         )
         return *_mask(tokens, kept.long(), streams), StageResult(kept, score)
     if stage.schedule.importance == "as_released":
-        kept, rows = _gather_recentred(stage, tokens, score, streams, operators=operators)
+        kept, rows = _gather_recentred(stage, tokens, score, streams, backend=backend)
     else:
         kept, rows = ops.token_gather(
             score,
@@ -173,7 +173,7 @@ def prune(
             streams,
             num_keep=stage.num_keep,
             protected_position=_protected(stage),
-            operators=operators,
+            backend=backend,
         )
     return _after(stage, tokens, kept), rows, StageResult(kept, score)
 
@@ -202,7 +202,7 @@ def _mask(tokens: Tokens, slots: Tensor, streams: Sequence[Tensor]) -> tuple[Tok
 
 
 def _gather_recentred(
-    stage: Stage, tokens: Tokens, score: Tensor, xs: Sequence[Tensor], *, operators: str
+    stage: Stage, tokens: Tokens, score: Tensor, xs: Sequence[Tensor], *, backend: str
 ) -> tuple[Tensor, list[Tensor]]:
     """The released code's choice: the best patches in order, the class token in their middle."""
     if stage.cls_slot is None:
@@ -217,7 +217,7 @@ def _gather_recentred(
         without_class(tokens.position),
         [without_class(x) for x in xs],
         num_keep=stage.num_keep - 1,
-        operators=operators,
+        backend=backend,
     )
 
     def with_class(chosen: Tensor, before: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def open_session(
     artifact: Artifact | str | os.PathLike[str],
     runtime: str = "ort-cpu",
     *,
-    operators: str | None = None,
+    backend: str | None = None,
     threads: int | None = None,
     device: int | None = None,
     cuda_graph_batch: int | None = None,
@@ -28,7 +28,7 @@ def open_session(
     Args:
         artifact: what `export` returned, or the directory it wrote, wherever that is now.
         runtime: "ort-cpu", "ort-cuda", "torch", "tensorrt" or "tensorrt-rtx".
-        operators: "kernel" (this package's library; the default) or "body" (the file's fallback
+        backend: "kernel" (this package's library; the default) or "body" (the file's fallback
             functions); for runtime "torch" None; for an engine what it must have been built with.
         threads: threads of one run; None for all cores; not for an engine.
         trust: load an engine that is foreign or tampered; the session's `info` then says so.
@@ -50,20 +50,20 @@ def open_session(
         raise ValueError(f"{given} with runtime={runtime!r}: only ort-cuda takes it; leave it out")
     opened = open_artifact(artifact, only=None if runtime == "torch" else (MODEL_FILE,))
     if runtime in ENGINE_RUNTIMES:
-        return _open_engine(opened, runtime, operators, threads=threads, trust=trust)
+        return _open_engine(opened, runtime, backend, threads=threads, trust=trust)
     if trust:
         raise ValueError(
             f"trust=True with runtime={runtime!r}, which loads no engine: leave it out"
         )
     if runtime == "torch":
-        if operators is not None:
+        if backend is not None:
             raise ValueError(
-                f"operators={operators!r} with runtime='torch', which runs the oracle: leave it out"
+                f"backend={backend!r} with runtime='torch', which runs the oracle: leave it out"
             )
         from vssm.runtimes.torch import TorchSession
 
         return TorchSession(opened, threads=threads)
-    return ort_session(runtime)(opened, operators=operators or "kernel", threads=threads, **on_gpu)
+    return ort_session(runtime)(opened, backend=backend or "kernel", threads=threads, **on_gpu)
 
 
 def ort_session(runtime: str) -> Callable[..., OrtSession]:
@@ -78,7 +78,7 @@ def ort_session(runtime: str) -> Callable[..., OrtSession]:
 
 
 def _open_engine(
-    artifact: Artifact, runtime: str, operators: str | None, *, threads: int | None, trust: bool
+    artifact: Artifact, runtime: str, backend: str | None, *, threads: int | None, trust: bool
 ) -> Session:
     """A session on an engine; arguments as for `open_session`.
 
@@ -89,7 +89,7 @@ def _open_engine(
     refuse_threads(runtime, threads)
     from vssm.runtimes.tensorrt.session import TensorRtSession
 
-    return TensorRtSession(artifact, runtime=runtime, operators=operators, trust=trust)
+    return TensorRtSession(artifact, runtime=runtime, backend=backend, trust=trust)
 
 
 def refuse_threads(runtime: str, threads: object) -> None:

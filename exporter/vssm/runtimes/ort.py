@@ -18,7 +18,7 @@ import onnxruntime
 from vssm.artifact.directory import Artifact
 from vssm.errors import RuntimeUnavailableError, UnsupportedError, VssmError
 from vssm.runtimes.library import LibraryInfo, kernel_calls, library_info
-from vssm.runtimes.session import CLOSED, OPERATORS, RuntimeInfo, Session, checked_threads
+from vssm.runtimes.session import BACKENDS, CLOSED, RuntimeInfo, Session, checked_threads
 from vssm.types import Array
 
 try:
@@ -64,7 +64,7 @@ class OrtSession(Session):
     Args:
         artifact: a verified export.
         target: where to run.
-        operators: "kernel" (the operator library must be there and must run) or "body".
+        backend: "kernel" (the operator library must be there and must run) or "body".
         threads: intra-op threads; None for all cores.
         model: another graph to run in place of the artifact's file, serialized.
         profile: record a profile, see `profiled_operators`.
@@ -79,13 +79,13 @@ class OrtSession(Session):
         artifact: Artifact,
         target: Target,
         *,
-        operators: str = "kernel",
+        backend: str = "kernel",
         threads: int | None = None,
         model: bytes | None = None,
         profile: bool = False,
     ) -> None:
         options = _options(target, threads)
-        library = _library(artifact) if checked_operators(operators) == "kernel" else None
+        library = _library(artifact) if checked_backend(backend) == "kernel" else None
         if library is not None:
             options.register_custom_ops_library(str(library.path))
         self._profile_dir = tempfile.TemporaryDirectory() if profile else None
@@ -102,7 +102,7 @@ class OrtSession(Session):
         self._output_names = [o.name for o in self._session.get_outputs()]
         self._calls = target.calls
         self._proven = library is None or not artifact.manifest.operators
-        info = _info(target, operators, options.intra_op_num_threads, library)
+        info = _info(target, backend, options.intra_op_num_threads, library)
         super().__init__(artifact.manifest, info)
 
     def _run(self, images: Array) -> dict[str, Array]:
@@ -127,9 +127,9 @@ class OrtSession(Session):
         yield
         if self._calls() == before:
             raise RuntimeUnavailableError(
-                f"operators='kernel' was asked for, but {self.info.runtime} did not run them: "
+                f"backend='kernel' was asked for, but {self.info.runtime} did not run them: "
                 "ONNX Runtime ran the fallback bodies, or another provider; the file's operators "
-                "and the library's do not match: export again, or ask for operators='body'"
+                "and the library's do not match: export again, or ask for backend='body'"
             )
         self._proven = True
 
@@ -150,7 +150,7 @@ class OrtCpuSession(OrtSession):
     """`ort-cpu`: arguments and errors as `OrtSession`'s; bfloat16 models are unsupported."""
 
     def __init__(self, artifact: Artifact, **options: Any) -> None:
-        checked_operators(options.get("operators", "kernel"))
+        checked_backend(options.get("backend", "kernel"))
         if artifact.manifest.dtype == "bfloat16":
             raise UnsupportedError(
                 "dtype=bfloat16: ONNX Runtime's CPU provider has no bfloat16 kernels for MatMul "
@@ -189,17 +189,17 @@ def _options(target: Target, threads: int | None) -> Any:
     return options
 
 
-def checked_operators(operators: str) -> str:
+def checked_backend(backend: str) -> str:
     """The argument, if it is one.
 
     Raises:
         ValueError: it is neither "kernel" nor "body".
     """
-    if operators not in OPERATORS:
+    if backend not in BACKENDS:
         raise ValueError(
-            f"operators={operators!r} is not one of {', '.join(OPERATORS)}; choose one of these"
+            f"backend={backend!r} is not one of {', '.join(BACKENDS)}; choose one of these"
         )
-    return operators
+    return backend
 
 
 @contextmanager
@@ -226,10 +226,10 @@ def _library(artifact: Artifact) -> LibraryInfo:
     return library
 
 
-def _info(target: Target, operators: str, threads: int, library: LibraryInfo | None) -> RuntimeInfo:
+def _info(target: Target, backend: str, threads: int, library: LibraryInfo | None) -> RuntimeInfo:
     return RuntimeInfo(
         runtime=target.runtime,
-        operators=operators,
+        backend=backend,
         version=f"onnxruntime {onnxruntime.__version__}",
         device=target.device,
         threads=threads,

@@ -18,7 +18,7 @@ from vssm.errors import RuntimeUnavailableError, UnsupportedError
 from vssm.ops.spec import DOMAIN
 from vssm.runtimes.cuda_driver import Stream, find_gpu
 from vssm.runtimes.library import cuda_kernel_calls, library_info
-from vssm.runtimes.ort import OrtSession, Target, checked_operators, ort_errors
+from vssm.runtimes.ort import OrtSession, Target, checked_backend, ort_errors
 from vssm.runtimes.session import CLOSED, plural
 from vssm.types import Array
 
@@ -34,7 +34,7 @@ class OrtCudaSession(OrtSession):
 
     Args:
         artifact: a verified export.
-        operators: "kernel" or "body".
+        backend: "kernel" or "body".
         threads: intra-op threads of the nodes that stay on the CPU; None for all cores.
         model: another graph to run in place of the artifact's file, serialized.
         profile: record a profile, see `profiled_operators`.
@@ -53,7 +53,7 @@ class OrtCudaSession(OrtSession):
         self,
         artifact: Artifact,
         *,
-        operators: str = "kernel",
+        backend: str = "kernel",
         device: int = 0,
         cuda_graph_batch: int | None = None,
         timed: bool = False,
@@ -61,7 +61,7 @@ class OrtCudaSession(OrtSession):
     ) -> None:
         fixed = _fixed_sizes(artifact.manifest, cuda_graph_batch)
         _require_provider()
-        if checked_operators(operators) == "kernel":
+        if checked_backend(backend) == "kernel":
             _require_kernels()
         gpu = find_gpu(device)
         self.device = device
@@ -79,7 +79,7 @@ class OrtCudaSession(OrtSession):
             fixed_sizes=fixed,
         )
         try:
-            super().__init__(artifact, target, operators=operators, **options)
+            super().__init__(artifact, target, backend=backend, **options)
             self._say_what_stayed()
         except UnsupportedError as error:
             self.close()
@@ -256,7 +256,7 @@ def _require_kernels() -> None:
         raise RuntimeUnavailableError(
             f"library={library.path} was built without CUDA kernels; put nvcc in the PATH, set "
             "CUDA_HOME or pip install nvidia-cuda-nvcc, run `make setup` again, or ask for "
-            "operators='body'"
+            "backend='body'"
         )
 
 

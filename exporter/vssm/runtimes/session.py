@@ -13,7 +13,7 @@ import numpy as np
 from vssm.artifact.manifest import BATCH, Manifest
 from vssm.types import Array
 
-OPERATORS = ("kernel", "body")
+BACKENDS = ("kernel", "body")
 CLOSED = "session=closed: open another one to run again"
 _MAX_THREADS = 1024
 
@@ -29,8 +29,8 @@ class RuntimeInfo:
 
     Attributes:
         runtime: "torch", "ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx".
-        operators: what computes the custom operators: "kernel" (this package's library), "body"
-            (the fallback functions in the file) or "oracle" (PyTorch).
+        backend: what computes the custom operators: "kernel" (this package's library), "body"
+            (the fallback functions in the file) or "reference" (PyTorch).
         version: the runtime's version.
         device: the device in words.
         threads: threads of one run.
@@ -41,7 +41,7 @@ class RuntimeInfo:
     """
 
     runtime: str
-    operators: str
+    backend: str
     version: str
     device: str
     threads: int
@@ -51,7 +51,7 @@ class RuntimeInfo:
     trusted: str | None = None
 
     def __str__(self) -> str:
-        text = f"{self.runtime} {self.version}, operators: {self.operators}"
+        text = f"{self.runtime} {self.version}, backend: {self.backend}"
         if self.library is not None:
             text += f" ({self.library} {self.library_version}, {self.isa})"
         text = f"{text}, {plural(self.threads, 'thread')}, {self.device}"

@@ -98,7 +98,7 @@ class TorchSession(Session):
             torch.set_num_threads(checked_threads(threads))
         info = RuntimeInfo(
             runtime="torch",
-            operators="oracle",
+            backend="reference",
             version=f"torch {torch.__version__} float32",
             device=cpu_name(),
             threads=torch.get_num_threads(),
@@ -136,7 +136,7 @@ def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
             " is the export of one; pass the model that was exported, or None"
         )
     _refuse_another(model, artifact)
-    exact = copy.deepcopy(model).cpu().eval().double().use_operators("oracle")
+    exact = copy.deepcopy(model).cpu().eval().double().use_backend("reference")
     names = artifact.manifest.block_outputs
     with torch.inference_mode():
         found = exact.forward_details(

@@ -147,7 +147,7 @@ def _models(
             ready.left_out[run.name] = str(error)
             continue
         ready.models[run.key], ready.costs[run.key] = prepare(
-            run.variant, model, operators=options.operators, device=options.device
+            run.variant, model, backend=options.backend, device=options.device
         )
     return ready
 
@@ -174,7 +174,7 @@ def _header(
         "images": images,
         "preprocessing": repr(opened[0].preprocessing),
         "batch": str(options.batch),
-        "operators": options.operators,
+        "backend": options.backend,
         "machine": machine(options.device),
         "vssm": __version__,
     }
@@ -241,7 +241,7 @@ def _facts(
         "weights": ", ".join(one.weights for one in opened),
         "kept": pruned,
         "images": f"{count:,} in {images}",
-        "ran": f"{machine(options.device)}, operators {options.operators}, batch {options.batch}",
+        "ran": f"{machine(options.device)}, backend {options.backend}, batch {options.batch}",
         "images/s": "median over the full batches but a call's first, model alone, runs in turn",
     }
 

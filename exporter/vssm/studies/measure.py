@@ -99,17 +99,17 @@ class Outcome:
 
 
 def prepare(
-    variant: Variant, model: VisionModel, *, operators: str, device: str
+    variant: Variant, model: VisionModel, *, backend: str, device: str
 ) -> tuple[VisionModel, Cost]:
     """The variant's model, ready to run, and its cost.
 
     Raises:
-        ValueError: the variant or `operators` does not fit.
+        ValueError: the variant or `backend` does not fit.
     """
     if variant.fused:
         fuse_leftovers(model)
     work, gaps = count(model), _once_a_layer(model)
-    model.use_operators(operators).to(device)
+    model.use_backend(backend).to(device)
     return model, Cost(work.published, work.published - gaps, work.true)
 
 

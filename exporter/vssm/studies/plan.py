@@ -58,7 +58,7 @@ class AblationOptions:
         batch: images of a run.
         workers: processes that load images; 0 for this one alone.
         classes: file that names the folder of each class, as `read_labels` takes it; None: sorted.
-        operators: "auto", "oracle" or "kernel", as `VisionModel.use_operators` takes it.
+        backend: "auto", "reference" or "kernel", as `VisionModel.use_backend` takes it.
         device: "cpu" or "cuda".
         checkpoints: further checkpoints of the same model, as from other seeds: every row runs
             with each.
@@ -75,7 +75,7 @@ class AblationOptions:
     batch: int = 32
     workers: int = 0
     classes: Path | None = None
-    operators: str = "auto"
+    backend: str = "auto"
     device: str = "cpu"
     checkpoints: Sequence[Path] = ()
     finetuned: Mapping[str, Sequence[Path]] = field(default_factory=dict)

@@ -41,7 +41,7 @@ def build_models(request: FinetuneRequest, group: Group) -> tuple[VisionModel, V
     if request.recipe.distil == 0:
         return model, None
     # The student trains on the kernels by itself; without gradients "auto" is the slow oracle.
-    return model, build_model(subject, None).use_operators("kernel").to(group.device)
+    return model, build_model(subject, None).use_backend("kernel").to(group.device)
 
 
 def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Run:

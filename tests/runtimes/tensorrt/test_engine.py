@@ -56,7 +56,7 @@ def test_rtx_builds(tmp_path: Path, schedule: str | None, dtype: str) -> None:
     plan = out.directory / "model.rtx.plan"
     assert (info.plan_sha256, info.plan_bytes) == (sha256_of(plan), plan.stat().st_size)
     assert info.model_sha256 == out.manifest.files["model.onnx"]
-    assert (info.operators, info.plugin, info.batch) == ("body", None, (1, 2, 4))
+    assert (info.backend, info.plugin, info.batch) == ("body", None, (1, 2, 4))
     assert info.layers > info.nodes > 50
     assert phases["Building engine"] > 0
     assert read_info(out.directory / "engine.rtx.json", "vssm engine --rtx") == info
@@ -86,7 +86,7 @@ def test_the_command_says_what_the_bodies_cost(cli: Run, tmp_path: Path) -> None
     assert cli("export", *MODEL, "-o", out) == 0
     command = ("engine", out, "--rtx", "--batch=1,2,3", "--compute-capability=8.6,12.0")
     assert cli(*command, "--json", tmp_path / "engine.json") == 0, cli.out
-    assert "no GPU needed, batch 1-2-3, operators: body" in cli.out
+    assert "no GPU needed, batch 1-2-3, backend: body" in cli.out
     assert "runs no plugin layers" in cli.out
     info = json.loads((tmp_path / "engine.json").read_text())
     assert info["compute_capability"] == ["8.6", "12.0"]
@@ -246,19 +246,19 @@ def test_a_missing_package(
 
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"runtime": "ort-cpu"}, "runtime='ort-cpu' builds no engines"),
-    ({"operators": "both"}, "operators='both' is not kernel or body"),
+    ({"backend": "both"}, "backend='both' is not kernel or body"),
     ({"batch": (0, 1, 2)}, "batch=0,1,2 must grow from 1"),
     ({"batch": (4, 2, 8)}, "batch=4,2,8 must grow"),
     ({"memory_mib": 0}, "memory_mib=0 is below 1"),
     ({"level": 6}, r"level=6 is outside \[0, 5\]"),
-    ({"operators": "body", "plugins_inside": True}, "plugins_inside=True with operators='body'"),
+    ({"backend": "body", "plugins_inside": True}, "plugins_inside=True with backend='body'"),
     ({"compute_capabilities": ("8.6",)}, "compute_capabilities=.* is no option of TensorRT;"),
     ({"runtime": "tensorrt-rtx", "plugins_inside": True}, "plugins_inside=True is no option of"),
     *(
         ({"runtime": "tensorrt-rtx", "compute_capabilities": wrong}, "give each once, such as 8.6")
         for wrong in (("86",), ("8.6", "8.6"), ("8.6", ""), ("8.6", " 8.9"))
     ),
-    ({"runtime": "tensorrt-rtx", "operators": "kernel"}, "runs no plugin layers"),
+    ({"runtime": "tensorrt-rtx", "backend": "kernel"}, "runs no plugin layers"),
     ({"runtime": "tensorrt-rtx", "timing_cache": Path("x")}, "timing_cache=.* is no option of"),
     ({"runtime": "tensorrt-rtx", "version_compatible": True}, "version_compatible=True is no"),
 ]
@@ -283,7 +283,7 @@ INFO = EngineInfo(
     gpu="NVIDIA H100",
     compute_capability=("9.0",),
     cuda="13.0",
-    operators="kernel",
+    backend="kernel",
     plugin=PluginInfo("libvssm_tensorrt.so", "0.1.0", "a" * 64, inside=False),
     batch=(1, 8, 32),
     options={"version_compatible": False},
@@ -310,7 +310,7 @@ def test_info_round_trip(tmp_path: Path) -> None:
         ({"batch": [8, 1, 32]}, r"batch=\[8, 1, 32\] must grow"),
         ({"batch": [1, 8]}, "batch has 2 elements"),
         ({"plan_sha256": "C" * 64}, "plan_sha256=.* must be 64"),
-        ({"plugin": None}, "operators='kernel' and plugin=None contradict"),
+        ({"plugin": None}, "backend='kernel' and plugin=None contradict"),
         ({"product": "tensorflow"}, "product='tensorflow' must be one of"),
         ({"plan_bytes": True}, "plan_bytes=True must be an integer"),
     ],

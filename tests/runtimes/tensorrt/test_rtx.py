@@ -71,7 +71,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_parity(artifact: Artifact) -> None:
     report = vssm.check_parity(None, artifact, runtime="tensorrt", per_block=True)
     assert report.passed, report.failures
-    assert report.info.operators == "kernel"
+    assert report.info.backend == "kernel"
 
 
 def test_graphs_change_nothing(artifact: Artifact) -> None:

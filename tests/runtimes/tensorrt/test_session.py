@@ -97,7 +97,7 @@ def open_engine(artifact: Artifact, **options: Any) -> vssm.Session:
 def test_outputs_are_those_of_the_file(bench: Bench, artifact: Artifact, version: str) -> None:
     bench.use(FakeTensorRT(bench.cuda, version))
     info = build(artifact)
-    assert (info.operators, info.version, info.batch) == ("kernel", version, (1, 2, 5))
+    assert (info.backend, info.version, info.batch) == ("kernel", version, (1, 2, 5))
     with vssm.open_session(artifact, "ort-cpu") as session:
         want = {n: session.run(images(micro(), n, seed=n)) for n in (1, 2, 5, 3)}
     with open_engine(artifact) as session:
@@ -229,11 +229,11 @@ def test_memory_that_runs_out_is_given_back(bench: Bench, artifact: Artifact) ->
 def test_check_and_run(bench: Bench, cli: Run, artifact: Artifact, picture: Path) -> None:
     build(artifact)
     assert cli("check", artifact.directory, "--runtime=tensorrt", "--per-block") == 0, cli.out
-    assert "tensorrt 10.13.3.9, operators: kernel" in cli.out
+    assert "tensorrt 10.13.3.9, backend: kernel" in cli.out
     assert cli("run", artifact.directory, *[picture] * 7, "--runtime=tensorrt") == 0, cli.out
     assert cli("check", artifact.directory, "--runtime=tensorrt", "--threads=1") == 2
     assert "threads=1 with runtime='tensorrt'" in cli.out
-    assert cli("check", artifact.directory, "--runtime=tensorrt", "--operators=body") == 2
+    assert cli("check", artifact.directory, "--runtime=tensorrt", "--backend=body") == 2
     assert "the engine was built with 'kernel'" in cli.out
     assert cli("run", artifact.directory, picture, "--trust") == 2
     assert "which loads no engine" in cli.out
@@ -391,7 +391,7 @@ def test_check_of_an_engine_without_a_statement(bench: Bench, cli: Run, artifact
     _no_statement(bench, artifact)
     command = ("check", artifact.directory, "--runtime=tensorrt", "--trust")
     assert cli(*command) == 0, cli.out
-    assert "operators: unknown" in cli.out
+    assert "backend: unknown" in cli.out
     assert "trusted although engine.json is missing" in cli.out
 
 
@@ -424,13 +424,13 @@ def test_no_gpu(bench: Bench, artifact: Artifact) -> None:
 
 
 def test_body_and_plugin_are_not_confused(bench: Bench, artifact: Artifact) -> None:
-    info = build(artifact, operators="body")
-    assert (info.operators, info.plugin) == ("body", None)
+    info = build(artifact, backend="body")
+    assert (info.backend, info.plugin) == ("body", None)
     open_engine(artifact).close()
     assert bench.trt.loaded == []
     build(artifact)
     with pytest.raises(UnsupportedError, match="is already loaded in this process"):
-        build(artifact, operators="body")
+        build(artifact, backend="body")
     bench.patch.setattr(tensorrt_build.api, "load_plugin", lambda package, path: None)
     bench.use(FakeTensorRT(bench.cuda))
     with pytest.raises(UnsupportedError, match="made 0 plugin layers of 5 operators"):

@@ -30,7 +30,7 @@ class EngineRequest:
 
     Attributes:
         runtime: "tensorrt" or "tensorrt-rtx".
-        operators: "kernel" (plugin layers) or "body" (the file's fallback functions); None for
+        backend: "kernel" (plugin layers) or "body" (the file's fallback functions); None for
             what the runtime can do best.
         batch: (min, opt, max) of the optimisation profile.
         memory_mib: workspace limit in MiB; None for TensorRT's own, the whole GPU.
@@ -43,7 +43,7 @@ class EngineRequest:
     """
 
     runtime: str = "tensorrt"
-    operators: str | None = None
+    backend: str | None = None
     batch: tuple[int, int, int] = (1, 8, 32)
     memory_mib: int | None = None
     level: int | None = None
@@ -61,7 +61,7 @@ class EngineRequest:
     @property
     def uses_plugins(self) -> bool:
         """Whether our operators become plugin layers."""
-        return (self.operators or ("kernel" if self.product.plugins else "body")) == "kernel"
+        return (self.backend or ("kernel" if self.product.plugins else "body")) == "kernel"
 
 
 def check_request(request: EngineRequest) -> None:
@@ -74,8 +74,8 @@ def check_request(request: EngineRequest) -> None:
         raise ValueError(
             f"runtime={request.runtime!r} builds no engines; choose from {', '.join(api.PRODUCTS)}"
         )
-    if request.operators not in {None, "kernel", "body"}:
-        raise ValueError(f"operators={request.operators!r} is not kernel or body; choose one")
+    if request.backend not in {None, "kernel", "body"}:
+        raise ValueError(f"backend={request.backend!r} is not kernel or body; choose one")
     check_batch(request.batch)
     if request.memory_mib is not None and request.memory_mib < 1:
         raise ValueError(f"memory_mib={request.memory_mib} is below 1; give MiB of GPU memory")
@@ -83,7 +83,7 @@ def check_request(request: EngineRequest) -> None:
         raise ValueError(f"level={request.level} is outside [0, 5]; 3 is TensorRT's own")
     _check_product(request)
     if request.plugins_inside and not request.uses_plugins:
-        raise ValueError("plugins_inside=True with operators='body', which has no plugin; drop one")
+        raise ValueError("plugins_inside=True with backend='body', which has no plugin; drop one")
     _check_capabilities(request.compute_capabilities)
 
 
@@ -119,9 +119,9 @@ def _check_product(request: EngineRequest) -> None:
         "version_compatible": request.version_compatible,
         "hardware_compatible": request.hardware_compatible,
     }
-    if request.operators == "kernel" and not request.product.plugins:
+    if request.backend == "kernel" and not request.product.plugins:
         raise ValueError(
-            f"operators='kernel' with runtime='{request.runtime}': {name} runs no plugin layers; "
+            f"backend='kernel' with runtime='{request.runtime}': {name} runs no plugin layers; "
             "leave it out (the fallback bodies run), or build with full TensorRT"
         )
     for option, value in (rtx_only if request.product.plugins else full_only).items():
@@ -183,7 +183,7 @@ def build_engine(
         gpu=None if gpu is None else gpu.name,
         compute_capability=_compiled_for(request, gpu),
         cuda=None if gpu is None else gpu.cuda,
-        operators="kernel" if request.uses_plugins else "body",
+        backend="kernel" if request.uses_plugins else "body",
         plugin=plugin,
         batch=request.batch,
         options={
@@ -268,7 +268,7 @@ def build_plan(
     if built is None:
         raise UnsupportedError(
             f"{product.title} {package.__version__} parsed {model.name} but could not build an "
-            f"engine: {_last(log)}; give it memory (--memory), another batch, or --operators body"
+            f"engine: {_last(log)}; give it memory (--memory), another batch, or --backend body"
         )
     if cache is not None and timings is not None:
         atomic_write_bytes(cache, bytes(config.get_timing_cache().serialize()))
@@ -276,7 +276,7 @@ def build_plan(
 
 
 def run_graph(
-    model: Path, feeds: Mapping[str, Array], *, runtime: str, operators: str
+    model: Path, feeds: Mapping[str, Array], *, runtime: str, backend: str
 ) -> dict[str, Array]:
     """Build an engine of a file for exactly these inputs, run it once, and forget it.
 
@@ -288,7 +288,7 @@ def run_graph(
     product = api.PRODUCTS[runtime]
     batch = next(iter(feeds.values())).shape[0]
     # Of a trusted engine without a statement nobody knows its operators.
-    asked = operators if product.plugins and operators != "unknown" else None
+    asked = backend if product.plugins and backend != "unknown" else None
     plan = build_plan(model, EngineRequest(runtime, asked, batch=(batch, batch, batch)))
     runner = EngineRunner(product, plan.data, Cuda(), host_code=False, graphs=False)
     try:
@@ -341,10 +341,10 @@ def _check_layers(package: Any, network: Any, model: Path, request: EngineReques
         raise UnsupportedError(
             f"the parser made {found} plugin layers of {asked} operators: it took the rest from "
             "the fallback bodies; rebuild the plugin library of this version with `make setup`, "
-            "or ask for --operators body"
+            "or ask for --backend body"
         )
     raise UnsupportedError(
-        f"operators='body' was asked for, but the parser made {found} plugin layers: the plugin "
+        f"backend='body' was asked for, but the parser made {found} plugin layers: the plugin "
         "library is already loaded in this process; build in a new one"
     )
 

@@ -23,7 +23,7 @@ from vssm.runtimes.cuda_memory import GpuInfo
 from vssm.runtimes.tensorrt.api import Product
 
 FORMAT_VERSION: Final = 1
-_OPERATORS: Final = ("kernel", "body")
+_BACKENDS: Final = ("kernel", "body")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class EngineInfo:
         compute_capability: its own, "9.0", or those that were compiled for; empty: the product's
             choice.
         cuda: the CUDA runtime that the driver of the building machine supports, "13.0".
-        operators: "kernel" (plugins) or "body".
+        backend: "kernel" (plugins) or "body".
         plugin: the library, None with "body".
         batch: (min, opt, max) of the optimisation profile.
         options: version_compatible, hardware_compatible, level, memory_mib, as they were asked for.
@@ -65,7 +65,7 @@ class EngineInfo:
     gpu: str | None
     compute_capability: tuple[str, ...]
     cuda: str | None
-    operators: str
+    backend: str
     plugin: PluginInfo | None
     batch: tuple[int, int, int]
     options: Mapping[str, Any]
@@ -124,7 +124,7 @@ def _parse(root: Node) -> EngineInfo:
         gpu=root.at("gpu").optional(Node.text),
         compute_capability=tuple(n.text() for n in root.at("compute_capability").items()),
         cuda=root.at("cuda").optional(Node.text),
-        operators=root.at("operators").choice(_OPERATORS),
+        backend=root.at("backend").choice(_BACKENDS),
         plugin=root.at("plugin").optional(_plugin),
         batch=(low, opt, high),
         options=root.at("options").mapping(),
@@ -137,8 +137,8 @@ def _parse(root: Node) -> EngineInfo:
         vssm=root.at("vssm").text(),
         format_version=version,
     )
-    if (info.operators == "kernel") != (info.plugin is not None):
-        raise FieldError(f"operators={info.operators!r} and plugin={info.plugin} contradict")
+    if (info.backend == "kernel") != (info.plugin is not None):
+        raise FieldError(f"backend={info.backend!r} and plugin={info.plugin} contradict")
     return info
 
 

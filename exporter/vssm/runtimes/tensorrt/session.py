@@ -21,7 +21,7 @@ class TensorRtSession(Session):
     Args:
         artifact: a verified export with an engine beside it.
         runtime: which of the two.
-        operators: what the engine must have been built with, "kernel" or "body"; None for either.
+        backend: what the engine must have been built with, "kernel" or "body"; None for either.
         trust: load an engine that is foreign or tampered; `info.trusted` then says why that was
             needed.
         graphs: run CUDA graphs, one for each batch size; None for True on TensorRT, and False on
@@ -30,7 +30,7 @@ class TensorRtSession(Session):
     Raises:
         ArtifactError: the engine is missing, stale, foreign or tampered.
         RuntimeUnavailableError: the package, the GPU or the plugin library is missing.
-        ValueError: the engine was built with other operators than asked for.
+        ValueError: the engine was built with another backend than asked for.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class TensorRtSession(Session):
         artifact: Artifact,
         *,
         runtime: str = "tensorrt",
-        operators: str | None = None,
+        backend: str | None = None,
         trust: bool = False,
         graphs: bool | None = None,
     ) -> None:
@@ -55,7 +55,7 @@ class TensorRtSession(Session):
             library=library,
             trust=trust,
         )
-        _check_operators(engine.info, operators, product)
+        _check_backend(engine.info, backend, product)
         if library is not None and product.plugins and _wants_library(engine.info):
             api.load_plugin(package, library)
         self._runner = EngineRunner(
@@ -118,11 +118,11 @@ def _has_host_code(info: EngineInfo | None) -> bool:
     return inside or bool(info.options.get("version_compatible"))
 
 
-def _check_operators(info: EngineInfo | None, asked: str | None, product: api.Product) -> None:
-    if asked is not None and info is not None and asked != info.operators:
+def _check_backend(info: EngineInfo | None, asked: str | None, product: api.Product) -> None:
+    if asked is not None and info is not None and asked != info.backend:
         raise ValueError(
-            f"operators={asked!r}, but the engine was built with {info.operators!r}; leave it out, "
-            f"or build it with `{product.command} --operators {asked}`"
+            f"backend={asked!r}, but the engine was built with {info.backend!r}; leave it out, "
+            f"or build it with `{product.command} --backend {asked}`"
         )
 
 
@@ -133,7 +133,7 @@ def _info(
     plugin = None if info is None else info.plugin
     return RuntimeInfo(
         runtime=product.runtime,
-        operators="unknown" if info is None else info.operators,
+        backend="unknown" if info is None else info.backend,
         version=version,
         device=gpu.name,
         threads=1,
