@@ -17,7 +17,7 @@ from benchmarks.experiment.data import HELD_OUT, TRAIN
 from benchmarks.experiment.held import KEY, held_input
 
 import vssm
-from vssm import FinetuneRequest, PruneSchedule, Recipe, Subject, Work
+from vssm import FinetuneRequest, ModelSource, PruneSchedule, Recipe, Resources
 from vssm.artifact.manifest import Preprocessing
 from vssm.checkpoints.load import save_safetensors
 from vssm.evaluation.data import find_pictures, load
@@ -55,7 +55,7 @@ def variants(case: Case) -> dict[str, Variant]:
     for key in ("none", "gap", "constant", KEY):
         own = found[key].schedule
         if own is not None:
-            found[key + GRID] = Variant(key + GRID, own.changed(conv="grid"))
+            found[key + GRID] = Variant(key + GRID, own.changed(conv="position"))
     return found
 
 
@@ -168,13 +168,13 @@ def _train(
 ) -> Path:
     done, state = output / REPORT_FILE, output / STATE_FILE
     if not done.exists():
-        subject = Subject(
+        subject = ModelSource(
             case.model, start, schedule=schedule, num_classes=CLASSES, options=case.options
         )
-        work = Work(workers=0, threads=1, save_every=1000)
+        work = Resources(workers=0, threads=1, save_every=1000)
         resume = state.exists()
         vssm.finetune(
-            FinetuneRequest(subject, data / TRAIN, output, recipe, resume=resume, work=work)
+            FinetuneRequest(subject, data / TRAIN, output, recipe, resume=resume, resources=work)
         )
     state.unlink(missing_ok=True)  # three times as large as the weights, of no more use
     return output / WEIGHTS_FILE

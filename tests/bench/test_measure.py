@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vssm.artifact.manifest import Manifest, TensorInfo
-from vssm.bench.measure import BenchReport, MachineRates, Subject, machine_rates, measure
+from vssm.bench.measure import BenchReport, Contender, MachineRates, machine_rates, measure
 from vssm.bench.page import page
 from vssm.commands.tables import bench_tables
 from vssm.runtimes.session import RuntimeInfo, Session
@@ -60,8 +60,8 @@ def test_rows_hold_times_rates_and_floor() -> None:
     open_slow, slow = fake(0.004)
     open_fast, fast = fake(0.002, answer=1.05)
     subjects = [
-        Subject("slow", open_slow, exps=1_000_000, macs=10_000_000),
-        Subject("fast", open_fast, exps=1, macs=1, same_as="slow"),
+        Contender("slow", open_slow, exps=1_000_000, macs=10_000_000),
+        Contender("fast", open_fast, exps=1, macs=1, same_as="slow"),
     ]
     rows = measure(subjects, (3, 4, 4), RATES, batches=(1, 4), threads=(1, 2), samples=5)
     assert [(r.subject, r.batch, r.threads) for r in rows] == [
@@ -92,8 +92,8 @@ def test_wrong_numbers_are_not_timed() -> None:
     open_nan, _ = fake(answer=float("nan"))
     for open_bad in (open_wrong, open_nan):
         subjects = [
-            Subject("right", open_right, 1, 1),
-            Subject("bad", open_bad, 1, 1, same_as="right"),
+            Contender("right", open_right, 1, 1),
+            Contender("bad", open_bad, 1, 1, same_as="right"),
         ]
         with pytest.raises(ValueError, match=r"logits of 'bad' differ from 'right'"):
             measure(subjects, (3, 4, 4), RATES, batches=(1,), samples=1)
@@ -122,7 +122,7 @@ def test_sessions_are_closed_where_another_does_not_open() -> None:
         raise RuntimeError("none here")
 
     with pytest.raises(RuntimeError, match=r"none here"):
-        measure([Subject("a", open_right, 1, 1), Subject("b", refuse, 1, 1)], (3, 4, 4), RATES)
+        measure([Contender("a", open_right, 1, 1), Contender("b", refuse, 1, 1)], (3, 4, 4), RATES)
     assert [session.closed for session in right] == [True]
 
 
@@ -135,7 +135,7 @@ def test_the_machine_is_measured() -> None:
 
 def test_a_gpu_has_rows_without_a_floor() -> None:
     open_session, _ = fake()
-    rows = measure([Subject("gpu", open_session, 1, 1)], (3, 4, 4), None, batches=(1,), samples=1)
+    rows = measure([Contender("gpu", open_session, 1, 1)], (3, 4, 4), None, batches=(1,), samples=1)
     assert (rows[0].floor_ms, rows[0].over_floor) == (None, None)
     report = BenchReport(rows, None, {}, None, {"gpu": "H100"})
     text = page(report)
@@ -147,7 +147,9 @@ def test_a_gpu_has_rows_without_a_floor() -> None:
 
 def test_page_shows_rows_and_escapes() -> None:
     open_session, _ = fake()
-    rows = measure([Subject("a<b", open_session, 1, 1)], (3, 4, 4), RATES, batches=(1,), samples=1)
+    rows = measure(
+        [Contender("a<b", open_session, 1, 1)], (3, 4, 4), RATES, batches=(1,), samples=1
+    )
     text = page(BenchReport(rows, RATES, {"Conv": 1.0, "MatMul": 3.0}, 1.4, {"cpu": "x&y"}))
     assert "a&lt;b" in text
     assert "x&amp;y" in text

@@ -53,7 +53,7 @@ def test_vim_file(tmp_path, legacy):
     path = save(vim_file(state), tmp_path / "a.pth", legacy=legacy)
     report = load_checkpoint(model, path)
     assert_loaded(model, state)
-    assert (report.format, report.wrapper, report.source) == ("torch", "model", "model")
+    assert (report.format, report.wrapper, report.weights) == ("torch", "model", "model")
     assert report.num_tensors == len(state)
     assert set(report.ignored) == set(vim_file(state)) - {"model"}
     assert report.stubs == ()
@@ -65,15 +65,15 @@ def test_vim_file(tmp_path, legacy):
 def test_ema_only_by_choice(tmp_path, legacy):
     model, state = Bare(), weights(Bare())
     path = save(vim_file(state), tmp_path / "a.pth", legacy=legacy)
-    report = load_checkpoint(model, path, source="ema")
+    report = load_checkpoint(model, path, weights="ema")
     assert report.wrapper == "model_ema"
     assert_loaded(model, {k: v + 1 for k, v in state.items()})
     save({"model_ema": state}, path, legacy=legacy)
-    assert_refused(model, path, "model_ema", "source='ema'")
+    assert_refused(model, path, "model_ema", "weights='ema'")
     save({"model": state}, path, legacy=legacy)
-    assert_refused(model, path, "model_ema", "source='model'", source="ema")
-    with pytest.raises(ValueError, match="source='best'"):
-        load_checkpoint(model, path, source="best")
+    assert_refused(model, path, "model_ema", "weights='model'", weights="ema")
+    with pytest.raises(ValueError, match="weights='best'"):
+        load_checkpoint(model, path, weights="best")
 
 
 @LEGACY
@@ -105,7 +105,7 @@ def test_safetensors_is_told_by_content(tmp_path, suffix):
     report = load_checkpoint(model, tmp_path / f"a{suffix}")
     assert_loaded(model, state)
     assert (report.format, report.wrapper) == ("safetensors", "")
-    assert_refused(model, tmp_path / f"a{suffix}", "ema", source="ema")
+    assert_refused(model, tmp_path / f"a{suffix}", "ema", weights="ema")
 
 
 def test_bare_dictionary_with_metadata_beside(tmp_path):
@@ -117,10 +117,10 @@ def test_bare_dictionary_with_metadata_beside(tmp_path):
 
 
 def test_state_dict_object_with_metadata_attribute(tmp_path):
-    source = Bare()
+    weights = Bare()
     model = Bare()
-    load_checkpoint(model, save({"model": source.state_dict(), "x": Hook()}, tmp_path / "a.pth"))
-    assert_loaded(model, source.state_dict())
+    load_checkpoint(model, save({"model": weights.state_dict(), "x": Hook()}, tmp_path / "a.pth"))
+    assert_loaded(model, weights.state_dict())
 
 
 @pytest.mark.parametrize("prefix", ["module.", "module.module."])

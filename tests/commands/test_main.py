@@ -63,7 +63,7 @@ def test_export_check_run_bench(cli: Run, tmp_path: Path, checkpoint: Path, pict
 
 
 def test_rules_reach_the_export(cli: Run, tmp_path: Path) -> None:
-    rules = {"alignment": "constant", "importance": "l1", "conv": "grid"}
+    rules = {"alignment": "constant", "importance": "l1", "conv": "position"}
     given = [f"--{name}={value}" for name, value in rules.items()]
     out = tmp_path / "out"
     assert cli("export", *MODEL, "--schedule=1:0.7", *given, "-o", out) == 0, cli.out
@@ -114,9 +114,9 @@ def labels_file(path: Path) -> Path:
 BAD_EXPORTS: list[tuple[list[str], str]] = [
     ([*MODEL, "--alignment=none"], "alignment='none' without a schedule"),
     ([*MODEL, "--importance=l1"], "importance='l1' without a schedule"),
-    ([*MODEL, "--conv=grid"], "conv='grid' without a schedule"),
+    ([*MODEL, "--conv=position"], "conv='position' without a schedule"),
     ([*MODEL, "--schedule=1:0.8", "--conv=wide"], "conv='wide' is not one of"),
-    ([*MODEL, "--ema"], "source='ema' without a checkpoint"),
+    ([*MODEL, "--ema"], "weights='ema' without a checkpoint"),
     ([*MODEL, "--set=num_classes=5"], "--num-classes N"),
     ([*MODEL, "--set=depth=abc"], "depth='abc' is not of type int"),
     ([*MODEL, "--set=depth=2.5"], "depth=2.5 is not of type int"),

@@ -41,8 +41,8 @@ def _ours(**rules: Any) -> nn.Module:
         {"alignment": "none"},
         {"alignment": "none", "importance": "as_released"},
         {"importance": "l2", "gated": True},
-        {"source": "backward"},
-        {"conv": "grid"},
+        {"score_direction": "backward"},
+        {"conv": "position"},
     ],
     ids=str,
 )
@@ -160,7 +160,7 @@ def test_schedules_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="PlainMamba's choice"):
         vssm.prune(_theirs(), _schedule(step_parameters="full"), x)
     with pytest.raises(UnsupportedError, match="backward scan"):
-        vssm.prune(_theirs(bimamba="none"), _schedule(source="backward"), x)
+        vssm.prune(_theirs(bimamba="none"), _schedule(score_direction="backward"), x)
     pruned = vssm.prune(_theirs(), _schedule(), x)
     with pytest.raises(UnsupportedError, match="no cache"):
         pruned.model.layers[0](torch.zeros(1, 37, 20), inference_params={})

@@ -24,7 +24,7 @@ from vssm.errors import ArtifactError, VssmError
 from vssm.evaluation import data as evaluate_data
 from vssm.evaluation.data import find_pictures, fingerprint, load, load_in_order
 from vssm.evaluation.evaluate import COLUMNS
-from vssm.evaluation.journal import Journal, Row
+from vssm.evaluation.journal import ImageResult, Journal
 
 CLASSES = 7
 PER_CLASS = 9
@@ -337,11 +337,11 @@ def _fall():
 def test_journal_refuses_a_second_writer_and_damage(tmp_path):
     path = tmp_path / "journal"
     with Journal(path, {"batch": "2"}) as journal:
-        journal.append([Row((1, 0), 0.5, 0.25), Row(error="torn")])
+        journal.append([ImageResult((1, 0), 0.5, 0.25), ImageResult(error="torn")])
         with pytest.raises(ArtifactError, match=r"is in use by another evaluation"):
             Journal(path, {"batch": "2"})
     with Journal(path, {"batch": "2"}) as journal:
-        assert journal.done == [[Row((1, 0), 0.5, 0.25), Row(error="torn")]]
+        assert journal.done == [[ImageResult((1, 0), 0.5, 0.25), ImageResult(error="torn")]]
     path.write_bytes(path.read_bytes().replace(b"[[[1", b"[[[x"))
     with pytest.raises(ArtifactError, match=r"is damaged .*; begin anew with --restart"):
         Journal(path, {"batch": "2"})

@@ -7,7 +7,7 @@ from official_data import micro_config
 
 import vssm
 from vssm import PruneSchedule
-from vssm.models.cost import Work, count
+from vssm.models.cost import Cost, count
 from vssm.models.vim import Vim
 
 # GFLOPs: printed in the paper; by its rule (one direction); with both directions of the scan.
@@ -66,12 +66,12 @@ def test_vim_tiny_exactly(ratios, options, lengths, aligned):
     work = _work("vim_tiny", ratios, **options)
     one = _by_hand(TINY, lengths, directions=1, branches=1, aligned=aligned)
     two = _by_hand(TINY, lengths, directions=2, branches=2, aligned=aligned)
-    assert work == Work(one[0], two[0], *two[1:])
+    assert work == Cost(one[0], two[0], *two[1:])
 
 
 def test_grid_convolution_runs_over_every_place():
     lengths = [197] * 10 + [157] * 14
-    work = _work("vim_tiny", {10: 0.8}, conv="grid")
+    work = _work("vim_tiny", {10: 0.8}, conv="position")
     wanted = _by_hand(TINY, lengths, directions=2, branches=2, aligned=True, grid=197)
     assert (work.true, work.gemm) == (wanted[0], wanted[2])
 

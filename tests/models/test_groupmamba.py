@@ -152,7 +152,7 @@ def test_averaged_weights_of_a_training_file(tmp_path):
         {"model": GroupMamba(micro_groupmamba().config).state_dict(), "model_ema": wanted}, path
     )
     model = GroupMamba(micro_groupmamba().config)
-    vssm.load_checkpoint(model, path, source="ema")
+    vssm.load_checkpoint(model, path, weights="ema")
     assert torch.equal(model.head.weight, wanted["head.weight"])
 
 

@@ -102,7 +102,7 @@ def test_readings_differ_and_the_inert_option_does_not():
     for alignment, parameters in options:
         model = _micro(alignment=alignment, step_parameters=parameters)
         logits.append(_details(model, _images(model)).logits)
-        grid = _micro(alignment=alignment, step_parameters=parameters, conv="grid")
+        grid = _micro(alignment=alignment, step_parameters=parameters, conv="position")
         assert torch.equal(_details(grid, _images(model)).logits, logits[-1])
     for one, other in itertools.combinations(logits, 2):
         assert relative_error(one, other) > 1e-4
@@ -173,8 +173,11 @@ def test_steps_among_kept_places(size):
     ("rules", "message"),
     [
         ({"alignment": "masked"}, r"alignment='masked' is how Vim was trained; .* use"),
-        ({"source": "forward"}, r"source='forward': this model has no forward and backward scan"),
-        ({"source": "backward"}, r"source='backward': this model has no forward"),
+        (
+            {"score_direction": "forward"},
+            r"score_direction='forward': this model has no forward and backward scan",
+        ),
+        ({"score_direction": "backward"}, r"score_direction='backward': this model has no forward"),
         (
             {"alignment": "none", "importance": "as_released"},
             r"importance='as_released' re-centres the class token, and this model has none",

@@ -73,9 +73,9 @@ RULES = [
     {"alignment": "none", "importance": "as_released"},
     {"importance": "random", "seed": 3},
     {"importance": "l2", "gated": True},
-    {"source": "forward"},
-    {"source": "backward", "alignment": "constant"},
-    {"conv": "grid"},
+    {"score_direction": "forward"},
+    {"score_direction": "backward", "alignment": "constant"},
+    {"conv": "position"},
 ]
 
 

@@ -94,8 +94,8 @@ def test_empty_schedule():
     [
         ("alignment", "gap, constant, none, masked"),
         ("importance", "clip, sum, l1, l2, as_released, random"),
-        ("source", "sum, forward, backward"),
-        ("conv", "compact, grid"),
+        ("score_direction", "sum, forward, backward"),
+        ("conv", "compact, position"),
         ("step_parameters", "rank, full"),
     ],
 )
@@ -110,7 +110,7 @@ def test_as_released_has_no_alignment(alignment):
         PruneSchedule({5: 0.8}, importance="as_released", alignment=alignment)
 
 
-@pytest.mark.parametrize("option", [{"source": "forward"}, {"gated": True}])
+@pytest.mark.parametrize("option", [{"score_direction": "forward"}, {"gated": True}])
 def test_as_released_has_its_own_source(option):
     with pytest.raises(ValueError, match=r"as_released.*gated backward scan.*leave both out"):
         PruneSchedule({5: 0.8}, importance="as_released", alignment="none", **option)
@@ -137,10 +137,12 @@ def test_block_outside_the_model():
     assert _counts({24: 0.8}) == [(197, 157)]
 
 
-@pytest.mark.parametrize("source", ["forward", "backward"])
-def test_model_without_directions(source):
-    with pytest.raises(UnsupportedError, match=rf"source='{source}'.*use source='sum'"):
-        _counts({6: 0.8}, PLAIN, source=source)
+@pytest.mark.parametrize("score_direction", ["forward", "backward"])
+def test_model_without_directions(score_direction):
+    with pytest.raises(
+        UnsupportedError, match=rf"score_direction='{score_direction}'.*use score_direction='sum'"
+    ):
+        _counts({6: 0.8}, PLAIN, score_direction=score_direction)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,11 @@ def test_model_without_directions(source):
             "bidirectional_layers=True cannot be pruned.*dense",
         ),
         ({}, {"step_parameters": "full"}, "step_parameters='full' is PlainMamba's choice"),
-        ({"bimamba": "none"}, {"source": "backward"}, "bimamba='none' has no backward scan"),
+        (
+            {"bimamba": "none"},
+            {"score_direction": "backward"},
+            "bimamba='none' has no backward scan",
+        ),
         (
             {"bimamba": "none"},
             {"importance": "as_released", "alignment": "none"},
@@ -221,9 +227,9 @@ def test_schedules_copy_and_pickle_and_stay_as_they_are():
 
 
 def test_changed_replaces_rules_and_keeps_the_rest():
-    schedule = PruneSchedule({2: "0.7"}, source="forward", importance="l1")
+    schedule = PruneSchedule({2: "0.7"}, score_direction="forward", importance="l1")
     other = schedule.changed(alignment="none", ratios={1: "0.5"})
-    assert (other.alignment, other.source, other.importance) == ("none", "forward", "l1")
+    assert (other.alignment, other.score_direction, other.importance) == ("none", "forward", "l1")
     assert list(other.ratios) == [1]
     assert list(schedule.ratios) == [2]
     with pytest.raises(ValueError, match=r"alignment='all' is not one of"):

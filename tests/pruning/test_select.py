@@ -67,7 +67,7 @@ def test_official_numbers(name, dtype):
         assert np.abs(found.logits.numpy() - logits).max() < FLOAT32
 
 
-@pytest.mark.parametrize("conv", ["compact", "grid"])
+@pytest.mark.parametrize("conv", ["compact", "position"])
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize("case", CASES)
 def test_two_stages_equal_the_walk_over_every_place(case, alignment, conv):
@@ -75,7 +75,7 @@ def test_two_stages_equal_the_walk_over_every_place(case, alignment, conv):
 
 
 def test_alignments_and_convolutions_differ():
-    options = [*itertools.product(ALIGNMENTS[:3], ["compact", "grid"]), ("masked", "compact")]
+    options = [*itertools.product(ALIGNMENTS[:3], ["compact", "position"]), ("masked", "compact")]
     logits = [
         _details(_micro(alignment=a, conv=c), _micro_images()).logits.numpy() for a, c in options
     ]
@@ -84,14 +84,16 @@ def test_alignments_and_convolutions_differ():
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("source", ["sum", "forward", "backward"])
+@pytest.mark.parametrize("score_direction", ["sum", "forward", "backward"])
 @pytest.mark.parametrize("importance", ["clip", "sum", "l1", "l2"])
-def test_every_score(importance, source, gated):
-    model = _micro(importance=importance, source=source, gated=gated, alignment="constant")
+def test_every_score(importance, score_direction, gated):
+    model = _micro(
+        importance=importance, score_direction=score_direction, gated=gated, alignment="constant"
+    )
     _assert_as_by_hand(model, _micro_images())
 
 
-@pytest.mark.parametrize("conv", ["compact", "grid"])
+@pytest.mark.parametrize("conv", ["compact", "position"])
 @pytest.mark.parametrize("case", ["mid_div2", "head_cls"])
 def test_as_released_recentres_the_class_token(case, conv):
     model = _micro(case, alignment="none", importance="as_released", conv=conv)
@@ -113,12 +115,19 @@ def test_as_released_stage_that_keeps_all_moves_nothing(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("source", ["sum", "backward"])
+@pytest.mark.parametrize("score_direction", ["sum", "backward"])
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize("case", ["mid_div2", "nocls_mean"])
-def test_ratio_one_is_the_dense_model_bit_for_bit(case, alignment, source, dtype):
+def test_ratio_one_is_the_dense_model_bit_for_bit(case, alignment, score_direction, dtype):
     dense = micro_vim(case).to(dtype)
-    model = _micro(case, {1: 1, 3: "1.0"}, dtype, alignment=alignment, source=source, conv="grid")
+    model = _micro(
+        case,
+        {1: 1, 3: "1.0"},
+        dtype,
+        alignment=alignment,
+        score_direction=score_direction,
+        conv="position",
+    )
     inputs = _micro_images().to(dtype)
     found = _details(model, inputs)
     assert torch.equal(found.logits, _details(dense, inputs).logits)
@@ -186,7 +195,7 @@ def test_one_direction_prunes_too():
     model, inputs = _micro("unidirectional"), _micro_images()
     found = _details(model, inputs)
     assert torch.isfinite(found.logits).all()
-    forward = _details(_micro("unidirectional", source="forward"), inputs)
+    forward = _details(_micro("unidirectional", score_direction="forward"), inputs)
     assert torch.equal(forward.logits, found.logits)
 
 

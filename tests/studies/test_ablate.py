@@ -106,15 +106,15 @@ def test_plan():
     assert [found[f"random-{s}"].seed for s in (0, 1)] == [0, 1]
     assert [str(r) for r in found["none@0.5"].ratios.values()] == ["0.5", "0.5"]
     assert {key for line in plan.lines for key in line.keys} == set(found)
-    both = make_plan(schedule, seeds=1, ratios=[], grid=True)
-    grids = {v.key: v.schedule for v in both.variants if v.key.endswith("+grid")}
+    both = make_plan(schedule, seeds=1, ratios=[], by_position=True)
+    grids = {v.key: v.schedule for v in both.variants if v.key.endswith("+position")}
     assert [(key, s.alignment, s.conv) for key, s in grids.items()] == [
-        ("none+grid", "none", "grid"),
-        ("gap+grid", "gap", "grid"),
+        ("none+position", "none", "position"),
+        ("gap+position", "gap", "position"),
     ]
     assert [line.label for line in both.lines if line.table == "convolution"] == [
-        "plain removal, on the grid",
-        "aligned (gap), on the grid",
+        "plain removal, by position",
+        "aligned (gap), by position",
     ]
     assert {v.baseline for v in both.variants if v.key in grids} == {"none"}
     with pytest.raises(ValueError, match=r"seeds=0 is below 1"):

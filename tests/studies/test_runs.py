@@ -18,11 +18,11 @@ import torch
 from checkout import PYTHONPATH, ROOT
 from command import SIZES
 from exports import SCHEDULE, exported, micro
-from finetune_cases import CLASSES, PLAIN, RECIPE, request, subject, write_pictures
+from finetune_cases import CLASSES, PLAIN, RECIPE, model_source, request, write_pictures
 from safetensors.torch import load_file, save_file
 
 import vssm
-from vssm import AblationOptions, AblationTraining, PruneSchedule, Recipe, Subject
+from vssm import AblationOptions, AblationTraining, ModelSource, PruneSchedule, Recipe
 from vssm.artifact.manifest import Preprocessing
 from vssm.errors import ArtifactError
 from vssm.evaluation.data import find_pictures, load
@@ -63,7 +63,7 @@ def _options(data, **changes):
 def whole(data, checkpoints, tmp_path_factory):
     """An ablation that nothing stopped: its directory and report."""
     output = tmp_path_factory.mktemp("whole")
-    return output, vssm.ablate(subject(checkpoints[0]), data, output, _options(data))
+    return output, vssm.ablate(model_source(checkpoints[0]), data, output, _options(data))
 
 
 def _rows(report):
@@ -111,7 +111,7 @@ def test_trained_rows_are_finetunes_own(data, checkpoints, whole, tmp_path):
     output, report = whole
     found = []
     for seed in (0, 1):
-        what = subject(checkpoints[0], alignment="none")
+        what = model_source(checkpoints[0], alignment="none")
         asked = request(data, tmp_path / str(seed), what=what, **NUMBERS, seed=seed)
         weights = Path(vssm.finetune(asked).weights)
         ours = output / "finetuned" / f"none-{seed}"
@@ -164,7 +164,7 @@ def test_mcnemar():
 def test_the_fused_baseline_trains(data, checkpoints, tmp_path):
     """The loss of the first step is the fused model's own on the same images."""
     numbers = {**PLAIN, "epochs": 1}
-    asked = request(data, tmp_path, what=subject(checkpoints[0], tokens="fused"), **numbers)
+    asked = request(data, tmp_path, what=model_source(checkpoints[0], tokens="fused"), **numbers)
     vssm.finetune(asked)
     model = fuse_leftovers(
         finetune_model(checkpoints[0], PruneSchedule.parse(SCHEDULE, alignment="none"))
@@ -184,9 +184,9 @@ def test_several_checkpoints(data, checkpoints, tmp_path, whole):
     """Rows have a run for each; trainings take turns; the first's runs are those of it alone."""
     training = AblationTraining(data, ("gap",), None, Recipe.of(NUMBERS))
     options = _options(data, checkpoints=checkpoints[1:], training=training)
-    report = vssm.ablate(subject(checkpoints[0]), data, tmp_path / "both", options)
+    report = vssm.ablate(model_source(checkpoints[0]), data, tmp_path / "both", options)
     other = vssm.ablate(
-        subject(checkpoints[1]), data, tmp_path / "second", _options(data, training=None)
+        model_source(checkpoints[1]), data, tmp_path / "second", _options(data, training=None)
     )
     rows, first, second = _rows(report), _rows(whole[1]), _rows(other)
     for label in ("dense", "aligned (gap)", "plain removal", "masked"):
@@ -212,7 +212,7 @@ def test_an_export_is_trained_from_its_weights(data, checkpoints, tmp_path, whol
     export = exported(tmp_path, model)
     training = AblationTraining(data, ("gap",), 1, Recipe.of(NUMBERS))
     out = tmp_path / "ablation"
-    vssm.ablate(Subject(str(export.directory)), data, out, _options(data, training=training))
+    vssm.ablate(ModelSource(str(export.directory)), data, out, _options(data, training=training))
     start = load_file(out / "finetuned" / "start.safetensors")
     assert all(torch.equal(v, start[k]) for k, v in model.state_dict().items())
     name = Path("finetuned", "gap-0", "finetuned.safetensors")
@@ -233,7 +233,7 @@ def _stop_at(text):
 
 def test_a_stopped_ablation_goes_on(data, checkpoints, tmp_path, whole, monkeypatch):
     """In a training, between two, and while measuring; what is done is not done again."""
-    asked = (subject(checkpoints[0]), data, tmp_path, _options(data))
+    asked = (model_source(checkpoints[0]), data, tmp_path, _options(data))
     for text in ("gap-0: epoch 2 of 2, step 9", "masked-1: epoch 1", "24 of 42 images"):
         with pytest.raises(_StopError):
             vssm.ablate(*asked, progress=_stop_at(text))
@@ -251,7 +251,7 @@ def test_unreadable_files_survive_a_stop(checkpoints, tmp_path):
     for name in ("n0/bad.png", "n3/notes.txt"):
         (data / name).write_bytes(b"no image")
     options = AblationOptions(seeds=1, ratios=("0.5",), batch=2)
-    asked = (subject(checkpoints[0]), str(data), str(tmp_path / "out"), options)
+    asked = (model_source(checkpoints[0]), str(data), str(tmp_path / "out"), options)
     with pytest.raises(_StopError):
         vssm.ablate(*asked, progress=_stop_at("10 of 44 images"))
     report = vssm.ablate(*asked)
@@ -263,13 +263,15 @@ def test_unreadable_files_survive_a_stop(checkpoints, tmp_path):
 def test_another_ablation_is_refused(data, checkpoints, tmp_path):
     options = AblationOptions(seeds=1, ratios=("0.5",), batch=8)
     with pytest.raises(_StopError):
-        vssm.ablate(subject(checkpoints[0]), data, tmp_path, options, progress=_stop_at("8 of 42"))
+        vssm.ablate(
+            model_source(checkpoints[0]), data, tmp_path, options, progress=_stop_at("8 of 42")
+        )
     with pytest.raises(ArtifactError, match=r"of another ablation: weights=.*give another -o"):
-        vssm.ablate(subject(checkpoints[1]), data, tmp_path, options)
+        vssm.ablate(model_source(checkpoints[1]), data, tmp_path, options)
     with pytest.raises(ArtifactError, match=r"batch=8, now 4; run it to its end"):
-        vssm.ablate(subject(checkpoints[0]), data, tmp_path, replace(options, batch=4))
+        vssm.ablate(model_source(checkpoints[0]), data, tmp_path, replace(options, batch=4))
     anew = replace(options, batch=4, restart=True)
-    assert vssm.ablate(subject(checkpoints[0]), data, tmp_path, anew).rows
+    assert vssm.ablate(model_source(checkpoints[0]), data, tmp_path, anew).rows
     with AblationJournal(tmp_path / "j", {}) as journal:
         journal.append(Step((("a", "torn"),), {"gap": "01"}, {"gap": 0.5}, True))
     with AblationJournal(tmp_path / "j", {}) as journal:
@@ -284,14 +286,14 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import torch
-from finetune_cases import subject
+from finetune_cases import model_source
 from test_runs import _options
 import vssm
 
 torch.set_num_threads(1)
 data, checkpoint, output = map(Path, sys.argv[2:])
 vssm.ablate(
-    subject(checkpoint), data, output, _options(data), progress=lambda line: print(line, flush=True)
+    model_source(checkpoint), data, output, _options(data), progress=lambda line: print(line, flush=True)
 )
 """
 
@@ -335,7 +337,7 @@ from pathlib import Path
 import torch
 import torch._dynamo
 from vssm import AblationOptions
-from finetune_cases import subject
+from finetune_cases import model_source
 from test_runs import _rows, _same
 import vssm
 
@@ -361,7 +363,7 @@ def ablate(folder, crash):
     for name in ("write", "ftruncate", "fsync", "replace", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
     options = AblationOptions(seeds=1, ratios=(), batch=21)
-    vssm.ablate(subject(checkpoint), data, folder, options)
+    vssm.ablate(model_source(checkpoint), data, folder, options)
     os._exit(0)
 
 
@@ -467,7 +469,9 @@ def test_refusals(cli, data, checkpoints, tmp_path, monkeypatch):
 def test_what_a_family_lacks_is_not_trained(data, tmp_path):
     from finetune_cases import OPTIONS_PLAIN
 
-    what = Subject("plain_mamba_l1", schedule="2:0.7", num_classes=CLASSES, options=OPTIONS_PLAIN)
+    what = ModelSource(
+        "plain_mamba_l1", schedule="2:0.7", num_classes=CLASSES, options=OPTIONS_PLAIN
+    )
     training = AblationTraining(data, ("masked", "gap"), 1, Recipe.of({**NUMBERS, "epochs": 1}))
     report = vssm.ablate(what, data, tmp_path, _options(data, training=training))
     assert list(report.left_out) == ["masked", "fine-tuned masked"]
@@ -478,16 +482,16 @@ def test_what_a_family_lacks_is_not_trained(data, tmp_path):
 def test_one_subject_for_every_command(data, checkpoints, tmp_path):
     schedule = PruneSchedule.parse(SCHEDULE)
     with pytest.raises(ValueError, match=r"alignment='none' beside a PruneSchedule.*changed\(al"):
-        Subject("vim_tiny", schedule=schedule, alignment="none")
+        ModelSource("vim_tiny", schedule=schedule, alignment="none")
     with pytest.raises(ValueError, match=r"checkpoints=.*and no checkpoint before them"):
-        vssm.ablate(subject(), data, tmp_path, AblationOptions(checkpoints=checkpoints))
+        vssm.ablate(model_source(), data, tmp_path, AblationOptions(checkpoints=checkpoints))
     with pytest.raises(ValueError, match="tokens='fused' is a way to train; leave it out"):
-        vssm.ablate(subject(checkpoints[0], tokens="fused"), data, tmp_path)
+        vssm.ablate(model_source(checkpoints[0], tokens="fused"), data, tmp_path)
     with pytest.raises(ValueError, match="tokens='masked' beside a PruneSchedule"):
-        subject(tokens="masked", schedule=schedule)
+        model_source(tokens="masked", schedule=schedule)
     with pytest.raises(ValueError, match="alignment='gap' with tokens='fused'"):
-        subject(tokens="fused", alignment="gap")
-    texts, made = subject(checkpoints[0]), subject(checkpoints[0], schedule=schedule)
+        model_source(tokens="fused", alignment="gap")
+    texts, made = model_source(checkpoints[0]), model_source(checkpoints[0], schedule=schedule)
     logs = []
     for name, what in (("text", texts), ("made", made)):
         vssm.finetune(request(data, tmp_path / name, what=what, epochs=1))

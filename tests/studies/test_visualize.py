@@ -25,7 +25,7 @@ SUBJECTS = {
     "vim": micro,
     "vim plain": lambda: micro(rules={"alignment": "none"}),
     "vim constant": lambda: micro(rules={"alignment": "constant"}),
-    "vim backward score": lambda: micro(rules={"source": "backward"}),
+    "vim backward score": lambda: micro(rules={"score_direction": "backward"}),
     "vim dense": lambda: micro(None),
     "vim v1": lambda: micro(bimamba="v1"),
     "plain_mamba": micro_plain,
@@ -157,7 +157,7 @@ def test_command_by_name(cli, tmp_path, picture, name):
 def test_from_python(tmp_path, picture):
     """By the subject that finetune and ablate take; what comes back is what the file has."""
     sizes = {key: value for key, value in MICRO.items() if key != "num_classes"}
-    subject = vssm.Subject("vim_tiny", schedule="1:0.5", num_classes=7, options=sizes)
+    subject = vssm.ModelSource("vim_tiny", schedule="1:0.5", num_classes=7, options=sizes)
     found = vssm.visualize(subject, [str(picture)], str(tmp_path / "out"))
     assert list(found["images"][0]["variants"]) == ["dense", "plain removal", "aligned (gap)"]
     assert json.loads((tmp_path / "out" / "visualize.json").read_text()) == found
@@ -182,7 +182,7 @@ def test_refusals(cli, tmp_path, picture, monkeypatch):
     assert cli("visualize", "vim_tiny", picture, "-o", picture, *SIZES) == 2
     assert f"output={picture} cannot be made (File exists); name another directory" in cli.out
     with pytest.raises(ValueError, match=r"images=\[\] holds no image"):
-        vssm.visualize(vssm.Subject("vim_tiny"), [], tmp_path / "out")
+        vssm.visualize(vssm.ModelSource("vim_tiny"), [], tmp_path / "out")
     artifact = exported(tmp_path, micro())
     assert cli("visualize", artifact.directory, *end[:3], "--num-classes=3") == 2
     assert "--num-classes out" in cli.out

@@ -9,7 +9,7 @@ import numpy as np
 from exports import MICRO, MICRO_PLAIN, SCHEDULE
 from PIL import Image
 
-from vssm import FinetuneRequest, Recipe, Subject, Work
+from vssm import FinetuneRequest, ModelSource, Recipe, Resources
 
 CLASSES = 7
 IMAGES = 42
@@ -34,22 +34,22 @@ def write_pictures(root: Path, *, told_apart: bool = False) -> Path:
     return root
 
 
-def subject(checkpoint: Path | None = None, **changes: Any) -> Subject:
+def model_source(checkpoint: Path | None = None, **changes: Any) -> ModelSource:
     """A micro Vim, pruned after blocks 1 and 2."""
     given = {"schedule": SCHEDULE, "num_classes": CLASSES, "options": OPTIONS, **changes}
-    return Subject(given.pop("name", "vim_tiny"), checkpoint, **given)
+    return ModelSource(given.pop("name", "vim_tiny"), checkpoint, **given)
 
 
 def request(
     data: Path,
     output: Path,
     *,
-    what: Subject | None = None,
-    work: dict[str, Any] | None = None,
+    what: ModelSource | None = None,
+    resources: dict[str, Any] | None = None,
     resume: bool = False,
     **numbers: Any,
 ) -> FinetuneRequest:
     """A run of 14 steps, its state saved at every one."""
     recipe = Recipe(**{**RECIPE, **numbers})
-    laid_out = Work(**{"workers": 0, "save_every": 1, **(work or {})})
-    return FinetuneRequest(what or subject(), data, output, recipe, None, resume, laid_out)
+    laid_out = Resources(**{"workers": 0, "save_every": 1, **(resources or {})})
+    return FinetuneRequest(what or model_source(), data, output, recipe, None, resume, laid_out)

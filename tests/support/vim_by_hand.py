@@ -127,9 +127,9 @@ class VimByHand:
                 passed += 1
 
     def _convolve(self, line: Line, x: Tensor, key: str, *, backward: bool) -> Tensor:
-        """Silu of the causal convolution along the list, or along the full line (conv="grid")."""
+        """Silu of the causal convolution along the list, or the full line (conv="position")."""
         weight, bias = self.state[key + ".weight"][:, 0], self.state[key + ".bias"]
-        grid = self.schedule.conv == "grid" and self.schedule.alignment != "masked"
+        grid = self.schedule.conv == "position" and self.schedule.alignment != "masked"
         cells = line.places if grid else list(range(len(x)))
         length = self.config.seqlen if grid else len(x)
         found = dict(zip(cells, x, strict=True))
@@ -149,7 +149,7 @@ class VimByHand:
         if schedule.importance == "as_released":
             values: list[float] = (y[1] * gate).mean(-1).tolist()
             return values[::-1]
-        scored = {"sum": y[0] + y[1], "forward": y[0], "backward": y[1]}[schedule.source]
+        scored = {"sum": y[0] + y[1], "forward": y[0], "backward": y[1]}[schedule.score_direction]
         scored = scored * gate if schedule.gated else scored
         formula = {
             "clip": lambda v: v.clamp(min=0).mean(-1),

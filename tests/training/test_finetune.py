@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 import torch
 from checkout import PYTHONPATH, ROOT
-from command import MODEL, Run
+from command import MODEL, TrainingRun
 from exports import SCHEDULE
-from finetune_cases import CLASSES, PLAIN, request, subject, write_pictures
+from finetune_cases import CLASSES, PLAIN, model_source, request, write_pictures
 from safetensors.torch import load_file, save_file
 
 import vssm
-from vssm import Subject, Work
+from vssm import ModelSource, Resources
 from vssm.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError, VssmError
 from vssm.evaluation.data import find_pictures
 from vssm.training.augment import Example, load_batch
@@ -58,7 +58,7 @@ def checkpoint(tmp_path_factory):
 def whole(data, checkpoint, tmp_path_factory):
     """A run that nothing stopped."""
     output = tmp_path_factory.mktemp("whole")
-    vssm.finetune(request(data, output, what=subject(checkpoint)))
+    vssm.finetune(request(data, output, what=model_source(checkpoint)))
     return output
 
 
@@ -104,7 +104,7 @@ def _first_loss(model, data, asked):
 def test_a_step_is_adamw_on_the_mean_gradient(data, checkpoint, tmp_path):
     """Against torch alone: the model's own loss, AdamW, the average."""
     numbers = {**PLAIN, "epochs": 1, "warm_up_epochs": 0, "batch": 42, "weight_decay": 0.3}
-    asked = request(data, tmp_path / "out", what=subject(checkpoint), **numbers)
+    asked = request(data, tmp_path / "out", what=model_source(checkpoint), **numbers)
     vssm.finetune(asked)
     model = _model(checkpoint)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -139,10 +139,10 @@ def test_every_matrix_decays_and_nothing_else(name):
 
 
 def test_equal_runs_are_equal_to_the_bit(data, checkpoint, tmp_path, whole):
-    vssm.finetune(request(data, tmp_path, what=subject(checkpoint), work={"workers": 2}))
+    vssm.finetune(request(data, tmp_path, what=model_source(checkpoint), resources={"workers": 2}))
     _same(tmp_path, whole)
     other = tmp_path / "other"
-    vssm.finetune(request(data, other, what=subject(checkpoint), seed=1))
+    vssm.finetune(request(data, other, what=model_source(checkpoint), seed=1))
     assert (other / "log.csv").read_bytes() != (whole / "log.csv").read_bytes()
 
 
@@ -164,7 +164,7 @@ def _stop_after(steps):
 @pytest.mark.parametrize(("steps", "every"), [(1, 1), (5, 1), (6, 4), (7, 100), (3, 100)])
 def test_a_stopped_run_goes_on(data, checkpoint, tmp_path, whole, steps, every):
     """At a state, behind one, at an epoch's end, and before the first state."""
-    asked = request(data, tmp_path, what=subject(checkpoint), work={"save_every": every})
+    asked = request(data, tmp_path, what=model_source(checkpoint), resources={"save_every": every})
     with pytest.raises(_StopError):
         vssm.finetune(asked, progress=_stop_after(steps))
     with (tmp_path / "log.csv").open("ab") as file:
@@ -201,7 +201,7 @@ def test_tensorboard_goes_on_where_the_state_is(data, tmp_path, monkeypatch):
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr("vssm.training.log.has_tensorboard", lambda: True)
-    asked = request(data, tmp_path, work={"save_every": 3})
+    asked = request(data, tmp_path, resources={"save_every": 3})
     with pytest.raises(_StopError):
         vssm.finetune(asked, progress=_stop_after(5))
     assert vssm.finetune(replace(asked, resume=True)).tensorboard
@@ -217,7 +217,7 @@ def test_tensorboard_goes_on_where_the_state_is(data, tmp_path, monkeypatch):
 
 
 def test_a_finished_run_goes_on_to_the_same(data, checkpoint, tmp_path, whole):
-    asked = request(data, tmp_path, what=subject(checkpoint))
+    asked = request(data, tmp_path, what=model_source(checkpoint))
     vssm.finetune(asked)
     report = vssm.finetune(replace(asked, resume=True))
     assert (report.trained.resumed, report.trained.images_per_s) == (14, None)
@@ -229,7 +229,7 @@ import json
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from finetune_cases import request, subject
+from finetune_cases import request, model_source
 from pathlib import Path
 import vssm
 from vssm.training.run import has_run
@@ -240,8 +240,8 @@ if __name__ == "__main__":
     asked = request(
         Path(data),
         Path(output),
-        what=subject(Path(checkpoint)),
-        work={"workers": int(workers)},
+        what=model_source(Path(checkpoint)),
+        resources={"workers": int(workers)},
         resume=has_run(Path(output)),
         **json.loads(numbers),
     )
@@ -343,7 +343,7 @@ sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
 from pathlib import Path
 import torch
-from finetune_cases import request, subject
+from finetune_cases import request, model_source
 import vssm
 import vssm.training.run
 from vssm.training.run import has_run
@@ -371,7 +371,7 @@ def train(folder, crash):
     for name in ("write", "ftruncate", "fsync", "replace"):
         setattr(os, name, counted(getattr(os, name)))
     numbers = {"epochs": 1, "batch": 14}
-    asked = request(data, folder, what=subject(checkpoint), work={"save_every": 2}, **numbers)
+    asked = request(data, folder, what=model_source(checkpoint), resources={"save_every": 2}, **numbers)
     vssm.finetune(replace(asked, resume=has_run(folder)))
     os._exit(0)
 
@@ -431,7 +431,7 @@ def test_processes_of_torchrun(data, checkpoint, tmp_path):
     _same(tmp_path / "killed", tmp_path / "whole")
     header = json.loads((tmp_path / "whole" / "finetune.json").read_text())["run"]
     assert header["processes"] == "2"
-    vssm.finetune(request(data, tmp_path / "alone", what=subject(checkpoint), **numbers))
+    vssm.finetune(request(data, tmp_path / "alone", what=model_source(checkpoint), **numbers))
     found = np.loadtxt(tmp_path / "whole" / "log.csv", delimiter=",", skiprows=1)
     expected = np.loadtxt(tmp_path / "alone" / "log.csv", delimiter=",", skiprows=1)
     assert len(found) == 6
@@ -459,11 +459,11 @@ def test_processes_must_see_the_same_state(monkeypatch):
 def test_a_gpu_that_is_not_there_is_said(data, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(RuntimeUnavailableError, match="device='cuda': torch finds no GPU; train"):
-        vssm.finetune(request(data, tmp_path, work={"device": "cuda"}))
+        vssm.finetune(request(data, tmp_path, resources={"device": "cuda"}))
 
 
 def test_micro_batches_add_up(data, checkpoint, tmp_path, whole):
-    asked = request(data, tmp_path, what=subject(checkpoint), work={"micro_batch": 4})
+    asked = request(data, tmp_path, what=model_source(checkpoint), resources={"micro_batch": 4})
     vssm.finetune(asked)
     found = np.loadtxt(tmp_path / "log.csv", delimiter=",", skiprows=1)
     expected = np.loadtxt(whole / "log.csv", delimiter=",", skiprows=1)
@@ -471,7 +471,7 @@ def test_micro_batches_add_up(data, checkpoint, tmp_path, whole):
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
-def test_the_weights_export(data, whole, tmp_path, cli: Run):
+def test_the_weights_export(data, whole, tmp_path, cli: TrainingRun):
     weights = whole / "finetuned.safetensors"
     code = cli(
         "export", *MODEL, "--schedule", SCHEDULE, "--checkpoint", weights, "-o", tmp_path / "o"
@@ -486,7 +486,7 @@ def test_the_weights_export(data, whole, tmp_path, cli: Run):
     assert weights.stat().st_mode & 0o777 == (whole / "log.csv").stat().st_mode & 0o777
 
 
-def test_command(data, checkpoint, tmp_path, cli: Run):
+def test_command(data, checkpoint, tmp_path, cli: TrainingRun):
     given = ["--data", data, "--checkpoint", checkpoint, "--schedule", SCHEDULE]
     given += ["-o", tmp_path / "out", "--epochs=1", "--batch=6", "--workers=0", "--lr=1e-3"]
     assert cli("finetune", *MODEL, *given, "--recipe=ema=0.5", "--recipe", "seed=3") == 0, cli.out
@@ -514,7 +514,7 @@ def test_masked_tokens(data, checkpoint, tmp_path):
     numbers = {**PLAIN, "epochs": 1}
     losses = {}
     for tokens, alignment in (("masked", "masked"), ("gather", "gap")):
-        what = subject(checkpoint, tokens=tokens)
+        what = model_source(checkpoint, tokens=tokens)
         asked = request(data, tmp_path / tokens, what=what, **numbers)
         vssm.finetune(asked)
         row = (tmp_path / tokens / "log.csv").read_text().splitlines()[1]
@@ -522,7 +522,7 @@ def test_masked_tokens(data, checkpoint, tmp_path):
         expected = _first_loss(_model(checkpoint, alignment), data, asked).item()
         assert losses[tokens] == pytest.approx(expected, rel=1e-5)
     assert losses["masked"] != pytest.approx(losses["gather"], rel=1e-4)
-    plain = subject(
+    plain = model_source(
         name="plain_mamba_l1",
         tokens="masked",
         schedule="2:0.7",
@@ -533,7 +533,9 @@ def test_masked_tokens(data, checkpoint, tmp_path):
 
 
 def test_plain_mamba_trains(data, tmp_path):
-    what = subject(name="plain_mamba_l1", schedule="2:0.7", options=finetune_cases.OPTIONS_PLAIN)
+    what = model_source(
+        name="plain_mamba_l1", schedule="2:0.7", options=finetune_cases.OPTIONS_PLAIN
+    )
     report = vssm.finetune(request(data, tmp_path, what=what, epochs=1))
     assert report.trained.steps == 7
     model = vssm.create_model("plain_mamba_l1", num_classes=7, **what.options)
@@ -549,27 +551,27 @@ def test_plain_mamba_trains(data, tmp_path):
 def test_a_whole_schedule_is_trained_as_it_is(data, checkpoint, tmp_path):
     """The rules that the options name give the same bytes, and others are in the header."""
     numbers = {**PLAIN, "epochs": 1}
-    options = subject(checkpoint, alignment="none", importance="l1")
+    options = model_source(checkpoint, alignment="none", importance="l1")
     whole = vssm.PruneSchedule.parse(SCHEDULE, alignment="none", importance="l1")
-    same = subject(checkpoint, schedule=whole)
-    grid = subject(checkpoint, schedule=whole.changed(conv="grid"))
+    same = model_source(checkpoint, schedule=whole)
+    grid = model_source(checkpoint, schedule=whole.changed(conv="position"))
     found = {}
     for name, what in (("options", options), ("same", same), ("grid", grid)):
         report = vssm.finetune(request(data, tmp_path / name, what=what, **numbers))
         found[name] = report.sha256
     assert found["options"] == found["same"] != found["grid"]
-    assert "conv='grid'" in report.run["schedule"]
+    assert "conv='position'" in report.run["schedule"]
 
 
 def test_distillation(data, checkpoint, tmp_path, whole):
     """Where nothing is pruned the teacher is the model, and the first step's divergence is none."""
-    alone = subject(checkpoint, schedule="1:1.0")
+    alone = model_source(checkpoint, schedule="1:1.0")
     vssm.finetune(request(data, tmp_path / "a", what=alone, distil=1.0, epochs=1))
     first = (tmp_path / "a" / "log.csv").read_text().splitlines()[1]
     assert abs(float(first.split(",")[3])) < 1e-6
-    vssm.finetune(request(data, tmp_path / "b", what=subject(checkpoint), distil=0.5))
+    vssm.finetune(request(data, tmp_path / "b", what=model_source(checkpoint), distil=0.5))
     assert (tmp_path / "b" / "log.csv").read_bytes() != (whole / "log.csv").read_bytes()
-    asked = request(data, tmp_path / "c", what=subject(checkpoint), distil=0.5)
+    asked = request(data, tmp_path / "c", what=model_source(checkpoint), distil=0.5)
     _, teacher = build_models(asked, Group("cpu"))
     assert {m.backend for m in teacher.modules() if hasattr(m, "backend")} == {"kernel"}
     with pytest.raises(ValueError, match=r"distil=0.5 needs a schedule and a checkpoint"):
@@ -578,22 +580,22 @@ def test_distillation(data, checkpoint, tmp_path, whole):
 
 def test_refusals(data, checkpoint, tmp_path):
     with pytest.raises(ValueError, match="tokens='masked' without a schedule prunes nothing"):
-        Subject("vim_tiny", tokens="masked")
+        ModelSource("vim_tiny", tokens="masked")
     with pytest.raises(ValueError, match="alignment='gap' with tokens='masked'"):
-        subject(tokens="masked", alignment="gap")
-    with pytest.raises(ValueError, match="conv='grid' with tokens='masked', whose convolution"):
-        subject(tokens="masked", conv="grid")
+        model_source(tokens="masked", alignment="gap")
+    with pytest.raises(ValueError, match="conv='position' with tokens='masked', whose convolution"):
+        model_source(tokens="masked", conv="position")
     whole = vssm.PruneSchedule.parse(SCHEDULE)
     with pytest.raises(ValueError, match="alignment='none' beside a PruneSchedule, which has its"):
-        subject(schedule=whole, alignment="none")
+        model_source(schedule=whole, alignment="none")
     with pytest.raises(ValueError, match="tokens='zero' is not one of gather, masked"):
-        subject(tokens="zero")
+        model_source(tokens="zero")
     with pytest.raises(ValueError, match="importance='l1' without a schedule"):
-        Subject("vim_tiny", importance="l1")
-    with pytest.raises(ValueError, match="source='ema' without a checkpoint"):
-        Subject("vim_tiny", source="ema")
+        ModelSource("vim_tiny", importance="l1")
+    with pytest.raises(ValueError, match="weights='ema' without a checkpoint"):
+        ModelSource("vim_tiny", weights="ema")
     with pytest.raises(ValueError, match="save_every=0 is below 1"):
-        Work(save_every=0)
+        Resources(save_every=0)
     with pytest.raises(ValueError, match="batch=44 is more than the 42 images"):
         vssm.finetune(request(data, tmp_path, batch=44))
     with pytest.raises(ValueError, match=r"data=.*nowhere is no folder; give one"):
@@ -603,7 +605,7 @@ def test_refusals(data, checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"classes=.*names.txt names 2 classes on 2 lines"):
         vssm.finetune(replace(request(data, tmp_path), classes=names))
     with pytest.raises(ValueError, match="device='tpu' is neither cpu nor cuda"):
-        vssm.finetune(request(data, tmp_path, work={"device": "tpu"}))
+        vssm.finetune(request(data, tmp_path, resources={"device": "tpu"}))
 
 
 def test_an_image_that_cannot_be_read_ends_the_run(data, tmp_path):
@@ -623,7 +625,7 @@ def _with_a_bit_flipped(data, at):
 
 
 def test_a_damaged_state_is_refused(data, checkpoint, tmp_path):
-    asked = request(data, tmp_path, what=subject(checkpoint), epochs=1)
+    asked = request(data, tmp_path, what=model_source(checkpoint), epochs=1)
     vssm.finetune(asked)
     state = tmp_path / "state.safetensors"
     whole = state.read_bytes()

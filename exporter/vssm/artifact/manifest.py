@@ -82,7 +82,7 @@ class ScheduleInfo:
     blocks: Mapping[int, str]
     alignment: str
     importance: str
-    source: str
+    score_direction: str
     gated: bool
     conv: str
     step_parameters: str
@@ -303,13 +303,15 @@ def _schedule(node: Node) -> ScheduleInfo:
     num_keep = tuple(n.integer(1) for n in node.at("num_keep").items(exactly=len(blocks)))
     if list(num_keep) != sorted(num_keep, reverse=True):
         raise FieldError(f"{node.path}.num_keep={list(num_keep)} grows, but tokens never come back")
+    # Files of the first releases call score_direction "source", and the convolution "grid".
+    old, conv = "source" in node.mapping(), node.at("conv").text()
     return ScheduleInfo(
         blocks=dict(sorted(blocks.items())),
         alignment=node.at("alignment").text(),
         importance=node.at("importance").text(),
-        source=node.at("source").text(),
+        score_direction=node.at("source" if old else "score_direction").text(),
         gated=node.at("gated").flag(),
-        conv=node.at("conv").text(),
+        conv="position" if old and conv == "grid" else conv,
         step_parameters=node.at("step_parameters").text(),
         num_keep=num_keep,
         cls_position=node.at("cls_position").optional(lambda n: n.integer(0)),

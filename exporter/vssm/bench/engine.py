@@ -12,7 +12,7 @@ import numpy as np
 
 from vssm._version import __version__
 from vssm.artifact.directory import Artifact
-from vssm.bench.measure import BenchReport, Subject, check_arguments, measure
+from vssm.bench.measure import BenchReport, Contender, check_arguments, measure
 from vssm.models.cost import count
 from vssm.onnx.export import export
 from vssm.runtimes.session import Session
@@ -104,18 +104,18 @@ def _open(
 
 def _subjects(
     artifact: Artifact, dense: Artifact | None, runtime: str, *, trust: bool
-) -> list[Subject]:
+) -> list[Contender]:
     work = count(model_of(artifact))
     made = partial(_open, artifact, runtime, trust=trust)
-    subjects = [Subject(runtime, made, work.exps, work.gemm)]
+    subjects = [Contender(runtime, made, work.exps, work.gemm)]
     if runtime == "tensorrt":  # the other product runs without graphs of ours anyway
         plain = partial(made, graphs=False)
         name = f"{runtime}, no CUDA graph"
-        subjects.append(Subject(name, plain, work.exps, work.gemm, runtime))
+        subjects.append(Contender(name, plain, work.exps, work.gemm, runtime))
     if dense is not None:
         work = count(model_of(dense))
         opened = partial(_open, dense, runtime)
-        subjects.append(Subject(f"{runtime}, dense", opened, work.exps, work.gemm))
+        subjects.append(Contender(f"{runtime}, dense", opened, work.exps, work.gemm))
     return subjects
 
 

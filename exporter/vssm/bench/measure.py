@@ -57,7 +57,7 @@ def _macs(threads: int) -> float:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Contender:
     """One thing that is timed.
 
     Attributes:
@@ -91,14 +91,14 @@ class MachineRates:
         """Milliseconds that the exponentials of `batch` images take at the least."""
         return 1e3 * exps * batch / (self.exp2 * threads)
 
-    def floor_ms(self, subject: Subject, batch: int, threads: int) -> float:
+    def floor_ms(self, subject: Contender, batch: int, threads: int) -> float:
         """The scans' exponentials plus the multiply-adds, with nothing overlapped."""
         products = 1e3 * subject.macs * batch / self.macs[threads]
         return self.scan_floor_ms(subject.exps, batch, threads) + products
 
 
 @dataclass(frozen=True)
-class Row:
+class Timing:
     """One subject at one batch size and thread count; times in milliseconds a batch.
 
     The floor is None where the machine's limits were not measured: on a GPU.
@@ -131,13 +131,13 @@ class BenchReport:
         context: machine, versions, dtype, command.
     """
 
-    rows: list[Row]
+    rows: list[Timing]
     rates: MachineRates | None
     operators: dict[str, float]
     scan_over_floor: float | None
     context: dict[str, str] = field(default_factory=dict)
 
-    def row(self, subject: str, *, batch: int = 1, threads: int = 1) -> Row:
+    def row(self, subject: str, *, batch: int = 1, threads: int = 1) -> Timing:
         """The row of a subject.
 
         Raises:
@@ -165,7 +165,7 @@ def check_arguments(batches: Sequence[int], threads: Sequence[int], samples: int
 
 
 def measure(
-    subjects: Sequence[Subject],
+    subjects: Sequence[Contender],
     image_shape: tuple[int, ...],
     rates: MachineRates | None,
     *,
@@ -173,7 +173,7 @@ def measure(
     threads: Sequence[int] = (1,),
     samples: int = 21,
     progress: Progress = lambda _: None,
-) -> list[Row]:
+) -> list[Timing]:
     """Time every subject at every batch size and thread count.
 
     Args:
@@ -189,7 +189,7 @@ def measure(
         ValueError: an argument is below 1, or outputs that must agree do not.
     """
     check_arguments(batches, threads, samples)
-    rows: list[Row] = []
+    rows: list[Timing] = []
     for count in threads:
         sessions: list[Session] = []
         try:
@@ -231,7 +231,7 @@ def _alternate(
 _SAME = 0.2
 
 
-def _difference(subjects: Sequence[Subject], logits: Sequence[Array], index: int) -> float | None:
+def _difference(subjects: Sequence[Contender], logits: Sequence[Array], index: int) -> float | None:
     subject = subjects[index]
     if subject.same_as is None:
         return None
@@ -252,11 +252,11 @@ def _row(
     *,
     floor_ms: float | None,
     info: str,
-) -> Row:
+) -> Timing:
     batch, threads = batch_threads
     milliseconds = 1e3 * np.asarray(seconds)
     median = float(np.median(milliseconds))
-    return Row(
+    return Timing(
         subject=name,
         batch=batch,
         threads=threads,

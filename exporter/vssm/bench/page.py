@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vssm.bench.measure import BenchReport, Row
+from vssm.bench.measure import BenchReport, Timing
 from vssm.files.atomic import atomic_write_bytes
 from vssm.runtimes.session import plural
 
@@ -63,7 +63,7 @@ _COLUMNS = (
 )
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Timing) -> tuple[str, ...]:
     difference = "-" if row.difference is None else f"{row.difference:.0e}"
     return (
         row.subject,
@@ -112,7 +112,7 @@ def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) 
     return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>"
 
 
-def _plot(rows: Sequence[Row]) -> str:
+def _plot(rows: Sequence[Timing]) -> str:
     """Median latency by subject as inline SVG, log scale, the floor as a mark on every bar."""
     if importlib.util.find_spec("matplotlib") is None:
         return "<p>No plot: matplotlib is not installed (pip install matplotlib).</p>"

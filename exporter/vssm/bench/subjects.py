@@ -20,14 +20,14 @@ from vssm.artifact.directory import Artifact
 from vssm.artifact.reference import is_module
 from vssm.bench.measure import (
     BenchReport,
+    Contender,
     MachineRates,
-    Subject,
     check_arguments,
     machine_rates,
     measure,
 )
 from vssm.errors import UnsupportedError
-from vssm.models.cost import Work, count
+from vssm.models.cost import Cost, count
 from vssm.onnx.export import export
 from vssm.ops.spec import DOMAIN, SCAN_OPERATORS
 from vssm.runtimes.library import library_info
@@ -103,17 +103,17 @@ _Open = Callable[[Artifact, str, int], Session]
 
 def _subjects(
     artifact: Artifact, dense: Artifact | None, torch_loop: bool, ort: _Open
-) -> list[Subject]:
+) -> list[Contender]:
     def subject(
-        name: str, open_session: Callable[[int], Session], work: Work, same: str | None
-    ) -> Subject:
-        return Subject(name, open_session, work.exps, work.gemm, same)
+        name: str, open_session: Callable[[int], Session], work: Cost, same: str | None
+    ) -> Contender:
+        return Contender(name, open_session, work.exps, work.gemm, same)
 
     if is_module(artifact):
         exps, gemm = count_graph(artifact.model_path)
         return [
-            Subject(KERNEL, partial(_ort, artifact, "kernel"), exps, gemm, None),
-            Subject(BODY, partial(_ort, artifact, "body"), exps, gemm, KERNEL),
+            Contender(KERNEL, partial(_ort, artifact, "kernel"), exps, gemm, None),
+            Contender(BODY, partial(_ort, artifact, "body"), exps, gemm, KERNEL),
         ]
     work = count(model_of(artifact))
     subjects = [
@@ -194,7 +194,7 @@ def _profile(artifact: Artifact) -> dict[str, float]:
 
 
 def _scan_over_floor(
-    operators: dict[str, float], rates: MachineRates, subject: Subject
+    operators: dict[str, float], rates: MachineRates, subject: Contender
 ) -> float | None:
     scans = sum(time for name, time in operators.items() if "SelectiveScan" in name)
     return scans / rates.scan_floor_ms(subject.exps, 1, 1) if scans else None

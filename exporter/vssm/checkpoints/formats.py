@@ -74,7 +74,7 @@ class _Selection:
     ignored: tuple[str, ...]
 
 
-def read_file(path: str | os.PathLike[str], *, source: str = "model") -> RawCheckpoint:
+def read_file(path: str | os.PathLike[str], *, weights: str = "model") -> RawCheckpoint:
     """Read a checkpoint file of any format understood, told by its content, onto the CPU.
 
     Nothing in the file is executed: safetensors has no code, torch files go through
@@ -83,18 +83,18 @@ def read_file(path: str | os.PathLike[str], *, source: str = "model") -> RawChec
 
     Args:
         path: a safetensors file, or one that torch.save wrote (zip or legacy).
-        source: "model", or "ema" for the averaged weights that some training codes save beside.
+        weights: "model", or "ema" for the averaged weights that some training codes save beside.
 
     Raises:
-        ValueError: `source` is neither.
+        ValueError: `weights` is neither.
         CheckpointError: the file is missing, foreign, damaged, or holds no such state dict.
     """
-    if source not in WRAPPERS:
-        raise ValueError(f"source={source!r} is neither 'model' nor 'ema'; choose one of these")
+    if weights not in WRAPPERS:
+        raise ValueError(f"weights={weights!r} is neither 'model' nor 'ema'; choose one of these")
     path = Path(path)
     head = _read_head(path)
     if _is_safetensors(head):
-        return _read_safetensors(path, source)
+        return _read_safetensors(path, weights)
     if path.suffix == ".safetensors":
         raise CheckpointError(
             f"checkpoint={path} is damaged or no safetensors file, as its name says; "
@@ -104,7 +104,7 @@ def read_file(path: str | os.PathLike[str], *, source: str = "model") -> RawChec
         _check_zip(path)
     elif _LEGACY_BYTES not in head[:24]:
         raise CheckpointError(f"checkpoint={path} is {_describe(head)}; {_REMEDY}")
-    return _read_torch(path, source)
+    return _read_torch(path, weights)
 
 
 def _read_head(path: Path) -> bytes:
@@ -140,11 +140,11 @@ def _describe(head: bytes) -> str:
     return "a text file"
 
 
-def _read_safetensors(path: Path, source: str) -> RawCheckpoint:
-    if source != "model":
+def _read_safetensors(path: Path, weights: str) -> RawCheckpoint:
+    if weights != "model":
         raise CheckpointError(
             f"checkpoint={path} is a safetensors file, which holds one set of weights; "
-            "leave source='ema' out"
+            "leave weights='ema' out"
         )
     try:
         return RawCheckpoint(dict(safetensors.torch.load_file(path)), "safetensors")
@@ -179,7 +179,7 @@ def _check_zip(path: Path) -> None:
         ) from error
 
 
-def _read_torch(path: Path, source: str) -> RawCheckpoint:
+def _read_torch(path: Path, weights: str) -> RawCheckpoint:
     """Use torch's own weights-only reader; where it meets other objects, the restricted one."""
     try:
         # Its warnings are about pickle protocols, which the restricted reader knows all of.
@@ -187,21 +187,21 @@ def _read_torch(path: Path, source: str) -> RawCheckpoint:
             warnings.simplefilter("ignore")
             root: object = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        return _read_restricted(path, source)
+        return _read_restricted(path, weights)
     except Exception as error:  # Damaged bytes end in nearly any exception in there.
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"checkpoint={path} is truncated or damaged ({reason}); download or save it again"
         ) from error
-    selection = _select(root, source, path)
+    selection = _select(root, weights, path)
     return _raw(selection, selection.entries, path, "torch")
 
 
-def _read_restricted(path: Path, source: str) -> RawCheckpoint:
+def _read_restricted(path: Path, weights: str) -> RawCheckpoint:
     selections: list[_Selection] = []
 
     def select(root: object) -> Mapping[str, object]:
-        selections.append(_select(root, source, path))
+        selections.append(_select(root, weights, path))
         return selections[0].entries
 
     entries, stubs = read_restricted(path, select)
@@ -228,13 +228,13 @@ def _raw(
     return RawCheckpoint(state, format_, selection.wrapper, selection.ignored, stubs)
 
 
-def _select(root: object, source: str, path: Path) -> _Selection:
+def _select(root: object, weights: str, path: Path) -> _Selection:
     """Find the state dict in what a file held."""
     if not isinstance(root, dict):
         raise CheckpointError(
             f"checkpoint={path} holds {_kind(root)}, not a state dict; save model.state_dict()"
         )
-    found = [name for name in WRAPPERS[source] if _holds_tensors(root.get(name))]
+    found = [name for name in WRAPPERS[weights] if _holds_tensors(root.get(name))]
     if len(found) > 1:
         raise CheckpointError(
             f"checkpoint={path} holds weights under {' and '.join(found)}; save the ones you mean "
@@ -243,19 +243,19 @@ def _select(root: object, source: str, path: Path) -> _Selection:
     if found:
         ignored = tuple(sorted(str(key) for key in root if key != found[0]))
         return _Selection(_texts(root[found[0]], path), found[0], ignored)
-    if source == "ema" or not _holds_tensors(root):
-        raise CheckpointError(_nothing_found(root, source, path))
+    if weights == "ema" or not _holds_tensors(root):
+        raise CheckpointError(_nothing_found(root, weights, path))
     ignored = tuple(sorted(k for k, v in root.items() if k in _METADATA and not _is_tensor(v)))
     return _Selection(
         _texts({k: v for k, v in root.items() if k not in ignored}, path), "", ignored
     )
 
 
-def _nothing_found(root: Mapping[Any, Any], source: str, path: Path) -> str:
+def _nothing_found(root: Mapping[Any, Any], weights: str, path: Path) -> str:
     keys = ", ".join(str(key)[:40] for key in list(root)[:6]) or "nothing"
     others = [s for s, names in WRAPPERS.items() if any(_holds_tensors(root.get(n)) for n in names)]
-    remedy = f"use source={others[0]!r}" if others else _REMEDY
-    wanted = " or ".join(WRAPPERS[source])
+    remedy = f"use weights={others[0]!r}" if others else _REMEDY
+    wanted = " or ".join(WRAPPERS[weights])
     return f"checkpoint={path} has no weights under {wanted} (it holds {keys}); {remedy}"
 
 

@@ -32,7 +32,7 @@ class LoadReport:
         path: the file.
         sha256: of the file.
         format: "safetensors", "torch" or "torch, restricted" (it held objects of unknown classes).
-        source: "model" or "ema".
+        weights: "model" or "ema".
         wrapper: key that the weights lay under; empty for a bare state dict.
         prefix_stripped: what was taken off the keys, such as "module." or "backbone.".
         prefix_added: what was put before keys that the model has under "backbone.".
@@ -46,7 +46,7 @@ class LoadReport:
     path: str
     sha256: str
     format: str
-    source: str
+    weights: str
     wrapper: str
     prefix_stripped: str
     prefix_added: str
@@ -72,7 +72,7 @@ class LoadReport:
 
 
 def load_checkpoint(
-    model: nn.Module, path: str | os.PathLike[str], *, source: str = "model"
+    model: nn.Module, path: str | os.PathLike[str], *, weights: str = "model"
 ) -> LoadReport:
     """Load a checkpoint file into `model`, which has the official keys; all of it or nothing.
 
@@ -84,7 +84,7 @@ def load_checkpoint(
     Args:
         model: left as it was on any error; stays on its device.
         path: a safetensors file, or one that torch.save wrote.
-        source: "model", or "ema" for the averaged weights that some training codes save beside.
+        weights: "model", or "ema" for the averaged weights that some training codes save beside.
 
     Returns:
         What was read and done, for people to check.
@@ -93,7 +93,7 @@ def load_checkpoint(
         CheckpointError: the file cannot be read; or keys are missing, unexpected or misshapen, or
             values not finite; each kind is named in the one message.
     """
-    raw = read_file(path, source=source)
+    raw = read_file(path, weights=weights)
     expected = model.state_dict()
     state, stripped, added = _align_prefix(raw.state, expected, path)
     ema = tuple(sorted(key for key in state if key.startswith(_EMA) and key not in expected))
@@ -110,7 +110,7 @@ def load_checkpoint(
         path=os.fspath(path),
         sha256=info.sha256,
         format=raw.format,
-        source=source,
+        weights=weights,
         wrapper=raw.wrapper,
         prefix_stripped=stripped,
         prefix_added=added,

@@ -16,9 +16,9 @@ from vssm.commands.options import (
     HeadWidth,
     Images,
     Json,
+    Model,
     ModelOptions,
     OwnSchedule,
-    Source,
     options,
     telling,
 )
@@ -27,7 +27,7 @@ from vssm.studies.ablate import TABLES
 from vssm.studies.ablate import ablate as ablate_model
 from vssm.studies.plan import TRAINED, AblationOptions, AblationTraining
 from vssm.training.recipe import Recipe
-from vssm.training.request import Subject
+from vssm.training.request import ModelSource
 
 if TYPE_CHECKING:
     from vssm.studies.report import AblationReport
@@ -75,7 +75,7 @@ Restart = Annotated[
 
 
 def ablate(
-    source: Source,
+    model: Model,
     images: Images,
     output: Folder,
     *,
@@ -102,10 +102,10 @@ def ablate(
 ) -> None:
     """Compare alignments, importances, an EViT-style baseline and keep ratios on a data set."""
     files: list[Path | None] = [None] if checkpoint is None else [*checkpoint]
-    subject = Subject(
-        source,
+    source = ModelSource(
+        model,
         files[0],
-        source="ema" if ema else "model",
+        weights="ema" if ema else "model",
         schedule=schedule,
         num_classes=num_classes,
         options=options(option or []),
@@ -124,18 +124,18 @@ def ablate(
         training=training,
         restart=restart,
     )
-    _run(subject, images, output, asked, json_file)
+    _run(source, images, output, asked, json_file)
 
 
 def _run(
-    subject: Subject,
+    source: ModelSource,
     images: Path,
     output: Path,
     asked: AblationOptions,
     json_file: Path | None,
 ) -> None:
     with telling(console, "building the variants") as tell:
-        report = ablate_model(subject, images, output, asked, progress=tell)
+        report = ablate_model(source, images, output, asked, progress=tell)
     _print(report, output)
     if json_file is not None:
         write_json(json_file, report)

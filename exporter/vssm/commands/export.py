@@ -27,7 +27,7 @@ from vssm.commands.options import (
 )
 from vssm.files.json import write_json
 from vssm.pruning.schedule import PruneSchedule
-from vssm.training.request import refuse_idle_options
+from vssm.training.request import refuse_unused_options
 from vssm.types import Progress
 
 
@@ -39,7 +39,7 @@ class ModuleRequest:
     input_shape: tuple[int, ...]
     integers: int | None = None
     checkpoint: Path | None = None
-    source: str = "model"
+    weights: str = "model"
     options: Mapping[str, Any] = field(default_factory=dict)
     paths: tuple[Path, ...] = ()
     prefer: str = "ours"
@@ -90,7 +90,7 @@ def export_user_module(
         checkpoint = None
         if request.checkpoint is not None:
             progress(f"loading {request.checkpoint}")
-            found = load_checkpoint(model, request.checkpoint, source=request.source)
+            found = load_checkpoint(model, request.checkpoint, weights=request.weights)
             checkpoint, loaded = CheckpointInfo(request.checkpoint.name, found.sha256), str(found)
         example = _example(request)
         if request.schedule is not None:
@@ -121,10 +121,10 @@ def export_user_module(
 
 
 def _check(request: ModuleRequest) -> None:
-    refuse_idle_options(
+    refuse_unused_options(
         schedule=request.schedule,
         checkpoint=request.checkpoint,
-        source=request.source,
+        weights=request.weights,
         alignment=request.alignment,
         importance=request.importance,
         conv=request.conv,
@@ -168,7 +168,7 @@ class ExportRequest:
 
     name: str
     checkpoint: Path | None = None
-    source: str = "model"
+    weights: str = "model"
     schedule: str | None = None
     alignment: str | None = None
     importance: str | None = None
@@ -179,7 +179,7 @@ class ExportRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     labels: Path | None = None
     inline: bool = False
-    weights: bool = True
+    write_weights: bool = True
     force: bool = False
 
 
@@ -197,10 +197,10 @@ def export_model(
     from vssm.onnx.export import export
 
     rules = {name: getattr(request, name) for name in ("alignment", "importance", "conv")}
-    refuse_idle_options(
+    refuse_unused_options(
         schedule=request.schedule,
         checkpoint=request.checkpoint,
-        source=request.source,
+        weights=request.weights,
         model_options=request.options,
         **rules,
     )
@@ -212,7 +212,7 @@ def export_model(
     labels = None if request.labels is None else read_labels(request.labels, request.num_classes)
     if request.checkpoint is not None:
         progress(f"loading {request.checkpoint}")
-        load_checkpoint(model, request.checkpoint, source=request.source)
+        load_checkpoint(model, request.checkpoint, weights=request.weights)
     progress("tracing and writing")
     return export(
         model,
@@ -220,7 +220,7 @@ def export_model(
         dtype=request.dtype,
         opset=request.opset,
         inline=request.inline,
-        weights=request.weights,
+        weights=request.write_weights,
         labels=labels,
         force=request.force,
     )
@@ -288,7 +288,7 @@ def export_module(
         input_shape=sizes("input", shape),
         integers=tokens,
         checkpoint=checkpoint,
-        source="ema" if ema else "model",
+        weights="ema" if ema else "model",
         options=options(option or []),
         paths=tuple(path or ()),
         prefer=prefer,

@@ -25,7 +25,7 @@ from vssm.commands.options import (
 )
 from vssm.files.json import write_json
 from vssm.training.recipe import Recipe
-from vssm.training.request import FinetuneRequest, Subject, Work
+from vssm.training.request import FinetuneRequest, ModelSource, Resources
 from vssm.training.run import FinetuneReport
 from vssm.training.run import finetune as run_finetune
 
@@ -83,16 +83,16 @@ def finetune(
     resume: Resume = False,
     workers: Workers = None,
     micro_batch: MicroBatch = None,
-    save_every: SaveEvery = Work.save_every,
-    device: Device = Work.device,
+    save_every: SaveEvery = Resources.save_every,
+    device: Device = Resources.device,
     threads: Threads = None,
     json_file: Json = None,
 ) -> None:
     """Train a model, pruned or dense; after a kill, --resume goes on bit for bit."""
-    subject = Subject(
+    source = ModelSource(
         name,
         checkpoint,
-        source="ema" if ema else "model",
+        weights="ema" if ema else "model",
         schedule=schedule,
         alignment=alignment,
         importance=importance,
@@ -102,8 +102,8 @@ def finetune(
         options=options(option or []),
     )
     recipe = _recipe(numbers or [], {"epochs": epochs, "batch": batch, "lr": lr})
-    work = Work(workers, micro_batch, save_every, device, threads)
-    request = FinetuneRequest(subject, data, output, recipe, classes, resume, work)
+    resources = Resources(workers, micro_batch, save_every, device, threads)
+    request = FinetuneRequest(source, data, output, recipe, classes, resume, resources)
     if checkpoint is None:
         console.print("no checkpoint given: training begins at the seeded initial weights")
     with telling(console, "training") as tell:

@@ -120,7 +120,7 @@ def export(
     request = ExportRequest(
         name=name,
         checkpoint=checkpoint,
-        source="ema" if ema else "model",
+        weights="ema" if ema else "model",
         schedule=schedule,
         alignment=alignment,
         importance=importance,
@@ -131,7 +131,7 @@ def export(
         options=options(option or []),
         labels=labels,
         inline=inline,
-        weights=not no_weights,
+        write_weights=not no_weights,
         force=force,
     )
     with telling(console, "working") as tell:

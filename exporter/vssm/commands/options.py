@@ -59,7 +59,7 @@ Importance = Annotated[
 ]
 Conv = Annotated[
     str | None,
-    typer.Option(help="Vim's convolution: compact, over kept tokens (the default), or grid."),
+    typer.Option(help="Vim's convolution: compact, over kept tokens (the default), or position."),
 ]
 NumClasses = Annotated[int, typer.Option(help="Classes of the classifier.")]
 Switches = Annotated[
@@ -75,7 +75,7 @@ Classes = Annotated[
 ]
 
 # A model by its name or as an export, for the commands that prune it in several ways.
-Source = Annotated[str, typer.Argument(help="What `vssm export` wrote, or a model's name.")]
+Model = Annotated[str, typer.Argument(help="What `vssm export` wrote, or a model's name.")]
 OwnSchedule = Annotated[
     str | None, typer.Option(help="BLOCK:RATIO,..., or default; without it the export's own.")
 ]

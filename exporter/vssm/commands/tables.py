@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vssm.bench.measure import BenchReport, Row
+from vssm.bench.measure import BenchReport, Timing
 from vssm.runtimes.doctor import Finding
 from vssm.runtimes.session import plural
 
@@ -111,7 +111,7 @@ def _limit(comparison: Comparison) -> str:
 def bench_tables(report: BenchReport) -> list[RenderableType]:
     """What ran where, times of every subject, and where the kernel session spends its own."""
     columns = ("subject", "median", "p95", "images/s", "floor", "x floor", "diff")
-    groups: dict[tuple[int, int, int], list[Row]] = {}
+    groups: dict[tuple[int, int, int], list[Timing]] = {}
     for row in report.rows:
         groups.setdefault((row.batch, row.threads, row.samples), []).append(row)
     times = [

@@ -14,9 +14,9 @@ from vssm.commands.options import (
     Folder,
     HeadWidth,
     Json,
+    Model,
     ModelOptions,
     OwnSchedule,
-    Source,
     integers,
     options,
     telling,
@@ -24,13 +24,13 @@ from vssm.commands.options import (
 from vssm.files.json import write_json
 from vssm.studies.visualize import PAGE
 from vssm.studies.visualize import visualize as visualize_images
-from vssm.training.request import Subject
+from vssm.training.request import ModelSource
 
 console = Console(markup=False, emoji=False)
 
 
 def visualize(
-    source: Source,
+    model: Model,
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     output: Folder,
     *,
@@ -55,10 +55,10 @@ def visualize(
     json_file: Json = None,
 ) -> None:
     """Draw kept tokens, importance, attention and walks: dense, plain removal, aligned."""
-    subject = Subject(
-        source,
+    source = ModelSource(
+        model,
         checkpoint,
-        source="ema" if ema else "model",
+        weights="ema" if ema else "model",
         schedule=schedule,
         alignment=alignment,
         importance=importance,
@@ -69,7 +69,7 @@ def visualize(
     shown = None if blocks is None else integers("blocks", blocks)
     with telling(console, "tracing") as tell:
         numbers = visualize_images(
-            subject,
+            source,
             images,
             output,
             blocks=shown,

@@ -344,11 +344,11 @@ def _class_place(model: Any) -> int:
 
 
 def _check_directions(schedule: PruneSchedule, dense: PrunedModule) -> None:
-    backward = schedule.source == "backward" or schedule.importance == "as_released"
+    backward = schedule.score_direction == "backward" or schedule.importance == "as_released"
     if backward and dense.state.directions == 1:
         raise UnsupportedError(
-            "source='backward' and importance='as_released' score by a backward scan, which this "
-            "model has not; use source='sum' and another importance"
+            "score_direction='backward' and importance='as_released' score by a backward "
+            "scan, which this model has not; use score_direction='sum' and another importance"
         )
 
 

@@ -23,7 +23,7 @@ from vssm.evaluation.data import (
     open_pictures,
     worker_count,
 )
-from vssm.evaluation.journal import Journal, Row
+from vssm.evaluation.journal import ImageResult, Journal
 from vssm.files.atomic import (
     EXPORT_FILES,
     MANIFEST_NAME,
@@ -131,7 +131,7 @@ class _Tally:
         self.images = self.first = self.five = 0
         self.unreadable: list[tuple[str, str]] = []
 
-    def add(self, pictures: Sequence[Picture], rows: Sequence[Row]) -> None:
+    def add(self, pictures: Sequence[Picture], rows: Sequence[ImageResult]) -> None:
         for picture, row in zip(pictures, rows, strict=True):
             self.images += 1
             if row.error is not None:
@@ -154,20 +154,20 @@ class _Tally:
         return f", top-1 {self.first / readable:.2%}" if readable else ""
 
 
-def _rows(session: Session, pictures: Sequence[Picture], loaded: Loaded) -> Iterator[Row]:
+def _rows(session: Session, pictures: Sequence[Picture], loaded: Loaded) -> Iterator[ImageResult]:
     """A row for each picture; what cannot be read takes no part in the run."""
     scores = iter(session.run(loaded.images)["logits"] if len(loaded.images) else ())
     for picture, error in zip(pictures, loaded.errors, strict=True):
-        yield Row(error=error) if error is not None else _row(picture, next(scores))
+        yield ImageResult(error=error) if error is not None else _row(picture, next(scores))
 
 
-def _row(picture: Picture, logits: Array) -> Row:
+def _row(picture: Picture, logits: Array) -> ImageResult:
     shares = class_probabilities(logits, picture.path)
     top = np.argsort(-logits, kind="stable")[:TOP]
-    return Row(tuple(map(int, top)), float(shares[top[0]]), float(shares[picture.target]))
+    return ImageResult(tuple(map(int, top)), float(shares[top[0]]), float(shares[picture.target]))
 
 
-def _write(path: Path, pictures: Sequence[Picture], rows: Sequence[Row]) -> None:
+def _write(path: Path, pictures: Sequence[Picture], rows: Sequence[ImageResult]) -> None:
     text = io.StringIO(newline="")
     plain = csv.writer(text, lineterminator="\n")
     # Python before 3.13 leaves a lone "\r" unquoted, which readers take for the end of a row.

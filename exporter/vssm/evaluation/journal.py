@@ -10,7 +10,7 @@ from vssm.files.journal import JsonJournal
 
 
 @dataclass(frozen=True)
-class Row:
+class ImageResult:
     """The result for one image.
 
     Attributes:
@@ -26,23 +26,23 @@ class Row:
     error: str | None = None
 
 
-class Journal(JsonJournal[Sequence[Row]]):
+class Journal(JsonJournal[Sequence[ImageResult]]):
     """The journal of one evaluation, a list of rows a batch."""
 
     what = "evaluation"
     option = "--results"
 
     @staticmethod
-    def to_json(entry: Sequence[Row]) -> Any:
+    def to_json(entry: Sequence[ImageResult]) -> Any:
         """Rows as lists."""
         return [astuple(row) for row in entry]
 
     @staticmethod
-    def from_json(document: Any) -> Sequence[Row]:
+    def from_json(document: Any) -> Sequence[ImageResult]:
         """Rows again."""
         return [_row(entry) for entry in document]
 
 
-def _row(entry: Any) -> Row:
+def _row(entry: Any) -> ImageResult:
     top, best, target, error = entry
-    return Row(tuple(top), best, target, error)
+    return ImageResult(tuple(top), best, target, error)

@@ -21,7 +21,7 @@ from vssm.models.base import VisionModel
 
 
 @dataclass(frozen=True)
-class Work:
+class Cost:
     """What one image costs. FLOPs in multiply-adds; `exps` are the scans' exponentials.
 
     Attributes:
@@ -39,20 +39,21 @@ class Work:
     exps: int
 
 
-def count(model: VisionModel) -> Work:
+def count(model: VisionModel) -> Cost:
     """The work of one image through `model`, its schedule included."""
     fixed = model.fixed_cost()
     total = {"published": fixed, "true": fixed, "alignment": 0, "gemm": fixed, "exps": 0}
     left: int | None = None  # tokens after the last stage
     aligned = model.schedule is not None and model.schedule.alignment in {"gap", "constant"}
     masked = model.schedule is not None and model.schedule.alignment == "masked"
-    grid = model.schedule is not None and model.schedule.conv == "grid"
+    by_position = model.schedule is not None and model.schedule.conv == "position"
     for block, (full, cost) in enumerate(model.block_costs(), start=1):
         seqlen = full if left is None else left
         scan = 9 * seqlen * cost.states + seqlen * cost.per_token
         once = 2 * cost.states * (full - seqlen) if aligned else 0
         branch = (
-            seqlen * cost.branch + (full if grid or cost.on_grid else seqlen) * cost.convolution
+            seqlen * cost.branch
+            + (full if by_position or cost.on_grid else seqlen) * cost.convolution
         )
         linear = seqlen * cost.shared + cost.branches * branch
         gate = seqlen * cost.gate
@@ -66,7 +67,7 @@ def count(model: VisionModel) -> Work:
         stage = model.stages.get(block)
         if stage is not None and not masked:
             left = stage.num_keep
-    return Work(**total)
+    return Cost(**total)
 
 
 def describe_models() -> list[dict[str, Any]]:

@@ -367,7 +367,7 @@ class VimMixer(nn.Module):
         scored = y = self._node(operands, tokens.steps.order, tokens.steps.gap, delta0=delta0)
         if rule is not None and rule.by_direction and tokens.steps.order.shape[1] > 1:
             # Once more by itself: the layer's own result stays bit for bit the dense model's.
-            k = 0 if rule.source == "forward" else 1
+            k = 0 if rule.score_direction == "forward" else 1
             scored = self._direction(operands, k, tokens, delta0)
         score = None if rule is None else rule.score(ScanOutputs(scored, z))
         return y * functional.silu(z), score
@@ -519,11 +519,12 @@ class Vim(VisionModel):
                 f"step_parameters={schedule.step_parameters!r} is PlainMamba's choice; Vim's "
                 "steps have the parameters of their own tokens: leave it out"
             )
-        backward = schedule.source == "backward" or schedule.importance == "as_released"
+        backward = schedule.score_direction == "backward" or schedule.importance == "as_released"
         if config.bimamba == "none" and backward:
             raise UnsupportedError(
-                "bimamba='none' has no backward scan, which source='backward' and "
-                "importance='as_released' score by; use source='sum' and another importance"
+                "bimamba='none' has no backward scan, which score_direction='backward' and "
+                "importance='as_released' score by; use score_direction='sum' and "
+                "another importance"
             )
 
     def _class_keys(self) -> tuple[str, ...]:

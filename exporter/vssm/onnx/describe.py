@@ -96,7 +96,7 @@ def describe_schedule(model: Scheduled) -> ScheduleInfo | None:
         blocks={b: f"{ratio.normalize():f}" for b, ratio in schedule.ratios.items()},
         alignment=schedule.alignment,
         importance=schedule.importance,
-        source=schedule.source,
+        score_direction=schedule.score_direction,
         gated=schedule.gated,
         conv=schedule.conv,
         step_parameters=schedule.step_parameters,

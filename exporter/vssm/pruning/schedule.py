@@ -16,8 +16,8 @@ from vssm.errors import UnsupportedError
 
 ALIGNMENTS: Final = ("gap", "constant", "none", "masked")
 IMPORTANCES: Final = ("clip", "sum", "l1", "l2", "as_released", "random")
-SOURCES: Final = ("sum", "forward", "backward")
-CONVS: Final = ("compact", "grid")
+SCORE_DIRECTIONS: Final = ("sum", "forward", "backward")
+CONVS: Final = ("compact", "position")
 STEP_PARAMETERS: Final = ("rank", "full")
 
 Ratio = float | str | Decimal
@@ -35,10 +35,10 @@ class PruneSchedule:
         importance: how a token is scored from the scan's output y: "clip" (mean of max(0, y)),
             "sum" (mean of y), "l1", "l2", "random" (by `seed`, the same for every image), or
             "as_released" (the authors' code; needs alignment "none").
-        source: the scan directions that y sums: "sum" (all), "forward" or "backward".
+        score_direction: the scan directions that y sums: "sum" (all), "forward" or "backward".
         gated: whether y is multiplied by silu(z) before it is scored.
         conv: the convolution before the scan runs over the kept tokens ("compact") or over the
-            full list with zeros at pruned places ("grid").
+            full list with zeros at pruned places ("position").
         step_parameters: PlainMamba's choice of delta, B, C for a kept step: "rank" or "full".
         seed: for importance "random".
     """
@@ -46,7 +46,7 @@ class PruneSchedule:
     ratios: Mapping[int, Decimal]
     alignment: str
     importance: str
-    source: str
+    score_direction: str
     gated: bool
     conv: str
     step_parameters: str
@@ -58,7 +58,7 @@ class PruneSchedule:
         *,
         alignment: str = "gap",
         importance: str = "clip",
-        source: str = "sum",
+        score_direction: str = "sum",
         gated: bool = False,
         conv: str = "compact",
         step_parameters: str = "rank",
@@ -66,7 +66,7 @@ class PruneSchedule:
     ) -> None:
         _choice("alignment", alignment, ALIGNMENTS)
         _choice("importance", importance, IMPORTANCES)
-        _choice("source", source, SOURCES)
+        _choice("score_direction", score_direction, SCORE_DIRECTIONS)
         _choice("conv", conv, CONVS)
         _choice("step_parameters", step_parameters, STEP_PARAMETERS)
         if importance == "as_released" and alignment != "none":
@@ -74,16 +74,17 @@ class PruneSchedule:
                 f"importance='as_released' with alignment={alignment!r}: the released code moves "
                 "the class token, which makes gaps meaningless; use alignment='none'"
             )
-        if importance == "as_released" and (source != "sum" or gated):
+        if importance == "as_released" and (score_direction != "sum" or gated):
             raise ValueError(
-                f"importance='as_released' with source={source!r}, gated={gated}: the released "
-                "code scores by the gated backward scan and knows no other; leave both out"
+                f"importance='as_released' with score_direction={score_direction!r}, "
+                f"gated={gated}: the released code scores by the gated backward "
+                "scan and knows no other; leave both out"
             )
         values = {
             "ratios": _checked_ratios(ratios),
             "alignment": alignment,
             "importance": importance,
-            "source": source,
+            "score_direction": score_direction,
             "gated": bool(gated),
             "conv": conv,
             "step_parameters": step_parameters,
@@ -99,7 +100,7 @@ class PruneSchedule:
         *,
         alignment: str = "gap",
         importance: str = "clip",
-        source: str = "sum",
+        score_direction: str = "sum",
         gated: bool = False,
         conv: str = "compact",
         step_parameters: str = "rank",
@@ -125,7 +126,7 @@ class PruneSchedule:
             ratios,
             alignment=alignment,
             importance=importance,
-            source=source,
+            score_direction=score_direction,
             gated=gated,
             conv=conv,
             step_parameters=step_parameters,
@@ -196,10 +197,10 @@ def plan_stages(
     """
     if schedule is None:
         return {}
-    if schedule.source != "sum" and not layout.directional:
+    if schedule.score_direction != "sum" and not layout.directional:
         raise UnsupportedError(
-            f"source={schedule.source!r}: this model has no forward and backward scan; "
-            "use source='sum'"
+            f"score_direction={schedule.score_direction!r}: this model has no forward and "
+            "backward scan; use score_direction='sum'"
         )
     if schedule.importance == "as_released" and layout.cls_index is None:
         raise UnsupportedError(

@@ -96,13 +96,13 @@ class ScoreRule:
     """What a block must hand over so that a stage after it can score its tokens."""
 
     importance: str
-    source: str
+    score_direction: str
     gated: bool
 
     @property
     def by_direction(self) -> bool:
         """Whether a single direction is scored, so that it must be scanned by itself too."""
-        return self.source != "sum"
+        return self.score_direction != "sum"
 
     def score(self, outputs: ScanOutputs) -> Tensor:
         """Score (batch, seqlen), float32 or wider, of y (batch, seqlen, d_inner); no gradient."""
@@ -128,7 +128,7 @@ def score_rule(stage: Stage | None) -> ScoreRule | None:
     schedule = stage.schedule
     if schedule.importance == "as_released":
         return ScoreRule("as_released", "backward", gated=True)
-    return ScoreRule(schedule.importance, schedule.source, schedule.gated)
+    return ScoreRule(schedule.importance, schedule.score_direction, schedule.gated)
 
 
 def prune(
@@ -189,7 +189,7 @@ def _after(stage: Stage, tokens: Tokens, kept: Tensor) -> Tokens:
         position=kept,
         steps=steps,
         constant_gap=schedule.alignment == "constant",
-        conv_on_grid=schedule.conv == "grid",
+        conv_on_grid=schedule.conv == "position",
         full_parameters=schedule.step_parameters == "full",
     )
 

@@ -61,7 +61,7 @@ def schedule_of(artifact: Artifact) -> PruneSchedule | None:
         info.blocks,
         alignment=info.alignment,
         importance=info.importance,
-        source=info.source,
+        score_direction=info.score_direction,
         gated=info.gated,
         conv=info.conv,
         step_parameters=info.step_parameters,

@@ -24,22 +24,22 @@ from vssm.studies.runs import (
     open_checkpoints,
     zero_shot_runs,
 )
-from vssm.studies.subject import OpenedSubject
+from vssm.studies.source import LoadedSource
 from vssm.training.recipe import Recipe
-from vssm.training.request import Subject
+from vssm.training.request import ModelSource
 
 if TYPE_CHECKING:
     from vssm.pruning.schedule import PruneSchedule
-    from vssm.studies.measure import Cost
+    from vssm.studies.measure import VariantCost
     from vssm.studies.plan import Plan, Run
-    from vssm.studies.report import AblationReport, Measured, Row
+    from vssm.studies.report import AblationReport, Measured, VariantRow
 
 TABLES, NUMBERS = "ablation.md", "ablation.json"
 PLOTS = {"accuracy_flops.png": "flops", "accuracy_time.png": "time"}
 
 
 def ablate(
-    subject: Subject,
+    source: ModelSource,
     images: str | os.PathLike[str],
     output: str | os.PathLike[str],
     options: AblationOptions | None = None,
@@ -54,7 +54,7 @@ def ablate(
     and ends with the same accuracies; times are of whichever call measured them.
 
     Args:
-        subject: the model, by its name or as the directory of an export, and its schedule.
+        source: the model, by its name or as the directory of an export, and its schedule.
         images: a folder that holds one folder a class; files of any size.
         output: directory to write; made where it is missing.
         options: the rest; None for the defaults.
@@ -74,11 +74,11 @@ def ablate(
 
     options, images, output = options or AblationOptions(), Path(images), Path(output)
     require_matplotlib()
-    opened = open_checkpoints(subject, options.checkpoints)
+    opened = open_checkpoints(source, options.checkpoints)
     schedule = opened[0].schedule
     if schedule is None:
         raise ValueError(
-            f"source={subject.name!r} has no schedule to ablate; give --schedule BLOCK:RATIO,..."
+            f"model={source.name!r} has no schedule to ablate; give --schedule BLOCK:RATIO,..."
         )
     plan = _plan(opened[0].name, schedule, options)
     runs = [*zero_shot_runs(plan, len(opened)), *given_runs(plan, options.finetuned)]
@@ -88,7 +88,7 @@ def ablate(
     make_directory(output)
     check_writable(output / TABLES)
     ready = _models(runs, opened, options)  # before the training, which takes long
-    trained, left_out = Trainer(subject, opened, options, output, progress).runs(plan)
+    trained, left_out = Trainer(source, opened, options, output, progress).runs(plan)
     ready = ready.joined(_models(trained, opened, options), left_out)
     runs = [run for run in (*runs, *trained) if run.key in ready.models]
     header = _header(opened, schedule, runs, options, fingerprint(images, pictures))
@@ -114,8 +114,8 @@ def ablate(
 def _plan(name: str, schedule: PruneSchedule, options: AblationOptions) -> Plan:
     from vssm.studies.plan import make_plan
 
-    grid = name.startswith("vim") and schedule.conv == "compact"  # PlainMamba's always is
-    return make_plan(schedule, seeds=options.seeds, ratios=options.ratios, grid=grid)
+    by_position = name.startswith("vim") and schedule.conv == "compact"  # PlainMamba's always is
+    return make_plan(schedule, seeds=options.seeds, ratios=options.ratios, by_position=by_position)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class _Ready:
     """Models and costs of runs by their keys, and what cannot run, with its reason."""
 
     models: dict[str, Any]
-    costs: dict[str, Cost]
+    costs: dict[str, VariantCost]
     left_out: dict[str, str]
 
     def joined(self, other: _Ready, left_out: dict[str, str]) -> _Ready:
@@ -135,7 +135,7 @@ class _Ready:
 
 
 def _models(
-    runs: Sequence[Run], opened: Sequence[OpenedSubject], options: AblationOptions
+    runs: Sequence[Run], opened: Sequence[LoadedSource], options: AblationOptions
 ) -> _Ready:
     from vssm.studies.measure import prepare
 
@@ -153,7 +153,7 @@ def _models(
 
 
 def _header(
-    opened: Sequence[OpenedSubject],
+    opened: Sequence[LoadedSource],
     schedule: PruneSchedule,
     runs: Sequence[Run],
     options: AblationOptions,
@@ -183,7 +183,7 @@ def _header(
 def _batches(
     root: Path,
     pictures: Sequence[Picture],
-    subject: OpenedSubject,
+    source: LoadedSource,
     options: AblationOptions,
     *,
     done: int,
@@ -192,7 +192,7 @@ def _batches(
     size = options.batch
     batches = [pictures[i : i + size] for i in range(0, len(pictures), size)][done:]
     files = [[str(root / p.path) for p in some] for some in batches]
-    loaded = load_in_order(files, subject.preprocessing, workers=options.workers)
+    loaded = load_in_order(files, source.preprocessing, workers=options.workers)
     for some, batch in zip(batches, loaded, strict=True):
         pairs = list(zip(some, batch.errors, strict=True))
         unreadable = [(p.path, error) for p, error in pairs if error is not None]
@@ -201,33 +201,33 @@ def _batches(
 
 def _rows(
     plan: Plan,
-    subject: OpenedSubject,
+    source: LoadedSource,
     schedule: PruneSchedule,
     measured: Measured,
     weights: str,
-) -> list[Row]:
+) -> list[VariantRow]:
     from vssm.studies.plan import Published, published
     from vssm.studies.report import make_row
 
-    standard = _is_standard(subject)  # of other sizes of a model nothing is published
+    standard = _is_standard(source)  # of other sizes of a model nothing is published
     rows = []
     for line in plan.lines:
         key = line.keys[0]
-        printed = published(subject.name, key, schedule) if standard else Published(None, None)
+        printed = published(source.name, key, schedule) if standard else Published(None, None)
         for tuned in (False, True):
             row = make_row(line, measured, tuned=tuned, weights=weights, published=printed)
             rows += [] if row is None else [row]
     return rows
 
 
-def _is_standard(subject: OpenedSubject) -> bool:
+def _is_standard(source: LoadedSource) -> bool:
     from vssm.models.cost import standard_config
 
-    return dict(subject.config) == standard_config(subject.name)
+    return dict(source.config) == standard_config(source.name)
 
 
 def _facts(
-    opened: Sequence[OpenedSubject],
+    opened: Sequence[LoadedSource],
     schedule: PruneSchedule,
     options: AblationOptions,
     images: Path,
@@ -247,7 +247,7 @@ def _facts(
 
 
 def _training_facts(
-    options: AblationOptions, plan: Plan, opened: Sequence[OpenedSubject]
+    options: AblationOptions, plan: Plan, opened: Sequence[LoadedSource]
 ) -> dict[str, str]:
     """What is trained; refuses what could only fail later."""
     training = options.training
@@ -268,7 +268,7 @@ def _training_facts(
 def _write(
     output: Path,
     facts: dict[str, str],
-    rows: list[Row],
+    rows: list[VariantRow],
     left_out: dict[str, str],
     unreadable: list[tuple[str, str]],
 ) -> AblationReport:

@@ -60,7 +60,7 @@ Batch = tuple[npt.NDArray[np.float32], Sequence[int], Sequence[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
-class Cost:
+class VariantCost:
     """Multiply-adds of an image, as `flops.count`; `unaligned`: the published rule without gaps."""
 
     published: int
@@ -100,7 +100,7 @@ class Outcome:
 
 def prepare(
     variant: Variant, model: VisionModel, *, backend: str, device: str
-) -> tuple[VisionModel, Cost]:
+) -> tuple[VisionModel, VariantCost]:
     """The variant's model, ready to run, and its cost.
 
     Raises:
@@ -110,7 +110,7 @@ def prepare(
         fuse_leftovers(model)
     work, gaps = count(model), _once_a_layer(model)
     model.use_backend(backend).to(device)
-    return model, Cost(work.published, work.published - gaps, work.true)
+    return model, VariantCost(work.published, work.published - gaps, work.true)
 
 
 def measure(

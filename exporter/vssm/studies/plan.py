@@ -11,7 +11,7 @@ from typing import Final
 from vssm.models.schedules import DEFAULT_SCHEDULES
 from vssm.pruning.schedule import ALIGNMENTS, PruneSchedule
 from vssm.training.recipe import Recipe
-from vssm.training.request import Work
+from vssm.training.request import Resources
 
 TRAINED: Final = ("dense", "evit", "none", "gap")
 DEVICES: Final = ("cpu", "cuda")
@@ -27,7 +27,7 @@ class AblationTraining:
         seeds: trainings of each variant; seed i begins at checkpoint i modulo their number, and
             `seeds` is a multiple of it. None: one for each checkpoint.
         recipe: the numbers of every training; its seed is replaced.
-        micro_batch: images of one pass, as `Work` has it.
+        micro_batch: images of one pass, as `Resources` has it.
         save_every: steps between states, likewise.
 
     Raises:
@@ -39,7 +39,7 @@ class AblationTraining:
     seeds: int | None = None
     recipe: Recipe = field(default_factory=Recipe)
     micro_batch: int | None = None
-    save_every: int = Work.save_every
+    save_every: int = Resources.save_every
 
     def __post_init__(self) -> None:
         if self.seeds is not None and self.seeds < 1:
@@ -96,7 +96,7 @@ class AblationOptions:
 METRICS: Final = ("clip", "sum", "l1", "l2")
 METHODS, ALIGNMENT, IMPORTANCE, RATIO = "methods", "alignment", "importance", "keep ratio"
 CONV: Final = "convolution"
-GRID: Final = "+grid"
+BY_POSITION: Final = "+position"
 
 _NAMES: Final = {"none": "plain removal", "gap": "aligned (gap)"}
 
@@ -111,7 +111,7 @@ class Variant:
 
     @property
     def tokens(self) -> str:
-        """What training does with its pruned tokens, as `Subject.tokens` names it."""
+        """What training does with its pruned tokens, as `ModelSource.tokens` names it."""
         return "fused" if self.fused else "gather"  # a masked schedule says so itself
 
     @property
@@ -203,7 +203,7 @@ def published(name: str, key: str, schedule: PruneSchedule) -> Published:
 
 
 def make_plan(
-    schedule: PruneSchedule, *, seeds: int, ratios: Sequence[str], grid: bool = False
+    schedule: PruneSchedule, *, seeds: int, ratios: Sequence[str], by_position: bool = False
 ) -> Plan:
     """The paper's comparisons on one schedule.
 
@@ -211,23 +211,25 @@ def make_plan(
         schedule: its blocks and ratios; alignment "gap" and importance "clip" are the reference.
         seeds: of the random choice.
         ratios: keep ratios that replace every stage's own, one after the other.
-        grid: compare with convolutions on the grid too; for models whose own run along the list
-            of kept tokens.
+        by_position: compare with convolutions by position too; for models whose own run along
+            the list of kept tokens.
 
     Raises:
         ValueError: there is no seed, or a ratio is not in (0, 1].
     """
     if seeds < 1:
         raise ValueError(f"seeds={seeds} is below 1; the random choice needs one at least")
-    base = schedule.changed(alignment="gap", importance="clip", source="sum", gated=False)
+    base = schedule.changed(alignment="gap", importance="clip", score_direction="sum", gated=False)
     plain = base.changed(alignment="none")
     aligned = [Variant(a, base.changed(alignment=a)) for a in ALIGNMENTS]
     scored = [Variant(m, base.changed(importance=m)) for m in METRICS[1:]]
     drawn = [
         Variant(f"random-{s}", base.changed(importance="random", seed=s)) for s in range(seeds)
     ]
-    gridded = [
-        Variant(f"{v.alignment}{GRID}", v.changed(conv="grid")) for v in (plain, base) if grid
+    positioned = [
+        Variant(f"{v.alignment}{BY_POSITION}", v.changed(conv="position"))
+        for v in (plain, base)
+        if by_position
     ]
     swept = [v for ratio in ratios for v in _at_ratio(ratio, base, plain)]
     lines = [
@@ -238,13 +240,13 @@ def make_plan(
         *(Line(IMPORTANCE, m, ("gap" if m == "clip" else m,)) for m in METRICS),
         Line(IMPORTANCE, f"random, {seeds} seeds", tuple(v.key for v in drawn)),
         *(
-            Line(CONV, f"{_NAMES[v.key.removesuffix(GRID)]}, on the grid", (v.key,))
-            for v in gridded
+            Line(CONV, f"{_NAMES[v.key.removesuffix(BY_POSITION)]}, by position", (v.key,))
+            for v in positioned
         ),
         *(Line(RATIO, _ratio_label(v.key), (v.key,)) for v in swept),
     ]
     first = [Variant("dense", None), Variant("evit", plain, fused=True)]
-    return Plan((*first, *aligned, *scored, *drawn, *gridded, *swept), tuple(lines))
+    return Plan((*first, *aligned, *scored, *drawn, *positioned, *swept), tuple(lines))
 
 
 def _at_ratio(ratio: str, base: PruneSchedule, plain: PruneSchedule) -> list[Variant]:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 
 from vssm.studies.plan import ALIGNMENT, CONV, IMPORTANCE, RATIO
-from vssm.studies.report import FINE_TUNED, AblationReport, Row
+from vssm.studies.report import FINE_TUNED, AblationReport, VariantRow
 
 # Okabe-Ito colours, and a mark of its own for whoever sees none.
 _METHODS = {
@@ -51,9 +51,9 @@ def plot(report: AblationReport, *, against: str) -> bytes:
     return buffer.getvalue()
 
 
-def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _series(rows: Sequence[VariantRow]) -> dict[str, list[VariantRow]]:
     """Rows by their legend; a variant of several tables stands in its first."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[VariantRow]] = {}
     drawn: set[tuple[str, ...]] = set()
     for row in rows:
         if row.runs in drawn:
@@ -66,7 +66,7 @@ def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def _style(row: Row) -> tuple[str, str]:
+def _style(row: VariantRow) -> tuple[str, str]:
     """Colour and mark: the method's where it is one, and a star for weights trained with it."""
     label = row.label.removesuffix(f", {FINE_TUNED}")
     for method, (colour, mark) in _METHODS.items():
@@ -77,5 +77,5 @@ def _style(row: Row) -> tuple[str, str]:
     return _OTHERS[row.table], _TUNED_MARK if row.tuned else _MARKS.get(label, _OTHER_MARK)
 
 
-def _x(row: Row, against: str) -> float:
+def _x(row: VariantRow, against: str) -> float:
     return row.flops.published / 1e9 if against == "flops" else 1e3 / row.images_per_s

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vssm.studies.measure import Cost, Outcome
+from vssm.studies.measure import Outcome, VariantCost
 from vssm.studies.plan import Line, Published, Run
 
 
@@ -80,7 +80,7 @@ PAIRED_COLUMNS = ("", "difference, points", "better", "worse", "p")
 
 
 @dataclass(frozen=True)
-class Row:
+class VariantRow:
     """One row of a table.
 
     Attributes:
@@ -114,7 +114,7 @@ class Row:
     standard_error: float
     images_per_s: float
     timed_batches: int
-    flops: Cost
+    flops: VariantCost
     published: Published
     paired: Paired | None
 
@@ -124,7 +124,7 @@ class AblationReport:
     """All rows, what ran, what was refused, and the images that could not be read."""
 
     facts: Mapping[str, str]
-    rows: tuple[Row, ...]
+    rows: tuple[VariantRow, ...]
     left_out: Mapping[str, str]
     unreadable: tuple[tuple[str, str], ...]
 
@@ -135,7 +135,7 @@ class Measured:
 
     runs: Sequence[Run]
     outcomes: Mapping[str, Outcome]
-    costs: Mapping[str, Cost]
+    costs: Mapping[str, VariantCost]
 
     def of(self, line: Line, *, tuned: bool) -> list[Run]:
         """The runs of a line; none where one of its variants has none."""
@@ -151,7 +151,7 @@ class Measured:
 
 def make_row(
     line: Line, measured: Measured, *, tuned: bool, weights: str, published: Published
-) -> Row | None:
+) -> VariantRow | None:
     """The row of a line; None where its variants did not all run."""
     runs = measured.of(line, tuned=tuned)
     if not runs:
@@ -160,7 +160,7 @@ def make_row(
     shares = [outcome.top1 for outcome in some]
     speeds = [outcome.images_per_s() for outcome in some]
     top1 = statistics.fmean(shares)
-    return Row(
+    return VariantRow(
         table=line.table,
         label=f"{line.label}, {FINE_TUNED}" if tuned else line.label,
         weights=FINE_TUNED if tuned else weights,
@@ -189,7 +189,7 @@ def _paired(runs: Sequence[Run], measured: Measured) -> Paired | None:
     return join(pairs, measured.outcomes[runs[0].key].images) if pairs else None
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: VariantRow) -> tuple[str, ...]:
     """A row as the tables show it; beside top-1 the spread and number of runs, where several."""
     spread = "" if row.spread is None else f" ± {100 * row.spread:.2f} ({len(row.runs)})"
     flops = (f"{x / 1e9:.4g}" for x in (row.flops.published, row.flops.unaligned, row.flops.true))
@@ -230,7 +230,7 @@ def markdown(report: AblationReport, plots: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _paired_table(rows: Sequence[Row]) -> str:
+def _paired_table(rows: Sequence[VariantRow]) -> str:
     """Every row beside plain removal, once; sums over its pairs, and p of a single one."""
     lines = ["## beside plain removal, image by image", ""]
     lines += [_line(PAIRED_COLUMNS), _line(["---"] * len(PAIRED_COLUMNS))]

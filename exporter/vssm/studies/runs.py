@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from vssm.errors import UnsupportedError
 from vssm.evaluation.data import open_pictures
 from vssm.studies.plan import AblationOptions, AblationTraining
-from vssm.studies.subject import OpenedSubject, open_subject
-from vssm.training.request import FinetuneRequest, Subject, Work
+from vssm.studies.source import LoadedSource, load_source
+from vssm.training.request import FinetuneRequest, ModelSource, Resources
 from vssm.training.run import finetune, has_run
 
 if TYPE_CHECKING:
@@ -23,18 +23,18 @@ _TUNED = "fine-tuned "  # before the key of a variant with weights of its own
 _START = "start.safetensors"  # an export's weights, to train from
 
 
-def open_checkpoints(subject: Subject, more: Sequence[Path]) -> list[OpenedSubject]:
-    """The subject with each of its checkpoints, the first its own.
+def open_checkpoints(source: ModelSource, more: Sequence[Path]) -> list[LoadedSource]:
+    """The model with each of its checkpoints, the first its own.
 
     Raises:
         ValueError: there are further checkpoints, but no first one.
-        ValueError, VssmError: as `open_subject`.
+        ValueError, VssmError: as `load_source`.
     """
-    if more and subject.checkpoint is None:
+    if more and source.checkpoint is None:
         raise ValueError(
-            f"checkpoints={more[0]} and no checkpoint before them; give the first as the subject's"
+            f"checkpoints={more[0]} and no checkpoint before them; give the first as the model's"
         )
-    return [open_subject(one) for one in _with_checkpoints(subject, more)]
+    return [load_source(one) for one in _with_checkpoints(source, more)]
 
 
 def zero_shot_runs(plan: Plan, checkpoints: int) -> list[Run]:
@@ -68,7 +68,7 @@ def given_runs(plan: Plan, files: Mapping[str, Sequence[Path]]) -> list[Run]:
 def check_training(
     training: AblationTraining,
     plan: Plan,
-    subjects: Sequence[OpenedSubject],
+    subjects: Sequence[LoadedSource],
     *,
     classes: Path | None,
     given: Mapping[str, Sequence[Path]],
@@ -115,8 +115,8 @@ class Trainer:
     A call that was stopped goes on where it ended: each folder has its own state.
     """
 
-    subject: Subject
-    opened: Sequence[OpenedSubject]
+    source: ModelSource
+    opened: Sequence[LoadedSource]
     options: AblationOptions
     output: Path
     progress: Callable[[str], None]
@@ -152,16 +152,16 @@ class Trainer:
                 found.append(Run(f"{_TUNED}{key}, seed {seed}", named[key], True, seed, weights))
         return found, left_out
 
-    def _starts(self) -> list[Subject]:
+    def _starts(self) -> list[ModelSource]:
         """What each checkpoint's training begins with, by name; an export's weights as a file."""
         sizes = dict(self.opened[0].config)
         classes = int(sizes.pop("num_classes"))
-        plain = Subject(self.opened[0].name, num_classes=classes, options=sizes)
-        if self.subject.name != plain.name:  # else it is a model's, see open_subject
+        plain = ModelSource(self.opened[0].name, num_classes=classes, options=sizes)
+        if self.source.name != plain.name:  # else it is a model's, see load_source
             return [replace(plain, checkpoint=self._start_file())]
         return [
-            replace(plain, checkpoint=one.checkpoint, source=one.source)
-            for one in _with_checkpoints(self.subject, self.options.checkpoints)
+            replace(plain, checkpoint=one.checkpoint, weights=one.weights)
+            for one in _with_checkpoints(self.source, self.options.checkpoints)
         ]
 
     def _start_file(self) -> Path:
@@ -172,7 +172,9 @@ class Trainer:
         save_safetensors(self.opened[0].state, file)
         return file
 
-    def _train(self, folder: str, start: Subject, seed: int, training: AblationTraining) -> Path:
+    def _train(
+        self, folder: str, start: ModelSource, seed: int, training: AblationTraining
+    ) -> Path:
         output = self.output / FOLDER / folder
         request = FinetuneRequest(
             start,
@@ -181,7 +183,7 @@ class Trainer:
             replace(training.recipe, seed=seed),
             self.options.classes,
             resume=has_run(output),
-            work=Work(
+            resources=Resources(
                 self.options.workers,
                 training.micro_batch,
                 training.save_every,
@@ -196,7 +198,7 @@ class Trainer:
         return Path(report.weights)
 
 
-def model_of_run(run: Run, opened: Sequence[OpenedSubject]) -> Any:
+def model_of_run(run: Run, opened: Sequence[LoadedSource]) -> Any:
     """The model of a run with its weights.
 
     Raises:
@@ -213,8 +215,8 @@ def model_of_run(run: Run, opened: Sequence[OpenedSubject]) -> Any:
     return model
 
 
-def _with_checkpoints(subject: Subject, more: Sequence[Path]) -> list[Subject]:
-    return [subject, *(replace(subject, checkpoint=file) for file in more)]
+def _with_checkpoints(source: ModelSource, more: Sequence[Path]) -> list[ModelSource]:
+    return [source, *(replace(source, checkpoint=file) for file in more)]
 
 
 def _check_keys(option: str, keys: Any, plan: Plan) -> None:

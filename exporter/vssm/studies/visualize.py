@@ -23,9 +23,9 @@ from vssm.studies.figures import (
     kept_figure,
     walks_figure,
 )
-from vssm.studies.subject import OpenedSubject, open_subject
+from vssm.studies.source import LoadedSource, load_source
 from vssm.studies.trace import Block, Trace, trace
-from vssm.training.request import Subject
+from vssm.training.request import ModelSource
 from vssm.types import Array
 
 _EVEN = 4  # blocks shown of a model that prunes nothing
@@ -208,7 +208,7 @@ _TOP = 3  # classes in the page's tables
 
 
 def visualize(
-    subject: Subject,
+    source: ModelSource,
     images: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
@@ -220,7 +220,7 @@ def visualize(
     Writes `index.html`, `visualize.json` and PNG files into `output`, over those of a run before.
 
     Args:
-        subject: the model, by its name or as the directory of an export.
+        source: the model, by its name or as the directory of an export.
         images: image files of any size, prepared as the model's evaluation does.
         output: directory to write; made where it is missing.
         blocks: whose attention is shown, counted from 1; None for those after each stage, and the
@@ -243,7 +243,7 @@ def visualize(
     output, files = Path(output), [Path(file) for file in images]
     if not files:
         raise ValueError("images=[] holds no image; give one at least")
-    opened = open_subject(subject)
+    opened = load_source(source)
     models = variants(opened)
     make_directory(output)
     check_writable(output / PAGE)
@@ -265,29 +265,29 @@ def visualize(
     return numbers
 
 
-def variants(subject: OpenedSubject) -> dict[str, VisionModel]:
-    """Dense, plain removal and aligned, as far as the subject's schedule has them."""
-    models = {"dense": subject.variant(None)}
-    schedule = subject.schedule
+def variants(source: LoadedSource) -> dict[str, VisionModel]:
+    """Dense, plain removal and aligned, as far as the model's schedule has them."""
+    models = {"dense": source.variant(None)}
+    schedule = source.schedule
     if schedule is not None:
-        models["plain removal"] = subject.variant(schedule.changed(alignment="none"))
+        models["plain removal"] = source.variant(schedule.changed(alignment="none"))
         if schedule.alignment != "none":
-            models[f"aligned ({schedule.alignment})"] = subject.variant(schedule)
+            models[f"aligned ({schedule.alignment})"] = source.variant(schedule)
     return models
 
 
-def _picture(array: Any, subject: OpenedSubject) -> Any:
+def _picture(array: Any, source: LoadedSource) -> Any:
     """What the model sees, (height, width, 3) in [0, 1]."""
-    spec = subject.preprocessing
+    spec = source.preprocessing
     pixels = array[0].transpose(1, 2, 0) * np.asarray(spec.std) + np.asarray(spec.mean)
     return np.clip(pixels, 0, 1)  # rounding alone leaves the range
 
 
-def _facts(subject: OpenedSubject) -> dict[str, str]:
-    schedule = subject.schedule
+def _facts(source: LoadedSource) -> dict[str, str]:
+    schedule = source.schedule
     blocks = {} if schedule is None else schedule.ratios
     pruned = ", ".join(f"{ratio} after block {block}" for block, ratio in blocks.items())
-    facts = {"model": subject.name, "weights": subject.weights, "kept": pruned or "everything"}
+    facts = {"model": source.name, "weights": source.weights, "kept": pruned or "everything"}
     if schedule is not None:
         facts |= {"alignment": schedule.alignment, "importance": schedule.importance}
     return facts
@@ -303,13 +303,13 @@ def _entry(file: Path, result: Explanation, files: dict[str, str]) -> dict[str, 
     }
 
 
-def _rows(result: Explanation, subject: OpenedSubject) -> list[list[str]]:
+def _rows(result: Explanation, source: LoadedSource) -> list[list[str]]:
     """The page's table: what each variant says of the image."""
     rows = [["variant", "best classes", "kept as in the last variant, by stage"]]
     for name, numbers in result.variants.items():
         shares = numbers["probabilities"]
         best = np.argsort(-np.asarray(shares), kind="stable")[:_TOP]
-        labels = [str(c) if subject.labels is None else subject.labels[c] for c in best]
+        labels = [str(c) if source.labels is None else source.labels[c] for c in best]
         classes = ", ".join(f"{n} {shares[c]:.1%}" for n, c in zip(labels, best, strict=True))
         alike = ", ".join(f"{share:.0%}" for share in numbers["kept_as_last"])
         rows.append([name, classes, alike or "-"])

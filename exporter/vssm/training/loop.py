@@ -112,7 +112,7 @@ LOG_FILE = "log.csv"
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """What is trained on what, and how the work is laid out; only `recipe` changes numbers.
 
     Attributes:
@@ -170,7 +170,7 @@ class Trained:
 
 def train(
     model: VisionModel,
-    run: Run,
+    run: TrainingRun,
     group: Group,
     *,
     log: RunLog | None,
@@ -226,7 +226,7 @@ def train(
     )
 
 
-def _batches(run: Run, group: Group, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(run: TrainingRun, group: Group, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Classes and inputs of this process's share of every step from `first` on."""
     load = functools.partial(load_batch, recipe=run.recipe, size=_size(run))
     # Made as they are needed: all epochs of a large data set would not fit into memory.
@@ -237,12 +237,12 @@ def _batches(run: Run, group: Group, *, first: int) -> Iterator[tuple[Tensor, Te
         yield classes.to(group.device), torch.from_numpy(pixels).to(group.device)
 
 
-def _size(run: Run) -> tuple[int, int]:
+def _size(run: TrainingRun) -> tuple[int, int]:
     height, width = run.header["image_size"].split("x")
     return int(height), int(width)
 
 
-def _shares(run: Run, group: Group, first: int) -> Iterator[list[tuple[Example, int]]]:
+def _shares(run: TrainingRun, group: Group, first: int) -> Iterator[list[tuple[Example, int]]]:
     """The images that this process has of every step, with their classes."""
     per_epoch, batch = run.steps_per_epoch, run.recipe.batch
     for epoch in range(first // per_epoch, run.recipe.epochs):
@@ -259,7 +259,7 @@ def _shares(run: Run, group: Group, first: int) -> Iterator[list[tuple[Example, 
 def _gradients(
     state: State,
     batch: tuple[Tensor, Tensor],
-    run: Run,
+    run: TrainingRun,
     group: Group,
     teacher: nn.Module | None,
 ) -> float:
@@ -288,7 +288,7 @@ def _gradients(
     return mean
 
 
-def _line(step: int, loss: float, lr: float, run: Run, since: tuple[float, int]) -> str:
+def _line(step: int, loss: float, lr: float, run: TrainingRun, since: tuple[float, int]) -> str:
     seconds, resumed = since
     speed = (step - resumed) / seconds
     left = timedelta(seconds=round((run.steps - step) / speed))

@@ -14,11 +14,11 @@ from vssm.pruning.schedule import PruneSchedule
 from vssm.training.recipe import Recipe
 
 
-def refuse_idle_options(
+def refuse_unused_options(
     *,
     schedule: object,
     checkpoint: object,
-    source: str,
+    weights: str,
     model_options: Collection[str] = (),
     **rules: object,
 ) -> None:
@@ -27,7 +27,7 @@ def refuse_idle_options(
     Args:
         schedule: what prunes; None for a dense model.
         checkpoint: where weights come from; None for none.
-        source: which weights of the checkpoint, "model" by default.
+        weights: which weights of the checkpoint, "model" by default.
         model_options: keys of --set.
         rules: options that only a schedule has a use for, None where they are not given.
 
@@ -40,8 +40,8 @@ def refuse_idle_options(
                 f"{option}={value!r} without a schedule prunes nothing; give --schedule "
                 "BLOCK:RATIO,... too, or leave it out"
             )
-    if source != "model" and checkpoint is None:
-        raise ValueError(f"source={source!r} without a checkpoint; give --checkpoint FILE")
+    if weights != "model" and checkpoint is None:
+        raise ValueError(f"weights={weights!r} without a checkpoint; give --checkpoint FILE")
     if "num_classes" in model_options:
         raise ValueError("--set num_classes: this option has a name of its own; --num-classes N")
 
@@ -51,14 +51,14 @@ RULES: Final = ("alignment", "importance", "conv")
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelSource:
     """The model that `finetune`, `visualize` and `ablate` take: weights, and how to prune them.
 
     Attributes:
         name: as `create_model` takes it; for `visualize` and `ablate` also the directory of an
             export (one of a model's name is written ./NAME), which has its own weights and sizes.
         checkpoint: weights; None for the seeded initial ones.
-        source: "model", or "ema" for the averaged weights of the checkpoint.
+        weights: "model", or "ema" for the averaged weights of the checkpoint.
         schedule: "BLOCK:RATIO,...", "default" or a `PruneSchedule`; None for the dense model, or
             the export's own.
         alignment: as for `PruneSchedule`, beside a text; None for "gap".
@@ -76,7 +76,7 @@ class Subject:
 
     name: str
     checkpoint: Path | None = None
-    source: str = "model"
+    weights: str = "model"
     schedule: str | PruneSchedule | None = None
     alignment: str | None = None
     importance: str | None = None
@@ -86,10 +86,10 @@ class Subject:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse_idle_options(
+        refuse_unused_options(
             schedule=self.schedule,
             checkpoint=self.checkpoint,
-            source=self.source,
+            weights=self.weights,
             model_options=self.options,
             **self.rules,
         )
@@ -135,7 +135,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Work:
+class Resources:
     """How the work is laid out; only the last bits of sums depend on it.
 
     Attributes:
@@ -167,28 +167,28 @@ class FinetuneRequest:
     """A whole training run.
 
     Attributes:
-        subject: the model.
+        source: the model.
         data: folder of images, laid out as ImageNet's training set.
         output: directory for the weights, the state and the log.
         recipe: the numbers.
         classes: file that names the folder of each class; None: sorted by name.
         resume: go on where the stopped run in `output` ended; refused where there is none.
-        work: how it is laid out.
+        resources: how it is laid out.
 
     Raises:
         ValueError: the recipe distils, but there is no dense model with weights to distil from.
     """
 
-    subject: Subject
+    source: ModelSource
     data: Path
     output: Path
     recipe: Recipe = field(default_factory=Recipe)
     classes: Path | None = None
     resume: bool = False
-    work: Work = field(default_factory=Work)
+    resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
-        missing = self.subject.schedule is None or self.subject.checkpoint is None
+        missing = self.source.schedule is None or self.source.checkpoint is None
         if self.recipe.distil > 0 and missing:
             raise ValueError(
                 f"distil={self.recipe.distil} needs a schedule and a checkpoint: the teacher is "

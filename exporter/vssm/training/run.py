@@ -21,8 +21,8 @@ from vssm.models.base import VisionModel
 from vssm.models.fused_tokens import fuse_leftovers
 from vssm.models.schedules import named_schedule
 from vssm.pruning.schedule import PruneSchedule
-from vssm.training.loop import Group, Run
-from vssm.training.request import FinetuneRequest, Subject
+from vssm.training.loop import Group, TrainingRun
+from vssm.training.request import FinetuneRequest, ModelSource
 from vssm.types import Progress
 
 if TYPE_CHECKING:
@@ -32,25 +32,25 @@ if TYPE_CHECKING:
 
 def build_models(request: FinetuneRequest, group: Group) -> tuple[VisionModel, VisionModel | None]:
     """The model to train, and the dense one to distil from where the recipe does."""
-    if request.work.threads is not None:
-        torch.set_num_threads(request.work.threads)
-    subject = request.subject
-    model = build_model(subject, _schedule(subject)).to(group.device)
-    if subject.tokens == "fused":
+    if request.resources.threads is not None:
+        torch.set_num_threads(request.resources.threads)
+    source = request.source
+    model = build_model(source, _schedule(source)).to(group.device)
+    if source.tokens == "fused":
         fuse_leftovers(model)
     if request.recipe.distil == 0:
         return model, None
     # The student trains on the kernels by itself; without gradients "auto" is the slow oracle.
-    return model, build_model(subject, None).use_backend("kernel").to(group.device)
+    return model, build_model(source, None).use_backend("kernel").to(group.device)
 
 
-def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Run:
+def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> TrainingRun:
     """What to do, and what must be the same when it goes on.
 
     Raises:
         ValueError: the folders are not the classes, or the batch does not fit.
     """
-    recipe, work = request.recipe, request.work
+    recipe, resources = request.recipe, request.resources
     pictures = open_pictures(request.data, model.num_classes, request.classes, name="data")
     recipe.steps(len(pictures))  # refuses a batch that is larger than the data set
     pairs = recipe.mixup > 0 or recipe.cutmix > 0
@@ -60,36 +60,36 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Run:
             "number of images, an even one for mixup and cutmix; give a multiple"
         )
     header = {
-        "model": request.subject.name,
+        "model": request.source.name,
         "config": repr(model.config),
         "num_classes": str(model.num_classes),
         "image_size": "x".join(map(str, model.image_size)),
         "schedule": repr(model.schedule),
-        "tokens": request.subject.tokens,
+        "tokens": request.source.tokens,
         "checkpoint": "none" if model.checkpoint is None else model.checkpoint.sha256,
-        "source": request.subject.source,
+        "weights": request.source.weights,
         "images": fingerprint(request.data, pictures),
         "processes": str(group.world),
         "device": group.device.type,
         "threads": str(torch.get_num_threads()),
-        "micro_batch": str(work.micro_batch),
+        "micro_batch": str(resources.micro_batch),
         "torch": torch.__version__,
         "vssm": __version__,
         **recipe.named(),
     }
-    return Run(
+    return TrainingRun(
         recipe=recipe,
         root=request.data,
         pictures=pictures,
         directory=request.output,
         header=header,
-        workers=worker_count(work.workers),
-        micro_batch=work.micro_batch,
-        save_every=work.save_every,
+        workers=worker_count(resources.workers),
+        micro_batch=resources.micro_batch,
+        save_every=resources.save_every,
     )
 
 
-def build_model(subject: Subject, schedule: PruneSchedule | None) -> VisionModel:
+def build_model(source: ModelSource, schedule: PruneSchedule | None) -> VisionModel:
     """A model by its name with the weights of its checkpoint, or the seeded initial ones.
 
     Raises:
@@ -97,20 +97,20 @@ def build_model(subject: Subject, schedule: PruneSchedule | None) -> VisionModel
         CheckpointError: the checkpoint cannot be used.
     """
     model = create_model(
-        subject.name,
+        source.name,
         schedule=schedule,
-        num_classes=1000 if subject.num_classes is None else subject.num_classes,
-        **subject.options,
+        num_classes=1000 if source.num_classes is None else source.num_classes,
+        **source.options,
     )
-    if subject.checkpoint is not None:
-        load_checkpoint(model, subject.checkpoint, source=subject.source)
+    if source.checkpoint is not None:
+        load_checkpoint(model, source.checkpoint, weights=source.weights)
     return model
 
 
-def _schedule(subject: Subject) -> PruneSchedule | None:
-    found = named_schedule(subject.name, subject.schedule, **subject.rules)
-    forced = {"masked": "masked", "fused": "none"}.get(subject.tokens)
-    if found is None or forced is None or isinstance(subject.schedule, PruneSchedule):
+def _schedule(source: ModelSource) -> PruneSchedule | None:
+    found = named_schedule(source.name, source.schedule, **source.rules)
+    forced = {"masked": "masked", "fused": "none"}.get(source.tokens)
+    if found is None or forced is None or isinstance(source.schedule, PruneSchedule):
         return found  # one that is made already says itself how it aligns
     return found.changed(alignment=forced)
 
@@ -165,7 +165,7 @@ def finetune(
     from vssm.training.loop import LOG_FILE, Group, train
     from vssm.training.run import build_models, plan_run
 
-    group = Group(request.work.device)
+    group = Group(request.resources.device)
     if group.leads:
         _check_output(request)
     model, teacher = build_models(request, group)
@@ -206,7 +206,7 @@ def _check_output(request: FinetuneRequest) -> None:
 
 
 def _write(
-    state: State, trained: Trained, run: Run, directory: Path, *, tensorboard: bool
+    state: State, trained: Trained, run: TrainingRun, directory: Path, *, tensorboard: bool
 ) -> FinetuneReport:
     """The weights under official keys, and the report beside them."""
     from vssm.checkpoints.load import save_safetensors

@@ -135,7 +135,7 @@ _SHOWN_ERRORS: Final = 3
 
 
 @dataclass(frozen=True)
-class Plan:
+class SerializedEngine:
     """A built engine, and the layers of the network that it was built from."""
 
     data: bytes
@@ -241,7 +241,7 @@ def build_plan(
     *,
     cache: Path | None = None,
     progress: BuildProgress = lambda *_: None,
-) -> Plan:
+) -> SerializedEngine:
     """Parse a file and build an engine in memory.
 
     Raises:
@@ -272,7 +272,7 @@ def build_plan(
         )
     if cache is not None and timings is not None:
         atomic_write_bytes(cache, bytes(config.get_timing_cache().serialize()))
-    return Plan(bytes(built), network.num_layers)
+    return SerializedEngine(bytes(built), network.num_layers)
 
 
 def run_graph(

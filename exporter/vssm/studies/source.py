@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vssm.artifact.directory import open_artifact
 from vssm.artifact.manifest import Preprocessing
-from vssm.training.request import Subject
+from vssm.training.request import ModelSource
 
 if TYPE_CHECKING:
     from vssm.models import VisionModel
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class OpenedSubject:
-    """A `Subject` with its weights read, the configuration they belong to, and its schedule.
+class LoadedSource:
+    """A `ModelSource` with its weights read, the configuration they belong to, and its schedule.
 
     Attributes:
         name: the model's name.
@@ -51,7 +51,7 @@ class OpenedSubject:
         return model.eval()
 
 
-def open_subject(subject: Subject) -> OpenedSubject:
+def load_source(source: ModelSource) -> LoadedSource:
     """Find the weights and the schedule.
 
     Raises:
@@ -60,68 +60,68 @@ def open_subject(subject: Subject) -> OpenedSubject:
     """
     from vssm.models import list_models
 
-    if subject.tokens != "gather":
+    if source.tokens != "gather":
         raise ValueError(
-            f"tokens={subject.tokens!r} is a way to train; leave it out, and give it to finetune"
+            f"tokens={source.tokens!r} is a way to train; leave it out, and give it to finetune"
         )
-    if subject.name in list_models():
-        return _by_name(subject)
-    if not Path(subject.name).is_dir():
+    if source.name in list_models():
+        return _by_name(source)
+    if not Path(source.name).is_dir():
         raise ValueError(
-            f"source={subject.name!r} is neither a model nor the directory of an export; see "
+            f"model={source.name!r} is neither a model nor the directory of an export; see "
             "`vssm models`, or write one with `vssm export`"
         )
-    return _from_export(subject)
+    return _from_export(source)
 
 
-def _by_name(subject: Subject) -> OpenedSubject:
+def _by_name(source: ModelSource) -> LoadedSource:
     from vssm.training.run import build_model
 
-    model = build_model(subject, None)
-    return OpenedSubject(
-        subject.name,
+    model = build_model(source, None)
+    return LoadedSource(
+        source.name,
         asdict(model.config),
         model.state_dict(),
-        "seeded initial weights" if subject.checkpoint is None else str(subject.checkpoint),
-        _schedule(subject, subject.name),
+        "seeded initial weights" if source.checkpoint is None else str(source.checkpoint),
+        _schedule(source, source.name),
         Preprocessing.for_image_size(model.image_size),
         None,
     )
 
 
-def _from_export(subject: Subject) -> OpenedSubject:
+def _from_export(source: ModelSource) -> LoadedSource:
     from vssm.runtimes.torch import model_of, schedule_of
 
     given = {
-        "checkpoint": subject.checkpoint,
-        "num_classes": subject.num_classes,
-        "set": subject.options or None,
+        "checkpoint": source.checkpoint,
+        "num_classes": source.num_classes,
+        "set": source.options or None,
     }
     if named := [name for name, value in given.items() if value is not None]:
         raise ValueError(
-            f"source={subject.name!r} is an export, which has its own weights and sizes; leave "
+            f"model={source.name!r} is an export, which has its own weights and sizes; leave "
             f"--{named[0].replace('_', '-')} out, or give a model's name"
         )
-    artifact = open_artifact(subject.name)
+    artifact = open_artifact(source.name)
     manifest = artifact.manifest
     if manifest.preprocessing is None:
         raise ValueError(
-            f"source={subject.name!r} has no preprocessing in its model.json, so image files "
+            f"model={source.name!r} has no preprocessing in its model.json, so image files "
             "cannot be turned into its input; export the model by its name"
         )
     model = model_of(artifact, dense=True)
-    return OpenedSubject(
+    return LoadedSource(
         manifest.name,
         dict(manifest.config),
         model.state_dict(),
-        f"{subject.name}, {manifest.weights}",
-        schedule_of(artifact) if subject.schedule is None else _schedule(subject, manifest.name),
+        f"{source.name}, {manifest.weights}",
+        schedule_of(artifact) if source.schedule is None else _schedule(source, manifest.name),
         manifest.preprocessing,
         manifest.labels,
     )
 
 
-def _schedule(subject: Subject, name: str) -> PruneSchedule | None:
+def _schedule(source: ModelSource, name: str) -> PruneSchedule | None:
     from vssm.models.schedules import named_schedule
 
-    return named_schedule(name, subject.schedule, **subject.rules)
+    return named_schedule(name, source.schedule, **source.rules)
