@@ -111,12 +111,12 @@ def test_margin_is_the_oracles(artifact: Artifact, tmp_path: Path) -> None:
         kept = session.run(x)["kept_positions_0"][found.image]
     chosen = scores[found.image].topk(27).indices
     instead = score[[place for place in kept if place != 18 and place not in chosen]]
-    want = float((score[found.place] - instead.min()) / scores[found.image].abs().max())
+    want = float((score[found.position] - instead.min()) / scores[found.image].abs().max())
     assert found.margin == pytest.approx(want, rel=1e-9)
 
 
 def chosen(kept: list[int], *, scores: list[float], want: list[int]) -> list[float | None]:
-    """Margins of one image's places, of which the oracle keeps `want` and protects place 0."""
+    """Margins of one image's positions, of which the oracle keeps `want` and protects 0."""
     result = OracleResult(
         logits=np.ones((1, 2)),
         kept_positions=[np.array([want])],

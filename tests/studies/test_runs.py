@@ -293,7 +293,11 @@ import vssm
 torch.set_num_threads(1)
 data, checkpoint, output = map(Path, sys.argv[2:])
 vssm.ablate(
-    model_source(checkpoint), data, output, _options(data), progress=lambda line: print(line, flush=True)
+    model_source(checkpoint),
+    data,
+    output,
+    _options(data),
+    progress=lambda line: print(line, flush=True),
 )
 """
 

@@ -371,7 +371,8 @@ def train(folder, crash):
     for name in ("write", "ftruncate", "fsync", "replace"):
         setattr(os, name, counted(getattr(os, name)))
     numbers = {"epochs": 1, "batch": 14}
-    asked = request(data, folder, what=model_source(checkpoint), resources={"save_every": 2}, **numbers)
+    what = model_source(checkpoint)
+    asked = request(data, folder, what=what, resources={"save_every": 2}, **numbers)
     vssm.finetune(replace(asked, resume=has_run(folder)))
     os._exit(0)
 

@@ -76,7 +76,7 @@ class ScheduleInfo:
     """What was pruned where. `blocks`: 1-based block -> keep ratio as a decimal string.
 
     `num_keep` has one entry a stage, the class token included; `cls_position` is the class token's
-    place in the unpruned sequence, None without one; `seed` belongs to importance "random".
+    position in the unpruned sequence, None without one; `seed` belongs to importance "random".
     """
 
     blocks: Mapping[int, str]

@@ -68,9 +68,9 @@ class OracleResult:
 
     Attributes:
         logits: (batch, classes).
-        kept_positions: one (batch, num_keep) a stage, original places in slot order.
+        kept_positions: one (batch, num_keep) a stage, original positions in index order.
         scores: the (batch, seqlen) scores that chose them.
-        positions: the (batch, seqlen) places those scores belong to.
+        positions: the (batch, seqlen) positions those scores belong to.
         blocks: value name -> (batch, seqlen, d_model), a block's hidden or residual stream.
     """
 
@@ -88,6 +88,6 @@ def module_result(outputs: Mapping[str, Array]) -> OracleResult:
     stages = sum(name.startswith("scores_") for name in outputs)
     kept = [further.pop(f"kept_positions_{i}") for i in range(stages)]
     scores = [further.pop(f"scores_{i}") for i in range(stages)]
-    places = np.arange(scores[0].shape[1]) if scores else np.arange(0)
-    before = [np.broadcast_to(places, scores[0].shape), *kept[:-1]] if scores else []
+    positions = np.arange(scores[0].shape[1]) if scores else np.arange(0)
+    before = [np.broadcast_to(positions, scores[0].shape), *kept[:-1]] if scores else []
     return OracleResult(logits, kept, scores, before, further)

@@ -77,7 +77,7 @@ def parity_tables(report: ParityReport) -> list[RenderableType]:
     )
     tables = [table(title, ("", "measured", "allowed"), rows)]
     if report.disagreements:
-        columns = ("image", "stage", "place the oracle keeps", "its relative score margin")
+        columns = ("image", "stage", "position the oracle keeps", "its relative score margin")
         tables.append(
             table(
                 "tokens chosen otherwise",
@@ -86,7 +86,7 @@ def parity_tables(report: ParityReport) -> list[RenderableType]:
                     (
                         d.image,
                         d.stage,
-                        d.place,
+                        d.position,
                         "follows" if d.margin is None else f"{d.margin:.1e}",
                     )
                     for d in report.disagreements[:20]

@@ -36,7 +36,7 @@ class _Pass:
     block: int = 0
     chosen: list[StageResult] = field(default_factory=list)
     seqlen: int = 0
-    only_place: int | None = None  # behind the stack, zeros everywhere else
+    only_position: int | None = None  # behind the stack, zeros everywhere else
 
     def start(self) -> None:
         """Forget the pass before."""
@@ -45,16 +45,16 @@ class _Pass:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Pass:
         """A copy of the plan alone: tensors of the last pass may be a tracer's."""
         twin = _Pass(self.stages, self.depth, self.directions)
-        twin.seqlen, twin.only_place = self.seqlen, self.only_place
+        twin.seqlen, twin.only_position = self.seqlen, self.only_position
         memo[id(self)] = twin
         return twin
 
     def behind(self, x: Tensor) -> Tensor:
         """What the model sees of a stream (batch, seqlen, d_model) behind its blocks."""
-        if self.only_place is None:
+        if self.only_position is None:
             return x
         seen = torch.zeros_like(x)
-        seen[:, self.only_place] = x[:, self.only_place]
+        seen[:, self.only_position] = x[:, self.only_position]
         return seen
 
 
@@ -80,9 +80,9 @@ class PrunedModule(nn.Module):
         self.stages = plan_stages(schedule, layout, len(stack))
         ours = [PrunedBlock(block, number) for number, block in enumerate(stack, start=1)]
         self._run = _Pass(self.stages, len(ours), ours[0].mixer.directions)
-        for place, block in enumerate(ours):
+        for position, block in enumerate(ours):
             block.run = self._run
-            stack[place] = block
+            stack[position] = block
         set_eval(self)
 
     @property
@@ -171,7 +171,7 @@ class PrunedBlock(nn.Module):
             run.chosen.append(result)
         run.tokens, run.block = tokens, self.number
         if self.number == run.depth:
-            hidden, residual = (run.behind(tokens.to_places(x)) for x in (hidden, residual))
+            hidden, residual = (run.behind(tokens.to_positions(x)) for x in (hidden, residual))
         run.handed = (hidden, residual)
         return hidden, residual
 
@@ -207,7 +207,7 @@ class PrunedBlock(nn.Module):
         elif hidden is not run.handed[0] or residual is not run.handed[1]:
             raise UnsupportedError(
                 f"the model changes the tokens between blocks {run.block} and {self.number} (rope, "
-                "a flip, a tap), which knows nothing of pruned places; prune a model that hands "
+                "a flip, a tap), which knows nothing of pruned positions; prune a model that hands "
                 "them on as they are"
             )
 
@@ -299,14 +299,14 @@ def prune(
     For models whose blocks form a plain stack: `model.blocks[i](hidden, residual)` returns both,
     every block once and in order with nothing between, the mixer being mamba_ssm's Mamba version 1
     or Vim's bidirectional one. That is tried, not believed: our blocks must give the numbers of the
-    model's. Behind the last block the kept tokens are back in their places, the pruned ones zero.
+    model's. Behind the last block the kept tokens are back where they were, the pruned ones zero.
 
     Args:
         model: left as it was; float32, evaluated as in eval mode.
         schedule: which blocks prune, and how much.
         example_input: one input that the model takes; two for a batch axis that is not 1.
         blocks: attribute that holds the blocks, with dots.
-        cls_index: place of the class token in the sequence, which is kept and read; None: as Vim's
+        cls_index: position of the class token, which is kept and read; None: as Vim's
             attributes say.
 
     Returns:
@@ -321,21 +321,21 @@ def prune(
         raise UnsupportedError(
             f"step_parameters={schedule.step_parameters!r} is PlainMamba's choice; leave it out"
         )
-    place = _class_place(model) if cls_index is None else cls_index
+    position = _class_position(model) if cls_index is None else cls_index
     dense = PrunedModule(model, blocks, None, TokenLayout(1, None, keep_odd=True))
     with torch.inference_mode():
-        seqlen = _check_same(model, dense, example_input, place)
+        seqlen = _check_same(model, dense, example_input, position)
     _check_directions(schedule, dense)
-    return PrunedModule(model, blocks, schedule, TokenLayout(seqlen, place, keep_odd=True))
+    return PrunedModule(model, blocks, schedule, TokenLayout(seqlen, position, keep_odd=True))
 
 
-def _class_place(model: Any) -> int:
+def _class_position(model: Any) -> int:
     """Where Vim puts its class token."""
     remedy = "give cls_index=PLACE if the model reads one token, its class token, and no other"
     if not getattr(model, "if_cls_token", False):
         raise UnsupportedError(
             f"{type(model).__name__} has no if_cls_token that says that it reads a class token; "
-            f"pooling over all places would count the pruned ones: {remedy}"
+            f"pooling over all positions would count the pruned ones: {remedy}"
         )
     if getattr(model, "use_double_cls_token", False):
         raise UnsupportedError("two class tokens cannot be pruned around; use the dense model")
@@ -352,7 +352,7 @@ def _check_directions(schedule: PruneSchedule, dense: PrunedModule) -> None:
         )
 
 
-def _check_same(model: nn.Module, dense: PrunedModule, example: Tensor, place: int) -> int:
+def _check_same(model: nn.Module, dense: PrunedModule, example: Tensor, position: int) -> int:
     """The unpruned twin must be the model, and read the class token alone; its tokens."""
     with evaluating(model):
         want = model(example)
@@ -365,13 +365,13 @@ def _check_same(model: nn.Module, dense: PrunedModule, example: Tensor, place: i
             "that is not known here, and is not pruned as if it were"
         )
     seqlen = dense.state.seqlen
-    if not 0 <= place < seqlen:
-        raise ValueError(f"cls_index={place} is outside [0, {seqlen}), the model's tokens")
-    dense.state.only_place = place
+    if not 0 <= position < seqlen:
+        raise ValueError(f"cls_index={position} is outside [0, {seqlen}), the model's tokens")
+    dense.state.only_position = position
     if not _close(dense(example), want):
         raise UnsupportedError(
-            f"{name} reads more than the token at cls_index={place} behind its blocks; a mean over "
-            "all places would count the pruned ones: give the class token's place, or prune a "
+            f"{name} reads more than the token at cls_index={position} behind its blocks; a mean "
+            "over all positions would count the pruned ones: give the class token's, or prune a "
             "model that classifies by one token"
         )
     return seqlen

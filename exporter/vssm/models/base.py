@@ -21,7 +21,7 @@ class ForwardDetails:
 
     Attributes:
         logits: (batch, num_classes).
-        kept_positions: one (batch, num_keep) int64 of original places per stage.
+        kept_positions: one (batch, num_keep) int64 of original positions per stage.
         scores: the (batch, seqlen) scores that chose them, of the tokens present before the stage.
         blocks: (hidden, residual) after each block, before its stage; only where asked for.
             residual is None in models of one stream.
@@ -40,7 +40,7 @@ class BlockCost:
     `shared` is what branches share, `branch` the linear layers and `convolution` the convolution
     of one; `states` the channel-states d_inner * d_state of one scan direction, `per_token` its
     skip, and its gate where every direction has one; `gate` is that of a sum of directions.
-    `on_grid` says that the convolution runs over every place, whatever is pruned.
+    `on_grid` says that the convolution runs over every position, whatever is pruned.
     """
 
     shared: int

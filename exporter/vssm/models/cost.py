@@ -2,7 +2,7 @@
 
 Linear and convolution layers count one multiply-add once; a scan counts
 9 * seqlen * d_inner * d_state plus one each for the skip and the gate; alignment adds
-2 * d_inner * d_state for every pruned place and layer. The published figures of Vim count one of
+2 * d_inner * d_state for every pruned position and layer. The published figures of Vim count one of
 its two directions, those of PlainMamba all four, and both the alignment once a layer; the true ones
 count every direction in everything. step_parameters "full", a reference, counts as "rank". Source:
 Zhan et al., arXiv:2409.18962, checked against its tables.

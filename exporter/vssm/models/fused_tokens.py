@@ -1,9 +1,9 @@
 """The EViT-style baseline, for comparisons alone: plain removal with one fused leftover token.
 
 EViT appends the leftovers, averaged by their attention, as one more token of a transformer, where
-order means nothing. In a scan a token has a place, so here the weakest kept token's place holds the
-average of it and of all that was pruned, weighted by score: as many tokens as plain removal keeps.
-Source: Liang et al., "EViT", arXiv:2202.07800; the place is ours.
+order means nothing. In a scan a token has a position, so here that of the weakest kept token holds
+the average of it and of all that was pruned, weighted by score: as many tokens as plain removal keeps.
+Source: Liang et al., "EViT", arXiv:2202.07800; the position is ours.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def _prune_and_fuse(
     kept, score = result.kept_position, result.score
     position = tokens.position.expand(len(score), -1)
     present = (position[..., None] == kept[:, None]).any(-1)
-    slots = present.nonzero()[:, 1].reshape(kept.shape)  # ascending, as the rows are
-    strength = score.gather(1, slots)
+    indices = present.nonzero()[:, 1].reshape(kept.shape)  # ascending, as the rows are
+    strength = score.gather(1, indices)
     if stage.layout.cls_index is not None:
         strength = strength.masked_fill(kept == stage.layout.cls_index, torch.inf)
     weakest = strength.argmin(1, keepdim=True)
-    members = (~present).scatter(1, slots.gather(1, weakest), True).to(score.dtype)
+    members = (~present).scatter(1, indices.gather(1, weakest), True).to(score.dtype)
     weight = score * members
     weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, members)
     weight = weight / weight.sum(1, keepdim=True)
@@ -78,7 +78,7 @@ def _prune_and_fuse(
     )
 
 
-def _put(row: Tensor, slot: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """Rows (batch, num_keep, width) with the mean of x (batch, seqlen, width) at `slot`."""
+def _put(row: Tensor, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Rows (batch, num_keep, width) with the mean of x (batch, seqlen, width) at `index`."""
     mean = torch.einsum("bt,btd->bd", weight.to(x.dtype), x)[:, None]
-    return row.scatter(1, slot[..., None].expand(-1, -1, row.shape[-1]), mean)
+    return row.scatter(1, index[..., None].expand(-1, -1, row.shape[-1]), mean)

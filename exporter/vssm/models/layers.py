@@ -95,7 +95,7 @@ def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tens
 
 
 def over_grid(x: Tensor, grid: tuple[int, int], conv: Callable[[Tensor], Tensor]) -> Tensor:
-    """Row-major tokens x (batch, places, width) through a convolution over their grid."""
+    """Row-major tokens x (batch, positions, width) through a convolution over their grid."""
     maps = conv(x.reshape(-1, *grid, x.shape[2]).permute(0, 3, 1, 2))
     return maps.permute(0, 2, 3, 1).reshape(-1, x.shape[1], maps.shape[1])
 

@@ -133,17 +133,17 @@ MOVES = 5  # start, right, left, up, down
 
 
 def grid_walks(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The four walks over a grid of row-major places, and the move that leads to each step.
+    """The four walks over a grid of row-major positions, and the move that leads to each step.
 
     A snake over the rows from the top left corner, its reverse, a snake over the columns from
     there, its reverse.
 
     Returns:
-        order (4, places), the place of each step; move (4, places): 0 at the start, else 1 right,
-        2 left, 3 up, 4 down. Both int64.
+        order (4, positions): the position of each step; move (4, positions): 0 at first, else
+        1 right, 2 left, 3 up, 4 down. Both int64.
     """
-    places = torch.arange(height * width).reshape(height, width)
-    over_rows, over_columns = (_snake(lines) for lines in (places, places.T))
+    positions = torch.arange(height * width).reshape(height, width)
+    over_rows, over_columns = (_snake(lines) for lines in (positions, positions.T))
     order = torch.stack([over_rows, over_rows.flip(0), over_columns, over_columns.flip(0)])
     down, right = (order // width).diff(), (order % width).diff()
     move = (right > 0) * 1 + (right < 0) * 2 + (down < 0) * 3 + (down > 0) * 4
@@ -151,7 +151,7 @@ def grid_walks(height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _snake(lines: Tensor) -> Tensor:
-    """The places of all lines, every other line backwards."""
+    """The positions of all lines, every other line backwards."""
     lines = lines.clone()
     lines[1::2] = lines[1::2].flip(1)
     return lines.flatten()
@@ -160,7 +160,7 @@ def _snake(lines: Tensor) -> Tensor:
 class GridWalks(nn.Module):
     """The walks as tables that are no part of a checkpoint.
 
-    Steps are numbered through all walks (those of walk k begin at k * places), so that one table
+    Steps are numbered through all walks (those of walk k begin at k * positions), so that one table
     holds the moves of all.
     """
 
@@ -171,28 +171,28 @@ class GridWalks(nn.Module):
     def __init__(self, grid: tuple[int, int]) -> None:
         super().__init__()
         order, move = grid_walks(*grid)
-        self.places = order.shape[1]
+        self.positions = order.shape[1]
         entry = order.argsort(1) + self._first_steps(order.device)[:, None]
         for name, table in (
-            ("order", order[None]),  # (1, 4, places): the place of each step
-            ("move", move.flatten()),  # (4 * places,): the move that leads to each step
-            ("entry", entry.T.contiguous()),  # (places, 4): the step that enters each place
+            ("order", order[None]),  # (1, 4, positions): the position of each step
+            ("move", move.flatten()),  # (4 * positions,): the move that leads to each step
+            ("entry", entry.T.contiguous()),  # (positions, 4): the step that enters each position
         ):
             self.register_buffer(name, table.int(), persistent=False)
 
     def dense(self) -> Steps:
-        """The steps over every place."""
-        code = self.move.reshape(1, DIRECTIONS, self.places).transpose(1, 2)
+        """The steps over every position."""
+        code = self.move.reshape(1, DIRECTIONS, self.positions).transpose(1, 2)
         return Steps(self.order, torch.ones_like(self.order), code)
 
     def among(self, position: Tensor) -> Steps:
         """The steps over the tokens at `position`: each walk's own, in its own order."""
         entry = self.entry[position.long()]  # (batch, seqlen, 4)
-        step, slot = entry.topk(entry.shape[1], dim=1, largest=False, sorted=True)
+        step, index = entry.topk(entry.shape[1], dim=1, largest=False, sorted=True)
         last = torch.arange(entry.shape[1], device=step.device) - 1
         gap = step - step.index_select(1, last.clamp(min=0))
         return Steps(
-            order=slot.int().transpose(1, 2),
+            order=index.int().transpose(1, 2),
             gap=gap.transpose(1, 2),
             code=self.move[step.long()],
             walked=step - self._first_steps(step.device),
@@ -200,7 +200,7 @@ class GridWalks(nn.Module):
 
     def _first_steps(self, device: torch.device) -> Tensor:
         """(4,) int32: the number of each walk's first step."""
-        return torch.arange(DIRECTIONS, dtype=torch.int32, device=device) * self.places
+        return torch.arange(DIRECTIONS, dtype=torch.int32, device=device) * self.positions
 
 
 class PatchEmbed(nn.Module):
@@ -289,14 +289,14 @@ class PlainMambaMixer(nn.Module):
         return self.out_proj(y), score
 
     def _convolve(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """The convolution of x (batch, seqlen, d_inner) over the grid, at every place of it."""
-        places = tokens.to_places(x).to(self.conv2d.weight.dtype)
-        return over_grid(places, self.config.grid, self.conv2d).to(x.dtype)
+        """The convolution of x (batch, seqlen, d_inner) over the grid, at every position of it."""
+        positions = tokens.to_positions(x).to(self.conv2d.weight.dtype)
+        return over_grid(positions, self.config.grid, self.conv2d).to(x.dtype)
 
     def _operands(self, convolved: Tensor, tokens: Tokens) -> _Operands:
         """The scan's inputs from the convolution (batch, full_seqlen, d_inner)."""
         c = self.config
-        u = functional.silu(tokens.from_places(convolved))
+        u = functional.silu(tokens.from_positions(convolved))
         if tokens.full_parameters:
             q = _rows(self.x_proj(functional.silu(convolved)), tokens)
         else:
@@ -399,7 +399,7 @@ class PlainMambaBlock(nn.Module):
             return functional.conv2d(maps, weight, bias, padding=1, groups=x.shape[2])
 
         return functional.gelu(
-            tokens.from_places(over_grid(tokens.to_places(x), self.grid, convolve))
+            tokens.from_positions(over_grid(tokens.to_positions(x), self.grid, convolve))
         )
 
 

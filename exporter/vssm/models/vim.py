@@ -3,7 +3,7 @@
 Source: Zhu et al., "Vision Mamba", arXiv:2401.09417, and the numbers of its public code. The
 backward direction is a convolution with flipped weight and a scan in reverse `order`: nothing is
 flipped at run time. The mixer's output stays apart from the residual stream until the next
-block's norm, and pruning gathers both with the same slots.
+block's norm, and pruning gathers both with the same indices.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ POOLS = ("mean", "max", "last")
 class VimConfig:
     """The switches of the official constructor under this package's names.
 
-    `class_token` is the place of the class token; without one `pool` reads the tokens. `divide_out`
-    halves the sum of both directions (official if_divide_out; the released models all do).
+    `class_token` says where the class token stands; without one `pool` reads the tokens.
+    `divide_out` halves the sum of both directions (official if_divide_out; the released models all do).
     """
 
     image_size: int | tuple[int, int] = 224
@@ -119,7 +119,7 @@ class VimConfig:
         return math.prod(self.grid)
 
     @property
-    def class_places(self) -> tuple[int, ...]:
+    def class_positions(self) -> tuple[int, ...]:
         """Places of the class tokens among all tokens."""
         if self.class_token == "double":
             return 0, self.patches + 1
@@ -128,7 +128,7 @@ class VimConfig:
     @property
     def seqlen(self) -> int:
         """Tokens before pruning, class tokens included."""
-        return self.patches + len(self.class_places)
+        return self.patches + len(self.class_positions)
 
     @property
     def mixer(self) -> VimMixerConfig:
@@ -158,7 +158,7 @@ class RopeTables(nn.Module):
 
 
 def rope_tables(d_model: int, grid: tuple[int, int], pretrained: int) -> RopeTables:
-    """Tables of a grid, its places scaled to the `pretrained` side.
+    """Tables of a grid, its positions scaled to the `pretrained` side.
 
     f_j = 10000^(-2j / (d_model/2)); the first half of the channels turns by the row, the second by
     the column, every frequency on a pair of neighbours.
@@ -167,8 +167,8 @@ def rope_tables(d_model: int, grid: tuple[int, int], pretrained: int) -> RopeTab
     freqs = 1.0 / 10000 ** (torch.arange(0, half, 2)[: half // 2].float() / half)
 
     def angles(side: int) -> Tensor:
-        place = torch.arange(side).float() / side * pretrained
-        return (place[:, None] * freqs).repeat_interleave(2, dim=1)
+        position = torch.arange(side).float() / side * pretrained
+        return (position[:, None] * freqs).repeat_interleave(2, dim=1)
 
     rows, columns = (angles(side) for side in grid)
     both = torch.cat(
@@ -182,7 +182,7 @@ def rope_tables(d_model: int, grid: tuple[int, int], pretrained: int) -> RopeTab
 
 
 def rotate(x: Tensor, tables: RopeTables, tokens: Tokens) -> Tensor:
-    """Turn x (batch, seqlen, d_model) turned by its tokens' places.
+    """Turn x (batch, seqlen, d_model) turned by its tokens' positions.
 
     As in the official code the first token is left alone where a class token makes the length
     odd, even when that class token stands elsewhere.
@@ -486,8 +486,8 @@ class Vim(VisionModel):
         # Pairs of layers have no single stream to report.
         self.traced_blocks = 0 if config.bidirectional_layers else config.depth
         self._refuse(config, schedule)
-        places = config.class_places
-        self.layout = TokenLayout(config.seqlen, places[0] if places else None, keep_odd=True)
+        positions = config.class_positions
+        self.layout = TokenLayout(config.seqlen, positions[0] if positions else None, keep_odd=True)
         self.stages = plan_stages(schedule, self.layout, config.depth)
         self.patch_embed = PatchEmbed(config)
         for key in self._class_keys():
@@ -543,13 +543,13 @@ class Vim(VisionModel):
         return name.endswith(_WIDE_PARAMETERS) or ".norm." in name or name.startswith("norm_f.")
 
     def _embed(self, images: Tensor) -> Tensor:
-        """Tokens (batch, seqlen, d_model), class tokens in their places, positions added."""
+        """Tokens (batch, seqlen, d_model), class tokens in their positions, positions added."""
         patches = self.patch_embed(images)
         pieces, start = [], 0
-        for before, (key, place) in enumerate(
-            zip(self._class_keys(), self.config.class_places, strict=True)
+        for before, (key, position) in enumerate(
+            zip(self._class_keys(), self.config.class_positions, strict=True)
         ):
-            end = place - before  # patches in front of this class token
+            end = position - before  # patches in front of this class token
             class_token = wide(getattr(self, key)).expand(patches.shape[0], -1, -1)
             pieces += [patches[:, start:end], class_token]
             start = end
@@ -612,10 +612,10 @@ class Vim(VisionModel):
 
     def _logits(self, hidden: Tensor, residual: Tensor, tokens: Tokens) -> Tensor:
         x = residual + hidden
-        places = self.config.class_places
-        if places:
+        positions = self.config.class_positions
+        if positions:
             x = self.norm_f(self._class_tokens(x, tokens))  # the norm is by token: pick first
-            return self._classify(x[:, 0] if len(places) == 1 else x.mean(1))
+            return self._classify(x[:, 0] if len(positions) == 1 else x.mean(1))
         if tokens.kept is not None:
             x = x.gather(1, tokens.kept[..., None].expand(-1, -1, x.shape[-1]))
         if self.config.pool == "last":
@@ -631,8 +631,10 @@ class Vim(VisionModel):
     def _class_tokens(self, x: Tensor, tokens: Tokens) -> Tensor:
         """The class tokens' rows (batch, 1 or 2, d_model), wherever pruning has put them."""
         if tokens.complete:  # nothing has moved
-            return torch.cat([x[:, place : place + 1] for place in self.config.class_places], dim=1)
-        is_class = torch.eq(tokens.position[..., None], self.config.class_places[0])
+            return torch.cat(
+                [x[:, position : position + 1] for position in self.config.class_positions], dim=1
+            )
+        is_class = torch.eq(tokens.position[..., None], self.config.class_positions[0])
         zero = torch.zeros((), dtype=x.dtype, device=x.device)  # from the host: no CUDA graph
         return torch.where(is_class, x, zero).sum(1, keepdim=True)
 
@@ -662,26 +664,26 @@ class Vim(VisionModel):
             CheckpointError: the table is not a square grid with this model's class tokens.
         """
         table = state.get("pos_embed")
-        places = self.config.class_places
+        positions = self.config.class_positions
         if table is None or table.dim() != 3 or table.shape[1] == self.config.seqlen:
             return state
-        side = math.isqrt(max(table.shape[1] - len(places), 0))
-        if side * side + len(places) != table.shape[1]:
+        side = math.isqrt(max(table.shape[1] - len(positions), 0))
+        if side * side + len(positions) != table.shape[1]:
             raise CheckpointError(
                 f"pos_embed.shape={tuple(table.shape)} is not a square grid with "
-                f"{len(places)} class tokens; load a checkpoint of the same class-token layout"
+                f"{len(positions)} class tokens; load a checkpoint of the same class-token layout"
             )
         old = {"middle": (side * side // 2,), "double": (0, side * side + 1)}.get(
-            self.config.class_token, (0,) * len(places)
+            self.config.class_token, (0,) * len(positions)
         )
         is_patch = torch.ones(table.shape[1], dtype=torch.bool)
         is_patch[list(old)] = False
         grid = resize_grid(table[:, is_patch], (side, side), self.config.grid)
         resized = table.new_empty(1, self.config.seqlen, table.shape[2])
         is_patch = torch.ones(self.config.seqlen, dtype=torch.bool)
-        is_patch[list(places)] = False
+        is_patch[list(positions)] = False
         resized[:, is_patch] = grid
-        resized[:, list(places)] = table[:, list(old)]
+        resized[:, list(positions)] = table[:, list(old)]
         return {**state, "pos_embed": resized}
 
 

@@ -191,9 +191,9 @@ def gather_function(spec: OperatorSpec, opset: int) -> onnx.FunctionProto:
     num_keep = body.op("Unsqueeze", body.attribute("num_keep"), body.integers(0))
     position = body.op("Expand", position, body.op("Shape", score))
     keep = _keep(body, score, _protected(body, position), num_keep)
-    slot = _ascending_slots(body, keep, seqlen, num_keep)
+    index = _ascending_slots(body, keep, seqlen, num_keep)
     image = body.op("Mul", body.count_to(batch), seqlen)
-    row = body.op("Add", slot, body.op("Unsqueeze", image, body.integers(1)))  # (b, num_keep)
+    row = body.op("Add", index, body.op("Unsqueeze", image, body.integers(1)))  # (b, num_keep)
     tables = [body.op("Reshape", position, body.integers(-1))]
     tables += [body.op("Flatten", x, axis=2) for x in xs]
     # Rows are copied, never computed with: each y has its x's type and bits.
@@ -218,7 +218,7 @@ def _keep(body: BodyBuilder, score: str, protected: str, num_keep: str) -> str:
     threshold = body.op("Gather", best, last, axis=1)
     tied = body.op("Equal", number, threshold)
     # Four groups side by side, best first; one running count over all of them ranks the tokens,
-    # the lower slot first within a group.
+    # the lower index first within a group.
     free = body.op("Not", protected)
     tied_free = body.op("And", tied, free)
     groups = [
@@ -237,7 +237,7 @@ def _keep(body: BodyBuilder, score: str, protected: str, num_keep: str) -> str:
 
 
 def _ascending_slots(body: BodyBuilder, keep: str, seqlen: str, num_keep: str) -> str:
-    """(b, num_keep) int64: the kept slots; their keys seqlen - slot are distinct and exact."""
+    """(b, num_keep) int64: the kept indices; their keys seqlen - index are distinct and exact."""
     key = body.cast(body.op("Sub", seqlen, body.count_to(seqlen)), "FLOAT")
     key = body.op("Mul", body.cast(keep, "FLOAT"), key)
     return body.ops("TopK", key, num_keep, outputs=2, axis=1, largest=1, sorted=1)[1]

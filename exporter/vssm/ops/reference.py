@@ -53,7 +53,7 @@ def selective_scan(
         D: (1 or K, d_inner) skip.
         delta_bias: (Kd, d_inner), Kd as in `delta`.
         order: (1 or batch, K, seqlen) integers, the token of each step; a permutation.
-        gap: (1 or batch, K, seqlen) integers, the original places a step stands for.
+        gap: (1 or batch, K, seqlen) integers, the original positions a step stands for.
         z: (batch, seqlen, d_inner) gate: y is multiplied by silu(z).
         delta0: (Kd, d_inner) step size of a pruned token, after bias and softplus.
         delta_softplus: whether dt is softplus(delta + bias) or the sum itself.
@@ -122,17 +122,17 @@ def token_gather(
     num_keep: int,
     protected_position: int = -1,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Keep the protected token and the highest scores, in ascending slot order.
+    """Keep the protected token and the highest scores, in ascending index order.
 
-    Equal scores keep the lower slot, -0 equals +0, NaN ranks below -inf, the protected token
+    Equal scores keep the lower index, -0 equals +0, NaN ranks below -inf, the protected token
     above +inf.
 
     Args:
         score: (batch, seqlen), larger is kept.
-        position: (1 or batch, seqlen) integers, distinct within an image: original places.
+        position: (1 or batch, seqlen) integers, distinct within an image: original positions.
         xs: tensors (batch, seqlen, width) whose rows are gathered.
         num_keep: tokens kept per image, the protected one included.
-        protected_position: original place of the token that is always kept; -1 for none.
+        protected_position: original position of the token that is always kept; -1 for none.
 
     Returns:
         kept_position (batch, num_keep), dtype of `position`; each x's kept rows
@@ -147,18 +147,18 @@ def token_gather(
             f"num_keep={num_keep} is outside [1, {seqlen}], the tokens of this layer; "
             "derive it from keep_ratio with PruneSchedule.num_keep()"
         )
-    place = position.expand(batch, -1)
+    positions = position.expand(batch, -1)
     # Two stable sorts, least significant key first: the score, then its class (the protected
     # token, numbers, NaN). A single sort would let NaN lead and would tie the protected with +inf.
     rank = torch.where(score.isnan(), 2, 1)
     if protected_position >= 0:
-        rank = torch.where(place == protected_position, 0, rank)
+        rank = torch.where(positions == protected_position, 0, rank)
     number = torch.where(score.isnan(), 0.0, score)
     by_score = torch.argsort(number, dim=1, descending=True, stable=True)
     by_class = torch.argsort(rank.gather(1, by_score), dim=1, stable=True)
     kept = by_score.gather(1, by_class)[:, :num_keep].sort(dim=1).values
     rows = [x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])) for x in xs]
-    return place.gather(1, kept), rows
+    return positions.gather(1, kept), rows
 
 
 def selective_scan_backward(

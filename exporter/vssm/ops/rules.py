@@ -128,8 +128,8 @@ def _check_attributes(op: OperatorSpec, named: Mapping[str, Any], sizes: Mapping
     _require(
         protected >= -1,
         f"{op.name} protected_position={protected}",
-        "must be an original place, or -1 for none",
-        "pass the class token's place",
+        "must be an original position, or -1 for none",
+        "pass the class token's position",
     )
 
 

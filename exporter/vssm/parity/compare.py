@@ -68,16 +68,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A place that the oracle keeps and the session does not.
+    """A position that the oracle keeps and the session does not.
 
-    `margin` is the oracle's score of `place` less that of the worst token kept in its stead, over
+    `margin` is the oracle's score of `position` less that of the worst token kept instead, over
     the image's largest score; infinite where no score can excuse it (the class token left, no such
     token); None where an earlier stage already chose differently.
     """
 
     image: int
     stage: int
-    place: int
+    position: int
     margin: float | None
 
 
@@ -220,20 +220,20 @@ def _run_forced(
 
 
 def _for_gather(artifact: Artifact, kept: Array, width: int) -> Array:
-    """Kept places as the gather node sees them: as_released puts the class token in behind it."""
+    """Kept positions as the gather node has them: as_released puts the class token in later."""
     if kept.shape[1] != width:
         kept = kept[kept != _protected(artifact)].reshape(len(kept), width)
     return kept.astype(np.int32)
 
 
 def _protected(artifact: Artifact) -> int | None:
-    """The class token's place."""
+    """The class token's position."""
     schedule = artifact.manifest.schedule
     return None if schedule is None else schedule.cls_position
 
 
 def _agreement(got: Array, want: Array) -> float:
-    """Share of the oracle's kept places that the session keeps too."""
+    """Share of the oracle's kept positions that the session keeps too."""
     shared = [len(np.intersect1d(a, b)) for a, b in zip(got, want, strict=True)]
     return float(np.sum(shared) / want.size)
 
@@ -248,22 +248,22 @@ def _disagreements(
             want = oracle.kept_positions[stage][image]
             missing = np.setdiff1d(want, got[image]).tolist()
             instead = np.setdiff1d(got[image], want).tolist()
-            places, score = oracle.positions[stage][image], oracle.scores[stage][image]
-            scores = dict(zip(places.tolist(), score.tolist(), strict=True))
-            for place in missing:
-                margin = None if follows else _margin(scores, place, instead)
-                margin = float("inf") if place == protected else margin
-                found.append(Disagreement(image, stage, place, margin))
+            positions, score = oracle.positions[stage][image], oracle.scores[stage][image]
+            scores = dict(zip(positions.tolist(), score.tolist(), strict=True))
+            for position in missing:
+                margin = None if follows else _margin(scores, position, instead)
+                margin = float("inf") if position == protected else margin
+                found.append(Disagreement(image, stage, position, margin))
             follows = follows or len(missing) > 0
     return found
 
 
-def _margin(scores: Mapping[int, float], place: int, instead: Sequence[int]) -> float:
-    """How far the scores prefer `place` to the worst of `instead`, over the largest of them."""
+def _margin(scores: Mapping[int, float], position: int, instead: Sequence[int]) -> float:
+    """How far the scores prefer `position` to the worst of `instead`, over the largest of them."""
     if not instead or not all(other in scores for other in instead):
         return float("inf")
     largest = max(map(abs, scores.values()))
-    return (scores[place] - min(scores[other] for other in instead)) / (largest or 1.0)
+    return (scores[position] - min(scores[other] for other in instead)) / (largest or 1.0)
 
 
 def _failures(report: ParityReport, tolerance: Tolerance) -> list[str]:
@@ -280,7 +280,7 @@ def _failures(report: ParityReport, tolerance: Tolerance) -> list[str]:
         failures.append(
             f"{len(wide)} tokens chosen otherwise at a relative score margin above "
             f"{tolerance.margin:g}, the widest {margin:.1e} (image {worst.image}, stage "
-            f"{worst.stage}, place {worst.place})"
+            f"{worst.stage}, position {worst.position})"
         )
     return failures
 

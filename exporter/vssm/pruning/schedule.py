@@ -29,8 +29,8 @@ class PruneSchedule:
 
     Attributes:
         ratios: keep ratio in (0, 1] by block, 1-based: tokens go after that block returns.
-        alignment: how the state decays over pruned places: "gap" (the kept token's own step,
-            once a place), "constant" (the step an all-zero token has), "none" (plain removal),
+        alignment: how the state decays over pruned positions: "gap" (the kept token's own step,
+            once a position), "constant" (the step an all-zero token has), "none" (plain removal),
             "masked" (full length, tokens zeroed: a PyTorch reference that is not exported).
         importance: how a token is scored from the scan's output y: "clip" (mean of max(0, y)),
             "sum" (mean of y), "l1", "l2", "random" (by `seed`, the same for every image), or
@@ -38,7 +38,7 @@ class PruneSchedule:
         score_direction: the scan directions that y sums: "sum" (all), "forward" or "backward".
         gated: whether y is multiplied by silu(z) before it is scored.
         conv: the convolution before the scan runs over the kept tokens ("compact") or over the
-            full list with zeros at pruned places ("position").
+            full list with zeros at pruned positions ("position").
         step_parameters: PlainMamba's choice of delta, B, C for a kept step: "rank" or "full".
         seed: for importance "random".
     """
@@ -172,8 +172,8 @@ class TokenLayout:
 class Stage:
     """One pruning step with its static counts.
 
-    `cls_slot` is the class token's slot before the stage where that is static (as_released and
-    the first stage), else None.
+    `cls_keep_index` is the class token's index before the stage, where that is static (as_released
+    and the first stage), else None.
     """
 
     index: int
@@ -182,7 +182,7 @@ class Stage:
     num_keep: int
     layout: TokenLayout
     schedule: PruneSchedule
-    cls_slot: int | None
+    cls_keep_index: int | None
 
 
 def plan_stages(
@@ -208,7 +208,7 @@ def plan_stages(
             "choose another importance"
         )
     stages: dict[int, Stage] = {}
-    seqlen, slot = layout.seqlen, layout.cls_index
+    seqlen, cls_index = layout.seqlen, layout.cls_index
     for index, (block, ratio) in enumerate(schedule.ratios.items()):
         if block > depth:
             raise ValueError(
@@ -222,9 +222,9 @@ def plan_stages(
                 f"ratio={ratio} after block {block} keeps one of {seqlen} tokens, the class token; "
                 "importance='as_released' keeps patches beside it: keep more"
             )
-        stages[block] = Stage(index, block, seqlen, keep, layout, schedule, slot)
+        stages[block] = Stage(index, block, seqlen, keep, layout, schedule, cls_index)
         if keep < seqlen:  # else nothing moves
-            slot = keep // 2 if recentred else None
+            cls_index = keep // 2 if recentred else None
         seqlen = keep
     return stages
 

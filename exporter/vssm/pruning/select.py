@@ -27,14 +27,14 @@ class Tokens:
     """What the blocks are told about the tokens that are present.
 
     Attributes:
-        position: (1 or batch, seqlen) int32, the original place of each token.
+        position: (1 or batch, seqlen) int32, the original position of each token.
         walks: the directions in which layers scan.
         steps: the scan's steps over the tokens present.
         full_seqlen: tokens before any pruning.
-        constant_gap: pruned places decay by delta0 instead of the kept token's step.
-        conv_on_grid: convolutions see the full list, with zeros at pruned places.
-        full_parameters: a step has delta, B and C of its place in the full list.
-        kept: slots (batch, n) that still count, where pruned tokens stay in place (masked).
+        constant_gap: pruned positions decay by delta0 instead of the kept token's step.
+        conv_on_grid: convolutions see the full list, with zeros at pruned positions.
+        full_parameters: a step has delta, B and C of its position in the full list.
+        kept: indices (batch, n) that still count, where pruned tokens stay in place (masked).
     """
 
     position: Tensor
@@ -54,7 +54,7 @@ class Tokens:
 
     @property
     def complete(self) -> bool:
-        """Whether every token is still in its place."""
+        """Whether every token is still in its position."""
         return self.position.shape[1] == self.full_seqlen
 
     @cached_property
@@ -63,14 +63,14 @@ class Tokens:
         image = torch.arange(self.position.shape[0], device=self.position.device)
         return self.position.long() + image[:, None] * self.full_seqlen
 
-    def to_places(self, x: Tensor) -> Tensor:
-        """Rows x (batch, seqlen, width) at their places in zeros (batch, full_seqlen, width)."""
+    def to_positions(self, x: Tensor) -> Tensor:
+        """Rows x (batch, seqlen, width) at their positions in zeros (batch, full_seqlen, width)."""
         if self.complete:
             return x
         table = x.new_zeros(x.shape[0] * self.full_seqlen, x.shape[2])
         return table.index_put((self.row,), x).reshape(-1, self.full_seqlen, x.shape[2])
 
-    def from_places(self, table: Tensor) -> Tensor:
+    def from_positions(self, table: Tensor) -> Tensor:
         """The tokens' rows (batch, seqlen, width) of a table (batch, full_seqlen, width)."""
         return table if self.complete else table.reshape(-1, table.shape[2])[self.row]
 
@@ -179,7 +179,7 @@ def prune(
 
 
 def _after(stage: Stage, tokens: Tokens, kept: Tensor) -> Tokens:
-    """What is present once only the places `kept` (batch, num_keep) are left."""
+    """What is present once only the positions `kept` (batch, num_keep) are left."""
     schedule = stage.schedule
     steps = tokens.walks.among(kept)
     if schedule.alignment == "none":
@@ -194,23 +194,25 @@ def _after(stage: Stage, tokens: Tokens, kept: Tensor) -> Tokens:
     )
 
 
-def _mask(tokens: Tokens, slots: Tensor, streams: Sequence[Tensor]) -> tuple[Tokens, list[Tensor]]:
-    """Zero all but `slots` (batch, n) and leave them in place: a token's slot is its place."""
+def _mask(
+    tokens: Tokens, indices: Tensor, streams: Sequence[Tensor]
+) -> tuple[Tokens, list[Tensor]]:
+    """Zero all but `indices` (batch, n), left in place: a token's index is its position."""
     ones = torch.ones_like(streams[0][..., :1], dtype=torch.bool)
-    gone = ones.scatter(1, slots[..., None], False)
-    return replace(tokens, kept=slots), [x.masked_fill(gone, 0) for x in streams]
+    gone = ones.scatter(1, indices[..., None], False)
+    return replace(tokens, kept=indices), [x.masked_fill(gone, 0) for x in streams]
 
 
 def _gather_recentred(
     stage: Stage, tokens: Tokens, score: Tensor, xs: Sequence[Tensor], *, backend: str
 ) -> tuple[Tensor, list[Tensor]]:
     """The released code's choice: the best patches in order, the class token in their middle."""
-    if stage.cls_slot is None:
-        raise AssertionError("as_released stages have a static class slot")
-    slot, middle = stage.cls_slot, stage.num_keep // 2
+    if stage.cls_keep_index is None:
+        raise AssertionError("as_released stages have a static class index")
+    index, middle = stage.cls_keep_index, stage.num_keep // 2
 
     def without_class(x: Tensor) -> Tensor:
-        return torch.cat([x[:, :slot], x[:, slot + 1 :]], dim=1)
+        return torch.cat([x[:, :index], x[:, index + 1 :]], dim=1)
 
     position, rows = ops.token_gather(
         without_class(score),
@@ -221,7 +223,7 @@ def _gather_recentred(
     )
 
     def with_class(chosen: Tensor, before: Tensor) -> Tensor:
-        cls = before[:, slot : slot + 1].expand(chosen.shape[0], *before[:, :1].shape[1:])
+        cls = before[:, index : index + 1].expand(chosen.shape[0], *before[:, :1].shape[1:])
         return torch.cat([chosen[:, :middle], cls, chosen[:, middle:]], dim=1)
 
     kept = with_class(position, tokens.position)

@@ -1,6 +1,6 @@
 """How a layer's scans walk the tokens, before and after some of them are gone.
 
-A `Walks` knows the full list of places and gives the scan's steps for those still present: a line
+A `Walks` knows all positions and gives the scan's steps for those still present: a line
 there and back (Vim), or walks over a grid (PlainMamba). Source of the gaps: Zhan et al.,
 arXiv:2409.18962.
 """
@@ -20,7 +20,7 @@ class Steps:
 
     Attributes:
         order: (1 or batch, K, seqlen) int32, the token of each step.
-        gap: (1 or batch, K, seqlen) int32, the original places each step stands for.
+        gap: (1 or batch, K, seqlen) int32, the original positions each step stands for.
         code: (1 or batch, seqlen, K) integers, the move that led to each step; None where the model
             does not ask.
         walked: (1 or batch, seqlen, K) integers, the steps' numbers in the walk over the full list;
@@ -37,11 +37,11 @@ class Walks(Protocol):
     """The directions in which a model's layers scan its tokens."""
 
     def dense(self) -> Steps:
-        """The steps over every place."""
+        """The steps over every position."""
         ...
 
     def among(self, position: Tensor) -> Steps:
-        """The steps over the tokens at `position` (batch, seqlen) int32, ascending places.
+        """The steps over the tokens at `position` (batch, seqlen) int32, ascending positions.
 
         A first step's gap is 0, which every operator ignores.
         """
@@ -57,12 +57,12 @@ class LineWalks:
     device: torch.device
 
     def dense(self) -> Steps:
-        """The steps over every place."""
+        """The steps over every position."""
         order = self._order(self.seqlen)
         return Steps(order, torch.ones_like(order))
 
     def among(self, position: Tensor) -> Steps:
-        """The steps over the tokens at `position`; every image walks its slots alike."""
+        """The steps over the tokens at `position`; every image walks its indices alike."""
         return Steps(self._order(position.shape[1]), self._gap(position))
 
     def _order(self, seqlen: int) -> Tensor:
@@ -70,7 +70,7 @@ class LineWalks:
         return torch.stack([steps, steps.flip(0)][: self.directions])[None]
 
     def _gap(self, position: Tensor) -> Tensor:
-        """The distance to the place stepped from.
+        """The distance to the position stepped from.
 
         Constant indices instead of a flip, so that the exported graph has none.
         """

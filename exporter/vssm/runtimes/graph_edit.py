@@ -19,8 +19,8 @@ _GATHERS = tuple(op.name for op in GATHER_OPERATORS)
 def force_positions(model: onnx.ModelProto) -> list[str]:
     """Make every TokenGather keep given positions instead of choosing by score.
 
-    Each gather becomes an input `forced_positions_i` (batch, num_keep) int32 of original places,
-    in slot order, and standard operators that gather these rows.
+    Each gather becomes an input `forced_positions_i` (batch, num_keep) int32 of positions,
+    in index order, and standard operators that gather these rows.
 
     Returns:
         The names of the new inputs, in graph order.
@@ -46,7 +46,7 @@ def force_positions(model: onnx.ModelProto) -> list[str]:
 def _forced_gather(
     model: onnx.ModelProto, node: onnx.NodeProto, forced: str
 ) -> list[onnx.NodeProto]:
-    """The slot of each forced place is where it equals the node's own positions."""
+    """The index of each forced position is where it equals the node's own positions."""
 
     def inner(name: str) -> str:
         return f"{forced}_{name}"
@@ -57,12 +57,12 @@ def _forced_gather(
         return inner(name)
 
     nodes = [
-        helper.make_node("Unsqueeze", [node.input[1], constant("row", 1)], [inner("places")]),
+        helper.make_node("Unsqueeze", [node.input[1], constant("row", 1)], [inner("positions")]),
         helper.make_node("Unsqueeze", [forced, constant("column", 2)], [inner("wanted")]),
-        helper.make_node("Equal", [inner("places"), inner("wanted")], [inner("equal")]),
+        helper.make_node("Equal", [inner("positions"), inner("wanted")], [inner("equal")]),
         helper.make_node("Cast", [inner("equal")], [inner("match")], to=TensorProto.INT32),
-        helper.make_node("ArgMax", [inner("match")], [inner("slot")], axis=2, keepdims=0),
-        helper.make_node("Unsqueeze", [inner("slot"), constant("last", 2)], [inner("index")]),
+        helper.make_node("ArgMax", [inner("match")], [inner("keep_index")], axis=2, keepdims=0),
+        helper.make_node("Unsqueeze", [inner("keep_index"), constant("last", 2)], [inner("index")]),
         helper.make_node("Identity", [forced], [node.output[0]]),
     ]
     for source, target in zip(node.input[2:], node.output[1:], strict=True):

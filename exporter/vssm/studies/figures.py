@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAP = "cividis"
-_GONE = "#d9d9d9"  # of a pruned place in a map
+_GONE = "#d9d9d9"  # of a pruned position in a map
 _JUMP = "#d55e00"  # Okabe-Ito vermilion
 _PRUNED = np.array([0.80, 0.47, 0.65])  # its reddish purple, which photos rarely have
 _DPI = 110
@@ -123,13 +123,13 @@ def attention_figure(
 
 @dataclass(frozen=True)
 class Walk:
-    """One direction of a scan: its title, the places of its steps, and which of them jump.
+    """One direction of a scan: its title, the positions of its steps, and which of them jump.
 
     Attributes:
         title: above the panel.
         row: of each step, NaN at a class token.
         column: likewise.
-        gap: original places each step stands for; 1 is a neighbour.
+        gap: original positions each step stands for; 1 is a neighbour.
     """
 
     title: str
@@ -139,7 +139,7 @@ class Walk:
 
 
 def walks_figure(picture: Array, walks: Sequence[Sequence[Walk]], grid: tuple[int, int]) -> bytes:
-    """How scans walk the patches, dark to light; steps over pruned places in vermilion."""
+    """How scans walk the patches, dark to light; steps over pruned positions in vermilion."""
     figure, axes = _panels(len(walks), max(map(len, walks)), side=2.6)
     colours = _colour_map()
     for row, some in zip(axes, walks, strict=True):
@@ -161,7 +161,7 @@ def walks_figure(picture: Array, walks: Sequence[Sequence[Walk]], grid: tuple[in
             axis.scatter(walk.column, walk.row, c=shade, cmap=_MAP, s=7, zorder=3)
             axis.set_title(walk.title, fontsize=9)
     jumps = any(np.any(walk.gap[1:] > 1) for some in walks for walk in some)
-    rest = "\n(dotted: over pruned places)" if jumps else ""
+    rest = "\n(dotted: over pruned positions)" if jumps else ""
     return _png(figure, f"How the scan walks, dark to light{rest}")
 
 
@@ -226,7 +226,7 @@ def _cells(picture: Array, here: Array) -> Iterator[tuple[int, int, int, int, bo
 
 
 def _grey(maps: Sequence[Array]) -> str:
-    """What the title says of pruned places, where there are any."""
+    """What the title says of pruned positions, where there are any."""
     return "; grey: pruned" if any(np.isnan(m).any() for m in maps) else ""
 
 
@@ -255,14 +255,14 @@ CAPTIONS = {
     "kept": "Tokens kept after every stage; pruned patches are purple.",
     "importance": "Importance of every token in every block, mean over channels of max(0, y) of "
     "the scan's output before the gate, in the last variant; each map on its own scale. Pruned "
-    "places are grey.",
+    "positions are grey.",
     "attention": "Effective attention of the scan: what each token's input weighs in the scan's "
     "output at the {readout}, mean over channels of |w|, directions added, in percent of the sum. "
     "Computed from the recurrence, gaps included; a row shares its colour scale, which ends at the "
-    "99th percentile of its values. Pruned places are grey.",
+    "99th percentile of its values. Pruned positions are grey.",
     "directions": "The same, each direction of the scan by itself.",
     "walks": "How the directions walk the tokens in the last variant, from dark to light; dotted "
-    "vermilion steps jump over pruned places, which alignment counts and plain removal forgets. "
+    "vermilion steps jump over pruned positions, which alignment counts and plain removal forgets. "
     "Where a line is interrupted, the class token stands.",
 }
 

@@ -31,14 +31,14 @@ class Block:
     Attributes:
         number: from 1, as schedules count.
         grid: rows and columns of the map of patches.
-        class_places: places of class tokens in the unpruned sequence; the rest are patches.
-        position: (batch, seqlen) int64, the place of each token present.
+        class_positions: positions of class tokens in the unpruned sequence; the rest are patches.
+        position: (batch, seqlen) int64, the position of each token present.
         scans: its scan nodes: one, or one a group of channels.
     """
 
     number: int
     grid: tuple[int, int]
-    class_places: tuple[int, ...]
+    class_positions: tuple[int, ...]
     position: Tensor
     scans: tuple[Scan, ...]
 
@@ -62,18 +62,18 @@ class Block:
         rows, columns = self.grid
         patches = rows * columns
         sequence = values.new_full(
-            (len(values), patches + len(self.class_places)), torch.nan, dtype=torch.float64
+            (len(values), patches + len(self.class_positions)), torch.nan, dtype=torch.float64
         )
         sequence = sequence.scatter(1, self.position, values.double())
         is_patch = torch.ones(sequence.shape[1], dtype=torch.bool)
-        is_patch[list(self.class_places)] = False
+        is_patch[list(self.class_positions)] = False
         return sequence[:, is_patch].reshape(-1, rows, columns)
 
     def _readout(self) -> Tensor:
-        if not self.class_places:
+        if not self.class_positions:
             return torch.full(self.position.shape, 1 / self.position.shape[1])
-        places = torch.tensor(self.class_places)
-        return torch.isin(self.position, places).double() / len(places)
+        positions = torch.tensor(self.class_positions)
+        return torch.isin(self.position, positions).double() / len(positions)
 
 
 @dataclass(frozen=True)
@@ -171,14 +171,14 @@ def _blocks(
 ) -> list[Block]:
     found = []
     position: Tensor | None = None
-    places = tuple(model.config.class_places) if isinstance(model, Vim) else ()
+    positions = tuple(model.config.class_positions) if isinstance(model, Vim) else ()
     for i, grid in enumerate(_grids(model)):
         seqlen = scans[i][0].order.shape[2]
         if position is None or model.layout is None:
             position = torch.arange(seqlen).expand(batch, -1)
         # The first node is the layer's own; Vim scans a direction once more to score it alone.
         nodes = scans[i][:1] if isinstance(model, Vim) else scans[i]
-        found.append(Block(i + 1, grid, places, position, tuple(nodes)))
+        found.append(Block(i + 1, grid, positions, position, tuple(nodes)))
         stage = model.stages.get(i + 1) if model.layout is not None else None
         if stage is not None:
             position = details.kept_positions[stage.index]

@@ -74,9 +74,9 @@ def explain(
     shown = (
         _checked(blocks, len(told.blocks)) if blocks else _default_blocks(last, len(told.blocks))
     )
-    readout = "class token" if told.blocks[0].class_places else "mean over tokens"
-    place = "output at the class token" if readout == "class token" else readout
-    title = f"What every token weighs in the scan's {place}"
+    readout = "class token" if told.blocks[0].class_positions else "mean over tokens"
+    position = "output at the class token" if readout == "class token" else readout
+    title = f"What every token weighs in the scan's {position}"
     split = f"{title},\nby direction, block {shown[-1]}"
     by_direction = _by_direction(traces, shown[-1])
     figures = {
@@ -167,7 +167,7 @@ def _kept(model: VisionModel, told: Trace) -> list[tuple[str, Array]]:
     for number, stage in model.stages.items():
         kept = told.details.kept_positions[stage.index]
         present = told.blocks[number - 1]
-        left = Block(number, present.grid, present.class_places, kept, ())
+        left = Block(number, present.grid, present.class_positions, kept, ())
         here = ~np.isnan(_map(left, torch.ones(kept.shape)))
         found.append((f"after block {number}: {here.sum()} of {here.size}", here))
     return found
@@ -177,9 +177,9 @@ def _walks(block: Block) -> list[Walk]:
     """Every direction of a block's scans."""
     rows, columns = block.grid
     patch = torch.arange(rows * columns)
-    values = torch.full((rows * columns + len(block.class_places),), -1)
+    values = torch.full((rows * columns + len(block.class_positions),), -1)
     is_patch = torch.ones(len(values), dtype=torch.bool)
-    is_patch[list(block.class_places)] = False
+    is_patch[list(block.class_positions)] = False
     values[is_patch] = patch
     present = values[block.position[0]].double()
     present[present < 0] = torch.nan
@@ -187,9 +187,9 @@ def _walks(block: Block) -> list[Walk]:
     gaps = torch.cat([scan.gap[:1].long() for scan in block.scans], dim=1)[0]
     found = []
     for title, order, gap in zip(_titles(len(orders)), orders, gaps, strict=True):
-        place = present[order].numpy()
+        position = present[order].numpy()
         name = f"block {block.number}, {title}"
-        found.append(Walk(name, place // columns, place % columns, gap.numpy()))
+        found.append(Walk(name, position // columns, position % columns, gap.numpy()))
     return found
 
 
