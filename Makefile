@@ -46,13 +46,15 @@ test-all: setup $(TENSORRT) lint ## the same with the tests that take long
 	@echo "test-all: pytest with the slow tests"
 	@$(BIN)/python -m pytest -q --slow
 
-lint: $(DEPENDENCIES) ## ruff, mypy --strict, clang-format, gersemi, typos; changes nothing
+lint: $(DEPENDENCIES) ## ruff, mypy --strict, import-linter, clang-format, gersemi, typos; changes nothing
 	@echo "lint: ruff check"
 	@$(BIN)/ruff check .
 	@echo "lint: ruff format --check"
 	@$(BIN)/ruff format --check .
 	@echo "lint: mypy --strict"
 	@$(BIN)/mypy --strict
+	@echo "lint: import-linter"
+	@PYTHONPATH=exporter $(BIN)/lint-imports --no-logo > build/lint-imports.log 2>&1 || { cat build/lint-imports.log; exit 1; }
 	@echo "lint: clang-format"
 	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(CXX_TESTS)
 	@echo "lint: gersemi"

@@ -2,8 +2,8 @@
 
 EViT appends the leftovers, averaged by their attention, as one more token of a transformer, where
 order means nothing. In a scan a token has a position, so here that of the weakest kept token holds
-the average of it and of all that was pruned, weighted by score: as many tokens as plain removal keeps.
-Source: Liang et al., "EViT", arXiv:2202.07800; the position is ours.
+the average of it and of all that was pruned, weighted by score: as many tokens as plain removal
+keeps. Source: Liang et al., "EViT", arXiv:2202.07800; the position is ours.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class VimConfig:
     """The switches of the official constructor under this package's names.
 
     `class_token` says where the class token stands; without one `pool` reads the tokens.
-    `divide_out` halves the sum of both directions (official if_divide_out; the released models all do).
+    `divide_out` halves the sum of both directions (official if_divide_out; all released models do).
     """
 
     image_size: int | tuple[int, int] = 224
