@@ -48,7 +48,7 @@ MANIFEST = Manifest(
     dtype="float16",
     opset=18,
     files={"model.onnx": HASH},
-    backend={"SelectiveScan": 1, "TokenGather": 1},
+    operators={"SelectiveScan": 1, "TokenGather": 1},
     versions={"torch": "2.13.0", "vssm": "0.1.0"},
     weights="checkpoint",
     schedule=SCHEDULE,
@@ -65,7 +65,7 @@ PLAIN = Manifest(
     dtype="float32",
     opset=20,
     files={},
-    backend={},
+    operators={},
     versions={},
 )
 

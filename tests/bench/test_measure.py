@@ -24,7 +24,7 @@ MANIFEST = Manifest(
     dtype="float32",
     opset=18,
     files={},
-    backend={},
+    operators={},
     versions={},
 )
 

@@ -76,7 +76,6 @@ def test_missing_files_directories_and_wrong_names(tmp_path):
         ({3: torch.ones(1)}, "key 3"),
         ({"model": {"a": torch.ones(1), "b": Hook()}}, "Hook"),
     ],
-    ids=str,
 )
 def test_files_without_a_state_dict(tmp_path, content, word):
     assert_refused(Bare(), save(content, tmp_path / "a.pth"), word)

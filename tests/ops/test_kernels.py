@@ -174,7 +174,7 @@ def test_a_missing_library_is_said(monkeypatch):
 
 @pytest.mark.parametrize("op", OPERATORS.values(), ids=lambda op: op.name)
 @pytest.mark.parametrize("backend", ["reference", "kernel"])
-def test_every_overload_has_the_tables_schema(op, operators):
+def test_every_overload_has_the_tables_schema(op, backend):
     auto, other = ops.torch_op(op)._schema, ops.torch_op(op, backend)._schema
     assert other.overload_name == backend
     assert [(a.name, str(a.type), a.default_value) for a in other.arguments] == [

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from checkout import PYTHONPATH, ROOT
-from command import MODEL, TrainingRun
+from command import MODEL, Run
 from exports import SCHEDULE
 from finetune_cases import CLASSES, PLAIN, model_source, request, write_pictures
 from safetensors.torch import load_file, save_file
@@ -472,7 +472,7 @@ def test_micro_batches_add_up(data, checkpoint, tmp_path, whole):
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
-def test_the_weights_export(data, whole, tmp_path, cli: TrainingRun):
+def test_the_weights_export(data, whole, tmp_path, cli: Run):
     weights = whole / "finetuned.safetensors"
     code = cli(
         "export", *MODEL, "--schedule", SCHEDULE, "--checkpoint", weights, "-o", tmp_path / "o"
@@ -487,7 +487,7 @@ def test_the_weights_export(data, whole, tmp_path, cli: TrainingRun):
     assert weights.stat().st_mode & 0o777 == (whole / "log.csv").stat().st_mode & 0o777
 
 
-def test_command(data, checkpoint, tmp_path, cli: TrainingRun):
+def test_command(data, checkpoint, tmp_path, cli: Run):
     given = ["--data", data, "--checkpoint", checkpoint, "--schedule", SCHEDULE]
     given += ["-o", tmp_path / "out", "--epochs=1", "--batch=6", "--workers=0", "--lr=1e-3"]
     assert cli("finetune", *MODEL, *given, "--recipe=ema=0.5", "--recipe", "seed=3") == 0, cli.out
