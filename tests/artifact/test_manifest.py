@@ -195,6 +195,12 @@ def test_damaged_json(tmp_path, text):
         read_manifest(tmp_path)
 
 
+def test_a_newer_format_is_told_before_what_it_lacks(tmp_path):
+    (tmp_path / "model.json").write_text('{"format_version": 2}')
+    with pytest.raises(ArtifactError, match="format_version=2 is newer than 1"):
+        read_manifest(tmp_path)
+
+
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "model.json").write_bytes(b"\xff\xfe{")
     with pytest.raises(ArtifactError, match="damaged"):

@@ -241,12 +241,7 @@ def manifest_from_json(text: str) -> Manifest:
         ValueError: no JSON, or a field (named) has a wrong type or value.
     """
     root = Node.parse(text)
-    version = root.at("format_version").integer(1)
-    if version > FORMAT_VERSION:
-        raise FieldError(
-            f"format_version={version} is newer than {FORMAT_VERSION}, the newest this vssm reads; "
-            "update vssm"
-        )
+    version = root.at("format_version").format_version(FORMAT_VERSION)
     manifest = Manifest(
         name=root.at("name").text(),
         config=root.at("config").mapping(),

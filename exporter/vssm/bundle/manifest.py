@@ -72,12 +72,7 @@ def read_bundle_manifest(directory: Path) -> BundleManifest:
     path = directory / BUNDLE_MANIFEST
     try:
         root = Node.parse(path.read_text(encoding="utf-8"))
-        version = root.at("format_version").integer(1)
-        if version > FORMAT_VERSION:
-            raise FieldError(
-                f"format_version={version} is newer than {FORMAT_VERSION}, the newest this vssm "
-                "reads; update vssm"
-            )
+        version = root.at("format_version").format_version(FORMAT_VERSION)
         files = {name: node.sha256() for name, node in root.at("files").entries(at_least=1)}
         for name in files:
             _refuse_outside(name)

@@ -85,6 +85,16 @@ class Node:
             self._refuse(f"at least {low}" if high is None else f"in [{low}, {high}]")
         return int(value)
 
+    def format_version(self, newest: int) -> int:
+        """The version of the file's format, at most the newest that this vssm reads."""
+        version = self.integer(1)
+        if version > newest:
+            raise FieldError(
+                f"{self.path}={version} is newer than {newest}, the newest this vssm reads; update "
+                "vssm"
+            )
+        return version
+
     def number(self, *, above: float = -math.inf) -> float:
         """A finite number greater than `above`."""
         value = self.value

@@ -109,12 +109,7 @@ def read_info(path: Path, command: str) -> EngineInfo:
 
 
 def _parse(root: Node) -> EngineInfo:
-    version = root.at("format_version").integer(1)
-    if version > FORMAT_VERSION:
-        raise FieldError(
-            f"format_version={version} is newer than {FORMAT_VERSION}, the newest this vssm reads; "
-            "update vssm"
-        )
+    version = root.at("format_version").format_version(FORMAT_VERSION)
     low, opt, high = (n.integer(1) for n in root.at("batch").items(exactly=3))
     if not low <= opt <= high:
         raise FieldError(f"batch=[{low}, {opt}, {high}] must grow")
