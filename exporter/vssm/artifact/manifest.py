@@ -127,23 +127,6 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
 
-__all__ = [
-    "FORMAT_VERSION",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "BlockOutput",
-    "CheckpointInfo",
-    "Manifest",
-    "Preprocessing",
-    "ScheduleInfo",
-    "TensorInfo",
-    "manifest_from_json",
-    "manifest_to_json",
-    "read_manifest",
-    "verify",
-    "write_manifest",
-]
-
 INTERPOLATIONS: Final = ("bicubic", "bilinear", "nearest")
 TENSOR_TYPES: Final = (*FLOAT_TYPES, "int64", "int32")
 WEIGHTS: Final = ("checkpoint", "initial", "custom")
