@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from vssm.errors import ArtifactError
-from vssm.files.atomic import MANIFEST_NAME, atomic_write_bytes, sha256_of
+from vssm.files.atomic import atomic_write_bytes, sha256_of
 from vssm.files.json import FieldError, Node
 from vssm.ops.spec import FLOAT_TYPES
 
+MANIFEST_NAME: Final = "model.json"
 FORMAT_VERSION: Final = 1
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from vssm.errors import ArtifactError
-from vssm.files.atomic import sha256_of
+from vssm.files.atomic import sha256_of, staged_directory
 from vssm.files.json import FieldError, Node
 
 BUNDLE_MANIFEST: Final = "MANIFEST.json"
@@ -115,51 +112,30 @@ def compare_files(directory: Path, manifest: BundleManifest) -> list[str]:
     ]
 
 
-@contextlib.contextmanager
-def staged_bundle(target: Path, *, force: bool) -> Iterator[Path]:
-    """Yield an empty directory beside `target`, which takes its place on success.
+def staged_bundle(target: Path, *, force: bool) -> AbstractContextManager[Path]:
+    """An empty directory to write a bundle into; it moves into `target` on success.
 
     Raises:
         ArtifactError: `target` exists and not `force`, or is no bundle as it was made, or cannot
             be written. Nothing was changed then.
     """
-    final = target.absolute()
-    _check_target(final, force)
-    token = secrets.token_hex(6)
-    staging, old = (final.with_name(f".{final.name}.{word}-{token}") for word in ("new", "old"))
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        yield staging
-        if os.path.lexists(final):
-            final.rename(old)
-        try:
-            staging.rename(final)
-        except OSError:
-            if old.exists():
-                old.rename(final)
-            raise
-    except OSError as error:
-        raise ArtifactError(
-            f"output={final} cannot be written ({error.strerror or error}); name a directory that "
-            "you may write to, on a disk with room"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+
+    def replaceable(final: Path) -> Collection[str]:
+        entries = [entry.name for entry in final.iterdir()]
+        if entries:
+            _refuse_loss(final, force)
+        return entries
+
+    return staged_directory(target, replaceable=replaceable, last=BUNDLE_MANIFEST)
 
 
-def _check_target(final: Path, force: bool) -> None:
-    if not os.path.lexists(final):
-        return
-    if final.is_dir() and not final.is_symlink() and not any(final.iterdir()):
-        return
+def _refuse_loss(final: Path, force: bool) -> None:
     if not force:
         raise ArtifactError(
             f"output={final} is already there and is not overwritten unasked; name another "
             f"directory, or pass force=True (--force) to replace a bundle"
         )
-    if final.is_symlink() or not (final / BUNDLE_MANIFEST).is_file():
+    if not (final / BUNDLE_MANIFEST).is_file():
         raise ArtifactError(
             f"output={final} holds no {BUNDLE_MANIFEST}, so it is no bundle and is not replaced; "
             "name another directory"

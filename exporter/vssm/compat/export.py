@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from vssm._version import __version__
-from vssm.artifact.directory import INLINED_FILE, MODEL_FILE, Artifact
+from vssm.artifact.directory import INLINED_FILE, MODEL_FILE, Artifact, staged_export
 from vssm.artifact.manifest import (
     CheckpointInfo,
     Manifest,
@@ -31,7 +31,7 @@ from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import SCANS, PassReport, without_mutation
 from vssm.compat.prune import PrunedModule
 from vssm.errors import UnsupportedError
-from vssm.files.atomic import sha256_of, staged_directory
+from vssm.files.atomic import sha256_of
 from vssm.onnx.bodies import SUPPORTED_OPSETS
 from vssm.onnx.describe import describe_schedule, describe_tensor, used_operators
 from vssm.onnx.program import BATCH, program_to_proto, quiet
@@ -154,7 +154,7 @@ def export_module(
     """
     _refuse(model, example_input, opset)
     example = example_input.detach().cpu()
-    with staged_directory(directory, force=force) as staging:
+    with staged_export(directory, force=force) as staging:
         options = _Options(opset, dynamic_batch, None if outputs is None else tuple(outputs))
         proto, reports = trace_module(model, example, options)
         onnx.save(proto, staging / MODEL_FILE)

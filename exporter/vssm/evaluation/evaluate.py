@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
-from vssm.artifact.manifest import Preprocessing
+from vssm.artifact.directory import EXPORT_FILES, MODEL_FILE, Artifact, open_artifact
+from vssm.artifact.manifest import MANIFEST_NAME, Preprocessing
 from vssm.evaluation.classify import class_probabilities
 from vssm.evaluation.data import (
     Loaded,
@@ -25,8 +25,6 @@ from vssm.evaluation.data import (
 )
 from vssm.evaluation.journal import ImageResult, Journal
 from vssm.files.atomic import (
-    EXPORT_FILES,
-    MANIFEST_NAME,
     atomic_write_bytes,
     check_writable,
     discard_unfinished,

@@ -9,36 +9,15 @@ import contextlib
 import errno
 import glob
 import hashlib
-import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Final
 
 from vssm.errors import ArtifactError
 
-MANIFEST_NAME: Final = "model.json"
-# What our commands write into an export's directory, whether or not its manifest lists it.
-EXPORT_FILES: Final = frozenset(
-    {
-        MANIFEST_NAME,
-        "model.onnx",
-        "model.inlined.onnx",
-        "weights.safetensors",
-        "parity.json",
-        "bench.json",
-        "bench.html",
-        "model.plan",
-        "engine.json",
-        "model.rtx.plan",
-        "engine.rtx.json",
-        "evaluate.csv",
-        "evaluate.csv.journal",
-        "evaluate.json",
-    }
-)
 _CHUNK: Final = 1 << 20
 _CANNOT_STORE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
@@ -133,30 +112,35 @@ def make_directory(path: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def staged_directory(target: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """Yield an empty directory; the files written there move into `target` on success.
+def staged_directory(
+    target: str | os.PathLike[str], *, replaceable: Callable[[Path], Collection[str]], last: str
+) -> Iterator[Path]:
+    """Yield an empty directory; what was written there moves into `target` on success.
 
-    A `target` that does not exist appears in one rename. In one that exists, the files of the
-    export it holds are set aside, the new ones moved in with `model.json` last, and the old ones
-    deleted; an error on the way puts them back. Files that no export wrote are never touched.
+    A `target` that does not exist appears in one rename. In one that exists, the entries that may
+    be replaced are set aside, the new ones moved in, and the old ones deleted; an error on the way
+    puts them back. Other entries are never touched.
 
     Args:
         target: the directory to write; its missing parents are made.
-        force: replace the export (a `model.json`) that `target` holds.
+        replaceable: is asked of a `target` that is there; answers which entries of it may go, and
+            raises ArtifactError where it must not be written to.
+        last: the entry that says what the directory is. It goes first and comes last, so that
+            nobody takes a mixture for a whole.
 
     Raises:
-        ArtifactError: `target` is no directory, holds an export and not `force`, holds a foreign
-            file of the same name as a new one, or cannot be written. Nothing was changed then.
+        ArtifactError: `target` is no directory, holds a foreign entry of the same name as a new
+            one, or cannot be written. Nothing was changed then.
     """
     final = Path(target).absolute()
-    exists = _check_target(final, force)
-    made = [] if exists else _make_parents(final)
+    ours = _replaceable(final, replaceable)
+    made = [] if ours is not None else _make_parents(final)
     # Inside an existing directory: from the parent of a mount point nothing can be renamed into it.
-    staging = _beside(final / "export" if exists else final)
+    staging = _beside(final if ours is None else final / "new")
     try:
         _make_directory(staging, final)
         yield staging
-        _move_into_place(staging, final, exists=exists)
+        _move_into_place(staging, final, ours=ours, last=last)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         for parent in reversed(made):
@@ -167,20 +151,15 @@ def staged_directory(target: str | os.PathLike[str], *, force: bool = False) -> 
         raise
 
 
-def _check_target(final: Path, force: bool) -> bool:
-    """Whether `final` is there already; refuse what must not be written to."""
+def _replaceable(
+    final: Path, replaceable: Callable[[Path], Collection[str]]
+) -> Collection[str] | None:
+    """The entries of `final` that may go; None if there is no `final` yet."""
     if not os.path.lexists(final):
-        return False
+        return None
     if not final.is_dir():
-        raise ArtifactError(
-            f"output={final} is not a directory, but an export is one; name another path"
-        )
-    if os.path.lexists(final / MANIFEST_NAME) and not force:
-        raise ArtifactError(
-            f"output={final} already holds an export ({MANIFEST_NAME}), which is not overwritten "
-            "unasked; name another directory, or pass force=True (--force) to replace it"
-        )
-    return True
+        raise ArtifactError(f"output={final} is not a directory; name another path")
+    return replaceable(final)
 
 
 def _make_parents(final: Path) -> list[Path]:
@@ -203,43 +182,39 @@ def _make_directory(path: Path, final: Path) -> None:
         raise _unwritable(final, error) from error
 
 
-def _move_into_place(staging: Path, final: Path, *, exists: bool) -> None:
+def _move_into_place(
+    staging: Path, final: Path, *, ours: Collection[str] | None, last: str
+) -> None:
     """Make the staged files durable, then show them under `final`."""
-    # The manifest goes last: a directory without it is not taken for an export.
-    names = sorted(
-        (entry.name for entry in staging.iterdir()), key=lambda n: (n == MANIFEST_NAME, n)
-    )
-    for name in names:
-        if not (staging / name).is_file():
-            raise ValueError(f"staged entry {name!r} is not a file; an export is a flat directory")
-        _sync(staging / name)
+    for path in staging.rglob("*"):
+        _sync(path)
     try:
-        if exists:
-            _replace_files(staging, final, names)
-            staging.rmdir()
-        else:
+        if ours is None:
             staging.rename(final)
+        else:
+            _replace_entries(staging, final, ours, last)
+            staging.rmdir()
         _sync(final)
     except OSError as error:
         raise _unwritable(final, error) from error
 
 
-def _replace_files(staging: Path, final: Path, names: list[str]) -> None:
-    ours = _files_of_export(final)
-    foreign = [n for n in names if n not in ours and os.path.lexists(final / n)]
+def _replace_entries(staging: Path, final: Path, ours: Collection[str], last: str) -> None:
+    new = sorted((entry.name for entry in staging.iterdir()), key=lambda n: (n == last, n))
+    foreign = [n for n in new if n not in ours and os.path.lexists(final / n)]
     if foreign:
         raise ArtifactError(
-            f"output={final} holds {', '.join(foreign)}, which no export there wrote, so it is not "
-            "overwritten; move it away, or name another directory"
+            f"output={final} holds {', '.join(foreign)}, which is not ours to overwrite; move it "
+            "away, or name another directory"
         )
     old = _beside(final / "old")
     old.mkdir()
     moved: list[tuple[Path, Path]] = []
     try:
-        for name in sorted(ours, key=lambda n: n != MANIFEST_NAME):
+        for name in sorted(ours, key=lambda n: (n != last, n)):
             if os.path.lexists(final / name):
                 _move(final / name, old / name, moved)
-        for name in names:
+        for name in new:
             _move(staging / name, final / name, moved)
     except BaseException:
         for source, destination in reversed(moved):
@@ -252,20 +227,6 @@ def _replace_files(staging: Path, final: Path, names: list[str]) -> None:
 def _move(source: Path, destination: Path, moved: list[tuple[Path, Path]]) -> None:
     os.replace(source, destination)
     moved.append((source, destination))
-
-
-def _files_of_export(directory: Path) -> frozenset[str]:
-    """Names that the export in `directory` wrote: none if it holds no manifest."""
-    manifest = directory / MANIFEST_NAME
-    if not os.path.lexists(manifest):
-        return frozenset()
-    try:
-        listed = json.loads(manifest.read_bytes())["files"]
-        # A name with a separator would reach outside the directory; no export writes one.
-        names = {n for n in listed if n not in {".", ".."} and Path(n).name == n}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        names = set()  # A damaged manifest may be replaced; the fixed names are ours all the same.
-    return EXPORT_FILES | {n for n in names if (directory / n).is_file()}
 
 
 def _beside(path: Path) -> Path:

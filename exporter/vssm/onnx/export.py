@@ -15,11 +15,11 @@ from onnx import inliner
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from vssm.artifact.directory import INLINED_FILE, MODEL_FILE, WEIGHTS_FILE, Artifact
+from vssm.artifact.directory import INLINED_FILE, MODEL_FILE, WEIGHTS_FILE, Artifact, staged_export
 from vssm.artifact.manifest import Preprocessing, write_manifest
 from vssm.checkpoints.load import save_safetensors
 from vssm.errors import UnsupportedError
-from vssm.files.atomic import sha256_of, staged_directory
+from vssm.files.atomic import sha256_of
 from vssm.models import VisionModel, model_from_config
 from vssm.onnx.bodies import SUPPORTED_OPSETS
 from vssm.onnx.describe import block_outputs, describe_export
@@ -70,7 +70,7 @@ def export(
     """
     _refuse(model, dtype, opset, labels)
     initial = _initial_weights(model)
-    with staged_directory(directory, force=force) as staging:
+    with staged_export(directory, force=force) as staging:
         proto = build_proto(model, dtype=dtype, opset=opset)
         onnx.save(proto, staging / MODEL_FILE)
         onnx.checker.check_model(str(staging / MODEL_FILE), full_check=True)
