@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 from vssm._version import __version__
+from vssm.extras import explain_missing
 
 _PUBLIC = {
     "AblationOptions": "vssm.studies.plan",
@@ -41,11 +42,12 @@ __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the keys are strings
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PACKAGES:
-        return importlib.import_module(_PACKAGES[name])
-    if name not in _PUBLIC:
+    if name not in _PUBLIC and name not in _PACKAGES:
         raise AttributeError(f"module 'vssm' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    with explain_missing():
+        if name in _PACKAGES:
+            return importlib.import_module(_PACKAGES[name])
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -17,5 +17,9 @@ class RuntimeUnavailableError(VssmError):
     """A runtime, provider or native library that was asked for is not there."""
 
 
+class MissingPackageError(VssmError, ImportError):
+    """A package that only some functions need is not installed; the message names the extra."""
+
+
 class UnsupportedError(VssmError):
     """What was asked for is well-formed, but this model or runtime cannot do it."""

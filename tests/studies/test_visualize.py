@@ -15,8 +15,7 @@ from exports import MICRO, exported, images, micro, micro_plain
 from PIL import Image
 
 import vssm
-from vssm.errors import UnsupportedError, VssmError
-from vssm.studies import figures as visualize_figures
+from vssm.errors import MissingPackageError, UnsupportedError
 from vssm.studies.figures import attention_figure, kept_figure
 from vssm.studies.trace import readout_weights, trace
 
@@ -192,8 +191,8 @@ def test_refusals(cli, tmp_path, picture, monkeypatch):
             torch.zeros(1, 3, 48, 48),
         )
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(VssmError, match=r"pip install 'vssm\[reports\]'"):
-        visualize_figures.require_matplotlib()
+    with pytest.raises(MissingPackageError, match=r'matplotlib .* pip install "vssm\[reports\]"'):
+        vssm.visualize(vssm.ModelSource("vim_tiny"), [picture], tmp_path / "out")
 
 
 def test_pruned_patches_are_seen():

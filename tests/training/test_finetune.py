@@ -30,8 +30,9 @@ import vssm
 from vssm import ModelSource, Resources
 from vssm.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError, VssmError
 from vssm.evaluation.data import find_pictures
+from vssm.extras import is_installed
 from vssm.training.augment import Example, load_batch
-from vssm.training.log import RunLog, has_tensorboard
+from vssm.training.log import RunLog
 from vssm.training.loop import Group
 from vssm.training.recipe import Recipe
 from vssm.training.run import build_models
@@ -200,7 +201,7 @@ def test_tensorboard_goes_on_where_the_state_is(data, tmp_path, monkeypatch):
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr("vssm.training.log.has_tensorboard", lambda: True)
+    monkeypatch.setattr("vssm.training.log.is_installed", lambda _: True)
     asked = request(data, tmp_path, resources={"save_every": 3})
     with pytest.raises(_StopError):
         vssm.finetune(asked, progress=_stop_after(5))
@@ -492,7 +493,7 @@ def test_command(data, checkpoint, tmp_path, cli: Run):
     given += ["-o", tmp_path / "out", "--epochs=1", "--batch=6", "--workers=0", "--lr=1e-3"]
     assert cli("finetune", *MODEL, *given, "--recipe=ema=0.5", "--recipe", "seed=3") == 0, cli.out
     assert "finetuned_ema.safetensors (averaged)" in cli.out
-    assert ("no TensorBoard log" in cli.out) == (not has_tensorboard())
+    assert ("no TensorBoard log" in cli.out) == (not is_installed("tensorboard"))
     assert cli("finetune", *MODEL, *given) == 2
     assert "holds a training run; go on with it by --resume" in cli.out
     assert cli("finetune", *MODEL, *given, "--resume") == 2

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnxruntime
-from onnx import TensorProto, helper
 
 from vssm.runtimes.library import exp2_rate, library_info
 from vssm.runtimes.session import Session, checked_threads, plural
@@ -32,6 +31,8 @@ def machine_rates(threads: Sequence[int]) -> MachineRates:
 
 def _macs(threads: int) -> float:
     """Multiply-adds a second of ONNX Runtime's float32 matrix product."""
+    from onnx import TensorProto, helper  # tables of a report need none
+
     shape = [_SIDE, _SIDE]
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["a", "b"], ["c"])],

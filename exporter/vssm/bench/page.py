@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vssm.bench.measure import BenchReport, Timing
+from vssm.extras import install_command, is_installed
 from vssm.files.atomic import atomic_write_bytes
 from vssm.runtimes.session import plural
 
@@ -114,8 +114,9 @@ def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) 
 
 def _plot(rows: Sequence[Timing]) -> str:
     """Median latency by subject as inline SVG, log scale, the floor as a mark on every bar."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return "<p>No plot: matplotlib is not installed (pip install matplotlib).</p>"
+    if not is_installed("matplotlib"):
+        hint = html.escape(install_command("matplotlib"), quote=False)
+        return f"<p>No plot: matplotlib is not installed ({hint}).</p>"
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")

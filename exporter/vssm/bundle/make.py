@@ -19,7 +19,7 @@ from vssm.bundle.manifest import BundleManifest, hash_files, staged_bundle, writ
 from vssm.bundle.triton import ServingOptions, onnxruntime_config, tensorrt_config
 from vssm.errors import RuntimeUnavailableError
 from vssm.runtimes.library import ORT_LIBRARY, TENSORRT_LIBRARY, find_library, find_sources
-from vssm.runtimes.tensorrt.build import check_batch
+from vssm.runtimes.tensorrt.engine import check_batch
 
 AUTOLOAD_LIBRARY: Final = "vssm_tensorrt_autoload"
 _SERVING_FILES: Final = ("Dockerfile", "README.md", "client.py", "start.sh")

@@ -23,8 +23,6 @@ from vssm.commands.options import (
     telling,
 )
 from vssm.files.json import write_json
-from vssm.studies.ablate import TABLES
-from vssm.studies.ablate import ablate as ablate_model
 from vssm.studies.plan import TRAINED, AblationOptions, AblationTraining
 from vssm.training.recipe import Recipe
 from vssm.training.request import ModelSource
@@ -134,6 +132,8 @@ def _run(
     asked: AblationOptions,
     json_file: Path | None,
 ) -> None:
+    from vssm.studies.ablate import ablate as ablate_model
+
     with telling(console, "building the variants") as tell:
         report = ablate_model(source, images, output, asked, progress=tell)
     _print(report, output)
@@ -203,6 +203,7 @@ def _files(pairs: list[str]) -> dict[str, list[Path]]:
 
 def _print(report: AblationReport, output: Path) -> None:
     from vssm.commands.tables import table
+    from vssm.studies.ablate import TABLES
     from vssm.studies.report import COLUMNS, cells
 
     for name, value in report.facts.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,11 +23,13 @@ from vssm.commands.options import (
     options,
     telling,
 )
+from vssm.extras import install_command
 from vssm.files.json import write_json
 from vssm.training.recipe import Recipe
 from vssm.training.request import FinetuneRequest, ModelSource, Resources
-from vssm.training.run import FinetuneReport
-from vssm.training.run import finetune as run_finetune
+
+if TYPE_CHECKING:
+    from vssm.training.run import FinetuneReport
 
 # Under torchrun the first process speaks.
 console = Console(markup=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
@@ -89,6 +91,8 @@ def finetune(
     json_file: Json = None,
 ) -> None:
     """Train a model, pruned or dense; after a kill, --resume goes on bit for bit."""
+    from vssm.training.run import finetune as run_finetune
+
     source = ModelSource(
         name,
         checkpoint,
@@ -139,4 +143,7 @@ def _print(report: FinetuneReport) -> None:
     console.print(f"wrote {report.weights}", soft_wrap=True)
     console.print(f"wrote {report.ema} (averaged)", soft_wrap=True)
     if not report.tensorboard:
-        console.print("no TensorBoard log: pip install tensorboard brings it; log.csv has the rows")
+        console.print(
+            f"no TensorBoard log: {install_command('tensorboard')} brings it; log.csv has the rows",
+            soft_wrap=True,
+        )

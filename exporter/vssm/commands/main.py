@@ -46,8 +46,8 @@ from vssm.commands.options import (
 from vssm.commands.visualize import visualize
 from vssm.errors import ArtifactError, VssmError
 from vssm.evaluation.classify import classify
+from vssm.extras import explain_missing
 from vssm.files.json import write_json
-from vssm.parity.check import check_parity
 
 app = typer.Typer(
     name="vssm",
@@ -64,7 +64,8 @@ _errors = Console(stderr=True, markup=False, emoji=False)
 def main() -> None:
     """Run the command; exit code 0 success, 1 a check failed, 2 bad usage or input, 3 a fault."""
     try:
-        app()
+        with explain_missing():
+            app()
     except (VssmError, ValueError, TypeError, OSError, MemoryError) as error:
         say(_errors, "error", "bold red", f": {error or type(error).__name__}")
         sys.exit(2)
@@ -172,6 +173,7 @@ def check(
 ) -> None:
     """Compare a runtime with the float64 oracle; exit code 1 if they differ."""
     from vssm.commands.tables import parity_tables
+    from vssm.parity.check import check_parity
 
     with console.status("comparing with the float64 oracle"):
         artifact = open_artifact(directory)

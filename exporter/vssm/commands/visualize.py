@@ -22,8 +22,6 @@ from vssm.commands.options import (
     telling,
 )
 from vssm.files.json import write_json
-from vssm.studies.visualize import PAGE
-from vssm.studies.visualize import visualize as visualize_images
 from vssm.training.request import ModelSource
 
 console = Console(markup=False, emoji=False)
@@ -55,6 +53,8 @@ def visualize(
     json_file: Json = None,
 ) -> None:
     """Draw kept tokens, importance, attention and walks: dense, plain removal, aligned."""
+    from vssm.studies.visualize import visualize as visualize_images
+
     source = ModelSource(
         model,
         checkpoint,
@@ -81,6 +81,8 @@ def visualize(
 
 
 def _print(numbers: dict[str, Any], output: Path) -> None:
+    from vssm.studies.visualize import PAGE
+
     for name, value in numbers["facts"].items():
         console.print(f"{name}: {value}", soft_wrap=True)
     files = sum(len(image["figures"]) for image in numbers["images"])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vssm._version import __version__
 from vssm.errors import VssmError
+from vssm.extras import PACKAGES, install_command
 from vssm.native_library import find_library
 from vssm.runtimes.cuda_driver import Gpu, driver
 from vssm.runtimes.library import TENSORRT_LIBRARY, library_info, library_version
@@ -52,10 +53,11 @@ def examine() -> list[Finding]:
 
 _TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")  # pip has it for either CUDA
 _PACKAGES = (
-    (("torch",), "pip install torch: models, export, the oracle"),
-    (("onnx",), "pip install onnx: export and check"),
     (("onnxruntime", "onnxruntime-gpu"), "pip install onnxruntime: sessions ort-cpu"),
-    (("matplotlib",), "pip install matplotlib: plots in reports"),
+    *(
+        ((name.replace("_", "-"),), f"{install_command(name)}: {purpose}")
+        for name, (_, purpose) in PACKAGES.items()
+    ),
     (_TENSORRT, "pip install tensorrt on a machine with an NVIDIA GPU: TensorRT engines"),
     (
         ("mamba-ssm",),

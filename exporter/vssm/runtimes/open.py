@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
+from vssm.extras import explain_missing
 from vssm.runtimes.ort import OrtSession
 from vssm.runtimes.session import Session
 
@@ -39,6 +40,7 @@ def open_session(
         ValueError: an argument is not one of these.
         ArtifactError: the directory is no export, or was changed.
         RuntimeUnavailableError: the runtime or the library is missing.
+        MissingPackageError: runtime "torch" without torch.
         UnsupportedError: the runtime cannot run this export.
     """
     if runtime not in RUNTIMES:
@@ -60,8 +62,8 @@ def open_session(
             raise ValueError(
                 f"backend={backend!r} with runtime='torch', which runs the oracle: leave it out"
             )
-        from vssm.runtimes.torch import TorchSession
-
+        with explain_missing():
+            from vssm.runtimes.torch import TorchSession
         return TorchSession(opened, threads=threads)
     return ort_session(runtime)(opened, backend=backend or "kernel", threads=threads, **on_gpu)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from vssm.artifact.directory import Artifact
 from vssm.errors import RuntimeUnavailableError, UnsupportedError, VssmError

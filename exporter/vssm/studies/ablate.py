@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vssm._version import __version__
 from vssm.errors import UnsupportedError
 from vssm.evaluation.data import Picture, fingerprint, load_in_order, open_pictures
+from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory, sha256_of
 from vssm.files.json import write_json
 from vssm.studies.measure import AblationJournal
@@ -68,12 +69,11 @@ def ablate(
         VssmError: matplotlib is missing, a file or checkpoint cannot be used, or what a stopped
             call left is of another ablation.
     """
-    from vssm.studies.figures import require_matplotlib
     from vssm.studies.measure import measure
     from vssm.studies.report import Measured
 
     options, images, output = options or AblationOptions(), Path(images), Path(output)
-    require_matplotlib()
+    require("matplotlib")
     opened = open_checkpoints(source, options.checkpoints)
     schedule = opened[0].schedule
     if schedule is None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib.util
 import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vssm.errors import VssmError
 from vssm.types import Array
 
 if TYPE_CHECKING:
@@ -30,19 +28,6 @@ _PRUNED = np.array([0.80, 0.47, 0.65])  # its reddish purple, which photos rarel
 _DPI = 110
 _SIDE = 2.1  # inches of a panel
 _ACROSS = 6  # maps in a row at most
-
-
-def require_matplotlib() -> None:
-    """Refuse early.
-
-    Raises:
-        VssmError: matplotlib is missing.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise VssmError(
-            "matplotlib is not installed, which draws the figures; install it with "
-            "pip install 'vssm[reports]'"
-        )
 
 
 def kept_figure(picture: Array, kept: Mapping[str, Sequence[tuple[str, Array]]]) -> bytes:

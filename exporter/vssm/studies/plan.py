@@ -8,7 +8,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
-from vssm.models.schedules import DEFAULT_SCHEDULES
 from vssm.pruning.schedule import ALIGNMENTS, PruneSchedule
 from vssm.training.recipe import Recipe
 from vssm.training.request import Resources
@@ -195,6 +194,8 @@ PUBLISHED: Final = {
 
 def published(name: str, key: str, schedule: PruneSchedule) -> Published:
     """What the paper prints for a variant of a model of its size; nothing for other schedules."""
+    from vssm.models.schedules import DEFAULT_SCHEDULES  # torch comes with the models
+
     if key != "dense":
         default = DEFAULT_SCHEDULES.get(name)
         if default is None or PruneSchedule.parse(default).ratios != schedule.ratios:

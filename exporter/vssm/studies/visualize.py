@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vssm.artifact.preprocessing import preprocess
+from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory
 from vssm.files.json import write_json
 from vssm.models.base import VisionModel
@@ -236,10 +237,9 @@ def visualize(
         ValueError: an argument does not fit, or an image cannot be read.
         ArtifactError: a file cannot be written.
     """
-    from vssm.studies.figures import page, require_matplotlib
-    from vssm.studies.visualize import explain
+    from vssm.studies.figures import page
 
-    require_matplotlib()
+    require("matplotlib")
     output, files = Path(output), [Path(file) for file in images]
     if not files:
         raise ValueError("images=[] holds no image; give one at least")

@@ -6,7 +6,6 @@ The CSV file has no times, so a run that was stopped leaves the same bytes as on
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from typing_extensions import Self
 
 from vssm.errors import ArtifactError
+from vssm.extras import is_installed
 from vssm.files.atomic import discard_unfinished
 
 COLUMNS = ("step", "epoch", "lr", "loss")
@@ -33,11 +33,6 @@ class LogRow:
     def line(self) -> bytes:
         """As the file has it; `repr` of a float gives back the same float."""
         return f"{self.step},{self.epoch},{self.lr!r},{self.loss!r}\n".encode()
-
-
-def has_tensorboard() -> bool:
-    """Whether the package tensorboard is installed."""
-    return importlib.util.find_spec("tensorboard") is not None
 
 
 class RunLog:
@@ -95,7 +90,7 @@ class RunLog:
         os.ftruncate(self._file, keep)
         if keep == 0:
             self._write(_HEAD)
-        if has_tensorboard():
+        if is_installed("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             folder = str(self.path.parent / "tensorboard")

@@ -14,6 +14,7 @@ from vssm._version import __version__
 from vssm.checkpoints.load import load_checkpoint
 from vssm.errors import ArtifactError
 from vssm.evaluation.data import fingerprint, open_pictures, worker_count
+from vssm.extras import is_installed
 from vssm.files.atomic import make_directory, sha256_of
 from vssm.files.json import write_json
 from vssm.models import create_model
@@ -161,9 +162,8 @@ def finetune(
     Raises:
         ValueError, VssmError: a file, a number or the model does not fit; the message says which.
     """
-    from vssm.training.log import RunLog, has_tensorboard, remove_leftovers
+    from vssm.training.log import RunLog, remove_leftovers
     from vssm.training.loop import LOG_FILE, Group, train
-    from vssm.training.run import build_models, plan_run
 
     group = Group(request.resources.device)
     if group.leads:
@@ -179,7 +179,7 @@ def finetune(
         state, trained = train(model, run, group, log=log, teacher=teacher, progress=progress)
         if not group.leads:
             return None
-        return _write(state, trained, run, request.output, tensorboard=has_tensorboard())
+        return _write(state, trained, run, request.output, tensorboard=is_installed("tensorboard"))
 
 
 def has_run(output: Path) -> bool:

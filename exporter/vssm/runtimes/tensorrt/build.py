@@ -19,7 +19,13 @@ from vssm.runtimes.cuda_memory import Cuda, GpuInfo
 from vssm.runtimes.graph_edit import count_nodes, strip_functions
 from vssm.runtimes.library import TENSORRT_LIBRARY, find_library, library_version
 from vssm.runtimes.tensorrt import api
-from vssm.runtimes.tensorrt.engine import EngineInfo, PluginInfo, refuse_changes, write_info
+from vssm.runtimes.tensorrt.engine import (
+    EngineInfo,
+    PluginInfo,
+    check_batch,
+    refuse_changes,
+    write_info,
+)
 from vssm.runtimes.tensorrt.runner import EngineRunner
 from vssm.types import Array
 
@@ -85,19 +91,6 @@ def check_request(request: EngineRequest) -> None:
     if request.plugins_inside and not request.uses_plugins:
         raise ValueError("plugins_inside=True with backend='body', which has no plugin; drop one")
     _check_capabilities(request.compute_capabilities)
-
-
-def check_batch(batch: tuple[int, int, int]) -> None:
-    """Refuse an impossible (min, opt, max).
-
-    Raises:
-        ValueError: the three do not grow from 1 or more.
-    """
-    low, opt, high = batch
-    if not 1 <= low <= opt <= high:
-        raise ValueError(
-            f"batch={low},{opt},{high} must grow from 1 or more; give MIN,OPT,MAX, such as 1,8,32"
-        )
 
 
 def _check_capabilities(wanted: tuple[str, ...]) -> None:

@@ -36,6 +36,19 @@ class PluginInfo:
     inside: bool
 
 
+def check_batch(batch: tuple[int, int, int]) -> None:
+    """Refuse an impossible (min, opt, max).
+
+    Raises:
+        ValueError: the three do not grow from 1 or more.
+    """
+    low, opt, high = batch
+    if not 1 <= low <= opt <= high:
+        raise ValueError(
+            f"batch={low},{opt},{high} must grow from 1 or more; give MIN,OPT,MAX, such as 1,8,32"
+        )
+
+
 @dataclass(frozen=True)
 class EngineInfo:
     """The whole of `engine.json`.
