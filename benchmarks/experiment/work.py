@@ -20,7 +20,7 @@ import vssm
 from vssm import FinetuneRequest, ModelSource, PruneSchedule, Recipe, Resources
 from vssm.artifact.manifest import Preprocessing
 from vssm.checkpoints.load import save_safetensors
-from vssm.evaluation.data import find_pictures, load
+from vssm.evaluation.data import load, open_images
 from vssm.files.json import write_json
 from vssm.models import MODELS, VisionModel
 from vssm.studies.measure import Cost, prepare
@@ -71,7 +71,7 @@ def build(case: Case, variant: Variant, weights: Path) -> tuple[VisionModel, Cos
 def held_out(case: Case, data: Path) -> Images:
     """The images, as `vssm evaluate` prepares them."""
     root = data / HELD_OUT
-    pictures = find_pictures(root, CLASSES)
+    pictures = open_images(root, CLASSES).pictures
     spec = Preprocessing.for_image_size(case.options["image_size"])
     cut = [pictures[i : i + _BATCH] for i in range(0, len(pictures), _BATCH)]
     batches = []

@@ -22,7 +22,7 @@ from PIL import Image
 import vssm
 from vssm.errors import ArtifactError, VssmError
 from vssm.evaluation import data as evaluate_data
-from vssm.evaluation.data import find_pictures, fingerprint, load, load_in_order
+from vssm.evaluation.data import load, load_in_order, open_images
 from vssm.evaluation.evaluate import COLUMNS
 from vssm.evaluation.journal import ImageResult, Journal
 
@@ -354,29 +354,57 @@ def test_journal_refuses_a_second_writer_and_damage(tmp_path):
         Journal(tmp_path / "nowhere" / "journal", {})
 
 
-def test_classes_of_folders(pictures, tmp_path):
-    found = find_pictures(pictures, CLASSES)
-    assert len(found) == CLASSES * PER_CLASS
-    assert {p.path.split("/")[0]: p.target for p in found} == {
+def test_pictures_of_folders(pictures, tmp_path):
+    found = open_images(pictures, CLASSES)
+    assert len(found.pictures) == CLASSES * PER_CLASS
+    assert {p.path.split("/")[0]: p.target for p in found.pictures} == {
         f"n{i:03}": i for i in range(CLASSES)
     }
-    names = [f"n{i:03}" for i in reversed(range(CLASSES))]
-    assert find_pictures(pictures, CLASSES, names)[0].target == CLASSES - 1
-    assert find_pictures(pictures, 9, [*names, "a", "b"])[0].target == CLASSES - 1
-    with pytest.raises(ValueError, match=r"7 folders, but the model has 9 classes; give one"):
-        find_pictures(pictures, 9)
-    with pytest.raises(ValueError, match=r"folder 'n000', which is no class of the file"):
-        find_pictures(pictures, CLASSES, [*names[:-1], "n"])
+    assert found.notes == ("folders inside class folders count for the class: n003/more",)
     with pytest.raises(ValueError, match=r"is no folder; give one that holds"):
-        find_pictures(tmp_path / "absent", CLASSES)
-    with pytest.raises(ValueError, match=r"folder 'a' is named for the classes 1 and 2; name"):
-        find_pictures(pictures, 3, ["b", "a", "a"])
+        open_images(tmp_path / "absent", CLASSES)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no files in its folders"):
-        find_pictures(tmp_path, 1)
+        open_images(tmp_path, 1)
     other = _copy(pictures, tmp_path / "other")
     (other / "n000" / "000.png").write_bytes(b"another size")
-    assert fingerprint(other, found) != fingerprint(pictures, found)
+    assert open_images(other, CLASSES).fingerprint() != found.fingerprint()
+
+
+def test_folders_named_as_labels_are_matched_by_name(pictures, tmp_path):
+    """In the order of their names every image would count for another class."""
+    labels = [f"n{i:03}" for i in (3, 0, 6, 1, 5, 2, 4)]
+    named = vssm.export(micro(), tmp_path / "named", labels=labels)
+    report = _evaluate(named, pictures, tmp_path)
+    rows = _rows(tmp_path / "found.csv")
+    assert {labels[int(r["class"])] for r in rows if r["image"].startswith("n006/")} == {"n006"}
+    right = [labels[int(r["predicted"])] == r["image"].split("/")[0] for r in rows]
+    assert report.top1 == np.mean(right)
+    assert report.classes == "matched to the model's labels by name"
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert written["classes"] == report.classes
+    assert written["notes"] == ["folders inside class folders count for the class: n003/more"]
+
+
+def test_numbered_folders_are_asked_about(export, pictures, tmp_path, capsys, monkeypatch):
+    command = Run(capsys, monkeypatch)
+    numbered = tmp_path / "numbered"
+    for i in range(CLASSES):
+        (numbered / str(i + 5)).mkdir(parents=True)
+        source = next((pictures / f"n{i:03}").glob("*.png"))
+        (numbered / str(i + 5) / "a.png").write_bytes(source.read_bytes())
+    given = ("evaluate", export.directory, numbered, "--workers=0", "--threads=1", "--restart")
+    given = (*given, "--results", tmp_path / "found.csv")
+    assert command(*given) == 2
+    assert "(10, 11, 5, 6, 7, ...) than as numbers (5, 6, 7, 8, 9, ...)" in command.out
+    assert not (tmp_path / "found.csv.journal").exists()
+    targets = {}
+    for word in ("numeric", "text"):
+        assert command(*given, "--classes", word) == 0
+        assert f"classes: --classes {word}: the folders in order of" in command.out
+        targets[word] = [r["class"] for r in _rows(tmp_path / "found.csv")]
+    assert targets["numeric"] == ["5", "6", "0", "1", "2", "3", "4"]  # of 10, 11, 5, 6, ...
+    assert targets["text"] == [str(i) for i in range(CLASSES)]
 
 
 def test_odd_names_and_links(export, pictures, tmp_path):
@@ -448,7 +476,7 @@ def test_bad_arguments(export, pictures, tmp_path):
 
 def test_loading_keeps_the_order(export, pictures):
     spec = export.manifest.preprocessing
-    files = [str(pictures / p.path) for p in find_pictures(pictures, CLASSES)]
+    files = [str(pictures / p.path) for p in open_images(pictures, CLASSES).pictures]
     batches = [files[i : i + 4] for i in range(0, len(files), 4)]
     alone = list(load_in_order(batches, spec, workers=0))
     spread = list(load_in_order(batches, spec, workers=2))

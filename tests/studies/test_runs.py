@@ -25,7 +25,7 @@ import vssm
 from vssm import AblationOptions, AblationTraining, ModelSource, PruneSchedule, Recipe
 from vssm.artifact.manifest import Preprocessing
 from vssm.errors import ArtifactError
-from vssm.evaluation.data import find_pictures, load
+from vssm.evaluation.data import load, open_images
 from vssm.models.fused_tokens import fuse_leftovers
 from vssm.studies.measure import AblationJournal, Step
 from vssm.studies.report import Pair, compare, join, mcnemar
@@ -96,7 +96,7 @@ def _hits(weights, alignment, data):
     """Whether the model is right, image by image, in batches of 8 as the ablation has them."""
     model = finetune_model(weights, PruneSchedule.parse(SCHEDULE, alignment=alignment))
     spec, found = Preprocessing.for_image_size((48, 48)), []
-    pictures = find_pictures(data, CLASSES)
+    pictures = open_images(data, CLASSES).pictures
     for start in range(0, len(pictures), 8):
         some = pictures[start : start + 8]
         images = load([str(data / p.path) for p in some], spec).images
@@ -169,7 +169,7 @@ def test_the_fused_baseline_trains(data, checkpoints, tmp_path):
     model = fuse_leftovers(
         finetune_model(checkpoints[0], PruneSchedule.parse(SCHEDULE, alignment="none"))
     )
-    pictures = find_pictures(data, CLASSES)
+    pictures = open_images(data, CLASSES).pictures
     chosen = asked.recipe.order(0, len(pictures))[0]
     examples = [Example(str(data / pictures[i].path), 0, p) for p, i in enumerate(chosen)]
     images = torch.from_numpy(load_batch(examples, recipe=asked.recipe, size=(48, 48)))
@@ -412,6 +412,7 @@ def test_command(cli, data, checkpoints, tmp_path, whole):
     assert cli("ablate", *given, *train, *numbers, "-o", tmp_path / "a") == 0, cli.out
     _same(tmp_path / "a", whole[0])
     assert "fine-tuned: none, gap, masked, evit: 2 each, on 42 images" in cli.out
+    assert "classes: the i-th folder by name is class i; the model has no labels" in cli.out
     files = [
         f"--finetuned={key}={whole[0]}/finetuned/{key}-{seed}/finetuned.safetensors"
         for key in ("none", "gap")
@@ -431,6 +432,10 @@ def test_refusals(cli, data, checkpoints, tmp_path, monkeypatch):
     one = tmp_path / "one" / "n0"
     one.mkdir(parents=True)
     (tmp_path / "names.txt").write_text("a\nb\n")
+    for i in range(CLASSES):
+        for place, name in (("others", f"m{i}"), ("numbers", str(i + 5))):
+            (tmp_path / place / name).mkdir(parents=True)
+            (tmp_path / place / name / "a.png").write_bytes(b"")
     cases = {
         "--finetune without --train trains nothing": ["--finetune=gap"],
         "--finetune-seeds without --train trains": ["--finetune-seeds=2"],
@@ -448,6 +453,14 @@ def test_refusals(cli, data, checkpoints, tmp_path, monkeypatch):
         "recipe: batch=512 is more than the 42 images of train=": ["--train", data],
         f"train={tmp_path / 'one'} holds 1 folders, but the model": ["--train", tmp_path / "one"],
         f"train={tmp_path / 'none'} is no folder": ["--train", tmp_path / "none"],
+        f"train={tmp_path / 'others'}: the folder of class 0 is 'm0' there and 'n0' in images=": [
+            "--train",
+            tmp_path / "others",
+        ],
+        f"train={tmp_path / 'numbers'} holds folders with numbers for names, in another order": [
+            "--train",
+            tmp_path / "numbers",
+        ],
         f"classes={tmp_path / 'names.txt'} names 2 classes": ["--classes", tmp_path / "names.txt"],
         "finetune_seeds=3 is no multiple of the 2 checkpoints": [
             *[*train, "--finetune-seeds=3"],
@@ -457,6 +470,9 @@ def test_refusals(cli, data, checkpoints, tmp_path, monkeypatch):
     for message, options in cases.items():
         assert cli("ablate", *given, *options) == 2, message
         assert message in cli.out
+    numbers = [*given[:1], tmp_path / "numbers", *given[2:]]
+    assert cli("ablate", *numbers) == 2
+    assert "say --classes numeric or --classes text, as the model was trained" in cli.out
     export = exported(tmp_path / "export", micro())
     files = [f"--checkpoint={file}" for file in checkpoints]
     assert cli("ablate", export.directory, data, "-o", tmp_path / "out", *files) == 2

@@ -29,13 +29,13 @@ from safetensors.torch import load_file, save_file
 import vssm
 from vssm import ModelSource, Resources
 from vssm.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError, VssmError
-from vssm.evaluation.data import find_pictures
+from vssm.evaluation.data import open_images
 from vssm.extras import is_installed
 from vssm.training.augment import Example, load_batch
 from vssm.training.log import RunLog
 from vssm.training.loop import Group
 from vssm.training.recipe import Recipe
-from vssm.training.run import build_models
+from vssm.training.run import build_models, plan_run
 from vssm.training.state import State
 
 RESULTS = ("finetuned.safetensors", "finetuned_ema.safetensors", "log.csv", "state.safetensors")
@@ -92,7 +92,7 @@ def _model(checkpoint, alignment="gap"):
 
 def _first_loss(model, data, asked):
     """Of a model on the first batch of a run that mixes nothing."""
-    pictures = find_pictures(data, CLASSES)
+    pictures = open_images(data, CLASSES).pictures
     chosen = asked.recipe.order(0, len(pictures))[0]
     examples = [Example(str(data / pictures[i].path), 0, p) for p, i in enumerate(chosen)]
     images = torch.from_numpy(load_batch(examples, recipe=asked.recipe, size=(48, 48)))
@@ -652,3 +652,31 @@ def test_a_run_in_use_and_a_foreign_log_are_refused(data, tmp_path):
     with pytest.raises(ArtifactError, match="is no log of a training run"):
         vssm.finetune(request(data, tmp_path))
     assert (tmp_path / "log.csv").read_text() == "a diary\n"
+
+
+def test_weights_bring_the_names_of_their_classes(data, checkpoint, whole, tmp_path):
+    """A model trained on folders in any order is evaluated, and trained on, by their names."""
+    names = [f"n{i}" for i in (4, 2, 0, 6, 1, 3, 5)]
+    order = tmp_path / "order.txt"
+    order.write_text("\n".join(names))
+    asked = request(data, tmp_path / "one", what=model_source(checkpoint), **PLAIN, epochs=1)
+    report = vssm.finetune(replace(asked, classes=order))
+    assert report.classes == tuple(names)
+    assert report.run["classes"] == "named by the file order.txt"
+    written = json.loads((tmp_path / "one" / "finetune.json").read_text())
+    assert written["classes"] == names
+    for weights in (Path(report.weights), Path(report.ema)):
+        model = _model(weights)
+        assert model.labels == tuple(names)
+    again = request(data, tmp_path / "two", what=model_source(Path(report.weights)), **PLAIN)
+    assert plan_run(again, model, Group("cpu")).folder.classes == tuple(names)
+    artifact = vssm.export(model, tmp_path / "out")
+    assert artifact.manifest.labels == tuple(names)
+    kept = vssm.create_model("vim_tiny", num_classes=CLASSES, **finetune_cases.OPTIONS)
+    vssm.load_checkpoint(kept, artifact.weights_path)
+    assert kept.labels == tuple(names)
+    evaluated = vssm.evaluate(artifact, data, workers=0, results=tmp_path / "found.csv")
+    assert evaluated.classes == "matched to the model's labels by name"
+    assert _model(whole / "finetuned.safetensors").labels == tuple(sorted(names))
+    vssm.load_checkpoint(model, checkpoint)
+    assert model.labels is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vssm.artifact.manifest import CheckpointInfo
 from vssm.checkpoints.formats import read_file
+from vssm.checkpoints.labels import stored_labels, with_labels
 from vssm.errors import CheckpointError, VssmError
 from vssm.files.atomic import atomic_path, sha256_of
 
@@ -78,8 +79,9 @@ def load_checkpoint(
 
     "module." goes off the keys, "backbone." off or on as the model's keys have it. A model with a
     method `adapt_state_dict(state) -> state` is asked to rename old keys and resize position
-    tables, without changing itself. Values are cast to the model's dtypes. A model with an
-    attribute `checkpoint` is told the file's name and hash there, for `model.json`.
+    tables, without changing itself. Values are cast to the model's dtypes. A model with attributes
+    `checkpoint` and `labels` is told the file's name and hash, and the names of its classes where
+    the file has them, for `model.json`.
 
     Args:
         model: left as it was on any error; stays on its device.
@@ -101,11 +103,14 @@ def load_checkpoint(
     adapted = _adapt(model, state, path)
     _check_keys(adapted, expected, path)
     cast, casts = _cast(adapted, expected, path)
+    labels = stored_labels(path) if raw.format == "safetensors" else None
     info = CheckpointInfo(os.path.basename(os.fspath(path)), sha256_of(path))
     model.load_state_dict(cast, strict=True)
     if hasattr(model, "checkpoint"):
         untyped: Any = model
         untyped.checkpoint = info
+        if hasattr(model, "labels"):
+            untyped.labels = labels
     return LoadReport(
         path=os.fspath(path),
         sha256=info.sha256,
@@ -122,17 +127,28 @@ def load_checkpoint(
     )
 
 
-def save_safetensors(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def save_safetensors(
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    labels: Sequence[str] | None = None,
+) -> None:
     """Write tensors as one safetensors file, whole or not at all; equal tensors give equal bytes.
+
+    Args:
+        state: the tensors by name.
+        path: the file.
+        labels: names of the model's classes, which go into the file's metadata.
 
     Raises:
         ArtifactError: the file cannot be written.
     """
     # The format has no shared memory: tied weights and views are written out.
     plain = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    data = safetensors.torch.save(plain, metadata={"format": "pt"})
     with atomic_path(path) as temporary:
         # save_file would put a file of its own in place, which only its owner may read.
-        temporary.write_bytes(safetensors.torch.save(plain, metadata={"format": "pt"}))
+        temporary.write_bytes(data if labels is None else with_labels(data, labels))
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

@@ -17,6 +17,7 @@ from vssm.commands.options import (
     Operators,
     Runtime,
     Threads,
+    say_folders,
     telling,
 )
 from vssm.evaluation.evaluate import EvaluationReport
@@ -83,6 +84,7 @@ def _print(report: EvaluationReport) -> None:
     if report.resumed:
         rows.insert(4, ("images of the run that was stopped", f"{report.resumed:,}"))
     console.print(table(str(report.info), ("", "measured"), rows))
+    say_folders(console, report.classes, report.notes)
     for path, error in report.unreadable[:_SHOWN]:
         console.print(Text.assemble(("not read", "yellow"), f": {path}: {error}"), soft_wrap=True)
     if len(report.unreadable) > _SHOWN:

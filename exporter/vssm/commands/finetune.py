@@ -21,6 +21,7 @@ from vssm.commands.options import (
     Schedule,
     Switches,
     options,
+    say_folders,
     telling,
 )
 from vssm.extras import install_command
@@ -140,6 +141,7 @@ def _print(report: FinetuneReport) -> None:
     if trained.resumed:
         rows.insert(2, ("steps of the run that was stopped", f"{trained.resumed:,}"))
     console.print(table(f"{report.run['model']}, trained", ("", ""), rows))
+    say_folders(console, report.run["classes"], report.notes)
     console.print(f"wrote {report.weights}", soft_wrap=True)
     console.print(f"wrote {report.ema} (averaged)", soft_wrap=True)
     if not report.tensorboard:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -70,8 +70,12 @@ Switches = Annotated[
 # What holds the classes of images.
 Images = Annotated[Path, typer.Argument(help="Folder with a folder of images for each class.")]
 Classes = Annotated[
-    Path | None,
-    typer.Option(help="File naming the folder of each class; without it the order of names."),
+    str | None,
+    typer.Option(
+        metavar="FILE|numeric|text",
+        help="Which folder is which class: a file that names them in order, or the order of their "
+        "names. Default: by the model's labels, else by name where that is certain.",
+    ),
 ]
 
 # A model by its name or as an export, for the commands that prune it in several ways.
@@ -112,6 +116,13 @@ def telling(where: Console, what: str) -> Iterator[Callable[[str], None]]:
 def say(where: Console, word: str, style: str, rest: str = "") -> None:
     """Print one line, its first word in a style."""
     where.print(Text.assemble((word, style), rest), soft_wrap=True)
+
+
+def say_folders(where: Console, rule: str, notes: Sequence[str]) -> None:
+    """Say how class folders were matched to classes, and what else is among them."""
+    say(where, "classes", "bold", f": {rule}")
+    for note in notes:
+        say(where, "note", "yellow", f": {note}")
 
 
 def integers(name: str, text: str) -> list[int]:

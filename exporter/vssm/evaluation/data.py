@@ -19,11 +19,13 @@ from typing import TypeVar
 import numpy as np
 
 from vssm.artifact.manifest import Preprocessing
-from vssm.artifact.preprocessing import FloatArray, preprocess, read_labels
+from vssm.artifact.preprocessing import FloatArray, preprocess
 from vssm.errors import VssmError
+from vssm.evaluation.folders import ClassesGiven, match_folders
 
 _AHEAD = 2  # batches a worker may be ahead of the model
 _MAX_WORKERS = 4  # by default: more than a model on a few cores can use
+_SHOWN = 4  # names in a note
 _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
 
@@ -57,73 +59,148 @@ def worker_count(workers: int | None) -> int:
     return workers
 
 
-def open_pictures(
-    root: Path, num_classes: int, classes: Path | None, *, name: str = "images"
-) -> list[Picture]:
-    """`find_pictures`, the folder of each class named in a file where there is one.
+@dataclass(frozen=True)
+class ImageFolder:
+    """The pictures below a folder, and which class each of its folders holds.
 
-    Args:
-        root: holds a folder for each class.
-        num_classes: classes of the model.
-        classes: the file, as `read_labels` takes it; None: sorted by name.
-        name: what errors call the root: the option that it was given by.
-
-    Raises:
-        ValueError: as `find_pictures` and `read_labels` do.
+    Attributes:
+        root: the folder.
+        pictures: its files, sorted by path.
+        classes: by class, the name of its folder.
+        rule: how folders were matched to classes, in words.
+        notes: what else is there that one should know: what was passed over, what is empty.
     """
-    names = None if classes is None else read_labels(classes, num_classes, name="classes")
-    return find_pictures(root, num_classes, names, name=name)
+
+    root: Path
+    pictures: tuple[Picture, ...]
+    classes: tuple[str, ...]
+    rule: str
+    notes: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over paths, classes and sizes in bytes; a link to nothing has size -1."""
+        digest = hashlib.sha256()
+        for picture in self.pictures:
+            try:
+                size = (self.root / picture.path).stat().st_size
+            except OSError:
+                size = -1
+            digest.update(f"{picture.path}\0{picture.target}\0{size}\n".encode())
+        return digest.hexdigest()
 
 
-def find_pictures(
-    root: Path, num_classes: int, classes: Sequence[str] | None = None, *, name: str = "images"
-) -> list[Picture]:
-    """Every file of the class folders, sorted by its path.
+def open_images(
+    root: Path,
+    num_classes: int,
+    *,
+    labels: Sequence[str] | None = None,
+    classes: ClassesGiven = None,
+    name: str = "images",
+) -> ImageFolder:
+    """Every file of the class folders; `match_folders` says which class each folder is.
 
-    Class i is the folder that `classes` names there, else the folder that is i-th by name, as in
-    ImageNet. Folders may hold folders. Every file counts as an image, but for hidden ones.
+    Folders may hold folders. Every file counts as an image, but for hidden ones.
 
     Args:
         root: holds a folder for each class, such as n01440764.
         num_classes: classes of the model.
-        classes: the folder of each class.
-        name: what errors call the root.
+        labels: its class names; None where it has none.
+        classes: as for `match_folders`.
+        name: what errors call the root: the option that it was given by.
 
     Raises:
-        ValueError: there are no images, the folders are not the model's classes, or a name cannot
-            be written down.
+        ValueError: there are no images, it is not certain which folder is which class, a folder
+            cannot be read, or a name cannot be written down.
     """
     if not root.is_dir():
         raise ValueError(f"{name}={root} is no folder; give one that holds a folder for each class")
-    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    _check_distinct(classes or ())
-    if classes is None and len(folders) != num_classes:
-        raise ValueError(
-            f"{name}={root} holds {len(folders)} folders, but the model has {num_classes} classes; "
-            "give one for each, or name the folder of every class in a file with --classes"
-        )
-    index = {folder: i for i, folder in enumerate(folders if classes is None else classes)}
-    if unknown := sorted(set(folders) - set(index)):
-        raise ValueError(
-            f"{name}={root} holds the folder {unknown[0]!r}, which is no class of the file; name "
-            "all folders there, or move it away"
-        )
-    pictures = [Picture(path, index[path.split("/", 1)[0]]) for path in _files(root, folders)]
+    found = _Walk(f"{name}={root}", root)
+    match = match_folders(found.name, found.folders, num_classes, labels=labels, classes=classes)
+    found.walk()
+    index = {folder: i for i, folder in enumerate(match.names)}
+    pictures = [Picture(path, index[path.split("/", 1)[0]]) for path in sorted(found.files)]
     if not pictures:
         raise ValueError(f"{name}={root} holds no files in its folders; give the images")
-    return pictures
+    seen = {picture.target for picture in pictures}
+    empty = [match.names[i] for i in range(num_classes) if i not in seen]
+    if empty:
+        found.note(f"{len(empty)} of {num_classes} classes have no images", empty)
+    return ImageFolder(root, tuple(pictures), match.names, match.rule, tuple(found.notes))
 
 
-def fingerprint(root: Path, pictures: Sequence[Picture]) -> str:
-    """SHA-256 over paths, classes and sizes in bytes; a link to nothing has size -1."""
-    digest = hashlib.sha256()
-    for picture in pictures:
-        try:
-            size = (root / picture.path).stat().st_size
-        except OSError:
-            size = -1
-        digest.update(f"{picture.path}\0{picture.target}\0{size}\n".encode())
-    return digest.hexdigest()
+class _Walk:
+    """The files of class folders, and notes about what else is there."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        self.name, self.root = name, root
+        self.files: list[str] = []
+        self.notes: list[str] = []
+        self._hidden: list[str] = []
+        entries = sorted(root.iterdir())
+        self.folders = [p.name for p in entries if p.is_dir() and not p.name.startswith(".")]
+        self._hidden += [p.name for p in entries if p.name.startswith(".")]
+        beside = {p.name for p in entries} - {*self.folders, *self._hidden}
+        if beside:
+            self.note("files beside the class folders are not read", sorted(beside))
+        self._check_targets()
+
+    def walk(self) -> None:
+        """Find the files of all class folders."""
+        inner: list[str] = []
+        for name in self.folders:
+            for folder, below, files in os.walk(
+                self.root / name, followlinks=True, onerror=self._refuse_unreadable
+            ):
+                self._check_no_loop(folder)
+                place = Path(folder).relative_to(self.root)
+                inner += [place.as_posix()] if len(place.parts) > 1 else []
+                hidden = [n for n in (*below, *files) if n.startswith(".")]
+                self._hidden += [(place / n).as_posix() for n in hidden]
+                below[:] = [n for n in below if not n.startswith(".")]
+                self.files += [(place / n).as_posix() for n in files if not n.startswith(".")]
+        for path in self.files:
+            if any("\ud800" <= letter <= "\udfff" for letter in path):
+                raise ValueError(
+                    f"{self.name} holds {path!r}, whose name is no UTF-8 and cannot be written "
+                    "into results; rename it"
+                )
+        if inner:
+            self.note("folders inside class folders count for the class", sorted(inner))
+        if self._hidden:
+            self.note("hidden files and folders are passed over", sorted(self._hidden))
+
+    def note(self, text: str, names: Sequence[str]) -> None:
+        """Say something about some names."""
+        shown = ", ".join(names[:_SHOWN])
+        more = f", ... ({len(names):,} in all)" if len(names) > _SHOWN else ""
+        self.notes.append(f"{text}: {shown}{more}")
+
+    def _check_targets(self) -> None:
+        """Refuse two class folders that are links to one."""
+        first: dict[Path, str] = {}
+        for name in self.folders:
+            other = first.setdefault((self.root / name).resolve(), name)
+            if other != name:
+                raise ValueError(
+                    f"{self.name} holds the class folders {other!r} and {name!r}, which are one "
+                    "folder by a link, so that its images would belong to two classes; remove one"
+                )
+
+    def _refuse_unreadable(self, error: OSError) -> None:
+        raise ValueError(
+            f"{self.name}: the folder {error.filename} cannot be read ({error.strerror}); make it "
+            "readable, or move it away"
+        ) from error
+
+    def _check_no_loop(self, folder: str) -> None:
+        """Refuse a link to a folder that the link itself lies in: it would be walked for ever."""
+        if not os.path.islink(folder):
+            return
+        target = Path(folder).resolve()
+        if any(parent.resolve().is_relative_to(target) for parent in Path(folder).parents):
+            raise ValueError(
+                f"{self.name} holds {folder}, a link to {target}, a folder that it is in; remove it"
+            )
 
 
 def load(files: Sequence[str], spec: Preprocessing) -> Loaded:
@@ -181,44 +258,6 @@ def in_order(
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _check_distinct(classes: Sequence[str]) -> None:
-    first: dict[str, int] = {}
-    for i, name in enumerate(classes):
-        if first.setdefault(name, i) != i:
-            raise ValueError(
-                f"classes: the folder {name!r} is named for the classes {first[name]} and {i}; "
-                "name a folder of its own for each"
-            )
-
-
-def _files(root: Path, folders: Sequence[str]) -> list[str]:
-    found = []
-    for name in folders:
-        for folder, inner, files in os.walk(root / name, followlinks=True):
-            _check_no_loop(root, folder)
-            inner[:] = [n for n in inner if not n.startswith(".")]
-            place = Path(folder).relative_to(root)
-            found += [(place / file).as_posix() for file in files if not file.startswith(".")]
-    for path in found:
-        if any("\ud800" <= letter <= "\udfff" for letter in path):
-            raise ValueError(
-                f"images={root} holds {path!r}, whose name is no UTF-8 and cannot be written into "
-                "results; rename it"
-            )
-    return sorted(found)
-
-
-def _check_no_loop(root: Path, folder: str) -> None:
-    """Refuse a link to a folder that the link itself lies in: it would be walked for ever."""
-    if not os.path.islink(folder):
-        return
-    target = Path(folder).resolve()
-    if any(parent.resolve().is_relative_to(target) for parent in Path(folder).parents):
-        raise ValueError(
-            f"images={root} holds {folder}, a link to {target}, a folder that it is in; remove it"
-        )
 
 
 def _begin_worker() -> None:

@@ -16,13 +16,14 @@ from vssm.artifact.directory import EXPORT_FILES, MODEL_FILE, Artifact, open_art
 from vssm.artifact.manifest import MANIFEST_NAME, Preprocessing
 from vssm.evaluation.classify import class_probabilities
 from vssm.evaluation.data import (
+    ImageFolder,
     Loaded,
     Picture,
-    fingerprint,
     load_in_order,
-    open_pictures,
+    open_images,
     worker_count,
 )
+from vssm.evaluation.folders import ClassesGiven
 from vssm.evaluation.journal import ImageResult, Journal
 from vssm.files.atomic import (
     atomic_write_bytes,
@@ -48,6 +49,8 @@ class EvaluationReport:
 
     Attributes:
         info: what ran.
+        classes: how the folders were matched to the model's classes.
+        notes: what else is in the folder: empty classes, files that were passed over.
         images: files in the folder.
         unreadable: of these, the ones that are no readable images: path and error. They count in
             neither accuracy.
@@ -62,6 +65,8 @@ class EvaluationReport:
     """
 
     info: RuntimeInfo
+    classes: str
+    notes: tuple[str, ...]
     images: int
     unreadable: tuple[tuple[str, str], ...]
     top1: float
@@ -76,9 +81,8 @@ class EvaluationReport:
 
 def evaluate_session(
     session: Session,
-    pictures: Sequence[Picture],
+    folder: ImageFolder,
     *,
-    root: Path,
     spec: Preprocessing,
     journal: Journal,
     batch: int,
@@ -92,13 +96,14 @@ def evaluate_session(
         ValueError: logits are not finite, or no image can be read.
         ArtifactError: a file cannot be written.
     """
+    pictures = folder.pictures
     batches = [pictures[i : i + batch] for i in range(0, len(pictures), batch)]
     tally = _Tally()
     for some, rows in zip(batches, journal.done, strict=False):
         tally.add(some, rows)
     left, resumed = batches[len(journal.done) :], tally.images
     start = time.perf_counter()
-    files = [[str(root / p.path) for p in some] for some in left]
+    files = [[str(folder.root / p.path) for p in some] for some in left]
     for some, loaded in zip(left, load_in_order(files, spec, workers=workers), strict=True):
         journal.append(rows := list(_rows(session, some, loaded)))
         tally.add(some, rows)
@@ -109,6 +114,8 @@ def evaluate_session(
     first, five = tally.shares()
     return EvaluationReport(
         info=session.info,
+        classes=folder.rule,
+        notes=folder.notes,
         images=tally.images,
         unreadable=tuple(tally.unreadable),
         top1=first,
@@ -197,7 +204,7 @@ def evaluate(
     threads: int | None = None,
     batch: int = 32,
     workers: int | None = None,
-    classes: str | os.PathLike[str] | None = None,
+    classes: ClassesGiven = None,
     results: str | os.PathLike[str] | None = None,
     restart: bool = False,
     progress: Progress = lambda _: None,
@@ -215,14 +222,16 @@ def evaluate(
         threads: as for `open_session`.
         batch: images of one run.
         workers: processes that load images; 0 for this one alone; None for up to four.
-        classes: file that names the folder of each class, as `read_labels` takes it; None: sorted.
+        classes: file that names the folder of each class, as `read_labels` takes it; "numeric" or
+            "text": the order of their names; None: by the export's labels, else by name, where
+            that is certain (docs/evaluate.md).
         results: CSV file with a row for each image; None for evaluate.csv in the export.
         restart: begin anew, whatever an interrupted evaluation has left.
         progress: called with a line of text after every batch.
 
     Raises:
-        ValueError: an argument is out of its range, the folders are not the classes, or no image
-            can be read.
+        ValueError: an argument is out of its range, it is not certain which folder is
+            which class, or no image can be read.
         ArtifactError: the export was changed, a file cannot be written, or what an interrupted
             evaluation left is of another one.
         RuntimeUnavailableError, UnsupportedError: as for `open_session`.
@@ -230,17 +239,19 @@ def evaluate(
     if batch < 1:
         raise ValueError(f"batch={batch} is below 1; give the number of images of a run")
     workers = worker_count(workers)
-    opened, root = open_artifact(artifact, only=(MODEL_FILE,)), Path(images)
+    opened = open_artifact(artifact, only=(MODEL_FILE,))
     spec = _preprocessing(opened)
     target = opened.directory / RESULTS_FILE if results is None else Path(results)
     summary = _summary_of(target, opened)
     num_classes = int(opened.manifest.outputs[0].shape[1])
-    pictures = open_pictures(root, num_classes, None if classes is None else Path(classes))
+    labels = opened.manifest.labels
+    folder = open_images(Path(images), num_classes, labels=labels, classes=classes)
     with open_session(opened, runtime, backend=backend, threads=threads) as session:
         header = {
             **{key: str(value) for key, value in asdict(session.info).items()},
             "model": sha256_of(opened.directory / MANIFEST_NAME),
-            "images": fingerprint(root, pictures),
+            "images": folder.fingerprint(),
+            "classes": folder.rule,
             "batch": str(batch),
         }
         path = target.with_name(f"{target.name}.journal")
@@ -249,8 +260,7 @@ def evaluate(
                 discard_unfinished(file)
             report = evaluate_session(
                 session,
-                pictures,
-                root=root,
+                folder,
                 spec=spec,
                 journal=journal,
                 batch=batch,

@@ -58,7 +58,7 @@ def export(
         inline: also write model.inlined.onnx, without functions, for runtimes that read none.
         weights: also write weights.safetensors, the oracle of `vssm check`.
         preprocessing: how images become inputs; None for the official evaluation at this size.
-        labels: a name for every class.
+        labels: a name for every class; None for those that came with the checkpoint, if any.
         force: replace the export that `directory` holds.
 
     Raises:
@@ -68,6 +68,7 @@ def export(
         UnsupportedError: the schedule has no exported form (alignment "masked").
         ArtifactError: the directory cannot be written, or holds an export and not `force`.
     """
+    labels = getattr(model, "labels", None) if labels is None else labels
     _refuse(model, dtype, opset, labels)
     initial = _initial_weights(model)
     with staged_export(directory, force=force) as staging:
@@ -79,7 +80,7 @@ def export(
         if weights:
             state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
             wide = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-            save_safetensors(wide, staging / WEIGHTS_FILE)
+            save_safetensors(wide, staging / WEIGHTS_FILE, labels=labels)
         manifest = describe_export(
             model,
             proto,

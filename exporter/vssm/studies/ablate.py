@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vssm._version import __version__
 from vssm.errors import UnsupportedError
-from vssm.evaluation.data import Picture, fingerprint, load_in_order, open_pictures
+from vssm.evaluation.data import ImageFolder, load_in_order, open_images
 from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory, sha256_of
 from vssm.files.json import write_json
@@ -82,23 +82,28 @@ def ablate(
         )
     plan = _plan(opened[0].name, schedule, options)
     runs = [*zero_shot_runs(plan, len(opened)), *given_runs(plan, options.finetuned)]
-    pictures = open_pictures(images, int(opened[0].config["num_classes"]), options.classes)
-    facts = _facts(opened, schedule, options, images, len(pictures))
-    facts |= _training_facts(options, plan, opened)
+    folder = open_images(
+        images,
+        int(opened[0].config["num_classes"]),
+        labels=opened[0].labels,
+        classes=options.classes,
+    )
+    facts = _facts(opened, schedule, options, folder)
+    facts |= _training_facts(options, plan, opened, folder)
     make_directory(output)
     check_writable(output / TABLES)
     ready = _models(runs, opened, options)  # before the training, which takes long
     trained, left_out = Trainer(source, opened, options, output, progress).runs(plan)
     ready = ready.joined(_models(trained, opened, options), left_out)
     runs = [run for run in (*runs, *trained) if run.key in ready.models]
-    header = _header(opened, schedule, runs, options, fingerprint(images, pictures))
+    header = _header(opened, schedule, runs, options, folder)
     path = output / f"{NUMBERS}.journal"
     with AblationJournal(path, header, restart=options.restart) as journal:
-        batches = _batches(images, pictures, opened[0], options, done=len(journal.done))
+        batches = _batches(folder, opened[0], options, done=len(journal.done))
         outcomes = measure(
             ready.models,
             batches,
-            total=len(pictures),
+            total=len(folder.pictures),
             device=options.device,
             journal=journal,
             progress=progress,
@@ -157,7 +162,7 @@ def _header(
     schedule: PruneSchedule,
     runs: Sequence[Run],
     options: AblationOptions,
-    images: str,
+    folder: ImageFolder,
 ) -> dict[str, str]:
     """What must be the same when a stopped ablation goes on."""
     from vssm.checkpoints.load import state_digest
@@ -171,7 +176,8 @@ def _header(
         "schedule": repr(schedule),
         "runs": "; ".join(run.key for run in runs),
         "fine-tuned": "; ".join(tuned),
-        "images": images,
+        "images": folder.fingerprint(),
+        "classes": folder.rule,
         "preprocessing": repr(opened[0].preprocessing),
         "batch": str(options.batch),
         "backend": options.backend,
@@ -181,8 +187,7 @@ def _header(
 
 
 def _batches(
-    root: Path,
-    pictures: Sequence[Picture],
+    folder: ImageFolder,
     source: LoadedSource,
     options: AblationOptions,
     *,
@@ -190,8 +195,9 @@ def _batches(
 ) -> Iterator[tuple[Any, list[int], list[tuple[str, str]]]]:
     """Images, classes and what cannot be read of every batch that is not done."""
     size = options.batch
+    pictures = folder.pictures
     batches = [pictures[i : i + size] for i in range(0, len(pictures), size)][done:]
-    files = [[str(root / p.path) for p in some] for some in batches]
+    files = [[str(folder.root / p.path) for p in some] for some in batches]
     loaded = load_in_order(files, source.preprocessing, workers=options.workers)
     for some, batch in zip(batches, loaded, strict=True):
         pairs = list(zip(some, batch.errors, strict=True))
@@ -230,8 +236,7 @@ def _facts(
     opened: Sequence[LoadedSource],
     schedule: PruneSchedule,
     options: AblationOptions,
-    images: Path,
-    count: int,
+    folder: ImageFolder,
 ) -> dict[str, str]:
     from vssm.studies.measure import machine
 
@@ -240,22 +245,21 @@ def _facts(
         "model": opened[0].name,
         "weights": ", ".join(one.weights for one in opened),
         "kept": pruned,
-        "images": f"{count:,} in {images}",
+        "images": f"{len(folder.pictures):,} in {folder.root}",
+        "classes": "; ".join((folder.rule, *folder.notes)),
         "ran": f"{machine(options.device)}, backend {options.backend}, batch {options.batch}",
         "images/s": "median over the full batches but a call's first, model alone, runs in turn",
     }
 
 
 def _training_facts(
-    options: AblationOptions, plan: Plan, opened: Sequence[LoadedSource]
+    options: AblationOptions, plan: Plan, opened: Sequence[LoadedSource], tested: ImageFolder
 ) -> dict[str, str]:
     """What is trained; refuses what could only fail later."""
     training = options.training
     if training is None:
         return {}
-    images = check_training(
-        training, plan, opened, classes=options.classes, given=options.finetuned
-    )
+    images = check_training(training, plan, opened, options, tested)
     numbers, usual = asdict(training.recipe), asdict(Recipe())
     changed = [f"{k}={v}" for k, v in numbers.items() if k != "seed" and v != usual[k]]
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -56,7 +57,8 @@ class AblationOptions:
         ratios: keep ratios in (0, 1] of the sweep, as text.
         batch: images of a run.
         workers: processes that load images; 0 for this one alone.
-        classes: file that names the folder of each class, as `read_labels` takes it; None: sorted.
+        classes: which folder is which class, as for `evaluate`; None: by the model's labels, else
+            by name, where that is certain.
         backend: "auto", "reference" or "kernel", as `VisionModel.use_backend` takes it.
         device: "cpu" or "cuda".
         checkpoints: further checkpoints of the same model, as from other seeds: every row runs
@@ -73,7 +75,7 @@ class AblationOptions:
     ratios: Sequence[str] = ("0.9", "0.8", "0.7", "0.6", "0.5")
     batch: int = 32
     workers: int = 0
-    classes: Path | None = None
+    classes: str | os.PathLike[str] | None = None
     backend: str = "auto"
     device: str = "cpu"
     checkpoints: Sequence[Path] = ()

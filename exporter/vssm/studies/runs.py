@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vssm.errors import UnsupportedError
-from vssm.evaluation.data import open_pictures
+from vssm.evaluation.data import ImageFolder, open_images
 from vssm.studies.plan import AblationOptions, AblationTraining
 from vssm.studies.source import LoadedSource, load_source
 from vssm.training.request import FinetuneRequest, ModelSource, Resources
@@ -34,7 +34,15 @@ def open_checkpoints(source: ModelSource, more: Sequence[Path]) -> list[LoadedSo
         raise ValueError(
             f"checkpoints={more[0]} and no checkpoint before them; give the first as the model's"
         )
-    return [load_source(one) for one in _with_checkpoints(source, more)]
+    opened = [load_source(one) for one in _with_checkpoints(source, more)]
+    for one in opened[1:]:
+        if one.labels != opened[0].labels:
+            raise ValueError(
+                f"checkpoints={one.weights} and {opened[0].weights} name their classes "
+                "differently, so that one folder would be two classes; give checkpoints that were "
+                "trained on the same classes"
+            )
+    return opened
 
 
 def zero_shot_runs(plan: Plan, checkpoints: int) -> list[Run]:
@@ -69,9 +77,8 @@ def check_training(
     training: AblationTraining,
     plan: Plan,
     subjects: Sequence[LoadedSource],
-    *,
-    classes: Path | None,
-    given: Mapping[str, Sequence[Path]],
+    options: AblationOptions,
+    tested: ImageFolder,
 ) -> int:
     """Refuse before the first step what could only fail later; the number of images comes back.
 
@@ -79,7 +86,7 @@ def check_training(
         ValueError: an argument does not fit.
     """
     _check_keys("finetune", training.variants, plan)
-    if both := [key for key in training.variants if key in given]:
+    if both := [key for key in training.variants if key in options.finetuned]:
         raise ValueError(
             f"finetune={both[0]!r} is trained here and given by --finetuned; leave one of them out"
         )
@@ -99,7 +106,22 @@ def check_training(
             f"recipe: distil={training.recipe.distil} makes the dense model the teacher, so it "
             "cannot be trained by it; leave dense out of --finetune"
         )
-    images = len(open_pictures(training.data, num_classes, classes, name="train"))
+    folder = open_images(
+        training.data,
+        num_classes,
+        labels=subjects[0].labels,
+        classes=options.classes,
+        name="train",
+    )
+    pairs = enumerate(zip(folder.classes, tested.classes, strict=True))
+    odd = [(i, ours, theirs) for i, (ours, theirs) in pairs if ours != theirs]
+    if odd:
+        raise ValueError(
+            f"train={training.data}: the folder of class {odd[0][0]} is {odd[0][1]!r} there and "
+            f"{odd[0][2]!r} in images={tested.root}; give both the same folders, or name those of "
+            "both in a file with --classes"
+        )
+    images = len(folder.pictures)
     if images < training.recipe.batch:
         raise ValueError(
             f"recipe: batch={training.recipe.batch} is more than the {images} images of train="
@@ -169,7 +191,7 @@ class Trainer:
 
         file = self.output / FOLDER / _START
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_safetensors(self.opened[0].state, file)
+        save_safetensors(self.opened[0].state, file, labels=self.opened[0].labels)
         return file
 
     def _train(

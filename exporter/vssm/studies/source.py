@@ -27,7 +27,7 @@ class LoadedSource:
         weights: where they come from, for reports.
         schedule: how to prune; None for the dense model.
         preprocessing: how images are prepared.
-        labels: class names, where the export has them.
+        labels: class names, where the export or the checkpoint has them.
     """
 
     name: str
@@ -85,7 +85,7 @@ def _by_name(source: ModelSource) -> LoadedSource:
         "seeded initial weights" if source.checkpoint is None else str(source.checkpoint),
         _schedule(source, source.name),
         Preprocessing.for_image_size(model.image_size),
-        None,
+        model.labels,
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from typing_extensions import Self
 
 from vssm.errors import RuntimeUnavailableError, VssmError
-from vssm.evaluation.data import Picture, in_order
+from vssm.evaluation.data import ImageFolder, in_order
 from vssm.models.base import VisionModel
 from vssm.training.augment import Example, load_batch
 from vssm.training.log import LogRow, RunLog
@@ -117,8 +117,7 @@ class TrainingRun:
 
     Attributes:
         recipe: the numbers.
-        root: folder of the images.
-        pictures: the images and their classes.
+        folder: the images and their classes.
         directory: for the state and the log.
         header: what must be the same when the run goes on.
         workers: processes that load images, for each process that trains.
@@ -128,8 +127,7 @@ class TrainingRun:
     """
 
     recipe: Recipe
-    root: Path
-    pictures: Sequence[Picture]
+    folder: ImageFolder
     directory: Path
     header: Mapping[str, str]
     workers: int
@@ -139,7 +137,7 @@ class TrainingRun:
     @property
     def steps_per_epoch(self) -> int:
         """Steps of an epoch."""
-        return self.recipe.steps(len(self.pictures))
+        return self.recipe.steps(len(self.folder.pictures))
 
     @property
     def steps(self) -> int:
@@ -217,7 +215,7 @@ def train(
     losses = [math.nan] if log is None else log.losses(run.steps_per_epoch)
     done = state.step - resumed
     return state, Trained(
-        images=len(run.pictures),
+        images=len(run.folder.pictures),
         steps=run.steps,
         resumed=resumed,
         loss=sum(losses) / len(losses),
@@ -246,13 +244,14 @@ def _shares(run: TrainingRun, group: Group, first: int) -> Iterator[list[tuple[E
     """The images that this process has of every step, with their classes."""
     per_epoch, batch = run.steps_per_epoch, run.recipe.batch
     for epoch in range(first // per_epoch, run.recipe.epochs):
-        order = run.recipe.order(epoch, len(run.pictures))
+        order = run.recipe.order(epoch, len(run.folder.pictures))
         for step in range(max(0, first - epoch * per_epoch), per_epoch):
             chosen = enumerate(order[step], start=step * batch)
             mine = list(chosen)[group.rank :: group.world]
-            pictures = [(place, run.pictures[index]) for place, index in mine]
+            pictures = [(place, run.folder.pictures[index]) for place, index in mine]
             yield [
-                (Example(str(run.root / p.path), epoch, place), p.target) for place, p in pictures
+                (Example(str(run.folder.root / p.path), epoch, place), p.target)
+                for place, p in pictures
             ]
 
 

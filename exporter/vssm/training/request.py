@@ -5,6 +5,7 @@ What contradicts itself is refused here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,7 +172,8 @@ class FinetuneRequest:
         data: folder of images, laid out as ImageNet's training set.
         output: directory for the weights, the state and the log.
         recipe: the numbers.
-        classes: file that names the folder of each class; None: sorted by name.
+        classes: which folder is which class, as for `evaluate`; None: by the labels that the
+            checkpoint has, else by name, where that is certain.
         resume: go on where the stopped run in `output` ended; refused where there is none.
         resources: how it is laid out.
 
@@ -183,7 +185,7 @@ class FinetuneRequest:
     data: Path
     output: Path
     recipe: Recipe = field(default_factory=Recipe)
-    classes: Path | None = None
+    classes: str | os.PathLike[str] | None = None
     resume: bool = False
     resources: Resources = field(default_factory=Resources)
 

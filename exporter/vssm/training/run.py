@@ -13,7 +13,7 @@ import torch
 from vssm._version import __version__
 from vssm.checkpoints.load import load_checkpoint
 from vssm.errors import ArtifactError
-from vssm.evaluation.data import fingerprint, open_pictures, worker_count
+from vssm.evaluation.data import open_images, worker_count
 from vssm.extras import is_installed
 from vssm.files.atomic import make_directory, sha256_of
 from vssm.files.json import write_json
@@ -49,11 +49,13 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Trai
     """What to do, and what must be the same when it goes on.
 
     Raises:
-        ValueError: the folders are not the classes, or the batch does not fit.
+        ValueError: it is not certain which folder is which class, or the batch does not fit.
     """
     recipe, resources = request.recipe, request.resources
-    pictures = open_pictures(request.data, model.num_classes, request.classes, name="data")
-    recipe.steps(len(pictures))  # refuses a batch that is larger than the data set
+    folder = open_images(
+        request.data, model.num_classes, labels=model.labels, classes=request.classes, name="data"
+    )
+    recipe.steps(len(folder.pictures))  # refuses a batch that is larger than the data set
     pairs = recipe.mixup > 0 or recipe.cutmix > 0
     if recipe.batch % (group.world * (2 if pairs else 1)):
         raise ValueError(
@@ -69,7 +71,8 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Trai
         "tokens": request.source.tokens,
         "checkpoint": "none" if model.checkpoint is None else model.checkpoint.sha256,
         "weights": request.source.weights,
-        "images": fingerprint(request.data, pictures),
+        "images": folder.fingerprint(),
+        "classes": folder.rule,
         "processes": str(group.world),
         "device": group.device.type,
         "threads": str(torch.get_num_threads()),
@@ -80,8 +83,7 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Trai
     }
     return TrainingRun(
         recipe=recipe,
-        root=request.data,
-        pictures=pictures,
+        folder=folder,
         directory=request.output,
         header=header,
         workers=worker_count(resources.workers),
@@ -131,7 +133,11 @@ class FinetuneReport:
         ema: file of the averaged weights.
         ema_sha256: of that file.
         trained: steps, loss and speed.
-        run: what was trained from what on what: model, schedule, data, recipe, versions.
+        run: what was trained from what on what: model, schedule, data, recipe, versions, and how
+            folders were matched to classes.
+        classes: by class, the folder that its images came from. The files of weights name their
+            classes so, unless the checkpoint had names for them.
+        notes: what else is in the folder: empty classes, files that were passed over.
         tensorboard: whether a TensorBoard log was written; the package is optional.
     """
 
@@ -141,6 +147,8 @@ class FinetuneReport:
     ema_sha256: str
     trained: Trained
     run: Mapping[str, str]
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
     tensorboard: bool
 
 
@@ -212,8 +220,10 @@ def _write(
     from vssm.checkpoints.load import save_safetensors
 
     weights, ema = directory / WEIGHTS_FILE, directory / EMA_FILE
-    save_safetensors(state.model.state_dict(), weights)
-    save_safetensors(state.ema, ema)
+    # Whoever evaluates or trains on matches folders by these names, not by their order.
+    labels = getattr(state.model, "labels", None) or run.folder.classes
+    save_safetensors(state.model.state_dict(), weights, labels=labels)
+    save_safetensors(state.ema, ema, labels=labels)
     report = FinetuneReport(
         weights=str(weights),
         sha256=sha256_of(weights),
@@ -221,6 +231,8 @@ def _write(
         ema_sha256=sha256_of(ema),
         trained=trained,
         run=run.header,
+        classes=run.folder.classes,
+        notes=run.folder.notes,
         tensorboard=tensorboard,
     )
     write_json(directory / REPORT_FILE, report)
