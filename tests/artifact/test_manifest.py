@@ -105,10 +105,11 @@ def test_schedule_blocks_come_back_in_order():
 def changed(path: str, value) -> str:
     """JSON text of MANIFEST with one field set, or deleted where value is `...`."""
     data = json.loads(manifest_to_json(MANIFEST))
-    *parents, last = [int(p) if p.isdigit() else p for p in path.split("/")]
+    *parents, last = path.split("/")
     target = data
     for parent in parents:
-        target = target[parent]
+        target = target[int(parent) if isinstance(target, list) else parent]
+    last = int(last) if isinstance(target, list) else last
     if value is ...:
         del target[last]
     else:
@@ -149,7 +150,22 @@ def changed(path: str, value) -> str:
         ("outputs", {}, "outputs={} must be a list"),
         ("outputs/0", 1, r"outputs\[0\]=1 must be an object"),
         ("block_outputs/0/block", 0, r"block_outputs\[0\]\.block=0 must be at least 1"),
-        ("block_outputs/1/residual", "", r"block_outputs\[1\]\.residual='' must be a text"),
+        ("block_outputs/1/residual", "", r"block_outputs\[1\]\.residual='' must be a name"),
+        ("inputs/0/name", "", r"inputs\[0\]\.name='' must be a name"),
+        ("outputs/0/name", 'a"\nbackend: "evil', r"outputs\[0\]\.name=.* must be a name"),
+        ("outputs/0/name", "a b", r"outputs\[0\]\.name='a b' must be a name"),
+        ("outputs/0/name", "a" * 129, r"outputs\[0\]\.name=.* must be a name of at most 128"),
+        ("outputs/0/name", "größe.0/x:1", None),
+        ("block_outputs/0/hidden", "a\u202eb", r"hidden=.* must be a name"),
+        ("name", "x\x1b[31m", r"name=.* must be a text of at most 256 .* visible"),
+        ("name", "\udc80", r"name=.* must be a text .* visible"),
+        ("name", "x" * 257, "name=.* must be a text of at most 256"),
+        ("labels/1", "a\nb", r"labels\[1\]=.* must be a text .* visible"),
+        ("labels/1", "a\u200bb", r"labels\[1\]=.* must be a text .* visible"),
+        ("labels/1", "x" * 1025, r"labels\[1\]=.* must be a text of at most 1024"),
+        ("labels/1", 'Weiße Maus, "Mickey" & Söhne', None),
+        ("files", {"a\x1bb": HASH}, "files has the key"),
+        ("operators", {"\u202e": 1}, "operators has the key"),
         ("labels", ["a", "b"], "labels has 2 names for 3 classes"),
         ("labels/1", None, r"labels\[1\]=None must be a text"),
         ("preprocessing/resize", 223, r"preprocessing.resize=223 must be in \[224, 65536\]"),
@@ -182,6 +198,13 @@ def test_every_wrong_field_is_named(tmp_path, path, value, message):
         read_manifest(tmp_path)
     assert str(tmp_path / "model.json") in str(caught.value)
     assert "; export the model again" in str(caught.value)
+
+
+def test_a_key_that_comes_twice(tmp_path):
+    text = manifest_to_json(MANIFEST).replace('"dtype": "float16"', '"dtype": "x", "dtype": "y"')
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(ArtifactError, match="the key 'dtype' comes twice in one object"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +251,8 @@ def test_a_directory_that_is_no_export(tmp_path):
         {"config": {"x": float("nan")}},
         {"files": {"a/b": HASH}},
         {"labels": ("one",)},
+        {"outputs": (TensorInfo("a\nb", "float32", ("batch", 3)),)},
+        {"name": "\udc80"},
         {"preprocessing": Preprocessing(resize=10, crop=(224, 224))},
     ],
     ids=str,

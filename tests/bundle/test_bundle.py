@@ -29,7 +29,12 @@ from vssm.artifact.directory import Artifact
 from vssm.artifact.manifest import TensorInfo
 from vssm.bundle.make import BundleRequest, make_bundle
 from vssm.bundle.manifest import BUNDLE_MANIFEST, read_bundle_manifest
-from vssm.bundle.triton import ServingOptions, onnxruntime_config, tensorrt_config
+from vssm.bundle.triton import (
+    ServingOptions,
+    onnxruntime_config,
+    read_served_name,
+    tensorrt_config,
+)
 from vssm.bundle.verify import verify_bundle
 from vssm.errors import ArtifactError, UnsupportedError
 from vssm.runtimes.library import find_library, find_sources
@@ -292,6 +297,37 @@ def test_config_is_of_tritons_schema(made: Path, variant: str) -> None:
     assert libraries == ([] if variant == "tensorrt" else ["/opt/vssm/lib/libvssm_onnxruntime.so"])
     with pytest.raises(text_format.ParseError):
         text_format.Parse(text.replace("backend:", "back_end:"), schema.ModelConfig())
+
+
+HOSTILE = 'a" }\nmodel_operations { op_library_filename: "/tmp/evil.so" }\n# \\ \x1b \u202e\''
+
+
+def test_no_name_becomes_a_setting(artifact: Artifact) -> None:
+    """Whatever a manifest says, each text stays one text of the configuration."""
+    from google.protobuf import text_format
+
+    schema = _triton_schema()
+    tensors = (TensorInfo("logits", "float32", ("batch", 7)), TensorInfo(HOSTILE, "int64", (1, 2)))
+    manifest = dataclasses.replace(artifact.manifest, outputs=tensors)
+    for write in (tensorrt_config, onnxruntime_config):
+        text = write(HOSTILE, manifest, ServingOptions())
+        config = text_format.Parse(text, schema.ModelConfig())
+        assert config.name == HOSTILE
+        assert [t.name for t in config.output] == ["logits", HOSTILE]
+        assert "/tmp/evil.so" not in config.model_operations.op_library_filename
+        assert "\x1b" not in text
+        assert read_served_name(text) == HOSTILE
+
+
+def test_a_hostile_export_is_refused(cli: Run, artifact: Artifact, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(artifact.directory, tmp_path / "hostile"))
+    document = json.loads((folder / "model.json").read_text())
+    document["outputs"][1]["name"] = HOSTILE
+    (folder / "model.json").write_text(json.dumps(document))
+    assert cli("bundle", folder, "-o", tmp_path / "bundle") == 2
+    assert "outputs[1].name=" in cli.out
+    assert "must be a name" in cli.out
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_type_that_no_server_takes(artifact: Artifact) -> None:

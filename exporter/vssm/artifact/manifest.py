@@ -132,6 +132,8 @@ INTERPOLATIONS: Final = ("bicubic", "bilinear", "nearest")
 TENSOR_TYPES: Final = (*FLOAT_TYPES, "int64", "int32")
 WEIGHTS: Final = ("checkpoint", "initial", "custom")
 BATCH: Final = "batch"
+_LONGEST_NAME: Final = 256
+_LONGEST_LABEL: Final = 1024
 _MAX_SIDE: Final = 1 << 16
 _MIN_SEED: Final = -(1 << 63)
 
@@ -227,7 +229,7 @@ def manifest_from_json(text: str) -> Manifest:
     root = Node.parse(text)
     version = root.at("format_version").format_version(FORMAT_VERSION)
     manifest = Manifest(
-        name=root.at("name").text(),
+        name=root.at("name").text(_LONGEST_NAME),
         config=root.at("config").mapping(),
         inputs=tuple(_tensor(node) for node in root.at("inputs").items(at_least=1)),
         outputs=tuple(_tensor(node) for node in root.at("outputs").items(at_least=1)),
@@ -235,13 +237,15 @@ def manifest_from_json(text: str) -> Manifest:
         opset=root.at("opset").integer(18),
         files={n: node.sha256() for n, node in root.at("files").entries(file_names=True)},
         operators={n: node.integer(1) for n, node in root.at("operators").entries()},
-        versions={n: node.text() for n, node in root.at("versions").entries()},
+        versions={n: node.text(_LONGEST_NAME) for n, node in root.at("versions").entries()},
         weights=root.at("weights").choice(WEIGHTS),
         schedule=root.at("schedule").optional(_schedule),
         block_outputs=tuple(_block_output(node) for node in root.at("block_outputs").items()),
         preprocessing=root.at("preprocessing").optional(_preprocessing),
         checkpoint=root.at("checkpoint").optional(_checkpoint),
-        labels=root.at("labels").optional(lambda n: tuple(i.text() for i in n.items())),
+        labels=root.at("labels").optional(
+            lambda n: tuple(i.text(_LONGEST_LABEL) for i in n.items())
+        ),
         format_version=version,
     )
     _check_together(manifest)
@@ -252,12 +256,12 @@ def _tensor(node: Node) -> TensorInfo:
     shape: list[int | str] = []
     for axis, size in enumerate(node.at("shape").items()):
         shape.append(BATCH if axis == 0 and size.value == BATCH else size.integer(1))
-    return TensorInfo(node.at("name").text(), node.at("dtype").choice(TENSOR_TYPES), tuple(shape))
+    return TensorInfo(node.at("name").name(), node.at("dtype").choice(TENSOR_TYPES), tuple(shape))
 
 
 def _block_output(node: Node) -> BlockOutput:
-    residual = node.at("residual").optional(Node.text)
-    return BlockOutput(node.at("block").integer(1), node.at("hidden").text(), residual)
+    residual = node.at("residual").optional(Node.name)
+    return BlockOutput(node.at("block").integer(1), node.at("hidden").name(), residual)
 
 
 def _preprocessing(node: Node) -> Preprocessing:

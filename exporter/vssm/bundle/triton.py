@@ -1,16 +1,56 @@
-"""config.pbtxt of a Triton model repository, from model.json; no server and no protobuf needed."""
+"""config.pbtxt of a Triton model repository, from model.json; no server needed.
+
+The file is built as a message and written by protobuf's own printer, which quotes every text: no
+name can end its quotes and become a setting. It is read back before anything is written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
+
+from google.protobuf import text_format
 
 from vssm.artifact.manifest import Manifest, TensorInfo
 from vssm.errors import UnsupportedError
+from vssm.files.messages import message_types
 
 SERVED_LIBRARY: Final = "/opt/vssm/lib/libvssm_onnxruntime.so"  # where the Dockerfile puts it
 _TYPES: Final = {"float32": "TYPE_FP32", "int64": "TYPE_INT64", "int32": "TYPE_INT32"}
+# The fields that we write, numbered as in Triton's model_config.proto
+# (https://github.com/triton-inference-server/common, protobuf/model_config.proto).
+_SCHEMA: Final = message_types(
+    "triton",
+    {
+        "Input": {"name": (1, "string"), "data_type": (2, "DataType"), "dims": (4, "int64*")},
+        "Output": {
+            "name": (1, "string"),
+            "data_type": (2, "DataType"),
+            "dims": (3, "int64*"),
+            "label_filename": (4, "string"),
+        },
+        "Group": {"count": (2, "int32"), "kind": (4, "Kind")},
+        "Batching": {
+            "preferred_batch_size": (1, "int32*"),
+            "max_queue_delay_microseconds": (2, "uint64"),
+        },
+        "Operations": {"op_library_filename": (1, "string*")},
+        "ModelConfig": {
+            "name": (1, "string"),
+            "max_batch_size": (4, "int32"),
+            "input": (5, "Input*"),
+            "output": (6, "Output*"),
+            "instance_group": (7, "Group*"),
+            "dynamic_batching": (11, "Batching"),
+            "backend": (17, "string"),
+            "model_operations": (18, "Operations"),
+        },
+    },
+    DataType={"TYPE_INVALID": 0, "TYPE_INT32": 8, "TYPE_INT64": 9, "TYPE_FP32": 11},
+    Kind={"KIND_AUTO": 0, "KIND_GPU": 1, "KIND_CPU": 2},
+)
+_CONFIG: Final = _SCHEMA["ModelConfig"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +70,7 @@ class ServingOptions:
 
 def tensorrt_config(name: str, manifest: Manifest, options: ServingOptions) -> str:
     """config.pbtxt of the TensorRT variant: 1/model.plan, on every GPU."""
-    return _config(name, manifest, options, backend="tensorrt", kind="KIND_GPU")
+    return _printed(_config(name, manifest, options, backend="tensorrt", kind="KIND_GPU"))
 
 
 def onnxruntime_config(name: str, manifest: Manifest, options: ServingOptions) -> str:
@@ -38,39 +78,57 @@ def onnxruntime_config(name: str, manifest: Manifest, options: ServingOptions) -
 
     The library's path is absolute, as the server hands it to the dynamic loader unchanged.
     """
-    library = f'model_operations {{\n  op_library_filename: "{SERVED_LIBRARY}"\n}}\n'
-    return _config(name, manifest, options, backend="onnxruntime", kind="KIND_CPU") + library
+    config = _config(name, manifest, options, backend="onnxruntime", kind="KIND_CPU")
+    config["model_operations"] = {"op_library_filename": [SERVED_LIBRARY]}
+    return _printed(config)
+
+
+def read_served_name(text: str) -> str:
+    """The model's name in a config.pbtxt of ours.
+
+    Raises:
+        ValueError: it is not the text of such a file.
+    """
+    try:
+        return str(text_format.Parse(text, _CONFIG()).name)
+    except text_format.ParseError as error:
+        raise ValueError(f"config.pbtxt cannot be read ({error})") from error
 
 
 def _config(
     name: str, manifest: Manifest, options: ServingOptions, *, backend: str, kind: str
-) -> str:
+) -> dict[str, Any]:
     _, opt, high = options.batch
-    preferred = ", ".join(map(str, sorted({opt, high})))
-    return (
-        f'name: "{name}"\nbackend: "{backend}"\nmax_batch_size: {high}\n'
-        f"{_tensors('input', manifest.inputs)}{_tensors('output', manifest.outputs)}"
-        f"instance_group [\n  {{\n    count: {options.instances}\n    kind: {kind}\n  }}\n]\n"
-        f"dynamic_batching {{\n  preferred_batch_size: [{preferred}]\n"
-        f"  max_queue_delay_microseconds: {options.queue_us}\n}}\n"
-    )
+    return {
+        "name": name,
+        "backend": backend,
+        "max_batch_size": high,
+        "input": list(_tensors("input", manifest.inputs)),
+        "output": list(_tensors("output", manifest.outputs)),
+        "instance_group": [{"count": options.instances, "kind": kind}],
+        "dynamic_batching": {
+            "preferred_batch_size": sorted({opt, high}),
+            "max_queue_delay_microseconds": options.queue_us,
+        },
+    }
 
 
-def _tensors(field: str, tensors: Sequence[TensorInfo]) -> str:
-    blocks = []
+def _tensors(field: str, tensors: Sequence[TensorInfo]) -> Iterator[dict[str, Any]]:
     for tensor in tensors:
         if tensor.dtype not in _TYPES:
             raise UnsupportedError(
                 f"{field} {tensor.name} is of type {tensor.dtype}, which no served tensor has; "
                 "export the model with this vssm"
             )
-        sizes = ", ".join(map(str, tensor.shape[1:]))
-        lines = [
-            f'name: "{tensor.name}"',
-            f"data_type: {_TYPES[tensor.dtype]}",
-            f"dims: [{sizes}]",
-        ]
+        found = {"name": tensor.name, "data_type": _TYPES[tensor.dtype], "dims": tensor.shape[1:]}
         if tensor.name == "logits":
-            lines.append('label_filename: "labels.txt"')
-        blocks.append("  {\n    " + "\n    ".join(lines) + "\n  }")
-    return f"{field} [\n" + ",\n".join(blocks) + "\n]\n"
+            found["label_filename"] = "labels.txt"
+        yield found
+
+
+def _printed(fields: dict[str, Any]) -> str:
+    message = _CONFIG(**fields)
+    text = str(text_format.MessageToString(message))
+    if text_format.Parse(text, _CONFIG()) != message:
+        raise AssertionError("config.pbtxt does not say what it was made of")
+    return text

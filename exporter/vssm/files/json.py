@@ -7,12 +7,14 @@ import decimal
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
 
 from vssm.files.atomic import atomic_write_bytes
+from vssm.files.text import is_plain, shown
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -36,6 +38,7 @@ def _plain(value: Any) -> Any:
 
 _Result = TypeVar("_Result")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"\w[\w.:/-]{0,127}")
 _DECIMAL = re.compile(r"[0-9]{1,9}(\.[0-9]{1,30})?")
 
 
@@ -52,8 +55,14 @@ class Node:
 
     @classmethod
     def parse(cls, text: str) -> Node:
-        """The root of a JSON text; NaN and Infinity, which JSON lacks, are refused."""
-        return cls(json.loads(text, parse_constant=_refuse_constant))
+        """The root of a JSON text.
+
+        NaN and Infinity, which JSON lacks, are refused, and a key that comes twice, of which
+        another reader may take the other value.
+        """
+        return cls(
+            json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        )
 
     def at(self, key: str) -> Node:
         """The member `key`, which must be there."""
@@ -64,10 +73,22 @@ class Node:
             raise FieldError(f"{path} is missing")
         return Node(self.value[key], path)
 
-    def text(self) -> str:
-        """A string that is not empty."""
+    def text(self, longest: int = 4096) -> str:
+        """A string that is not empty, of visible characters alone and at most `longest` of them.
+
+        What a file says is shown, compared and written elsewhere: no control character, mark of
+        direction or lone surrogate may travel that way.
+        """
         if not isinstance(self.value, str) or not self.value:
             self._refuse("a text that is not empty")
+        if len(self.value) > longest or not is_plain(self.value):
+            self._refuse(f"a text of at most {longest} characters, all of them visible")
+        return str(self.value)
+
+    def name(self) -> str:
+        """A name such as `block_1.hidden`: letters, digits and `_ . : / -`, 128 of them at most."""
+        if not isinstance(self.value, str) or not _NAME.fullmatch(self.value):
+            self._refuse("a name of at most 128 letters, digits and the signs _ . : / -")
         return str(self.value)
 
     def flag(self) -> bool:
@@ -137,8 +158,10 @@ class Node:
             self._refuse(f"an object of at least {at_least} members")
         for key in members:
             # "../x" or "/x" in an edited file would make us read or delete outside the directory.
-            if not key or (file_names and (key in {".", ".."} or PurePosixPath(key).name != key)):
-                raise FieldError(f"{self.path} has the key {key!r}, which is not a plain name")
+            inside = key not in {"", ".", ".."} and PurePosixPath(key).name == key
+            if not key or not is_plain(key) or len(key) > 255 or (file_names and not inside):
+                named = shown(repr(key), limit=80)
+                raise FieldError(f"{self.path} has the key {named}, which is not a plain name")
         return [(key, self.at(key)) for key in members]
 
     def key_integer(self, low: int) -> int:
@@ -172,3 +195,12 @@ class Node:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise FieldError(f"{name} is not a JSON number")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = Counter(keys).most_common(1)[0][0]  # in one pass, whatever their number
+        raise FieldError(f"the key {shown(repr(twice), limit=80)} comes twice in one object")
+    return found
