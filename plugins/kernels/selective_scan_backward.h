@@ -25,7 +25,7 @@ namespace vssm {
 ///
 /// The states are not kept by the forward pass: they are computed anew, from one every
 /// kBackwardChunk steps that a first sweep leaves. Same numbers whatever the number of threads.
-/// Derived by hand from the recurrence; exporter/vssm/ops/ops_backward.py is the same in plain
+/// Derived by hand from the recurrence; exporter/vssm/ops/reference.py is the same in plain
 /// PyTorch.
 struct SelectiveScanBackwardArgs {
   SelectiveScanArgs forward;     // T is float32; its y is not read

@@ -1,6 +1,6 @@
 """Gradients of the scans: the native kernel on a CPU, the formula in PyTorch for the rest.
 
-float64 anywhere, and every type on another device, take `ops_backward.selective_scan_backward`:
+float64 anywhere, and every type on another device, take `reference.selective_scan_backward`:
 exact, and slow. float32, float16 and bfloat16 on a CPU go through libvssm.so. The gradients are
 an operator of their own, `vssm::<scan>_backward`, so that a compiled training step has them too.
 """

@@ -204,7 +204,7 @@ alignas(64) const float kLog3[32] = {
 };
 
 /// exp, softplus and silu from tables of 32 entries: half the multiplications of the polynomials
-/// in cpu_lanes.h.
+/// in lanes.h.
 struct Avx512Functions {
   using Vec = __m512;
   Vec power[2], log[4][2];

@@ -5,7 +5,6 @@
 #include <new>
 
 #include "plugins/kernels/token_gather.h"
-#include "plugins/kernels/token_gather_select.h"
 
 namespace vssm {
 namespace {

@@ -10,6 +10,9 @@
 
 namespace vssm {
 
+struct SelectiveScanArgs;  // declared only: their header brings code, which kernels must not
+struct SelectiveScanShape;
+
 // Channels of a block: one AVX-512 vector, two AVX2 vectors, four of SSE2 or NEON.
 constexpr int64_t kChannels = 16;
 // Blocks of a unit of work at most; more than one where a channel has a single state.
@@ -36,6 +39,9 @@ struct ScanPlan {
   float* sums;  // (batch, seqlen, d_inner): y itself when it is float32; unused for one direction
   void* y;
 };
+
+/// `blocks_per_unit` is left to the caller; B and C must be float32 before the kernels run.
+ScanPlan plan_from(const SelectiveScanArgs& args, const SelectiveScanShape& shape);
 
 /// A checked backward pass, ready to run. A unit of work is one image and one group of blocks;
 /// where units share a gradient each has a row of its own, and the rows are added up afterwards.

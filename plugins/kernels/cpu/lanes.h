@@ -1,8 +1,8 @@
 // Vectors over the channels of a unit, as a template over an instruction set `Isa`.
 //
-// Each <operator>_cpu_<isa>.cpp defines an `Isa` in its anonymous namespace, so that every
-// instantiation has internal linkage: code compiled for AVX can not be merged by the linker into
-// code that runs without it. For the same reason nothing from std:: is used here.
+// The file of each instruction set (avx2.cpp, ...) defines an `Isa` in its anonymous namespace, so
+// that every instantiation has internal linkage: code compiled for AVX can not be merged by the
+// linker into code that runs without it. For the same reason nothing from std:: is used here.
 #ifndef VSSM_PLUGINS_KERNELS_CPU_LANES_H_
 #define VSSM_PLUGINS_KERNELS_CPU_LANES_H_
 

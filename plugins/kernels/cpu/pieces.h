@@ -1,5 +1,5 @@
 // Parts of the kernels by themselves, for tests and for the floor of a benchmark; a template over
-// an instruction set, as cpu_lanes.h explains.
+// an instruction set, as lanes.h explains.
 #ifndef VSSM_PLUGINS_KERNELS_CPU_PIECES_H_
 #define VSSM_PLUGINS_KERNELS_CPU_PIECES_H_
 

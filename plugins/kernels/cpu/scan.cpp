@@ -3,7 +3,8 @@
 #include <new>
 
 #include "plugins/kernels/cpu/dispatch.h"
-#include "plugins/kernels/cpu/scan_plan.h"
+#include "plugins/kernels/cpu/kernels.h"
+#include "plugins/kernels/selective_scan.h"
 
 namespace vssm {
 namespace {

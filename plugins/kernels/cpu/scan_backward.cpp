@@ -6,7 +6,7 @@
 #include <new>
 
 #include "plugins/kernels/cpu/dispatch.h"
-#include "plugins/kernels/cpu/scan_plan.h"
+#include "plugins/kernels/cpu/kernels.h"
 #include "plugins/kernels/selective_scan_backward.h"
 
 namespace vssm {

@@ -1,12 +1,12 @@
 // The backward pass of one direction over one block of kChannels channels, a chunk of steps at a
-// time, as a template over an instruction set; cpu_lanes.h says how it is kept apart from the
+// time, as a template over an instruction set; lanes.h says how it is kept apart from the
 // other sets.
-#ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_BACKWARD_CPU_BLOCK_H_
-#define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_BACKWARD_CPU_BLOCK_H_
+#ifndef VSSM_PLUGINS_KERNELS_CPU_SCAN_BACKWARD_BLOCK_H_
+#define VSSM_PLUGINS_KERNELS_CPU_SCAN_BACKWARD_BLOCK_H_
 
 #include <cstdint>
 
-#include "plugins/kernels/cpu/scan_tile.h"
+#include "plugins/kernels/cpu/scan_direction.h"
 
 namespace vssm {
 
@@ -280,4 +280,4 @@ class BackwardBlock {
 
 }  // namespace vssm
 
-#endif  // VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_BACKWARD_CPU_BLOCK_H_
+#endif  // VSSM_PLUGINS_KERNELS_CPU_SCAN_BACKWARD_BLOCK_H_

@@ -1,8 +1,8 @@
 // The backward pass of one unit of work (one image, one group of blocks of channels, all
-// directions), as a template over an instruction set; cpu_lanes.h says how it is kept apart from
+// directions), as a template over an instruction set; lanes.h says how it is kept apart from
 // the other sets.
-#ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_BACKWARD_CPU_IMPL_H_
-#define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_BACKWARD_CPU_IMPL_H_
+#ifndef VSSM_PLUGINS_KERNELS_CPU_SCAN_BACKWARD_IMPL_H_
+#define VSSM_PLUGINS_KERNELS_CPU_SCAN_BACKWARD_IMPL_H_
 
 #include <cstdint>
 
@@ -189,4 +189,4 @@ void backward_unit(const BackwardPlan& plan, int64_t image, int64_t group, float
 
 }  // namespace vssm
 
-#endif  // VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_BACKWARD_CPU_IMPL_H_
+#endif  // VSSM_PLUGINS_KERNELS_CPU_SCAN_BACKWARD_IMPL_H_

@@ -1,11 +1,11 @@
 // The scan of one unit of work (one image, some blocks of channels, all directions), as a template
-// over an instruction set; cpu_lanes.h says how it is kept apart from the other sets.
+// over an instruction set; lanes.h says how it is kept apart from the other sets.
 //
 // `Isa` has: Vec, kLanes, kVectorsAtOnce, kStateVectors (state vectors that fit in registers),
-// kCells, kMasked, Part, FlushDenormals and the static functions used here and in cpu_lanes.h;
+// kCells, kMasked, Part, FlushDenormals and the static functions used here and in lanes.h;
 // `Decay` is its exp2, whose unit is 1 / kCells of an octave.
-#ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CPU_IMPL_H_
-#define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CPU_IMPL_H_
+#ifndef VSSM_PLUGINS_KERNELS_CPU_SCAN_IMPL_H_
+#define VSSM_PLUGINS_KERNELS_CPU_SCAN_IMPL_H_
 
 #include <cstdint>
 
@@ -92,4 +92,4 @@ void scan_unit(const ScanPlan& plan, int64_t image, int64_t unit) {
 
 }  // namespace vssm
 
-#endif  // VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CPU_IMPL_H_
+#endif  // VSSM_PLUGINS_KERNELS_CPU_SCAN_IMPL_H_

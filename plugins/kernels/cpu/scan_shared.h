@@ -1,17 +1,17 @@
 // The scan of one block of channels where the directions share step sizes, A and C, as PlainMamba's
 // four do: they go on together, step by step, and those whose gaps agree at a step share its
-// decays. A template over an instruction set, as cpu_lanes.h explains.
+// decays. A template over an instruction set, as lanes.h explains.
 //
 // PlainMamba-L1 (K 4, L 196, D 384, N 16), Zen 5, against four nodes of one direction: AVX-512 0.57
 // of their time, AVX2 0.46, baseline 0.47; with gaps as after pruning to 0.8: 0.74, 0.61, 0.61, to
 // 0.5: 0.89, 0.78, 0.76. With AVX-512, also: a load of C for each direction 4 % more, 16 states
 // known at compile time 2 % less (left out), 2 or 16 states unrolled up to 8 % more.
-#ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CPU_SHARED_H_
-#define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CPU_SHARED_H_
+#ifndef VSSM_PLUGINS_KERNELS_CPU_SCAN_SHARED_H_
+#define VSSM_PLUGINS_KERNELS_CPU_SCAN_SHARED_H_
 
 #include <cstdint>
 
-#include "plugins/kernels/cpu/scan_tile.h"
+#include "plugins/kernels/cpu/scan_direction.h"
 
 namespace vssm {
 
@@ -265,4 +265,4 @@ class SharedScan {
 
 }  // namespace vssm
 
-#endif  // VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CPU_SHARED_H_
+#endif  // VSSM_PLUGINS_KERNELS_CPU_SCAN_SHARED_H_

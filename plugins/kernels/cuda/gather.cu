@@ -4,7 +4,6 @@
 #include "plugins/kernels/cuda/common.cuh"
 #include "plugins/kernels/cuda/gather.h"
 #include "plugins/kernels/token_gather.h"
-#include "plugins/kernels/token_gather_select.h"
 
 namespace vssm {
 namespace {

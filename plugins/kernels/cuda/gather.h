@@ -1,6 +1,6 @@
 // How a gather is spread over a GPU: what the kernel is told, and how many blocks take part.
-#ifndef VSSM_PLUGINS_KERNELS_TOKEN_GATHER_CUDA_H_
-#define VSSM_PLUGINS_KERNELS_TOKEN_GATHER_CUDA_H_
+#ifndef VSSM_PLUGINS_KERNELS_CUDA_GATHER_H_
+#define VSSM_PLUGINS_KERNELS_CUDA_GATHER_H_
 
 #include <algorithm>
 #include <cstdint>
@@ -58,4 +58,4 @@ inline int32_t plan_rows(int64_t batch, int32_t num_keep, int64_t row_bytes,
 
 }  // namespace vssm
 
-#endif  // VSSM_PLUGINS_KERNELS_TOKEN_GATHER_CUDA_H_
+#endif  // VSSM_PLUGINS_KERNELS_CUDA_GATHER_H_

@@ -1,6 +1,6 @@
 // Pieces of the CUDA scans: step sizes, gates, and loads of rows of states.
-#ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_MATH_CUH_
-#define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_MATH_CUH_
+#ifndef VSSM_PLUGINS_KERNELS_CUDA_MATH_CUH_
+#define VSSM_PLUGINS_KERNELS_CUDA_MATH_CUH_
 
 #include <type_traits>
 
@@ -96,4 +96,4 @@ __device__ __forceinline__ Pack<float, kCount> to_floats(const Pack<T, kCount>& 
 
 }  // namespace vssm
 
-#endif  // VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_MATH_CUH_
+#endif  // VSSM_PLUGINS_KERNELS_CUDA_MATH_CUH_

@@ -1,6 +1,6 @@
 // How the latency scan is cut into blocks, chunks and tiles: plain arithmetic, for host and device.
-#ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_LATENCY_H_
-#define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_LATENCY_H_
+#ifndef VSSM_PLUGINS_KERNELS_CUDA_SCAN_LATENCY_H_
+#define VSSM_PLUGINS_KERNELS_CUDA_SCAN_LATENCY_H_
 
 #include "plugins/kernels/cuda/scan_params.h"
 #include "plugins/kernels/host_device.h"
@@ -48,4 +48,4 @@ VSSM_HOST_DEVICE LatencyLayout latency_layout(const LatencyCut& cut) {
 
 }  // namespace vssm
 
-#endif  // VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_LATENCY_H_
+#endif  // VSSM_PLUGINS_KERNELS_CUDA_SCAN_LATENCY_H_

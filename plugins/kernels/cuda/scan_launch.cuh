@@ -1,6 +1,6 @@
 // The launchers of the three scan kernels, one source file each, and what they are called with.
-#ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_LAUNCH_CUH_
-#define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_LAUNCH_CUH_
+#ifndef VSSM_PLUGINS_KERNELS_CUDA_SCAN_LAUNCH_CUH_
+#define VSSM_PLUGINS_KERNELS_CUDA_SCAN_LAUNCH_CUH_
 
 #include "plugins/kernels/cuda/common.cuh"
 #include "plugins/kernels/cuda/scan_params.h"
@@ -34,4 +34,4 @@ Status count_blocks(const ScanLaunch& scan, int64_t blocks_per_image, dim3* grid
 
 }  // namespace vssm
 
-#endif  // VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_LAUNCH_CUH_
+#endif  // VSSM_PLUGINS_KERNELS_CUDA_SCAN_LAUNCH_CUH_

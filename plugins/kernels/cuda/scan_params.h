@@ -1,6 +1,6 @@
 // What the CUDA scans get: plain data, and the arithmetic on it that host and device share.
-#ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_PARAMS_H_
-#define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_PARAMS_H_
+#ifndef VSSM_PLUGINS_KERNELS_CUDA_SCAN_PARAMS_H_
+#define VSSM_PLUGINS_KERNELS_CUDA_SCAN_PARAMS_H_
 
 #include "plugins/kernels/host_device.h"
 #include "plugins/kernels/selective_scan.h"
@@ -68,4 +68,4 @@ VSSM_HOST_DEVICE bool fits_together(const ScanParams& p) {
 
 }  // namespace vssm
 
-#endif  // VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_PARAMS_H_
+#endif  // VSSM_PLUGINS_KERNELS_CUDA_SCAN_PARAMS_H_

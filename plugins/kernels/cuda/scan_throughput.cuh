@@ -9,8 +9,8 @@
 // products, the exp and two fused additions each, and the loads of B and C); its 17 to 19 exps and
 // reciprocals keep the special-function unit busy for 136 to 152 cycles. Counted with nvdisasm, not
 // measured.
-#ifndef VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_THROUGHPUT_CUH_
-#define VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_THROUGHPUT_CUH_
+#ifndef VSSM_PLUGINS_KERNELS_CUDA_SCAN_THROUGHPUT_CUH_
+#define VSSM_PLUGINS_KERNELS_CUDA_SCAN_THROUGHPUT_CUH_
 
 #include "plugins/kernels/cuda/math.cuh"
 
@@ -294,4 +294,4 @@ __global__ void __launch_bounds__(kThroughputThreads, kStates == 1 ? 2 : 3)
 
 }  // namespace vssm
 
-#endif  // VSSM_PLUGINS_KERNELS_SELECTIVE_SCAN_CUDA_THROUGHPUT_CUH_
+#endif  // VSSM_PLUGINS_KERNELS_CUDA_SCAN_THROUGHPUT_CUH_
