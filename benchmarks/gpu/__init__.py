@@ -1,1 +1,1 @@
-"""What `benchmarks/gpu_check.sh` runs: build, tests, sanitizers and benchmarks on an NVIDIA GPU."""
+"""What `benchmarks/gpu_check.sh` runs beside the tests: a script for each table of times."""

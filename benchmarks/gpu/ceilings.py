@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import subprocess
 import sys
 from importlib import metadata
 
 import torch
-from benchmarks.gpu.needs import nvidia_smi
-from benchmarks.gpu.program import Report, main
-from benchmarks.gpu.result import Ceilings
+from benchmarks.gpu.report import Report, main
 from benchmarks.gpu.timing import Clock, Subject, measure
 
 from vssm.native_library import find_library
@@ -24,7 +23,7 @@ _PACKAGES = ("torch", "triton", "onnx", "onnxruntime", "onnxruntime-gpu", "tenso
 
 def run(report: Report, clock: Clock) -> None:
     """Measure all three, and say what the machine is."""
-    report.machine(facts(clock))
+    report.line(machine=facts(clock))
     library = ctypes.CDLL(str(find_library("vssm_gpu_bench")))
     properties = torch.cuda.get_device_properties(clock.device)
     blocks = properties.multi_processor_count * _BLOCKS_PER_SM
@@ -50,12 +49,12 @@ def run(report: Report, clock: Clock) -> None:
     times = {t.subject: t.percentile(50) for t in measure(subjects, clock, lost=report.wrong)}
     evaluations = blocks * _ROUNDS * library.vssm_gpu_ex2_per_block()
     if len(times) == len(subjects):
-        found = Ceilings(
-            ex2_per_s=1e6 * evaluations / times["ex2"],
-            copy_bytes_per_s=1e6 * 2 * count / times["copy"],
-            launch_us=times["launch"] / _LAUNCHES,
-        )
-        report.ceilings(found)
+        found = {
+            "ex2_per_s": 1e6 * evaluations / times["ex2"],
+            "copy_bytes_per_s": 1e6 * 2 * count / times["copy"],
+            "launch_us": times["launch"] / _LAUNCHES,
+        }
+        report.line(ceilings=found)
 
 
 def _stream() -> ctypes.c_void_p:
@@ -70,20 +69,28 @@ def _refuse(code: int) -> None:
 def facts(clock: Clock) -> dict[str, str]:
     """Card, driver, versions, processor."""
     properties = torch.cuda.get_device_properties(clock.device)
-    query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
-    driver = nvidia_smi(query, "--format=csv,noheader") or "unknown"
     return {
         "gpu": properties.name,
         "compute capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": str(properties.multi_processor_count),
         "memory": f"{properties.total_memory / 2**30:.1f} GiB",
         "last-level cache": f"{clock.cache_bytes / 2**20:.0f} MiB",
-        "driver, clock limit, power limit": driver.splitlines()[0],
+        "driver, clock limit, power limit": _driver(),
         "CUDA of torch": str(torch.version.cuda),
         "python": platform.python_version(),
         "platform": f"{platform.machine()}, {sys.platform}",
         **{name: version for name in _PACKAGES if (version := _version(name))},
     }
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit"]
+    command = [*query, "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.partition("\n")[0]
 
 
 def _version(name: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from benchmarks.gpu import doubling, scans, shapes
 from benchmarks.gpu.native import VariantKernels
-from benchmarks.gpu.program import Report, main
+from benchmarks.gpu.report import Report, main
 from benchmarks.gpu.scans import Contender
 from benchmarks.gpu.shapes import ScanShape
 from benchmarks.gpu.timing import Clock
@@ -24,9 +24,9 @@ RECURRENCES = {
 }
 
 
-def cases(quick: bool) -> Iterator[ScanShape]:
+def cases() -> Iterator[ScanShape]:
     """Vim's layers in float16; each is compiled anew, so there are few."""
-    for name in ("vim_tiny",) if quick else ("vim_tiny", "vim_small"):
+    for name in ("vim_tiny", "vim_small"):
         yield from (shapes.vim(name, batch, "float16") for batch in (128, 1))
 
 
@@ -38,7 +38,7 @@ def run(report: Report, clock: Clock) -> None:
         torch.compiler.reset()
         scans.case(report, clock, shape, functools.partial(contenders, shape, kernels))
 
-    report.each(cases(report.quick), one)
+    report.each(cases(), one)
 
 
 def contenders(

@@ -1,7 +1,7 @@
 """Whole Vim models as engines of full TensorRT with our plugins, beside those in PyTorch.
 
-Each engine is built for one batch size. Its work is captured into CUDA graphs as that of the stage
-"models" is, its inputs and outputs staying on the GPU, so that the times of both compare.
+Each engine is built for one batch size. Its work is captured into CUDA graphs as that of
+models.py is, its inputs and outputs staying on the GPU, so that the times of both compare.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from benchmarks.gpu import models
 from benchmarks.gpu.models import Case
-from benchmarks.gpu.program import Report, label, main
-from benchmarks.gpu.result import Work
-from benchmarks.gpu.timing import Clock, Subject, measure, relative_error
+from benchmarks.gpu.report import Report, main
+from benchmarks.gpu.timing import Clock, Subject, relative_error
 from torch import Tensor
 
 import vssm
@@ -28,12 +27,10 @@ from vssm.runtimes.tensorrt.build import EngineRequest, build_plan
 SUBJECT = "tensorrt"
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases() -> Iterator[Case]:
     """Those of the targets first."""
     for name in ("vim_small", "vim_tiny"):
         yield Case(name, None, 128, "float16")
-    if quick:
-        return
     for name in ("vim_small", "vim_tiny"):
         yield Case(name, DEFAULT_SCHEDULES[name], 128, "float16")
         yield Case(name, None, 1, "float16")
@@ -85,14 +82,14 @@ class Engine:
 def run(report: Report, clock: Clock) -> None:
     """Every case until the time is over; timings of one build help the next."""
     package = api.load_package(api.TENSORRT)
-    report.machine({"tensorrt": str(package.__version__)})
+    report.line(tensorrt=str(package.__version__))
     with tempfile.TemporaryDirectory() as folder:
 
         def one(found: Case) -> None:
             exact = models.oracle(found.name, found.schedule, clock.device)
             case(report, clock, found, exact, Path(folder))
 
-        report.each(cases(report.quick), one)
+        report.each(cases(), one)
 
 
 def case(report: Report, clock: Clock, found: Case, exact: models.Oracle, folder: Path) -> None:
@@ -105,17 +102,12 @@ def case(report: Report, clock: Clock, found: Case, exact: models.Oracle, folder
     want = exact.logits[: found.batch]
     allowed = models.LOGITS[found.dtype] if found.schedule is None else models.SAME_MODEL
     engine = Engine(plan.data, images.contiguous().to(clock.device))
-
-    def lost(name: str, why: str) -> None:
-        report.wrong(f"{name}, {label(found.case)}", why)
-
-    times = measure([Subject(SUBJECT, engine)], clock, lost=lost)
-    report.rows(
+    report.measure(
         found.case,
-        times,
+        [Subject(SUBJECT, engine)],
+        clock,
         lambda taken: (relative_error(taken.last[: len(want)].cpu(), want), allowed),
         ours={SUBJECT},
-        work=Work(),
     )
 
 

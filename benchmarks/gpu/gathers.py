@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from benchmarks.gpu.native import VariantKernels
-from benchmarks.gpu.program import Report, label, main
-from benchmarks.gpu.result import Work
+from benchmarks.gpu.report import Case, Report, Work, main
 from benchmarks.gpu.shapes import DTYPES
-from benchmarks.gpu.timing import Clock, Subject, Times, copies_for, measure, sizes
+from benchmarks.gpu.timing import Clock, Subject, Times, copies_for, sizes
 from torch import Tensor
 
 from vssm.native_library import find_library
@@ -30,7 +27,7 @@ def run(
     """Two float16 tensors, as Vim's stages gather them; `shape`: batch, seqlen, width, kept."""
     batch, seqlen, width, num_keep = shape
     kernels = kernels or VariantKernels(find_library(LIBRARY))
-    case: dict[str, str | int] = {"model": "vim_tiny", "dtype": "float16"}
+    case: Case = {"model": "vim_tiny", "dtype": "float16"}
     case |= {"batch": batch, "seqlen": seqlen, "width": width, "kept": num_keep}
     first = operands(batch, seqlen, width, clock.device)
     copies = copies_for(sizes(first), clock.cache_bytes)
@@ -44,22 +41,16 @@ def run(
         Subject(TORCH, lambda i: by_topk(given[i], num_keep)),
         Subject(COPY, lambda i: [kept, *sources[i].clone()]),
     ]
-    lost = _losing(report, label(case))
-    times = measure(subjects, clock, copies=copies, caches=("warm", "cold"), lost=lost)
 
     def check(taken: Times) -> tuple[float, float]:
         same = all(torch.equal(a, b) for a, b in zip(taken.last, want, strict=True))
         return (0.0 if same else float("inf")), 0.0
 
     work = Work(bytes=sizes(first[:2]) + sizes([kept]) + 2 * sizes(rows))
-    report.rows(case, times, check, ours={OURS}, work=work)
-
-
-def _losing(report: Report, case: str) -> Callable[[str, str], None]:
-    def lost(name: str, why: str) -> None:
-        report.wrong(f"{name}, {case}", why)
-
-    return lost
+    caches = ("warm", "cold")
+    report.measure(
+        case, subjects, clock, check, ours={OURS}, work=work, copies=copies, caches=caches
+    )
 
 
 def operands(batch: int, seqlen: int, width: int, device: torch.device) -> list[Tensor]:

@@ -65,7 +65,7 @@ INSTANTIATE(at::BFloat16)
 
 
 def load() -> Any:
-    """The extension `selective_scan_cuda`: the installed one, or that of the stage "baseline".
+    """The extension `selective_scan_cuda`: the one that was built here, or the installed one.
 
     Raises:
         RuntimeUnavailableError: there is none.
@@ -77,7 +77,7 @@ def load() -> Any:
     except ImportError as error:
         raise RuntimeUnavailableError(
             f"mamba-ssm's kernel cannot be imported ({error}); pip install mamba-ssm, or name a "
-            f"checkout of its sources with {SOURCE_VARIABLE} and run the stage baseline"
+            f"checkout of its sources with {SOURCE_VARIABLE} and run the step mamba of gpu_check.sh"
         ) from error
 
 

@@ -16,9 +16,8 @@ from unittest import mock
 
 import torch
 from benchmarks.gpu import compiled, doubling, mamba, shapes
-from benchmarks.gpu.program import Report, label, main
-from benchmarks.gpu.result import Work
-from benchmarks.gpu.timing import Clock, Subject, measure, one_line, relative_error
+from benchmarks.gpu.report import Report, main
+from benchmarks.gpu.timing import Clock, Subject, one_line, relative_error
 from torch import Tensor
 
 import vssm
@@ -58,14 +57,12 @@ class Case:
         return {"model": self.name, "kind": kind, "dtype": self.dtype, "batch": self.batch}
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases() -> Iterator[Case]:
     """Those of the targets first, those that compile a model last."""
     schedules = {name: DEFAULT_SCHEDULES[name] for name in ("vim_tiny", "vim_small")}
     first = [Case(n, s, 128, "float16") for n in schedules for s in (None, schedules[n])]
     first += [Case(name, None, 1, "float16") for name in schedules]
     yield from first
-    if quick:
-        return
     sizes = itertools.product(schedules, (1, 8, 32, 128), shapes.DTYPES, (False, True))
     for name, batch, dtype, pruned in sizes:
         found = Case(name, schedules[name] if pruned else None, batch, dtype)
@@ -112,7 +109,7 @@ def run(report: Report, clock: Clock) -> None:
         exact = oracle(found.name, found.schedule, clock.device)
         case(report, clock, found, exact, extension)
 
-    report.each(cases(report.quick), one)
+    report.each(cases(), one)
 
 
 def case(report: Report, clock: Clock, found: Case, exact: Oracle, extension: Any) -> None:
@@ -123,20 +120,12 @@ def case(report: Report, clock: Clock, found: Case, exact: Oracle, extension: An
     want = exact.logits[: found.batch].to(clock.device)
     allowed = LOGITS[found.dtype] if found.schedule is None else SAME_MODEL
     made = _subjects(found, model, images, extension)
-    ours = {name for name in made if name.startswith(OURS)}
-
-    def lost(name: str, why: str) -> None:
-        tell = report.wrong if name in ours else report.absent
-        tell(f"{name}, {label(found.case)}", why)
-
-    subjects = [Subject(name, call) for name, call in made.items()]
-    times = measure(subjects, clock, lost=lost)
-    report.rows(
+    report.measure(
         found.case,
-        times,
+        [Subject(name, call) for name, call in made.items()],
+        clock,
         lambda taken: (relative_error(taken.last[: len(want)], want), allowed),
-        ours=ours,
-        work=Work(),
+        ours={name for name in made if name.startswith(OURS)},
     )
 
 

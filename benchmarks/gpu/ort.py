@@ -1,7 +1,7 @@
 """Exported Vim models in ONNX Runtime's CUDA provider, beside the same models in PyTorch.
 
 Times are device events on the session's stream, without a CUDA graph: ONNX Runtime enqueues from
-the host in between. PyTorch's of the stage "models" are inside a graph; those here are plain calls.
+the host in between. PyTorch's of models.py are inside a graph; those here are plain calls.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from benchmarks.gpu import models
 from benchmarks.gpu.models import Case
-from benchmarks.gpu.program import Report, main
-from benchmarks.gpu.result import Work
+from benchmarks.gpu.report import Case as Named
+from benchmarks.gpu.report import Report, main
 from benchmarks.gpu.timing import SAMPLES, WARM_UPS, Clock, Times, relative_error
 
 import vssm
@@ -36,18 +36,17 @@ class Export:
     dtype: str
 
     @property
-    def case(self) -> dict[str, str | int]:
+    def case(self) -> Named:
         """What its rows share."""
         return {"model": self.name, "kind": self.schedule or "dense", "dtype": self.dtype}
 
 
-def exports(quick: bool) -> Iterator[Export]:
+def exports() -> Iterator[Export]:
     """The target's first."""
     for name in ("vim_small", "vim_tiny"):
         for schedule in (None, DEFAULT_SCHEDULES[name]):
             yield Export(name, schedule, "float16")
-    if not quick:
-        yield Export("vim_tiny", None, "float32")
+    yield Export("vim_tiny", None, "float32")
 
 
 def run(report: Report, clock: Clock) -> None:
@@ -64,7 +63,7 @@ def run(report: Report, clock: Clock) -> None:
                     at_batch = Case(found.name, found.schedule, batch, found.dtype)
                     _measure(report, session, at_batch, exact)
 
-    report.each(exports(report.quick), one)
+    report.each(exports(), one)
 
 
 def _measure(report: Report, session: OrtCudaSession, found: Case, exact: models.Oracle) -> None:
@@ -79,7 +78,7 @@ def _measure(report: Report, session: OrtCudaSession, found: Case, exact: models
     def check(timed: Times) -> tuple[float, float]:
         return relative_error(torch.from_numpy(timed.last)[: len(want)], want), allowed
 
-    report.rows(found.case, [times], check, ours={SUBJECT}, work=Work())
+    report.rows(found.case, [times], check, ours={SUBJECT})
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from benchmarks.gpu import mamba, shapes
 from benchmarks.gpu.native import VARIANTS, VariantKernels
-from benchmarks.gpu.program import Report, label, main
+from benchmarks.gpu.report import Report, main
 from benchmarks.gpu.shapes import ALLOWED, DTYPES, ScanShape
 from benchmarks.gpu.timing import (
     Clock,
     Subject,
     Times,
     copies_for,
-    measure,
     one_line,
     relative_error,
     sizes,
@@ -63,15 +62,13 @@ class Contender:
 Contenders = Callable[[list[dict[str, Tensor]]], Iterable[Contender]]
 
 
-def cases(quick: bool) -> Iterator[ScanShape]:
+def cases() -> Iterator[ScanShape]:
     """The shapes, those of the targets first."""
     half = "float16"
     for name in ("vim_tiny", "vim_small"):
         yield from (shapes.vim(name, batch, half) for batch in _BATCHES[:2])
         yield from (shapes.vim(name, 128, half, seqlen) for seqlen in (157, 101))
     yield shapes.plain_mamba_l3(128, half)
-    if quick:
-        return
     done = {(128, 197), (1, 197), (128, 157), (128, 101)}
     for dtype in DTYPES:
         for batch in _BATCHES:
@@ -90,12 +87,10 @@ def run(report: Report, clock: Clock) -> None:
     baselines = find_baselines(report)
 
     def one(shape: ScanShape) -> None:
-        made = functools.partial(
-            _contenders, shape, kernels=kernels, baselines=baselines, quick=report.quick
-        )
+        made = functools.partial(_contenders, shape, kernels=kernels, baselines=baselines)
         case(report, clock, shape, made)
 
-    report.each(cases(report.quick), one)
+    report.each(cases(), one)
 
 
 def find_baselines(report: Report) -> Baselines:
@@ -120,14 +115,6 @@ def case(report: Report, clock: Clock, shape: ScanShape, contenders: Contenders)
     copies = copies_for(sizes(first.values()), clock.cache_bytes)
     given = [first, *(_copy(first) for _ in range(copies - 1))]
     timed = {c.name: c for c in contenders(given)}
-    ours = {name for name, c in timed.items() if c.ours}
-
-    def lost(name: str, why: str) -> None:
-        tell = report.wrong if name in ours else report.absent
-        tell(f"{name}, {label(shape.case)}", why)
-
-    subjects = [Subject(c.name, c.call) for c in timed.values()]
-    times = measure(subjects, clock, copies=copies, caches=("warm", "cold"), lost=lost)
     images = sorted({0, shape.batch - 1})
     dense = {**first, "gap": torch.ones_like(first["gap"])}
     want = {knows: shapes.oracle(shape, o, images) for knows, o in ((False, first), (True, dense))}
@@ -138,7 +125,16 @@ def case(report: Report, clock: Clock, shape: ScanShape, contenders: Contenders)
         allowed = allowed_of(shape) * (1.0 if contender.ours else _BASELINE_FACTOR)
         return relative_error(got, want[contender.dense]), allowed
 
-    report.rows(shape.case, times, check, ours=ours, work=shape.work(first))
+    report.measure(
+        shape.case,
+        [Subject(c.name, c.call) for c in timed.values()],
+        clock,
+        check,
+        ours={name for name, c in timed.items() if c.ours},
+        work=shape.work(first),
+        copies=copies,
+        caches=("warm", "cold"),
+    )
 
 
 def allowed_of(shape: ScanShape) -> float:
@@ -156,7 +152,6 @@ def _contenders(
     *,
     kernels: VariantKernels,
     baselines: Baselines,
-    quick: bool,
 ) -> Iterator[Contender]:
     for variant in VARIANTS:
         yield ours(shape, given, kernels, variant)
@@ -164,7 +159,7 @@ def _contenders(
         yield _separate(shape, given, kernels)
     if baselines.mamba is not None and shape.model.startswith("vim"):
         yield _mamba(given, baselines.mamba)
-    if baselines.triton is not None and (shape.model.startswith("vim") or not quick):
+    if baselines.triton is not None:
         yield _triton(given, baselines.triton, by_step=shape.params_by_step)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from benchmarks.gpu.result import Work
+from benchmarks.gpu.report import Case, Work
 from benchmarks.gpu.timing import sizes
 from torch import Tensor
 
@@ -34,7 +34,7 @@ class ScanShape:
     pruned: bool = False
 
     @property
-    def case(self) -> dict[str, str | int]:
+    def case(self) -> Case:
         """What a row says of it."""
         return {
             "model": self.model,

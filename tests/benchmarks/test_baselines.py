@@ -68,7 +68,7 @@ def test_mamba_in_place_of_our_scan(shape: ScanShape, gated: bool) -> None:
 def test_mamba_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(mamba, "BUILD", tmp_path)
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", None)
-    with pytest.raises(RuntimeUnavailableError, match="MAMBA_SSM_SOURCE and run the stage"):
+    with pytest.raises(RuntimeUnavailableError, match="MAMBA_SSM_SOURCE and run the step"):
         mamba.load()
     with pytest.raises(RuntimeUnavailableError, match=r"lacks selective_scan\.cpp, "):
         mamba.build(tmp_path)

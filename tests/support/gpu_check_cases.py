@@ -1,30 +1,21 @@
-"""Stages, rows, documents, shapes and a stand-in for mamba-ssm, for the tests of gpu_check."""
+"""Small shapes, a small model and a stand-in for mamba-ssm, for the tests of benchmarks/gpu."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import sys
-import textwrap
-import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from benchmarks.gpu import models, result
-from benchmarks.gpu.program import Report
-from benchmarks.gpu.result import Ceilings, Document, Row, StageResult, Work
+from benchmarks.gpu import models
+from benchmarks.gpu.report import Report
 from benchmarks.gpu.shapes import ScanShape
-from benchmarks.gpu.stages import Stage, run_stage
 from torch import Tensor
 
 import vssm
-from vssm.files.json import Node
 from vssm.ops import reference
 
-RATES = Ceilings(ex2_per_s=1e12, copy_bytes_per_s=2e12, launch_us=2.0)
 VIM = ScanShape("vim_tiny", 6, 9, 2, "float32")
 PRUNED = ScanShape("vim_tiny", 6, 9, 3, "float32", pruned=True)
 PLAIN = ScanShape("plain_mamba_l3", 6, 9, 2, "float32", directions=4, shared="u delta A C D")
@@ -32,40 +23,27 @@ CROSS = ScanShape("vmamba", 6, 9, 2, "float32", d_state=1, directions=4, shared=
 GROUP = ScanShape("groupmamba", 6, 9, 2, "float32", d_state=1, directions=1, gated=False)
 
 
-def stage(*commands: list[str], name: str = "one", limit: float = 30, **options: Any) -> Stage:
-    return Stage(name, "a test", limit, limit, lambda _: commands, **options)
+class Recorded(Report):
+    """A report that keeps its lines in place of printing them."""
 
+    def __init__(self, **options: Any) -> None:
+        self.lines: list[dict[str, Any]] = []
+        super().__init__("table", write=lambda line: self.lines.append(json.loads(line)), **options)
 
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", textwrap.dedent(code)]
+    @property
+    def found(self) -> list[dict[str, Any]]:
+        """The times."""
+        return [line for line in self.lines if "median_us" in line]
 
+    @property
+    def absent_ones(self) -> dict[str, str]:
+        """What was not measured, and why."""
+        return {a["not_measured"]: a["reason"] for a in self.lines if "not_measured" in a}
 
-def ran(tested: Stage, folder: Path, *, quick: bool = False) -> StageResult:
-    log = folder / "stage.log"
-    return run_stage(tested, log, quick=quick, env=os.environ, cwd=folder)
-
-
-def row(subject: str, microseconds: float, *, stage: str = "scans", **case: Any) -> Row:
-    work = case.pop("work", Work())
-    return Row(
-        stage=stage,
-        case=case,
-        subject=subject,
-        cache=case.pop("cache", "warm"),
-        median_us=microseconds,
-        p5_us=microseconds,
-        p95_us=microseconds,
-        samples=25,
-        calls=4,
-        error=0.0,
-        allowed=1e-3,
-        work=work,
-    )
-
-
-def document(**fields: Any) -> Document:
-    started = "2026-11-21T00:00:00+00:00"
-    return Document(started, "benchmarks/gpu_check.sh", quick=False, commit="abc", **fields)
+    @property
+    def subjects(self) -> set[str]:
+        """What has a time."""
+        return {row["subject"] for row in self.found}
 
 
 def mamba_extension() -> Any:
@@ -92,15 +70,6 @@ def mamba_extension() -> Any:
     return SimpleNamespace(fwd=fwd)
 
 
-def lines(report: Report, kind: str) -> list[Any]:
-    """What a program wrote, of one kind, read as gpu_check reads it."""
-    if not report.path.exists():
-        return []
-    read = [Node(json.loads(line)) for line in report.path.read_text().splitlines()]
-    reader = {"row": result.row, "absent": result.absent}[kind]
-    return [reader(node.at(kind)) for node in read if kind in node.value]
-
-
 def micro_oracle(schedule: str | None) -> models.Oracle:
     """A small Vim in place of the real one, which takes long on the CPU."""
     parsed = None if schedule is None else vssm.PruneSchedule.parse(schedule)
@@ -109,16 +78,3 @@ def micro_oracle(schedule: str | None) -> models.Oracle:
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         return models.Oracle(model, images, copy.deepcopy(model).double()(images.double()))
-
-
-def alive(process: int) -> bool:
-    """Whether it still runs; a zombie that nobody has asked for does not."""
-    for _ in range(50):
-        try:
-            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return False
-        if state == "Z":
-            return False
-        time.sleep(0.1)
-    return True
