@@ -168,9 +168,22 @@ def changed(path: str, value) -> str:
         ("operators", {"\u202e": 1}, "operators has the key"),
         ("labels", ["a", "b"], "labels has 2 names for 3 classes"),
         ("labels/1", None, r"labels\[1\]=None must be a text"),
-        ("preprocessing/resize", 223, r"preprocessing.resize=223 must be in \[224, 65536\]"),
+        ("preprocessing/resize", 223, r"preprocessing.resize=223 must be in \[224, 8192\]"),
         ("preprocessing/crop", [224], "preprocessing.crop has 1 elements instead of 2"),
-        ("preprocessing/std/2", 0, r"preprocessing\.std\[2\]=0 must be finite and greater than 0"),
+        ("preprocessing/std/2", 0, r"preprocessing\.std\[2\]=0 must be in \[1e-06, 1e\+06\]"),
+        ("preprocessing/mean/1", 10**400, r"preprocessing\.mean\[1\] is a number that 64 bits"),
+        ("preprocessing/mean/1", 1e7, r"preprocessing\.mean\[1\]=10000000.0 must be in"),
+        (
+            "preprocessing/crop",
+            [65536, 65536],
+            r"preprocessing\.crop\[0\]=65536 must be in \[1, 4096",
+        ),
+        ("inputs/0/shape/2", 10**30, r"inputs\[0\]\.shape\[2\] is a number that 64 bits cannot"),
+        (
+            "config",
+            {"a": [{"b": -(10**400)}]},
+            r"config\.a\[0\]\.b is a number that 64 bits cannot",
+        ),
         ("preprocessing/mean/0", "0.5", r"preprocessing\.mean\[0\]='0.5' must be a number"),
         ("preprocessing/interpolation", "cubic", "preprocessing.interpolation='cubic' must be one"),
         ("schedule/blocks", {}, "schedule.blocks={} must be an object of at least 1"),
@@ -198,6 +211,20 @@ def test_every_wrong_field_is_named(tmp_path, path, value, message):
         read_manifest(tmp_path)
     assert str(tmp_path / "model.json") in str(caught.value)
     assert "; export the model again" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e400", "9" * 5_000, "-" + "1" * 400])
+def test_numbers_that_only_text_can_hold(tmp_path, number):
+    text = manifest_to_json(MANIFEST).replace("0.485", number)
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"preprocessing\.mean\[0\] is a number that 64 bits"):
+        read_manifest(tmp_path)
+
+
+def test_deep_nesting_is_named(tmp_path):
+    (tmp_path / "model.json").write_text("[" * 100_000)
+    with pytest.raises(ArtifactError, match=r"its objects and lists are nested too deep; export"):
+        read_manifest(tmp_path)
 
 
 def test_a_key_that_comes_twice(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import zlib
 
@@ -157,7 +158,7 @@ def manifest(preprocessing: Preprocessing | None) -> Manifest:
         dtype="float32",
         opset=18,
         files={},
-        backend={},
+        operators={},
         versions={},
         preprocessing=preprocessing,
     )
@@ -192,6 +193,88 @@ def test_decompression_bombs_are_refused(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(png_of_size(side, side))
     with pytest.raises(ValueError, match=r"image=.*bomb\.png .*; give an image file"):
         preprocess(tmp_path / "bomb.png", SMALL)
+
+
+@pytest.fixture
+def undecoded(monkeypatch):
+    """No pixel of a file is decoded."""
+
+    def load(self):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+
+
+def text_ppm(width: int, height: int, values: int) -> bytes:
+    return f"P3\n{width} {height}\n255\n".encode() + b"200 " * values
+
+
+def run_length_bmp(width: int, height: int) -> bytes:
+    """A run a row, so a few bytes for each."""
+    rows = (b"\xff\x00" * (width // 255) + b"\x00\x00") * height + b"\x00\x01"
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(rows), 0, 0, 256, 0)
+    start = 14 + len(info) + 1024
+    return struct.pack("<2sIII", b"BM", start + len(rows), 0, start) + info + bytes(1024) + rows
+
+
+def jpeg_of_scans(side: int, scans: int) -> bytes:
+    """A progressive JPEG with its last scan repeated."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "jpeg", progressive=True)
+    data = buffer.getvalue()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * scans + data[-2:]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (png_of_size(1, 89_000_000), r"has 1x89000000 pixels, a side above 65535; give"),
+        (png_of_size(65_536, 1), r"has 65536x1 pixels, a side above 65535; give"),
+        (png_of_size(1, 60_000), r"image of 1x60000 would be 256x15360000 after resizing"),
+        (text_ppm(1500, 1500, 3), r"is PPM in a form that is slow .* 2,250,000 pixels .* save it"),
+        (text_ppm(10, 10, 3_000_000), r"is PPM in a form that is slow .* 12,000,013 bytes; save"),
+        (b"P6\n1500 1500\n100\n" + bytes(9), r"is PPM in a form that is slow to decode"),
+        (run_length_bmp(2550, 1000), r"is BMP in a form that is slow .* 2,550,000 pixels"),
+        (jpeg_of_scans(1500, 500), r"progressive JPEG of 2,250,000 pixels in 510 scans, each"),
+    ],
+    ids=["strip", "row", "thin", "text", "comments", "deep", "runs", "scans"],
+)
+def test_slow_images_are_refused_by_their_header(tmp_path, undecoded, content, message):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        preprocess(tmp_path / "a", SPEC)
+
+
+def test_jpeg2000_costs_more_by_the_pixel(tmp_path, monkeypatch):
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.jp2")
+    assert preprocess(tmp_path / "a.jp2", SMALL).shape == (1, 3, 32, 32)
+    monkeypatch.setattr("vssm.artifact.preprocessing._MAX_PIXELS_JPEG2000", 3_599)
+    with pytest.raises(ValueError, match=r"60x60 pixels, more than 3599, the most of a JPEG 2000"):
+        preprocess(tmp_path / "a.jp2", SMALL)
+
+
+def test_small_images_of_slow_forms_are_read(tmp_path):
+    pixels = picture(40, 50)
+    want = preprocess(pixels, SMALL)
+    (tmp_path / "a.ppm").write_text("P3\n40 50\n255\n" + " ".join(map(str, pixels.ravel())))
+    np.testing.assert_array_equal(preprocess(tmp_path / "a.ppm", SMALL), want)
+    (tmp_path / "a.bmp").write_bytes(run_length_bmp(255, 20))
+    assert preprocess(tmp_path / "a.bmp", SMALL).shape == (1, 3, 32, 32)
+    (tmp_path / "a.jpg").write_bytes(jpeg_of_scans(64, 0))
+    assert preprocess(tmp_path / "a.jpg", SMALL).shape == (1, 3, 32, 32)
+
+
+def test_a_crop_beyond_any_model_is_refused():
+    """Before room is made for it, which would be 48 GiB."""
+    with pytest.raises(ValueError, match=r"crop=65536x65536 has a side above 4096"):
+        preprocess(picture(8, 8), Preprocessing(resize=65536, crop=(65536, 65536)))
+
+
+def test_labels_are_of_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"labels=.*pipe cannot be read .* a named pipe, not a"):
+        read_labels(tmp_path / "pipe", 2)
 
 
 def test_extreme_shapes_are_refused():

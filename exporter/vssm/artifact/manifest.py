@@ -134,7 +134,8 @@ WEIGHTS: Final = ("checkpoint", "initial", "custom")
 BATCH: Final = "batch"
 _LONGEST_NAME: Final = 256
 _LONGEST_LABEL: Final = 1024
-_MAX_SIDE: Final = 1 << 16
+MAX_CROP: Final = 4096  # pixels of a side: 192 MiB an image of float32
+_LARGEST: Final = 1e6  # of a mean; float32 holds what is divided by a deviation's least
 _MIN_SEED: Final = -(1 << 63)
 
 
@@ -265,11 +266,13 @@ def _block_output(node: Node) -> BlockOutput:
 
 
 def _preprocessing(node: Node) -> Preprocessing:
-    height, width = (n.integer(1, _MAX_SIDE) for n in node.at("crop").items(exactly=2))
-    r, g, b = (n.number() for n in node.at("mean").items(exactly=3))
-    std_r, std_g, std_b = (n.number(above=0) for n in node.at("std").items(exactly=3))
+    height, width = (n.integer(1, MAX_CROP) for n in node.at("crop").items(exactly=2))
+    r, g, b = (n.number(-_LARGEST, _LARGEST) for n in node.at("mean").items(exactly=3))
+    std_r, std_g, std_b = (
+        n.number(1 / _LARGEST, _LARGEST) for n in node.at("std").items(exactly=3)
+    )
     return Preprocessing(
-        resize=node.at("resize").integer(max(height, width), _MAX_SIDE),
+        resize=node.at("resize").integer(max(height, width), 2 * MAX_CROP),
         crop=(height, width),
         interpolation=node.at("interpolation").choice(INTERPOLATIONS),
         mean=(r, g, b),

@@ -10,19 +10,25 @@ import os
 import struct
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from vssm.artifact.directory import Artifact
-from vssm.artifact.manifest import Manifest, Preprocessing, read_manifest
+from vssm.artifact.manifest import MAX_CROP, Manifest, Preprocessing, read_manifest
+from vssm.files.regular import open_regular, read_regular
 
 ImageInput = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 MAX_PIXELS: Final = 89_478_485  # PIL's own warning level: 256 MiB of RGB
+_MAX_SIDE: Final = 65_535  # as JPEG's; a strip of one pixel's width costs as much by the row
+_MAX_BYTES: Final = 1 << 30  # twice the largest image that is not compressed
+_MAX_PIXELS_JPEG2000: Final = 30_000_000  # about 2 s
+_MAX_PIXELS_SLOW: Final = 1_000_000  # 2 s, where Pillow decodes in Python
+_MAX_BYTES_SLOW: Final = 8 << 20
+_MAX_PIXEL_SCANS: Final = 10**9  # of a progressive JPEG: ten scans, the usual number, at MAX_PIXELS
 # PIL would hand an EPS file to Ghostscript, and opens many formats that no photo comes in.
 _FORMATS: Final = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _INTERPOLATION: Final = {
@@ -30,6 +36,7 @@ _INTERPOLATION: Final = {
     "bilinear": Image.Resampling.BILINEAR,
     "nearest": Image.Resampling.NEAREST,
 }
+_MAX_LABELS: Final = 64 << 20  # bytes of a file of class names
 _DAMAGED: Final = (
     OSError,
     SyntaxError,
@@ -68,6 +75,7 @@ def preprocess(
         ArtifactError: `spec` is a directory without a valid `model.json`.
     """
     spec = _spec_of(spec)
+    _check_crop(spec)
     several = images if isinstance(images, list | tuple) else [images]
     if not several:
         raise ValueError("images=[] holds no image; give one at least")
@@ -75,7 +83,8 @@ def preprocess(
     std = np.asarray(spec.std, np.float32)
     out = np.empty((len(several), 3, *spec.crop), np.float32)
     for i, image in enumerate(several):
-        pixels = np.asarray(_resize_and_crop(open_rgb(image), spec), np.float32) / np.float32(255)
+        cropped = _resize_and_crop(open_rgb(image, spec), spec)
+        pixels = np.asarray(cropped, np.float32) / np.float32(255)
         out[i] = ((pixels - mean) / std).transpose(2, 0, 1)
     return out
 
@@ -97,7 +106,7 @@ def read_labels(
         ValueError: the file cannot be read, or does not name `num_classes` classes.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_regular(path, limit=_MAX_LABELS).decode("utf-8-sig")
         parsed = json.loads(text) if text.lstrip()[:1] in {"[", "{"} else text.splitlines()
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
@@ -144,22 +153,40 @@ def _spec_of(
     return manifest.preprocessing
 
 
-def _resize_and_crop(image: Image.Image, spec: Preprocessing) -> Image.Image:
+def _check_crop(spec: Preprocessing) -> None:
     height, width = spec.crop
+    if max(height, width) > MAX_CROP:
+        raise ValueError(
+            f"crop={height}x{width} has a side above {MAX_CROP}, which no model here takes; give "
+            "the sizes of the model's input"
+        )
     if spec.resize < max(height, width):
         raise ValueError(
             f"resize={spec.resize} is shorter than the crop {height}x{width}; "
             "make it at least as long"
         )
-    # torchvision's rule: the longer side is rounded down.
-    short, long = sorted(image.size)
-    longer = int(spec.resize * long / short)
-    size = (spec.resize, longer) if image.width <= image.height else (longer, spec.resize)
+
+
+def _resized(size: tuple[int, int], spec: Preprocessing) -> tuple[int, int]:
+    """Width and height after resizing; torchvision rounds the longer side down.
+
+    Raises:
+        ValueError: that would be more pixels than any image may have.
+    """
+    width, height = size
+    longer = int(spec.resize * max(size) / min(size))
+    resized = (spec.resize, longer) if width <= height else (longer, spec.resize)
     if longer * spec.resize > MAX_PIXELS:
         raise ValueError(
-            f"image of {image.width}x{image.height} would be {size[0]}x{size[1]} after resizing, "
+            f"image of {width}x{height} would be {resized[0]}x{resized[1]} after resizing, "
             f"more than {MAX_PIXELS} pixels; crop it to a less extreme shape"
         )
+    return resized
+
+
+def _resize_and_crop(image: Image.Image, spec: Preprocessing) -> Image.Image:
+    height, width = spec.crop
+    size = _resized(image.size, spec)
     if size != image.size:
         image = image.resize(size, _INTERPOLATION[spec.interpolation])
     # torchvision's rule: round() to even.
@@ -167,8 +194,12 @@ def _resize_and_crop(image: Image.Image, spec: Preprocessing) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def open_rgb(image: ImageInput) -> Image.Image:
+def open_rgb(image: ImageInput, spec: Preprocessing | None = None) -> Image.Image:
     """Any input that `preprocess` takes as an RGB image of 8 bits a channel.
+
+    Args:
+        image: the input.
+        spec: what will be done to it, so that what this would refuse is not decoded first.
 
     Raises:
         ValueError: it cannot be read, is too large or has a wrong shape or dtype.
@@ -176,34 +207,80 @@ def open_rgb(image: ImageInput) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Image.Image):
+        _check_pixels(image, "image")
         return _to_rgb(image, "image")
     if not isinstance(image, str | os.PathLike):
         raise TypeError(
             f"image={type(image).__name__} is no path, PIL image or uint8 array; pass one of these"
         )
     name = f"image={os.fspath(image)}"
-    if os.path.exists(image) and not os.path.isfile(image) and not os.path.isdir(image):
-        # A named pipe would be waited for, perhaps for ever.
-        raise ValueError(f"{name} is a pipe or device, which has no whole image; {_REMEDY}")
+    try:
+        file = open_regular(image, limit=_MAX_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name} cannot be read as an image ({reason}); {_REMEDY}") from error
     Image.init()
     try:
-        with Image.open(image, formats=[f for f in _FORMATS if f in Image.OPEN]) as opened:
+        with file, Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as opened:
+            _check_pixels(opened, name)
+            _check_effort(opened, name, file)
+            if spec is not None:
+                _resized(opened.size, spec)
             return _to_rgb(opened, name)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} is too large to decode safely ({error}); {_REMEDY}") from error
     except _DAMAGED as error:
-        if isinstance(error, ValueError) and str(error).startswith(name):
+        if isinstance(error, ValueError) and str(error).startswith((name, "image of ")):
             raise
         raise ValueError(f"{name} cannot be read as an image ({error}); {_REMEDY}") from error
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
-            f"{name} has {image.width}x{image.height} pixels, more than {MAX_PIXELS}; {_REMEDY}"
-        )
+def _check_pixels(image: Image.Image, name: str) -> None:
+    """Refuse by the header, which is all that has been read so far."""
+    shape = f"{name} has {image.width}x{image.height} pixels"
     if image.width * image.height == 0:
-        raise ValueError(f"{name} has {image.width}x{image.height} pixels, so none; {_REMEDY}")
+        raise ValueError(f"{shape}, so none; {_REMEDY}")
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{shape}, more than {MAX_PIXELS}; {_REMEDY}")
+    if max(image.size) > _MAX_SIDE:
+        raise ValueError(f"{shape}, a side above {_MAX_SIDE}; {_REMEDY}")
+
+
+def _check_effort(image: Image.Image, name: str, file: BinaryIO) -> None:
+    """Refuse what a few bytes make slow: they cost by the pixel, not by the byte."""
+    pixels, size = image.width * image.height, os.fstat(file.fileno()).st_size
+    if image.format == "JPEG2000" and pixels > _MAX_PIXELS_JPEG2000:
+        raise ValueError(
+            f"{name} has {image.width}x{image.height} pixels, more than {_MAX_PIXELS_JPEG2000}, "
+            "the most of a JPEG 2000 file; save it as JPEG or PNG"
+        )
+    # Pillow decodes text PPM, deep PPM and run-length BMP in Python, a number at a time.
+    slow = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))
+    if slow and (pixels > _MAX_PIXELS_SLOW or size > _MAX_BYTES_SLOW):
+        raise ValueError(
+            f"{name} is {image.format} in a form that is slow to decode, with {pixels:,} pixels in "
+            f"{size:,} bytes; save it as PNG, or in at most {_MAX_PIXELS_SLOW:,} pixels and "
+            f"{_MAX_BYTES_SLOW:,} bytes"
+        )
+    if image.info.get("progressive"):
+        scans = _count_scans(file)
+        if pixels * scans > _MAX_PIXEL_SCANS:
+            raise ValueError(
+                f"{name} is a progressive JPEG of {pixels:,} pixels in {scans:,} scans, each over "
+                "the whole image; save it with fewer, as usual"
+            )
+
+
+def _count_scans(file: BinaryIO) -> int:
+    """How often a JPEG file may go over the image: at most as often as the marker stands in it."""
+    at = file.tell()
+    file.seek(0)
+    scans = sum(block.count(b"\xff\xda") for block in iter(lambda: file.read(1 << 20), b""))
+    file.seek(at)
+    return scans
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         # convert() would clip at 255, which turns a 16-bit image white.
         high = (np.asarray(image, np.uint32) >> 8).astype(np.uint8)
@@ -225,4 +302,6 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
             f"image array has dtype {array.dtype} and shape {array.shape}, but must be uint8 and "
             "(height, width, 3) in RGB order; convert it"
         )
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), "image array")
+    image = Image.fromarray(np.ascontiguousarray(array))
+    _check_pixels(image, "image array")
+    return image

@@ -42,6 +42,10 @@ _NAME = re.compile(r"\w[\w.:/-]{0,127}")
 _DECIMAL = re.compile(r"[0-9]{1,9}(\.[0-9]{1,30})?")
 
 
+_DIGITS = 20  # of an integer of 64 bits, with its sign
+_LEAST, _MOST = -(1 << 63), (1 << 63) - 1
+
+
 class FieldError(ValueError):
     """A field of a JSON file has a wrong type or value; the message starts with its path."""
 
@@ -57,12 +61,20 @@ class Node:
     def parse(cls, text: str) -> Node:
         """The root of a JSON text.
 
-        NaN and Infinity, which JSON lacks, are refused, and a key that comes twice, of which
-        another reader may take the other value.
+        NaN and Infinity, which JSON lacks, are refused, numbers that 64 bits cannot hold, and a
+        key that comes twice, of which another reader may take the other value.
         """
-        return cls(
-            json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-        )
+        try:
+            value = json.loads(
+                text,
+                parse_int=_integer,
+                parse_constant=_refuse_constant,
+                object_pairs_hook=_unique_keys,
+            )
+        except RecursionError:
+            raise FieldError("its objects and lists are nested too deep") from None
+        _check_numbers(value)
+        return cls(value)
 
     def at(self, key: str) -> Node:
         """The member `key`, which must be there."""
@@ -116,13 +128,13 @@ class Node:
             )
         return version
 
-    def number(self, *, above: float = -math.inf) -> float:
-        """A finite number greater than `above`."""
+    def number(self, low: float, high: float) -> float:
+        """A number of at least `low` and at most `high`."""
         value = self.value
         if isinstance(value, bool) or not isinstance(value, int | float):
             self._refuse("a number")
-        if not above < value < math.inf:
-            self._refuse(f"finite and greater than {above}")
+        if not low <= value <= high:
+            self._refuse(f"in [{low:g}, {high:g}]")
         return float(value)
 
     def choice(self, allowed: Collection[str]) -> str:
@@ -191,6 +203,37 @@ class Node:
         shown = repr(self.value)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         raise FieldError(f"{self.path or 'the file'}={shown} must be {rule}")
+
+
+def _integer(text: str) -> float:
+    """An integer of JSON; one of very many digits, which `int` takes long for, is infinite."""
+    return int(text) if len(text) <= _DIGITS else math.inf
+
+
+_Way = tuple[Any, str] | None  # the path to a value, its last part at the end
+
+
+def _check_numbers(root: Any) -> None:
+    """Refuse numbers that no field can mean, wherever they are: 1e999, 10^400."""
+    waiting: list[tuple[Any, _Way]] = [(root, None)]
+    while waiting:
+        value, way = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(entry, (way, f".{key}")) for key, entry in value.items()]
+        elif isinstance(value, list):
+            waiting += [(entry, (way, f"[{i}]")) for i, entry in enumerate(value)]
+        elif (isinstance(value, float) and not math.isfinite(value)) or (
+            isinstance(value, int) and not _LEAST <= value <= _MOST
+        ):
+            raise FieldError(f"{_path_of(way)} is a number that 64 bits cannot hold")
+
+
+def _path_of(way: _Way) -> str:
+    parts: list[str] = []
+    while way is not None:
+        way, part = way
+        parts.append(part)
+    return shown("".join(reversed(parts)).removeprefix(".") or "the file", limit=200)
 
 
 def _refuse_constant(name: str) -> NoReturn:

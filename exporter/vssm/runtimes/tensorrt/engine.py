@@ -138,7 +138,7 @@ def _parse(root: Node) -> EngineInfo:
         options=root.at("options").mapping(),
         nodes=root.at("nodes").integer(1),
         layers=root.at("layers").integer(1),
-        seconds=root.at("seconds").number(),
+        seconds=root.at("seconds").number(0, 1e9),
         model_sha256=root.at("model_sha256").sha256(),
         plan_sha256=root.at("plan_sha256").sha256(),
         plan_bytes=root.at("plan_bytes").integer(1),
