@@ -43,6 +43,7 @@ class FakeCuda(types.ModuleType):
         self.devices = 1
         self.current = 0
         self.handles = itertools.count(1)
+        self.events: set[int] = set()
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("cuda") and name[4:5].isupper() and "Kind" not in name:
@@ -98,6 +99,23 @@ class FakeCuda(types.ModuleType):
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
         return (0,) if self.capturing is None else (900,)
+
+    def cudaEventCreate(self) -> tuple[int, int]:
+        self.events.add(event := next(self.handles))
+        return 0, event
+
+    def cudaEventRecord(self, event: int, stream: int) -> tuple[int]:
+        return (0,) if event in self.events and stream == 77 else (400,)
+
+    def cudaEventSynchronize(self, event: int) -> tuple[int]:
+        return (0,)
+
+    def cudaEventElapsedTime(self, start: int, end: int) -> tuple[int, float]:
+        return 0, 2.5 * (end - start)
+
+    def cudaEventDestroy(self, event: int) -> tuple[int]:
+        self.events.remove(event)
+        return (0,)
 
     def cudaMemcpyAsync(self, dst: int, src: int, size: int, kind: int, stream: int) -> tuple[int]:
         self.put(lambda: ctypes.memmove(dst, src, size) and None)

@@ -1,4 +1,4 @@
-"""The CUDA runtime through cuda-python, for sessions without torch: memory, streams, graphs."""
+"""The CUDA runtime through cuda-bindings, without torch: memory, streams, graphs, times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from vssm.errors import RuntimeUnavailableError
 from vssm.types import Array
 
-_INSTALL: Final = "pip install cuda-bindings"
+INSTALL: Final = 'pip install "vssm[cuda]"'
 _NON_BLOCKING: Final = 1  # cudaStreamNonBlocking: never waits for the default stream
 
 
@@ -28,28 +28,31 @@ class GpuInfo:
 
 
 class Cuda:
-    """CUDA runtime calls that raise, on the device that is current when this is made.
+    """CUDA runtime calls that raise, on one device.
+
+    Args:
+        device: its ordinal; None for the one that is current when this is made.
 
     Raises:
-        RuntimeUnavailableError: cuda-python or a usable GPU is missing, or a call fails.
+        RuntimeUnavailableError: cuda-bindings or a usable GPU is missing, or a call fails.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: int | None = None) -> None:
         try:
             from cuda.bindings import runtime
         except ImportError as error:
             raise RuntimeUnavailableError(
-                "the package cuda-bindings (of cuda-python) is missing, which gives TensorRT "
-                f"sessions their GPU memory; {_INSTALL}"
+                "the package cuda-bindings (of cuda-python) is missing, through which engines get "
+                f"their GPU memory, and sessions the times of the GPU itself: {INSTALL}"
             ) from error
         self._runtime: Any = runtime
         status, count = runtime.cudaGetDeviceCount()
         if int(status) != 0 or not count:
             raise RuntimeUnavailableError(
-                f"no GPU that CUDA can use ({self._reason(status)}): TensorRT needs an NVIDIA GPU "
-                "and its driver; `vssm doctor` says what is here, runtime='ort-cpu' needs none"
+                f"no GPU that CUDA can use ({self._reason(status)}): this needs an NVIDIA GPU and "
+                "its driver; `vssm doctor` says what is here, runtime='ort-cpu' needs none"
             )
-        self._device = int(self.call("cudaGetDevice"))
+        self._device = int(self.call("cudaGetDevice")) if device is None else device
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -128,3 +131,48 @@ class Cuda:
             self._runtime.cudaStreamEndCapture(stream)
             raise
         graphs.append(self.call("cudaStreamEndCapture", stream))
+
+
+class TimedStream:
+    """A stream of a device, and what the device takes for work that is put on it.
+
+    Args:
+        device: the device's ordinal.
+
+    Raises:
+        RuntimeUnavailableError: cuda-bindings or the device is missing.
+    """
+
+    def __init__(self, device: int) -> None:
+        self._cuda = Cuda(device)
+        with self._cuda.on_device():
+            self.address = self._cuda.new_stream()
+        self._open = True
+
+    def milliseconds(self, work: Callable[[], None]) -> float:
+        """Time from the device's start of what `work` puts on the stream to its end.
+
+        `work` must only enqueue: what it waits for on the host lies between the two marks too.
+        """
+        call = self._cuda.call
+        with self._cuda.on_device(), self._event() as start, self._event() as end:
+            call("cudaEventRecord", start, self.address)
+            work()
+            call("cudaEventRecord", end, self.address)
+            call("cudaEventSynchronize", end)
+            return float(call("cudaEventElapsedTime", start, end))
+
+    @contextmanager
+    def _event(self) -> Iterator[Any]:
+        event = self._cuda.call("cudaEventCreate")
+        try:
+            yield event
+        finally:
+            self._cuda.call("cudaEventDestroy", event)
+
+    def close(self) -> None:
+        """Free the stream; what was put on it still ends."""
+        if self._open:
+            self._open = False
+            with self._cuda.on_device():
+                self._cuda.call("cudaStreamDestroy", self.address)

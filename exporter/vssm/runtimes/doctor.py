@@ -19,6 +19,7 @@ from vssm.errors import VssmError
 from vssm.extras import PACKAGES, install_command
 from vssm.native_library import find_library
 from vssm.runtimes.cuda_driver import Gpu, driver
+from vssm.runtimes.cuda_memory import INSTALL as CUDA_INSTALL
 from vssm.runtimes.library import TENSORRT_LIBRARY, library_info, library_version
 from vssm.runtimes.tensorrt.api import TENSORRT_RTX
 
@@ -154,7 +155,7 @@ def _package(names: tuple[str, ...], remedy: str) -> Finding:
 
 _ENGINE_PACKAGES = (
     (("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"), f"{TENSORRT_RTX.install}: engines without a GPU"),
-    (("cuda-bindings",), "pip install cuda-bindings: sessions on TensorRT"),
+    (("cuda-bindings",), f"{CUDA_INSTALL}: sessions on TensorRT, times of a GPU"),
 )
 
 

@@ -16,7 +16,8 @@ from vssm.artifact.directory import Artifact
 from vssm.artifact.manifest import Manifest
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
 from vssm.ops.spec import DOMAIN
-from vssm.runtimes.cuda_driver import Stream, find_gpu
+from vssm.runtimes.cuda_driver import find_gpu
+from vssm.runtimes.cuda_memory import TimedStream
 from vssm.runtimes.library import cuda_kernel_calls, library_info
 from vssm.runtimes.ort import OrtSession, Target, checked_backend, ort_errors
 from vssm.runtimes.session import CLOSED, plural
@@ -40,7 +41,8 @@ class OrtCudaSession(OrtSession):
         profile: record a profile, see `profiled_operators`.
         device: ordinal of the GPU.
         cuda_graph_batch: record one CUDA graph for this batch size, the only one `run` then takes.
-        timed: put the work on a stream of this package, which `DeviceRun.device_ms` needs.
+        timed: put the work on a stream of this package, which `DeviceRun.device_ms` needs; takes
+            cuda-bindings.
 
     Raises:
         RuntimeUnavailableError: the provider, its libraries, our CUDA kernels or the GPU are
@@ -68,7 +70,7 @@ class OrtCudaSession(OrtSession):
         self._graph_batch = cuda_graph_batch
         self._graph_run: DeviceRun | None = None
         self._lock = threading.Lock()
-        self._stream = Stream(device) if timed else None
+        self._stream = TimedStream(device) if timed else None
         target = Target(
             runtime="ort-cuda",
             provider=PROVIDER,
@@ -260,7 +262,7 @@ def _require_kernels() -> None:
         )
 
 
-def _provider_options(device: int, batch: int | None, stream: Stream | None) -> dict[str, str]:
+def _provider_options(device: int, batch: int | None, stream: TimedStream | None) -> dict[str, str]:
     # TF32 has ten bits of mantissa: it would make a float32 export a half one.
     options = {"device_id": str(device), "use_tf32": "0"}
     if batch is not None:
