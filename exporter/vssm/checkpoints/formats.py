@@ -1,39 +1,40 @@
-"""Checkpoint files to a plain state dict: formats, official wrappings, refusals with a remedy."""
+"""Checkpoint files to a plain state dict: formats told by content, shards, refusals."""
 
 from __future__ import annotations
 
-import argparse
+import hashlib
+import json
 import os
-import pickle
 import struct
-import warnings
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from vssm.checkpoints.pickle_machine import Stub, TensorRecord
-from vssm.checkpoints.torch_file import LEGACY_MAGIC, ZIP_MAGIC, read_restricted
-from vssm.errors import CheckpointError
-
-# Keys under which official training codes save weights: Vim, VMamba, GroupMamba; mmcv; timm's EMA.
-WRAPPERS: Final = {"model": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
-# What may stand beside tensors in an unwrapped file without being a weight.
-_METADATA: Final = frozenset(
-    {
-        *("arch", "args", "config", "hyper_parameters", "meta", "version"),
-        *("epoch", "iteration", "step", "best_acc", "max_accuracy"),
-        *("optimizer", "lr_scheduler", "scheduler", "scaler"),
-    }
+from vssm.checkpoints.locate import REMEDY, WRAPPERS, Selection, kind, select, some, text
+from vssm.checkpoints.torch_file import (
+    LEGACY_MAGIC,
+    MALFORMED,
+    MAX_TENSORS,
+    ZIP_MAGIC,
+    read_torch,
 )
+from vssm.errors import CheckpointError
+from vssm.files.regular import read_regular
+
+# The file of the largest model here, with optimiser and averages in float32, is 2 GB.
+MAX_FILE: Final = 16 << 30
+_MAX_HEADER: Final = 8 << 20
+_MAX_DIMS: Final = 16
+_MAX_KEY: Final = 256
+_MAX_INDEX: Final = 8 << 20
+_MAX_SHARDS: Final = 1000
 _LEGACY_BYTES: Final = LEGACY_MAGIC.to_bytes(10, "little")
-_REMEDY: Final = "give a .safetensors file, or a .pth file that holds a state dict"
+_INDEX: Final = ".index.json"
 # First bytes of what people pass by mistake.
 _FOREIGN: Final = {
     b"\xff\xd8\xff": "a JPEG image",
@@ -54,72 +55,103 @@ class RawCheckpoint:
 
     Attributes:
         state: tensors on the CPU by the file's own keys.
-        format: "safetensors", "torch" or "torch, restricted" (it held objects of unknown classes).
-        wrapper: key that the weights lay under; empty for a bare state dict.
+        format: "safetensors" or "torch", or one of them with the number of its shards.
+        sha256: of the file's bytes; of shards, see `docs/checkpoints.md`.
+        wrapper: dotted key that the weights lay under; empty for a bare state dict.
         ignored: keys of the file that are no weights, such as "optimizer".
         stubs: names of the classes and functions that were not made.
+        metadata: of a safetensors file.
     """
 
     state: dict[str, Tensor]
     format: str
+    sha256: str
     wrapper: str = ""
     ignored: tuple[str, ...] = ()
     stubs: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Selection:
-    entries: Mapping[str, object]
-    wrapper: str
-    ignored: tuple[str, ...]
+def read_file(
+    path: str | os.PathLike[str], *, weights: str = "model", key: str | None = None
+) -> RawCheckpoint:
+    """Read a checkpoint of any format understood, told by its content, onto the CPU.
 
-
-def read_file(path: str | os.PathLike[str], *, weights: str = "model") -> RawCheckpoint:
-    """Read a checkpoint file of any format understood, told by its content, onto the CPU.
-
-    Nothing in the file is executed: safetensors has no code, torch files go through
-    `torch.load(weights_only=True)`, and where that refuses other objects, through a reader that
-    makes inert stubs of them.
+    The file is read once; the hash is that of the bytes that the tensors come from. Nothing in it
+    is executed, and time and memory are bounded by its size (docs/checkpoints.md).
 
     Args:
-        path: a safetensors file, or one that torch.save wrote (zip or legacy).
+        path: a safetensors file, one that torch.save wrote (zip or legacy), or the index of several
+            shards, or a folder that holds one.
         weights: "model", or "ema" for the averaged weights that some training codes save beside.
+        key: dotted path of the weights in the file, where they have no usual name; with names that
+            hold dots, what the wanted ones begin with.
 
     Raises:
-        ValueError: `weights` is neither.
+        ValueError: `weights` is neither, or `key` is given beside "ema".
         CheckpointError: the file is missing, foreign, damaged, or holds no such state dict.
     """
     if weights not in WRAPPERS:
         raise ValueError(f"weights={weights!r} is neither 'model' nor 'ema'; choose one of these")
-    path = Path(path)
-    head = _read_head(path)
-    if _is_safetensors(head):
-        return _read_safetensors(path, weights)
-    if path.suffix == ".safetensors":
-        raise CheckpointError(
-            f"checkpoint={path} is damaged or no safetensors file, as its name says; "
-            "download or save it again"
+    if key is not None and (weights != "model" or not key):
+        raise ValueError(
+            f"key={key!r} with weights={weights!r}: a key says already which weights; give a key "
+            "alone, such as key='model_ema'"
         )
-    if head.startswith(ZIP_MAGIC):
-        _check_zip(path)
-    elif _LEGACY_BYTES not in head[:24]:
-        raise CheckpointError(f"checkpoint={path} is {_describe(head)}; {_REMEDY}")
-    return _read_torch(path, weights)
-
-
-def _read_head(path: Path) -> bytes:
+    path = Path(path)
     if path.is_dir():
-        raise CheckpointError(f"checkpoint={path} is a directory; name the file inside")
+        path = _index_of(path)
     try:
-        with path.open("rb") as file:
-            head = file.read(64)
+        if path.name.endswith(_INDEX):
+            return _read_shards(path, weights, key)
+        return _read_bytes(path, _contents(path, MAX_FILE), weights, key)
+    except MemoryError as error:
+        raise CheckpointError(
+            f"checkpoint={path} needs more memory than there is; take a larger machine"
+        ) from error
+
+
+def _contents(path: Path, limit: int) -> bytes:
+    try:
+        data = read_regular(path, limit=limit)
     except OSError as error:
         raise CheckpointError(
             f"checkpoint={path} cannot be read ({error.strerror}); check the path"
         ) from error
-    if not head:
+    if not data:
         raise CheckpointError(f"checkpoint={path} is empty; download or save it again")
-    return head
+    return data
+
+
+def _read_bytes(path: Path, data: bytes, weights: str, key: str | None) -> RawCheckpoint:
+    head = data[:64]
+    form = "safetensors" if _is_safetensors(head) else "torch"
+    stubs: tuple[str, ...] = ()
+    metadata: dict[str, str] = {}
+    try:
+        if form == "safetensors":
+            loaded, metadata = _safetensors(data)
+            selection = select(loaded, weights=weights, key=key)
+            entries = dict(selection.entries)
+        elif path.suffix == ".safetensors":
+            raise CheckpointError(
+                "it is damaged or no safetensors file, as its name says; download or save it again"
+            )
+        elif head.startswith(ZIP_MAGIC) or _LEGACY_BYTES in head[:24]:
+            selection, entries, stubs = _torch(data, weights, key)
+        else:
+            raise CheckpointError(f"it is {_describe(head)}; {REMEDY}")
+        state = _dense(entries)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint={path}: {error}") from error
+    except (safetensors.SafetensorError, *MALFORMED) as error:
+        reason = text(str(error) or type(error).__name__, 200)
+        raise CheckpointError(
+            f"checkpoint={path} cannot be read as a {form} file ({reason}), it may be truncated or "
+            "damaged; download or save it again"
+        ) from error
+    digest = hashlib.sha256(data).hexdigest()
+    return RawCheckpoint(state, form, digest, selection.wrapper, selection.ignored, stubs, metadata)
 
 
 def _is_safetensors(head: bytes) -> bool:
@@ -140,141 +172,152 @@ def _describe(head: bytes) -> str:
     return "a text file"
 
 
-def _read_safetensors(path: Path, weights: str) -> RawCheckpoint:
-    if weights != "model":
-        raise CheckpointError(
-            f"checkpoint={path} is a safetensors file, which holds one set of weights; "
-            "leave weights='ema' out"
-        )
-    try:
-        return RawCheckpoint(dict(safetensors.torch.load_file(path)), "safetensors")
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(
-            f"checkpoint={path} is a damaged safetensors file ({error}); download or save it again"
-        ) from error
+def _safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What the library reads, after rules that cost less than it would."""
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > _MAX_HEADER:
+        raise ValueError(f"its header has {length:,} bytes, more than {_MAX_HEADER:,}")
+    header: Any = json.loads(data[8 : 8 + length], parse_int=_count, object_pairs_hook=_distinct)
+    if not isinstance(header, dict):
+        raise TypeError("its header is no mapping")
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    if len(entries) > MAX_TENSORS:
+        raise ValueError(f"it has {len(entries):,} tensors, more than {MAX_TENSORS:,}")
+    for name, entry in entries.items():
+        if len(entry["shape"]) > _MAX_DIMS:
+            raise ValueError(f"tensor {name!r} has more than {_MAX_DIMS} axes")
+    tensors = dict(safetensors.torch.load(data))  # which holds metadata to texts by texts
+    return tensors, header.get("__metadata__") or {}
 
 
-def _check_zip(path: Path) -> None:
-    """Refuse other zips, and check the records' checksums, which torch.load does not."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-            names = [info.filename for info in infos]
-            if any(name.endswith("/constants.pkl") for name in names):
-                raise CheckpointError(
-                    f"checkpoint={path} is a TorchScript program, not weights; save its "
-                    "state_dict() with safetensors"
-                )
-            if not any(name.endswith("/data.pkl") for name in names):
-                raise CheckpointError(f"checkpoint={path} is a zip, but not torch's; {_REMEDY}")
-            if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
-                raise zipfile.BadZipFile("a record is compressed, which torch never does")
-            # torch.serialization.set_crc32_options(False) leaves all of them 0.
-            damaged = archive.testzip() if any(info.CRC for info in infos) else None
-            if damaged:
-                raise zipfile.BadZipFile(f"record {damaged} does not match its checksum")
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, struct.error) as error:
-        raise CheckpointError(
-            f"checkpoint={path} is truncated or damaged ({error}); download or save it again"
-        ) from error
+def _count(digits: str) -> int:
+    if len(digits) > 19:
+        raise ValueError("its header has a number of more than 19 digits")
+    return int(digits)
 
 
-def _read_torch(path: Path, weights: str) -> RawCheckpoint:
-    """Use torch's own weights-only reader; where it meets other objects, the restricted one."""
-    try:
-        # Its warnings are about pickle protocols, which the restricted reader knows all of.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")
-            root: object = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        return _read_restricted(path, weights)
-    except Exception as error:  # Damaged bytes end in nearly any exception in there.
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"checkpoint={path} is truncated or damaged ({reason}); download or save it again"
-        ) from error
-    selection = _select(root, weights, path)
-    return _raw(selection, selection.entries, path, "torch")
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its header has a name twice")
+    return found
 
 
-def _read_restricted(path: Path, weights: str) -> RawCheckpoint:
-    selections: list[_Selection] = []
+def _torch(
+    data: bytes, weights: str, key: str | None
+) -> tuple[Selection, dict[str, object], tuple[str, ...]]:
+    selections: list[Selection] = []
 
-    def select(root: object) -> Mapping[str, object]:
-        selections.append(_select(root, weights, path))
+    def wanted(root: object) -> Mapping[str, object]:
+        selections.append(select(root, weights=weights, key=key))
         return selections[0].entries
 
-    entries, stubs = read_restricted(path, select)
-    return _raw(selections[0], entries, path, "torch, restricted", stubs)
+    entries, stubs = read_torch(data, wanted)
+    return selections[0], entries, stubs
 
 
-def _raw(
-    selection: _Selection,
-    entries: Mapping[str, object],
-    path: Path,
-    format_: str,
-    stubs: tuple[str, ...] = (),
-) -> RawCheckpoint:
+def _dense(entries: Mapping[str, object]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for key, value in entries.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+        if len(key) > _MAX_KEY:
             raise CheckpointError(
-                f"checkpoint={path}: entry {key!r} is {_kind(value)}, not a dense tensor; "
-                "save the model's plain state_dict()"
+                f"the key {text(key)} has {len(key):,} characters, more than {_MAX_KEY}; save the "
+                "model's plain state_dict()"
             )
-        if value.device.type != "cpu":
-            raise CheckpointError(f"checkpoint={path}: entry {key!r} has no data; save it again")
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"entry {text(key)!r} is {kind(value)}, not a dense tensor; save the model's "
+                "plain state_dict()"
+            )
+        if value.is_floating_point() and value.dtype.itemsize < 2:
+            raise CheckpointError(
+                f"entry {text(key)!r} has dtype {value.dtype}, whose values need a scale; save the "
+                "weights as float16 or wider"
+            )
         state[key] = value.detach()
-    return RawCheckpoint(state, format_, selection.wrapper, selection.ignored, stubs)
+    return state
 
 
-def _select(root: object, weights: str, path: Path) -> _Selection:
-    """Find the state dict in what a file held."""
-    if not isinstance(root, dict):
+def _index_of(folder: Path) -> Path:
+    """The one index of shards in a folder."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
         raise CheckpointError(
-            f"checkpoint={path} holds {_kind(root)}, not a state dict; save model.state_dict()"
-        )
-    found = [name for name in WRAPPERS[weights] if _holds_tensors(root.get(name))]
-    if len(found) > 1:
-        raise CheckpointError(
-            f"checkpoint={path} holds weights under {' and '.join(found)}; save the ones you mean "
-            "alone"
-        )
-    if found:
-        ignored = tuple(sorted(str(key) for key in root if key != found[0]))
-        return _Selection(_texts(root[found[0]], path), found[0], ignored)
-    if weights == "ema" or not _holds_tensors(root):
-        raise CheckpointError(_nothing_found(root, weights, path))
-    ignored = tuple(sorted(k for k, v in root.items() if k in _METADATA and not _is_tensor(v)))
-    return _Selection(
-        _texts({k: v for k, v in root.items() if k not in ignored}, path), "", ignored
+            f"checkpoint={folder} cannot be read ({error.strerror}); check the path"
+        ) from error
+    found = [name for name in names if name.endswith(_INDEX)]
+    if len(found) == 1:
+        return folder / found[0]
+    what = f"{len(found)} indices of shards" if found else "no index of shards (*.index.json)"
+    raise CheckpointError(
+        f"checkpoint={folder} is a directory with {what}; name the file inside"
+        + (f": {some(found or names, len(found or names))}" if names else "")
     )
 
 
-def _nothing_found(root: Mapping[Any, Any], weights: str, path: Path) -> str:
-    keys = ", ".join(str(key)[:40] for key in list(root)[:6]) or "nothing"
-    others = [s for s, names in WRAPPERS.items() if any(_holds_tensors(root.get(n)) for n in names)]
-    remedy = f"use weights={others[0]!r}" if others else _REMEDY
-    wanted = " or ".join(WRAPPERS[weights])
-    return f"checkpoint={path} has no weights under {wanted} (it holds {keys}); {remedy}"
-
-
-def _texts(entries: Mapping[Any, object], path: Path) -> dict[str, object]:
-    for key in entries:
-        if not isinstance(key, str):
+def _read_shards(path: Path, weights: str, key: str | None) -> RawCheckpoint:
+    """The tensors of all shards that an index names; exactly those that it lists for each."""
+    content = _contents(path, _MAX_INDEX)
+    shards = _parse_index(path, content)
+    state: dict[str, Tensor] = {}
+    digest = hashlib.sha256(content)
+    parts: list[RawCheckpoint] = []
+    for name, keys in sorted(shards.items()):
+        file = path.parent / name
+        part = _read_bytes(file, _contents(file, MAX_FILE), "model", None)
+        if set(part.state) != keys:
+            odd = sorted(set(part.state) ^ keys)
             raise CheckpointError(
-                f"checkpoint={path} has the key {key!r}, which is no text; save model.state_dict()"
+                f"checkpoint={path}: shard {text(name)} does not hold what the index says "
+                f"({some(odd, len(odd))}); download both again"
             )
-    return dict(entries)
+        state.update(part.state)
+        digest.update(f"{name} {part.sha256}\n".encode())
+        parts.append(part)
+    if weights != "model" or key is not None:
+        try:
+            selection = select(state, weights=weights, key=key)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint={path}: {error}") from error
+        state = _dense(selection.entries)
+    return replace(
+        parts[0],
+        state=state,
+        format=f"{parts[0].format}, {len(parts)} shards",
+        sha256=digest.hexdigest(),
+        wrapper=key or "",
+        stubs=tuple(sorted({stub for part in parts for stub in part.stubs})),
+    )
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor | TensorRecord)
-
-
-def _holds_tensors(value: object) -> bool:
-    return isinstance(value, dict) and any(map(_is_tensor, value.values()))
-
-
-def _kind(value: object) -> str:
-    return f"a {value.name}" if isinstance(value, Stub) else f"a {type(value).__name__}"
+def _parse_index(path: Path, content: bytes) -> dict[str, set[str]]:
+    """The keys of each shard."""
+    try:
+        listed = json.loads(content, parse_int=_count)["weight_map"].items()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"checkpoint={path} is no index of shards: it has no weight_map; name the file of "
+            "weights itself"
+        ) from error
+    shards: dict[str, set[str]] = {}
+    for key, name in listed:
+        # A name with a separator could lead anywhere; no writer of shards uses one.
+        if not isinstance(name, str) or name in {"", ".", ".."} or Path(name).name != name:
+            raise CheckpointError(
+                f"checkpoint={path}: {text(key)} lies in {text(name)!r}, outside the index's own "
+                "folder; put all shards beside the index"
+            )
+        shards.setdefault(name, set()).add(key)
+    if not 0 < len(shards) <= _MAX_SHARDS or any(name.endswith(_INDEX) for name in shards):
+        raise CheckpointError(
+            f"checkpoint={path} names {len(shards)} shards; a checkpoint has 1 to {_MAX_SHARDS} "
+            "files of weights"
+        )
+    missing = [name for name in sorted(shards) if not os.path.exists(path.parent / name)]
+    if missing:
+        raise CheckpointError(
+            f"checkpoint={path}: of {len(shards)} shards {some(missing, len(missing))} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; download them into {path.parent}"
+        )
+    return shards

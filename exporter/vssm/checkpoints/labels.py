@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
-
-import safetensors
 
 from vssm.errors import CheckpointError
 
@@ -30,14 +28,15 @@ def with_labels(data: bytes, labels: Sequence[str]) -> bytes:
     return _LENGTH.pack(len(text)) + text + data[_LENGTH.size + length :]
 
 
-def stored_labels(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
-    """The names of the classes in a safetensors file; None where it has none.
+def stored_labels(
+    metadata: Mapping[str, str], path: str | os.PathLike[str]
+) -> tuple[str, ...] | None:
+    """The names of the classes in the metadata of the safetensors file at `path`; None for none.
 
     Raises:
         CheckpointError: what stands there is no list of names.
     """
-    with safetensors.safe_open(path, framework="numpy") as file:
-        text = (file.metadata() or {}).get(_KEY)
+    text = metadata.get(_KEY)
     if text is None:
         return None
     try:

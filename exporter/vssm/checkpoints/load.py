@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from vssm.artifact.manifest import CheckpointInfo
+from vssm.checkpoints.align import align
 from vssm.checkpoints.formats import read_file
 from vssm.checkpoints.labels import stored_labels, with_labels
-from vssm.errors import CheckpointError, VssmError
-from vssm.files.atomic import atomic_path, sha256_of
+from vssm.checkpoints.locate import some
+from vssm.checkpoints.wrapped import refuse_wrapper
+from vssm.errors import CheckpointError
+from vssm.files.atomic import atomic_path
 
-_MODULE: Final = "module."
-_BACKBONE: Final = "backbone."
-_EMA: Final = "ema_"
-_SHOWN: Final = 6
+_SHARD: Final = re.compile(r"-\d+-of-\d+\.")
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,19 @@ class LoadReport:
     Attributes:
         path: the file.
         sha256: of the file.
-        format: "safetensors", "torch" or "torch, restricted" (it held objects of unknown classes).
+        format: "safetensors" or "torch", or one of them with the number of its shards.
         weights: "model" or "ema".
-        wrapper: key that the weights lay under; empty for a bare state dict.
+        wrapper: dotted key that the weights lay under; empty for a bare state dict.
         prefix_stripped: what was taken off the keys, such as "module." or "backbone.".
         prefix_added: what was put before keys that the model has under "backbone.".
-        num_tensors: tensors loaded, all that the model has.
-        ignored: keys of the file that are no weights of this model ("optimizer", mmcv's "ema_*").
+        unwrapped: wrappers' parts taken out of the middle of keys, such as "_orig_mod".
+        num_tensors: tensors loaded, all that the model has but those of a new head.
+        ignored: keys of the file that are no weights of this model ("optimizer", mmcv's "ema_*",
+            counters).
         adapted: keys that the model itself renamed or resized (position tables of another size).
         casts: changes of dtype, each with the count and whether every value stayed the same.
         stubs: classes and functions named in the file that were neither imported nor called.
+        new_head: what the model's head keeps of its own, and why; only where that was asked for.
     """
 
     path: str
@@ -51,11 +55,13 @@ class LoadReport:
     wrapper: str
     prefix_stripped: str
     prefix_added: str
+    unwrapped: tuple[str, ...]
     num_tensors: int
     ignored: tuple[str, ...]
     adapted: tuple[str, ...]
     casts: tuple[str, ...]
     stubs: tuple[str, ...]
+    new_head: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{self.num_tensors} tensors from {self.path} ({self.format})"]
@@ -63,67 +69,85 @@ class LoadReport:
         parts += [f"prefix {self.prefix_stripped!r} stripped"] if self.prefix_stripped else []
         parts += [f"prefix {self.prefix_added!r} added"] if self.prefix_added else []
         for word, names in (
+            ("taken out of keys", self.unwrapped),
+            ("new head", self.new_head),
             ("adapted", self.adapted),
             ("cast", self.casts),
             ("ignored", self.ignored),
             ("never run", self.stubs),
         ):
-            parts += [f"{word}: {_list(names)}"] if names else []
+            parts += [f"{word}: {some(names, len(names))}"] if names else []
         return "; ".join(parts)
 
 
 def load_checkpoint(
-    model: nn.Module, path: str | os.PathLike[str], *, weights: str = "model"
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    weights: str = "model",
+    key: str | None = None,
+    new_head: bool = False,
 ) -> LoadReport:
     """Load a checkpoint file into `model`, which has the official keys; all of it or nothing.
 
-    "module." goes off the keys, "backbone." off or on as the model's keys have it. A model with a
-    method `adapt_state_dict(state) -> state` is asked to rename old keys and resize position
-    tables, without changing itself. Values are cast to the model's dtypes. A model with attributes
+    What wrappers and training loops leave in a file is taken off where one way of doing so fits the
+    model in every key and shape; docs/checkpoints.md says what. A model with a method
+    `adapt_state_dict(state) -> state` is asked to rename old keys and resize position tables,
+    without changing itself. Values are cast to the model's dtypes. A model with attributes
     `checkpoint` and `labels` is told the file's name and hash, and the names of its classes where
     the file has them, for `model.json`.
 
     Args:
         model: left as it was on any error; stays on its device.
-        path: a safetensors file, or one that torch.save wrote.
+        path: a safetensors file, one that torch.save wrote, or the index or folder of shards.
         weights: "model", or "ema" for the averaged weights that some training codes save beside.
+        key: where the weights are in the file, if under no usual name: a dotted path, or what the
+            keys of a flat file begin with, such as "student".
+        new_head: keep the model's own classifier (keys with a part "head") where the file has one
+            of another width, or none.
 
     Returns:
         What was read and done, for people to check.
 
     Raises:
+        ValueError: an option does not fit.
+        TypeError: `model` is a wrapper (DataParallel, torch.compile's) around the model.
         CheckpointError: the file cannot be read; or keys are missing, unexpected or misshapen, or
             values not finite; each kind is named in the one message.
     """
-    raw = read_file(path, weights=weights)
-    expected = model.state_dict()
-    state, stripped, added = _align_prefix(raw.state, expected, path)
-    ema = tuple(sorted(key for key in state if key.startswith(_EMA) and key not in expected))
-    state = {key: value for key, value in state.items() if key not in ema}
-    adapted = _adapt(model, state, path)
-    _check_keys(adapted, expected, path)
-    cast, casts = _cast(adapted, expected, path)
-    labels = stored_labels(path) if raw.format == "safetensors" else None
-    info = CheckpointInfo(os.path.basename(os.fspath(path)), sha256_of(path))
-    model.load_state_dict(cast, strict=True)
+    refuse_wrapper(model)
+    raw = read_file(path, weights=weights, key=key)
+    try:
+        found = align(raw.state, model, new_head=new_head)
+    except CheckpointError as error:
+        shard = ""
+        if _SHARD.search(os.path.basename(os.fspath(path))):
+            shard = "; it is one of several shards by its name: give their index or folder"
+        raise CheckpointError(f"checkpoint={path}: {error}{shard}") from error
+    own = model.state_dict()
+    cast, casts = _cast(found.state, own, path)
+    labels = stored_labels(raw.metadata, path)
+    model.load_state_dict({**own, **cast}, strict=True)
     if hasattr(model, "checkpoint"):
         untyped: Any = model
-        untyped.checkpoint = info
+        untyped.checkpoint = CheckpointInfo(os.path.basename(os.fspath(path)), raw.sha256)
         if hasattr(model, "labels"):
-            untyped.labels = labels
+            untyped.labels = None if new_head else labels  # a new head has classes of its own
     return LoadReport(
         path=os.fspath(path),
-        sha256=info.sha256,
+        sha256=raw.sha256,
         format=raw.format,
         weights=weights,
         wrapper=raw.wrapper,
-        prefix_stripped=stripped,
-        prefix_added=added,
+        prefix_stripped=found.prefix_stripped,
+        prefix_added=found.prefix_added,
+        unwrapped=found.unwrapped,
         num_tensors=len(cast),
-        ignored=(*raw.ignored, *ema),
-        adapted=tuple(sorted(k for k, v in adapted.items() if not _same(v, state.get(k)))),
+        ignored=(*raw.ignored, *found.ignored),
+        adapted=found.adapted,
         casts=casts,
         stubs=raw.stubs,
+        new_head=found.new_head,
     )
 
 
@@ -161,71 +185,6 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _align_prefix(
-    state: Mapping[str, Tensor], expected: Collection[str], path: str | os.PathLike[str]
-) -> tuple[dict[str, Tensor], str, str]:
-    """Keys as the model has them, and the prefixes stripped and added for it."""
-    result, stripped = dict(state), ""
-    while result and all(key.startswith(_MODULE) for key in result):
-        result = {key.removeprefix(_MODULE): value for key, value in result.items()}
-        stripped += _MODULE
-    wanted = any(key.startswith(_BACKBONE) for key in expected)
-    present = any(key.startswith(_BACKBONE) for key in result)
-    if present and not wanted:
-        return _without_backbone(result, path), stripped + _BACKBONE, ""
-    if wanted and not present:
-        # Only where that names a key of the model: the head lies outside the backbone.
-        longer = {k for k in result if k not in expected and _BACKBONE + k in expected}
-        result = {_BACKBONE + k if k in longer else k: value for k, value in result.items()}
-        return result, stripped, _BACKBONE if longer else ""
-    return result, stripped, ""
-
-
-def _without_backbone(
-    state: Mapping[str, Tensor], path: str | os.PathLike[str]
-) -> dict[str, Tensor]:
-    twice = [key for key in state if key.startswith(_BACKBONE) and key[len(_BACKBONE) :] in state]
-    if twice:
-        raise CheckpointError(
-            f"checkpoint={path} has {_list(twice)} with and without this prefix; "
-            "save one model's state_dict()"
-        )
-    return {key.removeprefix(_BACKBONE): value for key, value in state.items()}
-
-
-def _adapt(
-    model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]
-) -> dict[str, Tensor]:
-    adapt = getattr(model, "adapt_state_dict", None)
-    if adapt is None:
-        return state
-    try:
-        adapted = adapt(dict(state))
-    except (ValueError, TypeError, LookupError, RuntimeError, VssmError) as error:
-        raise CheckpointError(f"checkpoint={path} does not fit the model: {error}") from error
-    return dict(adapted)
-
-
-def _check_keys(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | os.PathLike[str]
-) -> None:
-    """Refuse missing, unexpected and misshapen keys, all in one message."""
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    misshapen = [
-        f"{key} (file {tuple(state[key].shape)}, model {tuple(value.shape)})"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-    if any(keys for _, keys in kinds):
-        problems = "; ".join(f"{kind}: {_list(keys)}" for kind, keys in kinds if keys)
-        raise CheckpointError(
-            f"checkpoint={path} does not fit the model ({problems}); create the model with the "
-            "name, num_classes and options that the file was trained with"
-        )
-
-
 def _cast(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | os.PathLike[str]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -250,18 +209,6 @@ def _cast(
     if bad:
         raise CheckpointError(
             f"checkpoint={path} has values that the model cannot hold (infinite, NaN, or of "
-            f"another kind) in {_list(bad)}; use a checkpoint of a run that converged"
+            f"another kind) in {some(bad, len(bad))}; use a checkpoint of a run that converged"
         )
     return result, tuple(f"{count} {change}" for change, count in sorted(changes.items()))
-
-
-def _same(value: Tensor, before: Tensor | None) -> bool:
-    if before is None or value.dtype != before.dtype:
-        return False
-    return value is before or torch.equal(value, before)
-
-
-def _list(names: Collection[str]) -> str:
-    """At most six of them, and how many there are."""
-    shown = ", ".join(list(names)[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown}, ... ({len(names)} in all)"

@@ -3,26 +3,41 @@
 The standard library's `pickletools` splits the bytes into opcodes; what happens then is written
 below, opcode by opcode. The only things made are plain containers, numbers and texts, records of
 tensors and `Stub`s. Nothing here looks up a module or an attribute, or calls what is on the stack.
+
+A pickle of a few bytes can describe a structure of 2**60 parts, each a reference to one before. So
+every opcode here does work that is bounded by a constant or by what the file holds for it alone:
+nothing is copied, compared, hashed or written out whose size the file does not have byte by byte
+(`_key`, `find_global`, `apply`), and `MAX_STEPS` bounds their number. What is made takes
+less than 300 bytes of memory for each byte of the pickle.
 """
 
 from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, BinaryIO, Final
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, Final, TypeGuard
 
 import torch
 
+# A state dict with an optimiser's state takes about 25 steps a tensor.
+MAX_STEPS: Final = 500_000
+_MAX_ARGUMENTS: Final = 8  # of the functions that are known here
+_MAX_DIMS: Final = 16
+_MAX_COUNT: Final = 1 << 62
+_MAX_NAME: Final = 256
+_MAX_KEY: Final = 4096
+_MAX_KEY_PARTS: Final = 8
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Stub:
     """Stands for an object, class or function that this machine does not make; keeps its name."""
 
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StorageRef:
     """A storage named in the pickle: its key in the file, element type and count (unchecked)."""
 
@@ -31,25 +46,25 @@ class StorageRef:
     numel: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """A tensor as the pickle describes it; layout fields are unchecked and may be anything."""
+    """A tensor as the pickle describes it; its layout may still reach outside the storage."""
 
     storage: StorageRef
     dtype: torch.dtype
-    offset: Any
-    size: Any
-    stride: Any
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Known:
     """A name of the allow-list, on the stack; frozen, so that no BUILD can alter what it does."""
 
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StorageType:
     """A storage class of torch, as the element type it stands for."""
 
@@ -57,7 +72,13 @@ class StorageType:
 
 
 def find_global(name: str) -> object:
-    """What a class or function of the file becomes: by exact name, never by import."""
+    """What a class or function of the file becomes: by exact name, never by import.
+
+    Raises:
+        ValueError: the name is longer than any that code has.
+    """
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"pickle names a class or function by {len(name)} characters")
     if name in _STORAGE_TYPES:
         return StorageType(_STORAGE_TYPES[name])
     if name in _DTYPES:
@@ -70,6 +91,8 @@ def apply(target: object, args: object) -> object:
     if not isinstance(args, tuple):
         raise TypeError("pickle calls with arguments that are no tuple")
     if isinstance(target, Known):
+        if len(args) > _MAX_ARGUMENTS:
+            raise ValueError(f"pickle calls {name_of(target)} with {len(args)} arguments")
         return _BUILDERS[target.name](args)
     return Stub(name_of(target))
 
@@ -97,7 +120,19 @@ def _tensor(args: tuple[Any, ...]) -> object:
         return Stub("tensor of a storage type without weights")
     if len(rest) > 2 and rest[2]:
         return Stub("tensor with a conjugate or negative bit")
+    if not (_is_layout(size) and _is_layout(stride) and len(size) == len(stride)):
+        raise ValueError("pickle describes a tensor whose size and stride are not lists of counts")
+    if not _is_count(offset):
+        raise ValueError("pickle describes a tensor whose offset is not a count")
     return TensorRecord(storage, storage.dtype, offset, size, stride)
+
+
+def _is_layout(value: object) -> TypeGuard[tuple[int, ...]]:
+    return isinstance(value, tuple) and len(value) <= _MAX_DIMS and all(map(_is_count, value))
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < _MAX_COUNT
 
 
 def _typed_tensor(args: tuple[Any, ...]) -> object:
@@ -108,7 +143,7 @@ def _typed_tensor(args: tuple[Any, ...]) -> object:
     record = _tensor((storage, offset, size, stride, requires_grad, hooks, *metadata))
     if not isinstance(record, TensorRecord):
         return record
-    return TensorRecord(record.storage, dtype, offset, size, stride)
+    return replace(record, dtype=dtype)
 
 
 def _parameter(args: tuple[Any, ...]) -> object:
@@ -119,11 +154,14 @@ def _parameter(args: tuple[Any, ...]) -> object:
 def _subclass(args: tuple[Any, ...]) -> object:
     """_rebuild_from_type_v2(function, type, args, state): a tensor with attributes."""
     function, kind, arguments, _ = args
-    if kind in (Known("torch Tensor"), Known("torch.nn.parameter Parameter")):
+    plain = kind in (Known("torch Tensor"), Known("torch.nn.parameter Parameter"))
+    # Not itself: a chain of these would be followed by as many calls.
+    if plain and isinstance(function, Known) and function.name != _SUBCLASS:
         return apply(function, arguments)
     return Stub(name_of(kind))
 
 
+_SUBCLASS: Final = "torch._tensor _rebuild_from_type_v2"
 _BUILDERS: Final[dict[str, Callable[[tuple[Any, ...]], object]]] = {
     "builtins dict": _mapping,
     "__builtin__ dict": _mapping,
@@ -131,7 +169,7 @@ _BUILDERS: Final[dict[str, Callable[[tuple[Any, ...]], object]]] = {
     "collections defaultdict": _mapping,
     "collections Counter": _mapping,
     "torch Tensor": lambda _: Stub("torch.Tensor"),
-    "torch._tensor _rebuild_from_type_v2": _subclass,
+    _SUBCLASS: _subclass,
     "torch._utils _rebuild_tensor": _tensor,
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_tensor_v3": _typed_tensor,
@@ -165,22 +203,34 @@ _DTYPES: Final = {
 
 
 class PickleMachine:
-    """Runs one pickle; `storages` and `unknown` then hold the storages and the stubs it named."""
+    """Runs the pickles of one file.
+
+    Attributes:
+        storages: the storages that they named, by key.
+        unknown: names of the stubs that they named.
+        steps: opcodes that may still be run.
+    """
 
     def __init__(self) -> None:
-        self.storages: list[StorageRef] = []
+        self.storages: dict[str, StorageRef] = {}
         self.unknown: set[str] = set()
+        self.steps = MAX_STEPS
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
 
     def run(self, stream: BinaryIO) -> object:
-        """Execute up to STOP, where the stream is left, and return the object.
+        """Execute one pickle up to STOP, where the stream is left, and return the object.
 
         Raises:
-            ValueError, LookupError, TypeError, OverflowError: the pickle is malformed.
+            ValueError, LookupError, TypeError, OverflowError: the pickle is malformed, or takes
+                more steps than a file may.
         """
+        self._stack, self._marks, self._memo = [], [], {}
         for opcode, arg, _ in pickletools.genops(stream):
+            self.steps -= 1
+            if self.steps < 0:
+                raise ValueError(f"its pickle takes more than {MAX_STEPS:,} steps")
             if opcode.name == "STOP":
                 return self.pop()
             handler = _HANDLERS.get(opcode.name)
@@ -241,12 +291,10 @@ class PickleMachine:
             raise TypeError(f"pickle stores items into a {type(target).__name__}")
 
     def extend(self, items: list[Any]) -> None:
-        """Put items into the list or set on top; a stub swallows them."""
+        """Put items into the list on top; a stub swallows them."""
         target = self.top()
         if isinstance(target, list):
             target.extend(items)
-        elif isinstance(target, set):
-            target.update(map(_key, items))
         elif not isinstance(target, Stub):
             raise TypeError(f"pickle appends items to a {type(target).__name__}")
 
@@ -258,15 +306,17 @@ class PickleMachine:
 
     def resolve_storage(self) -> None:
         """BINPERSID: ("storage", type, key, location, count[, None]) becomes a `StorageRef`."""
-        match self.pop():
-            case ("storage", StorageType(dtype), str(key), str(), int(numel), *view) if view in (
-                [],
-                [None],
+        name = self.pop()
+        # Its length first: a pattern with a star copies what it leaves over.
+        short = name if isinstance(name, tuple) and len(name) <= _MAX_ARGUMENTS else ()
+        match short:
+            case ("storage", StorageType(dtype), str(key), str(), numel, *view) if (
+                view in ([], [None]) and _is_count(numel) and len(key) <= _MAX_NAME
             ):
-                self.storages.append(StorageRef(key, dtype, numel))
-                self.push(self.storages[-1])
-            case ("storage", Stub(name), *_):
-                self.push(Stub(name))
+                self.storages[key] = StorageRef(key, dtype, numel)
+                self.push(self.storages[key])
+            case ("storage", Stub(kind), *_):
+                self.push(Stub(kind))
             case ("module", *_):
                 self.push(Stub("module source"))
             case _:
@@ -284,6 +334,8 @@ def _find_on_stack(machine: PickleMachine) -> object:
     name, module = machine.pop(), machine.pop()
     if not isinstance(name, str) or not isinstance(module, str):
         raise TypeError("pickle names a global by something else than texts")
+    if len(name) > _MAX_NAME or len(module) > _MAX_NAME:  # before they are joined
+        raise ValueError("pickle names a class or function by a text that is too long")
     return find_global(f"{module} {name}")
 
 
@@ -296,11 +348,24 @@ def _dictionary(pairs: list[Any]) -> dict[Any, Any]:
 
 
 def _key(key: Any) -> Any:
-    # Only flat keys: hashing a tuple nested a million deep would overflow the C stack.
-    flat = key if isinstance(key, tuple) else (key,)
-    if not all(isinstance(part, str | int | float | bytes | Stub | None) for part in flat):
-        raise TypeError(f"pickle uses a {type(key).__name__} as a key")
+    """A key as it is, once hashing and comparing it is known to be quick and to end.
+
+    A tuple's hash is not remembered: one that is nested, or long, is computed at every use, and a
+    nest a million deep overflows the C stack. Two long texts that are equal are compared at every
+    use, and a long integer is hashed at every use.
+    """
+    parts = key if isinstance(key, tuple) and len(key) <= _MAX_KEY_PARTS else (key,)
+    if not all(map(_is_plain_key, parts)):
+        raise TypeError(f"pickle uses a {type(key).__name__} of this form as a key")
     return key
+
+
+def _is_plain_key(part: object) -> bool:
+    if isinstance(part, str | bytes):
+        return len(part) <= _MAX_KEY
+    if isinstance(part, int):
+        return part.bit_length() <= 64
+    return isinstance(part, float | Stub | torch.dtype | None)
 
 
 _Handler = Callable[[PickleMachine, Any], None]
@@ -321,7 +386,7 @@ _HANDLERS: Final[dict[str, _Handler]] = {
     "EMPTY_TUPLE": lambda m, _: m.push(()),
     "EMPTY_LIST": lambda m, _: m.push([]),
     "EMPTY_DICT": lambda m, _: m.push({}),
-    "EMPTY_SET": lambda m, _: m.push(set()),
+    "EMPTY_SET": lambda m, _: m.push([]),  # no weights are in sets, and hashing items costs
     "MARK": lambda m, _: m.mark(),
     "POP": lambda m, _: m.discard(),
     "POP_MARK": lambda m, _: m.pop_mark().clear(),
@@ -332,7 +397,7 @@ _HANDLERS: Final[dict[str, _Handler]] = {
     "TUPLE3": lambda m, _: m.push((m.pop(), m.pop(), m.pop())[::-1]),
     "DICT": lambda m, _: m.push(_dictionary(m.pop_mark())),
     "LIST": lambda m, _: m.push(m.pop_mark()),
-    "FROZENSET": lambda m, _: m.push(frozenset(map(_key, m.pop_mark()))),
+    "FROZENSET": lambda m, _: m.push(m.pop_mark()),
     "APPEND": lambda m, _: m.extend([m.pop()]),
     "APPENDS": lambda m, _: m.extend(m.pop_mark()),
     "ADDITEMS": lambda m, _: m.extend(m.pop_mark()),

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vssm.errors import CheckpointError
+
+_MAX_SIDE = 512  # images of 8,192 pixels in patches of 16
+
 
 def wide(x: Tensor) -> Tensor:
     """`x` in float32, or as it is where it is wider."""
@@ -75,11 +79,28 @@ def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
     """A position table (1, old_h * old_w, width) resized to (1, new_h * new_w, width).
 
     Bicubic, align_corners=False, as the official loaders do.
+
+    Raises:
+        CheckpointError: `old` is larger than any image's grid.
     """
+    check_grid(*old)
     width = table.shape[-1]
     grid = wide(table).reshape(1, *old, width).permute(0, 3, 1, 2)
     grid = functional.interpolate(grid, size=new, mode="bicubic", align_corners=False)
     return grid.permute(0, 2, 3, 1).reshape(1, -1, width).to(table.dtype)
+
+
+def check_grid(height: int, width: int) -> None:
+    """Refuse a position table of a file before it is resized, which copies it several times.
+
+    Raises:
+        CheckpointError: it is larger than any image's grid.
+    """
+    if max(height, width) > _MAX_SIDE:
+        raise CheckpointError(
+            f"a table of {height} x {width} positions has more than {_MAX_SIDE} a side; load the "
+            "checkpoint of a model for images"
+        )
 
 
 def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

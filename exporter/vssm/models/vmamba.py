@@ -19,7 +19,15 @@ from torch.nn import functional
 from vssm.errors import CheckpointError
 from vssm.models.base import BlockCost, ForwardDetails, VisionModel, details, refuse_schedule
 from vssm.models.cross_scan import WALKS, CrossScanConfig, CrossScanMixer, MapWalks
-from vssm.models.layers import Conv2d, LayerNorm, Linear, to_map, to_tokens, wide
+from vssm.models.layers import (
+    Conv2d,
+    LayerNorm,
+    Linear,
+    check_grid,
+    to_map,
+    to_tokens,
+    wide,
+)
 from vssm.pruning.schedule import PruneSchedule
 
 # The walks of the official forward types: "v05_noz" and "v0", "v051d_noz", "v052d_noz".
@@ -193,6 +201,7 @@ def _reshaped(key: str, value: Tensor, grid: tuple[int, int]) -> Tensor:
     if by_direction and value.shape[0] % _DIRECTIONS == 0:
         return value.reshape(_DIRECTIONS, -1, value.shape[1])
     if key == "pos_embed" and value.dim() == 4 and tuple(value.shape[2:]) != grid:
+        check_grid(*value.shape[2:])
         table = functional.interpolate(wide(value), size=grid, mode="bicubic", align_corners=False)
         return table.to(value.dtype)
     return value

@@ -107,7 +107,11 @@ SCAN_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("where", "change", "message"), SCAN_FAULTS, ids=lambda v: v[:30] if isinstance(v, str) else None)
+@pytest.mark.parametrize(
+    ("where", "change", "message"),
+    SCAN_FAULTS,
+    ids=lambda v: v[:30] if isinstance(v, str) else None,
+)
 def test_bad_scan_inputs_are_refused(where, change, message):
     name = {"z": "GatedSelectiveScan", "delta0": "SelectiveScanConstantGap"}.get(
         where, "SelectiveScan"
