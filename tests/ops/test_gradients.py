@@ -121,7 +121,7 @@ def test_without_the_library_gradients_are_refused(monkeypatch):
     def absent(_):
         raise RuntimeUnavailableError("library=libvssm.so is in none of x; build it with `make`")
 
-    ops_kernels.cache_clear()
+    ops_kernels.kernels.cache_clear()
     monkeypatch.setattr(ops_kernels, "find_library", absent)
     case = scan_case(seqlen=6, d_inner=5)
     leaves = _leaves(case)
@@ -203,7 +203,7 @@ import re, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from cases import scan_case
-from vssm.ops.kernels import backward_memory, cache_clear, differentiable, scan_backward
+from vssm.ops.kernels import backward_memory, differentiable, scan_backward
 from vssm.ops.spec import OPERATORS
 from test_gradients import LAYERS, _allowed, _sizes
 

@@ -140,7 +140,7 @@ def test_what_no_kernel_takes_is_an_error():
     case = {k: v.double() if v.is_floating_point() else v for k, v in scan_case(seqlen=9).items()}
     with pytest.raises(ValueError, match=r"dtype=float64: the kernels compute in float32"):
         ops.selective_scan(**case, backend="kernel")
-    with pytest.raises(ValueError, match=r"backend='fast' is not one of auto, oracle, kernel"):
+    with pytest.raises(ValueError, match=r"backend='fast' is not one of auto, reference, kernel"):
         ops.selective_scan(**scan_case(seqlen=9), backend="fast")
     case = {k: v.to("meta") for k, v in scan_case(seqlen=9).items()}
     assert ops.selective_scan(**case, backend="kernel").is_meta, "meta tensors have shapes alone"
@@ -241,7 +241,7 @@ def test_create_model_takes_the_choice():
     model = vssm.create_model("vim_tiny", backend="kernel", **options)
     assert model.backend == "kernel"
     assert "backend" not in vars(model.config)
-    with pytest.raises(ValueError, match=r"backend='fast' is not one of auto, oracle, kernel"):
+    with pytest.raises(ValueError, match=r"backend='fast' is not one of auto, reference, kernel"):
         vssm.create_model("vim_tiny", backend="fast", **options)
 
 

@@ -119,11 +119,11 @@ def test_as_released_has_its_own_source(option):
 def test_as_released_class_slots():
     options = {"importance": "as_released", "alignment": "none"}
     schedule = PruneSchedule({5: 0.8, 10: 1, 15: 0.8}, **options)
-    slots = [s.cls_slot for s in plan_stages(schedule, VIM, 24).values()]
-    assert slots == [98, 78, 78]  # 157 // 2
+    indices = [s.cls_keep_index for s in plan_stages(schedule, VIM, 24).values()]
+    assert indices == [98, 78, 78]  # 157 // 2
     head = TokenLayout(197, 0, keep_odd=True)
     schedule = PruneSchedule({5: 1, 10: 0.8}, **options)
-    assert [s.cls_slot for s in plan_stages(schedule, head, 24).values()] == [0, 0]
+    assert [s.cls_keep_index for s in plan_stages(schedule, head, 24).values()] == [0, 0]
     with pytest.raises(UnsupportedError, match=r"has none; choose another"):
         plan_stages(schedule, TokenLayout(196, None, keep_odd=True), 24)
     with pytest.raises(UnsupportedError, match=r"0\.001 after block 5 keeps one of 197.*more"):
