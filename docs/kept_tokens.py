@@ -29,7 +29,7 @@ _MEAN, _STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225
 
 
 def crops(photographs: list[Image.Image], rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
-    """A batch of normalised random crops (batch, 3, side, side), and which photograph each is of."""
+    """Normalised random crops (batch, 3, side, side), and which photograph each is of."""
     labels = rng.integers(0, len(photographs), _BATCH)
     images = []
     for label in labels:
@@ -46,14 +46,12 @@ def train(photographs: list[Image.Image]) -> torch.nn.Module:
     rng = np.random.default_rng(0)
     model = vssm.create_model("vim_tiny", schedule=vssm.PruneSchedule(_SCHEDULE), **_MODEL)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE)
-    for step in range(_STEPS):
+    for _ in range(_STEPS):
         images, labels = crops(photographs, rng)
         loss = functional.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 20 == 0:
-            print(f"step {step} of {_STEPS}: loss {loss.item():.3f}", flush=True)
     return model
 
 
@@ -64,11 +62,11 @@ def main() -> None:
         photograph = Path(folder, "flower.png")
         flower.save(photograph)
         vssm.export(train([china, flower]), Path(folder, "model"))
-        found = vssm.visualize(str(Path(folder, "model")), [photograph], Path(folder, "pictures"))
-        print(found)
-        for file in sorted(Path(folder, "pictures").rglob("*.png")):
-            print(file)
-            Path("/tmp", file.name).write_bytes(file.read_bytes())
+        vssm.visualize(
+            vssm.ModelSource(str(Path(folder, "model"))), [photograph], Path(folder, "pictures")
+        )
+        (kept,) = Path(folder, "pictures").glob("*_kept.png")
+        Path(__file__).with_suffix(".png").write_bytes(kept.read_bytes())
 
 
 if __name__ == "__main__":
