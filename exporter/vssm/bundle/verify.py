@@ -70,7 +70,8 @@ def _run(artifact: Artifact, library: Path, name: str, files: int) -> BundleRepo
     images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     model = artifact.directory / MODEL_FILE
     ran = run_once(model, images, library)
-    logits, bodies = ran.outputs["logits"], run_once(model, images, None).outputs["logits"]
+    main = artifact.manifest.main_output.name
+    logits, bodies = ran.outputs[main], run_once(model, images, None).outputs[main]
     difference = float(np.abs(logits - bodies).max() / np.abs(bodies).max())
     failures = []
     if not ran.kernels and artifact.manifest.operators:
