@@ -6,17 +6,10 @@ import json
 import os
 
 import pytest
+from crashes import tree
 
 from vssm.artifact.directory import EXPORT_FILES, staged_export
 from vssm.errors import ArtifactError
-
-
-def tree(directory) -> dict[str, bytes | None]:
-    """Every path below, hidden ones too, with its content."""
-    return {
-        str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None
-        for p in sorted(directory.rglob("*"))
-    }
 
 
 def write_export(directory, *, force=False, **files: bytes) -> None:
@@ -120,6 +113,7 @@ def test_force_over_a_damaged_manifest(tmp_path, manifest):
 def test_a_failure_while_moving_puts_everything_back(tmp_path, monkeypatch, failing):
     out = tmp_path / "out"
     write_export(out, model_onnx=b"old", weights_safetensors=b"old")
+    (out / "notes.txt").write_bytes(b"the user's, so entries are moved one by one")
     before = tree(tmp_path)
     replace, calls = os.replace, []
 
@@ -142,6 +136,7 @@ def test_a_failure_while_moving_puts_everything_back(tmp_path, monkeypatch, fail
 def test_the_manifest_is_moved_first_out_and_last_in(tmp_path, monkeypatch):
     out = tmp_path / "out"
     write_export(out, model_onnx=b"old")
+    (out / "notes.txt").write_bytes(b"the user's, so entries are moved one by one")
     replace, moved = os.replace, []
     monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(b.name), replace(a, b)))
     write_export(out, force=True, model_onnx=b"new")

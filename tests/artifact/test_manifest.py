@@ -18,11 +18,9 @@ from vssm.artifact.manifest import (
     manifest_from_json,
     manifest_to_json,
     read_manifest,
-    verify,
     write_manifest,
 )
 from vssm.errors import ArtifactError
-from vssm.files.atomic import sha256_of
 
 HASH = "0123456789abcdef" * 4
 SCHEDULE = ScheduleInfo(
@@ -288,32 +286,6 @@ def test_a_wrong_manifest_is_never_written(tmp_path, wrong):
     with pytest.raises(ValueError, match=r"manifest|JSON"):
         write_manifest(tmp_path, dataclasses.replace(MANIFEST, **wrong))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_verify(tmp_path):
-    (tmp_path / "model.onnx").write_bytes(b"onnx")
-    (tmp_path / "weights.safetensors").write_bytes(b"weights")
-    files = {p.name: sha256_of(p) for p in tmp_path.iterdir()}
-    manifest = dataclasses.replace(PLAIN, files=files)
-    verify(tmp_path, manifest)
-
-    (tmp_path / "weights.safetensors").write_bytes(b"weighty")
-    verify(tmp_path, manifest, only=["model.onnx"])
-    with pytest.raises(ArtifactError) as caught:
-        verify(tmp_path, manifest)
-    for part in (
-        str(tmp_path / "weights.safetensors"),
-        files["weights.safetensors"][:12],
-        sha256_of(tmp_path / "weights.safetensors")[:12],
-        "export the model again",
-    ):
-        assert part in str(caught.value)
-
-    (tmp_path / "weights.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"weights\.safetensors cannot be read .*lists it"):
-        verify(tmp_path, manifest)
-    with pytest.raises(ArtifactError, match=r"file=other\.bin is not listed in"):
-        verify(tmp_path, manifest, only=["other.bin"])
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from PIL import Image
 import vssm
 from vssm.artifact.directory import Artifact
 from vssm.artifact.manifest import TensorInfo
+from vssm.bundle import manifest as bundle_manifest
 from vssm.bundle.make import BundleRequest, make_bundle
 from vssm.bundle.manifest import BUNDLE_MANIFEST, read_bundle_manifest
 from vssm.bundle.triton import (
@@ -116,9 +117,36 @@ def _changed(bundle: Path) -> None:
         file.write(b"\0")
 
 
+def _setuid(bundle: Path) -> None:
+    (bundle / "start.sh").chmod(0o4755)
+
+
+def _writable(bundle: Path) -> None:
+    (bundle / "lib").chmod(0o777)
+
+
+def _manifest_mode(bundle: Path) -> None:
+    (bundle / BUNDLE_MANIFEST).chmod(0o666)
+
+
+def _folder(bundle: Path) -> None:
+    (bundle / "lib/new/empty").mkdir(parents=True)
+    for folder in ("new", "new/empty"):
+        (bundle / "lib" / folder).chmod(0o755)
+
+
+def _hidden(bundle: Path) -> None:
+    (bundle / ".hidden\x1b[2J").write_bytes(b"")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (_setuid, "start.sh was changed: its mode is 4755, not 0644"),
+        (_writable, "lib was changed: its mode is 0777, not 0755"),
+        (_manifest_mode, "MANIFEST.json was changed: its mode is 0666, not 0644"),
+        (_folder, "lib/new, a directory, is not listed"),
+        (_hidden, r".hidden\x1b[2J is not listed"),
         (_missing, "start.sh is missing"),
         (_extra, "lib/extra.so is not listed"),
         (_changed, "lib/libvssm_onnxruntime.so was changed: its sha256 is"),
@@ -131,10 +159,105 @@ def test_verify_finds(cli: Run, bundle: Path, spoil: Callable[[Path], None], mes
     assert "the model was not run: files differ" in cli.out
 
 
-def test_verify_refuses_links(bundle: Path) -> None:
-    (bundle / "link").symlink_to("/etc/hostname")
+@pytest.mark.parametrize("target", ["/etc/hostname", "lib", "nowhere"])
+def test_verify_refuses_links(bundle: Path, target: str) -> None:
+    (bundle / "link").symlink_to(target)
     with pytest.raises(ArtifactError, match="is a link or no regular file"):
         verify_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", [BUNDLE_MANIFEST, "start.sh"])
+def test_verify_refuses_a_pipe(cli: Run, bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    os.mkfifo(bundle / name)
+    assert cli("bundle", "--verify", bundle) == 2
+    assert "regular file" in cli.out
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_verify_finds_another_owner(bundle: Path) -> None:
+    os.chown(bundle / "lib/libvssm_onnxruntime.so", 12345, -1)
+    (failure,) = verify_bundle(bundle).failures
+    assert "libvssm_onnxruntime.so was changed: it belongs to user 12345, the bundle" in failure
+
+
+def _edited(bundle: Path, changes: dict[str, Any], *, own: bool) -> None:
+    """Edit MANIFEST.json; `own`: also the hash that it gives for itself."""
+    path = bundle / BUNDLE_MANIFEST
+    document = {**json.loads(path.read_text()), **changes}
+    if own:
+        document["sha256"] = bundle_manifest._own_sha256(document)
+    path.write_text(json.dumps(document))
+
+
+EDITS = [
+    ({"name": "other"}, "says name other, but there is no triton/tensorrt/other/config.pbtxt"),
+    ({"versions": {"vssm": "9.9"}}, "says versions {}, but model/model.json {'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), EDITS)
+def test_verify_finds_an_edited_manifest(
+    bundle: Path, changes: dict[str, Any], message: str
+) -> None:
+    _edited(bundle, changes, own=False)
+    with pytest.raises(ArtifactError, match="its content has not the sha256 that it gives"):
+        verify_bundle(bundle)
+    _edited(bundle, changes, own=True)
+    (failure,) = verify_bundle(bundle).failures
+    assert message in failure
+
+
+def test_keys_that_come_twice(bundle: Path) -> None:
+    path = bundle / BUNDLE_MANIFEST
+    path.write_text(path.read_text().replace('"name":', '"name": "other", "name":'))
+    with pytest.raises(ArtifactError, match="the key 'name' comes twice"):
+        verify_bundle(bundle)
+
+
+def test_what_was_hashed_is_what_runs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model and library exchanged as soon as the files were compared: neither is run."""
+    from vssm.bundle import verify as bundle_verify
+
+    real = bundle_verify.run_once
+
+    def exchanging(model: Path, images: Any, library: Path | None) -> Any:
+        for name in ("model/model.onnx", "lib/libvssm_onnxruntime.so", "model/model.json"):
+            (bundle / name).write_bytes(b"something else")
+        return real(model, images, library)
+
+    monkeypatch.setattr(bundle_verify, "run_once", exchanging)
+    report = verify_bundle(bundle)
+    assert report.passed
+    assert report.kernels == 5
+
+
+@pytest.mark.parametrize("name", ["lib/libvssm_onnxruntime.so", "model/model.json"])
+def test_a_file_changed_after_it_was_hashed(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from vssm.bundle import verify as bundle_verify
+
+    real = bundle_verify.compare_files
+
+    def comparing(directory: Path, manifest: Any) -> list[str]:
+        found = real(directory, manifest)
+        (bundle / name).write_bytes(b"something else")
+        return found
+
+    monkeypatch.setattr(bundle_verify, "compare_files", comparing)
+    with pytest.raises(ArtifactError, match=r"is not the file that|was changed while"):
+        verify_bundle(bundle)
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_modes_do_not_depend_on_the_umask(artifact: Artifact, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        make_bundle(artifact, tmp_path / "bundle", BundleRequest())
+    finally:
+        os.umask(before)
+    assert verify_bundle(tmp_path / "bundle").passed
 
 
 def test_verify_finds_a_library_of_something_else(

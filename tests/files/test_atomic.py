@@ -7,17 +7,10 @@ import os
 import stat
 
 import pytest
+from crashes import tree
 
 from vssm.errors import ArtifactError
-from vssm.files.atomic import atomic_path, atomic_write_bytes, sha256_of, staged_directory
-
-
-def tree(directory) -> dict[str, bytes | None]:
-    """Every path below, hidden ones too, with its content."""
-    return {
-        str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None
-        for p in sorted(directory.rglob("*"))
-    }
+from vssm.files.atomic import atomic_path, atomic_write_bytes, sha256_of
 
 
 def test_sha256_of_reads_in_pieces(tmp_path):
@@ -58,25 +51,3 @@ def test_atomic_write_to_a_place_that_is_none(tmp_path):
         with pytest.raises(ArtifactError, match=f"output={path} cannot be written .*; name"):
             atomic_write_bytes(path, b"x")
     assert tree(tmp_path) == {"file": b"", "directory": None}
-
-
-def test_a_staged_tree_replaces_what_it_may_and_is_synced(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    synced, real = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), real(fd)))
-
-    def write(*names: str) -> None:
-        with staged_directory(out, replaceable=lambda _: ["lib", "last"], last="last") as staging:
-            for name in names:
-                (staging / name).parent.mkdir(exist_ok=True)
-                (staging / name).write_text(name)
-
-    write("lib/a", "last")
-    (out / "mine").write_text("mine")
-    synced.clear()
-    write("lib/b", "model/c", "last")
-    assert set(tree(out)) == {"lib", "lib/b", "model", "model/c", "last", "mine"}
-    assert {p.stat().st_ino for p in out.rglob("*") if p.name != "mine"} <= set(synced)
-    with pytest.raises(ArtifactError, match="holds mine, which is not ours to overwrite"):
-        write("mine")
-    assert (out / "lib/b").read_text() == "lib/b"

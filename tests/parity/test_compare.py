@@ -70,7 +70,7 @@ def broken(artifact: Artifact, tmp_path: Path, name: str, factor: float) -> Arti
             initializer.CopyFrom(numpy_helper.from_array(scaled, name))
     onnx.save(model, directory / "model.onnx")
     weights = directory / "weights.safetensors"
-    weights.write_bytes(artifact.weights_path.read_bytes())
+    weights.write_bytes(artifact.read_weights())
     files = {p.name: sha256_of(p) for p in directory.iterdir()}
     manifest = dataclasses.replace(artifact.manifest, files=files)
     write_manifest(directory, manifest)

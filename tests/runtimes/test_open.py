@@ -140,7 +140,7 @@ def test_views_and_read_only_images_run(
 
 def test_a_session_needs_the_model_file_alone(tmp_path: Path) -> None:
     artifact = exported(tmp_path, micro())
-    artifact.weights_path.unlink()
+    (artifact.directory / "weights.safetensors").unlink()
     with vssm.open_session(artifact) as session:
         assert session.run(images(micro(), 1))["logits"].shape == (1, 7)
     assert vssm.check_parity(micro(), artifact).passed

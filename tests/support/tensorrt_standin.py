@@ -184,7 +184,7 @@ class _Parser:
     def __init__(self, trt: FakeTensorRT, network: _Network) -> None:
         self.trt, self.network, self.errors = trt, network, []
 
-    def parse(self, data: bytes) -> bool:
+    def parse(self, data: bytes, path: str) -> bool:
         model = onnx.load_from_string(data)
         bodies = {f.name for f in model.functions}
         for node in model.graph.node:

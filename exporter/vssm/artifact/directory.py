@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
-from vssm.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest, verify
+from vssm.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
+from vssm.artifact.model_file import ModelFacts, differences, read_facts
 from vssm.errors import ArtifactError
-from vssm.files.atomic import staged_directory
+from vssm.files.private import private_path
+from vssm.files.regular import JSON, ONNX, WEIGHTS, open_regular, read_regular
+from vssm.files.staging import settle, staged_directory
 
 MODEL_FILE = "model.onnx"
 INLINED_FILE = "model.inlined.onnx"
@@ -38,9 +44,17 @@ EXPORT_FILES: Final = frozenset(
 )
 
 
+_REMEDY: Final = "export the model again, or copy the whole directory again"
+_CHUNK: Final = 1 << 20
+_ONNX_FILES: Final = frozenset({MODEL_FILE, INLINED_FILE})
+
+
 @dataclass(frozen=True)
 class Artifact:
-    """An export: its directory and what `model.json` says of it."""
+    """An export: its directory and what `model.json` says of it.
+
+    Its files are read through it, so that what is used is what was checked.
+    """
 
     directory: Path
     manifest: Manifest
@@ -56,20 +70,94 @@ class Artifact:
         _, channels, height, width = self.manifest.inputs[0].shape
         return int(channels), int(height), int(width)
 
-    @property
-    def weights_path(self) -> Path:
-        """The float32 weights under their official keys.
+    def read(self, name: str) -> bytes:
+        """A file's bytes, read once, whose SHA-256 is the one in model.json.
 
         Raises:
-            ArtifactError: the export was made without them.
+            ArtifactError: it is missing, not listed or was changed; or it is an ONNX file that
+                holds something else than model.json claims.
         """
-        path = self.directory / WEIGHTS_FILE
-        if not path.exists():
+        return self._read_model(name)[0] if name in _ONNX_FILES else self._read(name, WEIGHTS)
+
+    def _read(self, name: str, limit: int) -> bytes:
+        with _opened(self, name, limit) as file:
+            data = file.read()
+        _refuse_change(self, name, hashlib.sha256(data).hexdigest())
+        return data
+
+    def _read_model(self, name: str) -> tuple[bytes, ModelFacts]:
+        """An ONNX file and what it says, which is what model.json claims."""
+        data = self._read(name, ONNX)
+        facts = read_facts(data)
+        if differing := differences(self.manifest, facts, inlined=name == INLINED_FILE):
             raise ArtifactError(
-                f"{path} is not there: the export was made with --no-weights, or lost them, and "
-                "this needs the model in PyTorch; export again with weights"
+                f"file={self.directory / name}: {differing[0]}; {MANIFEST_NAME} was edited, or is "
+                f"of another model; {_REMEDY}"
             )
-        return path
+        return data, facts
+
+    def _verify(self, name: str) -> None:
+        """Check a file, and with an ONNX file what it keeps beside itself."""
+        if name in _ONNX_FILES:
+            for beside in sorted(self._read_model(name)[1].external):
+                self._verify(beside)
+            return
+        digest = hashlib.sha256()
+        with _opened(self, name, WEIGHTS) as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        _refuse_change(self, name, digest.hexdigest())
+
+    def copy(self, name: str, target: Path) -> None:
+        """Copy a file, whatever its size; the copy's SHA-256 is the one in model.json.
+
+        Raises:
+            ArtifactError: it is missing, not listed or was changed.
+            OSError: the copy cannot be written.
+        """
+        digest = hashlib.sha256()
+        with _opened(self, name, WEIGHTS) as file, target.open("xb") as copy:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                copy.write(chunk)
+        _refuse_change(self, name, digest.hexdigest())
+
+    @contextlib.contextmanager
+    def opened_model(self, graph: bytes | None = None) -> Iterator[str]:
+        """A path to the model for a runtime to open, behind which nobody can put another one.
+
+        Weights that lie beside the model are copied with it, to where TMPDIR points.
+
+        Args:
+            graph: an edit of the model that stands in its place.
+
+        Raises:
+            ArtifactError: as `read`.
+        """
+        data, facts = self._read_model(MODEL_FILE)
+        shown = data if graph is None else graph
+        if not facts.external:
+            with private_path(shown, MODEL_FILE) as path:
+                yield path
+            return
+        with tempfile.TemporaryDirectory(prefix="vssm-") as folder:
+            for name in sorted(facts.external):
+                self.copy(name, Path(folder, name))
+            Path(folder, MODEL_FILE).write_bytes(shown)
+            yield os.path.join(folder, MODEL_FILE)
+
+    def read_weights(self) -> bytes:
+        """weights.safetensors: the float32 weights under their official keys.
+
+        Raises:
+            ArtifactError: the export was made without them, or they were changed.
+        """
+        if WEIGHTS_FILE not in self.manifest.files:
+            raise ArtifactError(
+                f"{self.directory / WEIGHTS_FILE} is not there: the export was made with "
+                "--no-weights, and this needs the model in PyTorch; export again with weights"
+            )
+        return self.read(WEIGHTS_FILE)
 
 
 def open_artifact(
@@ -85,9 +173,39 @@ def open_artifact(
         ArtifactError: it is no export, or a file's hash is not the one in model.json.
     """
     directory = artifact.directory if isinstance(artifact, Artifact) else Path(artifact).absolute()
-    manifest = read_manifest(directory)
-    verify(directory, manifest, only=only)
-    return Artifact(directory, manifest)
+    settle(directory)  # of a replacement that a killed process left half done
+    opened = Artifact(directory, read_manifest(directory))
+    for name in sorted(opened.manifest.files if only is None else only):
+        opened._verify(name)
+    return opened
+
+
+@contextlib.contextmanager
+def _opened(artifact: Artifact, name: str, limit: int) -> Iterator[BinaryIO]:
+    if name not in artifact.manifest.files:
+        raise ArtifactError(
+            f"file={name} is not listed in {artifact.directory}/{MANIFEST_NAME}; {_REMEDY}"
+        )
+    path = artifact.directory / name
+    try:
+        with open_regular(path, limit=limit) as file:
+            yield file
+    except OSError as error:
+        if error.filename != os.fspath(path):
+            raise
+        raise ArtifactError(
+            f"file={path} cannot be read ({error.strerror}), but {MANIFEST_NAME} lists it; "
+            f"{_REMEDY}"
+        ) from error
+
+
+def _refuse_change(artifact: Artifact, name: str, found: str) -> None:
+    expected = artifact.manifest.files[name]
+    if found != expected:
+        raise ArtifactError(
+            f"file={artifact.directory / name} has sha256 {found[:12]}..., but {MANIFEST_NAME} "
+            f"says {expected[:12]}...: it was changed or damaged; {_REMEDY}"
+        )
 
 
 def staged_export(
@@ -124,7 +242,7 @@ def _files_of_export(directory: Path) -> Collection[str]:
     if not os.path.lexists(manifest):
         return frozenset()
     try:
-        listed = json.loads(manifest.read_bytes())["files"]
+        listed = json.loads(read_regular(manifest, limit=JSON))["files"]
         # A name with a separator would reach outside the directory; no export writes one.
         names = {n for n in listed if n not in {".", ".."} and Path(n).name == n}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from vssm.errors import ArtifactError
-from vssm.files.atomic import atomic_write_bytes, sha256_of
+from vssm.files.atomic import atomic_write_bytes
 from vssm.files.json import FieldError, Node
+from vssm.files.regular import JSON, read_regular
 from vssm.ops.spec import FLOAT_TYPES
 
 MANIFEST_NAME: Final = "model.json"
@@ -127,28 +128,6 @@ class Manifest:
     labels: tuple[str, ...] | None = None
     format_version: int = FORMAT_VERSION
 
-    @property
-    def main_output(self) -> TensorInfo:
-        """The output that is compared and timed: `logits`, or the first where there are none."""
-        return next((o for o in self.outputs if o.name == LOGITS), self.outputs[0])
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes the logits are of.
-
-        Raises:
-            ValueError: there is no output `logits` of shape (batch, classes).
-        """
-        found = self.main_output
-        if found.name != LOGITS or len(found.shape) != 2:
-            shapes = ", ".join(f"{o.name} {list(o.shape)}" for o in self.outputs)
-            raise ValueError(
-                f"the export of {self.name} has the outputs {shapes}, of which none is `logits` of "
-                "shape [batch, classes], so images cannot be classified by it; export the module "
-                "again with --outputs logits=NAME"
-            )
-        return int(found.shape[1])
-
 
 INTERPOLATIONS: Final = ("bicubic", "bilinear", "nearest")
 TENSOR_TYPES: Final = (*FLOAT_TYPES, "int64", "int32")
@@ -157,7 +136,6 @@ BATCH: Final = "batch"
 _LONGEST_NAME: Final = 256
 _LONGEST_LABEL: Final = 1024
 MAX_CROP: Final = 4096  # pixels of a side: 192 MiB an image of float32
-LOGITS: Final = "logits"  # the output that images are classified by
 _LARGEST: Final = 1e6  # of a mean; float32 holds what is divided by a deviation's least
 _MIN_SEED: Final = -(1 << 63)
 
@@ -198,7 +176,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(directory) / MANIFEST_NAME
     try:
-        return manifest_from_json(path.read_text(encoding="utf-8"))
+        return manifest_from_json(read_regular(path, limit=JSON).decode())
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be read ({error.strerror}), so {directory} is not an export; "
@@ -208,40 +186,6 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         raise ArtifactError(
             f"{path} is damaged or was edited: {error}; export the model again"
         ) from error
-
-
-def verify(
-    directory: str | os.PathLike[str], manifest: Manifest, *, only: Collection[str] | None = None
-) -> None:
-    """Check the SHA-256 of the files that the manifest lists.
-
-    Args:
-        directory: the export.
-        manifest: what `read_manifest` returned for it.
-        only: names to check; None means all. A session needs `model.onnx`, not the weights.
-
-    Raises:
-        ArtifactError: a file is missing, was changed, or is not listed.
-    """
-    remedy = "export the model again, or copy the whole directory again"
-    for name in sorted(manifest.files if only is None else only):
-        if name not in manifest.files:
-            raise ArtifactError(
-                f"file={name} is not listed in {directory}/{MANIFEST_NAME}; {remedy}"
-            )
-        try:
-            found = sha256_of(Path(directory) / name)
-        except OSError as error:
-            raise ArtifactError(
-                f"file={Path(directory) / name} cannot be read ({error.strerror}), but "
-                f"{MANIFEST_NAME} lists it; {remedy}"
-            ) from error
-        expected = manifest.files[name]
-        if found != expected:
-            raise ArtifactError(
-                f"file={Path(directory) / name} has sha256 {found[:12]}..., but {MANIFEST_NAME} "
-                f"says {expected[:12]}...: it was changed or damaged; {remedy}"
-            )
 
 
 def manifest_from_json(text: str) -> Manifest:
@@ -338,7 +282,6 @@ def _check_together(manifest: Manifest) -> None:
             f"weights={manifest.weights!r} and checkpoint={manifest.checkpoint} contradict each "
             "other"
         )
-    main = manifest.main_output
-    classes = main.shape[-1] if main.shape and main.name == LOGITS else None
+    classes = manifest.outputs[0].shape[-1] if manifest.outputs[0].shape else None
     if manifest.labels is not None and len(manifest.labels) != classes:
         raise FieldError(f"labels has {len(manifest.labels)} names for {classes} classes")

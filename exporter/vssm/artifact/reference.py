@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from vssm.artifact.directory import Artifact
 from vssm.errors import ArtifactError
@@ -54,8 +54,8 @@ def stored_reference(artifact: Artifact) -> tuple[Array, dict[str, Array]]:
         )
     path = artifact.directory / REFERENCE_FILE
     try:
-        arrays: dict[str, Array] = load_file(path)
-    except (OSError, SafetensorError) as error:
+        arrays: dict[str, Array] = load(artifact.read(REFERENCE_FILE))
+    except SafetensorError as error:
         raise ArtifactError(f"{path} is damaged ({error}); export the module again") from error
     if "input" not in arrays or len(arrays) < 2:
         raise ArtifactError(f"{path} lacks the input or the outputs; export the module again")
@@ -67,7 +67,7 @@ class OracleResult:
     """What the float64 model said of some images, as arrays.
 
     Attributes:
-        logits: (batch, classes); of a module without logits, its first output.
+        logits: (batch, classes).
         kept_positions: one (batch, num_keep) a stage, original positions in index order.
         scores: the (batch, seqlen) scores that chose them.
         positions: the (batch, seqlen) positions those scores belong to.
@@ -81,10 +81,10 @@ class OracleResult:
     blocks: dict[str, Array]
 
 
-def module_result(outputs: Mapping[str, Array], main: str) -> OracleResult:
+def module_result(outputs: Mapping[str, Array]) -> OracleResult:
     """The float64 outputs of a user's module by name, `scores_i` of a pruned one among them."""
     further = dict(outputs)
-    logits = further.pop(main)
+    logits = further.pop("logits")
     stages = sum(name.startswith("scores_") for name in outputs)
     kept = [further.pop(f"kept_positions_{i}") for i in range(stages)]
     scores = [further.pop(f"scores_{i}") for i in range(stages)]

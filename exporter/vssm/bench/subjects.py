@@ -226,7 +226,7 @@ _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 def count_graph(path: Path) -> tuple[int, int]:
     """(exponentials of the scans, multiply-adds of matrix products and convolutions), batch 1."""
-    model = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
+    model = onnx.shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False))
     graph = model.graph
     shapes = {v.name: _sizes(v) for v in (*graph.input, *graph.value_info, *graph.output)}
     shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}

@@ -1,21 +1,33 @@
-"""`MANIFEST.json` of a bundle: the sha256 of every file, and what could not be put in."""
+"""`MANIFEST.json` of a bundle: the sha256 of every file, and what could not be put in.
+
+Files have mode 0644 and directories 0755, whatever the umask was, so that a changed mode is seen.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Collection, Mapping
+import os
+import stat
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final
 
 from vssm.errors import ArtifactError
-from vssm.files.atomic import sha256_of, staged_directory
+from vssm.files.atomic import sha256_of
 from vssm.files.json import FieldError, Node
+from vssm.files.regular import JSON, read_regular
+from vssm.files.staging import is_work, staged_directory
+from vssm.files.text import shown
 
 BUNDLE_MANIFEST: Final = "MANIFEST.json"
 FORMAT_VERSION: Final = 1
+_FILE_MODE: Final = 0o644
+_FOLDER_MODE: Final = 0o755
+_SHA256: Final = "sha256"  # the key of the content's own hash
 
 
 @dataclass(frozen=True)
@@ -36,28 +48,50 @@ class BundleManifest:
     format_version: int = FORMAT_VERSION
 
 
-def hash_files(directory: Path) -> dict[str, str]:
+def hash_files(directory: Path, *, working: bool = False) -> dict[str, str]:
     """Path and SHA-256 of every file below a bundle but its manifest.
+
+    Args:
+        directory: the bundle.
+        working: pass over what a living process is writing into it.
 
     Raises:
         ArtifactError: something in it is neither a file nor a directory.
     """
     found = {}
-    for path in sorted(directory.rglob("*")):
+    for path, status in _entries(directory, working=working):
         name = path.relative_to(directory).as_posix()
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise ArtifactError(
-                f"{path} is a link or no regular file, which no bundle holds; remove it"
-            )
-        if path.is_file() and name != BUNDLE_MANIFEST:
+        if stat.S_ISREG(status.st_mode) and name != BUNDLE_MANIFEST:
             found[name] = sha256_of(path)
     return found
 
 
+def _entries(directory: Path, *, working: bool = False) -> Iterator[tuple[Path, os.stat_result]]:
+    """Everything below a bundle, with what it is itself, not what it leads to."""
+    for path in sorted(directory.rglob("*")):
+        if working and is_work(path.relative_to(directory).parts[0]):
+            continue
+        status = path.lstat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise ArtifactError(
+                f"{shown(path)} is a link or no regular file, which no bundle holds; remove it"
+            )
+        yield path, status
+
+
 def write_bundle_manifest(directory: Path, manifest: BundleManifest) -> None:
-    """Write `MANIFEST.json` of a bundle that is being made."""
-    text = json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True)
+    """Write `MANIFEST.json` of a bundle that is being made, and set the modes."""
+    content = dataclasses.asdict(manifest)
+    text = json.dumps({**content, _SHA256: _own_sha256(content)}, indent=2, sort_keys=True)
     (directory / BUNDLE_MANIFEST).write_text(text + "\n", encoding="utf-8")
+    for path, status in _entries(directory):
+        path.chmod(_FOLDER_MODE if stat.S_ISDIR(status.st_mode) else _FILE_MODE)
+
+
+def _own_sha256(content: Mapping[str, Any]) -> str:
+    """Of all else in the file: an edit of any field is seen, unless the hash is edited too."""
+    rest = {key: value for key, value in content.items() if key != _SHA256}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_bundle_manifest(directory: Path) -> BundleManifest:
@@ -68,18 +102,7 @@ def read_bundle_manifest(directory: Path) -> BundleManifest:
     """
     path = directory / BUNDLE_MANIFEST
     try:
-        root = Node.parse(path.read_text(encoding="utf-8"))
-        version = root.at("format_version").format_version(FORMAT_VERSION)
-        files = {name: node.sha256() for name, node in root.at("files").entries(at_least=1)}
-        for name in files:
-            _refuse_outside(name)
-        return BundleManifest(
-            name=root.at("name").text(),
-            files=files,
-            absent={name: node.text() for name, node in root.at("absent").entries()},
-            versions={name: node.text() for name, node in root.at("versions").entries()},
-            format_version=version,
-        )
+        return _parse(Node.parse(read_regular(path, limit=JSON).decode()))
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be read ({error.strerror}), so {directory} is not a bundle; name the "
@@ -91,25 +114,86 @@ def read_bundle_manifest(directory: Path) -> BundleManifest:
         ) from error
 
 
+def _parse(root: Node) -> BundleManifest:
+    version = root.at("format_version").format_version(FORMAT_VERSION)
+    files = {name: node.sha256() for name, node in root.at("files").entries(at_least=1)}
+    for name in files:
+        _refuse_outside(name)
+    manifest = BundleManifest(
+        name=root.at("name").text(),
+        files=files,
+        absent={name: node.text() for name, node in root.at("absent").entries()},
+        versions={name: node.text() for name, node in root.at("versions").entries()},
+        format_version=version,
+    )
+    if root.at(_SHA256).sha256() != _own_sha256(root.mapping()):
+        raise FieldError("its content has not the sha256 that it gives for itself")
+    return manifest
+
+
 def _refuse_outside(name: str) -> None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or path.as_posix() != name:
-        raise FieldError(f"files has the key {name!r}, which is no plain path inside the bundle")
+        raise FieldError(
+            f"files has the key {shown(repr(name))}, which is no plain path inside the bundle"
+        )
 
 
-def compare_files(directory: Path, manifest: BundleManifest) -> list[str]:
-    """What is missing, extra or changed, as sentences; nothing if all is as it was made."""
-    found = hash_files(directory)
+def compare_files(directory: Path, manifest: BundleManifest, *, working: bool = False) -> list[str]:
+    """What is missing, extra or changed, as sentences; `working` as for `hash_files`."""
+    found = hash_files(directory, working=working)
     listed = manifest.files
     return [
         *(f"{name} is missing" for name in sorted(listed.keys() - found.keys())),
-        *(f"{name} is not listed" for name in sorted(found.keys() - listed.keys())),
+        *(f"{shown(name)} is not listed" for name in sorted(found.keys() - listed.keys())),
         *(
             f"{name} was changed: its sha256 is {found[name][:12]}..., not {listed[name][:12]}..."
             for name in sorted(listed.keys() & found.keys())
             if found[name] != listed[name]
         ),
+        *_compare_entries(directory, manifest, working=working),
     ]
+
+
+def _compare_entries(directory: Path, manifest: BundleManifest, *, working: bool) -> Iterator[str]:
+    """Directories that hold nothing of the bundle, modes, and owners that stand out."""
+    owner = directory.stat().st_uid
+    folders = {
+        parent.as_posix() for name in manifest.files for parent in PurePosixPath(name).parents
+    }
+    for path, status in _entries(directory, working=working):
+        name = path.relative_to(directory).as_posix()
+        is_folder = stat.S_ISDIR(status.st_mode)
+        if is_folder and name not in folders:
+            yield f"{shown(name)}, a directory, is not listed"
+        wanted, mode = _FOLDER_MODE if is_folder else _FILE_MODE, stat.S_IMODE(status.st_mode)
+        if mode != wanted:
+            yield f"{shown(name)} was changed: its mode is {mode:04o}, not {wanted:04o}"
+        if status.st_uid != owner:
+            yield (
+                f"{shown(name)} was changed: it belongs to user {status.st_uid}, the bundle to "
+                f"{owner}"
+            )
+
+
+def read_listed(directory: Path, manifest: BundleManifest, name: str) -> bytes:
+    """A small file's bytes, read once, whose SHA-256 is the one in the manifest.
+
+    Raises:
+        ArtifactError: it is missing, not listed, or was changed.
+    """
+    try:
+        data = read_regular(directory / name, limit=JSON)
+    except OSError as error:
+        raise ArtifactError(
+            f"{directory / name} cannot be read ({error.strerror}); make the bundle again"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != manifest.files.get(name):
+        raise ArtifactError(
+            f"{directory / name} is not the file that {BUNDLE_MANIFEST} lists; make the bundle "
+            "again"
+        )
+    return data
 
 
 def staged_bundle(target: Path, *, force: bool) -> AbstractContextManager[Path]:
@@ -121,7 +205,7 @@ def staged_bundle(target: Path, *, force: bool) -> AbstractContextManager[Path]:
     """
 
     def replaceable(final: Path) -> Collection[str]:
-        entries = [entry.name for entry in final.iterdir()]
+        entries = [entry.name for entry in final.iterdir() if not is_work(entry.name)]
         if entries:
             _refuse_loss(final, force)
         return entries
@@ -140,7 +224,7 @@ def _refuse_loss(final: Path, force: bool) -> None:
             f"output={final} holds no {BUNDLE_MANIFEST}, so it is no bundle and is not replaced; "
             "name another directory"
         )
-    if changed := compare_files(final, read_bundle_manifest(final)):
+    if changed := compare_files(final, read_bundle_manifest(final), working=True):
         raise ArtifactError(
             f"output={final} is not as it was made ({changed[0]}), so replacing it could lose "
             "work; move it away, or name another directory"

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
-from vssm.bundle.manifest import compare_files, read_bundle_manifest
+from vssm.artifact.directory import Artifact
+from vssm.artifact.manifest import MANIFEST_NAME, manifest_from_json
+from vssm.bundle.manifest import (
+    BUNDLE_MANIFEST,
+    BundleManifest,
+    compare_files,
+    read_bundle_manifest,
+    read_listed,
+)
+from vssm.bundle.triton import read_served_name
+from vssm.errors import ArtifactError
+from vssm.files.private import library_copy
+from vssm.files.staging import settle
 from vssm.runtimes.ort import run_once
 
 _LIBRARY: Final = "lib/libvssm_onnxruntime.so"
@@ -48,37 +60,75 @@ def verify_bundle(directory: Path) -> BundleReport:
     """Hash every file, then run the model on the CPU with the bundle's own library.
 
     A file that is missing, extra or changed is a failure, and then nothing of the bundle is run: a
-    library is code.
+    library is code. What runs is a private copy of what was hashed.
 
     Raises:
-        ArtifactError: the directory is no bundle.
+        ArtifactError: the directory is no bundle, or changes while it is looked at.
         UnsupportedError: ONNX Runtime cannot run the model.
     """
+    settle(directory)  # of a replacement that a killed process left half done
     manifest = read_bundle_manifest(directory)
     files = len(manifest.files)
-    if failures := compare_files(directory, manifest):
+    failures = compare_files(directory, manifest)
+    if not failures:
+        artifact = _model(directory, manifest)
+        failures = list(_false_claims(directory, manifest, artifact))
+    if failures:
         return BundleReport(manifest.name, files, not_run="files differ", failures=failures)
-    artifact = open_artifact(directory / "model")
     if artifact.manifest.dtype == "bfloat16":
         reason = "bfloat16 has no matrix product in ONNX Runtime's CPU provider"
         return BundleReport(manifest.name, files, not_run=reason)
-    return _run(artifact, directory.absolute() / _LIBRARY, manifest.name, files)
+    library = library_copy(directory / _LIBRARY)
+    if library.sha256 != manifest.files[_LIBRARY]:
+        raise ArtifactError(
+            f"{library.source} was changed while the bundle was looked at, so it is not run; "
+            "verify again"
+        )
+    return _run(artifact, Path(library.path), manifest.name, files)
+
+
+def _model(directory: Path, manifest: BundleManifest) -> Artifact:
+    """The bundle's export, as its manifest lists it."""
+    text = read_listed(directory, manifest, f"model/{MANIFEST_NAME}").decode()
+    try:
+        return Artifact(directory / "model", manifest_from_json(text))
+    except ValueError as error:
+        raise ArtifactError(
+            f"{directory / 'model' / MANIFEST_NAME} is damaged: {error}; make the bundle again"
+        ) from error
+
+
+def _false_claims(directory: Path, manifest: BundleManifest, artifact: Artifact) -> Iterator[str]:
+    """What the bundle's manifest says of its model that the model's files do not."""
+    made = {k: v for k, v in manifest.versions.items() if k != "vssm"}
+    exported = {k: v for k, v in artifact.manifest.versions.items() if k != "vssm"}
+    if made != exported:
+        yield f"{BUNDLE_MANIFEST} says versions {made}, but model/{MANIFEST_NAME} {exported}"
+    config = f"triton/tensorrt/{manifest.name}/config.pbtxt"
+    if config not in manifest.files:
+        yield f"{BUNDLE_MANIFEST} says name {manifest.name}, but there is no {config}"
+    elif (served := read_served_name(read_listed(directory, manifest, config).decode())) != (
+        manifest.name
+    ):
+        yield f"{BUNDLE_MANIFEST} says name {manifest.name}, but {config} {served}"
+    if _LIBRARY not in manifest.files:
+        yield f"{_LIBRARY} is missing"
 
 
 def _run(artifact: Artifact, library: Path, name: str, files: int) -> BundleReport:
     shape = (1, *artifact.image_shape)
     images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    model = artifact.directory / MODEL_FILE
-    ran = run_once(model, images, library)
-    main = artifact.manifest.main_output.name
-    logits, bodies = ran.outputs[main], run_once(model, images, None).outputs[main]
+    with artifact.opened_model() as model:
+        ran = run_once(Path(model), images, library)
+        bodies = run_once(Path(model), images, None).outputs["logits"]
+    logits = ran.outputs["logits"]
     difference = float(np.abs(logits - bodies).max() / np.abs(bodies).max())
     failures = []
     if not ran.kernels and artifact.manifest.operators:
-        failures.append(f"{library.name} was loaded, but none of its kernels ran")
+        failures.append(f"{Path(_LIBRARY).name} was loaded, but none of its kernels ran")
     if not difference <= _SAME:  # NaN counts
         failures.append(
-            f"logits with {library.name} differ from the fallback bodies' by {difference:.1e} of "
-            "the largest; the library and the model do not belong together"
+            f"logits with {Path(_LIBRARY).name} differ from the fallback bodies' by "
+            f"{difference:.1e} of the largest; the library and the model do not belong together"
         )
     return BundleReport(name, files, ran.kernels, difference, failures=failures)

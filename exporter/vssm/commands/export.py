@@ -51,7 +51,6 @@ class ModuleRequest:
     cls_index: int | None = None
     imagenet: bool = False
     labels: Path | None = None
-    outputs: tuple[str, ...] | None = None
     opset: int = 18
     inline: bool = False
     force: bool = False
@@ -111,13 +110,10 @@ def export_user_module(
             example,
             directory,
             name=request.target.rpartition(":")[2],
-            outputs=request.outputs,
             opset=request.opset,
             inline=request.inline,
             preprocessing=_preprocessing(request),
-            labels=_labels(request, request.labels, model, example)
-            if request.labels is not None
-            else None,
+            labels=None if request.labels is None else _labels(request.labels, model, example),
             checkpoint=checkpoint,
             force=request.force,
         )
@@ -145,20 +141,15 @@ def _example(request: ModuleRequest) -> Any:
     return torch.randn(request.input_shape, generator=generator)
 
 
-def _labels(request: ModuleRequest, path: Path, model: Any, example: Any) -> tuple[str, ...]:
-    """As many names as the logits are wide."""
+def _labels(path: Path, model: Any, example: Any) -> tuple[str, ...]:
+    """As many names as the model's first output is wide."""
     import torch
 
-    from vssm.compat.outputs import module_outputs
+    from vssm.compat.export import public_outputs
 
     with torch.inference_mode():
-        found = module_outputs(request.outputs)(model, example)
-    if "logits" not in found:
-        raise ValueError(
-            f"labels={request.labels}: the outputs are {', '.join(found)}, and none is called "
-            "logits; say --outputs logits=NAME for the one that the labels belong to"
-        )
-    return read_labels(path, int(found["logits"].shape[-1]))
+        logits = public_outputs()(model, example)["logits"]
+    return read_labels(path, int(logits.shape[-1]))
 
 
 def _preprocessing(request: ModuleRequest) -> Preprocessing | None:
@@ -263,15 +254,6 @@ ClassToken = Annotated[
 ]
 
 
-ModuleOutputs = Annotated[
-    str | None,
-    typer.Option(
-        help="Names of what the model returns, in order and separated by commas; NEW=NAME renames. "
-        "Default: its own names."
-    ),
-]
-
-
 def add_to(app: typer.Typer) -> None:
     """Make the command one of `app`'s."""
     app.command("export-module")(export_module)
@@ -295,7 +277,6 @@ def export_module(
     cls_index: ClassToken = None,
     imagenet: Imagenet = False,
     labels: Labels = None,
-    outputs: ModuleOutputs = None,
     opset: Annotated[int, typer.Option(help="18 to 20.")] = 18,
     inline: Inline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the export there.")] = False,
@@ -319,7 +300,6 @@ def export_module(
         cls_index=cls_index,
         imagenet=imagenet,
         labels=labels,
-        outputs=None if outputs is None else tuple(outputs.split(",")),
         opset=opset,
         inline=inline,
         force=force,

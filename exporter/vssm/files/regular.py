@@ -11,6 +11,13 @@ import os
 import stat
 from typing import BinaryIO, Final
 
+# The most bytes that a file of each kind may have.
+JSON: Final = 1 << 26  # model.json, engine.json, MANIFEST.json
+ONNX: Final = (1 << 31) - 1  # protobuf's own limit; larger weights lie in a file beside it
+WEIGHTS: Final = 1 << 40  # external data, weights.safetensors
+LIBRARY: Final = 1 << 32
+ENGINE: Final = 1 << 36
+
 _KINDS: Final = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),

@@ -87,7 +87,7 @@ def expose(model: onnx.ModelProto, names: Iterable[str]) -> None:
 
 def strip_functions(path: Path) -> bytes:
     """The file without its fallback bodies, serialized; the file stays as it is."""
-    model = onnx.load(path)
+    model = onnx.load(path, load_external_data=False)
     del model.functions[:]
     return bytes(model.SerializeToString())
 

@@ -50,7 +50,9 @@ def open_session(
     if on_gpu and runtime != "ort-cuda":
         given = ", ".join(f"{name}={value}" for name, value in on_gpu.items())
         raise ValueError(f"{given} with runtime={runtime!r}: only ort-cuda takes it; leave it out")
-    opened = open_artifact(artifact, only=None if runtime == "torch" else (MODEL_FILE,))
+    # A session on ONNX Runtime reads and checks the model itself, once.
+    only = {"torch": None, "ort-cpu": (), "ort-cuda": ()}.get(runtime, (MODEL_FILE,))
+    opened = open_artifact(artifact, only=only)
     if runtime in ENGINE_RUNTIMES:
         return _open_engine(opened, runtime, backend, threads=threads, trust=trust)
     if trust:

@@ -91,12 +91,11 @@ class OrtSession(Session):
         if self._profile_dir is not None:
             options.enable_profiling = True
             options.profile_file_prefix = os.path.join(self._profile_dir.name, "ort")
-        file = model or str(artifact.model_path)
         providers = [(target.provider, dict(target.provider_options))]
-        with ort_errors(f"open {artifact.model_path}"):
+        with artifact.opened_model(model) as path, ort_errors(f"open {artifact.model_path}"):
             # Without its own fallback, which would print a line and go on with another provider.
             self._session = onnxruntime.InferenceSession(
-                file, options, providers=providers, enable_fallback=0
+                path, options, providers=providers, enable_fallback=0
             )
         self._output_names = [o.name for o in self._session.get_outputs()]
         self._calls = target.calls

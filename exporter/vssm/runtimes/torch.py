@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import nn
 
-from vssm.artifact.directory import Artifact
+from vssm.artifact.directory import WEIGHTS_FILE, Artifact
 from vssm.artifact.reference import OracleResult, is_module, module_result, refuse_module
 from vssm.compat.exact import exact_outputs
-from vssm.compat.outputs import module_outputs
+from vssm.compat.export import public_outputs
 from vssm.errors import ArtifactError
 from vssm.models import VisionModel, model_from_config
 from vssm.pruning.schedule import PruneSchedule
@@ -43,10 +44,11 @@ def model_of(artifact: Artifact, *, dense: bool = False) -> VisionModel:
     schedule = None if dense else schedule_of(artifact)
     model = model_from_config(manifest.name, dict(manifest.config), schedule)
     try:
-        model.load_state_dict(load_file(artifact.weights_path), strict=True)
-    except RuntimeError as error:
+        model.load_state_dict(load(artifact.read_weights()), strict=True)
+    except (RuntimeError, SafetensorError) as error:
         raise ArtifactError(
-            f"{artifact.weights_path} does not fit the model of model.json: {error}; export again"
+            f"{artifact.directory / WEIGHTS_FILE} does not fit the model of model.json: {error}; "
+            "export again"
         ) from error
     model.checkpoint = manifest.checkpoint
     return model.eval()
@@ -159,17 +161,14 @@ def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
 
 def _module_oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
     names = [output.name for output in artifact.manifest.outputs]
-    # How they were asked for: of names alone it would not be known which outputs they rename.
-    asked = artifact.manifest.config.get("outputs")
-    outputs = module_outputs(asked, scores=True)
+    outputs = public_outputs(None if artifact.manifest.schedule else names, scores=True)
     found = exact_outputs(model, torch.from_numpy(np.array(images)), outputs)
     if not set(names) <= set(found):
         raise ValueError(
             f"model: it returns {sorted(found)}, the export in {artifact.directory} "
             f"{sorted(names)}; pass the module that was exported"
         )
-    arrays = {name: value.numpy() for name, value in found.items()}
-    return module_result(arrays, artifact.manifest.main_output.name)
+    return module_result({name: value.numpy() for name, value in found.items()})
 
 
 def _every_position(model: VisionModel, batch: int) -> Array:

@@ -431,7 +431,7 @@ def test_body_and_plugin_are_not_confused(bench: Bench, artifact: Artifact) -> N
     build(artifact)
     with pytest.raises(UnsupportedError, match="is already loaded in this process"):
         build(artifact, backend="body")
-    bench.patch.setattr(tensorrt_build.api, "load_plugin", lambda package, path: None)
+    bench.patch.setattr(tensorrt_build.api, "load_plugin", lambda *_: None)
     bench.use(FakeTensorRT(bench.cuda))
     with pytest.raises(UnsupportedError, match="made 0 plugin layers of 5 operators"):
         build(artifact)

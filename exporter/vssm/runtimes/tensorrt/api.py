@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
-from vssm.files.atomic import sha256_of
+from vssm.files.private import library_copy
 from vssm.ops.spec import DOMAIN, OPERATOR_VERSION
 
 _A_PLUGIN: Final = "SelectiveScan"
@@ -180,14 +180,24 @@ def create_context(package: Any, engine: Any, memory: int, size: int) -> Any:
 _registered: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
-def load_plugin(package: Any, path: Path) -> None:
-    """Register every creator of our library, once a process.
+def load_plugin(package: Any, path: Path, sha256: str | None = None) -> None:
+    """Register every creator of our library, once a process, from a private copy of it.
+
+    Args:
+        package: TensorRT's.
+        path: the library.
+        sha256: what was checked; None where there is nothing to hold the library against.
 
     Raises:
-        RuntimeUnavailableError: TensorRT cannot load it, or has another one already.
+        RuntimeUnavailableError: TensorRT cannot load it, or has another one already; or it is not
+            what was checked.
     """
-    sha256 = sha256_of(path)
-    if _registered.get(package) == sha256:
+    library = library_copy(path)
+    if sha256 not in {None, library.sha256}:
+        raise RuntimeUnavailableError(
+            f"library={path} was changed since it was checked, so it is not run; start again"
+        )
+    if _registered.get(package) == library.sha256:
         return
     registry = package.get_plugin_registry()
     if registry.get_creator(_A_PLUGIN, str(OPERATOR_VERSION), DOMAIN) is not None:
@@ -195,12 +205,12 @@ def load_plugin(package: Any, path: Path) -> None:
             f"library={path}: another vssm plugin library is registered in this process already "
             "(rebuilt since, LD_PRELOAD, or a program's own); start a new process without it"
         )
-    if registry.load_library(str(path)) is None:
+    if registry.load_library(library.path) is None:
         raise RuntimeUnavailableError(
             f"library={path} was refused by TensorRT {package.__version__}; rebuild it on this "
             "machine with `make setup`"
         )
-    _registered[package] = sha256
+    _registered[package] = library.sha256
 
 
 def plugin_layers(package: Any, network: Any) -> int:

@@ -13,7 +13,9 @@ from typing import Any, Final
 from vssm._version import __version__
 from vssm.artifact.directory import MODEL_FILE, Artifact
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
-from vssm.files.atomic import atomic_path, atomic_write_bytes, check_writable, sha256_of
+from vssm.files.atomic import atomic_write_bytes, check_writable, sha256_of
+from vssm.files.regular import ENGINE, read_regular
+from vssm.files.staging import staged_directory
 from vssm.ops.spec import OPERATORS
 from vssm.runtimes.cuda_memory import Cuda, GpuInfo
 from vssm.runtimes.graph_edit import count_nodes, strip_functions
@@ -153,9 +155,8 @@ def build_engine(
     """
     check_request(request)
     product = request.product
-    plan_path, info_path = artifact.directory / product.plan, artifact.directory / product.info
-    for path in (plan_path, info_path):
-        check_writable(path)
+    for name in (product.plan, product.info):
+        check_writable(artifact.directory / name)
     package = api.load_package(product)
     gpu = find_gpu(product)
     library = find_library(TENSORRT_LIBRARY) if request.uses_plugins else None
@@ -164,12 +165,11 @@ def build_engine(
     if cache is not None:
         check_writable(cache)
     start = time.monotonic()
-    plan = build_plan(artifact.model_path, request, cache=cache, progress=progress)
+    with artifact.opened_model() as model:
+        plan = build_plan(Path(model), request, plugin=plugin, cache=cache, progress=progress)
+        nodes = count_nodes(Path(model))[0]
     seconds = time.monotonic() - start
     refuse_changes(artifact, library, plugin)
-    info_path.unlink(missing_ok=True)  # never an old statement beside a new engine
-    with atomic_path(plan_path) as path:
-        path.write_bytes(plan.data)
     info = EngineInfo(
         product=product.runtime,
         version=str(package.__version__),
@@ -185,7 +185,7 @@ def build_engine(
             "level": request.level,
             "memory_mib": request.memory_mib,
         },
-        nodes=count_nodes(artifact.model_path)[0],
+        nodes=nodes,
         layers=plan.layers,
         seconds=round(seconds, 3),
         model_sha256=artifact.manifest.files[MODEL_FILE],
@@ -193,7 +193,11 @@ def build_engine(
         plan_bytes=len(plan.data),
         vssm=__version__,
     )
-    write_info(info_path, info)
+    # Together: never an old statement beside a new engine.
+    pair = (product.plan, product.info)
+    with staged_directory(artifact.directory, replaceable=lambda _: pair, last=pair[1]) as staging:
+        (staging / product.plan).write_bytes(plan.data)
+        write_info(staging / product.info, info)
     return info
 
 
@@ -232,10 +236,11 @@ def build_plan(
     model: Path,
     request: EngineRequest,
     *,
+    plugin: PluginInfo | None = None,
     cache: Path | None = None,
     progress: BuildProgress = lambda *_: None,
 ) -> SerializedEngine:
-    """Parse a file and build an engine in memory.
+    """Parse a file and build an engine in memory; `plugin` is what the library was seen to be.
 
     Raises:
         RuntimeUnavailableError, UnsupportedError: as for `build_engine`.
@@ -243,7 +248,8 @@ def build_plan(
     product = request.product
     package = api.load_package(product)
     if request.uses_plugins:
-        api.load_plugin(package, find_library(TENSORRT_LIBRARY))
+        expected = None if plugin is None else plugin.sha256
+        api.load_plugin(package, find_library(TENSORRT_LIBRARY), expected)
     log = api.logger(package)
     builder = package.Builder(log)
     if builder is None:
@@ -260,7 +266,7 @@ def build_plan(
     built = builder.build_serialized_network(network, config)
     if built is None:
         raise UnsupportedError(
-            f"{product.title} {package.__version__} parsed {model.name} but could not build an "
+            f"{product.title} {package.__version__} parsed {MODEL_FILE} but could not build an "
             f"engine: {_last(log)}; give it memory (--memory), another batch, or --backend body"
         )
     if cache is not None and timings is not None:
@@ -292,7 +298,7 @@ def run_graph(
 
 def _parse(parser: Any, model: Path, request: EngineRequest, package: Any) -> None:
     if request.uses_plugins and api.needs_stripping(request.product, package):
-        parsed = parser.parse(strip_functions(model))
+        parsed = parser.parse(strip_functions(model), str(model))
     else:
         parsed = parser.parse_from_file(str(model))
     if parsed:
@@ -301,7 +307,7 @@ def _parse(parser: Any, model: Path, request: EngineRequest, package: Any) -> No
     shown = "; ".join(_describe_error(error) for error in errors[:_SHOWN_ERRORS])
     more = len(errors) - _SHOWN_ERRORS
     raise UnsupportedError(
-        f"{request.product.title} {package.__version__} cannot parse {model.name}: {shown}"
+        f"{request.product.title} {package.__version__} cannot parse {MODEL_FILE}: {shown}"
         + (f"; and {more} more" if more > 0 else "")
         + f"; {_parser_remedy(errors)}"
     )
@@ -380,7 +386,7 @@ def _add_profile(builder: Any, network: Any, config: Any, batch: tuple[int, int,
 def _load_cache(config: Any, path: Path | None) -> Any:
     if path is None:
         return None
-    data = path.read_bytes() if path.exists() else b""
+    data = read_regular(path, limit=ENGINE) if path.exists() else b""
     cache = config.create_timing_cache(data)
     if cache is None or not config.set_timing_cache(cache, False):
         raise UnsupportedError(

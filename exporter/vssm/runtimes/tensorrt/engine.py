@@ -19,6 +19,7 @@ from vssm.artifact.directory import MODEL_FILE, Artifact
 from vssm.errors import ArtifactError
 from vssm.files.atomic import atomic_write_bytes, sha256_of
 from vssm.files.json import FieldError, Node
+from vssm.files.regular import ENGINE, JSON, read_regular
 from vssm.runtimes.cuda_memory import GpuInfo
 from vssm.runtimes.tensorrt.api import Product
 
@@ -109,7 +110,7 @@ def read_info(path: Path, command: str) -> EngineInfo:
         ArtifactError: it is missing, no JSON, of a newer format, or a field is wrong.
     """
     try:
-        return _parse(Node.parse(path.read_text(encoding="utf-8")))
+        return _parse(Node.parse(read_regular(path, limit=JSON).decode()))
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be read ({error.strerror}): an engine that does not say what it was "
@@ -196,9 +197,9 @@ def check_engine(
     """
     plan = artifact.directory / product.plan
     remedy = f"build it with `{product.command} {artifact.directory}`"
-    if not plan.is_file():
+    if not plan.exists():
         raise ArtifactError(f"{plan} is not there, so nothing can run; {remedy}")
-    data = plan.read_bytes()
+    data = read_regular(plan, limit=ENGINE)
     info: EngineInfo | None = None
     doubts: list[str] = []
     if trust and not (artifact.directory / product.info).exists():

@@ -57,7 +57,8 @@ class TensorRtSession(Session):
         )
         _check_backend(engine.info, backend, product)
         if library is not None and product.plugins and _wants_library(engine.info):
-            api.load_plugin(package, library)
+            plugin = None if engine.info is None else engine.info.plugin
+            api.load_plugin(package, library, None if plugin is None else plugin.sha256)
         self._runner = EngineRunner(
             product,
             engine.data,
