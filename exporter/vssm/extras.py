@@ -22,6 +22,7 @@ PACKAGES: Final[Mapping[str, tuple[str, str]]] = {
     "safetensors": ("export", "reading and writing weights"),
     "polygraphy": ("export", "comparing a runtime with the oracle"),
     "tensorboard": ("training", "TensorBoard logs of a training"),
+    "jinja2": ("reports", "reports as pages"),
     "matplotlib": ("reports", "plots and figures"),
 }
 

@@ -183,8 +183,8 @@ def test_several_outputs(tmp_path: Path) -> None:
     report = vssm.check_parity(None, artifact)
     assert [c.name for c in report.blocks] == ["exp"]
     assert report.passed
-    with pytest.raises(ValueError, match="outputs="):
-        _export(tmp_path, pair, torch.randn(2, 9, 12), outputs=["exp", "logits"], force=True)
+    with pytest.raises(UnsupportedError, match=r"returns dict of 2: a .*, b .* not certain"):
+        _export(tmp_path, pair, torch.randn(2, 9, 12), force=True)
     with pytest.raises(UnsupportedError, match=r"returns str|cannot trace"):
         _export(tmp_path, _Pair(built(SlowPath), "text"), torch.randn(2, 9, 12), force=True)
 

@@ -128,6 +128,28 @@ class Manifest:
     labels: tuple[str, ...] | None = None
     format_version: int = FORMAT_VERSION
 
+    @property
+    def main_output(self) -> TensorInfo:
+        """The output that is compared and timed: `logits`, or the first where there are none."""
+        return next((o for o in self.outputs if o.name == LOGITS), self.outputs[0])
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the logits are of.
+
+        Raises:
+            ValueError: there is no output `logits` of shape (batch, classes).
+        """
+        found = self.main_output
+        if found.name != LOGITS or len(found.shape) != 2:
+            shapes = ", ".join(f"{o.name} {list(o.shape)}" for o in self.outputs)
+            raise ValueError(
+                f"the export of {self.name} has the outputs {shapes}, of which none is `logits` of "
+                "shape [batch, classes], so images cannot be classified by it; export the module "
+                "again with --outputs logits=NAME"
+            )
+        return int(found.shape[1])
+
 
 INTERPOLATIONS: Final = ("bicubic", "bilinear", "nearest")
 TENSOR_TYPES: Final = (*FLOAT_TYPES, "int64", "int32")
@@ -136,6 +158,7 @@ BATCH: Final = "batch"
 _LONGEST_NAME: Final = 256
 _LONGEST_LABEL: Final = 1024
 MAX_CROP: Final = 4096  # pixels of a side: 192 MiB an image of float32
+LOGITS: Final = "logits"  # the output that images are classified by
 _LARGEST: Final = 1e6  # of a mean; float32 holds what is divided by a deviation's least
 _MIN_SEED: Final = -(1 << 63)
 
@@ -282,6 +305,7 @@ def _check_together(manifest: Manifest) -> None:
             f"weights={manifest.weights!r} and checkpoint={manifest.checkpoint} contradict each "
             "other"
         )
-    classes = manifest.outputs[0].shape[-1] if manifest.outputs[0].shape else None
+    main = manifest.main_output
+    classes = main.shape[-1] if main.shape and main.name == LOGITS else None
     if manifest.labels is not None and len(manifest.labels) != classes:
         raise FieldError(f"labels has {len(manifest.labels)} names for {classes} classes")

@@ -67,7 +67,7 @@ class OracleResult:
     """What the float64 model said of some images, as arrays.
 
     Attributes:
-        logits: (batch, classes).
+        logits: (batch, classes); of a module without logits, its first output.
         kept_positions: one (batch, num_keep) a stage, original positions in index order.
         scores: the (batch, seqlen) scores that chose them.
         positions: the (batch, seqlen) positions those scores belong to.
@@ -81,10 +81,10 @@ class OracleResult:
     blocks: dict[str, Array]
 
 
-def module_result(outputs: Mapping[str, Array]) -> OracleResult:
+def module_result(outputs: Mapping[str, Array], main: str) -> OracleResult:
     """The float64 outputs of a user's module by name, `scores_i` of a pruned one among them."""
     further = dict(outputs)
-    logits = further.pop("logits")
+    logits = further.pop(main)
     stages = sum(name.startswith("scores_") for name in outputs)
     kept = [further.pop(f"kept_positions_{i}") for i in range(stages)]
     scores = [further.pop(f"scores_{i}") for i in range(stages)]

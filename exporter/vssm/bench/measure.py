@@ -216,7 +216,7 @@ def _alternate(
     sessions: Sequence[Session], images: Array, samples: int
 ) -> tuple[list[list[float]], list[Array]]:
     """Seconds of `samples` runs of each session, taken in turn, and each session's logits."""
-    logits = [session.run(images)["logits"] for session in sessions]
+    logits = [session.run(images)[session.manifest.main_output.name] for session in sessions]
     for session in sessions:
         session.run(images)
     times: list[list[float]] = [[] for _ in sessions]

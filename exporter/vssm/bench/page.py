@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from vssm.bench.measure import BenchReport, Timing
 from vssm.extras import install_command, is_installed
 from vssm.files.atomic import atomic_write_bytes
+from vssm.files.page import Illustration, Section, Table, render
 from vssm.runtimes.session import plural
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em }
-table { border-collapse: collapse; margin: 1em 0 } caption { text-align: left; font-weight: 600 }
-th, td { border-bottom: 1px solid #ddd; padding: .25em .8em; text-align: right }
-th:first-child, td:first-child { text-align: left } svg { max-width: 100%; height: auto }
-"""
 
 
 def write_page(report: BenchReport, path: Path) -> None:
@@ -31,20 +24,17 @@ def write_page(report: BenchReport, path: Path) -> None:
 
 def page(report: BenchReport) -> str:
     """The page's HTML, without references to other files."""
-    context = "".join(
-        f"<li>{html.escape(k)}: {html.escape(v)}</li>" for k, v in report.context.items()
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>vssm bench</title><style>{_STYLE}</style></head>
-<body><h1>vssm bench</h1><ul>{context}</ul>
-<p>Latency of one batch; subjects were run in turn, so compare ratios within this page.
-{_floor_sentence(report)}</p>
-{_plot(report.rows)}
-{_table("latency", _COLUMNS, map(_cells, report.rows))}
-{_operators(report)}
-</body></html>
-"""
+    how = "Latency of one batch; subjects were run in turn, so compare ratios within this page."
+    latency = Table(_COLUMNS, [_cells(row) for row in report.rows], "latency", numbers=True)
+    text = [f"{how} {_floor_sentence(report)}"]
+    figures = []
+    if is_installed("matplotlib"):
+        figures.append(Illustration(_plot(report.rows)))
+    else:
+        hint = install_command("matplotlib")
+        text.append(f"No plot: matplotlib is not installed ({hint}).")
+    found = Section(tables=[latency, *_operators(report)])
+    return render("vssm bench", report.context, [Section("", text, figures=figures), found])
 
 
 _COLUMNS = (
@@ -93,30 +83,17 @@ def _floor_sentence(report: BenchReport) -> str:
     )
 
 
-def _operators(report: BenchReport) -> str:
+def _operators(report: BenchReport) -> list[Table]:
     if not report.operators:
-        return ""
+        return []
     total = sum(report.operators.values())
-    return _table(
-        "time by operator, one image, one thread, with kernels",
-        ("operator", "ms", "share"),
-        ((k, f"{v:.3f}", f"{v / total:.0%}") for k, v in report.operators.items()),
-    )
-
-
-def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows
-    )
-    return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>"
+    rows = [(name, f"{ms:.3f}", f"{ms / total:.0%}") for name, ms in report.operators.items()]
+    caption = "time by operator, one image, one thread, with kernels"
+    return [Table(("operator", "ms", "share"), rows, caption, numbers=True)]
 
 
 def _plot(rows: Sequence[Timing]) -> str:
     """Median latency by subject as inline SVG, log scale, the floor as a mark on every bar."""
-    if not is_installed("matplotlib"):
-        hint = html.escape(install_command("matplotlib"), quote=False)
-        return f"<p>No plot: matplotlib is not installed ({hint}).</p>"
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")

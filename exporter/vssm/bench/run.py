@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vssm.artifact.directory import open_artifact
 from vssm.bench.measure import BenchReport
+from vssm.extras import require
 from vssm.files.atomic import check_writable
 from vssm.files.json import write_json
 from vssm.runtimes.open import ENGINE_RUNTIMES, refuse_threads
@@ -29,6 +30,7 @@ def bench_directory(
     from vssm.bench.page import write_page
     from vssm.bench.subjects import bench
 
+    require("jinja2")
     artifact = open_artifact(directory)
     page = page or artifact.directory / "bench.html"
     for path in (page, artifact.directory / "bench.json"):

@@ -110,7 +110,7 @@ def _served_name(artifact: Artifact, request: BundleRequest) -> str:
 
 
 def _labels(artifact: Artifact, request: BundleRequest) -> Sequence[str]:
-    classes = int(artifact.manifest.outputs[0].shape[-1])
+    classes = int(artifact.manifest.main_output.shape[-1])
     if request.labels is not None:
         return read_labels(request.labels, classes)
     return artifact.manifest.labels or [f"class {index}" for index in range(classes)]

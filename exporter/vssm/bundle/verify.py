@@ -118,10 +118,11 @@ def _false_claims(directory: Path, manifest: BundleManifest, artifact: Artifact)
 def _run(artifact: Artifact, library: Path, name: str, files: int) -> BundleReport:
     shape = (1, *artifact.image_shape)
     images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    main = artifact.manifest.main_output.name
     with artifact.opened_model() as model:
         ran = run_once(Path(model), images, library)
-        bodies = run_once(Path(model), images, None).outputs["logits"]
-    logits = ran.outputs["logits"]
+        bodies = run_once(Path(model), images, None).outputs[main]
+    logits = ran.outputs[main]
     difference = float(np.abs(logits - bodies).max() / np.abs(bodies).max())
     failures = []
     if not ran.kernels and artifact.manifest.operators:

@@ -51,6 +51,7 @@ class ModuleRequest:
     cls_index: int | None = None
     imagenet: bool = False
     labels: Path | None = None
+    outputs: tuple[str, ...] | None = None
     opset: int = 18
     inline: bool = False
     force: bool = False
@@ -110,10 +111,13 @@ def export_user_module(
             example,
             directory,
             name=request.target.rpartition(":")[2],
+            outputs=request.outputs,
             opset=request.opset,
             inline=request.inline,
             preprocessing=_preprocessing(request),
-            labels=None if request.labels is None else _labels(request.labels, model, example),
+            labels=_labels(request, request.labels, model, example)
+            if request.labels is not None
+            else None,
             checkpoint=checkpoint,
             force=request.force,
         )
@@ -141,15 +145,20 @@ def _example(request: ModuleRequest) -> Any:
     return torch.randn(request.input_shape, generator=generator)
 
 
-def _labels(path: Path, model: Any, example: Any) -> tuple[str, ...]:
-    """As many names as the model's first output is wide."""
+def _labels(request: ModuleRequest, path: Path, model: Any, example: Any) -> tuple[str, ...]:
+    """As many names as the logits are wide."""
     import torch
 
-    from vssm.compat.export import public_outputs
+    from vssm.compat.outputs import module_outputs
 
     with torch.inference_mode():
-        logits = public_outputs()(model, example)["logits"]
-    return read_labels(path, int(logits.shape[-1]))
+        found = module_outputs(request.outputs)(model, example)
+    if "logits" not in found:
+        raise ValueError(
+            f"labels={request.labels}: the outputs are {', '.join(found)}, and none is called "
+            "logits; say --outputs logits=NAME for the one that the labels belong to"
+        )
+    return read_labels(path, int(found["logits"].shape[-1]))
 
 
 def _preprocessing(request: ModuleRequest) -> Preprocessing | None:
@@ -254,6 +263,15 @@ ClassToken = Annotated[
 ]
 
 
+ModuleOutputs = Annotated[
+    str | None,
+    typer.Option(
+        help="Names of what the model returns, in order and separated by commas; NEW=NAME renames. "
+        "Default: its own names."
+    ),
+]
+
+
 def add_to(app: typer.Typer) -> None:
     """Make the command one of `app`'s."""
     app.command("export-module")(export_module)
@@ -277,6 +295,7 @@ def export_module(
     cls_index: ClassToken = None,
     imagenet: Imagenet = False,
     labels: Labels = None,
+    outputs: ModuleOutputs = None,
     opset: Annotated[int, typer.Option(help="18 to 20.")] = 18,
     inline: Inline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the export there.")] = False,
@@ -300,6 +319,7 @@ def export_module(
         cls_index=cls_index,
         imagenet=imagenet,
         labels=labels,
+        outputs=None if outputs is None else tuple(outputs.split(",")),
         opset=opset,
         inline=inline,
         force=force,

@@ -61,16 +61,21 @@ def models_table(models: Iterable[Mapping[str, Any]]) -> RenderableType:
 def parity_tables(report: ParityReport) -> list[RenderableType]:
     """The verdict, the choices that differ, and the blocks where they were compared."""
     rows: list[Sequence[object]] = [
-        ("logits, oracle's positions", f"{report.forced.relative:.1e}", _limit(report.forced)),
+        (
+            f"{report.forced.name}, oracle's positions",
+            f"{report.forced.relative:.1e}",
+            _limit(report.forced),
+        ),
     ]
     if report.free_logits is not None:
         alike = report.images_alike
         some = "" if alike == report.images else f", {alike} images of the same choices"
         free = report.free_logits
-        rows.append((f"logits, free-running{some}", f"{free.relative:.1e}", _limit(free)))
+        rows.append((f"{free.name}, free-running{some}", f"{free.relative:.1e}", _limit(free)))
     for stage, share in enumerate(report.kept_agreement):
         rows.append((f"kept positions agreed, stage {stage}", f"{share:.2%}", ""))
-    rows.append(("top-1 agreement", f"{report.top1_agreement:.0%}", ""))
+    if report.top1_agreement is not None:
+        rows.append(("top-1 agreement", f"{report.top1_agreement:.0%}", ""))
     title = (
         f"{report.info}\n{report.dtype}, {report.weights} weights, {report.images} images, "
         "errors relative to the largest value"

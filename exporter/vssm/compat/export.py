@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +27,7 @@ from vssm.artifact.manifest import (
 from vssm.artifact.reference import MODULE_KEY, REFERENCE_FILE
 from vssm.checkpoints.load import save_safetensors
 from vssm.compat.exact import evaluating, exact_outputs
+from vssm.compat.outputs import Outputs, module_outputs
 from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import SCANS, PassReport, without_mutation
 from vssm.compat.prune import PrunedModule
@@ -36,62 +37,6 @@ from vssm.onnx.bodies import SUPPORTED_OPSETS
 from vssm.onnx.describe import describe_schedule, describe_tensor, used_operators
 from vssm.onnx.program import BATCH, program_to_proto, quiet
 from vssm.ops.spec import OPERATOR_VERSION
-
-
-def public_outputs(
-    names: Sequence[str] | None = None, *, scores: bool = False
-) -> Callable[[nn.Module, Tensor], dict[str, Tensor]]:
-    """A function from a module and its input to the outputs by name, in order.
-
-    Args:
-        names: a name for each; None for logits, output_1, ...; a pruned module has its own.
-        scores: also a pruned module's scores, which are no outputs of the file.
-    """
-
-    def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-        if isinstance(model, PrunedModule):
-            return _pruned_outputs(model, x, names, scores)
-        found = flat(model(x))
-        given = list(names or ("logits", *(f"output_{i}" for i in range(1, len(found)))))
-        if len(given) != len(found) or len(set(given)) < len(found) or given[0] != "logits":
-            raise ValueError(
-                f"outputs={given} for {len(found)} outputs; name each once, the first 'logits'"
-            )
-        return dict(zip(given, found, strict=True))
-
-    return outputs
-
-
-def _pruned_outputs(
-    model: PrunedModule, x: Tensor, names: Sequence[str] | None, scores: bool
-) -> dict[str, Tensor]:
-    details = model.forward_details(x)
-    found = {"logits": details.logits}
-    found |= {f"kept_positions_{i}": kept for i, kept in enumerate(details.kept_positions)}
-    if names is not None and list(names) != list(found):
-        raise ValueError(f"outputs={list(names)}: a pruned module has {list(found)}; leave it out")
-    return found | (
-        {f"scores_{i}": score for i, score in enumerate(details.scores)} if scores else {}
-    )
-
-
-def flat(value: Any) -> tuple[Tensor, ...]:
-    """The tensors of what a module returned: a tensor, a tuple, a mapping, or nested ones.
-
-    Raises:
-        UnsupportedError: there is something else in it.
-    """
-    if isinstance(value, Tensor):
-        return (value,)
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple) and value:
-        return tuple(t for part in value if part is not None for t in flat(part))
-    raise UnsupportedError(
-        f"the module returns {type(value).__name__}, not tensors; wrap it in a module whose "
-        "forward returns the logits"
-    )
-
 
 _PACKAGES: Final = ("torch", "onnx", "onnxscript", "numpy")
 _SEED: Final = 0
@@ -131,7 +76,8 @@ def export_module(
             (batch, seqlen) int64, ...; its sizes behind the batch are those of the file.
         directory: where model.onnx, model.json and reference.safetensors go.
         name: for reports; None for the class's name.
-        outputs: a name for each output; None for logits, output_1, ...
+        outputs: names of the outputs, as `module_outputs` takes them; None: those that the module
+            gives them, one called `logits` first.
         opset: 18 to 20.
         dynamic_batch: whether the first axis may have any size.
         inline: also write model.inlined.onnx, without functions.
@@ -153,6 +99,7 @@ def export_module(
         ArtifactError: the directory cannot be written, or holds an export and not `force`.
     """
     _refuse(model, example_input, opset)
+    module_outputs(outputs)  # refuses names that are none
     example = example_input.detach().cpu()
     with staged_export(directory, force=force) as staging:
         options = _Options(opset, dynamic_batch, None if outputs is None else tuple(outputs))
@@ -163,13 +110,14 @@ def export_module(
             onnx.save(inliner.inline_local_functions(proto), staging / INLINED_FILE)
         if reference:
             count = 2 if dynamic_batch else len(example)
-            _write_reference(staging, model, example, count, public_outputs(outputs, scores=True))
+            _write_reference(staging, model, example, count, module_outputs(outputs, scores=True))
         manifest = _describe(
             proto,
             name=name or type(model).__name__,
             config={
                 MODULE_KEY: f"{type(model).__module__}.{type(model).__qualname__}",
                 "example_input": list(example.shape),
+                "outputs": None if outputs is None else list(outputs),
                 "passes": [str(report) for report in reports],
             },
             files={path.name: sha256_of(path) for path in sorted(staging.iterdir())},
@@ -221,7 +169,7 @@ class _Wrapper(nn.Module):
     def __init__(self, model: nn.Module, names: tuple[str, ...] | None) -> None:
         super().__init__()
         self.model = model
-        self.outputs = public_outputs(names)
+        self.outputs = module_outputs(names)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         # Each its own value: a stage's choice may be an input of the next.
@@ -298,7 +246,7 @@ def _write_reference(
     model: nn.Module,
     example: Tensor,
     count: int,
-    outputs: Callable[[nn.Module, Tensor], dict[str, Tensor]],
+    outputs: Outputs,
 ) -> None:
     """`count` times noise of the example's shape, or the example where it holds integers."""
     x = example

@@ -38,7 +38,7 @@ def classify(
         raise ValueError(f"top={top} is below 1; give the number of classes to print")
     artifact = open_artifact(directory, only=(MODEL_FILE,))
     manifest = artifact.manifest
-    classes = int(manifest.outputs[0].shape[1])
+    classes = manifest.num_classes
     names = manifest.labels if labels is None else read_labels(labels, classes)
     results: list[dict[str, Any]] = []
     with open_session(artifact, runtime, backend=backend, threads=threads, trust=trust) as session:

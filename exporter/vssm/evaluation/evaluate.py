@@ -243,7 +243,7 @@ def evaluate(
     spec = _preprocessing(opened)
     target = opened.directory / RESULTS_FILE if results is None else Path(results)
     summary = _summary_of(target, opened)
-    num_classes = int(opened.manifest.outputs[0].shape[1])
+    num_classes = opened.manifest.num_classes
     labels = opened.manifest.labels
     folder = open_images(Path(images), num_classes, labels=labels, classes=classes)
     with open_session(opened, runtime, backend=backend, threads=threads) as session:

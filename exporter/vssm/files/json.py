@@ -99,7 +99,7 @@ class Node:
 
     def name(self) -> str:
         """A name such as `block_1.hidden`: letters, digits and `_ . : / -`, 128 of them at most."""
-        if not isinstance(self.value, str) or not _NAME.fullmatch(self.value):
+        if not isinstance(self.value, str) or not is_name(self.value):
             self._refuse("a name of at most 128 letters, digits and the signs _ . : / -")
         return str(self.value)
 
@@ -203,6 +203,11 @@ class Node:
         shown = repr(self.value)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         raise FieldError(f"{self.path or 'the file'}={shown} must be {rule}")
+
+
+def is_name(text: str) -> bool:
+    """Whether a text may name an input, an output or a value of the graph."""
+    return _NAME.fullmatch(text) is not None
 
 
 def _integer(text: str) -> float:

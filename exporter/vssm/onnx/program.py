@@ -39,6 +39,8 @@ def fold_weights(model: ir.Model) -> None:
 def name_outputs(model: ir.Model, names: Sequence[str], *, public: int) -> None:
     """Give the graph's outputs their names; those after the first `public` stay as inner values.
 
+    A weight or a value inside that has one of these names makes room for it.
+
     Raises:
         ValueError: the number of names is not the number of outputs, or one value is two outputs.
     """
@@ -51,6 +53,10 @@ def name_outputs(model: ir.Model, names: Sequence[str], *, public: int) -> None:
             raise ValueError(f"output {name!r} is the same value as another; give it its own node")
         taken.add(id(value))
         value.name = name
+    inner = [value for node in model.graph for value in node.outputs]
+    for value in (*inner, *model.graph.initializers.values()):
+        if value.name in names and id(value) not in taken:
+            value.name = f"{value.name}_inner"
     while len(model.graph.outputs) > public:  # a slice would leave them marked as outputs
         model.graph.outputs.pop()
 
@@ -113,8 +119,8 @@ def program_to_proto(
     graph = _translate(program, opset)
     fold_weights(graph)
     rename_inputs(graph, inputs, BATCH if dynamic_batch else None)
-    name_outputs(graph, names, public=public)
     strip_initializer_prefix(graph, "model.")
+    name_outputs(graph, names, public=public)
     tidy(graph)
     graph.ir_version = _IR_VERSION
     graph.opset_imports.clear()

@@ -107,7 +107,7 @@ def _kept_reference(
             "check_parity the model",
         )
     kept, outputs = stored_reference(artifact)
-    return kept, module_result(outputs)
+    return kept, module_result(outputs, artifact.manifest.main_output.name)
 
 
 def _default_images(artifact: Artifact, session: Session) -> Array:

@@ -17,6 +17,7 @@ from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from vssm.artifact.directory import MODEL_FILE, Artifact
+from vssm.artifact.manifest import LOGITS
 from vssm.artifact.reference import OracleResult
 from vssm.runtimes.graph_edit import expose, force_positions
 from vssm.runtimes.session import RuntimeInfo
@@ -86,6 +87,7 @@ class ParityReport:
     """Everything `check_parity` found. `failures` are sentences; empty when it passed.
 
     `free_logits` is of the images whose tokens were chosen alike; None where there are none.
+    `top1_agreement` is None for a module that has no logits; its first output is compared then.
     """
 
     info: RuntimeInfo
@@ -96,7 +98,7 @@ class ParityReport:
     free_logits: Comparison | None
     kept_agreement: list[float]
     disagreements: list[Disagreement]
-    top1_agreement: float
+    top1_agreement: float | None
     blocks: list[Comparison] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -144,7 +146,8 @@ def compare(
     streams = _block_names(artifact) if per_block else []
     forced = _run_forced(artifact, images, oracle, run_edited, streams)
     streams += [o.name for o in artifact.manifest.outputs if o.name in oracle.blocks]
-    logits = compare_array("logits", forced["logits"], oracle.logits, tolerance.logits)
+    main = artifact.manifest.main_output.name
+    logits = compare_array(main, forced[main], oracle.logits, tolerance.logits)
     kept = [free[f"kept_positions_{i}"] for i in range(len(oracle.kept_positions))]
     disagreements = _disagreements(kept, oracle, _protected(artifact))
     alike = sorted(set(range(len(images))) - {d.image for d in disagreements})
@@ -154,14 +157,12 @@ def compare(
         weights=artifact.manifest.weights,
         images=len(images),
         forced=logits,
-        free_logits=compare_array(
-            "logits", free["logits"][alike], oracle.logits[alike], tolerance.logits
-        )
+        free_logits=compare_array(main, free[main][alike], oracle.logits[alike], tolerance.logits)
         if alike
         else None,
         kept_agreement=list(map(_agreement, kept, oracle.kept_positions)),
         disagreements=disagreements,
-        top1_agreement=float((free["logits"].argmax(1) == oracle.logits.argmax(1)).mean()),
+        top1_agreement=_top1_agreement(free[main], oracle.logits) if main == LOGITS else None,
         blocks=[
             compare_array(name, forced[name], oracle.blocks[name], tolerance.block)
             for name in streams
@@ -169,6 +170,10 @@ def compare(
     )
     report.failures.extend(_failures(report, tolerance))
     return report
+
+
+def _top1_agreement(got: Array, want: Array) -> float:
+    return float((got.argmax(1) == want.argmax(1)).mean())
 
 
 def compare_array(name: str, got: Array, want: Array, tolerance: float) -> Comparison:

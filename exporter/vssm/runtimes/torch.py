@@ -16,7 +16,7 @@ from torch import nn
 from vssm.artifact.directory import WEIGHTS_FILE, Artifact
 from vssm.artifact.reference import OracleResult, is_module, module_result, refuse_module
 from vssm.compat.exact import exact_outputs
-from vssm.compat.export import public_outputs
+from vssm.compat.outputs import module_outputs
 from vssm.errors import ArtifactError
 from vssm.models import VisionModel, model_from_config
 from vssm.pruning.schedule import PruneSchedule
@@ -161,14 +161,17 @@ def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
 
 def _module_oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
     names = [output.name for output in artifact.manifest.outputs]
-    outputs = public_outputs(None if artifact.manifest.schedule else names, scores=True)
+    # How they were asked for: of names alone it would not be known which outputs they rename.
+    asked = artifact.manifest.config.get("outputs")
+    outputs = module_outputs(asked, scores=True)
     found = exact_outputs(model, torch.from_numpy(np.array(images)), outputs)
     if not set(names) <= set(found):
         raise ValueError(
             f"model: it returns {sorted(found)}, the export in {artifact.directory} "
             f"{sorted(names)}; pass the module that was exported"
         )
-    return module_result({name: value.numpy() for name, value in found.items()})
+    arrays = {name: value.numpy() for name, value in found.items()}
+    return module_result(arrays, artifact.manifest.main_output.name)
 
 
 def _every_position(model: VisionModel, batch: int) -> Array:

@@ -5,16 +5,15 @@ Colours: cividis, made for colour-blind readers, and the Okabe-Ito palette.
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vssm.files.page import Illustration, Section, Table
 from vssm.types import Array
 
 if TYPE_CHECKING:
@@ -222,13 +221,6 @@ def _png(figure: Figure, title: str) -> bytes:
     return buffer.getvalue()
 
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em }
-table { border-collapse: collapse; margin: 1em 0 }
-th, td { border-bottom: 1px solid #ddd; padding: .25em .8em; text-align: left }
-img { max-width: 100%; height: auto; display: block } figure { margin: 1.5em 0 }
-figcaption { max-width: 48em }
-"""
 HEADINGS = {
     "kept": "Kept tokens",
     "importance": "Importance",
@@ -252,46 +244,17 @@ CAPTIONS = {
 }
 
 
-def page(
-    facts: Mapping[str, str],
-    sections: Iterable[tuple[str, Sequence[Sequence[str]], Mapping[str, bytes]]],
-    *,
-    readout: str,
-) -> str:
-    """The page's HTML.
+def section(title: str, table: Table, figures: Mapping[str, bytes], *, readout: str) -> Section:
+    """What the page says of one image.
 
     Args:
-        facts: what ran, by name.
-        sections: by image: its title, table rows (the first is the head), PNG by figure name.
+        title: above all.
+        table: what the variants say of the image.
+        figures: PNG by the names of HEADINGS.
         readout: whose attention is shown.
     """
-    listed = "".join(f"<li>{html.escape(k)}: {html.escape(v)}</li>" for k, v in facts.items())
-    body = "".join(_section(*section, readout=readout) for section in sections)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>vssm visualize</title><style>{_STYLE}</style></head>
-<body><h1>vssm visualize</h1><ul>{listed}</ul>
-{body}</body></html>
-"""
-
-
-def _section(
-    title: str, rows: Sequence[Sequence[str]], figures: Mapping[str, bytes], *, readout: str
-) -> str:
-    head, *rest = rows
-    cells = "".join(f"<th>{html.escape(c)}</th>" for c in head)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rest
-    )
-    shown = "".join(_figure(name, png, readout) for name, png in figures.items())
-    return f"<h2>{html.escape(title)}</h2><table><tr>{cells}</tr>{lines}</table>{shown}\n"
-
-
-def _figure(name: str, png: bytes, readout: str) -> str:
-    data = base64.b64encode(png).decode()
-    caption = html.escape(CAPTIONS[name].format(readout=readout))
-    return (
-        f"<h3>{HEADINGS[name]}</h3>"
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    shown = [
+        Illustration(png, HEADINGS[name], CAPTIONS[name].format(readout=readout))
+        for name, png in figures.items()
+    ]
+    return Section(title, tables=[table], figures=shown)

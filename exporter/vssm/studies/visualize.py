@@ -16,12 +16,14 @@ from vssm.artifact.preprocessing import preprocess
 from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory
 from vssm.files.json import write_json
+from vssm.files.page import Table, render
 from vssm.models.base import VisionModel
 from vssm.studies.figures import (
     Walk,
     attention_figure,
     importance_figure,
     kept_figure,
+    section,
     walks_figure,
 )
 from vssm.studies.source import LoadedSource, load_source
@@ -237,9 +239,8 @@ def visualize(
         ValueError: an argument does not fit, or an image cannot be read.
         ArtifactError: a file cannot be written.
     """
-    from vssm.studies.figures import page
-
     require("matplotlib")
+    require("jinja2")
     output, files = Path(output), [Path(file) for file in images]
     if not files:
         raise ValueError("images=[] holds no image; give one at least")
@@ -256,10 +257,10 @@ def visualize(
         for name, png in result.figures.items():
             atomic_write_bytes(output / pngs[name], png)
         found.append(_entry(file, result, pngs))
-        sections.append((file.name, _rows(result, opened), result.figures))
+        table = _table(result, opened)
+        sections.append(section(file.name, table, result.figures, readout=result.readout))
     facts = _facts(opened)
-    html = page(facts, sections, readout=found[0]["readout"])
-    atomic_write_bytes(output / PAGE, html.encode())
+    atomic_write_bytes(output / PAGE, render("vssm visualize", facts, sections).encode())
     numbers = {"facts": facts, "images": found}
     write_json(output / NUMBERS, numbers)
     return numbers
@@ -303,9 +304,9 @@ def _entry(file: Path, result: Explanation, files: dict[str, str]) -> dict[str, 
     }
 
 
-def _rows(result: Explanation, source: LoadedSource) -> list[list[str]]:
-    """The page's table: what each variant says of the image."""
-    rows = [["variant", "best classes", "kept as in the last variant, by stage"]]
+def _table(result: Explanation, source: LoadedSource) -> Table:
+    """What each variant says of the image."""
+    rows = []
     for name, numbers in result.variants.items():
         shares = numbers["probabilities"]
         best = np.argsort(-np.asarray(shares), kind="stable")[:_TOP]
@@ -313,4 +314,4 @@ def _rows(result: Explanation, source: LoadedSource) -> list[list[str]]:
         classes = ", ".join(f"{n} {shares[c]:.1%}" for n, c in zip(labels, best, strict=True))
         alike = ", ".join(f"{share:.0%}" for share in numbers["kept_as_last"])
         rows.append([name, classes, alike or "-"])
-    return rows
+    return Table(("variant", "best classes", "kept as in the last variant, by stage"), rows)
