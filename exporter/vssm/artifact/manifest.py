@@ -103,7 +103,7 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of `model.json`; DESIGN section 4 says what each field is for.
+    """The whole of `model.json`.
 
     `files` maps every other file of the directory to its SHA-256, `operators` the custom operators
     in the graph to their versions, `versions` the packages that made the export to theirs.

@@ -1,4 +1,4 @@
-"""Makes a bundle: a directory that someone else's server runs; DESIGN calls it what is shipped."""
+"""Makes a bundle: a directory with all that a server needs to run an export."""
 
 from __future__ import annotations
 

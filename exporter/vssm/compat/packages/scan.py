@@ -2,7 +2,7 @@
 
 One node a group of channels: the operator's B and C belong to all channels of a node. The layouts
 are put token-major around the node, and the graph passes cancel what can be cancelled.
-Sources of the signatures: state-spaces/mamba and MzeroMiko/VMamba, as MODELS.md states them.
+Sources of the signatures: the repositories state-spaces/mamba and MzeroMiko/VMamba.
 """
 
 from __future__ import annotations
