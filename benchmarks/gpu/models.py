@@ -21,7 +21,7 @@ from benchmarks.gpu.timing import Clock, Subject, one_line, relative_error
 from torch import Tensor
 
 import vssm
-from vssm.models import VisionModel
+from vssm.models.base import VisionModel
 from vssm.models.schedules import DEFAULT_SCHEDULES
 from vssm.ops import operators as ops
 

@@ -15,7 +15,7 @@ _PUBLIC = {
     "AblationOptions": "vssm.studies.plan",
     "AblationTraining": "vssm.studies.plan",
     "FinetuneRequest": "vssm.training.request",
-    "ForwardDetails": "vssm.models",
+    "ForwardDetails": "vssm.models.base",
     "PruneSchedule": "vssm.pruning.schedule",
     "Recipe": "vssm.training.recipe",
     "Session": "vssm.runtimes.session",

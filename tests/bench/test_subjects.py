@@ -12,7 +12,7 @@ from exports import exported, micro, micro_plain
 import vssm
 from vssm.bench.subjects import _at_batch_one, count_graph
 from vssm.errors import UnsupportedError
-from vssm.models import VisionModel
+from vssm.models.base import VisionModel
 from vssm.models.cost import count
 
 

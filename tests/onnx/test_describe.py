@@ -9,7 +9,7 @@ import torch
 from exports import exported, micro
 
 import vssm
-from vssm.models import VisionModel
+from vssm.models.base import VisionModel
 
 
 def spoilt(key: str, value: float) -> VisionModel:

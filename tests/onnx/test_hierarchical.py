@@ -15,7 +15,7 @@ from hierarchical_cases import SMALL, small
 
 import vssm
 from vssm.artifact.directory import Artifact, open_artifact
-from vssm.models import VisionModel
+from vssm.models.base import VisionModel
 from vssm.models.groupmamba import GroupMamba
 from vssm.onnx.export import _cast_copy, build_proto
 from vssm.ops.spec import DOMAIN

@@ -16,7 +16,7 @@ from exports import MICRO_PLAIN, exported, images, micro_plain
 import vssm
 from vssm.artifact.directory import Artifact
 from vssm.commands.export import ExportRequest, export_model
-from vssm.models import VisionModel
+from vssm.models.base import VisionModel
 from vssm.models.schedules import default_schedule
 from vssm.onnx.export import _cast_copy, build_proto
 from vssm.ops.spec import DOMAIN

@@ -11,7 +11,7 @@ from official_data import filled_model, fixture, images, micro_vim, relative_err
 from vim_by_hand import VimByHand
 
 from vssm import PruneSchedule
-from vssm.models import ForwardDetails
+from vssm.models.base import ForwardDetails
 
 # Of the largest value. Measured on these cases in float64: 3e-15 on vim_tiny, 1.1e-15 on micro
 # models; float32, absolute as the oracle's README asks: 1.6e-5.

@@ -9,7 +9,7 @@ import numpy as np
 
 import vssm
 from vssm.artifact.directory import Artifact
-from vssm.models import VisionModel
+from vssm.models.base import VisionModel
 
 # 37 tokens, the class token in the middle; odd widths everywhere.
 MICRO: dict[str, Any] = {

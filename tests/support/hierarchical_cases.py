@@ -7,7 +7,7 @@ from typing import Any
 from official_data import fill_weights
 
 import vssm
-from vssm.models import VisionModel
+from vssm.models.base import VisionModel
 
 # Two stages and odd maps: 9 x 13 and 5 x 7 tokens; groups of 3 and 5 channels.
 SMALL: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from checkout import ROOT
 from torch import Tensor, nn
 
 import vssm
-from vssm.models import VisionModel
+from vssm.models.base import VisionModel
 from vssm.models.plain_mamba import PlainMamba, PlainMambaConfig
 from vssm.models.vim import Vim, VimConfig
 

@@ -10,7 +10,7 @@ import torch
 from official_data import fill_weights, fixture, manifest, relative_error
 from torch import Tensor
 
-from vssm.models import VisionModel
+from vssm.models.base import VisionModel
 from vssm.models.groupmamba import GroupMamba, GroupMambaConfig
 from vssm.models.vmamba import VMamba, VMambaConfig
 

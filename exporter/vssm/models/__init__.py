@@ -9,21 +9,13 @@ from typing import Any, Final, get_args, get_origin, get_type_hints
 
 import torch
 
-from vssm.models.base import ForwardDetails, VisionModel
+from vssm.models.base import ForwardDetails as ForwardDetails
+from vssm.models.base import VisionModel
 from vssm.models.groupmamba import GroupMamba, GroupMambaConfig
 from vssm.models.plain_mamba import PlainMamba, PlainMambaConfig
 from vssm.models.vim import Vim, VimConfig
 from vssm.models.vmamba import VMamba, VMambaConfig
 from vssm.pruning.schedule import PruneSchedule
-
-__all__ = [
-    "MODELS",
-    "ForwardDetails",
-    "VisionModel",
-    "create_model",
-    "list_models",
-    "model_from_config",
-]
 
 _SEED: Final = 0
 _VANILLA: Final[dict[str, Any]] = {

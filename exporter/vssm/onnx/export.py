@@ -20,7 +20,8 @@ from vssm.artifact.manifest import Preprocessing, write_manifest
 from vssm.checkpoints.load import save_safetensors
 from vssm.errors import UnsupportedError
 from vssm.files.atomic import sha256_of
-from vssm.models import VisionModel, model_from_config
+from vssm.models import model_from_config
+from vssm.models.base import VisionModel
 from vssm.onnx.bodies import SUPPORTED_OPSETS
 from vssm.onnx.describe import block_outputs, describe_export
 from vssm.onnx.program import BATCH, program_to_proto, quiet

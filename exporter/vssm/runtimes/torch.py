@@ -18,7 +18,8 @@ from vssm.artifact.reference import OracleResult, is_module, module_result, refu
 from vssm.compat.exact import exact_outputs
 from vssm.compat.outputs import module_outputs
 from vssm.errors import ArtifactError
-from vssm.models import VisionModel, model_from_config
+from vssm.models import model_from_config
+from vssm.models.base import VisionModel
 from vssm.pruning.schedule import PruneSchedule
 from vssm.runtimes.ort import cpu_name
 from vssm.runtimes.session import CLOSED, RuntimeInfo, Session, checked_threads

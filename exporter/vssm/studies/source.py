@@ -12,7 +12,7 @@ from vssm.artifact.manifest import Preprocessing
 from vssm.training.request import ModelSource
 
 if TYPE_CHECKING:
-    from vssm.models import VisionModel
+    from vssm.models.base import VisionModel
     from vssm.pruning.schedule import PruneSchedule
 
 

@@ -15,7 +15,7 @@ from hierarchical_cases import small
 from tensorrt_build import ROOT, harness, rtx_path, run_python
 
 import vssm
-from vssm.models import VisionModel
+from vssm.models.base import VisionModel
 from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES
 
 SCRIPT = (ROOT / "tests/support/tensorrt_parser.py").read_text(encoding="utf-8")
