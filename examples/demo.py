@@ -21,7 +21,7 @@ import numpy as np
 import vssm
 
 RUNS = (
-    ("PyTorch", "torch", None),
+    ("PyTorch", "torch", "reference"),
     ("ORT body", "ort-cpu", "body"),
     ("ORT kernel", "ort-cpu", "kernel"),
 )

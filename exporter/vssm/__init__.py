@@ -35,6 +35,7 @@ _PUBLIC = {
     "open_session": "vssm.runtimes.open",
     "preprocess": "vssm.artifact.preprocessing",
     "prune": "vssm.compat.prune",
+    "record_backends": "vssm.ops.record",
     "visualize": "vssm.studies.visualize",
 }
 _PACKAGES = {"compat": "vssm.compat"}

@@ -88,7 +88,9 @@ def test_accuracy_is_that_of_the_session(export, pictures, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["found.csv", "found.json"]
 
 
-@pytest.mark.parametrize(("runtime", "backend"), [("ort-cpu", "body"), ("torch", None)])
+@pytest.mark.parametrize(
+    ("runtime", "backend"), [("ort-cpu", "body"), ("torch", "kernel"), ("torch", "reference")]
+)
 def test_every_runtime_finds_the_same(export, pictures, tmp_path, runtime, backend):
     kernel = _evaluate(export, pictures, tmp_path)
     other = _evaluate(

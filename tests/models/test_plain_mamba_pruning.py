@@ -23,6 +23,7 @@ from vssm.models.schedules import DEFAULT_SCHEDULES, default_schedule
 EXACT = 1e-9
 MICRO = 1e-13
 FLOAT32 = 2e-4
+ROUNDING = 2e-6  # float32 against float32
 RATIOS = {1: 0.7, 2: 0.65}
 ALIGNMENTS = ("gap", "constant", "none")
 # Case, image size, layers with a depthwise convolution: odd, even and uneven grids.
@@ -116,8 +117,10 @@ def test_ratio_one_is_the_dense_model_bit_for_bit(alignment, step_parameters, dt
     model = _micro("6x5", {1: 1, 3: "1.0"}, dtype, **rules)
     dense = micro_plain_mamba(d_model=16, d_state=4, **GRIDS["6x5"]).to(dtype)
     inputs = _images(model, dtype=dtype)
-    found = _details(model, inputs)
-    assert torch.equal(found.logits, _details(dense, inputs).logits)
+    # The kernels take the gate into the scan where nothing needs y before it: one rounding less.
+    assert relative_error(_details(model, inputs).logits, _details(dense, inputs).logits) < ROUNDING
+    found = _details(model.use_backend("reference"), inputs)
+    assert torch.equal(found.logits, _details(dense.use_backend("reference"), inputs).logits)
     assert [k.tolist() for k in found.kept_positions] == [[list(range(30))] * 2] * 2
 
 

@@ -14,5 +14,5 @@ def test_both_sides_describe_the_same_operators():
 def test_library_is_of_this_version():
     info = library.library_info()
     assert info.version == __version__
-    assert info.backend == tuple(spec.OPERATORS)
+    assert info.operators == tuple(spec.OPERATORS)
     assert info.cpu_isa in library.ISA_NAMES

@@ -18,6 +18,7 @@ from vssm.models.base import ForwardDetails
 EXACT = 1e-9
 MICRO = 1e-13
 FLOAT32 = 2e-4
+ROUNDING = 2e-6  # float32 against float32
 RATIOS = {1: 0.7, 2: 0.65}  # 37 tokens -> 27 -> 17
 ALIGNMENTS = ("gap", "constant", "none", "masked")
 CASES = ("mid_div2", "mid_nodiv", "head_cls", "nocls_mean", "nocls_max", "nocls_lasttoken")
@@ -129,8 +130,10 @@ def test_ratio_one_is_the_dense_model_bit_for_bit(case, alignment, score_directi
         conv="position",
     )
     inputs = _micro_images().to(dtype)
-    found = _details(model, inputs)
-    assert torch.equal(found.logits, _details(dense, inputs).logits)
+    # The kernels take the gate into the scan where nothing needs y before it: one rounding less.
+    assert relative_error(_details(model, inputs).logits, _details(dense, inputs).logits) < ROUNDING
+    found = _details(model.use_backend("reference"), inputs)
+    assert torch.equal(found.logits, _details(dense.use_backend("reference"), inputs).logits)
     for kept in found.kept_positions:
         assert kept.tolist() == [list(range(model.layout.seqlen))] * 2
 

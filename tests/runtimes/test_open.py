@@ -17,7 +17,12 @@ from vssm.artifact.directory import Artifact
 from vssm.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError
 from vssm.runtimes.ort import OrtCpuSession, sum_node_times
 
-RUNS = [("ort-cpu", "kernel"), ("ort-cpu", "body"), ("torch", None)]
+RUNS = [
+    ("ort-cpu", "kernel"),
+    ("ort-cpu", "body"),
+    ("torch", "kernel"),
+    ("torch", "reference"),
+]
 # float32 against float32 by three programs: 1.3e-6 of the largest logit measured.
 SAME = 4e-6
 
@@ -32,14 +37,15 @@ def test_all_runtimes_agree_and_say_what_ran(artifact: Artifact) -> None:
     outputs = {}
     for runtime, backend in RUNS:
         with vssm.open_session(artifact, runtime, backend=backend, threads=1) as session:
-            outputs[backend] = session.run(x)
+            outputs[runtime, backend] = session.run(x)
             assert session.info.runtime == runtime
-            assert session.info.backend == (backend or "reference")
+            assert session.info.backend == backend
             assert session.info.threads == 1
             assert (session.info.library is not None) == (backend == "kernel")
             assert session.info.backend in str(session.info)
-    want = outputs[None]
-    for got in (outputs["kernel"], outputs["body"]):
+            assert "None" not in str(session.info)
+    want = outputs.pop(("torch", "reference"))
+    for got in outputs.values():
         assert set(got) == set(want) == {"logits", "kept_positions_0", "kept_positions_1"}
         scale = np.abs(want["logits"]).max()
         np.testing.assert_allclose(got["logits"], want["logits"], rtol=0, atol=SAME * scale)
@@ -68,6 +74,17 @@ def test_missing_library_is_an_error(artifact: Artifact, monkeypatch: pytest.Mon
         vssm.open_session(artifact, "ort-cpu")
     with vssm.open_session(artifact, "ort-cpu", backend="body") as session:
         assert session.run(images(micro(), 1))["logits"].shape == (1, 7)
+
+
+@pytest.mark.parametrize("backend", [None, "kernel", "reference"])
+def test_a_torch_session_runs_what_it_says(artifact: Artifact, backend: str | None) -> None:
+    with (
+        vssm.open_session(artifact, "torch", backend=backend) as session,
+        vssm.record_backends() as ran,
+    ):
+        session.run(images(micro(), 1))
+    assert session.info.backend == (backend or "kernel")
+    assert {ran_on for _, ran_on in ran} == {session.info.backend}
 
 
 def test_library_without_an_operator_is_an_error(artifact: Artifact) -> None:
@@ -101,7 +118,7 @@ def test_bad_arguments(artifact: Artifact) -> None:
         vssm.open_session(artifact, "cuda")
     with pytest.raises(ValueError, match=r"backend='fast' is not one of kernel, body"):
         vssm.open_session(artifact, "ort-cpu", backend="fast")
-    with pytest.raises(ValueError, match=r"backend='body' with runtime='torch'"):
+    with pytest.raises(ValueError, match=r"='body' with runtime='torch' is not one of kernel, ref"):
         vssm.open_session(artifact, "torch", backend="body")
     for runtime in ("ort-cpu", "torch"):
         for threads in (-1, 0, 1025, 10**20):

@@ -164,7 +164,7 @@ def _resident(artifact: Artifact, threads: int) -> Session:
 
 
 def _torch(artifact: Artifact, threads: int) -> Session:
-    return TorchSession(artifact, threads=threads)
+    return TorchSession(artifact, backend="reference", threads=threads)
 
 
 @contextmanager

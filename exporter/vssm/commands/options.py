@@ -35,7 +35,9 @@ Runtime = Annotated[str, typer.Option(help="ort-cpu, ort-cuda, torch, tensorrt o
 OtherRuntime = Annotated[str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.")]
 Operators = Annotated[
     str | None,
-    typer.Option(help="kernel (the default) or body; an engine has what it was built with."),
+    typer.Option(
+        help="kernel (the default) or body; for torch kernel or reference; an engine has its own."
+    ),
 ]
 Labels = Annotated[Path | None, typer.Option(help="Class names, one a line or JSON.")]
 Inline = Annotated[

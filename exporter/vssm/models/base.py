@@ -113,15 +113,16 @@ class VisionModel(nn.Module):
     def use_backend(self, backend: str) -> Self:
         """Choose what computes the custom operators of this model; the model itself comes back.
 
-        Exports and parity checks do not depend on it; docs/operators.md says what gradients are.
+        Exports and parity checks do not depend on it; `vssm.record_backends` says what ran.
 
         Args:
-            backend: "auto": the native kernels on CUDA, and on the CPU while gradients are
-                recorded; the PyTorch oracle anywhere else and in float64. "reference": the oracle
-                everywhere. "kernel": the native kernels on CUDA and on the CPU; no float64.
+            backend: "auto": the native kernels on the CPU and on CUDA, forward and backward (on
+                CUDA forward); PyTorch in float64, on other devices, and, with a warning, where
+                the library is missing. "reference": PyTorch everywhere. "kernel": the native
+                kernels, or an error; no float64.
 
         Raises:
-            ValueError: it is none of the three.
+            ValueError: it is not one of the three.
         """
         checked_choice(backend)
         for module in self.modules():

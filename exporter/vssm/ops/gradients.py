@@ -1,7 +1,7 @@
 """Gradients of the scans: the native kernel on a CPU, the formula in PyTorch for the rest.
 
-float64 anywhere, and every type on another device, take `reference.selective_scan_backward`:
-exact, and slow. float32, float16 and bfloat16 on a CPU go through libvssm.so. The gradients are
+float32, float16 and bfloat16 on a CPU go through libvssm.so. float64, other devices and a machine
+without the library take `reference.selective_scan_backward`: exact, and slow. The gradients are
 an operator of their own, `vssm::<scan>_backward`, so that a compiled training step has them too.
 """
 
@@ -13,28 +13,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from vssm.errors import RuntimeUnavailableError, UnsupportedError
-from vssm.ops.kernels import differentiable, kernels, scan_backward
+from vssm.errors import UnsupportedError
+from vssm.ops.kernels import differentiable, runs_on_kernels, scan_backward
+from vssm.ops.record import note_run
 from vssm.ops.reference import selective_scan_backward
 from vssm.ops.spec import OperatorSpec
-
-_NATIVE = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def trains_on_kernels(operands: Sequence[Tensor]) -> bool:
-    """Whether a scan of these runs on the native kernels because gradients are recorded.
-
-    So it is on a CPU, in float32, float16 or bfloat16, outside of tracing, where libvssm.so is
-    there. Without the library y comes from the oracle, and asking for gradients is an error.
-    """
-    return (
-        torch.is_grad_enabled()
-        and any(t.requires_grad for t in operands)
-        and all(type(t) in {Tensor, torch.nn.Parameter} for t in operands)
-        and not torch.compiler.is_compiling()
-        and _is_native(operands[0])
-        and _has_kernels()
-    )
 
 
 def define(library: torch.library.Library, op: OperatorSpec, name: str) -> None:
@@ -52,14 +35,14 @@ def define(library: torch.library.Library, op: OperatorSpec, name: str) -> None:
     library.define(f"{name}_backward(Tensor dy, {inputs}, {attributes}) -> ({outputs})")
 
     def run(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        if not _is_native(args[0]):
-            return _by_formula(op, _named(op, args), dy)
-        try:
-            return tuple(scan_backward(op, _named(op, args), dy))
-        except RuntimeUnavailableError as error:
-            raise RuntimeUnavailableError(
-                f"{error}; or create the model with backend='reference', whose gradients are slow"
-            ) from error
+        u: Tensor = args[0]
+        native = u.device.type == "cpu" and runs_on_kernels(u)  # no kernel on a GPU yet
+        if native:
+            found = tuple(scan_backward(op, _named(op, args), dy))
+        else:
+            found = _by_formula(op, _named(op, args), dy)
+        note_run(f"{op.name} backward", "kernel" if native else "reference")
+        return found
 
     def fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
         floats = [t for t in args[:count] if t.is_floating_point()]
@@ -99,18 +82,6 @@ def _refuse_second(ctx: Any, *grads: Tensor) -> NoReturn:
         "vssm: a scan's gradient has no derivative of its own; for a second one call "
         "vssm.ops.reference.selective_scan in place of the operator"
     )
-
-
-def _is_native(u: Tensor) -> bool:
-    return u.device.type == "cpu" and u.dtype in _NATIVE
-
-
-def _has_kernels() -> bool:
-    try:
-        kernels()
-    except RuntimeUnavailableError:
-        return False
-    return True
 
 
 def _named(op: OperatorSpec, args: Sequence[Any]) -> dict[str, Any]:

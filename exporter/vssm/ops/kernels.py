@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,7 @@ from vssm.ops.spec import GATHER_OPERATORS, OperatorSpec
 
 LIBRARY: Final = "vssm"
 _CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
+_DEVICES: Final = ("cpu", "cuda")
 _MAX_RANK = 4
 _ALIGNMENT = 256  # bytes, of a workspace
 _ERROR_BYTES = 512
@@ -120,7 +122,7 @@ class Kernels:
         attributes: ctypes.Structure,
     ) -> None:
         device = _one_device(op, operands)
-        self._require(device)
+        self.require(device)
         kept = [t.contiguous() for t in operands]  # alive until the call returns
         inputs, results = describe(kept), describe(outputs)
         counted = [results]
@@ -153,8 +155,13 @@ class Kernels:
         failed = self._library[function](*arguments, error, ctypes.c_size_t(_ERROR_BYTES))
         return error.value.decode() if failed else None
 
-    def _require(self, device: torch.device) -> None:
-        if device.type not in {"cpu", "cuda"}:
+    def require(self, device: torch.device) -> None:
+        """Refuse a device that this build has no kernels for.
+
+        Raises:
+            RuntimeUnavailableError: it is neither a CPU nor a CUDA device, or CUDA is left out.
+        """
+        if device.type not in _DEVICES:
             raise RuntimeUnavailableError(
                 f"device={device} has no kernels of ours; move the model to cpu or cuda, or ask "
                 "for backend='reference'"
@@ -175,6 +182,35 @@ def kernels() -> Kernels:
         RuntimeUnavailableError: there is no library, or this machine cannot load it.
     """
     return Kernels(find_library(LIBRARY))
+
+
+def runs_on_kernels(tensor: Tensor) -> bool:
+    """Whether "auto" runs an operator whose first operand is this on the native kernels.
+
+    It does so for all types but float64, on the CPU and on CUDA devices. Where the library is
+    missing, or was built without CUDA, PyTorch computes the same slowly, and a warning says so.
+    """
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or device not in _DEVICES:
+        return False
+    try:
+        kernels().require(tensor.device)
+    except RuntimeUnavailableError as error:
+        _warn_slow(device, str(error))
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=len(_DEVICES))
+def _warn_slow(device: str, why: str) -> None:
+    """Once a process: the reason stays until the library is there."""
+    warnings.warn(
+        f"vssm: the operators run in PyTorch on {device}, several times slower than their native "
+        f"kernels and with the same result: {why}. backend='reference' asks for this without a "
+        "warning; backend='kernel' makes it an error",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _one_device(op: OperatorSpec, operands: Sequence[Tensor]) -> torch.device:

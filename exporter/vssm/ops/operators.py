@@ -3,13 +3,12 @@
 Schemas come from the operator table in `spec`. Every operator has a fake kernel, autograd (the
 gathers through the oracle, the scans as `ops_gradients` says), and three overloads:
 
-- `default` ("auto"): on CUDA tensors the native kernels, for float64 the oracle's formula; on any
-  other device the oracle.
-- `oracle`: the oracle on every device.
-- `kernel`: the native kernels on CUDA and CPU tensors.
+- `default` ("auto"): the native kernels wherever they run, see `kernels.runs_on_kernels`; the
+  oracle for float64 and on devices without kernels.
+- `reference`: the oracle on every device.
+- `kernel`: the native kernels on CUDA and CPU tensors; where they are missing, an error.
 
-Nothing falls back: kernels that are missing are an error. `selective_scan` takes `kernel` for
-"auto" where gradients are recorded on a CPU: a model is trained on the native kernels.
+What ran is counted, see `record`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from vssm.ops import gradients as ops_gradients
 from vssm.ops import reference
-from vssm.ops.kernels import kernels
+from vssm.ops.kernels import kernels, runs_on_kernels
+from vssm.ops.record import note_run
 from vssm.ops.rules import check_operands, check_scan_values
 from vssm.ops.spec import (
     GATED_SELECTIVE_SCAN,
@@ -52,7 +52,7 @@ def checked_choice(backend: str) -> str:
     """The argument, if it is one of `BACKENDS`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not one of them.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}; choose one")
@@ -86,8 +86,7 @@ def selective_scan(
     """One `vssm` scan node: the arguments and result of `reference.selective_scan`.
 
     Which operator it is follows from the operands: gated with `z`, constant gap with `delta0`.
-    What computes it is `backend`: "auto", "reference" or "kernel". "auto" is "kernel" where
-    `ops_gradients.trains_on_kernels` says so.
+    What computes it is `backend`: "auto", "reference" or "kernel".
 
     Raises:
         ValueError: a shape or value breaks the contract, or both `z` and `delta0` are given.
@@ -102,8 +101,6 @@ def selective_scan(
         op, operands = GATED_SELECTIVE_SCAN, [*operands, z]
     elif delta0 is not None:
         op, operands = SELECTIVE_SCAN_CONSTANT_GAP, [*operands, delta0]
-    if backend == "auto" and ops_gradients.trains_on_kernels(operands):
-        backend = "kernel"
     run = torch_op(op, backend)
     result: Tensor = run(*operands, int(delta_softplus), int(params_by_step), scale)
     return result
@@ -174,7 +171,9 @@ def _scan_oracle(op: OperatorSpec) -> Callable[..., Tensor]:
         named = _named(op, args)
         check_operands(op, named)
         check_scan_values(op, named)
-        return _scan_reference(op, args).contiguous()
+        y = _scan_reference(op, args).contiguous()
+        note_run(op.name, "reference")
+        return y
 
     return run
 
@@ -192,7 +191,9 @@ def _scan_fake(op: OperatorSpec) -> Callable[..., Tensor]:
 def _gather_oracle(op: OperatorSpec) -> Callable[..., tuple[Tensor, ...]]:
     def run(*args: Any) -> tuple[Tensor, ...]:
         check_operands(op, _named(op, args))
-        return tuple(t.contiguous() for t in _gather_reference(op, args))
+        found = tuple(t.contiguous() for t in _gather_reference(op, args))
+        note_run(op.name, "reference")
+        return found
 
     return run
 
@@ -212,18 +213,19 @@ def _gather_fake(op: OperatorSpec) -> Callable[..., tuple[Tensor, ...]]:
 def _native(op: OperatorSpec) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         named = _named(op, args)
-        return kernels().scan(op, named) if op in SCAN_OPERATORS else kernels().gather(op, named)
+        run_kernel = kernels().scan if op in SCAN_OPERATORS else kernels().gather
+        found = run_kernel(op, named)
+        note_run(op.name, "kernel")
+        return found
 
     return run
 
 
-def _on_cuda(op: OperatorSpec, oracle: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernels; the oracle's formula for float64, which asks for exact numbers."""
+def _auto(op: OperatorSpec, oracle: Callable[..., Any]) -> Callable[..., Any]:
     native = _native(op)
 
     def run(*args: Any) -> Any:
-        exact = args[0].dtype == torch.float64
-        return oracle(*args) if exact else native(*args)
+        return native(*args) if runs_on_kernels(args[0]) else oracle(*args)
 
     return run
 
@@ -255,6 +257,7 @@ def _register_autograd(op: OperatorSpec, overload: str, forward: Callable[..., A
                     [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
                 )
             )
+        note_run(f"{op.name} backward", "reference")
         gradients = [next(found) if t.requires_grad else None for t in leaves]
         return (*gradients, *(None for _ in ctx.attributes))
 
@@ -269,13 +272,11 @@ def _register(
     fake: Callable[..., Any],
     forward: Callable[..., Any],
 ) -> None:
-    anywhere = {"default": oracle, "reference": oracle, "kernel": _native(op)}
-    for overload, function in anywhere.items():
+    functions = {"default": _auto(op, oracle), "reference": oracle, "kernel": _native(op)}
+    for overload, function in functions.items():
         _LIBRARY.define(_schema(op, overload), tags=(torch.Tag.pt2_compliant_tag,))
         name = _qualified(op, overload)
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        if overload == "default":
-            _LIBRARY.impl(name, _on_cuda(op, oracle), "CUDA")
         torch.library.register_fake(f"vssm::{name}", fake, lib=_LIBRARY)
         if op not in SCAN_OPERATORS or overload == "reference":
             _register_autograd(op, overload, forward)

@@ -30,7 +30,8 @@ def open_session(
         artifact: what `export` returned, or the directory it wrote, wherever that is now.
         runtime: "ort-cpu", "ort-cuda", "torch", "tensorrt" or "tensorrt-rtx".
         backend: "kernel" (this package's library; the default) or "body" (the file's fallback
-            functions); for runtime "torch" None; for an engine what it must have been built with.
+            functions); for runtime "torch" "kernel" or "reference" (PyTorch alone); for an engine
+            what it must have been built with.
         threads: threads of one run; None for all cores; not for an engine.
         trust: load an engine that is foreign or tampered; the session's `info` then says so.
         device: ordinal of the GPU, for "ort-cuda"; None for the first.
@@ -60,13 +61,9 @@ def open_session(
             f"trust=True with runtime={runtime!r}, which loads no engine: leave it out"
         )
     if runtime == "torch":
-        if backend is not None:
-            raise ValueError(
-                f"backend={backend!r} with runtime='torch', which runs the oracle: leave it out"
-            )
         with explain_missing():
             from vssm.runtimes.torch import TorchSession
-        return TorchSession(opened, threads=threads)
+        return TorchSession(opened, backend=backend or "kernel", threads=threads)
     return ort_session(runtime)(opened, backend=backend or "kernel", threads=threads, **on_gpu)
 
 

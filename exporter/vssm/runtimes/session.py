@@ -36,7 +36,8 @@ class RuntimeInfo:
         threads: threads of one run.
         library: file name of the operator library, None without it.
         library_version: its version.
-        isa: the instruction set its kernels chose, or the GPU's compute capability.
+        isa: the instruction set its kernels chose, or the GPU's compute capability; None in
+            PyTorch, whose library does not say.
         trusted: why an engine would have been refused, had the caller not trusted it.
     """
 
@@ -53,7 +54,8 @@ class RuntimeInfo:
     def __str__(self) -> str:
         text = f"{self.runtime} {self.version}, backend: {self.backend}"
         if self.library is not None:
-            text += f" ({self.library} {self.library_version}, {self.isa})"
+            isa = "" if self.isa is None else f", {self.isa}"
+            text += f" ({self.library} {self.library_version}{isa})"
         text = f"{text}, {plural(self.threads, 'thread')}, {self.device}"
         return text if self.trusted is None else f"{text}, trusted although {self.trusted}"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -20,11 +21,14 @@ from vssm.compat.outputs import module_outputs
 from vssm.errors import ArtifactError
 from vssm.models import model_from_config
 from vssm.models.base import VisionModel
+from vssm.ops.kernels import kernels
 from vssm.pruning.schedule import PruneSchedule
+from vssm.runtimes.library import library_version
 from vssm.runtimes.ort import cpu_name
 from vssm.runtimes.session import CLOSED, RuntimeInfo, Session, checked_threads
 from vssm.types import Array
 
+TORCH_BACKENDS: Final = ("kernel", "reference")
 TorchModule = nn.Module  # for files that name no torch
 
 
@@ -88,23 +92,37 @@ def _rules(schedule: PruneSchedule | None) -> dict[str, Any]:
 
 
 class TorchSession(Session):
-    """`torch`: the float32 model in PyTorch with the operators' oracle, a loop over the sequence.
+    """`torch`: the float32 model in PyTorch.
 
     `run` may be called from several threads at once; they share torch's threads, whose number
     `threads` sets for the whole process until `close`.
+
+    Args:
+        artifact: a verified export.
+        backend: "kernel" (the library must be there) or "reference", a loop over the sequence.
+        threads: torch's threads; None leaves their number as it is.
+
+    Raises:
+        ValueError: `backend` is neither, or `threads` is no number of threads.
+        RuntimeUnavailableError: there is no library for "kernel".
     """
 
-    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
-        self._model: VisionModel | None = model_of(artifact)
+    def __init__(
+        self, artifact: Artifact, *, backend: str = "kernel", threads: int | None = None
+    ) -> None:
+        library = _library(backend)
+        self._model: VisionModel | None = model_of(artifact).use_backend(backend)
         self._threads_before = torch.get_num_threads()
         if threads is not None:
             torch.set_num_threads(checked_threads(threads))
         info = RuntimeInfo(
             runtime="torch",
-            backend="reference",
+            backend=backend,
             version=f"torch {torch.__version__} float32",
             device=cpu_name(),
             threads=torch.get_num_threads(),
+            library=None if library is None else library.name,
+            library_version=None if library is None else library_version(library),
         )
         super().__init__(artifact.manifest, info)
 
@@ -122,6 +140,15 @@ class TorchSession(Session):
         if self._model is not None:
             torch.set_num_threads(self._threads_before)
         self._model = None
+
+
+def _library(backend: str) -> Path | None:
+    if backend not in TORCH_BACKENDS:
+        raise ValueError(
+            f"backend={backend!r} with runtime='torch' is not one of {', '.join(TORCH_BACKENDS)}; "
+            "choose one of these"
+        )
+    return None if backend == "reference" else kernels().path
 
 
 def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
