@@ -117,11 +117,13 @@ def _by_key(root: dict[Any, Any], key: str) -> Selection:
             for k, v in node.items()
             if isinstance(k, str) and k.startswith(below)
         }
-    if not _is_state(entries):
+    found = [("", entries)] if _is_state(entries) else _find(entries, WRAPPERS["model"])
+    if len(found) != 1:
         raise CheckpointError(f"key={key!r} leads to no weights; {_places(root)}")
     beside = (k for k in node if not (isinstance(k, str) and k.startswith(f"{rest}.")))
     others = beside if rest else (k for k in root if k != path.partition(".")[0])
-    return Selection(_texts(entries), key, tuple(sorted(text(k) for k in others)))
+    where = ".".join(filter(None, (key, found[0][0])))
+    return Selection(_texts(found[0][1]), where, tuple(sorted(text(k) for k in others)))
 
 
 def _find(root: dict[Any, Any], names: tuple[str, ...]) -> list[tuple[str, dict[Any, Any]]]:
