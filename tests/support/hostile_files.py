@@ -10,6 +10,7 @@ import json
 import random
 import struct
 import zipfile
+from collections.abc import Callable
 
 MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 GLOBALS = [
@@ -58,6 +59,16 @@ class Pickle:
         chosen = self.rng.choice(simple if depth <= 0 else simple + 2 * nested)
         return chosen(depth - 1)
 
+    def mostly(self, well: bytes, badly: Callable[[int], bytes], depth: int = 0) -> bytes:
+        """Well-formed where that leads deeper into the reader."""
+        return well if self.rng.random() < 0.85 else badly(depth)
+
+    def remember(self) -> tuple[bytes, bytes]:
+        """Opcodes that recall the top of the stack later, and that remember it now."""
+        self.memo += 1
+        index = struct.pack("<I", self.memo)
+        return b"j" + index, b"r" + index
+
     def number(self, _: int) -> bytes:
         size = self.many()
         return self.rng.choice(
@@ -84,11 +95,11 @@ class Pickle:
         )
 
     def recalled(self, _: int) -> bytes:
-        return b"j" + struct.pack("<I", self.rng.randrange(self.memo + 1)) if self.memo else b"N"
+        return b"j" + struct.pack("<I", self.rng.randrange(1, self.memo + 1)) if self.memo else b"N"
 
     def global_(self, depth: int) -> bytes:
-        if self.rng.random() < 0.2:
-            return self.part(depth) + self.part(depth) + b"\x93"
+        if self.rng.random() < 0.1:
+            return self.words(depth) + self.words(depth) + b"\x93"
         return b"c" + self.rng.choice(GLOBALS).encode() + b"\n"
 
     def doubled(self, depth: int) -> bytes:
@@ -96,10 +107,10 @@ class Pickle:
         return self.part(depth) + step * self.rng.randrange(1, 64)
 
     def doubled_by_memo(self, depth: int) -> bytes:
-        self.memo += 1
-        get, put = (op + struct.pack("<I", self.memo) for op in (b"j", b"r"))
+        value = self.part(depth)
+        get, put = self.remember()
         made = self.rng.choice([b"\x86", b"\x86\x85", b"(" + get + get + b"t\x86"])
-        return self.part(depth) + put + (get + made + put) * self.rng.randrange(1, 64)
+        return value + put + (get + made + put) * self.rng.randrange(1, 64)
 
     def deep(self, depth: int) -> bytes:
         step = self.rng.choice([b"\x85", b"\x85\x85\x94", b"\x85]\x86", b"}\x86"])
@@ -111,7 +122,7 @@ class Pickle:
         return self.rng.choice([b"}(" + items + b"u", b"(" + items + b"d"])
 
     def key(self, depth: int) -> bytes:
-        return text(self.rng.choice(KEYS)) if self.rng.random() < 0.7 else self.part(depth)
+        return self.mostly(text(self.rng.choice(KEYS)), self.part, depth)
 
     def sequence(self, depth: int) -> bytes:
         items = b"".join(self.part(depth) for _ in range(self.rng.randrange(6)))
@@ -122,9 +133,7 @@ class Pickle:
 
     def arguments(self, depth: int) -> bytes:
         if self.rng.random() < 0.3:
-            self.memo += 1
-            put = b"r" + struct.pack("<I", self.memo)
-            return b"(" + b"N" * self.many() + b"t" + put
+            return b"(" + b"N" * self.many() + b"t" + self.remember()[1]
         return b"(" + b"".join(self.part(depth) for _ in range(self.rng.randrange(8))) + b"t"
 
     def called(self, depth: int) -> bytes:
@@ -133,32 +142,35 @@ class Pickle:
         return self.global_(depth) + parts + how
 
     def built(self, depth: int) -> bytes:
-        step = self.part(depth) + b"b"
-        return self.part(depth) + step * self.rng.randrange(1, 4)
+        target = self.mostly(self.rng.choice([b"}", b"ca\nb\n)R"]), self.part, depth)
+        return target + (self.part(depth) + b"b") * self.rng.randrange(1, 4)
 
     def stored(self, depth: int) -> bytes:
-        kind = self.rng.choice([b"ctorch\nFloatStorage\n", self.global_(depth)])
-        count = self.rng.choice([b"K\x04", self.number(depth)])
-        whole = b"(" + text("storage") + kind + text("0") + text("cpu") + count + b"t"
-        return self.rng.choice([whole, whole, self.arguments(depth)]) + b"Q"
+        return self.mostly(self.storage_name(depth), self.arguments, depth) + b"Q"
+
+    def storage_name(self, depth: int) -> bytes:
+        kind = self.mostly(b"ctorch\nFloatStorage\n", self.global_, depth)
+        count = self.mostly(b"K\x04", self.number)
+        return b"(" + text("storage") + kind + text("0") + text("cpu") + count + b"t"
 
     def tensor(self, depth: int) -> bytes:
+        sizes = [b"K\x04\x85K\x01\x85", b"K\x02\x85K\x01\x85", b"K\x01M\xff\xff\x86K\x00K\x00\x86"]
         layout = [
-            self.rng.choice([b"K\x00", self.number(depth)]),
-            self.rng.choice([b"K\x04\x85", b"K\x01M\xff\xff\x86", self.part(depth)]),
-            self.rng.choice([b"K\x01\x85", b"K\x00K\x00\x86", self.part(depth)]),
+            self.mostly(b"K\x00", self.number),
+            self.mostly(self.rng.choice(sizes), lambda d: self.part(d) + self.part(d)),
         ]
-        stored = self.stored(depth)
-        return b"c" + GLOBALS[0].encode() + b"\n(" + stored + b"".join(layout) + b"\x89}tR"
+        name = GLOBALS[0].encode()
+        return b"c" + name + b"\n(" + self.stored(depth) + b"".join(layout) + b"\x89}tR"
 
     def repeated(self, depth: int) -> bytes:
         """Something large that is used again and again by a few bytes."""
-        self.memo += 1
-        get, put = (op + struct.pack("<I", self.memo) for op in (b"j", b"r"))
-        large = self.rng.choice([b"(" + b"N" * self.many() + b"t", self.part(depth)])
+        large = self.mostly(b"(" + b"N" * self.many() + b"t", self.part, depth)
+        get, put = self.remember()
         use = self.rng.choice(
             [
-                *(get + b"0", get + b"Q0", get + get + b"\x930", get + get + b"R0"),
+                *(get + b"0", get + b"0", get + b"Q0", get + get + b"\x930", get + get + b"R0"),
+                *(b"}" + text("k") + get + b"s0", b"ca\nb\n" + get + b"R0"),
+                b"ca\nb\n" + get + b"b0",
                 b"c" + self.rng.choice(GLOBALS).encode() + b"\n" + get + b"R0",
                 *(b"}" + get + b"Ns0", b"}" + get + b"b0", b"(" + get + get + b"d0"),
                 *(b"]" + get + b"a0", b"\x8f(" + get + b"\x900", b"(" + get + b"\x910"),
@@ -168,9 +180,8 @@ class Pickle:
         return large + put + use * self.many()
 
     def holding_itself(self, depth: int) -> bytes:
-        self.memo += 1
-        get, put = (op + struct.pack("<I", self.memo) for op in (b"j", b"r"))
-        items = b"".join(self.key(depth) + get for _ in range(self.rng.randrange(1, 8)))
+        get, put = self.remember()
+        items = b"".join(text(self.rng.choice(KEYS)) + get for _ in range(self.rng.randrange(1, 8)))
         return self.rng.choice([b"}" + put + b"(" + items + b"u", b"]" + put + get + b"a"])
 
     def whole(self) -> bytes:
@@ -188,7 +199,7 @@ def zip_file(rng: random.Random, most: int) -> bytes:
         file.writestr("a/data/0", bytes(rng.choice([0, 4, 16, 64])))
         for i in range(rng.choice([0, 0, 3, min(most, 3000)])):
             file.writestr(f"a/data/{i + 1}", b"")
-        again = file.filelist[-1] if rng.random() < 0.2 else None
+        again = file.filelist[-1] if rng.random() < 0.1 else None
         file.filelist += [again] * rng.randrange(3) if again else []
     return data.getvalue()
 
@@ -207,6 +218,9 @@ def safetensors_file(rng: random.Random, most: int) -> bytes:
 
     def entry() -> object:
         shape = rng.choice([[0], [4], [1 << 40, 1 << 40], [-1], [1] * rng.randrange(40), ["a"], 3])
+        good = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+        if rng.random() < 0.7:
+            return good | rng.choice([{}, {}, {"shape": shape}, {"x": 1}, {"shape": [2, 2]}])
         return rng.choice(
             [
                 {

@@ -146,6 +146,8 @@ def _read_bytes(path: Path, data: bytes, weights: str, key: str | None) -> RawCh
         raise CheckpointError(f"checkpoint={path}: {error}") from error
     except (safetensors.SafetensorError, *MALFORMED) as error:
         reason = text(str(error) or type(error).__name__, 200)
+        if isinstance(error, LookupError):
+            reason = f"it names {reason}, which it has not"
         raise CheckpointError(
             f"checkpoint={path} cannot be read as a {form} file ({reason}), it may be truncated or "
             "damaged; download or save it again"
