@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import SCAN_SIZES, TOGETHER_SIZES, gather_case, scan_case, scan_reference_arguments
+from emulated import EmulatedKernels
 from exports import micro, micro_plain
 from tolerances import SCAN_TOLERANCE
 
@@ -31,7 +32,7 @@ def backend(request, monkeypatch):
 
 
 def _use(monkeypatch, library):
-    found = ops_kernels.Kernels(find_library(library), emulated=True)
+    found = EmulatedKernels(find_library(library))
     monkeypatch.setattr(ops, "kernels", lambda: found)
     return found
 

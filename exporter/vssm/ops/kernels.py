@@ -71,18 +71,19 @@ class Kernels:
 
     Args:
         path: the library.
-        emulated: whether CPU tensors stand for those of a device, as in the tests' build, whose
-            CUDA kernels run on the CPU.
 
     Raises:
         RuntimeUnavailableError: this machine cannot load it.
     """
 
-    def __init__(self, path: Path, *, emulated: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.emulated = emulated
         self._library = load_library(path)
         self.has_cuda = bool(self._library.vssm_has_cuda())
+
+    def launches_on(self, device: torch.device) -> bool:
+        """Whether the CUDA kernels take tensors of this device, with a stream and a workspace."""
+        return device.type == "cuda"
 
     def scan(self, op: OperatorSpec, named: Mapping[str, Any]) -> Tensor:
         """Run a scan operator on tensors and attributes by name; y (batch, seqlen, d_inner).
@@ -130,7 +131,7 @@ class Kernels:
             counted.append(ctypes.c_int32(len(results)))
         given = (op.name.encode(), inputs, ctypes.c_int32(len(inputs)))
         with _on(device):
-            if device.type == "cpu" and not self.emulated:
+            if not self.launches_on(device):
                 on_threads, last = function, None
                 if op not in GATHER_OPERATORS:
                     on_threads += "_on_threads"
