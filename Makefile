@@ -76,7 +76,7 @@ wheel: setup ## wheel and source distribution in dist/
 cuda-all: $(DEPENDENCIES) ## compile the CUDA kernels for every architecture of the list
 	@echo "cuda-all: compiling into build/cuda-all"
 	@$(BIN)/cmake -S . -B build/cuda-all -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DVSSM_CUDA=ON -DVSSM_EMULATION=OFF -DVSSM_BENCH=OFF > /dev/null
+	  -DVSSM_CUDA=ON > /dev/null
 	@$(BIN)/cmake --build build/cuda-all --target vssm_cuda
 
 cuda-report: $(DEPENDENCIES) ## registers, spills and shared memory of every CUDA kernel
@@ -104,6 +104,7 @@ $(INSTALLED): $(DEPENDENCIES) pyproject.toml $(wildcard examples/serving/*) expo
 	@mkdir -p $(dir $(SETUP_LOG))
 	@$(PIP) install $(PIP_ARGS) --verbose --constraint constraints.txt --no-build-isolation \
 	  --config-settings=cmake.define.VSSM_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" \
+	  --config-settings=cmake.define.VSSM_EMULATION=ON \
 	  --editable '.[dev]' > $(SETUP_LOG) 2>&1 || { cat $(SETUP_LOG); exit 1; }
 	@sed -nE 's/^ *-- (vssm[^:]*: )/setup: \1/p' $(SETUP_LOG)
 	@touch $@

@@ -137,7 +137,7 @@ sanitize() { # TOOL NAMES OPTION...: the kernels' tests but those that NAMES lea
 
 if wanted build; then
   step build 30 300 bash -c "cmake -S . -B build/gpu -G Ninja -DVSSM_CUDA=ON \
-    -DVSSM_CUDA_ARCHITECTURES=$architecture-real -DVSSM_EMULATION=OFF && cmake --build build/gpu \
+    -DVSSM_CUDA_ARCHITECTURES=$architecture-real -DVSSM_GPU_BENCH=ON && cmake --build build/gpu \
     && find build/gpu -name 'lib*.so' -exec touch {} +" || { # of several builds the newest is loaded
     tail -20 "$work/build.log" && cat "$work/summary.txt" && exit 1
   }

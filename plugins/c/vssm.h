@@ -87,6 +87,11 @@ VSSM_API int vssm_token_gather_workspace(const char* op, const vssm_tensor* inpu
                                          const vssm_gather_attributes* attributes, int64_t* bytes,
                                          char* error, size_t error_bytes);
 
+/* exp2 evaluations per second of one thread, with the CPU kernels' own code: the floor of a scan's
+ * time. `isa`: "baseline", "avx2" or "avx512"; the best of the samples that fit into `seconds`
+ * counts. Negative: this processor or this build lacks the instruction set. */
+VSSM_API double vssm_exp2_rate(const char* isa, double seconds);
+
 /* 1 where the CUDA kernels are in this library, 0 where it was built without; whether the machine
  * has a GPU is another question. */
 VSSM_API int vssm_has_cuda(void);

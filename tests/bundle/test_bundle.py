@@ -76,6 +76,7 @@ def test_what_is_in_it(made: Path) -> None:
         "sources/plugins/kernels/cuda/scan.cu",
     }
     assert not [name for name in everything if name.endswith((".plan", ".safetensors", ".pyc"))]
+    assert not [name for name in everything if "emulation" in name]
     assert any(name.endswith("model.plan") for name in manifest.absent)
     for name in everything:
         assert str(Path.home()) not in name

@@ -24,6 +24,7 @@ from vssm.runtimes.tensorrt.engine import check_batch
 AUTOLOAD_LIBRARY: Final = "vssm_tensorrt_autoload"
 _SERVING_FILES: Final = ("Dockerfile", "README.md", "client.py", "start.sh")
 _SOURCES: Final = ("CMakeLists.txt", "exporter/vssm/_version.py", "plugins", "examples/cpp")
+_NOT_SHIPPED: Final = "plugins/emulation"  # of a checkout: what tests alone need
 _PLAIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _SOURCE_SUFFIXES: Final = frozenset({".h", ".cuh", ".cpp", ".cu", ".cmake", ".txt", ".py", ".md"})
 
@@ -183,8 +184,10 @@ def _put_sources(sources: Path, folder: Path) -> None:
         source = sources / name
         files = [source] if source.is_file() else sorted(source.rglob("*"))
         for path in files:
-            if path.is_file() and path.suffix in _SOURCE_SUFFIXES:
-                target = folder / path.relative_to(sources)
+            place = path.relative_to(sources)
+            shipped = path.suffix in _SOURCE_SUFFIXES and not place.is_relative_to(_NOT_SHIPPED)
+            if path.is_file() and shipped:
+                target = folder / place
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
 

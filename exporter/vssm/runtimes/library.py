@@ -13,7 +13,7 @@ from vssm.native_library import load_library
 
 ORT_LIBRARY = "vssm_onnxruntime"
 TENSORRT_LIBRARY = "vssm_tensorrt"
-BENCH_LIBRARY = "vssm_bench"
+C_LIBRARY = "vssm"
 ISA_NAMES = ("baseline", "avx2", "avx512")
 
 
@@ -111,21 +111,6 @@ def _counter(function: str, path: Path | None) -> int:
     return int(call())
 
 
-def load_bench() -> ctypes.CDLL:
-    """The benchmark library, its functions typed.
-
-    Raises:
-        RuntimeUnavailableError: there is no library, or it cannot be loaded.
-    """
-    library = load_library(find_library(BENCH_LIBRARY))
-    library.vssm_exp2_rate.restype = ctypes.c_double
-    library.vssm_exp2_rate.argtypes = [ctypes.c_int, ctypes.c_double]
-    floats = ctypes.POINTER(ctypes.c_float)
-    library.vssm_decay.argtypes = [ctypes.c_int, floats, floats, floats, ctypes.c_int64]
-    library.vssm_softplus.argtypes = [ctypes.c_int, floats, floats, ctypes.c_int64]
-    return library
-
-
 def exp2_rate(isa: str | None = None, seconds: float = 0.2) -> float:
     """Evaluations per second of one thread of the kernels' exp2: the floor of a scan.
 
@@ -140,7 +125,10 @@ def exp2_rate(isa: str | None = None, seconds: float = 0.2) -> float:
     isa = isa or library_info().cpu_isa
     if isa not in ISA_NAMES:
         raise ValueError(f"isa={isa!r} is none of {', '.join(ISA_NAMES)}; choose one of these")
-    rate = float(load_bench().vssm_exp2_rate(ISA_NAMES.index(isa), seconds))
+    call = load_library(find_library(C_LIBRARY)).vssm_exp2_rate
+    call.restype = ctypes.c_double
+    call.argtypes = [ctypes.c_char_p, ctypes.c_double]
+    rate = float(call(isa.encode(), seconds))
     if rate < 0:
         raise RuntimeUnavailableError(
             f"isa={isa!r} is an instruction set that this processor or this build lacks; "

@@ -28,7 +28,7 @@ def _configure(tmp_path, *options, hide_nvcc=False):
         kept = [p for p in environment["PATH"].split(os.pathsep) if p not in _folders_of_nvcc()]
         environment["PATH"] = os.pathsep.join(kept)
     done = subprocess.run(
-        [cmake, "-S", ROOT, "-B", tmp_path / "build", "-DVSSM_BENCH=OFF", *hidden, *options],
+        [cmake, "-S", ROOT, "-B", tmp_path / "build", *hidden, *options],
         env=environment,
         capture_output=True,
         text=True,
