@@ -22,6 +22,7 @@ from vssm.files.staging import settle, staged_directory
 
 MODEL_FILE = "model.onnx"
 INLINED_FILE = "model.inlined.onnx"
+EXTERNAL_FILE = "model.onnx.data"  # weights of a model above protobuf's limit
 WEIGHTS_FILE = "weights.safetensors"
 # What our commands write into an export's directory, whether or not its manifest lists it.
 EXPORT_FILES: Final = frozenset(
@@ -29,6 +30,7 @@ EXPORT_FILES: Final = frozenset(
         MANIFEST_NAME,
         "model.onnx",
         "model.inlined.onnx",
+        EXTERNAL_FILE,
         "weights.safetensors",
         "parity.json",
         "bench.json",
@@ -145,6 +147,16 @@ class Artifact:
                 self.copy(name, Path(folder, name))
             Path(folder, MODEL_FILE).write_bytes(shown)
             yield os.path.join(folder, MODEL_FILE)
+
+    def model_files(self) -> list[str]:
+        """The ONNX files that are listed, and those beside them that hold their weights.
+
+        Raises:
+            ArtifactError: as `read`.
+        """
+        onnx = sorted(_ONNX_FILES.intersection(self.manifest.files))
+        beside = {name for file in onnx for name in self._read_model(file)[1].external}
+        return [*onnx, *sorted(beside)]
 
     def read_weights(self) -> bytes:
         """weights.safetensors: the float32 weights under their official keys.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from vssm._version import __version__
-from vssm.artifact.directory import INLINED_FILE, MODEL_FILE, Artifact
+from vssm.artifact.directory import INLINED_FILE, Artifact
 from vssm.artifact.manifest import write_manifest
 from vssm.artifact.preprocessing import read_labels
 from vssm.bundle.manifest import BundleManifest, hash_files, staged_bundle, write_bundle_manifest
@@ -120,9 +120,10 @@ def _labels(artifact: Artifact, request: BundleRequest) -> Sequence[str]:
 def _put_model(artifact: Artifact, folder: Path) -> None:
     """The export without its weights file, which serving does not read."""
     folder.mkdir()
-    kept = {n: h for n, h in artifact.manifest.files.items() if n in {MODEL_FILE, INLINED_FILE}}
-    for name in kept:
-        shutil.copyfile(artifact.directory / name, folder / name)
+    names = artifact.model_files()
+    for name in names:
+        artifact.copy(name, folder / name)
+    kept = {name: artifact.manifest.files[name] for name in names}
     write_manifest(folder, dataclasses.replace(artifact.manifest, files=kept))
 
 
@@ -163,7 +164,9 @@ def _put_repositories(
     else:
         ort = root / "triton/onnxruntime" / name
         (ort / "1").mkdir(parents=True)
-        _same_file(root / "model" / MODEL_FILE, ort / "1" / MODEL_FILE)
+        for file in artifact.model_files():
+            if file != INLINED_FILE:
+                _same_file(root / "model" / file, ort / "1" / file)
         configs[ort] = onnxruntime_config(name, manifest, request.serving)
     for folder, config in configs.items():
         (folder / "config.pbtxt").write_text(config, encoding="utf-8")

@@ -11,12 +11,11 @@ from typing import Any, Final
 
 import onnx
 import torch
-from onnx import inliner
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from vssm._version import __version__
-from vssm.artifact.directory import INLINED_FILE, MODEL_FILE, Artifact, staged_export
+from vssm.artifact.directory import Artifact, staged_export
 from vssm.artifact.manifest import (
     CheckpointInfo,
     Manifest,
@@ -35,7 +34,7 @@ from vssm.errors import UnsupportedError
 from vssm.files.atomic import sha256_of
 from vssm.onnx.bodies import SUPPORTED_OPSETS
 from vssm.onnx.describe import describe_schedule, describe_tensor, used_operators
-from vssm.onnx.program import BATCH, program_to_proto, quiet
+from vssm.onnx.program import BATCH, EXTERNAL_DATA_ABOVE, program_to_proto, quiet, save_model
 from vssm.ops.spec import OPERATOR_VERSION
 
 _PACKAGES: Final = ("torch", "onnx", "onnxscript", "numpy")
@@ -63,6 +62,7 @@ def export_module(
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] | None = None,
     checkpoint: CheckpointInfo | None = None,
+    external_data_above: int = EXTERNAL_DATA_ABOVE,
     force: bool = False,
 ) -> Artifact:
     """Write any module that calls selective scans as one ONNX file, as `export` does a model.
@@ -86,6 +86,8 @@ def export_module(
             refused later.
         labels: a name for every class.
         checkpoint: where the weights came from.
+        external_data_above: bytes of weights beyond which they go to model.onnx.data, as protobuf
+            reads no file above 2 GiB.
         force: replace the export that `directory` holds.
 
     Returns:
@@ -104,10 +106,7 @@ def export_module(
     with staged_export(directory, force=force) as staging:
         options = _Options(opset, dynamic_batch, None if outputs is None else tuple(outputs))
         proto, reports = trace_module(model, example, options)
-        onnx.save(proto, staging / MODEL_FILE)
-        onnx.checker.check_model(str(staging / MODEL_FILE), full_check=True)
-        if inline:
-            onnx.save(inliner.inline_local_functions(proto), staging / INLINED_FILE)
+        save_model(proto, staging, inline=inline, external_data_above=external_data_above)
         if reference:
             count = 2 if dynamic_batch else len(example)
             _write_reference(staging, model, example, count, module_outputs(outputs, scores=True))

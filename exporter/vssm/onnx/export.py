@@ -11,11 +11,10 @@ from typing import Final
 
 import onnx
 import torch
-from onnx import inliner
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from vssm.artifact.directory import INLINED_FILE, MODEL_FILE, WEIGHTS_FILE, Artifact, staged_export
+from vssm.artifact.directory import WEIGHTS_FILE, Artifact, staged_export
 from vssm.artifact.manifest import Preprocessing, write_manifest
 from vssm.checkpoints.load import save_safetensors
 from vssm.errors import UnsupportedError
@@ -24,7 +23,7 @@ from vssm.models import model_from_config
 from vssm.models.base import VisionModel
 from vssm.onnx.bodies import SUPPORTED_OPSETS
 from vssm.onnx.describe import block_outputs, describe_export
-from vssm.onnx.program import BATCH, program_to_proto, quiet
+from vssm.onnx.program import BATCH, EXTERNAL_DATA_ABOVE, program_to_proto, quiet, save_model
 from vssm.onnx.schemas import register_schemas
 
 DTYPES: Final = {
@@ -45,6 +44,7 @@ def export(
     weights: bool = True,
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] | None = None,
+    external_data_above: int = EXTERNAL_DATA_ABOVE,
     force: bool = False,
 ) -> Artifact:
     """Write the model as one ONNX file for every runtime, and beside it what `check` needs.
@@ -60,6 +60,8 @@ def export(
         weights: also write weights.safetensors, the oracle of `vssm check`.
         preprocessing: how images become inputs; None for the official evaluation at this size.
         labels: a name for every class; None for those that came with the checkpoint, if any.
+        external_data_above: bytes of weights beyond which they go to model.onnx.data, as protobuf
+            reads no file above 2 GiB.
         force: replace the export that `directory` holds.
 
     Raises:
@@ -74,10 +76,7 @@ def export(
     initial = _initial_weights(model)
     with staged_export(directory, force=force) as staging:
         proto = build_proto(model, dtype=dtype, opset=opset)
-        onnx.save(proto, staging / MODEL_FILE)
-        onnx.checker.check_model(str(staging / MODEL_FILE), full_check=True)
-        if inline:
-            onnx.save(inliner.inline_local_functions(proto), staging / INLINED_FILE)
+        save_model(proto, staging, inline=inline, external_data_above=external_data_above)
         if weights:
             state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
             wide = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}

@@ -6,16 +6,19 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import onnx
 import onnx_ir as ir
 import torch
+from onnx import inliner
 from onnx_ir.passes import common
 from onnxscript import optimizer, values
 from torch.export import ExportedProgram
 
 from vssm._version import __version__
+from vssm.artifact.directory import EXTERNAL_FILE, INLINED_FILE, MODEL_FILE
 from vssm.onnx.bodies import build_functions
 from vssm.onnx.describe import used_operators
 from vssm.onnx.schemas import register_schemas
@@ -130,6 +133,35 @@ def program_to_proto(
     # Last: optimisers and version converters inline or drop functions.
     proto.functions.extend(build_functions(used_operators(proto), opset))
     return proto
+
+
+# Protobuf reads no message above 2 GiB; what is not weights takes a few MB.
+EXTERNAL_DATA_ABOVE: Final = 2_000_000_000
+_SMALL_TENSOR: Final = 1024  # bytes; shapes and the like stay where shape inference sees them
+
+
+def save_model(
+    proto: onnx.ModelProto, folder: Path, *, inline: bool, external_data_above: int
+) -> None:
+    """Write model.onnx, checked, and with `inline` model.inlined.onnx.
+
+    Args:
+        proto: the model; where its weights go beside it, they leave the proto.
+        folder: where to.
+        inline: also write the file without functions.
+        external_data_above: bytes of weights beyond which they go to a file beside the two, which
+            both read.
+    """
+    weights = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    beside = {"location": EXTERNAL_FILE, "size_threshold": _SMALL_TENSOR}
+    onnx.save(
+        proto,
+        folder / MODEL_FILE,
+        **({"save_as_external_data": True, **beside} if weights > external_data_above else {}),
+    )
+    onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
+    if inline:
+        onnx.save(inliner.inline_local_functions(proto), folder / INLINED_FILE)
 
 
 def _translate(program: ExportedProgram, opset: int) -> ir.Model:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,7 +75,7 @@ def check_parity(
 
     def run_edited(graph: bytes, feeds: Mapping[str, Array]) -> dict[str, Array]:
         if runtime in ENGINE_RUNTIMES:
-            return _run_engine(graph, feeds, info)
+            return _run_engine(opened, graph, feeds, info)
         edited = ort_session(runtime)(
             opened, backend=info.backend, threads=info.threads, model=graph
         )
@@ -124,11 +123,11 @@ def sample_images(artifact: Artifact, count: int = 4, *, seed: int = 0) -> Array
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def _run_engine(graph: bytes, feeds: Mapping[str, Array], info: RuntimeInfo) -> dict[str, Array]:
+def _run_engine(
+    artifact: Artifact, graph: bytes, feeds: Mapping[str, Array], info: RuntimeInfo
+) -> dict[str, Array]:
     """Run an edited graph in an engine of its own, built as the session's was."""
     from vssm.runtimes.tensorrt.build import run_graph
 
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / MODEL_FILE
-        path.write_bytes(graph)
-        return run_graph(path, feeds, runtime=info.runtime, backend=info.backend)
+    with artifact.opened_model(graph) as path:
+        return run_graph(Path(path), feeds, runtime=info.runtime, backend=info.backend)
