@@ -1,5 +1,9 @@
 """Exceptions that callers may want to catch; everything else is a ValueError or TypeError."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class VssmError(Exception):
     """Base of the package's own exceptions; the command line turns it into exit code 2."""
@@ -23,3 +27,24 @@ class MissingPackageError(VssmError, ImportError):
 
 class UnsupportedError(VssmError):
     """What was asked for is well-formed, but this model or runtime cannot do it."""
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """What to append to an error: the known word that is closest, or nothing if none is."""
+    import difflib  # only where something is wrong already
+
+    names = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(str(word).lower(), names, n=1)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Refuse a value that is not one of those allowed.
+
+    Raises:
+        ValueError: it is none of them; the message names the closest.
+    """
+    allowed = tuple(allowed)
+    if value not in allowed:
+        hint = did_you_mean(value, allowed) or "; choose one of these"
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}{hint}")

@@ -9,3 +9,4 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
+Steps = Callable[[str, int, int], None]  # a phase, its steps that are done, and of how many

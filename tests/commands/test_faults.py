@@ -15,7 +15,7 @@ def test_what_cannot_be_written_is_refused_at_once(
 ) -> None:
     link = tmp_path / "link.json"
     link.symlink_to("/dev/null")
-    monkeypatch.setattr("vssm.commands.main.check_parity", None)  # not reached
+    monkeypatch.setattr("vssm.parity.check.check_parity", None)  # not reached
     for path, reason in (
         (tmp_path, "not a regular file"),
         (link, "not a regular file"),
@@ -84,7 +84,7 @@ def test_a_fault_is_no_failed_check(cli: Run, monkeypatch: pytest.MonkeyPatch) -
     def fault() -> None:
         raise RuntimeError("loose screw")
 
-    monkeypatch.setattr("vssm.models.cost.describe_models", fault)
+    monkeypatch.setattr("vssm.models.catalogue.describe_models", fault)
     assert cli("models") == 3
     assert "loose screw" in cli.out
     assert "please report it" in cli.out
@@ -100,28 +100,25 @@ def test_a_new_export_takes_the_old_reports_away(cli: Run, tmp_path: Path) -> No
 
 
 def test_titles_are_as_wide_as_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from vssm.commands import main as cli
-    from vssm.commands.tables import table
+    from vssm.commands.tables import show, table
 
     title = "wider than its table"
-    cli.console.print(table(title, ("a", "b"), [(1, 2)]))
+    show(table(title, ("a", "b"), [(1, 2)]))
     assert capsys.readouterr().out.splitlines()[0] == title
 
 
 def test_tables_fit_a_terminal(
     cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vssm.bench.measure import BenchReport, MachineRates, Row
-    from vssm.commands import main as cli
-    from vssm.commands.tables import bench_tables
+    from vssm.bench.measure import BenchReport, MachineRates, Timing
+    from vssm.commands.tables import bench_tables, console, show
 
-    row = Row(
+    row = Timing(
         "ort kernel, dense", 8, 2, 1234.56, 1300.1, 1200.0, 21, 1234.5, 123.45, 10.01, "", 1e-7
     )
     report = BenchReport([row], MachineRates(1e9, {2: 1e9}), {"MatMul": 1.0}, None, {"cpu": "x"})
-    monkeypatch.setattr(cli.console, "width", 80)
-    for shown in bench_tables(report):
-        cli.console.print(shown)
+    monkeypatch.setattr(console, "width", 80)
+    show(*bench_tables(report))
     lines = capsys.readouterr().out.splitlines()
     assert any("ort kernel, dense" in line and "1e-07" in line for line in lines)
     assert max(map(len, lines)) <= 80

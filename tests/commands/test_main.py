@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from vssm.checkpoints.load import save_safetensors
-from vssm.commands import options as cli_options
+from vssm.commands import tables
 from vssm.commands.main import app
 
 
@@ -275,9 +275,10 @@ def test_the_installed_command() -> None:
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([0.0, 10.0, 31.0, 40.0, 62.0])
     clock = types.SimpleNamespace(monotonic=lambda: next(seconds))
-    monkeypatch.setattr(cli_options, "time", clock)
+    monkeypatch.setattr(tables, "time", clock)
     log = io.StringIO()
-    with cli_options.telling(Console(file=log, markup=False), "training") as tell:
+    monkeypatch.setattr(tables, "console", Console(file=log, markup=False))
+    with tables.telling("training") as tell:
         for step in ("one", "two", "three", "four [b]"):
             tell(step)
     assert log.getvalue().split("\n") == ["two", "four [b]", ""]

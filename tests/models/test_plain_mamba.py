@@ -25,7 +25,8 @@ import vssm
 from vssm import PruneSchedule
 from vssm.checkpoints.load import load_checkpoint, save_safetensors
 from vssm.errors import CheckpointError
-from vssm.models import MODELS, model_from_config
+from vssm.models import model_from_config
+from vssm.models.catalogue import MODELS
 from vssm.models.plain_mamba import PlainMamba, PlainMambaConfig, grid_walks
 
 # Of the largest value. Measured: float64 9e-15 on plain_mamba_l1, 2e-14 on the micro models;
@@ -48,7 +49,7 @@ def _wanted_shapes(document):
 def test_official_keys_and_shapes(name, schedule):
     document = manifest(name)
     with torch.device("meta"):
-        model = PlainMamba(PlainMambaConfig(**MODELS[name][2]), schedule)
+        model = PlainMamba(PlainMambaConfig(**MODELS[name].changes), schedule)
     assert _shapes(model.state_dict()) == _wanted_shapes(document)
     assert sum(p.numel() for p in model.parameters()) == document["n_params"]
     assert all(fill.rule(k, e["shape"]) == e["fill"] for k, e in document["keys"].items())

@@ -13,7 +13,7 @@ from plain_mamba_by_hand import PlainMambaByHand
 import vssm
 from vssm import PruneSchedule
 from vssm.errors import UnsupportedError
-from vssm.models import MODELS
+from vssm.models.catalogue import MODELS
 from vssm.models.cost import count
 from vssm.models.plain_mamba import GridWalks, grid_walks
 from vssm.models.schedules import DEFAULT_SCHEDULES, default_schedule

@@ -20,7 +20,7 @@ from torch.nn import functional
 import vssm
 from vssm import PruneSchedule
 from vssm.errors import CheckpointError
-from vssm.models import MODELS
+from vssm.models.catalogue import MODELS
 from vssm.models.vim import Vim, VimConfig
 
 # Of the largest value, as the fixtures' README asks. Measured on vim_tiny: float64 5e-15, float32
@@ -37,12 +37,12 @@ def _wanted_shapes(document):
     return {key: tuple(entry["shape"]) for key, entry in document["keys"].items()}
 
 
-@pytest.mark.parametrize("name", [n for n, (build, *_) in MODELS.items() if build is Vim])
+@pytest.mark.parametrize("name", [n for n, card in MODELS.items() if card.family == "vim"])
 @pytest.mark.parametrize("schedule", [None, PruneSchedule({5: 0.8})], ids=["dense", "pruned"])
 def test_official_keys_and_shapes(name, schedule):
     document = manifest(name)
     with torch.device("meta"):
-        model = Vim(VimConfig(**MODELS[name][2]), schedule)
+        model = Vim(VimConfig(**MODELS[name].changes), schedule)
     assert _shapes(model.state_dict()) == _wanted_shapes(document)
     assert sum(p.numel() for p in model.parameters()) == document["n_params"]
     assert all(fill.rule(k, e["shape"]) == e["fill"] for k, e in document["keys"].items())
@@ -198,7 +198,10 @@ def test_create_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"img_size": 32}, r"overrides=\['img_size'\]: vim_tiny has no such option.*image_size"),
+        (
+            {"img_size": 32},
+            r"img_size=32: .* called 'image_size' here",
+        ),
         ({"image_size": 8}, r"image_size=8 is smaller than patch_size=16"),
         ({"image_size": (32, 32, 3)}, r"image_size=\(32, 32, 3\) has not two sides"),
         ({"class_token": "tail"}, r"class_token='tail' is not one of middle, head, double, none"),
@@ -219,7 +222,7 @@ def test_create_model_refuses(options, message):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"name='vim_huge' is not a model; choose one of vim_tiny"):
+    with pytest.raises(ValueError, match=r"'vim_huge' is not a model; did you mean 'vim_base'"):
         vssm.create_model("vim_huge")
 
 

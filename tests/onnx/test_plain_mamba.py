@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -11,11 +11,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from command import Run
 from exports import MICRO_PLAIN, exported, images, micro_plain
 
 import vssm
 from vssm.artifact.directory import Artifact
-from vssm.commands.export import ExportRequest, export_model
+from vssm.errors import UnsupportedError
 from vssm.models.base import VisionModel
 from vssm.models.schedules import default_schedule
 from vssm.onnx.export import _cast_copy, build_proto
@@ -216,22 +217,25 @@ def test_graph_is_lean(artifact: Artifact) -> None:
 
 
 def test_default_schedule_on_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model that is exported has it, with the rules that were asked for."""
     exports: list[VisionModel] = []
 
     def export(model: VisionModel, directory: Path, **options: object) -> None:
         exports.append(model)
+        raise UnsupportedError("enough")
 
     monkeypatch.setattr("vssm.onnx.export.export", export)
-    options = {**MICRO_PLAIN, "depth": 24}
-    request = ExportRequest("plain_mamba_l2", schedule="default", alignment="none", options=options)
-    export_model(dataclasses.replace(request, num_classes=options.pop("num_classes")), tmp_path)
+    sizes = {**MICRO_PLAIN, "depth": 24}
+    given = [f"--num-classes={sizes.pop('num_classes')}"]
+    given += [f"--set={key}={json.dumps(value)}" for key, value in sizes.items()]
+    rules = ["--schedule=default", "--alignment=none", "-o", tmp_path / "out"]
+    assert cli("export", "plain_mamba_l2", *given, *rules) == 2
     assert exports[0].schedule == default_schedule("plain_mamba_l2", alignment="none")
     assert [s.num_keep for s in exports[0].stages.values()] == [24, 20, 16, 13, 11, 9, 8, 7]
-    with pytest.raises(ValueError, match=r"name='vim_base' has no default schedule"):
-        export_model(ExportRequest("vim_base", schedule="default"), tmp_path)
+    assert cli("export", "vim_base", *rules) == 2
+    assert "name='vim_base' has no default schedule" in cli.out
 
 
 def test_preprocessing_is_the_official_one(artifact: Artifact) -> None:

@@ -44,7 +44,7 @@ def _loaded(statements: str) -> set[str]:
 def test_import_needs_numpy_alone() -> None:
     foreign = {n for n in _loaded("import vssm") if n not in sys.stdlib_module_names}
     assert foreign <= {"vssm", "numpy"}
-    assert "torch" in _loaded("import vssm; vssm.create_model")
+    assert "torch" in _loaded("import vssm; vssm.load_checkpoint")
 
 
 def test_running_side_opens_without_torch() -> None:

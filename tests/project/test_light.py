@@ -112,7 +112,6 @@ def test_doctor_names_the_extra_of_what_is_absent(light: Light) -> None:
 
 
 _REFUSED = (
-    "models",
     "export vim_tiny -o new",
     "export-module model.py:build --input=1x3x8x8 -o new",
     "check OUT",
@@ -148,11 +147,16 @@ def test_commands_without_their_extra_say_which(light: Light) -> None:
     assert not (light.folder / "empty/new").exists()
 
 
+def test_the_models_are_listed(light: Light) -> None:
+    done = light("-m", "vssm.commands.main", "models")
+    assert "vim_tiny" in done.stdout
+
+
 def test_functions_without_their_extra_say_which(light: Light) -> None:
     code = (
         "import vssm\n"
         "from vssm.errors import MissingPackageError\n"
-        "names = 'create_model export check_parity load_checkpoint prune finetune compat'\n"
+        "names = 'export check_parity load_checkpoint prune finetune compat'\n"
         "for name in names.split():\n"
         "    try:\n"
         "        getattr(vssm, name)\n"
@@ -160,6 +164,10 @@ def test_functions_without_their_extra_say_which(light: Light) -> None:
         "        assert 'pip install \"vssm[export]\"' in str(error), name\n"
         "    else:\n"
         "        raise SystemExit(name)\n"
+        "try:\n"
+        "    vssm.create_model('vim_tiny')\n"
+        "except MissingPackageError as error:\n"
+        "    assert 'pip install \"vssm[export]\"' in str(error)\n"
     )
     done = light("-c", code)
     assert (done.returncode, done.stderr) == (0, "")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import vssm
 from vssm import PruneSchedule
-from vssm.models.cost import standard_config
+from vssm.models import standard_config
 from vssm.models.fused_tokens import fuse_leftovers
 from vssm.models.schedules import DEFAULT_SCHEDULES
 from vssm.studies.measure import Outcome, prepare

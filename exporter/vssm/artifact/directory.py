@@ -237,15 +237,26 @@ def staged_export(
     """
 
     def replaceable(final: Path) -> Collection[str]:
-        if os.path.lexists(final / MANIFEST_NAME) and not force:
-            raise ArtifactError(
-                f"output={final} already holds an export ({MANIFEST_NAME}), which is not "
-                "overwritten unasked; name another directory, or pass force=True (--force) to "
-                "replace it"
-            )
+        check_target(final, force=force)
         return _files_of_export(final)
 
     return staged_directory(target, replaceable=replaceable, last=MANIFEST_NAME)
+
+
+def check_target(target: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Refuse a directory that cannot take an export, before the work that makes one.
+
+    Raises:
+        ArtifactError: it is no directory, or holds an export and not `force`.
+    """
+    final = Path(target).absolute()
+    if os.path.lexists(final) and not final.is_dir():
+        raise ArtifactError(f"output={final} is not a directory; name another path")
+    if os.path.lexists(final / MANIFEST_NAME) and not force:
+        raise ArtifactError(
+            f"output={final} already holds an export ({MANIFEST_NAME}), which is not overwritten "
+            "unasked; name another directory, or pass force=True (--force) to replace it"
+        )
 
 
 def _files_of_export(directory: Path) -> Collection[str]:

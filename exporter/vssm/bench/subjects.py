@@ -26,7 +26,7 @@ from vssm.bench.measure import (
     machine_rates,
     measure,
 )
-from vssm.errors import UnsupportedError
+from vssm.errors import UnsupportedError, check_choice
 from vssm.models.cost import Cost, count
 from vssm.onnx.export import export
 from vssm.ops.spec import DOMAIN, SCAN_OPERATORS
@@ -62,10 +62,7 @@ def bench(
         RuntimeUnavailableError: the runtime is missing.
     """
     check_arguments(batches, threads, samples)
-    if runtime not in BENCH_RUNTIMES:
-        raise ValueError(
-            f"runtime={runtime!r} is not one of {', '.join(BENCH_RUNTIMES)}; choose one to measure"
-        )
+    check_choice("runtime", runtime, BENCH_RUNTIMES)
     on_cpu = runtime == "ort-cpu"
     if not on_cpu:
         _cuda(artifact, "kernel", threads[0]).close()  # what is missing is said at once

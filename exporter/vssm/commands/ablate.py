@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from vssm.commands.options import (
     Classes,
@@ -20,18 +18,14 @@ from vssm.commands.options import (
     ModelOptions,
     OwnSchedule,
     options,
-    telling,
 )
-from vssm.files.json import write_json
+from vssm.commands.tables import say, show, table, telling, write_result
 from vssm.studies.plan import TRAINED, AblationOptions, AblationTraining
 from vssm.training.recipe import Recipe
 from vssm.training.request import ModelSource
 
 if TYPE_CHECKING:
     from vssm.studies.report import AblationReport
-
-console = Console(markup=False, emoji=False)
-
 
 Checkpoints = Annotated[
     list[Path] | None,
@@ -132,13 +126,13 @@ def _run(
     asked: AblationOptions,
     json_file: Path | None,
 ) -> None:
+    source.checked(exports=True)
     from vssm.studies.ablate import ablate as ablate_model
 
-    with telling(console, "building the variants") as tell:
+    with telling("building the variants") as tell:
         report = ablate_model(source, images, output, asked, progress=tell)
     _print(report, output)
-    if json_file is not None:
-        write_json(json_file, report)
+    write_result(json_file, report)
 
 
 def _words(text: str) -> list[str]:
@@ -202,19 +196,18 @@ def _files(pairs: list[str]) -> dict[str, list[Path]]:
 
 
 def _print(report: AblationReport, output: Path) -> None:
-    from vssm.commands.tables import table
     from vssm.studies.ablate import TABLES
     from vssm.studies.report import COLUMNS, cells
 
     for name, value in report.facts.items():
-        console.print(f"{name}: {value}", soft_wrap=True)
+        say(f"{name}: {value}")
     for title in dict.fromkeys(row.table for row in report.rows):
         rows = [cells(row) for row in report.rows if row.table == title]
         filled = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in rows)]
         columns = [COLUMNS[i] for i in filled]  # a terminal is narrow; the files have all
-        console.print(table(title, columns, ([row[i] for i in filled] for row in rows)))
+        show(table(title, columns, ([row[i] for i in filled] for row in rows)))
     for key, reason in report.left_out.items():
-        console.print(Text.assemble(("left out", "yellow"), f": {key}: {reason}"), soft_wrap=True)
+        say(("left out", "yellow"), f": {key}: {reason}")
     for path, error in report.unreadable:
-        console.print(Text.assemble(("not read", "yellow"), f": {path}: {error}"), soft_wrap=True)
-    console.print(f"wrote {output / TABLES}", soft_wrap=True)
+        say(("not read", "yellow"), f": {path}: {error}")
+    say(f"wrote {output / TABLES}")

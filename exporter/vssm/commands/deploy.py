@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vssm.artifact.directory import MODEL_FILE, open_artifact
-from vssm.bundle.make import BundleRequest, make_bundle
-from vssm.bundle.triton import ServingOptions
 from vssm.commands.options import Directory, Json, Labels, integers
-from vssm.files.json import write_json
+from vssm.commands.tables import phases, say, write_result
 
 if TYPE_CHECKING:
-    from vssm.runtimes.tensorrt.build import BuildProgress
     from vssm.runtimes.tensorrt.engine import EngineInfo
-
-
-console = Console(markup=False, emoji=False)
 
 EngineBackend = Annotated[
     str | None,
@@ -82,11 +71,10 @@ def engine(
     )
     check_request(request)
     artifact = open_artifact(directory, only=(MODEL_FILE,))
-    with _phases() as progress:
+    with phases() as progress:
         info = build_engine(artifact, request, progress=progress)
     _print_engine(directory, info)
-    if json_file is not None:
-        write_json(json_file, info)
+    write_result(json_file, info)
 
 
 def bundle(
@@ -118,15 +106,17 @@ def bundle(
         _refuse_making(context)
         _verify_bundle(directory, json_file)
         return
+    from vssm.bundle.make import BundleRequest, make_bundle
+    from vssm.bundle.triton import ServingOptions
+
     low, opt, high = _three(batch)
     serving = ServingOptions((low, opt, high), queue_us=queue_us, instances=instances)
     request = BundleRequest(name, labels, serving, force=force)
     manifest = make_bundle(open_artifact(directory, only=(MODEL_FILE,)), output, request)
     for part, reason in manifest.absent.items():
-        console.print(f"left out: {part}: {reason}", style="yellow", soft_wrap=True)
-    console.print(f"wrote {output} ({len(manifest.files)} files); see {output / 'README.md'}")
-    if json_file is not None:
-        write_json(json_file, manifest)
+        say((f"left out: {part}: {reason}", "yellow"))
+    say(f"wrote {output} ({len(manifest.files)} files); see {output / 'README.md'}")
+    write_result(json_file, manifest)
 
 
 def _refuse_making(context: typer.Context) -> None:
@@ -142,19 +132,18 @@ def _verify_bundle(directory: Path, json_file: Path | None) -> None:
 
     report = verify_bundle(directory)
     for failure in report.failures:
-        console.print(f"failed: {failure}", style="bold red", soft_wrap=True)
+        say((f"failed: {failure}", "bold red"))
     if report.not_run:
-        console.print(f"the model was not run: {report.not_run}", style="yellow", soft_wrap=True)
+        say((f"the model was not run: {report.not_run}", "yellow"))
     else:
-        console.print(
+        say(
             f"{report.name}: {report.files} files hashed, {report.kernels} kernels ran, logits "
             f"within {report.difference:.1e} of the fallback bodies'"
         )
-    if json_file is not None:
-        write_json(json_file, report)
+    write_result(json_file, report)
     if not report.passed:
         raise typer.Exit(1)
-    console.print("passed", style="bold green")
+    say(("passed", "bold green"))
 
 
 def _three(batch: str) -> list[int]:
@@ -164,43 +153,27 @@ def _three(batch: str) -> list[int]:
     return sizes
 
 
-@contextmanager
-def _phases() -> Iterator[BuildProgress]:
-    """A bar for each phase that the builder is in; it calls from threads of its own."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    lock = threading.Lock()
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
-        tasks = {}
-
-        def report(phase: str, step: int, steps: int) -> None:
-            with lock:
-                if phase not in tasks:
-                    tasks[phase] = bars.add_task(phase, total=steps)
-                bars.update(tasks[phase], completed=step, total=steps)
-                if step >= steps:
-                    bars.remove_task(tasks.pop(phase))
-
-        yield report
-
-
 def _print_engine(directory: Path, info: EngineInfo) -> None:
     from vssm.runtimes.tensorrt.api import PRODUCTS
 
     product = PRODUCTS[info.product]
     model = (directory / "model.onnx").stat().st_size
-    console.print(
+    say(
         f"{product.title} {info.version}, {info.gpu or 'no GPU needed'}, batch "
         f"{'-'.join(map(str, info.batch))}, backend: {info.backend}"
     )
-    console.print(
+    say(
         f"{info.nodes:,} nodes became {info.layers:,} layers; model.onnx of {model:,} bytes became "
         f"an engine of {info.plan_bytes:,} bytes in {info.seconds:.1f} s"
     )
     if not product.plugins:
-        console.print(
-            f"{product.title} runs no plugin layers: every scan and gather runs as its fallback "
-            "body, a loop of standard layers, which is slower and larger than the kernel; for the "
-            "kernels build with `vssm engine` where full TensorRT and a GPU are",
-            style="yellow",
+        say(
+            (
+                f"{product.title} runs no plugin layers: every scan and gather runs as its "
+                "fallback body, a loop of standard layers, which is slower and larger than the "
+                "kernel; for the kernels build with `vssm engine` where full TensorRT and a GPU "
+                "are",
+                "yellow",
+            )
         )
-    console.print(f"wrote {directory / product.plan} and {directory / product.info}")
+    say(f"wrote {directory / product.plan} and {directory / product.info}")

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from vssm.commands.options import (
-    Classes,
-    Directory,
-    Images,
-    Json,
-    Operators,
-    Runtime,
-    Threads,
-    say_folders,
-    telling,
-)
-from vssm.evaluation.evaluate import EvaluationReport
-from vssm.evaluation.evaluate import evaluate as evaluate_export
-from vssm.files.json import write_json
+from vssm.commands.options import Backend, Classes, Directory, Images, Json, Runtime, Threads
+from vssm.commands.tables import say, say_folders, show, table, telling, write_result
+
+if TYPE_CHECKING:
+    from vssm.evaluation.evaluate import EvaluationReport
 
 _SHOWN = 20  # unreadable images; the results file has them all
-console = Console(markup=False, emoji=False)
 
 
 def evaluate(
@@ -33,7 +21,7 @@ def evaluate(
     images: Images,
     *,
     runtime: Runtime = "ort-cpu",
-    backend: Operators = None,
+    backend: Backend = None,
     threads: Threads = None,
     batch: Annotated[int, typer.Option(help="Images a batch.")] = 32,
     workers: Annotated[
@@ -50,7 +38,9 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Measure top-1 and top-5 over a folder of images; goes on where a stopped run ended."""
-    with telling(console, "evaluating") as tell:
+    from vssm.evaluation.evaluate import evaluate as evaluate_export
+
+    with telling("evaluating") as tell:
         report = evaluate_export(
             directory,
             images,
@@ -65,13 +55,10 @@ def evaluate(
             progress=tell,
         )
     _print(report)
-    if json_file is not None:
-        write_json(json_file, report)
+    write_result(json_file, report)
 
 
 def _print(report: EvaluationReport) -> None:
-    from vssm.commands.tables import table
-
     readable = report.images - len(report.unreadable)
     speed = "-" if report.images_per_s is None else f"{report.images_per_s:.1f}"
     rows = [
@@ -83,10 +70,10 @@ def _print(report: EvaluationReport) -> None:
     ]
     if report.resumed:
         rows.insert(4, ("images of the run that was stopped", f"{report.resumed:,}"))
-    console.print(table(str(report.info), ("", "measured"), rows))
-    say_folders(console, report.classes, report.notes)
+    show(table(str(report.info), ("", "measured"), rows))
+    say_folders(report.classes, report.notes)
     for path, error in report.unreadable[:_SHOWN]:
-        console.print(Text.assemble(("not read", "yellow"), f": {path}: {error}"), soft_wrap=True)
+        say(("not read", "yellow"), f": {path}: {error}")
     if len(report.unreadable) > _SHOWN:
-        console.print(f"and {len(report.unreadable) - _SHOWN:,} more, in {report.results}")
-    console.print(f"wrote {report.results}", soft_wrap=True)
+        say(f"and {len(report.unreadable) - _SHOWN:,} more, in {report.results}")
+    say(f"wrote {report.results}")

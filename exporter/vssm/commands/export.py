@@ -1,34 +1,44 @@
-"""`vssm export` as a function: a name and options to an exported directory."""
+"""The commands `vssm export` and `vssm export-module`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from vssm.artifact.directory import Artifact
-from vssm.artifact.manifest import CheckpointInfo, Preprocessing
-from vssm.artifact.preprocessing import read_labels
+from vssm.artifact.directory import check_target
 from vssm.commands.options import (
     Alignment,
+    Checkpoint,
     Conv,
+    Dtype,
     Ema,
     Folder,
+    Force,
+    Importance,
     Inline,
     Json,
     Labels,
+    Name,
+    NumClasses,
+    Opset,
+    Schedule,
+    Switches,
     options,
     sizes,
-    telling,
 )
-from vssm.files.json import write_json
-from vssm.pruning.schedule import PruneSchedule
-from vssm.training.request import refuse_unused_options
-from vssm.types import Progress
+from vssm.commands.tables import phases, say, write_result
+from vssm.errors import check_choice
+from vssm.files.atomic import check_files
+
+if TYPE_CHECKING:
+    from vssm.artifact.directory import Artifact
+    from vssm.artifact.manifest import Preprocessing
+    from vssm.pruning.schedule import PruneSchedule
+    from vssm.types import Steps
 
 
 @dataclass(frozen=True)
@@ -67,45 +77,38 @@ class ModuleExport:
 
 
 def export_user_module(
-    request: ModuleRequest, directory: Path, *, progress: Progress = lambda _: None
+    request: ModuleRequest, directory: Path, *, progress: Steps = lambda *_: None
 ) -> ModuleExport:
     """Import, build, load, prune, export. It runs the code that the target names.
 
     Raises:
         ValueError, VssmError: as `build_from`, `load_checkpoint`, `prune` and `export_module` do.
     """
+    schedule = _check(request, directory)
     import torch
 
+    from vssm.artifact.manifest import CheckpointInfo
     from vssm.checkpoints.load import load_checkpoint
     from vssm.compat import upstream
     from vssm.compat.export import export_module
     from vssm.compat.factory import build_from, search_path
     from vssm.compat.prune import prune
 
-    _check(request)
     loaded = None
     with search_path(request.target, request.paths), upstream(prefer=request.prefer) as report:
-        progress(f"importing {request.target}")
+        progress(f"importing {request.target}", 0, 1)
         torch.manual_seed(0)
         model: Any = build_from(request.target, request.options)
         checkpoint = None
         if request.checkpoint is not None:
-            progress(f"loading {request.checkpoint}")
             found = load_checkpoint(model, request.checkpoint, weights=request.weights)
             checkpoint, loaded = CheckpointInfo(request.checkpoint.name, found.sha256), str(found)
         example = _example(request)
-        if request.schedule is not None:
-            progress("pruning")
-            schedule = PruneSchedule.parse(
-                request.schedule,
-                alignment=request.alignment or "gap",
-                importance=request.importance or "clip",
-                conv=request.conv or "compact",
-            )
+        if schedule is not None:
             model = prune(
                 model, schedule, example, blocks=request.blocks, cls_index=request.cls_index
             )
-        progress("tracing and writing")
+        progress(f"importing {request.target}", 1, 1)
         artifact = export_module(
             model,
             example,
@@ -120,20 +123,31 @@ def export_user_module(
             else None,
             checkpoint=checkpoint,
             force=request.force,
+            progress=progress,
         )
     return ModuleExport(artifact, str(report), loaded)
 
 
-def _check(request: ModuleRequest) -> None:
+def _check(request: ModuleRequest, directory: Path) -> PruneSchedule | None:
+    """Refuse what will not do before the user's code runs; the schedule comes back."""
+    from vssm.models.schedules import named_schedule
+    from vssm.onnx.options import check_opset
+    from vssm.training.request import refuse_unused_options
+
+    rules = {name: getattr(request, name) for name in ("alignment", "importance", "conv")}
     refuse_unused_options(
         schedule=request.schedule,
         checkpoint=request.checkpoint,
         weights=request.weights,
-        alignment=request.alignment,
-        importance=request.importance,
-        conv=request.conv,
         cls_index=request.cls_index,
+        **rules,
     )
+    check_choice("prefer", request.prefer, ("ours", "installed"))
+    check_opset(request.opset)
+    check_files(checkpoint=request.checkpoint, labels=request.labels)
+    check_target(directory, force=request.force)
+    _preprocessing(request)
+    return named_schedule(request.target, request.schedule, **rules)
 
 
 def _example(request: ModuleRequest) -> Any:
@@ -149,6 +163,7 @@ def _labels(request: ModuleRequest, path: Path, model: Any, example: Any) -> tup
     """As many names as the logits are wide."""
     import torch
 
+    from vssm.artifact.preprocessing import read_labels
     from vssm.compat.outputs import module_outputs
 
     with torch.inference_mode():
@@ -168,74 +183,10 @@ def _preprocessing(request: ModuleRequest) -> Preprocessing | None:
         raise ValueError(
             f"--imagenet with input {request.input_shape}: images are batch x 3 x height x width"
         )
+    from vssm.artifact.manifest import Preprocessing
+
     return Preprocessing.for_image_size((request.input_shape[2], request.input_shape[3]))
 
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What `vssm export` was asked for; the fields are its options."""
-
-    name: str
-    checkpoint: Path | None = None
-    weights: str = "model"
-    schedule: str | None = None
-    alignment: str | None = None
-    importance: str | None = None
-    conv: str | None = None
-    dtype: str = "float32"
-    opset: int = 18
-    num_classes: int = 1000
-    options: Mapping[str, Any] = field(default_factory=dict)
-    labels: Path | None = None
-    inline: bool = False
-    write_weights: bool = True
-    force: bool = False
-
-
-def export_model(
-    request: ExportRequest, directory: Path, *, progress: Progress = lambda _: None
-) -> Artifact:
-    """Build, load, export; nothing is written unless all of it succeeds.
-
-    Raises:
-        ValueError, VssmError: as `create_model`, `load_checkpoint` and `export` do.
-    """
-    from vssm.checkpoints.load import load_checkpoint
-    from vssm.models import create_model
-    from vssm.models.schedules import named_schedule
-    from vssm.onnx.export import export
-
-    rules = {name: getattr(request, name) for name in ("alignment", "importance", "conv")}
-    refuse_unused_options(
-        schedule=request.schedule,
-        checkpoint=request.checkpoint,
-        weights=request.weights,
-        model_options=request.options,
-        **rules,
-    )
-    schedule = named_schedule(request.name, request.schedule, **rules)
-    progress(f"building {request.name}")
-    model = create_model(
-        request.name, schedule=schedule, num_classes=request.num_classes, **request.options
-    )
-    labels = None if request.labels is None else read_labels(request.labels, request.num_classes)
-    if request.checkpoint is not None:
-        progress(f"loading {request.checkpoint}")
-        load_checkpoint(model, request.checkpoint, weights=request.weights)
-    progress("tracing and writing")
-    return export(
-        model,
-        directory,
-        dtype=request.dtype,
-        opset=request.opset,
-        inline=request.inline,
-        weights=request.write_weights,
-        labels=labels,
-        force=request.force,
-    )
-
-
-_console = Console(markup=False, emoji=False)
 
 Shape = Annotated[str, typer.Option("--input", help="Sizes of the input, batch first.")]
 Tokens = Annotated[int | None, typer.Option(help="The input holds integers below this, no floats.")]
@@ -272,9 +223,87 @@ ModuleOutputs = Annotated[
 ]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Make the command one of `app`'s."""
-    app.command("export-module")(export_module)
+def export(
+    name: Name,
+    output: Folder,
+    checkpoint: Checkpoint = None,
+    ema: Ema = False,
+    schedule: Schedule = None,
+    alignment: Alignment = None,
+    importance: Importance = None,
+    conv: Conv = None,
+    dtype: Dtype = "float32",
+    opset: Opset = 18,
+    num_classes: NumClasses = 1000,
+    option: Switches = None,
+    labels: Labels = None,
+    inline: Inline = False,
+    no_weights: Annotated[
+        bool, typer.Option("--no-weights", help="Leave weights.safetensors out.")
+    ] = False,
+    force: Force = False,
+    json_file: Json = None,
+) -> None:
+    """Export a model, pruned or dense, to model.onnx and model.json."""
+    from vssm.onnx.options import check_opset, checked_dtype
+    from vssm.training.request import ModelSource
+
+    source = ModelSource(
+        name,
+        checkpoint,
+        weights="ema" if ema else "model",
+        schedule=schedule,
+        alignment=alignment,
+        importance=importance,
+        conv=conv,
+        num_classes=num_classes,
+        options=options(option or []),
+    )
+    dtype = checked_dtype(dtype)
+    check_opset(opset)
+    check_target(output, force=force)
+    pruning = source.checked()
+    from vssm.artifact.preprocessing import read_labels
+
+    names = None if labels is None else read_labels(labels, num_classes)
+    from vssm.onnx.export import export as export_model
+    from vssm.training.run import build_model
+
+    with phases() as progress:
+        progress(f"building {name}", 0, 1)
+        model = build_model(source, pruning)
+        progress(f"building {name}", 1, 1)
+        artifact = export_model(
+            model,
+            output,
+            dtype=dtype,
+            opset=opset,
+            inline=inline,
+            weights=not no_weights,
+            labels=names,
+            force=force,
+            progress=progress,
+        )
+    _print(artifact)
+    write_result(json_file, artifact.manifest)
+
+
+def _print(artifact: Artifact) -> None:
+    manifest = artifact.manifest
+    if manifest.checkpoint is None:
+        say(("no checkpoint given: these are the seeded initial weights", "yellow"))
+    else:
+        say(f"weights: {manifest.checkpoint.file}")
+    _print_files(artifact)
+
+
+def _print_files(artifact: Artifact) -> None:
+    manifest, path = artifact.manifest, artifact.model_path
+    if manifest.schedule is not None:
+        say(f"tokens kept by stage: {list(manifest.schedule.num_keep)}")
+    if manifest.preprocessing is None:
+        say("preprocessing unknown: `vssm run` refuses image files (see --imagenet)")
+    say(f"wrote {path} ({path.stat().st_size:,} bytes, {manifest.dtype})")
 
 
 def export_module(
@@ -296,9 +325,9 @@ def export_module(
     imagenet: Imagenet = False,
     labels: Labels = None,
     outputs: ModuleOutputs = None,
-    opset: Annotated[int, typer.Option(help="18 to 20.")] = 18,
+    opset: Opset = 18,
     inline: Inline = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the export there.")] = False,
+    force: Force = False,
     json_file: Json = None,
 ) -> None:
     """Export a model of your own repository. This runs the code that you name."""
@@ -324,26 +353,20 @@ def export_module(
         inline=inline,
         force=force,
     )
-    with telling(_console, "working") as tell:
-        done = export_user_module(request, output, progress=tell)
-    _print(done)
-    if json_file is not None:
-        write_json(json_file, done.artifact.manifest)
+    with phases() as progress:
+        done = export_user_module(request, output, progress=progress)
+    _print_module(done)
+    write_result(json_file, done.artifact.manifest)
 
 
-def _print(done: ModuleExport) -> None:
+def _print_module(done: ModuleExport) -> None:
     manifest = done.artifact.manifest
-    _console.print(f"executed the code of {manifest.name}; upstream packages: {done.upstream}")
+    say(f"executed the code of {manifest.name}; upstream packages: {done.upstream}")
     if done.loaded is None:
-        _console.print("no checkpoint given: the weights are the factory's", style="yellow")
+        say(("no checkpoint given: the weights are the factory's", "yellow"))
     else:
-        _console.print(f"weights: {done.loaded}")
+        say(f"weights: {done.loaded}")
     for line in manifest.config["passes"]:
         if not line.endswith("applied 0 times"):  # model.json has them all
-            _console.print(f"pass {line}")
-    if manifest.schedule is not None:
-        _console.print(f"tokens kept by stage: {list(manifest.schedule.num_keep)}")
-    if manifest.preprocessing is None:
-        _console.print("preprocessing unknown: `vssm run` refuses image files (see --imagenet)")
-    path = done.artifact.model_path
-    _console.print(f"wrote {path} ({path.stat().st_size:,} bytes, {manifest.dtype})")
+            say(f"pass {line}")
+    _print_files(done.artifact)

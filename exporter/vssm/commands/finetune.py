@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from vssm.commands.options import (
     Alignment,
@@ -17,26 +15,20 @@ from vssm.commands.options import (
     Ema,
     Importance,
     Json,
+    Name,
     NumClasses,
     Schedule,
     Switches,
     options,
-    say_folders,
-    telling,
 )
+from vssm.commands.tables import say, say_folders, show, table, telling, write_result
 from vssm.extras import install_command
-from vssm.files.json import write_json
 from vssm.training.recipe import Recipe
 from vssm.training.request import FinetuneRequest, ModelSource, Resources
 
 if TYPE_CHECKING:
     from vssm.training.run import FinetuneReport
 
-# Under torchrun the first process speaks.
-console = Console(markup=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
-
-
-Name = Annotated[str, typer.Argument(help="One of `vssm models`.")]
 Data = Annotated[Path, typer.Option(help="Folder with a folder of images for each class.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory for all that is written.")]
 Tokens = Annotated[
@@ -92,8 +84,6 @@ def finetune(
     json_file: Json = None,
 ) -> None:
     """Train a model, pruned or dense; after a kill, --resume goes on bit for bit."""
-    from vssm.training.run import finetune as run_finetune
-
     source = ModelSource(
         name,
         checkpoint,
@@ -110,13 +100,15 @@ def finetune(
     resources = Resources(workers, micro_batch, save_every, device, threads)
     request = FinetuneRequest(source, data, output, recipe, classes, resume, resources)
     if checkpoint is None:
-        console.print("no checkpoint given: training begins at the seeded initial weights")
-    with telling(console, "training") as tell:
+        say("no checkpoint given: training begins at the seeded initial weights")
+    source.checked()
+    from vssm.training.run import finetune as run_finetune
+
+    with telling("training") as tell:
         report = run_finetune(request, progress=tell)
     if report is not None:
         _print(report)
-        if json_file is not None:
-            write_json(json_file, report)
+        write_result(json_file, report)
 
 
 def _recipe(pairs: list[str], named: dict[str, Any]) -> Recipe:
@@ -128,8 +120,6 @@ def _recipe(pairs: list[str], named: dict[str, Any]) -> Recipe:
 
 
 def _print(report: FinetuneReport) -> None:
-    from vssm.commands.tables import table
-
     trained = report.trained
     speed = "-" if trained.images_per_s is None else f"{trained.images_per_s:.1f}"
     rows = [
@@ -140,12 +130,9 @@ def _print(report: FinetuneReport) -> None:
     ]
     if trained.resumed:
         rows.insert(2, ("steps of the run that was stopped", f"{trained.resumed:,}"))
-    console.print(table(f"{report.run['model']}, trained", ("", ""), rows))
-    say_folders(console, report.run["classes"], report.notes)
-    console.print(f"wrote {report.weights}", soft_wrap=True)
-    console.print(f"wrote {report.ema} (averaged)", soft_wrap=True)
+    show(table(f"{report.run['model']}, trained", ("", ""), rows))
+    say_folders(report.run["classes"], report.notes)
+    say(f"wrote {report.weights}")
+    say(f"wrote {report.ema} (averaged)")
     if not report.tensorboard:
-        console.print(
-            f"no TensorBoard log: {install_command('tensorboard')} brings it; log.csv has the rows",
-            soft_wrap=True,
-        )
+        say(f"no TensorBoard log: {install_command('tensorboard')} brings it; log.csv has the rows")

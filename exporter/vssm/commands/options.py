@@ -1,45 +1,76 @@
-"""Options that several commands have, option texts to values, and a line on the terminal."""
+"""Options that several commands have, and option texts to values.
+
+No command imports more than this at its top: `vssm --help` and a wrong option are answered before
+numpy, torch or ONNX Runtime are there.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
+from vssm.commands.tables import STDOUT, console
 from vssm.files.atomic import check_writable
+from vssm.models.catalogue import MODELS
 
-_SECONDS: Final = 30.0
 
+def _json_target(path: Path | None) -> Path | None:
+    """Refuse at once what could not be written at the end.
 
-def _writable(path: Path | None) -> Path | None:
-    """Refuse at once what could not be written at the end."""
-    if path is not None:
+    Where the result goes to standard output, what people read goes to standard error, so that the
+    output is JSON and nothing else.
+    """
+    console.stderr = path == STDOUT
+    if path is not None and path != STDOUT:
         check_writable(path)
     return path
+
+
+def _words(*known: str) -> dict[str, Any]:
+    """What a shell completes."""
+    return {"autocompletion": lambda incomplete: [w for w in known if w.startswith(incomplete)]}
 
 
 Directory = Annotated[Path, typer.Argument(help="What `vssm export` wrote.")]
 Json = Annotated[
     Path | None,
-    typer.Option("--json", callback=_writable, help="Also write the result to this file."),
+    typer.Option(
+        "--json",
+        callback=_json_target,
+        help="Also write the result to this file; - is standard output, tables then go to stderr.",
+    ),
 ]
-Runtime = Annotated[str, typer.Option(help="ort-cpu, ort-cuda, torch, tensorrt or tensorrt-rtx.")]
+_OTHERS = ("ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx")
+Runtime = Annotated[
+    str,
+    typer.Option(
+        help="ort-cpu, ort-cuda, torch, tensorrt or tensorrt-rtx.", **_words("torch", *_OTHERS)
+    ),
+]
 # Where torch is what a runtime is compared with.
-OtherRuntime = Annotated[str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.")]
-Operators = Annotated[
+OtherRuntime = Annotated[
+    str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.", **_words(*_OTHERS))
+]
+Backend = Annotated[
     str | None,
     typer.Option(
-        help="kernel (the default) or body; for torch kernel or reference; an engine has its own."
+        help="kernel (the default) or body; for torch kernel or reference; an engine has its own.",
+        **_words("kernel", "body", "reference"),
     ),
 ]
 Labels = Annotated[Path | None, typer.Option(help="Class names, one a line or JSON.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, float16 (fp16, half) or bfloat16 (bf16).",
+        **_words("float32", "float16", "bfloat16"),
+    ),
+]
+Opset = Annotated[int, typer.Option(help="18 to 20.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the export there.")]
 Inline = Annotated[
     bool, typer.Option("--inline", help="Also write model.inlined.onnx, without functions.")
 ]
@@ -49,15 +80,23 @@ Trust = Annotated[
 ]
 
 # What `vssm export` and `vssm finetune` make a model from.
+Name = Annotated[str, typer.Argument(help="One of `vssm models`.", **_words(*MODELS))]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights; the seeded initial ones without.")]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")]
 Schedule = Annotated[
     str | None,
     typer.Option(help="BLOCK:RATIO,..., such as 5:0.8,10:0.8, or default; dense without."),
 ]
-Alignment = Annotated[str | None, typer.Option(help="gap (the default), constant or none.")]
+Alignment = Annotated[
+    str | None,
+    typer.Option(help="gap (the default), constant or none.", **_words("gap", "constant", "none")),
+]
 Importance = Annotated[
-    str | None, typer.Option(help="clip (the default), sum, l1, l2, as_released or random.")
+    str | None,
+    typer.Option(
+        help="clip (the default), sum, l1, l2, as_released or random.",
+        **_words("clip", "sum", "l1", "l2", "as_released", "random"),
+    ),
 ]
 Conv = Annotated[
     str | None,
@@ -81,7 +120,10 @@ Classes = Annotated[
 ]
 
 # A model by its name or as an export, for the commands that prune it in several ways.
-Model = Annotated[str, typer.Argument(help="What `vssm export` wrote, or a model's name.")]
+Model = Annotated[
+    str,
+    typer.Argument(help="What `vssm export` wrote, or a model's name.", **_words(*MODELS)),
+]
 OwnSchedule = Annotated[
     str | None, typer.Option(help="BLOCK:RATIO,..., or default; without it the export's own.")
 ]
@@ -93,38 +135,6 @@ ModelOptions = Annotated[
     ),
 ]
 Folder = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")]
-
-
-@contextlib.contextmanager
-def telling(where: Console, what: str) -> Iterator[Callable[[str], None]]:
-    """A function that tells what happens: on one changing line of a terminal, else now and then.
-
-    A log gets a line in `_SECONDS` at most: enough to see that a long run is alive.
-    """
-    told = time.monotonic()
-
-    def tell(line: str) -> None:
-        nonlocal told
-        if where.is_terminal:
-            status.update(Text(line))
-        elif (now := time.monotonic()) - told >= _SECONDS:
-            told = now
-            where.print(Text(line), soft_wrap=True)
-
-    with where.status(what) as status:
-        yield tell
-
-
-def say(where: Console, word: str, style: str, rest: str = "") -> None:
-    """Print one line, its first word in a style."""
-    where.print(Text.assemble((word, style), rest), soft_wrap=True)
-
-
-def say_folders(where: Console, rule: str, notes: Sequence[str]) -> None:
-    """Say how class folders were matched to classes, and what else is among them."""
-    say(where, "classes", "bold", f": {rule}")
-    for note in notes:
-        say(where, "note", "yellow", f": {note}")
 
 
 def integers(name: str, text: str) -> list[int]:

@@ -1,20 +1,121 @@
-"""Reports as terminal tables."""
+"""What the commands write on the terminal: lines, tables, progress, and results as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vssm.bench.measure import BenchReport, Timing
-from vssm.runtimes.doctor import Finding
-from vssm.runtimes.session import plural
+from vssm.files.json import json_text, write_json
 
-if TYPE_CHECKING:  # parity needs polygraphy, which a table does not
+if TYPE_CHECKING:  # what a command does not run, it does not import
+    from vssm.bench.measure import BenchReport, Timing
     from vssm.parity.compare import Comparison, ParityReport
+    from vssm.runtimes.doctor import Finding
+    from vssm.types import Steps
+
+# File names and labels are shown as they are, whatever brackets or colons they hold. Under
+# torchrun the first process speaks.
+console = Console(markup=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
+errors = Console(stderr=True, markup=False, emoji=False)
+STDOUT: Final = Path("-")
+_SECONDS: Final = 30.0
+
+
+def say(*parts: str | tuple[str, str], to: Console | None = None) -> None:
+    """Print one line, which the terminal may break but we do not; a pair is a text and a style."""
+    (to or console).print(Text.assemble(*parts), soft_wrap=True)
+
+
+def say_folders(rule: str, notes: Sequence[str]) -> None:
+    """Say how class folders were matched to classes, and what else is among them."""
+    say(("classes", "bold"), f": {rule}")
+    for note in notes:
+        say(("note", "yellow"), f": {note}")
+
+
+def show(*tables: RenderableType) -> None:
+    """Print tables."""
+    for one in tables:
+        console.print(one)
+
+
+def write_result(path: Path | None, value: Any) -> None:
+    """Write what --json was asked for: into a file, or "-" on standard output.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    if path == STDOUT:
+        sys.stdout.write(json_text(value))
+    elif path is not None:
+        write_json(path, value)
+
+
+@contextlib.contextmanager
+def telling(what: str) -> Iterator[Callable[[str], None]]:
+    """A function that tells what happens: on one changing line of a terminal, else now and then.
+
+    A log gets a line in `_SECONDS` at most: enough to see that a long run is alive.
+    """
+    told = time.monotonic()
+
+    def tell(line: str) -> None:
+        nonlocal told
+        if console.is_terminal:
+            status.update(Text(line))
+        elif (now := time.monotonic()) - told >= _SECONDS:
+            told = now
+            say(line)
+
+    with console.status(what) as status:
+        yield tell
+
+
+@contextlib.contextmanager
+def phases() -> Iterator[Steps]:
+    """A bar for each phase of a long work, with its steps; a log gets lines.
+
+    What reports may call from threads of its own.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    lock = threading.Lock()
+    tasks: dict[str, TaskID] = {}
+    told: dict[str, float] = {}
+
+    def report(phase: str, step: int, steps: int) -> None:
+        with lock:
+            if not console.is_terminal:
+                if phase not in told or time.monotonic() - told[phase] >= _SECONDS:
+                    say(f"{phase}: {step} of {steps}" if phase in told else phase)
+                    told[phase] = time.monotonic()
+                return
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=steps)
+            bars.update(tasks[phase], completed=step, total=steps)
+            if step >= steps:
+                bars.remove_task(tasks.pop(phase))
+
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
+        yield report
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> RenderableType:
@@ -38,7 +139,7 @@ def _text(cell: object) -> str:
 
 
 def models_table(models: Iterable[Mapping[str, Any]]) -> RenderableType:
-    """What `describe_models` found."""
+    """The models with their size and cost."""
     title = (
         "models (tokens of the first block; multiply-adds; the published rule counts one of Vim's "
         "two directions)"
@@ -115,6 +216,8 @@ def _limit(comparison: Comparison) -> str:
 
 def bench_tables(report: BenchReport) -> list[RenderableType]:
     """What ran where, times of every subject, and where the kernel session spends its own."""
+    from vssm.runtimes.session import plural
+
     columns = ("subject", "median", "p95", "images/s", "floor", "x floor", "diff")
     groups: dict[tuple[int, int, int], list[Timing]] = {}
     for row in report.rows:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from vssm.commands.options import (
     Conv,
@@ -19,12 +18,8 @@ from vssm.commands.options import (
     OwnSchedule,
     integers,
     options,
-    telling,
 )
-from vssm.files.json import write_json
-from vssm.training.request import ModelSource
-
-console = Console(markup=False, emoji=False)
+from vssm.commands.tables import say, telling, write_result
 
 
 def visualize(
@@ -53,7 +48,7 @@ def visualize(
     json_file: Json = None,
 ) -> None:
     """Draw kept tokens, importance, attention and walks: dense, plain removal, aligned."""
-    from vssm.studies.visualize import visualize as visualize_images
+    from vssm.training.request import ModelSource
 
     source = ModelSource(
         model,
@@ -66,24 +61,20 @@ def visualize(
         num_classes=num_classes,
         options=options(option or []),
     )
+    source.checked(exports=True)
     shown = None if blocks is None else integers("blocks", blocks)
-    with telling(console, "tracing") as tell:
-        numbers = visualize_images(
-            source,
-            images,
-            output,
-            blocks=shown,
-            progress=tell,
-        )
+    from vssm.studies.visualize import visualize as visualize_images
+
+    with telling("tracing") as tell:
+        numbers = visualize_images(source, images, output, blocks=shown, progress=tell)
     _print(numbers, output)
-    if json_file is not None:
-        write_json(json_file, numbers)
+    write_result(json_file, numbers)
 
 
 def _print(numbers: dict[str, Any], output: Path) -> None:
     from vssm.studies.visualize import PAGE
 
     for name, value in numbers["facts"].items():
-        console.print(f"{name}: {value}", soft_wrap=True)
+        say(f"{name}: {value}")
     files = sum(len(image["figures"]) for image in numbers["images"])
-    console.print(f"wrote {output / PAGE} and {files} PNG files", soft_wrap=True)
+    say(f"wrote {output / PAGE} and {files} PNG files")

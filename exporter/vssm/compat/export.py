@@ -32,10 +32,18 @@ from vssm.compat.passes.graph import SCANS, PassReport, without_mutation
 from vssm.compat.prune import PrunedModule
 from vssm.errors import UnsupportedError
 from vssm.files.atomic import sha256_of
-from vssm.onnx.bodies import SUPPORTED_OPSETS
 from vssm.onnx.describe import describe_schedule, describe_tensor, used_operators
-from vssm.onnx.program import BATCH, EXTERNAL_DATA_ABOVE, program_to_proto, quiet, save_model
+from vssm.onnx.options import check_opset
+from vssm.onnx.program import (
+    BATCH,
+    EXTERNAL_DATA_ABOVE,
+    counted_blocks,
+    program_to_proto,
+    quiet,
+    save_model,
+)
 from vssm.ops.spec import OPERATOR_VERSION
+from vssm.types import Steps
 
 _PACKAGES: Final = ("torch", "onnx", "onnxscript", "numpy")
 _SEED: Final = 0
@@ -64,6 +72,7 @@ def export_module(
     checkpoint: CheckpointInfo | None = None,
     external_data_above: int = EXTERNAL_DATA_ABOVE,
     force: bool = False,
+    progress: Steps = lambda *_: None,
 ) -> Artifact:
     """Write any module that calls selective scans as one ONNX file, as `export` does a model.
 
@@ -89,6 +98,7 @@ def export_module(
         external_data_above: bytes of weights beyond which they go to model.onnx.data, as protobuf
             reads no file above 2 GiB.
         force: replace the export that `directory` holds.
+        progress: called with a phase, its steps done and their number, block by block.
 
     Returns:
         The export; `open_session`, `check_parity` and `vssm check`, `run` and `bench` take it.
@@ -105,7 +115,7 @@ def export_module(
     example = example_input.detach().cpu()
     with staged_export(directory, force=force) as staging:
         options = _Options(opset, dynamic_batch, None if outputs is None else tuple(outputs))
-        proto, reports = trace_module(model, example, options)
+        proto, reports = trace_module(model, example, options, progress)
         save_model(proto, staging, inline=inline, external_data_above=external_data_above)
         if reference:
             count = 2 if dynamic_batch else len(example)
@@ -130,13 +140,14 @@ def export_module(
 
 
 def trace_module(
-    model: nn.Module, example: Tensor, options: _Options
+    model: nn.Module, example: Tensor, options: _Options, progress: Steps = lambda *_: None
 ) -> tuple[onnx.ModelProto, list[PassReport]]:
     """The ModelProto of a module, and what the passes did."""
     wrapper = _Wrapper(model, options.outputs)
     with evaluating(wrapper):
         names = _output_names(wrapper, example[:1] if options.dynamic_batch else example)
-        program = _trace(wrapper, example, options.dynamic_batch)
+        with counted_blocks(model, progress):
+            program = _trace(wrapper, example, options.dynamic_batch)
         if not any(node.target in SCANS for node in program.graph.nodes):
             raise UnsupportedError(_no_scan(model))
         reports = simplify(program)
@@ -147,6 +158,7 @@ def trace_module(
             names=names,
             public=len(names),
             dynamic_batch=options.dynamic_batch,
+            progress=progress,
         )
     return proto, reports
 
@@ -183,11 +195,7 @@ def _refuse(model: Any, example: Any, opset: int) -> None:
             f"example_input={type(example).__name__} is no tensor with a batch axis; wrap modules "
             "of several inputs in one that takes the first and fixes the others"
         )
-    if opset not in SUPPORTED_OPSETS:
-        raise ValueError(
-            f"opset={opset} is outside {SUPPORTED_OPSETS[0]} to {SUPPORTED_OPSETS[-1]}, for which "
-            "there are fallback bodies; choose one of these"
-        )
+    check_opset(opset)
     bad: dict[str, list[str]] = {"not float32": [], "on device meta": [], "not finite": []}
     for key, value in model.state_dict().items():
         if not value.is_floating_point():

@@ -32,7 +32,7 @@ from vssm.files.atomic import (
     sha256_of,
 )
 from vssm.files.json import write_json
-from vssm.runtimes.open import open_session
+from vssm.runtimes.open import check_runtime, open_session
 from vssm.runtimes.session import RuntimeInfo, Session
 from vssm.types import Array, Progress
 
@@ -238,6 +238,7 @@ def evaluate(
     """
     if batch < 1:
         raise ValueError(f"batch={batch} is below 1; give the number of images of a run")
+    check_runtime(runtime, backend=backend, threads=threads)
     workers = worker_count(workers)
     opened = open_artifact(artifact, only=(MODEL_FILE,))
     spec = _preprocessing(opened)

@@ -90,6 +90,17 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise unwritable(target, OSError(0, reason))
 
 
+def check_files(**files: Path | None) -> None:
+    """Refuse files that are not there, before the work that would read them last.
+
+    Raises:
+        ValueError: there is none; the message has the option that named it.
+    """
+    for name, path in files.items():
+        if path is not None and not path.exists():
+            raise ValueError(f"{name}={path} is not there; give a file that is")
+
+
 def make_directory(path: str | os.PathLike[str]) -> None:
     """Make a directory and its missing parents, unless it is there.
 

@@ -23,7 +23,12 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         ArtifactError: the path cannot be written.
     """
-    atomic_write_bytes(path, f"{json.dumps(_plain(value), indent=2, allow_nan=False)}\n".encode())
+    atomic_write_bytes(path, json_text(value).encode())
+
+
+def json_text(value: Any) -> str:
+    """What `write_json` writes."""
+    return f"{json.dumps(_plain(value), indent=2, allow_nan=False)}\n"
 
 
 def _plain(value: Any) -> Any:

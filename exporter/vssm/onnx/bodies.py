@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from vssm.onnx.body_builder import BodyBuilder, NodeList
+from vssm.onnx.options import SUPPORTED_OPSETS
 from vssm.ops.spec import OPERATORS, SCAN_OPERATORS, OperatorSpec
 
 
@@ -241,9 +242,6 @@ def _ascending_slots(body: BodyBuilder, keep: str, seqlen: str, num_keep: str) -
     key = body.cast(body.op("Sub", seqlen, body.count_to(seqlen)), "FLOAT")
     key = body.op("Mul", body.cast(keep, "FLOAT"), key)
     return body.ops("TopK", key, num_keep, outputs=2, axis=1, largest=1, sorted=1)[1]
-
-
-SUPPORTED_OPSETS = (18, 19, 20)
 
 
 def build_functions(names: Iterable[str], opset: int) -> list[onnx.FunctionProto]:

@@ -21,10 +21,18 @@ from vssm.errors import UnsupportedError
 from vssm.files.atomic import sha256_of
 from vssm.models import model_from_config
 from vssm.models.base import VisionModel
-from vssm.onnx.bodies import SUPPORTED_OPSETS
 from vssm.onnx.describe import block_outputs, describe_export
-from vssm.onnx.program import BATCH, EXTERNAL_DATA_ABOVE, program_to_proto, quiet, save_model
+from vssm.onnx.options import check_opset, checked_dtype
+from vssm.onnx.program import (
+    BATCH,
+    EXTERNAL_DATA_ABOVE,
+    counted_blocks,
+    program_to_proto,
+    quiet,
+    save_model,
+)
 from vssm.onnx.schemas import register_schemas
+from vssm.types import Steps
 
 DTYPES: Final = {
     "float32": torch.float32,
@@ -38,7 +46,7 @@ def export(
     model: VisionModel,
     directory: str | os.PathLike[str],
     *,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     opset: int = 18,
     inline: bool = False,
     weights: bool = True,
@@ -46,15 +54,16 @@ def export(
     labels: Sequence[str] | None = None,
     external_data_above: int = EXTERNAL_DATA_ABOVE,
     force: bool = False,
+    progress: Steps = lambda *_: None,
 ) -> Artifact:
     """Write the model as one ONNX file for every runtime, and beside it what `check` needs.
 
     Args:
         model: a model of `create_model`; it is left as it was.
         directory: where model.onnx, model.json and weights.safetensors go.
-        dtype: "float32", "float16" or "bfloat16" of the projections and scan operands; norms,
-            residual, A, D, step-size bias, decay and state are float32 in all of them, and so
-            are input and logits.
+        dtype: float32, float16 (fp16, half) or bfloat16 (bf16), of the projections and scan
+            operands; norms, residual, A, D, step-size bias, decay and state are float32 in all of
+            them, and so are input and logits.
         opset: version of the standard operators, 18 to 20.
         inline: also write model.inlined.onnx, without functions, for runtimes that read none.
         weights: also write weights.safetensors, the oracle of `vssm check`.
@@ -63,6 +72,7 @@ def export(
         external_data_above: bytes of weights beyond which they go to model.onnx.data, as protobuf
             reads no file above 2 GiB.
         force: replace the export that `directory` holds.
+        progress: called with a phase, its steps done and their number, block by block.
 
     Raises:
         TypeError: `model` is not one of this package's models.
@@ -71,11 +81,12 @@ def export(
         UnsupportedError: the schedule has no exported form (alignment "masked").
         ArtifactError: the directory cannot be written, or holds an export and not `force`.
     """
+    dtype = checked_dtype(dtype)
     labels = getattr(model, "labels", None) if labels is None else labels
-    _refuse(model, dtype, opset, labels)
+    _refuse(model, opset, labels)
     initial = _initial_weights(model)
     with staged_export(directory, force=force) as staging:
-        proto = build_proto(model, dtype=dtype, opset=opset)
+        proto = build_proto(model, dtype=dtype, opset=opset, progress=progress)
         save_model(proto, staging, inline=inline, external_data_above=external_data_above)
         if weights:
             state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
@@ -94,20 +105,29 @@ def export(
     return Artifact(Path(directory).absolute(), manifest)
 
 
-def build_proto(model: VisionModel, *, dtype: str, opset: int) -> onnx.ModelProto:
+def build_proto(
+    model: VisionModel, *, dtype: str, opset: int, progress: Steps = lambda *_: None
+) -> onnx.ModelProto:
     """The model as a ModelProto with dynamic batch, custom nodes at top level and their bodies.
 
     Args:
         model: left as it was.
         dtype: one of DTYPES.
         opset: 18 to 20.
+        progress: as for `export`.
     """
     register_schemas()
     traced = _Traced(_cast_copy(model, DTYPES[dtype]))
-    program = _trace(traced, model.image_size)
-    public = 1 + len(traced.stages)
-    names = traced.output_names()
-    return program_to_proto(program, opset, inputs=[INPUT], names=names, public=public)
+    with counted_blocks(traced.model, progress):
+        program = _trace(traced, model.image_size)
+    return program_to_proto(
+        program,
+        opset,
+        inputs=[INPUT],
+        names=traced.output_names(),
+        public=1 + len(traced.stages),
+        progress=progress,
+    )
 
 
 class _Traced(nn.Module):
@@ -138,19 +158,13 @@ class _Traced(nn.Module):
         return ["logits", *kept, *streams]
 
 
-def _refuse(model: VisionModel, dtype: str, opset: int, labels: Sequence[str] | None) -> None:
+def _refuse(model: VisionModel, opset: int, labels: Sequence[str] | None) -> None:
     if not isinstance(model, VisionModel):
         raise TypeError(
             f"model={type(model).__name__} is not a model of this package; make it with "
             "vssm.create_model"
         )
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}; choose one of these")
-    if opset not in SUPPORTED_OPSETS:
-        raise ValueError(
-            f"opset={opset} is outside {SUPPORTED_OPSETS[0]} to {SUPPORTED_OPSETS[-1]}, for which "
-            "there are fallback bodies; choose one of these"
-        )
+    check_opset(opset)
     if model.schedule is not None and model.schedule.alignment == "masked":
         raise UnsupportedError(
             "alignment='masked' keeps every token and is a PyTorch reference only; export with "

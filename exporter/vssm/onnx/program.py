@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 from onnx import inliner
 from onnx_ir.passes import common
 from onnxscript import optimizer, values
+from torch import nn
 from torch.export import ExportedProgram
 
 from vssm._version import __version__
@@ -24,6 +26,7 @@ from vssm.onnx.describe import used_operators
 from vssm.onnx.schemas import register_schemas
 from vssm.ops import operators as ops
 from vssm.ops.spec import DOMAIN, OPERATOR_VERSION, OPERATORS, PLUGIN_ATTRIBUTES, OperatorSpec
+from vssm.types import Steps
 
 # Weights are folded whatever their size: -exp(A_log), stacked and flipped weights are constants.
 _NO_LIMIT = 2**62
@@ -95,6 +98,8 @@ def tidy(model: ir.Model) -> None:
 
 
 BATCH: Final = "batch"
+_TRACING: Final = "tracing blocks"
+_TRANSLATING: Final = "writing ONNX"
 # ONNX IR 10: the newest that ONNX Runtime 1.20 and TensorRT 10 both read.
 _IR_VERSION: Final = 10
 
@@ -107,6 +112,7 @@ def program_to_proto(
     names: Sequence[str],
     public: int,
     dynamic_batch: bool = True,
+    progress: Steps = lambda *_: None,
 ) -> onnx.ModelProto:
     """A traced module `model` of a wrapper as a ModelProto, custom nodes at top level.
 
@@ -117,9 +123,10 @@ def program_to_proto(
         names: names of the outputs.
         public: how many of the outputs stay outputs; the others are named inner values.
         dynamic_batch: whether the first axis is symbolic.
+        progress: called as our operators are translated, a block's together.
     """
     register_schemas()
-    graph = _translate(program, opset)
+    graph = _translate(program, opset, progress)
     fold_weights(graph)
     rename_inputs(graph, inputs, BATCH if dynamic_batch else None)
     strip_initializer_prefix(graph, "model.")
@@ -164,19 +171,54 @@ def save_model(
         onnx.save(inliner.inline_local_functions(proto), folder / INLINED_FILE)
 
 
-def _translate(program: ExportedProgram, opset: int) -> ir.Model:
+def _translate(program: ExportedProgram, opset: int, progress: Steps) -> ir.Model:
+    table = {ops.torch_op(spec): spec for spec in OPERATORS.values()}
+    total = max(1, sum(node.target in table for node in program.graph.nodes))
+    translated = itertools.count(1)
+    progress(_TRANSLATING, 0, total)
+
+    def tell() -> None:
+        progress(_TRANSLATING, min(next(translated), total), total)
+
     with torch.no_grad(), quiet():
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=opset,
-            custom_translation_table={ops.torch_op(o): _translation(o) for o in OPERATORS.values()},
+            custom_translation_table={op: _translation(spec, tell) for op, spec in table.items()},
             verbose=False,
         )
     if exported is None:
         raise AssertionError("torch.onnx.export returns a program when it is given no file")
+    progress(_TRANSLATING, total, total)
     model: ir.Model = exported.model
     return model
+
+
+@contextmanager
+def counted_blocks(model: nn.Module, progress: Steps) -> Iterator[None]:
+    """Report each block that a trace of the model enters: hooks see that, and no cheaper thing.
+
+    Blocks are the entries of module lists; of lists in lists, the inner ones'.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    entries = dict.fromkeys(entry for found in lists for entry in found)
+    blocks = [b for b in entries if not any(isinstance(m, nn.ModuleList) for m in b.modules())]
+    total, entered = max(1, len(blocks)), 0
+
+    def enter(*_: Any) -> None:
+        nonlocal entered
+        progress(_TRACING, min(entered, total), total)
+        entered += 1
+
+    progress(_TRACING, 0, total)
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        progress(_TRACING, total, total)
 
 
 @contextmanager
@@ -194,12 +236,13 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _translation(op: OperatorSpec) -> Callable[..., Any]:
+def _translation(op: OperatorSpec, tell: Callable[[], None]) -> Callable[..., Any]:
     """How torch's exporter writes one of our operators: a node of our domain."""
     build = getattr(values.Opset(DOMAIN, OPERATOR_VERSION), op.name)
     inputs = len(op.inputs)
 
     def translate(*args: Any) -> Any:
+        tell()
         given = dict(zip((a.name for a in op.attributes), args[inputs:], strict=False))
         defaults = {a.name: a.default for a in op.attributes}
         return build(*args[:inputs], **{**defaults, **given}, **PLUGIN_ATTRIBUTES)

@@ -18,7 +18,7 @@ from vssm.artifact.reference import (
     stored_reference,
 )
 from vssm.parity.compare import ParityReport, compare
-from vssm.runtimes.open import ENGINE_RUNTIMES, open_session, ort_session
+from vssm.runtimes.open import ENGINE_RUNTIMES, check_runtime, open_session, ort_session
 from vssm.runtimes.session import RuntimeInfo, Session
 from vssm.types import Array
 
@@ -59,6 +59,7 @@ def check_parity(
         raise ValueError(
             "runtime='torch' is the oracle itself; check another runtime, for example ort-cpu"
         )
+    check_runtime(runtime, backend=backend, threads=threads, trust=trust)
     from vssm.runtimes.torch import model_of, oracle
 
     opened = open_artifact(artifact, only=None if model is None else (MODEL_FILE,))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
+from vssm.errors import check_choice
 from vssm.extras import explain_missing
-from vssm.runtimes.ort import OrtSession
-from vssm.runtimes.session import Session
+from vssm.runtimes.session import BACKENDS, TORCH_BACKENDS, Session, checked_threads
+
+if TYPE_CHECKING:
+    from vssm.runtimes.ort import OrtSession
 
 ENGINE_RUNTIMES = ("tensorrt", "tensorrt-rtx")
 RUNTIMES = ("ort-cpu", "ort-cuda", "torch", *ENGINE_RUNTIMES)
@@ -44,8 +48,7 @@ def open_session(
         MissingPackageError: runtime "torch" without torch.
         UnsupportedError: the runtime cannot run this export.
     """
-    if runtime not in RUNTIMES:
-        raise ValueError(f"runtime={runtime!r} is not one of {', '.join(RUNTIMES)}; choose one")
+    check_runtime(runtime, backend=backend, threads=threads, trust=trust)
     options = {"device": device, "cuda_graph_batch": cuda_graph_batch}
     on_gpu = {name: value for name, value in options.items() if value is not None}
     if on_gpu and runtime != "ort-cuda":
@@ -55,11 +58,9 @@ def open_session(
     only = {"torch": None, "ort-cpu": (), "ort-cuda": ()}.get(runtime, (MODEL_FILE,))
     opened = open_artifact(artifact, only=only)
     if runtime in ENGINE_RUNTIMES:
-        return _open_engine(opened, runtime, backend, threads=threads, trust=trust)
-    if trust:
-        raise ValueError(
-            f"trust=True with runtime={runtime!r}, which loads no engine: leave it out"
-        )
+        from vssm.runtimes.tensorrt.session import TensorRtSession
+
+        return TensorRtSession(opened, runtime=runtime, backend=backend, trust=trust)
     if runtime == "torch":
         with explain_missing():
             from vssm.runtimes.torch import TorchSession
@@ -78,19 +79,28 @@ def ort_session(runtime: str) -> Callable[..., OrtSession]:
     return OrtCudaSession
 
 
-def _open_engine(
-    artifact: Artifact, runtime: str, backend: str | None, *, threads: int | None, trust: bool
-) -> Session:
-    """A session on an engine; arguments as for `open_session`.
+def check_runtime(
+    runtime: str,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    trust: bool = False,
+) -> None:
+    """Refuse options of `open_session` that do not go together, before any file is read.
 
     Raises:
-        ValueError: `threads` is given.
-        ArtifactError, RuntimeUnavailableError: as for `TensorRtSession`.
+        ValueError, TypeError: one is not known, or the runtime has no use for it.
     """
-    refuse_threads(runtime, threads)
-    from vssm.runtimes.tensorrt.session import TensorRtSession
-
-    return TensorRtSession(artifact, runtime=runtime, backend=backend, trust=trust)
+    check_choice("runtime", runtime, RUNTIMES)
+    if backend is not None:
+        check_choice("backend", backend, TORCH_BACKENDS if runtime == "torch" else BACKENDS)
+    if runtime in ENGINE_RUNTIMES:
+        refuse_threads(runtime, threads)
+    elif trust:
+        raise ValueError(
+            f"trust=True with runtime={runtime!r}, which loads no engine: leave it out"
+        )
+    checked_threads(threads)
 
 
 def refuse_threads(runtime: str, threads: object) -> None:

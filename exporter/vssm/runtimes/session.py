@@ -14,6 +14,7 @@ from vssm.artifact.manifest import BATCH, Manifest
 from vssm.types import Array
 
 BACKENDS = ("kernel", "body")
+TORCH_BACKENDS = ("kernel", "reference")
 CLOSED = "session=closed: open another one to run again"
 _MAX_THREADS = 1024
 

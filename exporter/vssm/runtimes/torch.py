@@ -6,7 +6,7 @@ import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +18,16 @@ from vssm.artifact.directory import WEIGHTS_FILE, Artifact
 from vssm.artifact.reference import OracleResult, is_module, module_result, refuse_module
 from vssm.compat.exact import exact_outputs
 from vssm.compat.outputs import module_outputs
-from vssm.errors import ArtifactError
+from vssm.errors import ArtifactError, check_choice
 from vssm.models import model_from_config
 from vssm.models.base import VisionModel
 from vssm.ops.kernels import kernels
 from vssm.pruning.schedule import PruneSchedule
 from vssm.runtimes.library import library_version
 from vssm.runtimes.ort import cpu_name
-from vssm.runtimes.session import CLOSED, RuntimeInfo, Session, checked_threads
+from vssm.runtimes.session import CLOSED, TORCH_BACKENDS, RuntimeInfo, Session, checked_threads
 from vssm.types import Array
 
-TORCH_BACKENDS: Final = ("kernel", "reference")
 TorchModule = nn.Module  # for files that name no torch
 
 
@@ -143,11 +142,7 @@ class TorchSession(Session):
 
 
 def _library(backend: str) -> Path | None:
-    if backend not in TORCH_BACKENDS:
-        raise ValueError(
-            f"backend={backend!r} with runtime='torch' is not one of {', '.join(TORCH_BACKENDS)}; "
-            "choose one of these"
-        )
+    check_choice("backend", backend, TORCH_BACKENDS)
     return None if backend == "reference" else kernels().path
 
 

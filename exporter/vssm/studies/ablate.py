@@ -227,7 +227,7 @@ def _rows(
 
 
 def _is_standard(source: LoadedSource) -> bool:
-    from vssm.models.cost import standard_config
+    from vssm.models import standard_config
 
     return dict(source.config) == standard_config(source.name)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vssm.artifact.directory import open_artifact
@@ -64,14 +63,8 @@ def load_source(source: ModelSource) -> LoadedSource:
         raise ValueError(
             f"tokens={source.tokens!r} is a way to train; leave it out, and give it to finetune"
         )
-    if source.name in list_models():
-        return _by_name(source)
-    if not Path(source.name).is_dir():
-        raise ValueError(
-            f"model={source.name!r} is neither a model nor the directory of an export; see "
-            "`vssm models`, or write one with `vssm export`"
-        )
-    return _from_export(source)
+    source.checked(exports=True)
+    return _by_name(source) if source.name in list_models() else _from_export(source)
 
 
 def _by_name(source: ModelSource) -> LoadedSource:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # `vssm finetune --help` shows these numbers, without numpy
+    import numpy as np
+    import numpy.typing as npt
 
 
 class Draw(IntEnum):
@@ -134,6 +135,8 @@ class Recipe:
 
     def generator(self, what: Draw, *where: int) -> np.random.Generator:
         """The random numbers for one purpose at one place."""
+        import numpy as np
+
         return np.random.Generator(np.random.PCG64([self.seed, what, *where]))
 
     def steps(self, images: int) -> int:
@@ -154,6 +157,8 @@ class Recipe:
         An epoch has as many steps as without repeats, and so ends before it has seen every image
         (repeated augmentation as DeiT has it). Process r of n takes [r::n] of a batch.
         """
+        import numpy as np
+
         steps = self.steps(images)
         shuffled = self.generator(Draw.ORDER, epoch).permutation(images)
         return np.repeat(shuffled, self.repeats)[: steps * self.batch].reshape(steps, self.batch)

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from vssm.errors import did_you_mean
+from vssm.files.atomic import check_files
+from vssm.models.catalogue import MODELS, check_options
+from vssm.models.schedules import named_schedule
 from vssm.pruning.schedule import PruneSchedule
 from vssm.training.recipe import Recipe
 
@@ -106,6 +110,27 @@ class ModelSource:
     def rules(self) -> dict[str, str | None]:
         """What is asked for beside a schedule's text; None for a default."""
         return {name: getattr(self, name) for name in RULES}
+
+    def checked(self, *, exports: bool = False) -> PruneSchedule | None:
+        """The schedule of a model given by its name, after all that can be checked without torch.
+
+        Args:
+            exports: whether the name may be the directory of an export; nothing is checked then.
+
+        Raises:
+            ValueError, TypeError: the name, an option or the schedule does not fit.
+        """
+        if exports and self.name not in MODELS:
+            if not Path(self.name).is_dir():
+                hint = did_you_mean(self.name, MODELS)
+                raise ValueError(
+                    f"model={self.name!r} is neither a model nor the directory of an export{hint}; "
+                    "see `vssm models`, or write one with `vssm export`"
+                )
+            return None
+        check_options(self.name, self.options)
+        check_files(checkpoint=self.checkpoint)
+        return named_schedule(self.name, self.schedule, **self.rules)
 
     def _check_tokens(self) -> None:
         if self.tokens not in TOKENS:

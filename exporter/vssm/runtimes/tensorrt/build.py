@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +29,7 @@ from vssm.runtimes.tensorrt.engine import (
     write_info,
 )
 from vssm.runtimes.tensorrt.runner import EngineRunner
-from vssm.types import Array
+from vssm.types import Array, Steps
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,6 @@ def _check_product(request: EngineRequest) -> None:
             raise ValueError(f"{option}={value!r} is no option of {name}; leave it out")
 
 
-BuildProgress = Callable[[str, int, int], None]
 _MIB: Final = 1 << 20
 _SHOWN_ERRORS: Final = 3
 
@@ -138,7 +137,7 @@ class SerializedEngine:
 
 
 def build_engine(
-    artifact: Artifact, request: EngineRequest, *, progress: BuildProgress = lambda *_: None
+    artifact: Artifact, request: EngineRequest, *, progress: Steps = lambda *_: None
 ) -> EngineInfo:
     """Build an engine beside model.onnx, and write what it was built from.
 
@@ -238,7 +237,7 @@ def build_plan(
     *,
     plugin: PluginInfo | None = None,
     cache: Path | None = None,
-    progress: BuildProgress = lambda *_: None,
+    progress: Steps = lambda *_: None,
 ) -> SerializedEngine:
     """Parse a file and build an engine in memory; `plugin` is what the library was seen to be.
 

@@ -1,0 +1,330 @@
+"""The models as data: names, options and sizes, known without torch.
+
+Importing torch takes seconds, so `vssm models`, and a wrong name or option, are answered from
+these tables. tests/models/test_catalogue.py holds them against the models as they are built.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, get_args, get_origin
+
+from vssm.errors import did_you_mean
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A model at its standard configuration.
+
+    Attributes:
+        family: key of `OPTIONS`.
+        changes: what the name changes in the family's configuration.
+        parameters: numbers that are trained.
+        stage_tokens: tokens of the blocks in order, repeats left out.
+        flops_published: multiply-adds of one image by the published rule.
+        flops_true: with every scan direction counted.
+        image_size: (height, width) in pixels.
+    """
+
+    family: str
+    changes: Mapping[str, Any]
+    parameters: int
+    stage_tokens: tuple[int, ...]
+    flops_published: int
+    flops_true: int
+    image_size: tuple[int, int] = (224, 224)
+
+
+_VANILLA: Final[dict[str, Any]] = {
+    "d_state": 16,
+    "expand": 2.0,
+    "conv_bias": True,
+    "gate": True,
+    "mlp_ratio": 0.0,
+    "patch_embed": "v1",
+    "downsample": "v1",
+}
+_MAPS: Final = (3136, 784, 196, 49)  # of a hierarchical model at 224 pixels
+
+
+def _vim(changes: dict[str, Any], *figures: int, tokens: int = 197) -> ModelCard:
+    parameters, published, true = figures
+    return ModelCard("vim", changes, parameters, (tokens,), published, true)
+
+
+def _plain(changes: dict[str, Any], parameters: int, flops: int) -> ModelCard:
+    return ModelCard("plain_mamba", changes, parameters, (196,), flops, flops)
+
+
+def _vmamba(changes: dict[str, Any], parameters: int, flops: int) -> ModelCard:
+    return ModelCard("vmamba", changes, parameters, _MAPS, flops, flops)
+
+
+def _group(changes: dict[str, Any], parameters: int, flops: int) -> ModelCard:
+    return ModelCard("groupmamba", changes, parameters, (*_MAPS, 1), flops, flops)
+
+
+MODELS: Final[dict[str, ModelCard]] = {
+    "vim_tiny": _vim({"d_model": 192}, 7_148_008, 1_448_855_040, 1_822_858_752),
+    "vim_small": _vim({"d_model": 384}, 25_796_584, 5_076_372_480, 5_911_526_400),
+    "vim_base": _vim({"d_model": 768}, 97_598_440, 18_867_394_560, 20_886_288_384),
+    "vim_tiny_stride8": _vim(
+        {"d_model": 192, "stride": 8}, 7_250_344, 5_368_733_184, 6_754_635_264, tokens=730
+    ),
+    "vim_small_stride8": _vim(
+        {"d_model": 384, "stride": 8}, 26_001_256, 18_810_682_368, 21_905_415_168, tokens=730
+    ),
+    "plain_mamba_l1": _plain(
+        {"d_model": 192, "stem_convs": 1, "layers_with_dwconv": (0,)}, 7_551_656, 3_014_703_360
+    ),
+    "plain_mamba_l2": _plain({"d_model": 384}, 26_145_832, 8_078_318_592),
+    "plain_mamba_l3": _plain({"d_model": 448, "depth": 36}, 50_956_456, 14_439_294_464),
+    "vmamba_tiny_s1l8": _vmamba({"depths": (2, 2, 8, 2)}, 30_249_064, 4_875_843_072),
+    "vmamba_tiny_s2l5": _vmamba({"depths": (2, 2, 5, 2), "expand": 2.0}, 30_705_832, 4_824_588_288),
+    "vmamba_small_s2l15": _vmamba(
+        {"depths": (2, 2, 15, 2), "expand": 2.0}, 50_147_752, 8_667_568_128
+    ),
+    "vmamba_small_s1l20": _vmamba({"depths": (2, 2, 20, 2)}, 49_012_840, 8_568_897_024),
+    "vmamba_base_s2l15": _vmamba(
+        {"depths": (2, 2, 15, 2), "d_model": 128, "expand": 2.0}, 88_557_800, 15_294_668_800
+    ),
+    "vmamba_base_s1l20": _vmamba(
+        {"depths": (2, 2, 20, 2), "d_model": 128}, 86_614_504, 15_163_107_328
+    ),
+    "vanilla_vmamba_tiny": _vmamba({**_VANILLA, "depths": (2, 2, 9, 2)}, 22_893_448, 5_597_700_096),
+    "vanilla_vmamba_small": _vmamba(
+        {**_VANILLA, "depths": (2, 2, 27, 2)}, 44_417_416, 11_181_987_840
+    ),
+    "vanilla_vmamba_base": _vmamba(
+        {**_VANILLA, "depths": (2, 2, 27, 2), "d_model": 128}, 76_254_056, 17_953_595_392
+    ),
+    "groupmamba_tiny": _group({}, 23_361_917, 4_665_958_008),
+    "groupmamba_small": _group(
+        {"stem_width": 64, "widths": (64, 128, 348, 512), "depths": (3, 4, 16, 3)},
+        34_781_555,
+        7_228_916_096,
+    ),
+    "groupmamba_base": _group(
+        {"stem_width": 64, "widths": (96, 192, 424, 512), "depths": (3, 6, 21, 3)},
+        57_150_838,
+        14_103_612_608,
+    ),
+}
+
+_SIZE: Final = int | tuple[int, int]
+_SIZES: Final = tuple[int, ...]
+# The fields of each family's configuration and their types.
+OPTIONS: Final[dict[str, dict[str, Any]]] = {
+    "vim": {
+        "image_size": _SIZE,
+        "patch_size": int,
+        "stride": int,
+        "depth": int,
+        "d_model": int,
+        "d_state": int,
+        "d_conv": int,
+        "expand": int,
+        "dt_rank": int | None,
+        "num_classes": int,
+        "class_token": str,
+        "pool": str,
+        "bimamba": str,
+        "bidirectional_layers": bool,
+        "divide_out": bool,
+        "rms_norm": bool,
+        "norm_eps": float,
+        "rope": bool,
+        "rope_residual": bool,
+        "rope_grid": int,
+        "layer_scale": float | None,
+    },
+    "plain_mamba": {
+        "image_size": _SIZE,
+        "patch_size": int,
+        "depth": int,
+        "d_model": int,
+        "d_state": int,
+        "conv_size": int,
+        "expand": int,
+        "dt_rank": int | None,
+        "num_classes": int,
+        "stem_width": int,
+        "stem_convs": int,
+        "layers_with_dwconv": _SIZES,
+    },
+    "vmamba": {
+        "image_size": _SIZE,
+        "patch_size": int,
+        "depths": _SIZES,
+        "d_model": int,
+        "d_state": int,
+        "expand": float,
+        "dt_rank": int | None,
+        "conv_bias": bool,
+        "gate": bool,
+        "scan": str,
+        "mlp_ratio": float,
+        "gated_mlp": bool,
+        "patch_embed": str,
+        "downsample": str,
+        "pos_embed": bool,
+        "num_classes": int,
+    },
+    "groupmamba": {
+        "image_size": _SIZE,
+        "stem_width": int,
+        "widths": _SIZES,
+        "depths": _SIZES,
+        "mlp_ratios": _SIZES,
+        "d_state": int,
+        "dt_rank": int | None,
+        "reduction": int,
+        "distillation": bool,
+        "num_classes": int,
+    },
+}
+
+# What the official code, timm and Hugging Face call our options, in the order to try.
+_FOREIGN: Final[dict[str, tuple[str, ...]]] = {
+    "img_size": ("image_size",),
+    "input_size": ("image_size",),
+    "embed_dim": ("d_model", "widths"),
+    "embed_dims": ("widths", "d_model"),
+    "dims": ("d_model", "widths"),
+    "hidden_size": ("d_model", "widths"),
+    "hidden_sizes": ("widths", "d_model"),
+    "num_layers": ("depth", "depths"),
+    "num_hidden_layers": ("depth", "depths"),
+    "depth": ("depths",),
+    "depths": ("depth",),
+    "state_size": ("d_state",),
+    "ssm_d_state": ("d_state",),
+    "ssm_ratio": ("expand",),
+    "ssm_dt_rank": ("dt_rank",),
+    "time_step_rank": ("dt_rank",),
+    "conv_kernel": ("d_conv", "conv_size"),
+    "num_labels": ("num_classes",),
+    "bimamba_type": ("bimamba",),
+    "if_divide_out": ("divide_out",),
+    "if_rope": ("rope",),
+    "if_cls_token": ("class_token",),
+    "use_middle_cls_token": ("class_token",),
+    "final_pool_type": ("pool",),
+    "global_pool": ("pool",),
+    "init_layer_scale": ("layer_scale",),
+    "stem_hidden_dim": ("stem_width",),
+}
+_LOAD: Final = (
+    "no weights come with this package; leave it out and load the official file with "
+    "vssm.load_checkpoint(model, FILE), or --checkpoint FILE on the command line"
+)
+_DTYPE: Final = (
+    "a model is made in float32; leave it out and give the dtype to vssm.export, or --dtype"
+)
+# Habits that no option of ours stands for.
+_ANSWERS: Final[dict[str, str]] = {
+    "pretrained": _LOAD,
+    "checkpoint_path": _LOAD,
+    "pretrained_cfg": _LOAD,
+    "dtype": _DTYPE,
+    "torch_dtype": _DTYPE,
+    "in_chans": "images have 3 channels; leave it out",
+    "in_channels": "images have 3 channels; leave it out",
+    "num_channels": "images have 3 channels; leave it out",
+    "drop_rate": "the models drop nothing out; leave it out",
+    "drop_path_rate": "the models drop no path; leave it out",
+    "device": "a model is made on the CPU; leave it out and call model.to(device)",
+}
+
+
+def describe_models() -> list[dict[str, Any]]:
+    """Name, parameters, image size, tokens and cost of every model.
+
+    "tokens" are those of the first block, "stage_tokens" those of all, repeats left out.
+    """
+    return [
+        {
+            "name": name,
+            "parameters": card.parameters,
+            "image_size": card.image_size,
+            "tokens": card.stage_tokens[0],
+            "stage_tokens": card.stage_tokens,
+            "flops_published": card.flops_published,
+            "flops_true": card.flops_true,
+        }
+        for name, card in MODELS.items()
+    ]
+
+
+def check_name(name: str) -> ModelCard:
+    """The card of a model.
+
+    Raises:
+        ValueError: there is none of this name; the message names the closest.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if official := _contained(name):
+        raise ValueError(
+            f"name={name!r} is not a model here; did you mean {official!r}? What else an official "
+            "name says is an option: vssm.create_model(name, image_size=...), or --set KEY=VALUE"
+        )
+    hint = did_you_mean(name, MODELS) or f"; choose one of {', '.join(MODELS)}"
+    raise ValueError(f"name={name!r} is not a model{hint} (`vssm models` lists them)")
+
+
+def _contained(name: str) -> str | None:
+    """The longest of our names whose parts are all in an official one, whatever is between.
+
+    So are vim_small_patch16_stride8_224_bimambav2_... and hustvl/Vim-tiny-midclstok read.
+    """
+    parts = set(re.split(r"[^a-z0-9]+", name.lower()))
+    found = [known for known in MODELS if parts.issuperset(known.split("_"))]
+    return max(found, key=len, default=None)
+
+
+def check_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model, an `image_size` such as "224x320" as (224, 320).
+
+    Raises:
+        ValueError: the model has no such option; the message says what it is called here.
+        TypeError: a value is of another type than its option.
+    """
+    allowed = OPTIONS[check_name(name).family]
+    options = dict(given)
+    for key, value in options.items():
+        if key not in allowed:
+            raise ValueError(f"{key}={value!r}: {_unknown(name, key, allowed)}")
+    if isinstance(size := options.get("image_size"), str):
+        options["image_size"] = _image_size(size)
+    for key, value in options.items():
+        _check_type(key, value, allowed[key])
+    return options
+
+
+def _unknown(name: str, key: str, allowed: Mapping[str, Any]) -> str:
+    if key in _ANSWERS:
+        return _ANSWERS[key]
+    ours = next((known for known in _FOREIGN.get(key, ()) if known in allowed), None)
+    hint = did_you_mean(key, allowed) if ours is None else f"; it is called {ours!r} here"
+    return f"{name} has no such option{hint or '; its options are ' + ', '.join(allowed)}"
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+        raise ValueError(f"image_size={text!r} is not HEIGHTxWIDTH; write 224x320, or 224")
+    return int(sides[0]), int(sides[1])
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    """Refuse a text for a number, or for true or false: any text counts as true."""
+    parts = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = tuple(tuple if get_origin(kind) is tuple else kind for kind in parts)
+    kinds += ((list,) if tuple in kinds else ()) + ((int,) if float in kinds else ())
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        raise TypeError(f"{key}={value!r} is not of type {names}; give one (true, 16, [32, 48])")

@@ -1,0 +1,44 @@
+"""What an export can be asked for, checked before torch is imported."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from vssm.errors import check_choice
+
+SUPPORTED_OPSETS: Final = (18, 19, 20)
+DTYPE_NAMES: Final = ("float32", "float16", "bfloat16")
+_ALIASES: Final = {
+    **{"fp32": "float32", "float": "float32", "single": "float32"},
+    **{"fp16": "float16", "half": "float16", "bf16": "bfloat16"},
+}
+
+
+def checked_dtype(dtype: object) -> str:
+    """The name of a dtype: float32, float16 or bfloat16, also as fp16, half, bf16 or torch.half.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    name = str(dtype).removeprefix("torch.")
+    name = _ALIASES.get(name, name)
+    if name in {"int8", "uint8", "qint8", "int4", "fp8"}:
+        raise ValueError(
+            f"dtype={dtype!r}: an export holds floating-point weights; export float16, or quantise "
+            "the finished model.onnx with onnxruntime.quantization"
+        )
+    check_choice("dtype", name, DTYPE_NAMES)
+    return name
+
+
+def check_opset(opset: int) -> None:
+    """Refuse a version of the standard operators that no fallback body is written for.
+
+    Raises:
+        ValueError: it is outside 18 to 20.
+    """
+    if opset not in SUPPORTED_OPSETS:
+        raise ValueError(
+            f"opset={opset} is outside {SUPPORTED_OPSETS[0]} to {SUPPORTED_OPSETS[-1]}, for which "
+            "there are fallback bodies; choose one of these"
+        )

@@ -1,0 +1,95 @@
+"""What is known of the models without torch, against the models as they are built."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+
+import vssm
+from vssm.models import families, model_from_config
+from vssm.models.catalogue import MODELS, OPTIONS, check_options
+from vssm.models.cost import count
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_figures_are_those_of_the_built_model(name: str) -> None:
+    card = MODELS[name]
+    with torch.device("meta"):
+        model = vssm.create_model(name)
+    cost = count(model)
+    assert card.parameters == sum(p.numel() for p in model.parameters())
+    assert card.image_size == model.image_size
+    tokens = [tokens for tokens, _ in model.block_costs()]
+    assert list(card.stage_tokens) == [n for n, _ in itertools.groupby(tokens)]
+    assert (card.flops_published, card.flops_true) == (cost.published, cost.true)
+
+
+def test_options_are_the_configurations_fields() -> None:
+    assert {name: get_type_hints(config) for name, (_, config) in families().items()} == OPTIONS
+
+
+def test_torch_is_not_needed() -> None:
+    code = (
+        "import sys; from vssm.models.catalogue import describe_models; describe_models();"
+        "print(sorted({'torch', 'numpy', 'onnx', 'onnxruntime'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "ours"),
+    [
+        (
+            "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2",
+            "tiny",
+        ),
+        ("vim_small_patch16_stride8_224_bimambav2_final_pool_mean", "small_stride8"),
+        ("hustvl/Vim-tiny-midclstok", "tiny"),
+        ("vim-base", "base"),
+        ("vim_tinny", "tiny"),
+        ("Vim_Tiny", "tiny"),
+    ],
+)
+def test_a_foreign_name_names_ours(asked: str, ours: str) -> None:
+    with pytest.raises(ValueError, match=rf"is not a model.*; did you mean 'vim_{ours}'"):
+        vssm.create_model(asked)
+
+
+def test_a_name_like_nothing_gets_the_list() -> None:
+    with pytest.raises(ValueError, match=r"name='resnet50' is not a model; choose one of vim_tiny"):
+        vssm.create_model("resnet50")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "answer"),
+    [
+        ("vim_tiny", {"img_size": 384}, "it is called 'image_size' here"),
+        ("vim_tiny", {"embed_dim": 192}, "it is called 'd_model' here"),
+        ("vim_tiny", {"hidden_size": 192}, "it is called 'd_model' here"),
+        ("groupmamba_tiny", {"embed_dims": [64]}, "it is called 'widths' here"),
+        ("vmamba_tiny_s1l8", {"depth": 3}, "it is called 'depths' here"),
+        ("vim_tiny", {"d_stat": 8}, "did you mean 'd_state'"),
+        ("vim_tiny", {"pretrained": True}, r"vssm.load_checkpoint\(model, FILE\)"),
+        ("vim_tiny", {"drop_path_rate": 0.1}, "leave it out"),
+        ("vim_tiny", {"zzz": 1}, "its options are image_size, patch_size"),
+    ],
+)
+def test_a_foreign_option_gets_an_answer(name: str, option: dict[str, Any], answer: str) -> None:
+    (key,) = option
+    with pytest.raises(ValueError, match=rf"{key}=.*{answer}"):
+        vssm.create_model(name, **option)
+
+
+def test_image_size_as_text() -> None:
+    assert check_options("vim_tiny", {"image_size": "224x320"}) == {"image_size": (224, 320)}
+    sizes = {"depth": 1, "d_model": 8, "image_size": "32x48"}
+    assert model_from_config("vim_tiny", sizes).image_size == (32, 48)
+    for text in ("224", "224x", "axb", "1x2x3", "-1x2", "²x3"):
+        with pytest.raises(ValueError, match=r"image_size='.*' is not HEIGHTxWIDTH"):
+            check_options("vim_tiny", {"image_size": text})
