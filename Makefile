@@ -18,6 +18,8 @@ INSTALLED := $(VENV)/.installed-stamp
 TENSORRT := $(VENV)/.tensorrt-stamp
 TENSORRT_WHEELS := $(addprefix tests/tensorrt_harness/wheels/,rtx.txt tools.txt lean-10.txt lean-11.txt)
 SETUP_LOG := build/setup.log
+# A process a core; each has whole files, so that what a file's tests share is made once.
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 CXX_FILES := $(shell find plugins benchmarks examples -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 CXX_TESTS := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
@@ -40,11 +42,11 @@ demo: setup ## prune, export, prove and measure a model; ends with the path of a
 
 test: setup $(TENSORRT) lint ## lint, then the tests; needs no GPU
 	@echo "test: pytest"
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 test-all: setup $(TENSORRT) lint ## the same with the tests that take long
 	@echo "test-all: pytest with the slow tests"
-	@$(BIN)/python -m pytest -q --slow
+	@$(PYTEST) --slow
 
 lint: $(DEPENDENCIES) ## ruff, mypy --strict, import-linter, clang-format, gersemi, typos; changes nothing
 	@echo "lint: ruff check"

@@ -7,7 +7,7 @@ import os
 import random
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 THREADS = 1
 SEED = 0
+_GPU = pytest.StashKey[int]()
+_LONG = (
+    "onnx/test_export",
+    "training/test_finetune",
+    "compat/test_export",
+    "onnx/test_plain_mamba",
+)
+_LONG += ("runtimes/tensorrt/test_engine", "commands/test_main", "studies/test_runs")
+_FIRST = {f"{name}.py": number for number, name in enumerate(_LONG)}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,15 +45,38 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = {}
     if not config.getoption("--slow"):
-        left_out["slow"] = "takes long: run by `make test-all` (pytest --slow)"
-    if any(item.get_closest_marker("gpu") for item in items) and not _has_gpu():
-        left_out["gpu"] = "no NVIDIA GPU that this build of torch can use"
-    for item in items:
-        for name, reason in left_out.items():
-            if item.get_closest_marker(name):
+        reason = "takes long: run by `make test-all` (pytest --slow)"
+        for item in items:
+            if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not _has_gpu():
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.stash[_GPU] = len(gpu)
+    # pytest-xdist hands out whole files: the long ones first, or one process ends late and alone.
+    items.sort(
+        key=lambda item: _FIRST.get(item.path.relative_to(Path(__file__).parent).as_posix(), 99)
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist
+        session.config.workeroutput["gpu"] = session.config.stash.get(_GPU, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[_GPU] = getattr(node, "workeroutput", {}).get("gpu", 0)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if count := config.stash.get(_GPU, 0):
+        terminalreporter.write_line(
+            f"left out: {count} tests for an NVIDIA GPU, which this machine or its torch has not"
+        )
 
 
 @pytest.fixture(autouse=True)
