@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from vssm.errors import ArtifactError
 from vssm.files.atomic import atomic_write_bytes
-from vssm.files.json import FieldError, Node
-from vssm.files.regular import JSON, read_regular
+from vssm.files.json import FieldError, Node, read_json
 from vssm.ops.spec import FLOAT_TYPES
 
 MANIFEST_NAME: Final = "model.json"
@@ -197,18 +195,12 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     Raises:
         ArtifactError: it is missing, no JSON, of a newer format, or a field is wrong.
     """
-    path = Path(directory) / MANIFEST_NAME
-    try:
-        return manifest_from_json(read_regular(path, limit=JSON).decode())
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be read ({error.strerror}), so {directory} is not an export; "
-            "name the directory that `vssm export -o` wrote"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"{path} is damaged or was edited: {error}; export the model again"
-        ) from error
+    return read_json(
+        Path(directory) / MANIFEST_NAME,
+        _parse,
+        absent=f"{directory} is not an export; name the directory that `vssm export -o` wrote",
+        damaged="export the model again",
+    )
 
 
 def manifest_from_json(text: str) -> Manifest:
@@ -217,7 +209,10 @@ def manifest_from_json(text: str) -> Manifest:
     Raises:
         ValueError: no JSON, or a field (named) has a wrong type or value.
     """
-    root = Node.parse(text)
+    return _parse(Node.parse(text))
+
+
+def _parse(root: Node) -> Manifest:
     version = root.at("format_version").format_version(FORMAT_VERSION)
     manifest = Manifest(
         name=root.at("name").text(_LONGEST_NAME),

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from vssm.errors import ArtifactError
 from vssm.files.atomic import sha256_of
-from vssm.files.json import FieldError, Node
+from vssm.files.json import FieldError, Node, read_json
 from vssm.files.regular import JSON, read_regular
 from vssm.files.staging import is_work, staged_directory
 from vssm.files.text import shown
@@ -100,18 +100,12 @@ def read_bundle_manifest(directory: Path) -> BundleManifest:
     Raises:
         ArtifactError: it is missing, no JSON, of a newer format, or a field is wrong.
     """
-    path = directory / BUNDLE_MANIFEST
-    try:
-        return _parse(Node.parse(read_regular(path, limit=JSON).decode()))
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be read ({error.strerror}), so {directory} is not a bundle; name the "
-            "directory that `vssm bundle -o` wrote"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"{path} is damaged or was edited: {error}; make the bundle again"
-        ) from error
+    return read_json(
+        directory / BUNDLE_MANIFEST,
+        _parse,
+        absent=f"{directory} is not a bundle; name the directory that `vssm bundle -o` wrote",
+        damaged="make the bundle again",
+    )
 
 
 def _parse(root: Node) -> BundleManifest:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
 
+from vssm.errors import ArtifactError
 from vssm.files.atomic import atomic_write_bytes
+from vssm.files.regular import JSON, read_regular
 from vssm.files.text import is_plain, shown
 
 
@@ -244,6 +246,28 @@ def _path_of(way: _Way) -> str:
         way, part = way
         parts.append(part)
     return shown("".join(reversed(parts)).removeprefix(".") or "the file", limit=200)
+
+
+def read_json(
+    path: Path, parse: Callable[[Node], _Result], *, absent: str, damaged: str
+) -> _Result:
+    """What `parse` makes of a JSON file that this package wrote.
+
+    Args:
+        path: the file.
+        parse: reads the fields; raises ValueError for a wrong one.
+        absent: what it means that the file cannot be read, and the remedy.
+        damaged: the remedy where it is no JSON, or `parse` refuses it.
+
+    Raises:
+        ArtifactError: the file cannot be read, or is not as it was written.
+    """
+    try:
+        return parse(Node.parse(read_regular(path, limit=JSON).decode()))
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}): {absent}") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged or was edited: {error}; {damaged}") from error
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -18,8 +18,8 @@ from typing import Any, Final
 from vssm.artifact.directory import MODEL_FILE, Artifact
 from vssm.errors import ArtifactError
 from vssm.files.atomic import atomic_write_bytes, sha256_of
-from vssm.files.json import FieldError, Node
-from vssm.files.regular import ENGINE, JSON, read_regular
+from vssm.files.json import FieldError, Node, read_json
+from vssm.files.regular import ENGINE, read_regular
 from vssm.runtimes.cuda_memory import GpuInfo
 from vssm.runtimes.tensorrt.api import Product
 
@@ -109,17 +109,9 @@ def read_info(path: Path, command: str) -> EngineInfo:
     Raises:
         ArtifactError: it is missing, no JSON, of a newer format, or a field is wrong.
     """
-    try:
-        return _parse(Node.parse(read_regular(path, limit=JSON).decode()))
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be read ({error.strerror}): an engine that does not say what it was "
-            f"built from is not loaded; build it with `{command} {path.parent}`"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"{path} is damaged or was edited: {error}; build it with `{command} {path.parent}`"
-        ) from error
+    build = f"build it with `{command} {path.parent}`"
+    absent = f"an engine that does not say what it was built from is not loaded; {build}"
+    return read_json(path, _parse, absent=absent, damaged=build)
 
 
 def _parse(root: Node) -> EngineInfo:
