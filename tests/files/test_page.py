@@ -67,3 +67,9 @@ def test_pictures_are_inside() -> None:
 def test_what_is_empty_leaves_nothing() -> None:
     page = render("t", {}, [Section()])
     assert not {"h2", "p", "table", "figure"} & set(outline(page).seen)
+
+
+def test_what_is_invisible_is_shown() -> None:
+    hostile = "a\x1b[2J\u202eb\u200b\ud800"
+    page = render(hostile, {hostile: hostile}, [Section(hostile, [hostile])])
+    assert page.encode().count(rb"a\x1b[2J\u202eb\u200b\ud800") == page.count("<title>") * 6

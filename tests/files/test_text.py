@@ -22,7 +22,7 @@ from vssm.files.text import is_plain, shown
         ("abc\u202egpj", "abc\\u202egpj"),
         ("a\u2066b\u2069", "a\\u2066b\\u2069"),
         ("zero\u200bwidth\ufeff", "zero\\u200bwidth\\ufeff"),
-        ("x\u3164y\ufe0f\U000e0100", "x\\u3164y\\ufe0f\\U000e0100"),
+        ("x\u3164y\ufe05\U000e0100", "x\\u3164y\\ufe05\\U000e0100"),
         ("tag\U000e0041", "tag\\U000e0041"),
         ("line\u2028paragraph\u2029", "line\\u2028paragraph\\u2029"),
         ("lone \udc80 \ud800", "lone \\udc80 \\ud800"),
@@ -31,6 +31,16 @@ from vssm.files.text import is_plain, shown
 def test_what_is_shown(text, safe):
     assert shown(text) == safe
     assert is_plain(text) == (text == safe)
+
+
+def test_joiners_may_be_kept_and_are_shown():
+    for text in (
+        "\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\u2764\ufe0f",
+        "a\u200db",
+    ):
+        assert is_plain(text)
+        assert "\\u" in shown(text)
 
 
 def test_every_character_can_be_shown_and_written():

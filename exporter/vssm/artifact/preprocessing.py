@@ -19,6 +19,7 @@ from PIL import Image
 from vssm.artifact.directory import Artifact
 from vssm.artifact.manifest import MAX_CROP, Manifest, Preprocessing, read_manifest
 from vssm.files.regular import open_regular, read_regular
+from vssm.files.text import is_plain, shown
 
 ImageInput = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
@@ -119,6 +120,11 @@ def read_labels(
         raise ValueError(
             f"{name}={path} names {sum(map(bool, names))} classes on {len(names)} lines, but the "
             f"model has {num_classes}; give the file of the data set that it was trained on"
+        )
+    if foreign := [n for n in names if not is_plain(n)]:
+        raise ValueError(
+            f"{name}={path} has the class {shown(repr(foreign[0]), limit=80)}, which holds control "
+            "or invisible characters; take them out"
         )
     return tuple(names)
 

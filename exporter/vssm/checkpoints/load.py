@@ -22,6 +22,7 @@ from vssm.checkpoints.locate import some
 from vssm.checkpoints.wrapped import refuse_wrapper
 from vssm.errors import CheckpointError
 from vssm.files.atomic import atomic_path
+from vssm.files.text import shown
 
 _SHARD: Final = re.compile(r"-\d+-of-\d+\.")
 
@@ -130,7 +131,7 @@ def load_checkpoint(
     model.load_state_dict({**own, **cast}, strict=True)
     if hasattr(model, "checkpoint"):
         untyped: Any = model
-        untyped.checkpoint = CheckpointInfo(os.path.basename(os.fspath(path)), raw.sha256)
+        untyped.checkpoint = CheckpointInfo(shown(os.path.basename(os.fspath(path))), raw.sha256)
         if hasattr(model, "labels"):
             untyped.labels = None if new_head else labels  # a new head has classes of its own
     return LoadReport(

@@ -102,7 +102,7 @@ def export_user_module(
         checkpoint = None
         if request.checkpoint is not None:
             found = load_checkpoint(model, request.checkpoint, weights=request.weights)
-            checkpoint, loaded = CheckpointInfo(request.checkpoint.name, found.sha256), str(found)
+            checkpoint, loaded = CheckpointInfo(shown(request.checkpoint.name), found.sha256), str(found)
         example = _example(request)
         if schedule is not None:
             model = prune(

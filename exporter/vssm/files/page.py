@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from vssm.files.text import shown
+
 
 @dataclass(frozen=True)
 class Table:
@@ -90,5 +92,10 @@ def render(title: str, facts: Mapping[str, str], sections: Sequence[Section]) ->
     """
     from jinja2 import Environment, StrictUndefined
 
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_TEMPLATE)
+    # An SVG comes from our own plots; every other text may be a stranger's.
+    template = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: value if hasattr(value, "__html__") else shown(value, lines=True),
+    ).from_string(_TEMPLATE)
     return template.render(title=title, facts=facts, sections=sections)

@@ -18,6 +18,7 @@ _INVISIBLE: Final = frozenset(
         *range(0xE0100, 0xE01F0),
     )
 )
+_JOINING: Final = frozenset({0x200C, 0x200D, 0xFE0E, 0xFE0F})
 # Controls, formats (bidirectional marks, zero widths), surrogates, private and unassigned ones,
 # line and paragraph separators.
 _UNSAFE: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
@@ -39,12 +40,19 @@ def shown(value: object, *, limit: int | None = None, lines: bool = False) -> st
         text = f"{text[: max(limit - 3, 0)]}..."
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if is_plain(c) or (lines and c == "\n") else _escape(c) for c in text)
+    return "".join(c if _is_visible(c) or (lines and c == "\n") else _escape(c) for c in text)
 
 
 def is_plain(text: str) -> bool:
-    """Whether all of `text` is shown as it is."""
-    return all(unicodedata.category(c) not in _UNSAFE and ord(c) not in _INVISIBLE for c in text)
+    """Whether `text` may be kept as it is: nothing in it is invisible or controls anything.
+
+    Joiners and selectors of emoji, which Persian, Indic scripts and pictures need, may be in it.
+    """
+    return all(ord(c) in _JOINING or _is_visible(c) for c in text)
+
+
+def _is_visible(character: str) -> bool:
+    return unicodedata.category(character) not in _UNSAFE and ord(character) not in _INVISIBLE
 
 
 def _escape(character: str) -> str:

@@ -19,6 +19,7 @@ from vssm.artifact.manifest import Preprocessing, write_manifest
 from vssm.checkpoints.load import save_safetensors
 from vssm.errors import UnsupportedError
 from vssm.files.atomic import sha256_of
+from vssm.files.text import is_plain, shown
 from vssm.models import model_from_config
 from vssm.models.base import VisionModel
 from vssm.onnx.describe import block_outputs, describe_export
@@ -173,6 +174,11 @@ def _refuse(model: VisionModel, opset: int, labels: Sequence[str] | None) -> Non
     if labels is not None and len(labels) != model.num_classes:
         raise ValueError(
             f"labels={len(labels)} for {model.num_classes} classes; give one label a class"
+        )
+    if foreign := [label for label in labels or () if not is_plain(label)]:
+        raise ValueError(
+            f"labels hold {shown(repr(foreign[0]), limit=80)}, with control or invisible "
+            "characters; take them out"
         )
 
 
