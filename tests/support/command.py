@@ -15,10 +15,13 @@ MODEL = ["vim_tiny", "--num-classes=7", *SIZES]
 
 
 class Run:
-    """Runs `vssm` in this process: `run(arguments)` gives the exit code; `out` what it said."""
+    """Runs `vssm` in this process: `run(arguments)` gives the exit code.
+
+    `raw` is what it said, `out` the same with single spaces.
+    """
 
     def __init__(self, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
-        self.capsys, self.patch, self.out = capsys, patch, ""
+        self.capsys, self.patch, self.out, self.raw = capsys, patch, "", ""
 
     def __call__(self, *arguments: object) -> int:
         self.patch.setattr(sys, "argv", ["vssm", *map(str, arguments)])
@@ -29,5 +32,6 @@ class Run:
         else:
             code = 0
         captured = self.capsys.readouterr()
-        self.out = " ".join((captured.out + captured.err).split())
+        self.raw = captured.out + captured.err
+        self.out = " ".join(self.raw.split())
         return code

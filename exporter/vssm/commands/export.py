@@ -33,6 +33,7 @@ from vssm.commands.options import (
 from vssm.commands.tables import phases, say, write_result
 from vssm.errors import check_choice
 from vssm.files.atomic import check_files
+from vssm.files.text import shown
 
 if TYPE_CHECKING:
     from vssm.artifact.directory import Artifact
@@ -102,7 +103,10 @@ def export_user_module(
         checkpoint = None
         if request.checkpoint is not None:
             found = load_checkpoint(model, request.checkpoint, weights=request.weights)
-            checkpoint, loaded = CheckpointInfo(shown(request.checkpoint.name), found.sha256), str(found)
+            checkpoint, loaded = (
+                CheckpointInfo(shown(request.checkpoint.name), found.sha256),
+                str(found),
+            )
         example = _example(request)
         if schedule is not None:
             model = prune(

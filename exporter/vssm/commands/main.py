@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -54,6 +55,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command; exit code 0 success, 1 a check failed, 2 bad usage or input, 3 a fault."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         with explain_missing():
             app()
@@ -61,10 +63,15 @@ def main() -> None:
         say(("error", "bold red"), f": {error or type(error).__name__}", to=errors)
         sys.exit(2)
     except Exception:  # not 1: a script would take it for a failed check
-        traceback.print_exc()
+        errors.print(traceback.format_exc(), highlight=False, soft_wrap=True)
         rest = ": unexpected; unless memory ran out, please report it"
         say(("fault", "bold red"), rest, to=errors)
         sys.exit(3)
+
+
+def _terminate(number: int, _: object) -> None:
+    """End as an interrupt does: what was begun is put back, or goes, on the way out."""
+    raise SystemExit(128 + number)
 
 
 @app.callback(invoke_without_command=True)

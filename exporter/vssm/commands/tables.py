@@ -15,7 +15,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vssm.commands.terminal import Terminal
 from vssm.files.json import json_text, write_json
+from vssm.files.text import shown
 
 if TYPE_CHECKING:  # what a command does not run, it does not import
     from vssm.bench.measure import BenchReport, Timing
@@ -23,17 +25,17 @@ if TYPE_CHECKING:  # what a command does not run, it does not import
     from vssm.runtimes.doctor import Finding
     from vssm.types import Steps
 
-# File names and labels are shown as they are, whatever brackets or colons they hold. Under
-# torchrun the first process speaks.
-console = Console(markup=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
-errors = Console(stderr=True, markup=False, emoji=False)
+# Under torchrun the first process speaks.
+console = Terminal(quiet=os.environ.get("RANK", "0") != "0")
+errors = Terminal(stderr=True)
 STDOUT: Final = Path("-")
 _SECONDS: Final = 30.0
 
 
 def say(*parts: str | tuple[str, str], to: Console | None = None) -> None:
-    """Print one line, which the terminal may break but we do not; a pair is a text and a style."""
-    (to or console).print(Text.assemble(*parts), soft_wrap=True)
+    """Print one line, which the terminal may break but no text in it; a pair has a style."""
+    safe = [shown(p) if isinstance(p, str) else (shown(p[0]), p[1]) for p in parts]
+    (to or console).print(Text.assemble(*safe), soft_wrap=True)
 
 
 def say_folders(rule: str, notes: Sequence[str]) -> None:

@@ -188,8 +188,7 @@ def _write(path: Path, pictures: Sequence[Picture], rows: Sequence[ImageResult])
         top = " ".join(map(str, row.top))
         start = (picture.path, picture.target, row.top[0], top)
         writer.writerow((*start, int(right), int(among), *chances, ""))
-    # A name that is no UTF-8 has lone surrogates, which are written as escapes.
-    atomic_write_bytes(path, text.getvalue().encode(errors="backslashreplace"))
+    atomic_write_bytes(path, text.getvalue().encode())
 
 
 RESULTS_FILE = "evaluate.csv"
