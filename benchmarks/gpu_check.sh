@@ -43,6 +43,9 @@ if [[ -z "${PYTHON:-}" ]]; then
   [[ ! -x .venv/bin/python ]] || PYTHON="$root/.venv/bin/python"
 fi
 cuda="${CUDA_HOME:-${CUDA_PATH:-/usr/local/cuda}}"
+python="$PYTHON"
+PYTHON="$(command -v "$python")" ||
+  refuse "PYTHON=$python cannot be run" "name another interpreter with PYTHON="
 export PATH="$PATH:$(dirname "$PYTHON"):$cuda/bin:/usr/local/nvidia/bin"
 export PYTHONPATH="$root/exporter:$root${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONDONTWRITEBYTECODE=1
