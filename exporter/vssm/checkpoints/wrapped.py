@@ -28,8 +28,8 @@ _REPLACED: Final = (
         "a parametrisation",
         "remove it with torch.nn.utils.parametrize.remove_parametrizations(module, name)",
     ),
-    (r"_[gv]$", "weight_norm", "remove it with torch.nn.utils.remove_weight_norm(module)"),
     (r"_u$", "spectral_norm", "remove it with torch.nn.utils.remove_spectral_norm(module)"),
+    (r"_[gv]$", "weight_norm", "remove it with torch.nn.utils.remove_weight_norm(module)"),
     (
         r"_(orig|mask)$",
         "a pruning mask (torch.nn.utils.prune)",
@@ -89,11 +89,14 @@ def refuse_packed(model: nn.Module) -> None:
         ValueError: a weight is no tensor with values of its own.
     """
     for key, value in model.state_dict().items():
+        if key.rpartition(".")[2] == "_extra_state":
+            continue
         # Packed modules store their parts as tuples and dtypes; torchao subclasses the tensor.
         if not isinstance(value, Tensor) or value.is_quantized or type(value) is not Tensor:
             raise ValueError(
-                f"model: {key} holds packed weights, as quantised modules do; export the float "
-                "model that was quantised, or quantise the exported file"
+                f"model: {key} is a {type(value).__name__}, not plain numbers: packed weights, as "
+                "quantised modules hold them; export the float model that was quantised, or "
+                "quantise the exported file"
             )
 
 

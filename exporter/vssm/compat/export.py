@@ -25,6 +25,7 @@ from vssm.artifact.manifest import (
 )
 from vssm.artifact.reference import MODULE_KEY, REFERENCE_FILE
 from vssm.checkpoints.load import save_safetensors
+from vssm.checkpoints.wrapped import refuse_packed, refuse_wrapper
 from vssm.compat.exact import evaluating, exact_outputs
 from vssm.compat.outputs import Outputs, module_outputs
 from vssm.compat.passes import simplify
@@ -104,7 +105,7 @@ def export_module(
         The export; `open_session`, `check_parity` and `vssm check`, `run` and `bench` take it.
 
     Raises:
-        TypeError: `model` is no module or `example_input` no tensor.
+        TypeError: `model` is no module, or a wrapper around one, or `example_input` no tensor.
         ValueError: a weight is not finite or not float32, or an option does not fit.
         UnsupportedError: torch.export cannot trace the module, no scan is in what it traced, or
             the module does not run in float64.
@@ -190,6 +191,8 @@ class _Wrapper(nn.Module):
 def _refuse(model: Any, example: Any, opset: int) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__} is no torch.nn.Module; give the module")
+    refuse_wrapper(model)
+    refuse_packed(model)
     if not isinstance(example, Tensor) or example.dim() < 1:
         raise TypeError(
             f"example_input={type(example).__name__} is no tensor with a batch axis; wrap modules "
@@ -198,7 +201,7 @@ def _refuse(model: Any, example: Any, opset: int) -> None:
     check_opset(opset)
     bad: dict[str, list[str]] = {"not float32": [], "on device meta": [], "not finite": []}
     for key, value in model.state_dict().items():
-        if not value.is_floating_point():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         if value.is_meta:
             bad["on device meta"].append(key)

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from vssm.artifact.directory import WEIGHTS_FILE, Artifact, staged_export
 from vssm.artifact.manifest import Preprocessing, write_manifest
 from vssm.checkpoints.load import save_safetensors
+from vssm.checkpoints.wrapped import refuse_packed, refuse_replaced, refuse_wrapper
 from vssm.errors import UnsupportedError
 from vssm.files.atomic import sha256_of
 from vssm.files.text import is_plain, shown
@@ -76,9 +77,10 @@ def export(
         progress: called with a phase, its steps done and their number, block by block.
 
     Raises:
-        TypeError: `model` is not one of this package's models.
+        TypeError: `model` is not one of this package's models, or a wrapper around one.
         ValueError: `dtype`, `opset` or `labels` does not fit; the weights are not those of the
-            model's configuration, on no real device, or not finite in `dtype`.
+            model's configuration (parametrised or packed ones, say), on no real device, or not
+            finite in `dtype`.
         UnsupportedError: the schedule has no exported form (alignment "masked").
         ArtifactError: the directory cannot be written, or holds an export and not `force`.
     """
@@ -160,6 +162,7 @@ class _Traced(nn.Module):
 
 
 def _refuse(model: VisionModel, opset: int, labels: Sequence[str] | None) -> None:
+    refuse_wrapper(model)
     if not isinstance(model, VisionModel):
         raise TypeError(
             f"model={type(model).__name__} is not a model of this package; make it with "
@@ -187,6 +190,7 @@ def _initial_weights(model: VisionModel) -> bool:
 
     A model whose head was replaced, say, would be exported under a configuration that is not its.
     """
+    refuse_packed(model)
     state = model.state_dict()
     if meta := [key for key, value in state.items() if value.is_meta]:
         raise ValueError(
@@ -195,6 +199,7 @@ def _initial_weights(model: VisionModel) -> bool:
         )
     with torch.device("cpu"):
         seeded = model_from_config(model.name, asdict(model.config), model.schedule).state_dict()
+    refuse_replaced(model, seeded)
     shapes, wanted = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, seeded))
     for key in sorted({*shapes, *wanted}):
         if shapes.get(key) != wanted.get(key):
