@@ -169,6 +169,15 @@ def test_a_student_beside_its_teacher(tmp_path, outer):
         assert_loaded(model, expected)
 
 
+def test_a_file_without_its_head_beside_others(tmp_path):
+    state = {k: v for k, v in weights(Bare()).items() if not k.startswith("head")}
+    content = {**prefixed("encoder.", state), "decoder.weight": torch.ones(5)}
+    path = save(content, tmp_path / "a.pth")
+    assert_refused(Bare(), path, "'encoder'", "decoder.weight", "key='encoder'")
+    assert_refused(Bare(), path, "missing: head.weight", "--new-head", key="encoder")
+    load_checkpoint(Bare(), path, key="encoder", new_head=True)
+
+
 def test_a_model_beside_a_loss_of_its_own(tmp_path):
     state = weights(Bare())
     content = {**prefixed("model.", state), "criterion.weight": torch.ones(5)}
@@ -285,3 +294,21 @@ def test_every_familys_head(tmp_path, name):
     assert_refused(model, path, "--new-head")
     report = load_checkpoint(model, path, new_head=True)
     assert len(report.new_head) == (4 if name == "groupmamba_tiny" else 2)
+
+
+def test_a_model_is_told_what_was_loaded(tmp_path):
+    wide = vssm.create_model("vim_tiny", num_classes=20, depth=1)
+    path = save({"net": prefixed("model.", wide.state_dict())}, tmp_path / "a.pth")
+    model = vssm.create_model("vim_tiny", num_classes=3, depth=1)
+    assert model.loaded is None
+    report = load_checkpoint(model, path, new_head=True)
+    assert model.loaded == str(report)
+    assert "'model.' stripped" in model.loaded
+    assert model.checkpoint.sha256 == report.sha256
+    save_safetensors(
+        wide.state_dict(), tmp_path / "a.safetensors", labels=[str(i) for i in range(20)]
+    )
+    load_checkpoint(model, tmp_path / "a.safetensors", new_head=True)
+    assert model.labels is None  # they are the old head's
+    load_checkpoint(wide, tmp_path / "a.safetensors")
+    assert wide.labels[3] == "3"

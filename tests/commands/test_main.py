@@ -35,7 +35,7 @@ def test_export_check_run_bench(cli: Run, tmp_path: Path, checkpoint: Path, pict
     out = tmp_path / "out"
     arguments = ("--checkpoint", checkpoint, "--schedule", "1:0.7,2:0.8", "-o", out)
     assert cli("export", *MODEL, *arguments) == 0, cli.out
-    assert "weights: micro.safetensors" in cli.out
+    assert "micro.safetensors (safetensors)" in cli.out
     assert "tokens kept by stage: [27, 21]" in cli.out
 
     assert cli("check", out, "--per-block", "--json", tmp_path / "check.json") == 0, cli.out

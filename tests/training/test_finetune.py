@@ -23,7 +23,7 @@ import torch
 from checkout import PYTHONPATH, ROOT
 from command import MODEL, Run
 from exports import SCHEDULE
-from finetune_cases import CLASSES, PLAIN, model_source, request, write_pictures
+from finetune_cases import CLASSES, OPTIONS, PLAIN, model_source, request, write_pictures
 from safetensors.torch import load_file, save_file
 
 import vssm
@@ -565,6 +565,16 @@ def test_a_whole_schedule_is_trained_as_it_is(data, checkpoint, tmp_path):
     assert "conv='position'" in report.run["schedule"]
 
 
+def test_a_new_head_on_weights_under_a_key(data, tmp_path):
+    wide = vssm.create_model("vim_tiny", num_classes=20, **OPTIONS)
+    torch.save({"student": {"net": wide.state_dict()}}, tmp_path / "a.pth")
+    source = model_source(tmp_path / "a.pth", key="student", new_head=True)
+    report = vssm.finetune(request(data, tmp_path / "out", what=source, epochs=1))
+    assert "under 'student.net'" in report.loaded
+    assert "head.weight (7, 20) stays the model's own, the file has (20, 20)" in report.loaded
+    assert report.run["new_head"] == "True"
+
+
 def test_distillation(data, checkpoint, tmp_path, whole):
     """Where nothing is pruned the teacher is the model, and the first step's divergence is none."""
     alone = model_source(checkpoint, schedule="1:1.0")
@@ -596,6 +606,14 @@ def test_refusals(data, checkpoint, tmp_path):
         ModelSource("vim_tiny", importance="l1")
     with pytest.raises(ValueError, match="weights='ema' without a checkpoint"):
         ModelSource("vim_tiny", weights="ema")
+    with pytest.raises(ValueError, match="key='net' without a checkpoint"):
+        ModelSource("vim_tiny", key="net")
+    with pytest.raises(ValueError, match="new_head=True without a checkpoint"):
+        ModelSource("vim_tiny", new_head=True)
+    with pytest.raises(ValueError, match="key='net' with weights='ema': a key says which"):
+        model_source(checkpoint, weights="ema", key="net")
+    with pytest.raises(ValueError, match="the teacher's head would be untrained too"):
+        request(data, tmp_path, what=model_source(checkpoint, new_head=True), distil=0.5)
     with pytest.raises(ValueError, match="save_every=0 is below 1"):
         Resources(save_every=0)
     with pytest.raises(ValueError, match="batch=44 is more than the 42 images"):

@@ -327,14 +327,17 @@ def _whole_groups(state: Shapes, expected: Shapes, adapt: Adapt) -> list[str]:
     parts = _foreign_parts(expected)
     found = []
     for first, size in sizes.most_common(_GROUPS):
-        if size < len(expected):
+        if 2 * size < len(expected):
             break
         keys = [key for key in state if key.startswith(f"{lead}{first}.")]
         below = _common(keys)
         for name in (".".join(below[: i + 1]) for i in range(len(below))):
             origin = {_without(parts, key.removeprefix(f"{name}.")): key for key in keys}
-            whole = len(origin) == len(keys)
-            if whole and _try(state, _Change(), origin, expected, adapt).exact:
+            if len(origin) < len(keys):
+                continue
+            fit = _try(state, _Change(), origin, expected, adapt)
+            # Another head is the next question, and a part of the file the first.
+            if replace(fit, head=_other_head(fit, expected)).exact:
                 found.append(name)
                 break
     return sorted(found)

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import safetensors.torch
 import torch
@@ -95,8 +95,8 @@ def load_checkpoint(
     model in every key and shape; docs/checkpoints.md says what. A model with a method
     `adapt_state_dict(state) -> state` is asked to rename old keys and resize position tables,
     without changing itself. Values are cast to the model's dtypes. A model with attributes
-    `checkpoint` and `labels` is told the file's name and hash, and the names of its classes where
-    the file has them, for `model.json`.
+    `checkpoint`, `loaded` and `labels` is told the file's name and hash, what was done, and the
+    names of its classes where the file has them, for `model.json` and reports.
 
     Args:
         model: left as it was on any error; stays on its device.
@@ -129,12 +129,7 @@ def load_checkpoint(
     cast, casts = _cast(found.state, own, path)
     labels = stored_labels(raw.metadata, path)
     model.load_state_dict({**own, **cast}, strict=True)
-    if hasattr(model, "checkpoint"):
-        untyped: Any = model
-        untyped.checkpoint = CheckpointInfo(shown(os.path.basename(os.fspath(path))), raw.sha256)
-        if hasattr(model, "labels"):
-            untyped.labels = None if new_head else labels  # a new head has classes of its own
-    return LoadReport(
+    report = LoadReport(
         path=os.fspath(path),
         sha256=raw.sha256,
         format=raw.format,
@@ -150,6 +145,21 @@ def load_checkpoint(
         stubs=raw.stubs,
         new_head=found.new_head,
     )
+    # A new head has classes of its own.
+    _tell(model, report, None if new_head else labels)
+    return report
+
+
+def _tell(model: nn.Module, report: LoadReport, labels: tuple[str, ...] | None) -> None:
+    """Set those of a model's attributes that say where its weights came from."""
+    told = {
+        "checkpoint": CheckpointInfo(shown(os.path.basename(report.path)), report.sha256),
+        "loaded": str(report),
+        "labels": labels,
+    }
+    for name, value in told.items():
+        if hasattr(model, "checkpoint") and hasattr(model, name):
+            setattr(model, name, value)
 
 
 def save_safetensors(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vssm.checkpoints.pickle_machine import Stub, TensorRecord
 from vssm.errors import CheckpointError
+from vssm.files.text import shown
 
 # Names under which training codes save a model's weights, at any depth of such names: Vim, VMamba,
 # GroupMamba, mmcv, Lightning, PyTorch's tutorials, BasicSR, DeepSpeed; and their averaged weights.
@@ -82,7 +83,7 @@ def text(value: object, most: int = 60) -> str:
     """A key or name of a file for people: one line, cut, with control characters escaped."""
     if not isinstance(value, str):
         return f"({type(value).__name__})" if isinstance(value, tuple | bytes) else str(value)
-    return repr(value[:most])[1:-1] + ("..." if len(value) > most else "")
+    return shown(value, limit=most)
 
 
 def some(names: Iterable[str], count: int) -> str:

@@ -14,8 +14,10 @@ from vssm.commands.options import (
     HeadWidth,
     Images,
     Json,
+    Key,
     Model,
     ModelOptions,
+    NewHead,
     OwnSchedule,
     options,
 )
@@ -73,6 +75,8 @@ def ablate(
     *,
     checkpoint: Checkpoints = None,
     ema: Ema = False,
+    key: Key = None,
+    new_head: NewHead = False,
     schedule: OwnSchedule = None,
     seeds: Seeds = 3,
     ratios: Ratios = "0.9,0.8,0.7,0.6,0.5",
@@ -101,6 +105,8 @@ def ablate(
         schedule=schedule,
         num_classes=num_classes,
         options=options(option or []),
+        key=key,
+        new_head=new_head,
     )
     training = _training(train, finetune, finetune_seeds, recipe, micro_batch)
     asked = AblationOptions(

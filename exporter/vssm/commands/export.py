@@ -21,8 +21,10 @@ from vssm.commands.options import (
     Importance,
     Inline,
     Json,
+    Key,
     Labels,
     Name,
+    NewHead,
     NumClasses,
     Opset,
     Schedule,
@@ -51,6 +53,8 @@ class ModuleRequest:
     integers: int | None = None
     checkpoint: Path | None = None
     weights: str = "model"
+    key: str | None = None
+    new_head: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     paths: tuple[Path, ...] = ()
     prefer: str = "ours"
@@ -102,7 +106,13 @@ def export_user_module(
         model: Any = build_from(request.target, request.options)
         checkpoint = None
         if request.checkpoint is not None:
-            found = load_checkpoint(model, request.checkpoint, weights=request.weights)
+            found = load_checkpoint(
+                model,
+                request.checkpoint,
+                weights=request.weights,
+                key=request.key,
+                new_head=request.new_head,
+            )
             checkpoint, loaded = (
                 CheckpointInfo(shown(request.checkpoint.name), found.sha256),
                 str(found),
@@ -143,6 +153,8 @@ def _check(request: ModuleRequest, directory: Path) -> PruneSchedule | None:
         schedule=request.schedule,
         checkpoint=request.checkpoint,
         weights=request.weights,
+        key=request.key,
+        new_head=request.new_head,
         cls_index=request.cls_index,
         **rules,
     )
@@ -232,6 +244,8 @@ def export(
     output: Folder,
     checkpoint: Checkpoint = None,
     ema: Ema = False,
+    key: Key = None,
+    new_head: NewHead = False,
     schedule: Schedule = None,
     alignment: Alignment = None,
     importance: Importance = None,
@@ -262,6 +276,8 @@ def export(
         conv=conv,
         num_classes=num_classes,
         options=options(option or []),
+        key=key,
+        new_head=new_head,
     )
     dtype = checked_dtype(dtype)
     check_opset(opset)
@@ -288,16 +304,15 @@ def export(
             force=force,
             progress=progress,
         )
-    _print(artifact)
+    _print(artifact, model.loaded)
     write_result(json_file, artifact.manifest)
 
 
-def _print(artifact: Artifact) -> None:
-    manifest = artifact.manifest
-    if manifest.checkpoint is None:
+def _print(artifact: Artifact, loaded: str | None) -> None:
+    if loaded is None:
         say(("no checkpoint given: these are the seeded initial weights", "yellow"))
     else:
-        say(f"weights: {manifest.checkpoint.file}")
+        say(f"weights: {loaded}")
     _print_files(artifact)
 
 
@@ -317,6 +332,8 @@ def export_module(
     tokens: Tokens = None,
     checkpoint: Weights = None,
     ema: Ema = False,
+    key: Key = None,
+    new_head: NewHead = False,
     option: Options = None,
     path: Paths = None,
     prefer: Prefer = "ours",
@@ -342,6 +359,8 @@ def export_module(
         checkpoint=checkpoint,
         weights="ema" if ema else "model",
         options=options(option or []),
+        key=key,
+        new_head=new_head,
         paths=tuple(path or ()),
         prefer=prefer,
         schedule=schedule,

@@ -15,7 +15,9 @@ from vssm.commands.options import (
     Ema,
     Importance,
     Json,
+    Key,
     Name,
+    NewHead,
     NumClasses,
     Schedule,
     Switches,
@@ -63,6 +65,8 @@ def finetune(
     output: Output,
     checkpoint: Checkpoint = None,
     ema: Ema = False,
+    key: Key = None,
+    new_head: NewHead = False,
     schedule: Schedule = None,
     alignment: Alignment = None,
     importance: Importance = None,
@@ -95,6 +99,8 @@ def finetune(
         tokens=tokens,
         num_classes=num_classes,
         options=options(option or []),
+        key=key,
+        new_head=new_head,
     )
     recipe = _recipe(numbers or [], {"epochs": epochs, "batch": batch, "lr": lr})
     resources = Resources(workers, micro_batch, save_every, device, threads)
@@ -131,6 +137,7 @@ def _print(report: FinetuneReport) -> None:
     if trained.resumed:
         rows.insert(2, ("steps of the run that was stopped", f"{trained.resumed:,}"))
     show(table(f"{report.run['model']}, trained", ("", ""), rows))
+    say(f"began with {report.loaded}")
     say_folders(report.run["classes"], report.notes)
     say(f"wrote {report.weights}")
     say(f"wrote {report.ema} (averaged)")

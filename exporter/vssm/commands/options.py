@@ -83,6 +83,13 @@ Trust = Annotated[
 Name = Annotated[str, typer.Argument(help="One of `vssm models`.", **_words(*MODELS))]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights; the seeded initial ones without.")]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")]
+Key = Annotated[
+    str | None, typer.Option(help="Where the checkpoint has the weights, such as student or a.b.")
+]
+NewHead = Annotated[
+    bool,
+    typer.Option("--new-head", help="Keep the model's own head if the file's has another width."),
+]
 Schedule = Annotated[
     str | None,
     typer.Option(help="BLOCK:RATIO,..., such as 5:0.8,10:0.8, or default; dense without."),

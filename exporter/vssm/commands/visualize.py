@@ -13,8 +13,10 @@ from vssm.commands.options import (
     Folder,
     HeadWidth,
     Json,
+    Key,
     Model,
     ModelOptions,
+    NewHead,
     OwnSchedule,
     integers,
     options,
@@ -31,6 +33,8 @@ def visualize(
         Path | None, typer.Option(help="Weights of a named model; the seeded initial ones without.")
     ] = None,
     ema: Ema = False,
+    key: Key = None,
+    new_head: NewHead = False,
     schedule: OwnSchedule = None,
     alignment: Annotated[
         str | None, typer.Option(help="gap, constant or none, in place of the export's.")
@@ -60,6 +64,8 @@ def visualize(
         conv=conv,
         num_classes=num_classes,
         options=options(option or []),
+        key=key,
+        new_head=new_head,
     )
     source.checked(exports=True)
     shown = None if blocks is None else integers("blocks", blocks)

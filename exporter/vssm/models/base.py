@@ -68,6 +68,7 @@ class VisionModel(nn.Module):
         traced_blocks: how many blocks `forward_details(with_blocks=True)` reports.
         residual_stream: whether a block reports a residual stream beside its output.
         checkpoint: the file the weights were loaded from, None for initial weights.
+        loaded: what was loaded from that file and how, in words.
         labels: names of the classes, where that file has them.
         published_directions: scan directions that the published FLOPs count.
         backend: what computes the custom operators, see `use_backend`.
@@ -84,6 +85,7 @@ class VisionModel(nn.Module):
     traced_blocks: int
     residual_stream = True
     checkpoint: CheckpointInfo | None = None
+    loaded: str | None = None
     labels: tuple[str, ...] | None = None
     published_directions = 1  # that the published FLOPs count
     backend = "auto"

@@ -241,9 +241,11 @@ def _facts(
     from vssm.studies.measure import machine
 
     pruned = ", ".join(f"{r} after block {b}" for b, r in schedule.ratios.items())
+    loaded = "; ".join(dict.fromkeys(one.loaded for one in opened if one.loaded is not None))
     return {
         "model": opened[0].name,
         "weights": ", ".join(one.weights for one in opened),
+        **({"loaded": loaded} if loaded else {}),
         "kept": pruned,
         "images": f"{len(folder.pictures):,} in {folder.root}",
         "classes": "; ".join((folder.rule, *folder.notes)),

@@ -182,7 +182,13 @@ class Trainer:
         if self.source.name != plain.name:  # else it is a model's, see load_source
             return [replace(plain, checkpoint=self._start_file())]
         return [
-            replace(plain, checkpoint=one.checkpoint, weights=one.weights)
+            replace(
+                plain,
+                checkpoint=one.checkpoint,
+                weights=one.weights,
+                key=one.key,
+                new_head=one.new_head,
+            )
             for one in _with_checkpoints(self.source, self.options.checkpoints)
         ]
 

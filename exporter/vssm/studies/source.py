@@ -27,6 +27,7 @@ class LoadedSource:
         schedule: how to prune; None for the dense model.
         preprocessing: how images are prepared.
         labels: class names, where the export or the checkpoint has them.
+        loaded: what was read from a checkpoint and done to it; None without one.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LoadedSource:
     schedule: PruneSchedule | None
     preprocessing: Preprocessing
     labels: Sequence[str] | None
+    loaded: str | None = None
 
     def variant(self, schedule: PruneSchedule | None) -> VisionModel:
         """The model with these weights and another schedule; the tensors are shared.
@@ -79,6 +81,7 @@ def _by_name(source: ModelSource) -> LoadedSource:
         _schedule(source, source.name),
         Preprocessing.for_image_size(model.image_size),
         model.labels,
+        model.loaded,
     )
 
 

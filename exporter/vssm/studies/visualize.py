@@ -289,6 +289,8 @@ def _facts(source: LoadedSource) -> dict[str, str]:
     blocks = {} if schedule is None else schedule.ratios
     pruned = ", ".join(f"{ratio} after block {block}" for block, ratio in blocks.items())
     facts = {"model": source.name, "weights": source.weights, "kept": pruned or "everything"}
+    if source.loaded is not None:
+        facts["loaded"] = source.loaded
     if schedule is not None:
         facts |= {"alignment": schedule.alignment, "importance": schedule.importance}
     return facts

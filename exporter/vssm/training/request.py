@@ -24,6 +24,8 @@ def refuse_unused_options(
     schedule: object,
     checkpoint: object,
     weights: str,
+    key: str | None = None,
+    new_head: bool = False,
     model_options: Collection[str] = (),
     **rules: object,
 ) -> None:
@@ -33,6 +35,8 @@ def refuse_unused_options(
         schedule: what prunes; None for a dense model.
         checkpoint: where weights come from; None for none.
         weights: which weights of the checkpoint, "model" by default.
+        key: where in the checkpoint they are; None for the usual places.
+        new_head: whether the checkpoint's head may be left out.
         model_options: keys of --set.
         rules: options that only a schedule has a use for, None where they are not given.
 
@@ -45,8 +49,13 @@ def refuse_unused_options(
                 f"{option}={value!r} without a schedule prunes nothing; give --schedule "
                 "BLOCK:RATIO,... too, or leave it out"
             )
-    if weights != "model" and checkpoint is None:
-        raise ValueError(f"weights={weights!r} without a checkpoint; give --checkpoint FILE")
+    of_file = {"weights": weights != "model", "key": key is not None, "new_head": new_head}
+    if checkpoint is None and any(of_file.values()):
+        option = next(name for name, given in of_file.items() if given)
+        value = {"weights": weights, "key": key, "new_head": new_head}[option]
+        raise ValueError(f"{option}={value!r} without a checkpoint; give --checkpoint FILE")
+    if key is not None and weights != "model":
+        raise ValueError(f"key={key!r} with weights={weights!r}: a key says which; leave one out")
     if "num_classes" in model_options:
         raise ValueError("--set num_classes: this option has a name of its own; --num-classes N")
 
@@ -64,6 +73,9 @@ class ModelSource:
             export (one of a model's name is written ./NAME), which has its own weights and sizes.
         checkpoint: weights; None for the seeded initial ones.
         weights: "model", or "ema" for the averaged weights of the checkpoint.
+        key: where the weights are in the checkpoint, if under no usual name, as for
+            `load_checkpoint`.
+        new_head: keep the model's own head, untrained, where the checkpoint's has another width.
         schedule: "BLOCK:RATIO,...", "default" or a `PruneSchedule`; None for the dense model, or
             the export's own.
         alignment: as for `PruneSchedule`, beside a text; None for "gap".
@@ -89,12 +101,16 @@ class ModelSource:
     tokens: str = "gather"
     num_classes: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = None
+    new_head: bool = False
 
     def __post_init__(self) -> None:
         refuse_unused_options(
             schedule=self.schedule,
             checkpoint=self.checkpoint,
             weights=self.weights,
+            key=self.key,
+            new_head=self.new_head,
             model_options=self.options,
             **self.rules,
         )
@@ -220,4 +236,9 @@ class FinetuneRequest:
             raise ValueError(
                 f"distil={self.recipe.distil} needs a schedule and a checkpoint: the teacher is "
                 "the dense model with its weights; give both, or distil=0"
+            )
+        if self.recipe.distil > 0 and self.source.new_head:
+            raise ValueError(
+                f"distil={self.recipe.distil} with new_head=True: the teacher's head would be "
+                "untrained too; give distil=0"
             )

@@ -71,6 +71,8 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Trai
         "tokens": request.source.tokens,
         "checkpoint": "none" if model.checkpoint is None else model.checkpoint.sha256,
         "weights": request.source.weights,
+        "key": str(request.source.key),
+        "new_head": str(request.source.new_head),
         "images": folder.fingerprint(),
         "classes": folder.rule,
         "processes": str(group.world),
@@ -106,7 +108,13 @@ def build_model(source: ModelSource, schedule: PruneSchedule | None) -> VisionMo
         **source.options,
     )
     if source.checkpoint is not None:
-        load_checkpoint(model, source.checkpoint, weights=source.weights)
+        load_checkpoint(
+            model,
+            source.checkpoint,
+            weights=source.weights,
+            key=source.key,
+            new_head=source.new_head,
+        )
     return model
 
 
@@ -137,6 +145,7 @@ class FinetuneReport:
             folders were matched to classes.
         classes: by class, the folder that its images came from. The files of weights name their
             classes so, unless the checkpoint had names for them.
+        loaded: what the training began with: the checkpoint's tensors, and what was done to them.
         notes: what else is in the folder: empty classes, files that were passed over.
         tensorboard: whether a TensorBoard log was written; the package is optional.
     """
@@ -148,6 +157,7 @@ class FinetuneReport:
     trained: Trained
     run: Mapping[str, str]
     classes: tuple[str, ...]
+    loaded: str
     notes: tuple[str, ...]
     tensorboard: bool
 
@@ -232,6 +242,7 @@ def _write(
         trained=trained,
         run=run.header,
         classes=run.folder.classes,
+        loaded=getattr(state.model, "loaded", None) or "seeded initial weights",
         notes=run.folder.notes,
         tensorboard=tensorboard,
     )
