@@ -70,6 +70,21 @@ def test_an_export_is_not_overwritten_unasked(tmp_path):
     assert tree(tmp_path) == before
 
 
+def test_two_exports_into_one_directory(tmp_path):
+    """The second to end hears of the first, whose files stay."""
+
+    def second(force):
+        with staged_export(tmp_path / "out", force=force) as staging:
+            (staging / "model.json").write_text("{}")
+            write_export(tmp_path / "out", force=force, model_onnx=b"first")
+
+    with pytest.raises(ArtifactError, match=r"written by another process meanwhile.*--force"):
+        second(force=False)
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == b"first"
+    second(force=True)
+    assert tree(tmp_path) == {"out": None, "out/model.json": b"{}"}
+
+
 def test_force_replaces_the_export_and_nothing_else(tmp_path):
     out = tmp_path / "out"
     write_export(out, model_onnx=b"old", weights_safetensors=b"old", extra_bin=b"old")

@@ -99,6 +99,16 @@ def test_an_exchange_is_one_step_and_keeps_the_mode(tmp_path, monkeypatch):
     assert out.stat().st_mode & 0o777 == 0o750
 
 
+def test_the_current_directory_stays_the_same_one(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write(out, a="old", last="old")
+    before = out.stat().st_ino
+    monkeypatch.chdir(out)
+    write(".", b="new", last="new")
+    assert out.stat().st_ino == before
+    assert tree(tmp_path) == {"out": None, "out/b": b"new", "out/last": b"new"}
+
+
 def test_what_comes_meanwhile_is_kept(tmp_path):
     out = tmp_path / "out"
     write(out, a="old", last="old")

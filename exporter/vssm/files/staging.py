@@ -165,8 +165,17 @@ def _make_parents(final: Path) -> list[Path]:
 
 def _all_ours(final: Path, ours: Collection[str]) -> bool:
     """Whether `final` may be exchanged whole: it holds nothing else, and can be renamed."""
-    foreign = set(os.listdir(final)).difference(ours)
-    return not foreign and not final.is_mount() and os.access(final.parent, os.W_OK | os.X_OK)
+    if set(os.listdir(final)).difference(ours) or final.is_mount() or _is_current(final):
+        return False
+    return os.access(final.parent, os.W_OK | os.X_OK)
+
+
+def _is_current(final: Path) -> bool:
+    """Whether a shell may stand in it, which would go on in the directory that was taken away."""
+    try:
+        return os.path.samefile(final, os.curdir)
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
