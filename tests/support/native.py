@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from vssm.errors import RuntimeUnavailableError
+from vssm.onnx.bodies import build_functions
 from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES
 from vssm.runtimes.library import ISA_NAMES, exp2_rate, find_library
 
@@ -60,8 +61,12 @@ def make_session(
     *,
     shapes: Mapping[str, list[int | str]] | None = None,
     threads: int = 1,
+    body: bool = False,
 ) -> onnxruntime.InferenceSession:
-    """A session for a model of one node. `types`: ONNX type of each input and output by name."""
+    """A session for a model of one node. `types`: ONNX type of each input and output by name.
+
+    With `body` the fallback body runs, without our library.
+    """
     spec = OPERATORS[name]
 
     def value(operand_name: str) -> object:
@@ -82,13 +87,15 @@ def make_session(
         [value(o.name) for o in spec.outputs],
     )
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    functions = build_functions([name], 18) if body else []
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
     import onnxruntime  # not above: tests of the CUDA kernels share this file and need none
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    options.register_custom_ops_library(str(find_library()))
+    if not body:
+        options.register_custom_ops_library(str(find_library()))
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -121,19 +128,32 @@ def _session(
     types: tuple[tuple[str, int], ...],
     attributes: tuple[tuple[str, int | float | str], ...],
     threads: int,
+    body: bool,
 ) -> onnxruntime.InferenceSession:
-    return make_session(name, dict(types), attributes, threads=threads)
+    spec = OPERATORS[name]
+    operands = (*spec.inputs, *spec.outputs)
+    # A body does not load where a rank is not known.
+    ranks: dict[str, list[int | str]] = {
+        o.name: [f"{o.name}_{s}" for s in o.shape] for o in operands
+    }
+    shapes = ranks if body else None
+    return make_session(name, dict(types), attributes, shapes=shapes, threads=threads, body=body)
 
 
 def run_operator(
-    name: str, inputs: Mapping[str, Tensor], *, threads: int = 1, **attributes: int | float
+    name: str,
+    inputs: Mapping[str, Tensor],
+    *,
+    threads: int = 1,
+    body: bool = False,
+    **attributes: int | float,
 ) -> dict[str, Tensor]:
     """Outputs of one operator, read from memory that was NaN before, between untouched guards."""
     given = output_types(name, inputs)
     types = {n: ONNX_TYPES[t.dtype] for n, t in inputs.items()}
     types |= {n: ONNX_TYPES[t] for n, t in given.items()}
     everything = tuple(sorted({**attributes, **PLUGIN_ATTRIBUTES}.items()))
-    session = _session(name, tuple(sorted(types.items())), everything, threads)
+    session = _session(name, tuple(sorted(types.items())), everything, threads, body)
     binding = session.io_binding()
     kept = {n: t.contiguous() for n, t in inputs.items()}
     for n, tensor in kept.items():

@@ -174,9 +174,15 @@ def _sum_directions(body: BodyBuilder, frame: _Frame, y: str, u: str) -> str:
 
 
 def _silu(body: BodyBuilder, z: str) -> str:
-    """The gate z / (1 + exp(-z)): exact for large negative z, unlike runtimes' Sigmoid."""
-    e = body.op("Exp", body.op("Neg", z))
-    return body.op("Div", z, body.op("Add", e, body.number(1.0)))
+    """The gate z sigmoid(z), with exp of negative numbers only.
+
+    z / (1 + exp(-z)) is 0 from -88.7 on, where exp overflows, and silu still -3e-37; the Sigmoid of
+    some runtimes ends sooner. -inf gives -inf * 0, NaN, as in PyTorch.
+    """
+    zero, one = body.number(0.0), body.number(1.0)
+    shrunk = body.op("Exp", body.op("Neg", body.op("Abs", z)))
+    above = body.op("Where", body.op("Less", z, zero), shrunk, one)
+    return body.op("Mul", z, body.op("Div", above, body.op("Add", shrunk, one)))
 
 
 def gather_function(spec: OperatorSpec, opset: int) -> onnx.FunctionProto:

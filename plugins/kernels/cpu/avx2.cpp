@@ -56,6 +56,13 @@ struct Avx2 {
   static VSSM_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
   static VSSM_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
   static VSSM_INLINE Vec negative_abs(Vec x) { return _mm256_or_ps(x, set1(-0.0F)); }
+  static VSSM_INLINE bool any_below(Vec x, float limit) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(x, set1(limit), _CMP_LT_OQ)) != 0;
+  }
+  /// Where x is below the limit `a`, elsewhere `b`.
+  static VSSM_INLINE Vec below(Vec x, float limit, Vec a, Vec b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, set1(limit), _CMP_LT_OQ));
+  }
 
   /// p 2^n, where t = n + 1.5 * 2^23.
   static VSSM_INLINE Vec add_exponent(Vec p, Vec t) {
@@ -119,11 +126,11 @@ struct Avx2 {
           _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(cell, 20)));
     }
 
-    /// The same for any argument: 0 and inf at the ends, NaN stays NaN.
-    static VSSM_INLINE Vec any(Vec span, Vec a) {
+    /// 2^(span a octave) for any argument: 0 and inf at the ends, NaN stays NaN.
+    static VSSM_INLINE Vec any(Vec span, Vec a, float octave) {
       constexpr float kP[] = {1.0F,           0.693147182F,   0.240226462F,  0.0555032864F,
                               0.00961848907F, 0.00133999309F, 0.00015345811F};
-      Vec x = span * a * set1(1.0F / kCells);
+      Vec x = span * a * set1(octave);
       x = _mm256_min_ps(set1(250.0F), _mm256_max_ps(set1(-250.0F), x));
       const Vec n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       const Vec r = x - n;

@@ -68,6 +68,13 @@ struct Avx512 {
   static VSSM_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
   static VSSM_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
   static VSSM_INLINE Vec negative_abs(Vec x) { return _mm512_or_ps(x, set1(-0.0F)); }
+  static VSSM_INLINE bool any_below(Vec x, float limit) {
+    return _mm512_cmp_ps_mask(x, set1(limit), _CMP_LT_OQ) != 0;
+  }
+  /// Where x is below the limit `a`, elsewhere `b`.
+  static VSSM_INLINE Vec below(Vec x, float limit, Vec a, Vec b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, set1(limit), _CMP_LT_OQ), b, a);
+  }
 
   /// p 2^n, where t = n + 1.5 * 2^23.
   static VSSM_INLINE Vec add_exponent(Vec p, Vec t) {
@@ -139,11 +146,11 @@ struct Avx512 {
           _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(cell, 19)));
     }
 
-    /// The same for any argument: 0 and inf at the ends, NaN stays NaN.
-    static VSSM_INLINE Vec any(Vec span, Vec a) {
+    /// 2^(span a octave) for any argument: 0 and inf at the ends, NaN stays NaN.
+    static VSSM_INLINE Vec any(Vec span, Vec a, float octave) {
       constexpr float kP[] = {1.0F,           0.693147182F,   0.240226462F,  0.0555032864F,
                               0.00961848907F, 0.00133999309F, 0.00015345811F};
-      Vec x = span * a * set1(1.0F / kCells);
+      Vec x = span * a * set1(octave);
       x = _mm512_min_ps(set1(1000.0F), _mm512_max_ps(set1(-1000.0F), x));
       const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       const Vec r = x - n;
@@ -203,8 +210,8 @@ alignas(64) const float kLog3[32] = {
     0.04842063F,  0.046040844F, 0.043814484F, 0.04220579F,
 };
 
-/// exp, softplus and silu from tables of 32 entries: half the multiplications of the polynomials
-/// in lanes.h.
+/// exp and softplus from tables of 32 entries: half the multiplications of the polynomials in
+/// lanes.h.
 struct Avx512Functions {
   using Vec = __m512;
   Vec power[2], log[4][2];
@@ -224,7 +231,7 @@ struct Avx512Functions {
     q0 =
         Avx512::opaque(1.0000147F);  // e^r = 1 + r (q0 + q1 r) for |r| <= ln(2) / 64, within 5.4e-8
     q1 = Avx512::opaque(0.5000049F);
-    lowest = Avx512::opaque(-87.0F);
+    lowest = Avx512::opaque(-87.9F);  // 2^(n / 32) has an exponent of 0: a subnormal number
     per_cell = Avx512::opaque(1024.0F / 33.0F);
     cell = Avx512::opaque(33.0F / 1024.0F);
   }
@@ -233,7 +240,7 @@ struct Avx512Functions {
     return _mm512_permutex2var_ps(table[0], _mm512_castps_si512(index), table[1]);
   }
 
-  /// e^x for x in [-87, 88], below: clamped. A NaN gives any value.
+  /// e^x for x <= 88; below -87.34 a subnormal number, which counts as 0. A NaN gives any value.
   VSSM_INLINE Vec exp(Vec x) const {
     x = _mm512_max_ps(lowest, x);
     const Vec t = _mm512_fmadd_ps(x, unit, magic);  // its low bits are n, the nearest cell
@@ -255,11 +262,6 @@ struct Avx512Functions {
     p = _mm512_fmadd_ps(p, r, look_up(log[1], t));
     p = _mm512_fmadd_ps(p, r, look_up(log[0], t));
     return p + Avx512::max(_mm512_setzero_ps(), x);
-  }
-
-  VSSM_INLINE Vec silu(Vec x) const {
-    const Vec e = exp(_mm512_min_ps(_mm512_set1_ps(87.0F), _mm512_setzero_ps() - x));
-    return x / (_mm512_set1_ps(1.0F) + e);
   }
 };
 

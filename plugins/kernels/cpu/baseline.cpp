@@ -39,6 +39,9 @@ struct Baseline {
   // Fused where the processor can: this file alone is compiled with -ffp-contract=fast.
   static VSSM_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   static VSSM_INLINE Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
+  static VSSM_INLINE Vec choose(Int4 mask, Vec a, Vec b) {
+    return (Vec)((mask & (Int4)a) | (~mask & (Int4)b));
+  }
   // Both keep a NaN in the second operand.
 #if defined(__SSE2__)
   static VSSM_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm_max_ps((__m128)a, (__m128)b); }
@@ -50,15 +53,17 @@ struct Baseline {
     return (Vec)_mm_max_epi16((__m128i)a, (__m128i)b);
   }
 #else
-  static VSSM_INLINE Vec choose(Int4 mask, Vec a, Vec b) {
-    return (Vec)((mask & (Int4)a) | (~mask & (Int4)b));
-  }
   static VSSM_INLINE Vec max_bits(Vec a, Vec b) { return choose((Int4)a > (Int4)b, a, b); }
   static VSSM_INLINE Vec max(Vec a, Vec b) { return choose(a > b, a, b); }
   static VSSM_INLINE Vec min(Vec a, Vec b) { return choose(a < b, a, b); }
   static VSSM_INLINE bool all(Int4 mask) { return (mask[0] & mask[1] & mask[2] & mask[3]) != 0; }
 #endif
   static VSSM_INLINE Vec negative_abs(Vec x) { return (Vec)((Int4)x | (Int4)set1(-0.0F)); }
+  static VSSM_INLINE bool any_below(Vec x, float limit) { return !all(~(x < set1(limit))); }
+  /// Where x is below the limit `a`, elsewhere `b`.
+  static VSSM_INLINE Vec below(Vec x, float limit, Vec a, Vec b) {
+    return choose(x < set1(limit), a, b);
+  }
 
   /// p 2^n, where t = n + 1.5 * 2^23.
   static VSSM_INLINE Vec add_exponent(Vec p, Vec t) { return (Vec)((Int4)p + ((Int4)t << 23)); }
@@ -147,11 +152,11 @@ struct Baseline {
       return (Vec)((Int4)p + (n << 23));
     }
 
-    /// The same for any argument: 0 and inf at the ends, NaN stays NaN.
-    static VSSM_INLINE Vec any(Vec span, Vec a) {
+    /// 2^(span a octave) for any argument: 0 and inf at the ends, NaN stays NaN.
+    static VSSM_INLINE Vec any(Vec span, Vec a, float octave) {
       constexpr float kP[] = {1.0F,           0.693147182F,   0.240226462F,  0.0555032864F,
                               0.00961848907F, 0.00133999309F, 0.00015345811F};
-      const Vec x = min(set1(250.0F), max(set1(-250.0F), span * a));
+      const Vec x = min(set1(250.0F), max(set1(-250.0F), span * a * set1(octave)));
       const Vec t = x + set1(12582912.0F);  // 1.5 * 2^23: adding it rounds to an integer
       const Vec r = x - (t - set1(12582912.0F));
       Vec p = set1(kP[6]);

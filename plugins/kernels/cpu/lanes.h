@@ -134,11 +134,13 @@ struct Lanes {
       minus_ln2 = Isa::opaque(-0.693145752F);  // 15 bits: its product with n is exact
       minus_ln2_low = Isa::opaque(-1.42860677e-6F);
       magic = Isa::opaque(12582912.0F);  // 1.5 * 2^23: adding it rounds to an integer
-      lowest = Isa::opaque(-87.0F);
+      // Its n is -127 and its r positive: an exponent of 0 and no sign, so a subnormal number.
+      lowest = Isa::opaque(-87.9F);
     }
 
-    /// e^x for x in [-87, 88], below: clamped; relative error about 2e-7 everywhere: ln(2) is taken
-    /// in two parts. A NaN gives any value: callers combine it with x itself.
+    /// e^x for x <= 88; below -87.34 a subnormal number, which counts as 0. Relative error about
+    /// 2e-7 everywhere: ln(2) is taken in two parts. A NaN gives any value: callers combine it with
+    /// x.
     VSSM_INLINE Vec exp(Vec x) const {
       x = Isa::max(lowest, x);
       const Vec t = Isa::fma(x, log2e, magic);
@@ -158,11 +160,6 @@ struct Lanes {
       return Isa::fma(p, e, Isa::max(Isa::set1(0.0F), x));
     }
 
-    VSSM_INLINE Vec silu(Vec x) const {
-      const Vec e = exp(Isa::min(Isa::set1(87.0F), Isa::set1(0.0F) - x));
-      return x / (Isa::set1(1.0F) + e);
-    }
-
     /// p[0] + p[1] x + p[2] x^2 + p[3] x^3; in pairs, which halves the chain of Horner's rule.
     static VSSM_INLINE Vec cubic(Vec x, Vec x2, const Vec* p) {
       return Isa::fma(Isa::fma(p[3], x, p[2]), x2, Isa::fma(p[1], x, p[0]));
@@ -174,6 +171,38 @@ struct Lanes {
 template <class Isa>
 struct FunctionsOf {
   using Type = typename Lanes<Isa>::Functions;
+};
+
+/// sigmoid(x) and what comes of it, over the whole range of x. Below kFar sigmoid(x) = e^x is close
+/// to or below the smallest normal float while x e^x is not, down to -91.9: there e^(x / 2) is
+/// multiplied in twice. NaN stays NaN, and -inf gives -inf * 0, NaN, in silu and its slope.
+template <class Isa>
+struct Sigmoid {
+  using Vec = typename Isa::Vec;
+  using Functions = typename FunctionsOf<Isa>::Type;
+  static constexpr float kFar = -87.0F;
+
+  static VSSM_INLINE Vec value(const Functions& functions, Vec x) {
+    const Vec e = functions.exp(Isa::negative_abs(x)), one = Isa::set1(1.0F);
+    return Isa::below(x, 0.0F, e, one) / (one + e);
+  }
+
+  /// x sigmoid(x)
+  static VSSM_INLINE Vec silu(const Functions& functions, Vec x) {
+    const Vec near = x / (Isa::set1(1.0F) + functions.exp(Isa::set1(0.0F) - x));
+    if (__builtin_expect(!Isa::any_below(x, kFar), 1)) return near;
+    const Vec root = functions.exp(x * Isa::set1(0.5F));
+    return Isa::below(x, kFar, x * root * root, near);
+  }
+
+  /// The derivative of silu: sigmoid(x) (1 + x (1 - sigmoid(x)))
+  static VSSM_INLINE Vec slope(const Functions& functions, Vec x) {
+    const Vec one = Isa::set1(1.0F);
+    const Vec near = value(functions, x) * Isa::fma(x, value(functions, Isa::set1(0.0F) - x), one);
+    if (__builtin_expect(!Isa::any_below(x, kFar), 1)) return near;
+    const Vec root = functions.exp(x * Isa::set1(0.5F));
+    return Isa::below(x, kFar, (one + x) * root * root, near);
+  }
 };
 
 /// float16 or bfloat16 to float32, exact.

@@ -15,7 +15,8 @@ void decay_values(const float* dt, const float* A, float* target, int64_t count)
     const auto span = Isa::load(dt + i);
     const auto a = Isa::load(A + i) * Isa::set1(1.44269504F * Isa::kCells);
     const bool fast = Isa::fits_decay(span * a);
-    Isa::store(target + i, fast ? decay.fast(span, a) : Isa::Decay::any(span, a));
+    Isa::store(target + i,
+               fast ? decay.fast(span, a) : Isa::Decay::any(span, a, 1.0F / Isa::kCells));
   }
 }
 

@@ -130,14 +130,16 @@ class BackwardBlock {
         step.dt.v[v] = dt;
         step.span.v[v] = scan.delta0 != nullptr ? Isa::fma(gap - one, delta0_.v[v], dt) : dt * gap;
         worst = Isa::max_bits(worst, step.span.v[v] * tile_.lowest.v[v]);
-        if constexpr (kGradients) step.slope.v[v] = kSoftplus ? sigmoid(functions, x) : one;
+        if constexpr (kGradients)
+          step.slope.v[v] = kSoftplus ? Sigmoid<Isa>::value(functions, x) : one;
       }
       if constexpr (kGradients) {
         step.g = load(plan_.dy + y_at_ + step.q * scan.d_inner);
         for (int v = 0; v < kVectors; ++v) step.g.v[v] = step.g.v[v] * Isa::set1(scan.scale);
         if (scan.z == nullptr) continue;
         const Row z = load(static_cast<const float*>(scan.z) + y_at_ + step.q * scan.d_inner);
-        for (int v = 0; v < kVectors; ++v) step.g.v[v] = step.g.v[v] * functions.silu(z.v[v]);
+        for (int v = 0; v < kVectors; ++v)
+          step.g.v[v] = step.g.v[v] * Sigmoid<Isa>::silu(functions, z.v[v]);
       }
     }
     return Isa::fits_decay(worst);
@@ -163,14 +165,6 @@ class BackwardBlock {
     }
   }
 
- public:
-  template <class Functions>
-  static VSSM_INLINE Vec sigmoid(const Functions& functions, Vec x) {
-    const Vec e = functions.exp(Isa::min(Isa::set1(87.0F), Isa::set1(0.0F) - x));
-    return Isa::set1(1.0F) / (Isa::set1(1.0F) + e);
-  }
-
- private:
   /// One step forward: from the states at `h` to those at `next`; its decays go to `decays`, C.h
   /// to y.
   template <bool kFast, bool kOutput = false>
@@ -188,7 +182,7 @@ class BackwardBlock {
       for (int64_t n = 0; n < N; ++n) {
         const int64_t place = n * kChannels + v * Isa::kLanes;
         const Vec a = Isa::load(tile_.row(n) + v * Isa::kLanes);
-        const Vec d = kFast ? decay.fast(span, a) : Isa::Decay::any(span, a);
+        const Vec d = kFast ? decay.fast(span, a) : Isa::Decay::any(span, a, tile_.octave);
         const Vec state = Isa::fma(d, Isa::load(h + place), inject * Isa::set1(B[n]));
         Isa::store(next + place, state);
         if (decays != nullptr) Isa::store(decays + place, d);
@@ -217,7 +211,7 @@ class BackwardBlock {
       for (int v = 0; v < kVectors; ++v) {
         Vec w, f;
         retreat_states(chunk, i, v, &w, &f);
-        f = f * Isa::set1(0.693147182F / Isa::kCells);  // the tile has A in units of the decay
+        f = f * Isa::set1(0.693147182F * tile_.octave);  // the tile has A in units of the decay
         const Vec x = step.x.v[v], g = step.g.v[v];
         const Vec more = Isa::set1(step.gap - 1.0F);
         const Vec by_dt = constant ? Isa::fma(w, x, f) : Isa::fma(f, Isa::set1(step.gap), w * x);

@@ -152,7 +152,6 @@ class BackwardUnit {
   /// From y before the gate, in dz, to the gradient of z.
   VSSM_NOINLINE void finish_gate() {
     const typename FunctionsOf<Isa>::Type functions;
-    const auto one = Isa::set1(1.0F);
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t channel = (first_ + i) * kChannels;
       const typename Isa::Part part(scan_.d_inner - channel);
@@ -163,8 +162,7 @@ class BackwardUnit {
         const auto dy = L::template load_part<DType::kFloat32>(plan_.dy + at, part);
         auto dz = L::template load_part<DType::kFloat32>(plan_.dz + at, part);
         for (int v = 0; v < L::kVectors; ++v) {
-          const auto open = Block::sigmoid(functions, z.v[v]);
-          dz.v[v] = dy.v[v] * dz.v[v] * open * Isa::fma(z.v[v], one - open, one);
+          dz.v[v] = dy.v[v] * dz.v[v] * Sigmoid<Isa>::slope(functions, z.v[v]);
         }
         L::template store_part<DType::kFloat32>(plan_.dz + at, part, dz);
       }

@@ -9,10 +9,12 @@
 
 namespace vssm {
 
-/// One row of channels a state, times log2(e) kCells, as Isa::Decay takes it.
+/// One row of channels a state, times log2(e) kCells, as Isa::Decay takes it; or A itself where
+/// that product is no float, or an A is positive or NaN: then Decay::fast does not hold.
 template <class Isa, int kRows>
 struct Tile {
-  typename Lanes<Isa>::Row lowest;  // per channel; -inf where A is positive or NaN somewhere
+  typename Lanes<Isa>::Row lowest;  // per channel; -inf where Decay::fast does not hold
+  float octave;                     // what makes span times a row octaves
   alignas(64) float rows[kRows * kChannels];
 
   VSSM_INLINE const float* row(int64_t n) const { return rows + n * kChannels; }
@@ -21,12 +23,8 @@ struct Tile {
   VSSM_INLINE void fill(const float* A, int64_t states, int64_t width) {
     // Copied first and read as vectors later: a vector load right behind the stores that make it up
     // would wait for each of them.
-    for (int64_t c = 0; c < width; ++c) {
-      for (int64_t n = 0; n < states; ++n) rows[n * kChannels + c] = A[c * states + n];
-    }
-    for (int64_t n = 0; n < states && width < kChannels; ++n) {
-      for (int64_t c = width; c < kChannels; ++c) rows[n * kChannels + c] = -0.0F;
-    }
+    copy(A, states, width);
+    octave = 1.0F / Isa::kCells;
     const auto unit = Isa::set1(1.44269504F * Isa::kCells);
     lowest = Lanes<Isa>::splat(-0.0F);
     bool negative = true;
@@ -39,7 +37,23 @@ struct Tile {
         negative &= Isa::none_above_zero(a);
       }
     }
-    if (!negative) lowest = Lanes<Isa>::splat(-__builtin_inff());
+    for (int v = 0; v < Lanes<Isa>::kVectors; ++v) {
+      negative &= Isa::none_above_zero(Isa::set1(-__FLT_MAX__) - lowest.v[v]);
+    }
+    if (__builtin_expect(negative, 1)) return;
+    copy(A, states, width);
+    octave = 1.44269504F;
+    lowest = Lanes<Isa>::splat(-__builtin_inff());
+  }
+
+ private:
+  VSSM_INLINE void copy(const float* A, int64_t states, int64_t width) {
+    for (int64_t c = 0; c < width; ++c) {
+      for (int64_t n = 0; n < states; ++n) rows[n * kChannels + c] = A[c * states + n];
+    }
+    for (int64_t n = 0; n < states && width < kChannels; ++n) {
+      for (int64_t c = width; c < kChannels; ++c) rows[n * kChannels + c] = -0.0F;
+    }
   }
 };
 
@@ -160,7 +174,8 @@ class DirectionScan {
       }
       if (z != nullptr) {
         const Row gate = L::template load_part<kType>(z + q * z_stride, part);
-        for (int v = 0; v < kVectors; ++v) step.gate.v[v] = functions.silu(gate.v[v]);
+        for (int v = 0; v < kVectors; ++v)
+          step.gate.v[v] = Sigmoid<Isa>::silu(functions, gate.v[v]);
       }
       step.params = s;
     }
@@ -232,7 +247,7 @@ class DirectionScan {
 #pragma GCC unroll 4
     for (int v = kFrom; v < kTo; ++v) {
       const auto a = Isa::load(tile_.row(n) + v * Isa::kLanes);
-      const auto d = kFast ? decay.fast(span.v[v], a) : Isa::Decay::any(span.v[v], a);
+      const auto d = kFast ? decay.fast(span.v[v], a) : Isa::Decay::any(span.v[v], a, tile_.octave);
       h->v[v] = Isa::fma(d, h->v[v], inject.v[v] * b);
       y->v[v] = Isa::fma(c, h->v[v], y->v[v]);
     }

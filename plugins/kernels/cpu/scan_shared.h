@@ -215,7 +215,7 @@ class SharedScan {
       for (int64_t n = 0; n < N; ++n) {
         const auto c = Isa::set1(C[n]);
         const auto a = Isa::load(tile_.row(n) + column);
-        const auto d = kFast ? decay.fast(now, a) : Isa::Decay::any(now, a);
+        const auto d = kFast ? decay.fast(now, a) : Isa::Decay::any(now, a, tile_.octave);
 #pragma GCC unroll 4
         for (int i = 0; i < kTogether; ++i) {
           float* place = h[i] + n * (kMaxDirections * kChannels) + column;
@@ -245,7 +245,7 @@ class SharedScan {
       Row y = L::template load_part<DType::kFloat32>(sums_ + q * plan_.d_inner, part_);
       if (z_ != nullptr) {
         const Row z = L::template load_part<kType>(z_ + q * plan_.d_inner, part_);
-        for (int v = 0; v < kVectors; ++v) y.v[v] = y.v[v] * functions.silu(z.v[v]);
+        for (int v = 0; v < kVectors; ++v) y.v[v] = y.v[v] * Sigmoid<Isa>::silu(functions, z.v[v]);
       }
       L::template store_part<kType>(y_ + q * plan_.d_inner, part_, y);
     }
