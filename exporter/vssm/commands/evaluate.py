@@ -26,7 +26,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Images a batch.")] = 32,
     workers: Annotated[
         int | None,
-        typer.Option(help="Processes that load images, up to four by default; 0: this one."),
+        typer.Option(help="Processes that load images; by default none to four, by the cores."),
     ] = None,
     classes: Classes = None,
     results: Annotated[

@@ -46,7 +46,8 @@ Numbers = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run was stopped.")]
 Workers = Annotated[
-    int | None, typer.Option(help="Processes that load images, up to four by default; 0: this one.")
+    int | None,
+    typer.Option(help="Processes that load images; by default none to four, by the cores."),
 ]
 MicroBatch = Annotated[
     int | None, typer.Option(help="Images at a time, where a step needs too much memory.")

@@ -47,16 +47,29 @@ class Loaded:
 
 
 def worker_count(workers: int | None) -> int:
-    """How many processes load images: as many as asked for, else one a core up to four.
+    """How many processes load images: as many as asked for, else what the cores leave room for.
+
+    The model runs on every core, so that on fewer than four cores another process takes from it
+    what it gives, and its start besides. From there on every second core past the first two.
 
     Raises:
         ValueError: the number is below 0.
     """
     if workers is None:
-        return min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
+        return min(_MAX_WORKERS, max(0, (usable_cores() - 2) // 2))
     if workers < 0:
         raise ValueError(f"workers={workers} is below 0; 0 loads images in this process")
     return workers
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, a container's share of them included."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup of version 2, or "max", which limits nothing
+        return cores
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,8 @@ def evaluate(
         backend: as for `open_session`.
         threads: as for `open_session`.
         batch: images of one run.
-        workers: processes that load images; 0 for this one alone; None for up to four.
+        workers: processes that load images; 0 for this one alone; None for up to four,
+            by the cores.
         classes: file that names the folder of each class, as `read_labels` takes it; "numeric" or
             "text": the order of their names; None: by the export's labels, else by name, where
             that is certain (docs/evaluate.md).

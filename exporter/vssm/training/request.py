@@ -181,7 +181,8 @@ class Resources:
     """How the work is laid out; only the last bits of sums depend on it.
 
     Attributes:
-        workers: processes that load images, for each process that trains; None for up to four.
+        workers: processes that load images, for each process that trains; None for up to four,
+            by the cores.
         micro_batch: images of one pass, whose gradients are added up; None for all of a step.
         save_every: steps between states, beside the one at the end of each epoch.
         device: "cpu" or "cuda".
