@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from typing import Final
+
+_SIGNATURES: Final = " The following argument types are supported"
+_LONGEST: Final = 300
 
 
 class VssmError(Exception):
@@ -36,6 +41,17 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     names = {name.lower(): name for name in known}
     close = difflib.get_close_matches(str(word).lower(), names, n=1)
     return f"; did you mean {names[close[0]]!r}?" if close else ""
+
+
+def reason(error: BaseException) -> str:
+    """What another library's error says, in one line and without what it appends for its authors.
+
+    torch appends hints at its own logs, pybind the C++ signatures of the function, both whole
+    screens below the sentence that says what is wrong.
+    """
+    first = next(iter(str(error).strip().splitlines()), "").partition(_SIGNATURES)[0]
+    first = re.split(r"[^.]*\bTORCH_\w+", first)[0].strip()
+    return f"{type(error).__name__}: {first[:_LONGEST]}" if first else type(error).__name__
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vssm.errors import UnsupportedError
+from vssm.errors import UnsupportedError, reason
 
 _MAKERS: Final = (torch.zeros, torch.ones, torch.empty, torch.full, torch.arange, torch.tensor)
 # Beyond this, the module in float64 is another function than the one exported.
@@ -87,7 +87,8 @@ def exact_outputs(
         except (RuntimeError, ValueError, TypeError) as error:
             raise UnsupportedError(
                 f"{type(model).__name__} does not run in float64, which is the oracle of its "
-                f"export ({error}); mend the dtype it insists on, or export with reference=False"
+                f"export ({reason(error)}); mend the dtype it insists on, or export with "
+                "reference=False"
             ) from error
         plain = outputs(model, x)
     for name, value in plain.items():

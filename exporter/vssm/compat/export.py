@@ -31,7 +31,7 @@ from vssm.compat.outputs import Outputs, module_outputs
 from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import SCANS, PassReport, without_mutation
 from vssm.compat.prune import PrunedModule
-from vssm.errors import UnsupportedError
+from vssm.errors import UnsupportedError, reason
 from vssm.files.atomic import sha256_of
 from vssm.onnx.describe import describe_schedule, describe_tensor, used_operators
 from vssm.onnx.options import check_opset
@@ -171,7 +171,7 @@ def _output_names(wrapper: _Wrapper, x: Tensor) -> list[str]:
         except (RuntimeError, AssertionError, IndexError) as error:
             raise UnsupportedError(
                 f"{type(wrapper.model).__name__} fails on an input of shape {tuple(x.shape)}, "
-                f"{x.dtype}: {type(error).__name__}: {error}; give the input that it is made for"
+                f"{x.dtype}: {reason(error)}; give the input that it is made for"
             ) from error
 
 
@@ -227,10 +227,9 @@ def _trace(wrapper: _Wrapper, example: Tensor, dynamic_batch: bool) -> ExportedP
             program = torch.export.export(wrapper, (pair,), dynamic_shapes=shapes)
             return without_mutation(program)
     except Exception as error:
-        message = str(error).strip().split("\n")[0][:300]
         raise UnsupportedError(
-            f"torch.export cannot trace {type(wrapper.model).__name__}: {type(error).__name__}: "
-            f"{message}. Trace it inside vssm.compat.upstream(), take data-dependent control "
+            f"torch.export cannot trace {type(wrapper.model).__name__}: {reason(error)}. Trace it "
+            "inside vssm.compat.upstream(), take data-dependent control "
             "flow and .item() out of its forward pass"
             + (", or try dynamic_batch=False" if dynamic_batch else "")
             + " (docs/compat.md)"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vssm.compat.exact import evaluating, set_eval
 from vssm.compat.packages.norms import layer_norm_fn, rms_norm_fn
-from vssm.errors import UnsupportedError
+from vssm.errors import UnsupportedError, reason
 from vssm.models.base import ForwardDetails, details
 from vssm.models.vim import VimMixer, VimMixerConfig
 from vssm.pruning.schedule import PruneSchedule, Stage, TokenLayout, plan_stages
@@ -274,7 +274,7 @@ def _check_same_pruned(theirs: nn.Module, ours: PrunedBlock) -> None:
         except (RuntimeError, TypeError, ValueError) as error:
             raise UnsupportedError(
                 f"block {ours.number} ({type(theirs).__name__}) does not take and return (hidden, "
-                f"residual): {error}; only such blocks can be pruned here"
+                f"residual): {reason(error)}; only such blocks can be pruned here"
             ) from error
     if not same:
         raise UnsupportedError(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vssm.artifact.directory import Artifact
-from vssm.errors import RuntimeUnavailableError, UnsupportedError, VssmError
+from vssm.errors import RuntimeUnavailableError, UnsupportedError, VssmError, reason
 from vssm.runtimes.library import LibraryInfo, kernel_calls, library_info
 from vssm.runtimes.session import BACKENDS, CLOSED, RuntimeInfo, Session, checked_threads
 from vssm.types import Array
@@ -209,7 +209,7 @@ def ort_errors(task: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UnsupportedError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot {task}: {error}"
+            f"ONNX Runtime {onnxruntime.__version__} cannot {task}: {reason(error)}"
         ) from error
 
 
@@ -276,7 +276,7 @@ def run_once(model: Path, images: Array, library: Path | None) -> OneRun:
         values = session.run(names, {session.get_inputs()[0].name: images})
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise UnsupportedError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot run {model}: {error}"
+            f"ONNX Runtime {onnxruntime.__version__} cannot run {model}: {reason(error)}"
         ) from error
     ran = 0 if library is None else kernel_calls(library) - before
     return OneRun(dict(zip(names, values, strict=True)), ran)

@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import dataclass
 from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
 
@@ -129,6 +130,13 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Free what the session holds; it cannot run afterwards."""
+
+    def __reduce__(self) -> NoReturn:
+        """A session holds a runtime of this process."""
+        raise TypeError(
+            "session: it holds a runtime of this process and cannot be pickled or copied; pass the "
+            "export's directory on, and call vssm.open_session in each process"
+        )
 
     def __enter__(self) -> Session:
         return self
