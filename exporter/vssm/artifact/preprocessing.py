@@ -75,7 +75,7 @@ def preprocess(
         ValueError: an image cannot be read, is too large or has a wrong shape or dtype.
         ArtifactError: `spec` is a directory without a valid `model.json`.
     """
-    spec = _spec_of(spec)
+    spec = preprocessing_of(spec)
     _check_crop(spec)
     several = images if isinstance(images, list | tuple) else [images]
     if not several:
@@ -143,9 +143,14 @@ def _label_list(parsed: Any, file: str) -> list[str]:
     return [entry.strip() for entry in parsed]
 
 
-def _spec_of(
+def preprocessing_of(
     spec: Preprocessing | Manifest | Artifact | str | os.PathLike[str],
 ) -> Preprocessing:
+    """What an export, its manifest or its directory says of how images are prepared.
+
+    Raises:
+        ValueError: it says nothing.
+    """
     if isinstance(spec, Preprocessing):
         return spec
     if isinstance(spec, Artifact):

@@ -159,7 +159,7 @@ def run(
     top: Annotated[int, typer.Option(help="Classes to print.")] = 5,
     json_file: Json = None,
 ) -> None:
-    """Classify image files."""
+    """Classify image files; exit code 1 if one of them cannot be read."""
     from vssm.evaluation.classify import classify
 
     results, info = classify(
@@ -179,6 +179,11 @@ def run(
     )
     show(table(str(info), ("image", "class", "probability"), rows))
     write_result(json_file, {"runtime": info, "images": results})
+    unread = [row for row in results if row["error"] is not None]
+    for row in unread:
+        say(("not read", "bold red"), f": {row['error']}", to=errors)
+    if unread:
+        raise typer.Exit(1)
 
 
 @app.command()

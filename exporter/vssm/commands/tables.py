@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -48,7 +50,7 @@ def say_folders(rule: str, notes: Sequence[str]) -> None:
 def show(*tables: RenderableType) -> None:
     """Print tables."""
     for one in tables:
-        console.print(one)
+        console.print(one, crop=False)
 
 
 def write_result(path: Path | None, value: Any) -> None:
@@ -74,7 +76,7 @@ def telling(what: str) -> Iterator[Callable[[str], None]]:
     def tell(line: str) -> None:
         nonlocal told
         if console.is_terminal:
-            status.update(Text(line))
+            status.update(Text(shown(line)))
         elif (now := time.monotonic()) - told >= _SECONDS:
             told = now
             say(line)
@@ -103,33 +105,73 @@ def phases() -> Iterator[Steps]:
     tasks: dict[str, TaskID] = {}
     told: dict[str, float] = {}
 
-    def report(phase: str, step: int, steps: int) -> None:
+    def tell(phase: str, step: int, steps: int) -> None:
         with lock:
-            if not console.is_terminal:
-                if phase not in told or time.monotonic() - told[phase] >= _SECONDS:
-                    say(f"{phase}: {step} of {steps}" if phase in told else phase)
-                    told[phase] = time.monotonic()
-                return
+            if phase not in told or time.monotonic() - told[phase] >= _SECONDS:
+                say(f"{phase}: {step} of {steps}" if phase in told else phase)
+                told[phase] = time.monotonic()
+
+    def draw(phase: str, step: int, steps: int) -> None:
+        with lock:
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=steps)
             bars.update(tasks[phase], completed=step, total=steps)
             if step >= steps:
                 bars.remove_task(tasks.pop(phase))
 
+    if not console.is_terminal:
+        yield tell
+        return
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
-        yield report
+        yield draw
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> RenderableType:
-    """A title over a table; columns after the first are right-aligned where they are numbers."""
-    cells = [[_text(cell) for cell in row] for row in rows]
-    result = Table()
-    for i, name in enumerate(columns):
-        numbers = i > 0 and all(row[i][:1] in "0123456789-+." for row in cells)
-        result.add_column(name, justify="right" if numbers else "left", overflow="fold")
-    for row in cells:
-        result.add_row(*row)
-    return Group(Text(title, style="italic"), result)  # a Table would wrap it at its own width
+@dataclass(frozen=True)
+class ReportTable:
+    """A title over a table, or over a list where the terminal is too narrow for the table.
+
+    A column is never narrower than its longest word, so that no name, path or number is split.
+    Columns after the first are right-aligned where they are numbers.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Rich asks this for what to print, with the width that there is."""
+        yield Text(self.title, style="italic")  # a Table would wrap it at its own width
+        columns = list(zip(self.columns, *self.rows, strict=True))
+        widths = [
+            max(cell_len(w) for cell in cells for w in cell.split() or [""]) for cells in columns
+        ]
+        left = options.max_width - sum(widths) - 3 * len(widths) - 1
+        if left < 0:
+            yield from self._list()
+            return
+        for i, cells in enumerate(columns):  # what is left goes to whom it saves a line break
+            more = min(left, max(map(cell_len, cells)) - widths[i])
+            widths[i], left = widths[i] + more, left - more
+        drawn = Table()
+        for i, name in enumerate(self.columns):
+            numbers = i > 0 and all(row[i][:1] in "0123456789-+." for row in self.rows)
+            drawn.add_column(name, justify="right" if numbers else "left", width=widths[i])
+        for row in self.rows:
+            drawn.add_row(*map(Text, row))
+        yield drawn
+
+    def _list(self) -> Iterator[Text]:
+        for first, *others in self.rows:
+            yield Text(first, style="bold", overflow="ignore", no_wrap=True)
+            for name, cell in zip(self.columns[1:], others, strict=True):
+                if cell not in {"", "-"}:
+                    line = f"  {name}: {cell}" if name else f"  {cell}"
+                    yield Text(line, overflow="ignore", no_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> ReportTable:
+    """A table of anything; None is "-", truth "yes" or "no"."""
+    return ReportTable(title, columns, [[_text(cell) for cell in row] for row in rows])
 
 
 def _text(cell: object) -> str:
@@ -137,10 +179,10 @@ def _text(cell: object) -> str:
         return "-"
     if isinstance(cell, bool):
         return "yes" if cell else "no"
-    return str(cell)
+    return shown(cell)
 
 
-def models_table(models: Iterable[Mapping[str, Any]]) -> RenderableType:
+def models_table(models: Iterable[Mapping[str, Any]]) -> ReportTable:
     """The models with their size and cost."""
     title = (
         "models (tokens of the first block; multiply-adds; the published rule counts one of Vim's "
@@ -161,7 +203,7 @@ def models_table(models: Iterable[Mapping[str, Any]]) -> RenderableType:
     return table(title, columns, rows)
 
 
-def parity_tables(report: ParityReport) -> list[RenderableType]:
+def parity_tables(report: ParityReport) -> list[ReportTable]:
     """The verdict, the choices that differ, and the blocks where they were compared."""
     rows: list[Sequence[object]] = [
         (
@@ -216,7 +258,7 @@ def _limit(comparison: Comparison) -> str:
     return f"{comparison.tolerance:.0e}"
 
 
-def bench_tables(report: BenchReport) -> list[RenderableType]:
+def bench_tables(report: BenchReport) -> list[ReportTable]:
     """What ran where, times of every subject, and where the kernel session spends its own."""
     from vssm.runtimes.session import plural
 
@@ -255,10 +297,10 @@ def bench_tables(report: BenchReport) -> list[RenderableType]:
     return [*measured, spent]
 
 
-def findings_table(findings: Sequence[Finding]) -> RenderableType:
+def findings_table(findings: Sequence[Finding]) -> ReportTable:
     """What `doctor` found, with the remedy of what is absent."""
     return table(
         "vssm doctor",
-        ("part", "there", "found", "to bring it in"),
-        ((f.part, f.found, f.detail, f.remedy) for f in findings),
+        ("part", "there", "found; what brings it in"),
+        ((f.part, f.found, f"{f.detail}; {f.remedy}" if f.remedy else f.detail) for f in findings),
     )

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from vssm.artifact.directory import MODEL_FILE, open_artifact
-from vssm.artifact.preprocessing import preprocess, read_labels
-from vssm.runtimes.open import open_session
+from vssm.artifact.preprocessing import preprocessing_of, read_labels
+from vssm.evaluation.data import load
+from vssm.runtimes.open import check_runtime, open_session
 from vssm.runtimes.session import RuntimeInfo
 from vssm.types import Array
 
@@ -30,14 +31,18 @@ def classify(
 ) -> tuple[list[dict[str, Any]], RuntimeInfo]:
     """The `top` classes of image files, with their softmax probabilities.
 
+    Returns:
+        A row for each file, with "error" in place of predictions where it is no readable image.
+
     Raises:
-        ValueError: a file is no image, its logits are not finite, the labels do not fit, or `top`
-            is below 1.
+        ValueError: no file is an image, logits are not finite, the labels do not fit, or `top` is
+            below 1.
     """
     if top < 1:
         raise ValueError(f"top={top} is below 1; give the number of classes to print")
+    check_runtime(runtime, backend=backend, threads=threads, trust=trust)
     artifact = open_artifact(directory, only=(MODEL_FILE,))
-    manifest = artifact.manifest
+    manifest, spec = artifact.manifest, preprocessing_of(artifact)
     classes = manifest.num_classes
     names = manifest.labels if labels is None else read_labels(labels, classes)
     results: list[dict[str, Any]] = []
@@ -45,11 +50,13 @@ def classify(
         step = min(_RUN_BATCH, session.batches[1])
         for start in range(0, len(files), step):
             some = files[start : start + step]
-            logits = session.run(preprocess(list(some), artifact))["logits"]
-            results += [
-                {"file": str(file), "predictions": _predictions(file, scores, names, top)}
-                for file, scores in zip(some, logits, strict=True)
-            ]
+            loaded = load([str(file) for file in some], spec)
+            scores = iter(session.run(loaded.images)["logits"] if len(loaded.images) else ())
+            for file, error in zip(some, loaded.errors, strict=True):
+                best = [] if error else _predictions(file, next(scores), names, top)
+                results.append({"file": str(file), "predictions": best, "error": error})
+        if not any(row["predictions"] for row in results):
+            raise ValueError(results[0]["error"])
         return results, session.info
 
 

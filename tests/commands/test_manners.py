@@ -1,0 +1,253 @@
+"""What the commands do for people: narrow terminals, damaged images, `-h`, completion, progress."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import MODEL, Run
+from rich.console import Console
+
+import vssm
+from vssm.commands import tables
+from vssm.commands.main import app
+from vssm.errors import reason
+from vssm.evaluation import data
+from vssm.models.catalogue import MODELS
+
+pytestmark = pytest.mark.usefixtures("_dark")
+
+
+@pytest.fixture
+def _dark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No colours, wherever the tests run."""
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A micro Vim of seven classes."""
+    out = tmp_path_factory.mktemp("manners") / "out"
+    command = [sys.executable, "-m", "vssm.commands.main", "export", *MODEL, "-o", str(out)]
+    subprocess.run(command, capture_output=True, check=True)
+    return out
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_no_name_is_split_on_a_narrow_terminal(
+    cli: Run, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setattr(tables.console, "width", width)
+    assert cli("models") == 0
+    words = cli.out.split()
+    assert [name for name in MODELS if name not in words] == []
+    assert cli("doctor") == 0
+    assert {"tensorrt-rtx-cu13", "onnxruntime", "torch"} <= set(cli.out.split())
+
+
+def test_a_table_is_never_wider_than_its_terminal(
+    cli: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=80)
+    rows = [("a_name_of_thirty_four_characters__", "some words that may wrap " * 3, 1.5, None)]
+    columns = ("name", "a column of words", "number", "nothing")
+    console.print(tables.table("title", columns, rows))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("a_name_of_thirty_four_characters__" in line for line in lines)
+
+
+def test_good_images_are_answered_and_the_bad_one_is_named(
+    cli: Run, exported: Path, tmp_path: Path, picture: Path
+) -> None:
+    bad, other = tmp_path / "truncated.png", tmp_path / "other.png"
+    bad.write_bytes(picture.read_bytes()[:-2000])
+    other.write_bytes(picture.read_bytes())
+    found = tmp_path / "run.json"
+    assert cli("run", exported, picture, bad, other, "--json", found) == 1
+    first, second, third = json.loads(found.read_text())["images"]
+    assert len(first["predictions"]) == 5
+    assert first["predictions"] == third["predictions"]
+    assert first["error"] is None
+    assert second["predictions"] == []
+    assert "truncated.png cannot be read as an image" in second["error"]
+    assert "other.png" in cli.out
+    assert f"not read: image={bad} cannot be read" in cli.out
+    assert cli("run", exported, bad, bad) == 2
+
+
+def test_json_of_a_run_on_standard_output(exported: Path, picture: Path) -> None:
+    command = [sys.executable, "-m", "vssm.commands.main", "run", str(exported), str(picture)]
+    done = subprocess.run([*command, "--json", "-"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["images"][0]["file"] == str(picture)
+    assert "probability" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["", *[c.name or c.callback.__name__ for c in app.registered_commands]]
+)
+def test_every_command_has_a_short_help(cli: Run, name: str) -> None:
+    assert cli(*filter(None, [name]), "-h") == 0
+    assert "Usage" in cli.out
+
+
+def test_the_shell_completes_names() -> None:
+    given = {
+        "_VSSM_COMPLETE": "complete_bash",
+        "COMP_WORDS": "vssm export vim_t",
+        "COMP_CWORD": "2",
+    }
+    program = "import sys; sys.argv = ['vssm']; from vssm.commands.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **given},
+    )
+    assert done.stdout.split() == ["vim_tiny", "vim_tiny_stride8"], done.stderr
+
+
+def test_an_export_counts_its_blocks(tmp_path: Path) -> None:
+    from exports import exported as export
+    from exports import micro
+
+    told: list[tuple[str, int, int]] = []
+    export(tmp_path, micro(), progress=lambda *step: told.append(step))
+    blocks = [(done, total) for phase, done, total in told if phase == "tracing blocks"]
+    assert blocks == [(0, 3), (0, 3), (1, 3), (2, 3), (3, 3)]
+    written = [done for phase, done, _ in told if phase == "writing ONNX"]
+    assert written == sorted(written)
+
+
+def test_a_log_gets_lines_in_place_of_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(tables, "console", Console(file=log, markup=False))
+    monkeypatch.setattr(tables, "_SECONDS", 0.0)
+    with tables.phases() as report:
+        for step in range(3):
+            report("tracing blocks", step, 2)
+    assert log.getvalue().split("\n") == [
+        "tracing blocks",
+        "tracing blocks: 1 of 2",
+        "tracing blocks: 2 of 2",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 0), (3, 0), (4, 1), (8, 3), (64, 4)])
+def test_few_cores_load_images_in_one_process(
+    monkeypatch: pytest.MonkeyPatch, cores: int, workers: int
+) -> None:
+    monkeypatch.setattr(data, "usable_cores", lambda: cores)
+    assert data.worker_count(None) == workers
+    assert data.worker_count(3) == 3
+
+
+class _TalkativeError(RuntimeError):
+    def __str__(self) -> str:
+        return (
+            "run(): incompatible function arguments. The following argument types are supported:\n"
+            "    1. (self: Session, arg0: list[str])\nInvoked with: <object at 0x7f>"
+        )
+
+
+def test_another_librarys_error_is_one_line() -> None:
+    assert reason(_TalkativeError()) == "_TalkativeError: run(): incompatible function arguments."
+    hint = RuntimeError('cannot guard on u0. For more information, run with TORCH_LOGS="dynamic"')
+    assert reason(hint) == "RuntimeError: cannot guard on u0."
+    assert reason(RuntimeError("one\ntwo")) == "RuntimeError: one"
+    assert reason(KeyError()) == "KeyError"
+    assert len(reason(ValueError("x" * 10_000))) < 400
+
+
+def test_a_session_says_why_it_is_not_pickled(exported: Path) -> None:
+    with vssm.open_session(exported) as session:
+        with pytest.raises(TypeError, match=r"cannot be pickled or copied; .*open_session"):
+            pickle.dumps(session)
+        with pytest.raises(TypeError, match=r"pickled or copied"):
+            copy.copy(session)
+
+
+def test_a_path_that_is_no_utf8_is_named(exported: Path, tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    command = [sys.executable, "-m", "vssm.commands.main", "run", os.fsencode(exported), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert r"\udcff.png cannot be read as an image" in " ".join(done.stderr.split())
+
+
+_WRONG = [
+    ("export", "vim_tiny -o NEW --dtype int8"),
+    ("export", "vim_tiny -o NEW --opset 17"),
+    ("export", "vim_tiny -o NEW --schedule 1:0.8,x"),
+    ("export", "vim_tiny -o NEW --schedule 1:0.8 --alignment aligned"),
+    ("export", "vim_tiny -o NEW --labels ABSENT"),
+    ("export", "vim_tiny -o NEW --checkpoint ABSENT"),
+    ("export", "vim_tiny -o NEW --set image_size=224y320"),
+    ("export", "vim_tiny -o NEW --set depth=many"),
+    ("export", "vim_tiny -o EXPORT"),
+    ("export", "vim_tiny -o NEW --json ABSENT/x.json"),
+    ("export-module", "model.py:build -o NEW --opset 17"),
+    ("export-module", "model.py:build -o NEW --schedule 1"),
+    ("export-module", "model.py:build -o NEW --labels ABSENT"),
+    ("export-module", "model.py:build -o NEW --checkpoint ABSENT"),
+    ("export-module", "model.py:build -o NEW --prefer theirs"),
+    ("export-module", "model.py:build -o NEW --input 1x4x8x8 --imagenet"),
+    ("export-module", "model.py:build -o EXPORT"),
+    ("check", "EXPORT --runtime ort"),
+    ("check", "EXPORT --backend fast"),
+    ("check", "EXPORT --threads 0"),
+    ("check", "EXPORT --trust"),
+    ("run", "EXPORT x.png --runtime ort"),
+    ("run", "EXPORT x.png --top 0"),
+    ("bench", "EXPORT --runtime ort"),
+    ("bench", "EXPORT --batch one"),
+    ("engine", "EXPORT --batch 1,2"),
+    ("bundle", "EXPORT -o NEW --batch 1,2"),
+    ("evaluate", "EXPORT . --runtime ort"),
+    ("evaluate", "EXPORT . --workers -1"),
+    ("finetune", "vim_tinny --data . -o NEW"),
+    ("finetune", "vim_tiny --data . -o NEW --set imagesize=3"),
+    ("finetune", "vim_tiny --data . -o NEW --recipe speed=3"),
+    ("ablate", "vim_tinny . -o NEW"),
+    ("ablate", "vim_tiny . -o NEW --device tpu"),
+    ("visualize", "vim_tiny x.png -o NEW --schedule 1:2"),
+    ("visualize", "vim_tiny x.png -o NEW --blocks one"),
+]
+
+
+@pytest.mark.parametrize(("command", "rest"), _WRONG, ids=str)
+def test_a_wrong_option_is_refused_before_any_work(
+    cli: Run,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    rest: str,
+) -> None:
+    def reached(*_: object, **__: object) -> None:
+        pytest.fail("work was begun")
+
+    for work in (
+        "vssm.models.model_from_config",
+        "vssm.onnx.export.build_proto",
+        "vssm.compat.factory.build_from",
+        "vssm.runtimes.ort.OrtSession.run_feeds",
+        "vssm.training.run.build_model",
+    ):
+        monkeypatch.setattr(work, reached)
+    places = {"NEW": tmp_path / "new", "EXPORT": exported, "ABSENT": tmp_path / "absent"}
+    words = [str(places.get(word, word)) for word in rest.split()]
+    words = [word.replace("ABSENT", str(places["ABSENT"])) for word in words]
+    assert cli(command, *words) == 2, cli.out
+    assert "work was begun" not in cli.out
+    assert list(tmp_path.iterdir()) == []
