@@ -54,6 +54,19 @@ class BlockCost:
     on_grid: bool = False
 
 
+class ImageSized:
+    """A configuration whose image is square where `image_size` is one number."""
+
+    image_size: int | tuple[int, int]
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Image size in pixels as (height, width)."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        return self.image_size
+
+
 class VisionModel(nn.Module):
     """Base of the models. A subclass sets these attributes and fills `_forward`.
 

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vssm.models.base import BlockCost, ForwardDetails, VisionModel, details, refuse_schedule
+from vssm.models.base import (
+    BlockCost,
+    ForwardDetails,
+    ImageSized,
+    VisionModel,
+    details,
+    refuse_schedule,
+)
 from vssm.models.cross_scan import WALKS, CrossScanConfig, CrossScanMixer, MapWalks
 from vssm.models.layers import BatchNorm2d, Conv2d, LayerNorm, Linear, to_map, to_tokens, wide
 from vssm.pruning.schedule import PruneSchedule
@@ -24,7 +31,7 @@ GROUPS: Final = 4
 
 
 @dataclass(frozen=True)
-class GroupMambaConfig:
+class GroupMambaConfig(ImageSized):
     """The switches of the official constructor under this package's names.
 
     `widths`, `depths` and `mlp_ratios` have one entry a stage; `distillation` averages two heads.
@@ -75,13 +82,6 @@ class GroupMambaConfig:
                     f"reduction={self.reduction} is outside [1, {width}], the narrowest stage; "
                     "give a smaller one"
                 )
-
-    @property
-    def image_height_width(self) -> tuple[int, int]:
-        """Image size in pixels as (height, width)."""
-        if isinstance(self.image_size, int):
-            return self.image_size, self.image_size
-        return self.image_size
 
     @property
     def depth(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vssm.errors import CheckpointError, UnsupportedError
-from vssm.models.base import BlockCost, ForwardDetails, VisionModel, details
+from vssm.models.base import BlockCost, ForwardDetails, ImageSized, VisionModel, details
 from vssm.models.layers import (
     LayerNorm,
     fold_batch_norm,
@@ -39,7 +39,7 @@ _POSITIVE = (
 
 
 @dataclass(frozen=True)
-class PlainMambaConfig:
+class PlainMambaConfig(ImageSized):
     """The sizes of the official constructor under this package's names.
 
     `stem_convs` are the 3x3 convolutions between the first one and the projection to patches;
@@ -90,13 +90,6 @@ class PlainMambaConfig:
                 f"layers_with_dwconv={self.layers_with_dwconv} names {outside[0]}, outside the "
                 f"layers 0 to {self.depth - 1}; layers are counted from 0 here"
             )
-
-    @property
-    def image_height_width(self) -> tuple[int, int]:
-        """Image size in pixels as (height, width)."""
-        if isinstance(self.image_size, int):
-            return self.image_size, self.image_size
-        return self.image_size
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vssm.errors import CheckpointError, UnsupportedError
-from vssm.models.base import BlockCost, ForwardDetails, VisionModel, details
+from vssm.models.base import BlockCost, ForwardDetails, ImageSized, VisionModel, details
 from vssm.models.layers import LayerNorm, RMSNorm, initial_a_log, initial_dt_proj, resize_grid, wide
 from vssm.ops import operators as ops
 from vssm.pruning.schedule import PruneSchedule, TokenLayout, plan_stages
@@ -28,7 +28,7 @@ POOLS = ("mean", "max", "last")
 
 
 @dataclass(frozen=True)
-class VimConfig:
+class VimConfig(ImageSized):
     """The switches of the official constructor under this package's names.
 
     `class_token` says where the class token stands; without one `pool` reads the tokens.
@@ -99,13 +99,6 @@ class VimConfig:
                 "bidirectional_layers=True needs bimamba='none' and an even depth: layers work in "
                 "pairs, one in each direction"
             )
-
-    @property
-    def image_height_width(self) -> tuple[int, int]:
-        """Image size in pixels as (height, width)."""
-        if isinstance(self.image_size, int):
-            return self.image_size, self.image_size
-        return self.image_size
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vssm.errors import CheckpointError
-from vssm.models.base import BlockCost, ForwardDetails, VisionModel, details, refuse_schedule
+from vssm.models.base import (
+    BlockCost,
+    ForwardDetails,
+    ImageSized,
+    VisionModel,
+    details,
+    refuse_schedule,
+)
 from vssm.models.cross_scan import WALKS, CrossScanConfig, CrossScanMixer, MapWalks
 from vssm.models.layers import (
     Conv2d,
@@ -44,7 +51,7 @@ _CHOICES: Final = {
 
 
 @dataclass(frozen=True)
-class VMambaConfig:
+class VMambaConfig(ImageSized):
     """The switches of the official constructor under this package's names.
 
     `d_model` is the width of the first stage; each stage has twice that of the one before it.
@@ -102,13 +109,6 @@ class VMambaConfig:
                 f"image_size={self.image_size} leaves no token in the last of "
                 f"{len(self.depths)} stages; give a larger image"
             )
-
-    @property
-    def image_height_width(self) -> tuple[int, int]:
-        """Image size in pixels as (height, width)."""
-        if isinstance(self.image_size, int):
-            return self.image_size, self.image_size
-        return self.image_size
 
     @property
     def depth(self) -> int:
