@@ -100,7 +100,7 @@ def test_empty_schedule():
     ],
 )
 def test_unknown_choice(option, known):
-    with pytest.raises(ValueError, match=f"{option}='GAP' is not one of {known}; choose"):
+    with pytest.raises(ValueError, match=f"{option}='GAP' is not one of {known}"):
         PruneSchedule({5: 0.8}, **{option: "GAP"})
 
 

@@ -7,12 +7,12 @@ NeurIPS 2024, arXiv:2409.18962; as_released follows the authors' published code 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
-from vssm.errors import UnsupportedError
+from vssm.errors import UnsupportedError, check_choice
 
 ALIGNMENTS: Final = ("gap", "constant", "none", "masked")
 IMPORTANCES: Final = ("clip", "sum", "l1", "l2", "as_released", "random")
@@ -64,11 +64,11 @@ class PruneSchedule:
         step_parameters: str = "rank",
         seed: int = 0,
     ) -> None:
-        _choice("alignment", alignment, ALIGNMENTS)
-        _choice("importance", importance, IMPORTANCES)
-        _choice("score_direction", score_direction, SCORE_DIRECTIONS)
-        _choice("conv", conv, CONVS)
-        _choice("step_parameters", step_parameters, STEP_PARAMETERS)
+        check_choice("alignment", alignment, ALIGNMENTS)
+        check_choice("importance", importance, IMPORTANCES)
+        check_choice("score_direction", score_direction, SCORE_DIRECTIONS)
+        check_choice("conv", conv, CONVS)
+        check_choice("step_parameters", step_parameters, STEP_PARAMETERS)
         if importance == "as_released" and alignment != "none":
             raise ValueError(
                 f"importance='as_released' with alignment={alignment!r}: the released code moves "
@@ -227,13 +227,6 @@ def plan_stages(
             cls_index = keep // 2 if recentred else None
         seqlen = keep
     return stages
-
-
-def _choice(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(
-            f"{name}={value!r} is not one of {', '.join(allowed)}; choose one of these"
-        )
 
 
 def _checked_ratio(ratio: Ratio, where: str = "") -> Decimal:

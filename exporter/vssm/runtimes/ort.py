@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vssm.artifact.directory import Artifact
-from vssm.errors import RuntimeUnavailableError, UnsupportedError, VssmError, reason
+from vssm.errors import RuntimeUnavailableError, UnsupportedError, VssmError, check_choice, reason
 from vssm.runtimes.library import LibraryInfo, kernel_calls, library_info
 from vssm.runtimes.session import BACKENDS, CLOSED, RuntimeInfo, Session, checked_threads
 from vssm.types import Array
@@ -193,10 +193,7 @@ def checked_backend(backend: str) -> str:
     Raises:
         ValueError: it is neither "kernel" nor "body".
     """
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"backend={backend!r} is not one of {', '.join(BACKENDS)}; choose one of these"
-        )
+    check_choice("backend", backend, BACKENDS)
     return backend
 
 

@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
+from vssm.errors import check_choice
 from vssm.pruning.schedule import ALIGNMENTS, PruneSchedule
 from vssm.training.recipe import Recipe
 from vssm.training.request import Resources
@@ -88,10 +89,7 @@ class AblationOptions:
             raise ValueError(f"batch={self.batch} is below 1; give the number of images of a run")
         if self.workers < 0:
             raise ValueError(f"workers={self.workers} is below 0; 0 loads images in this process")
-        if self.device not in DEVICES:
-            raise ValueError(
-                f"device={self.device!r} is not one of {', '.join(DEVICES)}; choose one of these"
-            )
+        check_choice("device", self.device, DEVICES)
 
 
 METRICS: Final = ("clip", "sum", "l1", "l2")

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
+from vssm.errors import check_choice
+
 if TYPE_CHECKING:  # `vssm finetune --help` shows these numbers, without numpy
     import numpy as np
     import numpy.typing as npt
@@ -108,8 +110,8 @@ class Recipe:
             TypeError: a value is of another type.
         """
         kinds = {f.name: type(getattr(_DEFAULT, f.name)) for f in fields(cls)}
-        if unknown := sorted(set(values) - set(kinds)):
-            raise ValueError(f"recipe={unknown[0]!r} is not one of {', '.join(kinds)}; name one")
+        for name in values:
+            check_choice("recipe", name, kinds)
         for name, value in values.items():
             kind = kinds[name]
             allowed = (int, float) if kind is float else (kind,)

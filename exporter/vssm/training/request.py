@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from vssm.errors import did_you_mean
+from vssm.errors import check_choice, did_you_mean
 from vssm.files.atomic import check_files
 from vssm.models.catalogue import MODELS, check_options
 from vssm.models.schedules import named_schedule
@@ -149,8 +149,7 @@ class ModelSource:
         return named_schedule(self.name, self.schedule, **self.rules)
 
     def _check_tokens(self) -> None:
-        if self.tokens not in TOKENS:
-            raise ValueError(f"tokens={self.tokens!r} is not one of {', '.join(TOKENS)}; name one")
+        check_choice("tokens", self.tokens, TOKENS)
         if self.tokens == "gather":
             return
         if self.schedule is None:
