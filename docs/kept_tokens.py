@@ -66,7 +66,9 @@ def main() -> None:
             vssm.ModelSource(str(Path(folder, "model"))), [photograph], Path(folder, "pictures")
         )
         (kept,) = Path(folder, "pictures").glob("*_kept.png")
-        Path(__file__).with_suffix(".png").write_bytes(kept.read_bytes())
+        Image.open(kept).convert("RGB").quantize(128).save(
+            Path(__file__).with_suffix(".png"), optimize=True
+        )
 
 
 if __name__ == "__main__":

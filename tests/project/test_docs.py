@@ -167,6 +167,17 @@ def test_readme_links() -> None:
         assert broken_links(page.read_text(encoding="utf-8"), page.parent) == [], page.name
 
 
+def test_how_it_works_names_what_is_there() -> None:
+    text = (ROOT / "docs/how_it_works.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([a-z_/]+\.py)`\s+`(\w+)(?:\(\))?`", text)
+    assert len(named) > 20
+    for file, name in named:
+        code = (ROOT / "exporter/vssm" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:    )?(?:def|class) {name}\b", code, re.MULTILINE), (file, name)
+    for file in re.findall(r"`(plugins/[a-z_/.]+)`", text):
+        assert (ROOT / file).is_file(), file
+
+
 @pytest.mark.parametrize(
     "block",
     [b for b in code_blocks(README.read_text("utf-8")) if b.not_run] if README.is_file() else [],
