@@ -3,7 +3,7 @@
 #   PIP_ARGS="..."        options for every pip call: a mirror, or a CPU build of torch with
 #                         PIP_ARGS="--extra-index-url <index with CPU wheels>"
 #   CUDA_ARCHITECTURES="80-real;90"  GPUs that the CUDA kernels are compiled for, where nvcc is
-#                         found; the card of this machine where there is one. `make wheel` takes
+#                         found; the card of this machine where there is one. `make wheel-cuda` takes
 #                         the whole list of CMakeLists.txt. After a change: make -B setup.
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -28,7 +28,7 @@ CMAKE_FILES := CMakeLists.txt $(shell find plugins benchmarks examples -name CMa
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all lint format wheel cuda-all cuda-report clean
+.PHONY: help setup demo test test-all lint format wheel wheel-cuda cuda-all cuda-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -71,9 +71,23 @@ format: $(DEPENDENCIES) ## let the formatters rewrite the files
 	@$(BIN)/clang-format -i $(CXX_FILES) $(CXX_TESTS)
 	@$(BIN)/gersemi --in-place $(CMAKE_FILES) tests/tensorrt_harness
 
-wheel: setup ## wheel and source distribution in dist/
-	@echo "wheel: building into dist/"
-	@$(BIN)/python -m build --no-isolation --outdir dist
+# The wheel is built from the source distribution alone. auditwheel reads from its libraries how old
+# a system may be, and names it after that.
+wheel: $(DEPENDENCIES) ## source distribution and wheel with CPU kernels in dist/; needs no nvcc
+	$(call build_wheel,dist,OFF)
+
+wheel-cuda: $(DEPENDENCIES) ## wheel with CUDA kernels and TensorRT plugins in dist/cuda/; needs nvcc
+	$(call build_wheel,dist/cuda,ON)
+
+define build_wheel
+	@echo "wheel: building into $(1)/ (log: build/wheel.log)"
+	@rm -rf build/wheel $(1)/*.whl $(1)/*.tar.gz && mkdir -p build/wheel $(1)
+	@$(BIN)/python -m build --no-isolation --outdir build/wheel \
+	  -Ccmake.define.VSSM_CUDA=$(2) > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	@$(BIN)/auditwheel show build/wheel/*.whl
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir $(1) build/wheel/*.whl
+	@mv build/wheel/*.tar.gz $(1) && ls -l $(1)
+endef
 
 cuda-all: $(DEPENDENCIES) ## compile the CUDA kernels for every architecture of the list
 	@echo "cuda-all: compiling into build/cuda-all"

@@ -6,14 +6,13 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from checkout import ROOT
 from exports import exported, micro
-from light import light_environment
+from light import CORE, PROJECT, light_environment
 from packaging.requirements import Requirement
 
 import vssm
@@ -21,9 +20,6 @@ from vssm.artifact.manifest import Preprocessing
 from vssm.errors import MissingPackageError
 from vssm.extras import PACKAGES, explain_missing, install_command
 
-_tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-PROJECT = _tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-_CORE = [Requirement(line).name for line in PROJECT["dependencies"]]
 _ABSENT = sorted(PACKAGES)
 
 
@@ -56,7 +52,7 @@ class Light:
 @pytest.fixture(scope="module")
 def light(tmp_path_factory: pytest.TempPathFactory) -> Light:
     folder = tmp_path_factory.mktemp("light")
-    site = light_environment(folder / "venv", _CORE)
+    site = light_environment(folder / "venv", CORE)
     (site / "checkout.pth").write_text(f"{ROOT / 'exporter'}\n")
     artifact = exported(folder, micro(), preprocessing=Preprocessing.for_image_size((48, 48)))
     from vssm.bundle.make import BundleRequest, make_bundle

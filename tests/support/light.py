@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import sys
 import venv
 from collections.abc import Iterable
 from pathlib import Path
 
+from checkout import ROOT
 from packaging.requirements import Requirement
+
+_tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+PROJECT = _tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CORE = [Requirement(line).name for line in PROJECT["dependencies"]]
 
 
 def light_environment(home: Path, packages: Iterable[str]) -> Path:
