@@ -24,6 +24,7 @@ PACKAGES: Final[Mapping[str, tuple[str, str]]] = {
     "tensorboard": ("training", "TensorBoard logs of a training"),
     "jinja2": ("reports", "reports as pages"),
     "matplotlib": ("reports", "plots and figures"),
+    "einops": ("compat", "model code that imports einops"),
 }
 
 

@@ -10,7 +10,7 @@ from official_data import fill_weights, micro_config
 from torch import Tensor
 from torch.nn import functional
 
-from vssm.compat.packages import axes, blocks, cross, norms
+from vssm.compat.packages import blocks, cross, norms
 from vssm.errors import UnsupportedError
 from vssm.models.vim import VimMixer
 from vssm.pruning.select import Tokens
@@ -187,29 +187,3 @@ def test_one_walk(number: int) -> None:
     scan, merge = cross.one_walk(number)
     assert torch.equal(scan(x)[:, 0], _walk(x, 0)[:, [0, 1, 2, 3][number - 1]])
     assert torch.equal(merge(scan(x).reshape(2, 1, 3, 4, 5)), x.flatten(2))
-
-
-def test_named_axes() -> None:
-    x = torch.arange(24.0).reshape(2, 3, 4)
-    assert torch.equal(axes.rearrange(x, "b d l -> b l d"), x.transpose(1, 2))
-    assert torch.equal(axes.rearrange(x, "b l d -> d (b l)"), x.permute(2, 0, 1).reshape(4, 6))
-    assert torch.equal(
-        axes.rearrange(x, "b (h w) c -> b c h w", h=3), x.permute(0, 2, 1)[..., None]
-    )
-    assert torch.equal(axes.rearrange(x, "... (d r) -> ... d r", r=2), x.reshape(2, 3, 2, 2))
-    assert torch.equal(axes.rearrange(x[:, :1], "d 1 w -> d w"), x[:, 0])
-    assert torch.equal(axes.rearrange(x[0, 0], "d -> d 1"), x[0, 0][:, None])
-    assert torch.equal(axes.repeat(x[0, 0], "n -> d n", d=5), x[0, 0].expand(5, 4))
-    assert torch.equal(axes.repeat(x[0], "... n -> ... (n r)", r=2), x[0].repeat_interleave(2, -1))
-    assert torch.equal(axes.einsum(x, x[0], "b l d, l d -> b l"), (x * x[0]).sum(-1))
-    for pattern in (
-        "b d l",
-        "b d -> d b",
-        "b d l -> b d",
-        "b (d l -> b d l",
-        "b d (h w) -> b d h w",
-    ):
-        with pytest.raises(ValueError, match="pattern="):
-            axes.rearrange(x, pattern)
-    with pytest.raises(ValueError, match="no place or size"):
-        axes.repeat(x, "b d l -> b d l r")

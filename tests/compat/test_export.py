@@ -338,7 +338,9 @@ def test_python_of_the_page_runs(tmp_path: Path) -> None:
     assert done.stdout.endswith("True\n")
 
 
-def test_command_refuses(cli: Run, repository: Path, tmp_path: Path) -> None:
+def test_command_refuses(
+    cli: Run, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = repository / "nets" / "model.py"
     for target, further, message in (
         ("model", (), "is not PATH:FACTORY"),
@@ -374,6 +376,12 @@ def test_command_refuses(cli: Run, repository: Path, tmp_path: Path) -> None:
     needs = f"{repository / 'nets' / 'needs.py'}:f"
     assert cli("export-module", needs, "-o", str(tmp_path / "out")) == 2
     assert "'absent_package', which is not found" in cli.out
+    (repository / "nets" / "named.py").write_text("from einops import rearrange\n")
+    monkeypatch.setitem(sys.modules, "einops", None)  # as if it were not installed
+    named = f"{repository / 'nets' / 'named.py'}:f"
+    assert cli("export-module", named, "-o", str(tmp_path / "out")) == 2
+    assert "package=einops is not installed" in cli.out
+    assert 'pip install "vssm[compat]"' in cli.out
     _forget("nets")
 
 

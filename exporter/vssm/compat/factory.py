@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from vssm.errors import UnsupportedError
+from vssm.errors import MissingPackageError, UnsupportedError
+from vssm.extras import explain_missing
 
 
 def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
@@ -29,11 +30,15 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: the target is malformed, or there is no such file or factory, or another module
             of that name is imported.
+        MissingPackageError: the user's code imports a package that one of our extras brings.
         UnsupportedError: what it makes is no torch module, or the user's code fails.
     """
     folder, module, factory = _resolve(target)
     try:
-        function = pkgutil.resolve_name(f"{module}:{factory}")
+        with explain_missing():
+            function = pkgutil.resolve_name(f"{module}:{factory}")
+    except MissingPackageError:
+        raise
     except ModuleNotFoundError as error:
         raise ValueError(
             f"target={target!r}: importing {module} needs {error.name!r}, which is not found; "

@@ -104,7 +104,7 @@ def upstream(*, prefer: str = "ours") -> Iterator[UpstreamReport]:
     upstream's signatures; scan functions that a repository defines itself (VMamba, GroupMamba) are
     replaced as its files are imported, or at once where they already are. Modules of the user's
     own mamba_ssm (a fork's `mamba_simple.py`, say) are used as they are, over these functions.
-    timm, mmcv, einops, fvcore and triton get stand-ins where they are not installed. Nothing else
+    timm, mmcv, fvcore and triton get stand-ins where they are not installed. Nothing else
     is touched, and the report says what was.
 
     At the end every replaced name of a module that was there before is put back, and the modules

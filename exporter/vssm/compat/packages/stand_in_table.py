@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from vssm.compat.packages import axes, stand_ins
+from vssm.compat.packages import stand_ins
 from vssm.compat.packages.provided import not_supported
 from vssm.compat.packages.stand_ins import Registry
 
@@ -57,7 +57,6 @@ _MMCLS_UTILS: Final[dict[str, Any]] = {
     "to_2tuple": stand_ins.to_2tuple,
 }
 STAND_INS: Final[dict[str, dict[str, Any]]] = {
-    "einops": {"rearrange": axes.rearrange, "repeat": axes.repeat, "einsum": axes.einsum},
     "timm": _TIMM,
     "timm.layers": _LAYERS,
     "timm.models": {},
