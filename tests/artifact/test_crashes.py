@@ -21,6 +21,7 @@ from vssm.bundle.make import BundleRequest, make_bundle
 from vssm.bundle.manifest import compare_files, read_bundle_manifest
 from vssm.files.staging import settle
 from vssm.runtimes.tensorrt import build as engines
+from vssm.runtimes.tensorrt.engine import read_info
 import vssm
 
 torch.set_num_threads(1)
@@ -61,7 +62,7 @@ def state():
     if case == "export":
         return artifact.manifest.dtype
     plan = (out / "model.rtx.plan").read_bytes()
-    info = engines.read_info(out / "engine.rtx.json", "")
+    info = read_info(out / "engine.rtx.json", "")
     assert info.plan_bytes == len(plan)
     return plan
 
