@@ -200,7 +200,7 @@ class _Parser:
 
     def parse_from_file(self, path: str) -> bool:
         with open(path, "rb") as file:
-            return self.parse(file.read())
+            return self.parse(file.read(), path)
 
     @property
     def num_errors(self) -> int:
