@@ -392,4 +392,6 @@ def _print_module(done: ModuleExport) -> None:
     for line in manifest.config["passes"]:
         if not line.endswith("applied 0 times"):  # model.json has them all
             say(f"pass {line}")
+    if manifest.config["reference"] not in {None, "float64"}:
+        say(f"reference of `vssm check`: {manifest.config['reference']}")
     _print_files(done.artifact)

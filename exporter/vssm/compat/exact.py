@@ -1,4 +1,4 @@
-"""A module in float64, whatever it casts to float32 on its way: the oracle of its export."""
+"""A module in float64, whatever it says of its dtypes: the reference of its export."""
 
 from __future__ import annotations
 
@@ -9,48 +9,135 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
+from vssm.compat.passes.graph import SCANS
 from vssm.errors import UnsupportedError, reason
 
-_MAKERS: Final = (torch.zeros, torch.ones, torch.empty, torch.full, torch.arange, torch.tensor)
+FLOAT64: Final = "float64"
+FLOAT64_SCANS: Final = "float32, its scans in float64"
 # Beyond this, the module in float64 is another function than the one exported.
 _SAME: Final = 1e-2
+Outputs = Callable[[nn.Module, Tensor], dict[str, Tensor]]
 
 
-class KeepDouble(TorchFunctionMode):
-    """Casts of float64 tensors to float32 leave them as they are; float32 is made as float64.
+class _Wide(Tensor):
+    """Numbers in float64 that call themselves float32.
 
-    Upstream code computes its A in `.float()`, to be exact in half precision.
+    Code of the user's asks for float32 (`assert y.dtype == torch.float`), casts to it, and branches
+    on it. All of that sees what it wants, and the numbers stay exact.
     """
 
-    def __torch_function__(
+    exact: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, exact: Tensor) -> _Wide:
+        found: _Wide = Tensor._make_wrapper_subclass(
+            cls,
+            exact.size(),
+            strides=exact.stride(),
+            storage_offset=exact.storage_offset(),
+            dtype=torch.float32,
+            device=exact.device,
+        )
+        found.exact = exact
+        return found
+
+    def __init__(self, exact: Tensor) -> None:
+        super().__init__()
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({self.exact!r})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What a `_Widen` sees, for a tensor that outlives it."""
+        return _widened(func, args, kwargs or {})
+
+
+class _Mode(TorchDispatchMode):
+    """What the two ways to compute have in common: `torch.cond` runs the branch that is taken."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Every function of torch goes through here."""
-        kwargs = dict(kwargs or {})
-        x = args[0] if args else None
-        double = isinstance(x, Tensor) and x.dtype == torch.float64
-        if func is Tensor.float and double:
-            return x
-        if func in {Tensor.to, Tensor.type, Tensor.type_as} and double:
-            args = tuple(_widened(a) for a in args)
-        if "dtype" in kwargs and (double or func in _MAKERS):
-            kwargs["dtype"] = _widened(kwargs["dtype"])
-        return func(*args, **kwargs)
+        """Every operator goes through here."""
+        if func is torch.ops.higher_order.cond:
+            taken, yes, no, operands = args
+            with self:
+                return (yes if taken else no)(*operands)
+        return self.compute(func, args, kwargs or {})
+
+    def compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An operator's result."""
+        raise NotImplementedError
 
 
-def _widened(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dtype == torch.float32:
-        return value.double()
-    return torch.float64 if value is torch.float32 else value
+class _Widen(_Mode):
+    """Every float32 that is made becomes a `_Wide`, and every operator computes in float64."""
+
+    def compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """In float64."""
+        return _widened(func, args, kwargs)
 
 
-def exact_copy(model: nn.Module) -> nn.Module:
-    """The module in float64 on the CPU, in eval mode; the original stays as it is."""
-    twin = copy.deepcopy(model).cpu().double()
-    set_eval(twin)
-    return twin
+def _widened(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An operator on what stands behind its operands; float64 results call themselves float32."""
+    known: dict[int, _Wide] = {}
+
+    def inner(value: Any) -> Any:
+        if isinstance(value, _Wide):
+            known[id(value.exact)] = value
+            return value.exact
+        if value is torch.float32:
+            return torch.float64
+        if isinstance(value, Tensor) and value.dtype == torch.float32:
+            return value.double()
+        return value
+
+    def outer(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype not in {torch.float32, torch.float64}:
+            return value
+        if id(value) not in known:
+            return _Wide(value.double())
+        if known[id(value)].shape != value.shape:
+            raise RuntimeError(f"{func} changes the shape of a tensor in place")
+        return known[id(value)]
+
+    if func._schema.is_mutable:
+        _refuse_writes(func, args, kwargs)
+    inside = tree_map(inner, (args, kwargs))
+    return tree_map(outer, func(*inside[0], **inside[1]))
+
+
+def _refuse_writes(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """A float32 tensor that the module made before would be written to as a copy."""
+    for i, argument in enumerate(func._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and _is_float32(value) and not isinstance(value, _Wide):
+            raise RuntimeError(f"{func} writes to a float32 tensor that the module keeps")
+
+
+class _WideScans(_Mode):
+    """Selective scans in float64, everything else as it is."""
+
+    def compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """In float64 where it is a scan."""
+        if func not in SCANS:
+            return func(*args, **kwargs)
+        wide = tree_map(lambda x: x.double() if _is_float32(x) else x, (args, kwargs))
+        return func(*wide[0], **wide[1]).float()
+
+
+def _is_float32(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float32
 
 
 @contextmanager
@@ -71,26 +158,29 @@ def set_eval(model: nn.Module) -> None:
         module.training = False
 
 
-def exact_outputs(
-    model: nn.Module, x: Tensor, outputs: Callable[[nn.Module, Tensor], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """What the module says of x in float64, by name; floating x is widened.
+def exact_outputs(model: nn.Module, x: Tensor, outputs: Outputs) -> tuple[dict[str, Tensor], str]:
+    """What the module says of x, as exactly as it can be had, by name.
+
+    All of it in float64, where the module bears that; else the module as it is, float32, with its
+    scans in float64.
+
+    Args:
+        model: in eval mode, float32, on the CPU; it stays as it is.
+        x: the input.
+        outputs: what gives the outputs by name.
+
+    Returns:
+        The outputs, and `FLOAT64` or `FLOAT64_SCANS`.
 
     Raises:
-        UnsupportedError: it does not run in float64, or is another function there.
+        UnsupportedError: it runs in neither way, or is another function in float64.
     """
-    wide = x.double() if x.is_floating_point() else x
     with torch.inference_mode():
-        try:
-            with KeepDouble():
-                exact = outputs(exact_copy(model), wide)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise UnsupportedError(
-                f"{type(model).__name__} does not run in float64, which is the oracle of its "
-                f"export ({reason(error)}); mend the dtype it insists on, or export with "
-                "reference=False"
-            ) from error
         plain = outputs(model, x)
+        try:
+            exact, precision = _in_float64(model, x, outputs), FLOAT64
+        except Exception:  # the user's code may raise anything where it is fed another tensor
+            exact, precision = _with_exact_scans(model, x, outputs), FLOAT64_SCANS
     for name, value in plain.items():
         alike = value.shape == exact[name].shape
         if value.is_floating_point() and alike and not _close(value.double(), exact[name]):
@@ -99,9 +189,32 @@ def exact_outputs(
                 f"more than {_SAME:g} of its largest value; the module depends on its dtype or "
                 "draws random numbers: mend it, or export with reference=False"
             )
-    return exact
+    return exact, precision
+
+
+def _in_float64(model: nn.Module, x: Tensor, outputs: Outputs) -> dict[str, Tensor]:
+    twin: Any = copy.deepcopy(model).cpu()
+    for module in twin.modules():
+        for held in (module._parameters, module._buffers):
+            held.update({k: _Wide(v.double()) for k, v in held.items() if _is_float32(v)})
+    given = _Wide(x.double()) if _is_float32(x) else x
+    with _Widen():  # type: ignore[no-untyped-call]
+        found = outputs(twin, given)
+    return {k: value.exact if isinstance(value, _Wide) else value for k, value in found.items()}
+
+
+def _with_exact_scans(model: nn.Module, x: Tensor, outputs: Outputs) -> dict[str, Tensor]:
+    try:
+        with _WideScans():  # type: ignore[no-untyped-call]
+            return outputs(model, x)
+    except Exception as error:
+        raise UnsupportedError(
+            f"{type(model).__name__} runs neither in float64 nor with its scans in float64, which "
+            f"is the reference of its export ({reason(error)}); mend the dtype it "
+            "insists on, or export with reference=False"
+        ) from error
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
     scale = float(b.abs().max()) if b.numel() else 0.0
-    return not scale or float((a - b).abs().max()) <= _SAME * scale
+    return not scale or float((a.double() - b.double()).abs().max()) <= _SAME * scale

@@ -30,6 +30,7 @@ from vssm.compat.exact import evaluating, exact_outputs
 from vssm.compat.outputs import Outputs, module_outputs
 from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import SCANS, PassReport, without_mutation
+from vssm.compat.passes.regions import RefuseCasts, open_regions
 from vssm.compat.prune import PrunedModule
 from vssm.errors import UnsupportedError, reason
 from vssm.files.atomic import sha256_of
@@ -43,6 +44,7 @@ from vssm.onnx.program import (
     quiet,
     save_model,
 )
+from vssm.ops.ambient import known_state
 from vssm.ops.spec import OPERATOR_VERSION
 from vssm.types import Steps
 
@@ -57,6 +59,7 @@ class _Options:
     outputs: tuple[str, ...] | None
 
 
+@known_state()
 def export_module(
     model: nn.Module,
     example_input: Tensor,
@@ -91,7 +94,8 @@ def export_module(
         opset: 18 to 20.
         dynamic_batch: whether the first axis may have any size.
         inline: also write model.inlined.onnx, without functions.
-        reference: keep inputs and float64 outputs, for `vssm check`.
+        reference: keep inputs and the module's exact outputs, for `vssm check`; model.json says
+            how exact (`config["reference"]`).
         preprocessing: how image files become inputs; None: unknown, and then image files are
             refused later.
         labels: a name for every class.
@@ -108,7 +112,7 @@ def export_module(
         TypeError: `model` is no module, or a wrapper around one, or `example_input` no tensor.
         ValueError: a weight is not finite or not float32, or an option does not fit.
         UnsupportedError: torch.export cannot trace the module, no scan is in what it traced, or
-            the module does not run in float64.
+            the module is another function in float64.
         ArtifactError: the directory cannot be written, or holds an export and not `force`.
     """
     _refuse(model, example_input, opset)
@@ -116,11 +120,14 @@ def export_module(
     example = example_input.detach().cpu()
     with staged_export(directory, force=force) as staging:
         options = _Options(opset, dynamic_batch, None if outputs is None else tuple(outputs))
-        proto, reports = trace_module(model, example, options, progress)
-        save_model(proto, staging, inline=inline, external_data_above=external_data_above)
-        if reference:
+        names = _output_names(model, example, options)
+        precision = None
+        if reference:  # first, as the trace takes long and this may be refused
             count = 2 if dynamic_batch else len(example)
-            _write_reference(staging, model, example, count, module_outputs(outputs, scores=True))
+            named = module_outputs(outputs, scores=True)
+            precision = _write_reference(staging, model, example, count, named)
+        proto, reports = trace_module(model, example, options, names, progress)
+        save_model(proto, staging, inline=inline, external_data_above=external_data_above)
         manifest = _describe(
             proto,
             name=name or type(model).__name__,
@@ -128,6 +135,7 @@ def export_module(
                 MODULE_KEY: f"{type(model).__module__}.{type(model).__qualname__}",
                 "example_input": list(example.shape),
                 "outputs": None if outputs is None else list(outputs),
+                "reference": precision,
                 "passes": [str(report) for report in reports],
             },
             files={path.name: sha256_of(path) for path in sorted(staging.iterdir())},
@@ -141,12 +149,15 @@ def export_module(
 
 
 def trace_module(
-    model: nn.Module, example: Tensor, options: _Options, progress: Steps = lambda *_: None
+    model: nn.Module,
+    example: Tensor,
+    options: _Options,
+    names: Sequence[str],
+    progress: Steps = lambda *_: None,
 ) -> tuple[onnx.ModelProto, list[PassReport]]:
     """The ModelProto of a module, and what the passes did."""
     wrapper = _Wrapper(model, options.outputs)
     with evaluating(wrapper):
-        names = _output_names(wrapper, example[:1] if options.dynamic_batch else example)
         with counted_blocks(model, progress):
             program = _trace(wrapper, example, options.dynamic_batch)
         if not any(node.target in SCANS for node in program.graph.nodes):
@@ -164,13 +175,15 @@ def trace_module(
     return proto, reports
 
 
-def _output_names(wrapper: _Wrapper, x: Tensor) -> list[str]:
-    with torch.inference_mode():
+def _output_names(model: nn.Module, example: Tensor, options: _Options) -> list[str]:
+    x = example[:1] if options.dynamic_batch else example
+    with evaluating(model), torch.inference_mode():
         try:
-            return list(wrapper.outputs(wrapper.model, x))
-        except (RuntimeError, AssertionError, IndexError) as error:
+            with RefuseCasts():
+                return list(module_outputs(options.outputs)(model, x))
+        except (RuntimeError, AssertionError, LookupError, TypeError) as error:
             raise UnsupportedError(
-                f"{type(wrapper.model).__name__} fails on an input of shape {tuple(x.shape)}, "
+                f"{type(model).__name__} fails on an input of shape {tuple(x.shape)}, "
                 f"{x.dtype}: {reason(error)}; give the input that it is made for"
             ) from error
 
@@ -223,9 +236,12 @@ def _trace(wrapper: _Wrapper, example: Tensor, dynamic_batch: bool) -> ExportedP
     pair = torch.cat([example, example])[: max(2, len(example))] if dynamic_batch else example
     shapes = {"x": {0: torch.export.Dim(BATCH)} if dynamic_batch else None}
     try:
+        torch.compiler.reset()  # a torch.cond that ran before was compiled, and cannot be traced
         with torch.no_grad(), quiet():
             program = torch.export.export(wrapper, (pair,), dynamic_shapes=shapes)
-            return without_mutation(program)
+            return without_mutation(open_regions(program))
+    except UnsupportedError:
+        raise
     except Exception as error:
         raise UnsupportedError(
             f"torch.export cannot trace {type(wrapper.model).__name__}: {reason(error)}. Trace it "
@@ -256,15 +272,19 @@ def _write_reference(
     example: Tensor,
     count: int,
     outputs: Outputs,
-) -> None:
-    """`count` times noise of the example's shape, or the example where it holds integers."""
+) -> str:
+    """Inputs and what the module says of them, and how exact that is.
+
+    `count` times noise of the example's shape, or the example where it holds integers.
+    """
     x = example
     if example.is_floating_point():
         generator = torch.Generator().manual_seed(_SEED)
         x = torch.randn((count, *example.shape[1:]), generator=generator)
     with evaluating(model):
-        exact = exact_outputs(model, x, outputs)
+        exact, precision = exact_outputs(model, x, outputs)
     save_safetensors({"input": x, **exact}, staging / REFERENCE_FILE)
+    return precision
 
 
 def _describe(

@@ -14,6 +14,7 @@ from vssm.compat.packages.norms import layer_norm_fn, rms_norm_fn
 from vssm.errors import UnsupportedError, reason
 from vssm.models.base import ForwardDetails, details
 from vssm.models.vim import VimMixer, VimMixerConfig
+from vssm.ops.ambient import known_state
 from vssm.pruning.schedule import PruneSchedule, Stage, TokenLayout, plan_stages
 from vssm.pruning.select import StageResult, Tokens, score_rule
 from vssm.pruning.select import prune as prune_stage
@@ -286,6 +287,7 @@ def _check_same_pruned(theirs: nn.Module, ours: PrunedBlock) -> None:
 _SAME: Final = 1e-4  # of the largest value, float32
 
 
+@known_state()
 def prune(
     model: nn.Module,
     schedule: PruneSchedule,

@@ -34,6 +34,7 @@ from vssm.onnx.program import (
     save_model,
 )
 from vssm.onnx.schemas import register_schemas
+from vssm.ops.ambient import known_state
 from vssm.types import Steps
 
 DTYPES: Final = {
@@ -44,6 +45,7 @@ DTYPES: Final = {
 INPUT: Final = "images"
 
 
+@known_state()
 def export(
     model: VisionModel,
     directory: str | os.PathLike[str],

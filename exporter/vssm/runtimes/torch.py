@@ -21,6 +21,7 @@ from vssm.compat.outputs import module_outputs
 from vssm.errors import ArtifactError, check_choice
 from vssm.models import model_from_config
 from vssm.models.base import VisionModel
+from vssm.ops.ambient import known_state
 from vssm.ops.kernels import kernels
 from vssm.pruning.schedule import PruneSchedule
 from vssm.runtimes.library import library_version
@@ -31,6 +32,7 @@ from vssm.types import Array
 TorchModule = nn.Module  # for files that name no torch
 
 
+@known_state()
 def model_of(artifact: Artifact, *, dense: bool = False) -> VisionModel:
     """The float32 model of an export, rebuilt from model.json and weights.safetensors.
 
@@ -125,6 +127,7 @@ class TorchSession(Session):
         )
         super().__init__(artifact.manifest, info)
 
+    @known_state()
     def _run(self, images: Array) -> dict[str, Array]:
         model = self._model
         if model is None:
@@ -146,6 +149,7 @@ def _library(backend: str) -> Path | None:
     return None if backend == "reference" else kernels().path
 
 
+@known_state()
 def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
     """What the model says of images (batch, 3, height, width) in float64; it stays as it is.
 
@@ -187,7 +191,7 @@ def _module_oracle(model: nn.Module, artifact: Artifact, images: Array) -> Oracl
     # How they were asked for: of names alone it would not be known which outputs they rename.
     asked = artifact.manifest.config.get("outputs")
     outputs = module_outputs(asked, scores=True)
-    found = exact_outputs(model, torch.from_numpy(np.array(images)), outputs)
+    found, _ = exact_outputs(model, torch.from_numpy(np.array(images)), outputs)
     if not set(names) <= set(found):
         raise ValueError(
             f"model: it returns {sorted(found)}, the export in {artifact.directory} "
