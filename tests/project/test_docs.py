@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import ROOT
+from checkout import ROOT, SUPPORT
 
 README = ROOT / "README.md"
 _RUN = frozenset({"bash", "console", "python"})
@@ -129,11 +129,17 @@ def run_readme(readme: Path, folder: Path) -> subprocess.CompletedProcess[str]:
         if entry.name not in _NOT_LINKED and not (folder / entry.name).exists():
             (folder / entry.name).symlink_to(entry)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    paths = filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")])
     command = [sys.executable, str(Path(__file__)), str(readme)]
     return subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, "PATH": path, "VSSM_CHECKOUT": str(ROOT)},
+        env={
+            **os.environ,
+            "PATH": path,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "VSSM_CHECKOUT": str(ROOT),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -241,5 +247,9 @@ def test_broken_link_is_found(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: the blocks see what a reader's Python sees
+    # Without this folder and what tests share: the blocks see what a reader's Python sees.
+    sys.path[:] = [folder for folder in sys.path[1:] if folder != str(SUPPORT)]
+    os.environ["PYTHONPATH"] = (
+        os.environ["PYTHONPATH"].removeprefix(str(SUPPORT)).lstrip(os.pathsep)
+    )
     run_blocks(Path(sys.argv[1]).read_text(encoding="utf-8"))
