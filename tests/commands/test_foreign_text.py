@@ -160,7 +160,7 @@ def test_a_checkpoint_of_an_odd_name(cli: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert cli("export", *MODEL, "-o", out, "--checkpoint", weights) == 0, cli.raw
     assert clean(cli)
-    assert r"weights: bad\udcff.safetensors" in cli.out
+    assert r"bad\udcff.safetensors" in cli.out
     document = json.loads((out / "model.json").read_text())
     assert document["checkpoint"]["file"] == r"bad\udcff.safetensors"
 
