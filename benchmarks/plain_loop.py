@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import vssm
-from vssm.models import VisionModel
+from vssm.models.base import VisionModel
 from vssm.ops import reference
 
 

@@ -23,6 +23,7 @@ from vssm._version import __version__
 from vssm.artifact.directory import EXTERNAL_FILE, INLINED_FILE, MODEL_FILE
 from vssm.onnx.bodies import build_functions
 from vssm.onnx.describe import used_operators
+from vssm.onnx.names import name_graph, name_weights
 from vssm.onnx.schemas import register_schemas
 from vssm.ops import operators as ops
 from vssm.ops.spec import DOMAIN, OPERATOR_VERSION, OPERATORS, PLUGIN_ATTRIBUTES, OperatorSpec
@@ -34,6 +35,7 @@ _NO_LIMIT = 2**62
 
 def fold_weights(model: ir.Model) -> None:
     """Compute everything that depends on weights alone, then drop what nothing reads."""
+    optimizer.optimize_ir(model)
     optimizer.fold_constants(
         model, onnx_shape_inference=False, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT
     )
@@ -44,8 +46,6 @@ def fold_weights(model: ir.Model) -> None:
 
 def name_outputs(model: ir.Model, names: Sequence[str], *, public: int) -> None:
     """Give the graph's outputs their names; those after the first `public` stay as inner values.
-
-    A weight or a value inside that has one of these names makes room for it.
 
     Raises:
         ValueError: the number of names is not the number of outputs, or one value is two outputs.
@@ -59,10 +59,6 @@ def name_outputs(model: ir.Model, names: Sequence[str], *, public: int) -> None:
             raise ValueError(f"output {name!r} is the same value as another; give it its own node")
         taken.add(id(value))
         value.name = name
-    inner = [value for node in model.graph for value in node.outputs]
-    for value in (*inner, *model.graph.initializers.values()):
-        if value.name in names and id(value) not in taken:
-            value.name = f"{value.name}_inner"
     while len(model.graph.outputs) > public:  # a slice would leave them marked as outputs
         model.graph.outputs.pop()
 
@@ -80,21 +76,6 @@ def rename_inputs(model: ir.Model, names: Sequence[str], batch: str | None) -> N
                 value.shape = ir.Shape([batch if str(d) in symbols else d for d in value.shape])
     for value in model.graph.inputs:
         value.shape = ir.Shape([batch, *(value.shape or ())[1:]])
-
-
-def strip_initializer_prefix(model: ir.Model, prefix: str) -> None:
-    """Call weights by their state_dict keys, without the tracing wrapper's attribute name."""
-    for value in list(model.graph.initializers.values()):
-        if value.name and value.name.startswith(prefix):
-            value.name = value.name.removeprefix(prefix)
-
-
-def tidy(model: ir.Model) -> None:
-    """Unique node names, topological order, no tracing notes."""
-    common.ClearMetadataAndDocStringPass()(model)
-    for index, node in enumerate(model.graph):
-        node.name = f"{node.op_type}_{index}"
-    common.TopologicalSortPass()(model)
 
 
 BATCH: Final = "batch"
@@ -127,19 +108,34 @@ def program_to_proto(
     """
     register_schemas()
     graph = _translate(program, opset, progress)
+    reserved = [*inputs, *names]
+    weights = name_weights(graph, reserved=reserved)
     fold_weights(graph)
+    common.TopologicalSortPass()(graph)
+    name_graph(graph, weights, reserved=reserved)
     rename_inputs(graph, inputs, BATCH if dynamic_batch else None)
-    strip_initializer_prefix(graph, "model.")
     name_outputs(graph, names, public=public)
-    tidy(graph)
+    common.ClearMetadataAndDocStringPass()(graph)
     graph.ir_version = _IR_VERSION
     graph.opset_imports.clear()
     graph.opset_imports.update({"": opset, DOMAIN: OPERATOR_VERSION})
     graph.producer_name, graph.producer_version = "vssm", __version__
     proto = ir.to_proto(graph)
+    _drop_value_info_of_weights(proto)
     # Last: optimisers and version converters inline or drop functions.
     proto.functions.extend(build_functions(used_operators(proto), opset))
     return proto
+
+
+def _drop_value_info_of_weights(proto: onnx.ModelProto) -> None:
+    """Leave the values between nodes: an initialiser says its type and shape itself.
+
+    ONNX Runtime's quantisers refuse a file that says them twice.
+    """
+    weights = {initializer.name for initializer in proto.graph.initializer}
+    kept = [value for value in proto.graph.value_info if value.name not in weights]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
 
 
 # Protobuf reads no message above 2 GiB; what is not weights takes a few MB.
@@ -187,6 +183,7 @@ def _translate(program: ExportedProgram, opset: int, progress: Steps) -> ir.Mode
             opset_version=opset,
             custom_translation_table={op: _translation(spec, tell) for op, spec in table.items()},
             verbose=False,
+            optimize=False,  # weights are named first
         )
     if exported is None:
         raise AssertionError("torch.onnx.export returns a program when it is given no file")

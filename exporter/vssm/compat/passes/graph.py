@@ -71,9 +71,10 @@ class Rewriter:
         return graph
 
     def emit(self, before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """A new call in front of `before`, its shape inferred."""
+        """A new call in front of `before`, in the same module, its shape inferred."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
+        node.meta["nn_module_stack"] = before.meta.get("nn_module_stack", {})
         fake = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         # The dispatcher in Python: the one in C++ would decide what a symbolic size is.
         with _mode_of(self.graph), enable_python_dispatcher():

@@ -105,7 +105,7 @@ def one_form(r: Rewriter) -> None:
                 target = ATEN.split_with_sizes.default
                 with r.graph.inserting_before(node):
                     new = r.graph.call_function(target, (source, sizes, dim))
-                new.meta["val"] = node.meta["val"]
+                new.meta = dict(node.meta)
                 r.replace(node, new)
 
 
