@@ -1,0 +1,484 @@
+// Calls the operators with random arguments through the C ABI and compares with float64:
+//
+//   fuzz SEED CALLS
+//
+// Sizes, shared axes, types, attributes, threads, values (NaN, infinities and subnormal numbers
+// among them) and breaches of the contract are drawn from the seed and the number of the call, so
+// that the call that a failure names can be repeated by itself: fuzz SEED FIRST LAST. Every tensor
+// is a heap block of its own size, for a sanitizer, with guards behind it for a build without one.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "plugins/c/vssm.h"
+#include "plugins/c/vssm_training.h"
+
+namespace {
+
+constexpr size_t kGuard = 64;
+constexpr unsigned char kPoison = 0xFF;  // NaN in every float type
+
+int64_t current_call = 0;
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "fuzz: call %lld: %s\n", static_cast<long long>(current_call), what.c_str());
+  std::exit(1);
+}
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t next() {  // splitmix64
+    uint64_t z = (state_ += 0x9E3779B97F4A7C15U);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBU;
+    return z ^ (z >> 31);
+  }
+  int64_t below(int64_t count) {
+    return static_cast<int64_t>(next() % static_cast<uint64_t>(count));
+  }
+  bool one_in(int64_t count) { return below(count) == 0; }
+  float uniform(float low, float high) {
+    return low + (high - low) * static_cast<float>(next() >> 40) * 0x1p-24F;
+  }
+  template <size_t kCount>
+  int64_t of(const int64_t (&choices)[kCount]) {
+    return choices[below(kCount)];
+  }
+
+ private:
+  uint64_t state_;
+};
+
+float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+double half_to_double(uint16_t half) {
+  const int exponent = (half >> 10) & 31;
+  const double mantissa = half & 0x3FF;
+  double x = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
+  if (exponent == 31) x = mantissa == 0 ? HUGE_VAL : std::nan("");
+  return (half & 0x8000) != 0 ? -x : x;
+}
+
+/// A tensor in memory of its own, between guards of which the rear one ends the block.
+struct Tensor {
+  Tensor(int32_t dtype, std::vector<int64_t> dims) : dtype(dtype), dims(std::move(dims)) {
+    bytes = static_cast<size_t>(count()) * width();
+    memory.reset(new unsigned char[kGuard + bytes + kGuard]);
+    std::memset(memory.get(), kPoison, kGuard + bytes + kGuard);
+  }
+
+  size_t width() const { return dtype == VSSM_FLOAT16 || dtype == VSSM_BFLOAT16 ? 2 : 4; }
+  int64_t count() const {
+    int64_t product = 1;
+    for (const int64_t dim : dims) product *= dim;
+    return product;
+  }
+  unsigned char* data() const { return memory.get() + kGuard; }
+
+  vssm_tensor describe() const {
+    vssm_tensor tensor = {data(), dtype, static_cast<int32_t>(dims.size()), {}};
+    std::copy(dims.begin(), dims.end(), tensor.dims);
+    return tensor;
+  }
+
+  double at(int64_t i) const {
+    if (dtype == VSSM_FLOAT16) return half_to_double(reinterpret_cast<uint16_t*>(data())[i]);
+    if (dtype == VSSM_BFLOAT16) {
+      return from_bits(uint32_t{reinterpret_cast<uint16_t*>(data())[i]} << 16);
+    }
+    return reinterpret_cast<float*>(data())[i];
+  }
+
+  /// Half types take the upper bits of a float that is exact in them.
+  void set(int64_t i, float x) {
+    if (dtype == VSSM_FLOAT32) {
+      reinterpret_cast<float*>(data())[i] = x;
+    } else if (dtype == VSSM_BFLOAT16) {
+      reinterpret_cast<uint16_t*>(data())[i] = static_cast<uint16_t>(to_bits(x) >> 16);
+    } else {
+      const uint32_t bits = to_bits(x), exponent = (bits >> 23) & 255U;
+      const uint32_t half = exponent < 113   ? 0
+                            : exponent > 142 ? 0x7C00U
+                                             : ((exponent - 112) << 10) | ((bits >> 13) & 0x3FFU);
+      const uint32_t nan = std::isnan(x) ? 0x7E00U : half;
+      reinterpret_cast<uint16_t*>(data())[i] =
+          static_cast<uint16_t>(((bits >> 16) & 0x8000U) | nan);
+    }
+  }
+
+  int32_t* ints() const { return reinterpret_cast<int32_t*>(data()); }
+
+  bool poisoned(size_t first, size_t size) const {
+    const unsigned char* from = memory.get() + first;
+    return std::all_of(from, from + size, [](unsigned char byte) { return byte == kPoison; });
+  }
+  void check(const char* name) const {
+    if (poisoned(0, kGuard) && poisoned(kGuard + bytes, kGuard)) return;
+    fail(std::string(name) + " was written outside its memory");
+  }
+  bool untouched() const { return poisoned(0, bytes + 2 * kGuard); }
+
+  int32_t dtype;
+  std::vector<int64_t> dims;
+  size_t bytes;
+  std::unique_ptr<unsigned char[]> memory;
+};
+
+void fill(Random& random, Tensor& tensor, float low, float high, bool special) {
+  constexpr float kSpecial[] = {NAN, INFINITY, -INFINITY, -0.0F, 1e-42F, 3e38F, -3e38F, -90.0F};
+  for (int64_t i = 0; i < tensor.count(); ++i) {
+    const bool odd = special && random.one_in(8);
+    tensor.set(i, odd ? kSpecial[random.below(8)] : random.uniform(low, high));
+  }
+}
+
+/// A scan with all that was drawn for it.
+struct Scan {
+  enum Kind { kPlain, kGated, kConstant };
+  static constexpr const char* kNames[] = {"SelectiveScan", "GatedSelectiveScan",
+                                           "SelectiveScanConstantGap"};
+  Kind kind;
+  int64_t batch, seqlen, K, d_inner, d_state;
+  int32_t dtype;
+  bool special;
+  vssm_scan_attributes attributes;
+  std::vector<Tensor> inputs;
+
+  explicit Scan(Random& random, int32_t type)
+      : kind(static_cast<Kind>(random.below(3))),
+        batch(random.below(4)),
+        seqlen(random.of({1, 2, 3, 7, 15, 16, 17, 33, 65})),
+        K(1 + random.below(5)),
+        d_inner(random.of({1, 2, 5, 15, 16, 17, 31, 33, 48, 70})),
+        d_state(random.of({1, 1, 2, 3, 8, 16, 16, 17, 64})),
+        dtype(type),
+        special(random.one_in(6)) {
+    attributes = {random.below(4) != 0, random.below(2), random.one_in(2) ? 1.0F : 0.5F, 0};
+    const bool together = random.one_in(4);
+    if (together) attributes.params_by_step = 1;
+    const auto axis = [&](bool shared) { return shared || random.one_in(3) ? int64_t{1} : K; };
+    const int64_t Kd = axis(together), Ka = axis(together);
+    add(random, dtype, {batch, seqlen, axis(false), d_inner}, -1, 1);
+    add(random, dtype, {batch, seqlen, Kd, d_inner}, -3, attributes.delta_softplus ? 3 : -2);
+    add(random, VSSM_FLOAT32, {Ka, d_inner, d_state}, -8, -0.01F);
+    add(random, dtype, {batch, seqlen, axis(false), d_state}, -1, 1);
+    add(random, dtype, {batch, seqlen, axis(together), d_state}, -1, 1);
+    add(random, VSSM_FLOAT32, {axis(false), d_inner}, -1, 1);
+    add(random, VSSM_FLOAT32, {Kd, d_inner}, 3, 4);
+    tables(random);
+    if (kind == kGated) add(random, dtype, {batch, seqlen, d_inner}, -4, 4);
+    if (kind == kConstant) add(random, VSSM_FLOAT32, {Kd, d_inner}, 0.01F, 1);
+  }
+
+  void add(Random& random, int32_t type, std::vector<int64_t> dims, float low, float high) {
+    inputs.emplace_back(type, std::move(dims));
+    fill(random, inputs.back(), low, high, special);
+  }
+
+  void tables(Random& random) {
+    inputs.emplace_back(VSSM_INT32, std::vector<int64_t>{random.one_in(2) ? 1 : batch, K, seqlen});
+    inputs.emplace_back(VSSM_INT32, std::vector<int64_t>{random.one_in(2) ? 1 : batch, K, seqlen});
+    int32_t *order = inputs[7].ints(), *gap = inputs[8].ints();
+    for (int64_t row = 0; row < inputs[7].dims[0] * K; ++row) {
+      for (int64_t t = 0; t < seqlen; ++t) {
+        const int64_t other = random.below(t + 1);
+        order[row * seqlen + t] = order[row * seqlen + other];
+        order[row * seqlen + other] = static_cast<int32_t>(t);
+      }
+    }
+    for (int64_t i = 0; i < inputs[8].count(); ++i) {
+      gap[i] = static_cast<int32_t>(i % seqlen == 0 ? random.below(5) : 1 + random.below(4));
+    }
+  }
+
+  std::vector<vssm_tensor> described() const {
+    std::vector<vssm_tensor> all;
+    for (const Tensor& input : inputs) all.push_back(input.describe());
+    return all;
+  }
+
+  double value(int input, int64_t row, int64_t k, int64_t column) const {
+    const auto& dims = inputs[input].dims;
+    const int64_t axis = dims[dims.size() - 2], width = dims.back();
+    return inputs[input].at((row * axis + (axis == 1 ? 0 : k)) * width + column);
+  }
+
+  /// One channel of one image in float64: y, and the sums of magnitudes in `terms`.
+  void expect(int64_t image, int64_t c, std::vector<double>* y, std::vector<double>* terms) const;
+};
+
+void Scan::expect(int64_t image, int64_t c, std::vector<double>* y,
+                  std::vector<double>* terms) const {
+  y->assign(static_cast<size_t>(seqlen), 0.0);
+  terms->assign(static_cast<size_t>(seqlen), 0.0);
+  const Tensor& A = inputs[2];
+  for (int64_t k = 0; k < K; ++k) {
+    std::vector<double> h(static_cast<size_t>(d_state), 0.0), size(h);
+    const int64_t row = k * seqlen;
+    const int32_t* order = inputs[7].ints() + (inputs[7].dims[0] > 1 ? image * K * seqlen : 0);
+    const int32_t* gap = inputs[8].ints() + (inputs[8].dims[0] > 1 ? image * K * seqlen : 0);
+    for (int64_t t = 0; t < seqlen; ++t) {
+      const int64_t q = order[row + t], s = attributes.params_by_step != 0 ? t : q;
+      const int64_t token = image * seqlen + q, owner = image * seqlen + s;
+      const double u = value(0, token, k, c);
+      double dt = value(1, owner, k, c) + value(6, 0, k, c);
+      if (attributes.delta_softplus != 0)
+        dt = std::fmax(dt, 0) + std::log1p(std::exp(-std::fabs(dt)));
+      const double places = t == 0 ? 1 : gap[row + t];
+      const double span = kind == kConstant ? dt + (places - 1) * value(9, 0, k, c) : places * dt;
+      const double skip = value(5, 0, k, c) * u;
+      double sum = skip, more = std::fabs(skip);
+      for (int64_t n = 0; n < d_state; ++n) {
+        const int64_t ka = A.dims[0] == 1 ? 0 : k;
+        const double argument = span * A.at((ka * d_inner + c) * d_state + n);
+        const double decay = std::exp(argument), b = value(3, owner, k, n),
+                     d = value(4, owner, k, n);
+        auto& state = h[static_cast<size_t>(n)];
+        auto& bound = size[static_cast<size_t>(n)];
+        state = decay * state + dt * u * b;
+        bound = decay * bound * (1 + std::fabs(argument) / 2) + std::fabs(dt * u * b);
+        sum += d * state;
+        more += std::fabs(d) * bound;
+      }
+      (*y)[static_cast<size_t>(q)] += attributes.scale * sum;
+      (*terms)[static_cast<size_t>(q)] += attributes.scale * more;
+    }
+  }
+  if (kind != kGated) return;
+  for (int64_t q = 0; q < seqlen; ++q) {
+    const double z = inputs[9].at((image * seqlen + q) * d_inner + c);
+    const double gate = z / (1 + std::exp(-z));
+    (*y)[static_cast<size_t>(q)] *= gate;
+    (*terms)[static_cast<size_t>(q)] *= std::fabs(gate);
+  }
+}
+
+/// One image and channel of a result, against float64.
+void compare(Random& random, const Scan& scan, const Tensor& y) {
+  if (scan.special || scan.batch == 0) return;
+  const int64_t image = random.below(scan.batch), c = random.below(scan.d_inner);
+  const double tolerance = scan.dtype == VSSM_FLOAT32   ? 2e-6
+                           : scan.dtype == VSSM_FLOAT16 ? 6e-4
+                                                        : 4.5e-3;
+  std::vector<double> want, terms;
+  scan.expect(image, c, &want, &terms);
+  for (int64_t q = 0; q < scan.seqlen; ++q) {
+    const double got = y.at((image * scan.seqlen + q) * scan.d_inner + c);
+    const double expected = want[static_cast<size_t>(q)];
+    const double allowed = tolerance * terms[static_cast<size_t>(q)] + 1e-7;
+    if (std::fabs(got - expected) <= allowed) continue;
+    fail("y=" + std::to_string(got) + " is not " + std::to_string(expected) + " within " +
+         std::to_string(allowed));
+  }
+}
+
+/// Breaks one rule of the contract, in values or in a description.
+bool breach(Random& random, Scan& scan, std::vector<vssm_tensor>* given) {
+  if (!random.one_in(8)) return false;
+  vssm_tensor& tensor =
+      (*given)[static_cast<size_t>(random.below(static_cast<int64_t>(given->size())))];
+  switch (random.below(7)) {
+    case 0:
+      tensor.rank += random.one_in(2) ? 1 : -1;
+      return true;
+    case 1:
+      tensor.dtype = static_cast<int32_t>(random.of({4, -1, 99}));
+      return true;
+    case 2:
+      tensor.dims[tensor.rank - 1] += 1;
+      return true;
+    case 3:
+      tensor.dims[random.below(tensor.rank)] = -1;
+      return true;
+    case 4:
+      if (scan.inputs[7].count() == 0) return false;
+      scan.inputs[7].ints()[random.below(scan.inputs[7].count())] =
+          static_cast<int32_t>(random.of({-1, scan.seqlen, INT32_MIN, INT32_MAX}));
+      return true;
+    case 5:
+      if (scan.seqlen < 2 || scan.inputs[8].count() == 0) return false;
+      scan.inputs[8].ints()[1] = static_cast<int32_t>(random.of({0, -1, INT32_MIN}));
+      return true;
+    default:
+      scan.attributes.delta_softplus = 2;
+      return true;
+  }
+}
+
+void run_backward(Random& random, const Scan& scan, const std::vector<vssm_tensor>& given) {
+  Tensor dy(VSSM_FLOAT32, {scan.batch, scan.seqlen, scan.d_inner});
+  fill(random, dy, -1, 1, scan.special);
+  std::vector<std::vector<Tensor>> results(2);
+  for (int round = 0; round < 2; ++round) {
+    std::vector<vssm_tensor> gradients;
+    for (size_t i = 0; i < scan.inputs.size(); ++i) {
+      if (i == 7 || i == 8) continue;
+      results[round].emplace_back(VSSM_FLOAT32, scan.inputs[i].dims);
+      gradients.push_back(results[round].back().describe());
+    }
+    char error[512] = "";
+    const vssm_tensor upstream = dy.describe();
+    const auto threads = static_cast<int32_t>(round == 0 ? 1 : 2 + random.below(3));
+    if (vssm_selective_scan_backward(Scan::kNames[scan.kind], given.data(),
+                                     static_cast<int32_t>(given.size()), &upstream,
+                                     gradients.data(), static_cast<int32_t>(gradients.size()),
+                                     &scan.attributes, threads, error, sizeof(error)) != 0) {
+      fail(error);
+    }
+  }
+  for (size_t i = 0; i < results[0].size(); ++i) {
+    results[0][i].check("a gradient");
+    results[1][i].check("a gradient");
+    const bool same =
+        std::memcmp(results[0][i].data(), results[1][i].data(), results[0][i].bytes) == 0;
+    if (!same) fail("a gradient depends on the number of threads");
+  }
+}
+
+void call_scan(Random& random) {
+  const bool backward = random.one_in(6);
+  Scan scan(random, backward ? VSSM_FLOAT32 : static_cast<int32_t>(random.below(3)));
+  std::vector<vssm_tensor> given = scan.described();
+  if (backward) return run_backward(random, scan, given);
+  const bool broken = breach(random, scan, &given);
+  const Tensor y(scan.dtype, {scan.batch, scan.seqlen, scan.d_inner});
+  const vssm_tensor result = y.describe();
+  const auto threads = static_cast<int32_t>(1 + random.below(4));
+  const auto count = static_cast<int32_t>(given.size());
+  const char* name = Scan::kNames[scan.kind];
+  char error[512] = "";
+  const int failed =
+      threads == 1
+          ? vssm_selective_scan(name, given.data(), count, &result, &scan.attributes, nullptr,
+                                error, sizeof(error))
+          : vssm_selective_scan_on_threads(name, given.data(), count, &result, &scan.attributes,
+                                           threads, error, sizeof(error));
+  y.check("y");
+  if (broken != (failed != 0)) fail(broken ? "a breach of the contract was taken" : error);
+  if (failed != 0 && !y.untouched()) fail("a refused call wrote");
+  if (failed != 0 && error[0] == '\0') fail("a refusal says nothing");
+  if (failed == 0) compare(random, scan, y);
+}
+
+/// Keeps what a stable sort by (protected, number, NaN) puts first.
+std::vector<int64_t> expect_kept(const Tensor& score, int64_t image, int64_t protect,
+                                 int64_t num_keep) {
+  const int64_t seqlen = score.dims[1];
+  std::vector<int64_t> slots(static_cast<size_t>(seqlen));
+  for (int64_t i = 0; i < seqlen; ++i) slots[static_cast<size_t>(i)] = i;
+  const auto rank = [&](int64_t i) {
+    const double x = score.at(image * seqlen + i);
+    return i == protect ? 0 : std::isnan(x) ? 2 : 1;
+  };
+  std::stable_sort(slots.begin(), slots.end(), [&](int64_t a, int64_t b) {
+    if (rank(a) != rank(b)) return rank(a) < rank(b);
+    return rank(a) == 1 && score.at(image * seqlen + a) > score.at(image * seqlen + b);
+  });
+  slots.resize(static_cast<size_t>(num_keep));
+  std::sort(slots.begin(), slots.end());
+  return slots;
+}
+
+void call_gather(Random& random) {
+  const int64_t batch = random.below(4), seqlen = random.of({1, 2, 7, 16, 33, 196, 257});
+  const int64_t num_keep = 1 + random.below(seqlen), count = 1 + random.below(2);
+  std::vector<Tensor> inputs, outputs;
+  inputs.emplace_back(VSSM_FLOAT32, std::vector<int64_t>{batch, seqlen});
+  fill(random, inputs[0], -2, 2, true);
+  inputs.emplace_back(VSSM_INT32, std::vector<int64_t>{1, seqlen});
+  for (int64_t i = 0; i < seqlen; ++i) inputs[1].ints()[i] = static_cast<int32_t>(3 * i);
+  outputs.emplace_back(VSSM_INT32, std::vector<int64_t>{batch, num_keep});
+  const auto first = static_cast<int32_t>(random.below(3));
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t type = i > 0 && random.one_in(2) ? int32_t{VSSM_FLOAT32} : first;
+    const int64_t width = 1 + random.below(70);
+    inputs.emplace_back(type, std::vector<int64_t>{batch, seqlen, width});
+    fill(random, inputs.back(), -1, 1, false);
+    outputs.emplace_back(type, std::vector<int64_t>{batch, num_keep, width});
+  }
+  std::vector<vssm_tensor> given, results;
+  for (const Tensor& tensor : inputs) given.push_back(tensor.describe());
+  for (const Tensor& tensor : outputs) results.push_back(tensor.describe());
+  const int64_t protect = random.one_in(2) ? -1 : random.below(seqlen);
+  const bool broken = random.one_in(8);
+  const vssm_gather_attributes attributes = {broken ? random.of({0, -1, seqlen + 1}) : num_keep,
+                                             protect < 0 ? -1 : 3 * protect};
+  char error[512] = "";
+  const int failed = vssm_token_gather(count == 2 ? "TokenGather" : "TokenGather1", given.data(),
+                                       static_cast<int32_t>(given.size()), results.data(),
+                                       static_cast<int32_t>(results.size()), &attributes, nullptr,
+                                       error, sizeof(error));
+  for (const Tensor& output : outputs) output.check("an output of a gather");
+  if (broken != (failed != 0)) fail(broken ? "a breach of the contract was taken" : error);
+  for (int64_t image = 0; image < batch && failed == 0; ++image) {
+    const std::vector<int64_t> kept = expect_kept(inputs[0], image, protect, num_keep);
+    for (int64_t j = 0; j < num_keep; ++j) {
+      const int64_t slot = kept[static_cast<size_t>(j)];
+      if (outputs[0].ints()[image * num_keep + j] != 3 * slot) fail("another token was kept");
+      for (size_t i = 2; i < inputs.size(); ++i) {
+        const auto row = static_cast<size_t>(inputs[i].dims[2]) * inputs[i].width();
+        const auto from = static_cast<size_t>(image * seqlen + slot) * row;
+        const auto to = static_cast<size_t>(image * num_keep + j) * row;
+        if (std::memcmp(inputs[i].data() + from, outputs[i - 1].data() + to, row) != 0) {
+          fail("a kept row is another one");
+        }
+      }
+    }
+  }
+}
+
+/// Instruction sets that this processor and this build have; VSSM_CPU_ISA's alone where it is set.
+std::vector<std::string> instruction_sets() {
+  if (const char* wanted = std::getenv("VSSM_CPU_ISA")) return {wanted};
+  std::vector<std::string> found;
+  for (const char* isa : {"baseline", "avx2", "avx512"}) {
+    setenv("VSSM_CPU_ISA", isa, 1);
+    Random random(0);
+    const Scan scan(random, VSSM_FLOAT32);
+    const Tensor y(VSSM_FLOAT32, {scan.batch, scan.seqlen, scan.d_inner});
+    const std::vector<vssm_tensor> given = scan.described();
+    const vssm_tensor result = y.describe();
+    const int failed = vssm_selective_scan(Scan::kNames[scan.kind], given.data(),
+                                           static_cast<int32_t>(given.size()), &result,
+                                           &scan.attributes, nullptr, nullptr, 0);
+    if (failed == 0) found.emplace_back(isa);
+  }
+  return found;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count < 3 || count > 4) fail("usage: fuzz SEED CALLS | fuzz SEED FIRST LAST");
+  const uint64_t seed = std::strtoull(arguments[1], nullptr, 10);
+  const int64_t first = count == 4 ? std::atoll(arguments[2]) : 0;
+  const int64_t last = std::atoll(arguments[count - 1]) + (count == 4 ? 1 : 0);
+  const std::vector<std::string> isas = instruction_sets();
+  for (int64_t call = first; call < last; ++call) {
+    current_call = call;
+    Random random(seed * 0x9E3779B97F4A7C15U + static_cast<uint64_t>(call));
+    const int64_t isa = random.below(static_cast<int64_t>(isas.size()));
+    setenv("VSSM_CPU_ISA", isas[static_cast<size_t>(isa)].c_str(), 1);
+    random.one_in(6) ? call_gather(random) : call_scan(random);
+  }
+  std::printf("fuzz: %lld calls on", static_cast<long long>(last - first));
+  for (const std::string& isa : isas) std::printf(" %s", isa.c_str());
+  std::printf(", seed %llu\n", static_cast<unsigned long long>(seed));
+}
