@@ -90,6 +90,8 @@ class Artifact:
     def _read_model(self, name: str) -> tuple[bytes, ModelFacts]:
         """An ONNX file and what it says, which is what model.json claims."""
         data = self._read(name, ONNX)
+        # The hash stands in model.json: whoever edits that can edit the hash as well, so the model
+        # itself must say the same.
         facts = read_facts(data)
         if differing := differences(self.manifest, facts, inlined=name == INLINED_FILE):
             raise ArtifactError(
@@ -118,6 +120,7 @@ class Artifact:
             OSError: the copy cannot be written.
         """
         digest = hashlib.sha256()
+        # "x": neither over a file that is there nor through a link.
         with _opened(self, name, WEIGHTS) as file, target.open("xb") as copy:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
@@ -142,6 +145,7 @@ class Artifact:
             with private_path(shown, MODEL_FILE) as path:
                 yield path
             return
+        # A runtime looks for such weights beside the model, and nothing lies beside memory.
         with tempfile.TemporaryDirectory(prefix="vssm-") as folder:
             for name in sorted(facts.external):
                 self.copy(name, Path(folder, name))
@@ -184,6 +188,7 @@ def open_artifact(
     Raises:
         ArtifactError: it is no export, or a file's hash is not the one in model.json.
     """
+    # Absolute, so that it stays the same directory if the process goes to another.
     directory = artifact.directory if isinstance(artifact, Artifact) else Path(artifact).absolute()
     settle(directory)  # of a replacement that a killed process left half done
     opened = Artifact(directory, read_manifest(directory))
@@ -203,6 +208,7 @@ def _opened(artifact: Artifact, name: str, limit: int) -> Iterator[BinaryIO]:
         with open_regular(path, limit=limit) as file:
             yield file
     except OSError as error:
+        # What the caller does inside the `with` fails here too, such as a copy on a full disk.
         if error.filename != os.fspath(path):
             raise
         raise ArtifactError(
@@ -265,9 +271,11 @@ def _files_of_export(directory: Path) -> Collection[str]:
     if not os.path.lexists(manifest):
         return frozenset()
     try:
+        # Not `read_manifest`: an export of a newer format, or a damaged one, may be replaced too.
         listed = json.loads(read_regular(manifest, limit=JSON))["files"]
         # A name with a separator would reach outside the directory; no export writes one.
         names = {n for n in listed if n not in {".", ".."} and Path(n).name == n}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         names = set()  # A damaged manifest may be replaced; the fixed names are ours all the same.
+    # An export writes files alone: a directory under a listed name is the user's.
     return EXPORT_FILES | {n for n in names if (directory / n).is_file()}

@@ -171,6 +171,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         dataclasses.asdict(manifest), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False
     )
     try:
+        # A value that no reader would take is told where it was made, not where it is opened.
         manifest_from_json(text)
     except FieldError as error:
         raise ValueError(f"manifest: {error}") from error
@@ -213,6 +214,7 @@ def manifest_from_json(text: str) -> Manifest:
 
 
 def _parse(root: Node) -> Manifest:
+    # First: of a newer format nothing else can be judged.
     version = root.at("format_version").format_version(FORMAT_VERSION)
     manifest = Manifest(
         name=root.at("name").text(_LONGEST_NAME),
@@ -220,6 +222,7 @@ def _parse(root: Node) -> Manifest:
         inputs=tuple(_tensor(node) for node in root.at("inputs").items(at_least=1)),
         outputs=tuple(_tensor(node) for node in root.at("outputs").items(at_least=1)),
         dtype=root.at("dtype").choice(FLOAT_TYPES),
+        # 18 is the oldest that `vssm export` writes.
         opset=root.at("opset").integer(18),
         files={n: node.sha256() for n, node in root.at("files").entries(file_names=True)},
         operators={n: node.integer(1) for n, node in root.at("operators").entries()},
@@ -241,6 +244,7 @@ def _parse(root: Node) -> Manifest:
 def _tensor(node: Node) -> TensorInfo:
     shape: list[int | str] = []
     for axis, size in enumerate(node.at("shape").items()):
+        # Only the batch is open; every other size was fixed by the export.
         shape.append(BATCH if axis == 0 and size.value == BATCH else size.integer(1))
     return TensorInfo(node.at("name").name(), node.at("dtype").choice(TENSOR_TYPES), tuple(shape))
 
@@ -257,6 +261,7 @@ def _preprocessing(node: Node) -> Preprocessing:
         n.number(1 / _LARGEST, _LARGEST) for n in node.at("std").items(exactly=3)
     )
     return Preprocessing(
+        # A shorter side below the crop's would let the crop reach outside the image.
         resize=node.at("resize").integer(max(height, width), 2 * MAX_CROP),
         crop=(height, width),
         interpolation=node.at("interpolation").choice(INTERPOLATIONS),

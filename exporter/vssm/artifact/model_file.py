@@ -71,6 +71,7 @@ _DTYPES: Final = {
     16: "bfloat16",
 }
 _HALVES: Final = ("float16", "bfloat16")
+# Two spellings of one domain.
 _STANDARD: Final = ("", "ai.onnx")
 _DOMAIN: Final = DOMAIN.encode()
 
@@ -132,6 +133,7 @@ def differences(manifest: Manifest, facts: ModelFacts, *, inlined: bool = False)
     """
     operators = {} if inlined else manifest.operators
     version = facts.opsets.get(DOMAIN)
+    # A model of half precision has float32 tensors too, so only the halves tell what it is.
     halves = {manifest.dtype} if manifest.dtype in _HALVES else set()
     claims: list[tuple[str, object, object]] = [
         ("inputs", _plain(manifest.inputs), _plain(facts.inputs)),
@@ -159,6 +161,7 @@ def _plain(tensors: Iterable[TensorInfo]) -> list[tuple[object, ...]]:
 
 
 def _text(name: bytes) -> str:
+    # Two names that are damaged in different ways must not become one.
     return name.decode("utf-8", "surrogateescape")
 
 
@@ -196,6 +199,8 @@ def _graphs_in(nodes: Iterable[Any], *outer: Any) -> Iterator[Any]:
 
 def _external(model: Any, graphs: Iterable[Any]) -> Iterator[str]:
     """Files that hold weights, of every tensor wherever it stands."""
+    # A tensor in a function or an attribute can name a file as well as an initializer, and a file
+    # that was missed here would be read unchecked.
     inside = [g for f in model.functions for g in _graphs_in(f.node)]
     attributes = [a for f in model.functions for a in f.attribute_proto]
     nodes = [n for f in model.functions for n in f.node]

@@ -38,6 +38,7 @@ _INTERPOLATION: Final = {
     "nearest": Image.Resampling.NEAREST,
 }
 _MAX_LABELS: Final = 64 << 20  # bytes of a file of class names
+# What Pillow's decoders end in where bytes are damaged: no one class covers them.
 _DAMAGED: Final = (
     OSError,
     SyntaxError,
@@ -77,6 +78,7 @@ def preprocess(
     """
     spec = preprocessing_of(spec)
     _check_crop(spec)
+    # Not any sequence: a text is one path, and an array one image.
     several = images if isinstance(images, list | tuple) else [images]
     if not several:
         raise ValueError("images=[] holds no image; give one at least")
@@ -107,6 +109,7 @@ def read_labels(
         ValueError: the file cannot be read, or does not name `num_classes` classes.
     """
     try:
+        # "-sig": editors on Windows put a byte order mark in front.
         text = read_regular(path, limit=_MAX_LABELS).decode("utf-8-sig")
         parsed = json.loads(text) if text.lstrip()[:1] in {"[", "{"} else text.splitlines()
     except (OSError, ValueError, RecursionError) as error:
@@ -230,6 +233,8 @@ def open_rgb(image: ImageInput, spec: Preprocessing | None = None) -> Image.Imag
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{name} cannot be read as an image ({reason}); {_REMEDY}") from error
+    # Formats are known only once their plugins are loaded. AVIF came with Pillow 11.3, and to
+    # name one that Pillow does not have is a KeyError.
     Image.init()
     try:
         with file, Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as opened:
@@ -238,9 +243,11 @@ def open_rgb(image: ImageInput, spec: Preprocessing | None = None) -> Image.Imag
             if spec is not None:
                 _resized(opened.size, spec)
             return _to_rgb(opened, name)
+    # The warning is an error only where the caller has made warnings errors.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} is too large to decode safely ({error}); {_REMEDY}") from error
     except _DAMAGED as error:
+        # Our own refusals, which name the image already.
         if isinstance(error, ValueError) and str(error).startswith((name, "image of ")):
             raise
         raise ValueError(f"{name} cannot be read as an image ({error}); {_REMEDY}") from error

@@ -89,5 +89,6 @@ def module_result(outputs: Mapping[str, Array], main: str) -> OracleResult:
     kept = [further.pop(f"kept_positions_{i}") for i in range(stages)]
     scores = [further.pop(f"scores_{i}") for i in range(stages)]
     positions = np.arange(scores[0].shape[1]) if scores else np.arange(0)
+    # A stage scores what the stage before it kept; the first scores everything.
     before = [np.broadcast_to(positions, scores[0].shape), *kept[:-1]] if scores else []
     return OracleResult(logits, kept, scores, before, further)

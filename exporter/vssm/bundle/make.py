@@ -23,9 +23,11 @@ from vssm.runtimes.tensorrt.engine import check_batch
 
 AUTOLOAD_LIBRARY: Final = "vssm_tensorrt_autoload"
 _SERVING_FILES: Final = ("Dockerfile", "README.md", "client.py", "start.sh")
+# What CMake needs for the libraries; it reads the version from the package's file.
 _SOURCES: Final = ("CMakeLists.txt", "exporter/vssm/_version.py", "plugins", "examples/cpp")
 _NOT_SHIPPED: Final = "plugins/emulation"  # of a checkout: what tests alone need
 _PLAIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+# By kind, so that what a checkout has besides (caches, builds) stays out.
 _SOURCE_SUFFIXES: Final = frozenset({".h", ".cuh", ".cpp", ".cu", ".cmake", ".txt", ".py", ".md"})
 
 
@@ -92,6 +94,7 @@ def make_bundle(artifact: Artifact, output: Path, request: BundleRequest) -> Bun
             name=name,
             files=hash_files(root),
             absent=absent,
+            # The export's versions, but its vssm: this one made the bundle.
             versions={**artifact.manifest.versions, "vssm": __version__},
         )
         write_bundle_manifest(root, manifest)
@@ -123,6 +126,7 @@ def _put_model(artifact: Artifact, folder: Path) -> None:
     names = artifact.model_files()
     for name in names:
         artifact.copy(name, folder / name)
+    # Or the bundle's model.json would list weights that are not in it.
     kept = {name: artifact.manifest.files[name] for name in names}
     write_manifest(folder, dataclasses.replace(artifact.manifest, files=kept))
 
@@ -152,6 +156,7 @@ def _put_repositories(
     )
     tensorrt = root / "triton/tensorrt" / name
     (tensorrt / "1").mkdir(parents=True)
+    # An empty directory would be in no list of files, and so count as foreign in the check.
     (tensorrt / "1/README.txt").write_text(plan_note, encoding="utf-8")
     configs = {tensorrt: tensorrt_config(name, manifest, request.serving)}
     absent = {
@@ -165,6 +170,7 @@ def _put_repositories(
         ort = root / "triton/onnxruntime" / name
         (ort / "1").mkdir(parents=True)
         for file in artifact.model_files():
+            # Triton loads our library with the model; the inlined file is for runtimes without it.
             if file != INLINED_FILE:
                 _same_file(root / "model" / file, ort / "1" / file)
         configs[ort] = onnxruntime_config(name, manifest, request.serving)

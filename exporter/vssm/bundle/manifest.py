@@ -83,6 +83,7 @@ def write_bundle_manifest(directory: Path, manifest: BundleManifest) -> None:
     """Write `MANIFEST.json` of a bundle that is being made, and set the modes."""
     content = dataclasses.asdict(manifest)
     text = json.dumps({**content, _SHA256: _own_sha256(content)}, indent=2, sort_keys=True)
+    # Plainly: the directory is staged, so nobody sees it before it is whole.
     (directory / BUNDLE_MANIFEST).write_text(text + "\n", encoding="utf-8")
     for path, status in _entries(directory):
         path.chmod(_FOLDER_MODE if stat.S_ISDIR(status.st_mode) else _FILE_MODE)
@@ -127,6 +128,7 @@ def _parse(root: Node) -> BundleManifest:
 
 def _refuse_outside(name: str) -> None:
     path = PurePosixPath(name)
+    # "a//b" and "./a" would be second names of a file.
     if path.is_absolute() or ".." in path.parts or path.as_posix() != name:
         raise FieldError(
             f"files has the key {shown(repr(name))}, which is no plain path inside the bundle"
@@ -199,6 +201,7 @@ def staged_bundle(target: Path, *, force: bool) -> AbstractContextManager[Path]:
     """
 
     def replaceable(final: Path) -> Collection[str]:
+        # Our own work directory may lie in it when this is asked for the second time.
         entries = [entry.name for entry in final.iterdir() if not is_work(entry.name)]
         if entries:
             _refuse_loss(final, force)
@@ -218,6 +221,7 @@ def _refuse_loss(final: Path, force: bool) -> None:
             f"output={final} holds no {BUNDLE_MANIFEST}, so it is no bundle and is not replaced; "
             "name another directory"
         )
+    # `working`: what we or another process are just writing into it is no change of the bundle.
     if changed := compare_files(final, read_bundle_manifest(final), working=True):
         raise ArtifactError(
             f"output={final} is not as it was made ({changed[0]}), so replacing it could lose "

@@ -107,6 +107,7 @@ def _config(
         "output": list(_tensors("output", manifest.outputs)),
         "instance_group": [{"count": options.instances, "kind": kind}],
         "dynamic_batching": {
+            # What the engine is tuned for and the most it takes; a set, as they may be one.
             "preferred_batch_size": sorted({opt, high}),
             "max_queue_delay_microseconds": options.queue_us,
         },
@@ -120,13 +121,16 @@ def _tensors(field: str, tensors: Sequence[TensorInfo]) -> Iterator[dict[str, An
                 f"{field} {tensor.name} is of type {tensor.dtype}, which no served tensor has; "
                 "export the model with this vssm"
             )
+        # Without the batch axis: Triton adds it where max_batch_size is above 0.
         found = {"name": tensor.name, "data_type": _TYPES[tensor.dtype], "dims": tensor.shape[1:]}
+        # Triton can name classes for an output that has such a file, so only for this one.
         if tensor.name == "logits":
             found["label_filename"] = "labels.txt"
         yield found
 
 
 def _printed(fields: dict[str, Any]) -> str:
+    # An error of ours, not of the input's: hence no ValueError.
     message = _CONFIG(**fields)
     text = str(text_format.MessageToString(message))
     if text_format.Parse(text, _CONFIG()) != message:

@@ -72,6 +72,7 @@ def verify_bundle(directory: Path) -> BundleReport:
     failures = compare_files(directory, manifest)
     if not failures:
         artifact = _model(directory, manifest)
+        # Only now: names and versions are worth a look in files that are as they were made.
         failures = list(_false_claims(directory, manifest, artifact))
     if failures:
         return BundleReport(manifest.name, files, not_run="files differ", failures=failures)
@@ -79,6 +80,7 @@ def verify_bundle(directory: Path) -> BundleReport:
         reason = "bfloat16 has no matrix product in ONNX Runtime's CPU provider"
         return BundleReport(manifest.name, files, not_run=reason)
     library = library_copy(directory / _LIBRARY)
+    # Hashed once more as it was copied: it may have been replaced since `compare_files`.
     if library.sha256 != manifest.files[_LIBRARY]:
         raise ArtifactError(
             f"{library.source} was changed while the bundle was looked at, so it is not run; "
@@ -100,6 +102,7 @@ def _model(directory: Path, manifest: BundleManifest) -> Artifact:
 
 def _false_claims(directory: Path, manifest: BundleManifest, artifact: Artifact) -> Iterator[str]:
     """What the bundle's manifest says of its model that the model's files do not."""
+    # The export may be older than the vssm that packed it.
     made = {k: v for k, v in manifest.versions.items() if k != "vssm"}
     exported = {k: v for k, v in artifact.manifest.versions.items() if k != "vssm"}
     if made != exported:
@@ -121,10 +124,12 @@ def _run(artifact: Artifact, library: Path, name: str, files: int) -> BundleRepo
     main = artifact.manifest.main_output.name
     with artifact.opened_model() as model:
         ran = run_once(Path(model), images, library)
+        # Without the library the functions in the file run: another program for the same model.
         bodies = run_once(Path(model), images, None).outputs[main]
     logits = ran.outputs[main]
     difference = float(np.abs(logits - bodies).max() / np.abs(bodies).max())
     failures = []
+    # A user's own module may have none of our operators, and then no kernel has to run.
     if not ran.kernels and artifact.manifest.operators:
         failures.append(f"{Path(_LIBRARY).name} was loaded, but none of its kernels ran")
     if not difference <= _SAME:  # NaN counts

@@ -117,6 +117,7 @@ def align(state: Shapes, model: nn.Module, *, new_head: bool = False) -> Aligned
             "); name the model's part of the file with key=... (--key)"
         )
     fits: list[_Fit] = []
+    # Keys as they are come first: what needs no change is the plainest way.
     for parts in dict.fromkeys((frozenset[str](), _foreign_parts(expected))):
         bare = {key: _without(parts, key) for key in state}
         for change in _changes(parts, bare.values()):
@@ -126,6 +127,7 @@ def align(state: Shapes, model: nn.Module, *, new_head: bool = False) -> Aligned
     if new_head:
         fits = [replace(fit, head=_other_head(fit, expected)) for fit in fits]
     exact = [fit for fit in fits if fit.exact]
+    # Several changes may lead to the same keys for the same tensors, which is one way, not two.
     if len({tuple(sorted((k, fit.origin.get(k, "")) for k in fit.before)) for fit in exact}) > 1:
         ways = sorted({_prefixes(fit, state)[0] for fit in exact})
         raise CheckpointError(
@@ -143,6 +145,7 @@ def _changes(parts: frozenset[str], keys: Iterable[str]) -> Iterator[_Change]:
     """The ways to try, the plainest first: 25 at most, whatever the keys without parts are."""
     keys = [key for key in keys if key.rpartition(".")[2] not in _COUNTERS | _LOOP_COUNTERS]
     lead = _common(keys)
+    # Five prefixes at most, each with five ways.
     for depth in range(len(lead) + 1):
         prefix = "".join(f"{part}." for part in lead[:depth])
         yield _Change(parts, prefix)
@@ -161,6 +164,7 @@ def _foreign_parts(expected: Shapes) -> frozenset[str]:
 def _common(keys: Iterable[str]) -> list[str]:
     """What all keys begin with, the last part of each aside."""
     lead: list[str] = []
+    # Not strict: behind the end of the shortest key nothing is common.
     for level in zip(*(key.split(".")[:-1][:_DEPTH] for key in keys), strict=False):
         if len(set(level)) > 1:
             break
@@ -169,6 +173,7 @@ def _common(keys: Iterable[str]) -> list[str]:
 
 
 def _without(parts: frozenset[str], key: str) -> str:
+    # `or key`: one of wrappers' names alone stays, else several would become the empty key.
     return ".".join(part for part in key.split(".") if part not in parts) or key
 
 
@@ -184,6 +189,7 @@ def _try(
             before[new] = state[key]
     error = None
     try:
+        # The model's own method may change the mapping that it is given, so it gets a copy.
         after = dict(adapt(dict(before)))
     except (ValueError, TypeError, LookupError, RuntimeError, VssmError) as caught:
         after, error = before, caught
@@ -201,6 +207,7 @@ def _try(
 
 
 def _is_no_weight(key: str, value: Tensor) -> bool:
+    # One number: a weight that happens to be called so has more.
     counts = key.rpartition(".")[2] in _COUNTERS or key in _LOOP_COUNTERS
     return key.startswith(_EMA) or (counts and value.numel() == 1)
 
@@ -211,6 +218,7 @@ def _other_head(fit: _Fit, expected: Shapes) -> tuple[str, ...]:
         key
         for key in (*fit.missing, *fit.misshapen)
         if not _HEADS.isdisjoint(key.split("."))
+        # Of another input width it would be another model, not another head.
         and (key not in fit.after or fit.after[key].shape[1:] == expected[key].shape[1:])
     )
 

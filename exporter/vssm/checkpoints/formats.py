@@ -137,6 +137,7 @@ def _read_bytes(path: Path, data: bytes, weights: str, key: str | None) -> RawCh
             raise CheckpointError(
                 "it is damaged or no safetensors file, as its name says; download or save it again"
             )
+        # The legacy magic number is pickled, so a few bytes of opcodes come before it.
         elif head.startswith(ZIP_MAGIC) or _LEGACY_BYTES in head[:24]:
             selection, entries, stubs = _torch(data, weights, key)
         else:
@@ -165,6 +166,7 @@ def _describe(head: bytes) -> str:
     for magic, name in _FOREIGN.items():
         if head.lstrip().startswith(magic):
             return name
+    # As a ModelProto begins: ir_version, then producer_name, graph or opset_import.
     if head[0] == 0x08 and len(head) > 2 and head[2] in {0x12, 0x3A, 0x42}:
         return "an ONNX model, which is exported already"
     try:
@@ -193,6 +195,7 @@ def _safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _count(digits: str) -> int:
+    # 64 bits have 19 digits at most, and `int` takes very long for very many.
     if len(digits) > 19:
         raise ValueError("its header has a number of more than 19 digits")
     return int(digits)
@@ -210,6 +213,7 @@ def _torch(
 ) -> tuple[Selection, dict[str, object], tuple[str, ...]]:
     selections: list[Selection] = []
 
+    # Asked between pickle and storages, so that an optimiser's state is never read.
     def wanted(root: object) -> Mapping[str, object]:
         selections.append(select(root, weights=weights, key=key))
         return selections[0].entries
@@ -267,6 +271,7 @@ def _read_shards(path: Path, weights: str, key: str | None) -> RawCheckpoint:
     parts: list[RawCheckpoint] = []
     for name, keys in sorted(shards.items()):
         file = path.parent / name
+        # A shard is a flat piece: where the weights are is asked of all shards together.
         part = _read_bytes(file, _contents(file, MAX_FILE), "model", None)
         if set(part.state) != keys:
             odd = sorted(set(part.state) ^ keys)

@@ -126,8 +126,10 @@ def load_checkpoint(
             shard = "; it is one of several shards by its name: give their index or folder"
         raise CheckpointError(f"checkpoint={path}: {error}{shard}") from error
     own = model.state_dict()
+    # All that can fail comes before the model is touched.
     cast, casts = _cast(found.state, own, path)
     labels = stored_labels(raw.metadata, path)
+    # The model's own values stand in for a new head, so that `strict` still holds for the rest.
     model.load_state_dict({**own, **cast}, strict=True)
     report = LoadReport(
         path=os.fspath(path),
@@ -192,6 +194,7 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     for key in sorted(state):
         value = state[key].detach().cpu().contiguous()
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        # As bytes in torch, since numpy has no bfloat16; flat, since torch reinterprets no scalar.
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -204,6 +207,7 @@ def _cast(
     changes: Counter[str] = Counter()
     bad: list[str] = []
     for key, value in state.items():
+        # `to` would drop the imaginary part, with no more than a warning.
         if value.is_complex() != expected[key].is_complex():
             bad.append(key)
             continue
@@ -212,6 +216,7 @@ def _cast(
             bad.append(key)
         elif cast.dtype != value.dtype:
             exact = torch.equal(cast.to(value.dtype), value)
+            # A weight may be rounded; an index or a counter would be another one.
             if not exact and not cast.is_floating_point():
                 bad.append(key)
             change = f"{value.dtype} to {cast.dtype}".replace("torch.", "")

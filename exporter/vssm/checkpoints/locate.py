@@ -104,6 +104,7 @@ def _by_key(root: dict[Any, Any], key: str) -> Selection:
     node, path, rest = root, "", key
     while rest:
         parts = rest.split(".")
+        # The longest first: a name in the file may hold dots of its own.
         heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
         head = next((h for h in heads if isinstance(node.get(h), dict)), None)
         if head is None:

@@ -79,6 +79,7 @@ def find_global(name: str) -> object:
     """
     if len(name) > _MAX_NAME:
         raise ValueError(f"pickle names a class or function by {len(name)} characters")
+    # pickletools puts a space between module and name.
     if name in _STORAGE_TYPES:
         return StorageType(_STORAGE_TYPES[name])
     if name in _DTYPES:
@@ -132,6 +133,7 @@ def _is_layout(value: object) -> TypeGuard[tuple[int, ...]]:
 
 
 def _is_count(value: object) -> TypeGuard[int]:
+    # Not isinstance: True is an int as well, and no size.
     return type(value) is int and 0 <= value < _MAX_COUNT
 
 
@@ -226,6 +228,7 @@ class PickleMachine:
             ValueError, LookupError, TypeError, OverflowError: the pickle is malformed, or takes
                 more steps than a file may.
         """
+        # `steps` goes on: the five pickles of a legacy file share one allowance.
         self._stack, self._marks, self._memo = [], [], {}
         for opcode, arg, _ in pickletools.genops(stream):
             self.steps -= 1
@@ -310,6 +313,7 @@ class PickleMachine:
         # Its length first: a pattern with a star copies what it leaves over.
         short = name if isinstance(name, tuple) and len(name) <= _MAX_ARGUMENTS else ()
         match short:
+            # A sixth entry is the legacy format's: None, unless the storage is part of another.
             case ("storage", StorageType(dtype), str(key), str(), numel, *view) if (
                 view in ([], [None]) and _is_count(numel) and len(key) <= _MAX_NAME
             ):
@@ -334,6 +338,7 @@ def _find_on_stack(machine: PickleMachine) -> object:
     name, module = machine.pop(), machine.pop()
     if not isinstance(name, str) or not isinstance(module, str):
         raise TypeError("pickle names a global by something else than texts")
+    # Copies of a long text could be asked for at every opcode.
     if len(name) > _MAX_NAME or len(module) > _MAX_NAME:  # before they are joined
         raise ValueError("pickle names a class or function by a text that is too long")
     return find_global(f"{module} {name}")

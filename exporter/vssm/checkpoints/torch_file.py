@@ -115,6 +115,7 @@ class _ZipArchive:
             raise ValueError(f"record {name!r} is encrypted")
         header = self._data[info.header_offset :][:30]
         magic, lengths = bytes(header[:4]), struct.unpack("<HH", header[26:30])
+        # By the local header: torch pads there, to align storages, and not in the directory.
         start = info.header_offset + 30 + sum(lengths)
         record = self._data[start : start + info.file_size]
         if magic != ZIP_MAGIC or len(record) != info.file_size:
@@ -126,6 +127,7 @@ class _ZipArchive:
 
 def _records(data: bytes) -> dict[str, zipfile.ZipInfo]:
     """The zip's directory; the cheapest rules first, as each entry of it takes memory."""
+    # Counted in the bytes, at worst too many: zipfile makes an object of each before it answers.
     if (count := data.count(_DIRECTORY_ENTRY)) > _MAX_RECORDS:
         raise ValueError(f"its zip has {count:,} records, more than {_MAX_RECORDS:,}")
     with zipfile.ZipFile(BytesIO(data)) as archive:
@@ -133,6 +135,7 @@ def _records(data: bytes) -> dict[str, zipfile.ZipInfo]:
     found = {info.filename: info for info in infos}
     if len(found) != len(infos):
         raise ValueError("two records of its zip have one name")
+    # Records that lie over each other would be copied once each, out of a small file.
     if (total := sum(info.compress_size for info in infos)) > len(data):
         raise ValueError(f"the records of its zip claim {total:,} bytes of {len(data):,}")
     return found
@@ -189,6 +192,7 @@ class _Tensors:
             return value
         key = value.storage.key
         if key not in self._read:
+            # A copy, as a tensor's memory must be open to writing; one for all views of a storage.
             self._read[key] = bytearray(self._archive.storage(value.storage))
         try:
             return view_storage(value, self._read[key])
@@ -207,6 +211,7 @@ def view_storage(record: TensorRecord, data: bytearray) -> Tensor:
         raise ValueError(f"its storage has {len(data)} bytes, but {declared} were declared")
     size, stride, offset = record.size, record.stride, record.offset
     available = len(data) // record.dtype.itemsize
+    # No element to check, and `frombuffer` refuses an empty buffer.
     if 0 in size:
         return torch.empty(size, dtype=record.dtype)
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))

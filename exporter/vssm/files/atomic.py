@@ -17,6 +17,7 @@ from vssm.errors import ArtifactError
 from vssm.files.regular import WEIGHTS, open_regular
 from vssm.files.staging import held_name, sync, unwritable
 
+# Weights may be larger than the memory, so no file is read whole to be hashed.
 _CHUNK: Final = 1 << 20
 
 
@@ -46,8 +47,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with held_name(target) as temporary:
             yield temporary
+            # The bytes before the name: a loss of power must not leave a name without them.
             sync(temporary)
             os.replace(temporary, target)
+            # A rename changes the directory, which has a sync of its own.
             sync(target.parent)
     except OSError as error:
         raise unwritable(target, error) from error
@@ -66,6 +69,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 def discard_unfinished(path: str | os.PathLike[str]) -> None:
     """Delete what killed processes left of writing `path`; the caller keeps others from writing."""
     target = Path(path)
+    # Escaped, as a name may hold brackets, which glob would take for a pattern.
     for left in target.parent.glob(f".{glob.escape(target.name)}.vssm-*"):
         with contextlib.suppress(OSError):
             left.unlink()
@@ -80,10 +84,12 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     reason = ""
+    # `lexists`: a link that leads nowhere does not `exist`, but a rename would replace it.
     if os.path.lexists(target) and (target.is_symlink() or not target.is_file()):
         reason = "not a regular file"
     elif not target.parent.is_dir():
         reason = "its directory is not there"
+    # The directory, not the file: a rename puts the new one in place of one that is read-only too.
     elif not os.access(target.parent, os.W_OK | os.X_OK):
         reason = "no permission"
     if reason:

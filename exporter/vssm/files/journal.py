@@ -42,6 +42,7 @@ class JsonJournal(ABC, Generic[Entry]):
         self.path = path
         self.done: list[Entry] = []
         try:
+            # O_APPEND: reading moves the offset, and a line must go to the end all the same.
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise ArtifactError(
@@ -119,6 +120,7 @@ class JsonJournal(ABC, Generic[Entry]):
             raise ArtifactError(
                 f"path={self.path} is damaged ({error}); begin anew with --restart"
             ) from error
+        # Over the keys of both: one that an older version did not write is a difference too.
         for key in {**header, **found}:
             if found.get(key) != header.get(key):
                 raise ArtifactError(
@@ -128,6 +130,7 @@ class JsonJournal(ABC, Generic[Entry]):
                 )
 
     def _read(self) -> bytes:
+        # A second descriptor: the file object closes its own, and ours holds the lock.
         with os.fdopen(os.dup(self._file), "rb") as file:
             file.seek(0)
             return file.read()
@@ -140,5 +143,6 @@ class JsonJournal(ABC, Generic[Entry]):
             raise ArtifactError(
                 f"path={self.path} cannot be written ({error.strerror}); make room and run again"
             ) from error
+        # A full disk may take a part of a line and report no error until the next one.
         if written != len(line):
             raise ArtifactError(f"path={self.path}: the disk is full; make room and run again")

@@ -119,6 +119,7 @@ class Node:
     def integer(self, low: int, high: int | None = None) -> int:
         """An integer of at least `low` and at most `high`."""
         value = self.value
+        # In Python True is an int; in a file `true` is no number.
         if isinstance(value, bool) or not isinstance(value, int):
             self._refuse("an integer")
         if value < low or (high is not None and value > high):
@@ -186,6 +187,7 @@ class Node:
     def key_integer(self, low: int) -> int:
         """The last part of the path, an integer of at least `low` in its usual form."""
         key = self.path.rpartition(".")[2]
+        # "01" would be the block "1" under a second key.
         if not key.isascii() or not key.isdigit() or str(int(key)) != key or int(key) < low:
             raise FieldError(f"{self.path}: {key!r} is not an integer of at least {low}")
         return int(key)
@@ -222,11 +224,13 @@ def _integer(text: str) -> float:
     return int(text) if len(text) <= _DIGITS else math.inf
 
 
+# Linked backwards: a path is spelled out only if there is a complaint about it.
 _Way = tuple[Any, str] | None  # the path to a value, its last part at the end
 
 
 def _check_numbers(root: Any) -> None:
     """Refuse numbers that no field can mean, wherever they are: 1e999, 10^400."""
+    # A list in place of recursion, which would go as deep as the file nests.
     waiting: list[tuple[Any, _Way]] = [(root, None)]
     while waiting:
         value, way = waiting.pop()
@@ -266,6 +270,7 @@ def read_json(
         return parse(Node.parse(read_regular(path, limit=JSON).decode()))
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read ({error.strerror}): {absent}") from error
+    # ValueError is also what bytes that are no UTF-8, or no JSON, end in.
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged or was edited: {error}; {damaged}") from error
 

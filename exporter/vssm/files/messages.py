@@ -12,6 +12,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 Fields = Mapping[str, tuple[int, str]]
+# Numbers of FieldDescriptorProto.Type; 11 and 14 below are messages and enums.
 _SCALARS = {"string": 9, "bytes": 12, "int32": 5, "int64": 3, "uint64": 4, "bool": 8}
 
 
@@ -36,6 +37,7 @@ def message_types(package: str, messages: Mapping[str, Fields], **enums: Any) ->
         message = file.message_type.add(name=name)
         for field, (number, kind) in fields.items():
             _add_field(message, field, number, kind, package=package, enums=enums)
+    # Not the default pool, which everything in the process shares, the package onnx included.
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     find = pool.FindMessageTypeByName
@@ -48,6 +50,7 @@ def _add_field(
     message: Any, name: str, number: int, kind: str, *, package: str, enums: Mapping[str, Any]
 ) -> None:
     plain = kind.removesuffix("*")
+    # Labels: 1 is optional, 3 is repeated.
     added = message.field.add(name=name, number=number, label=3 if kind != plain else 1)
     if plain in _SCALARS:
         added.type = _SCALARS[plain]

@@ -95,7 +95,9 @@ def render(title: str, facts: Mapping[str, str], sections: Sequence[Section]) ->
     # An SVG comes from our own plots; every other text may be a stranger's.
     template = Environment(
         autoescape=True,
+        # A misspelt name is an error, not an empty place on the page.
         undefined=StrictUndefined,
+        # `__html__` has what is marked as safe: `shown` would make it a text that is escaped again.
         finalize=lambda value: value if hasattr(value, "__html__") else shown(value, lines=True),
     ).from_string(_TEMPLATE)
     return template.render(title=title, facts=facts, sections=sections)

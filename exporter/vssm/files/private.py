@@ -75,19 +75,23 @@ def library_copy(source: Path) -> LibraryCopy:
 
 
 def _path_of(descriptor: int) -> str:
+    # Good in this process alone: to a child, "self" is the child, and the descriptor is closed.
     return f"/proc/self/fd/{descriptor}"
 
 
 def _sealed(data: bytes, name: str, flags: int) -> int:
     common = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
+        # The name is cut, since Linux takes 249 bytes at most.
         descriptor = os.memfd_create(name[:200], common | flags)
+    # A kernel before 6.3 refuses the flag as unknown.
     except OSError:
         if not flags:
             raise
         descriptor = os.memfd_create(name[:200], common)
     try:
         rest = memoryview(data)
+        # In a loop, as one write takes no more than 2 GiB.
         while rest:
             rest = rest[os.write(descriptor, rest) :]
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)

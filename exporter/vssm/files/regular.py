@@ -46,6 +46,7 @@ def open_regular(path: str | os.PathLike[str], *, limit: int) -> BinaryIO:
     # Looked at before it is opened: opening some devices does something, such as rewinding a tape.
     _refuse(path, os.stat(path), limit)
     # Looked at once more when it is open, as the name may mean another file by then.
+    # Without O_NONBLOCK a pipe would wait for a writer, without O_NOCTTY a terminal become ours.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
     descriptor = os.open(path, flags)
     try:
@@ -64,6 +65,7 @@ def read_regular(path: str | os.PathLike[str], *, limit: int) -> bytes:
     """
     with open_regular(path, limit=limit) as file:
         size = os.fstat(file.fileno()).st_size
+        # One byte more than there should be: enough to see that the file has grown.
         data = file.read(size + 1)
     if len(data) != size:
         raise OSError(errno.EIO, "its size changed while it was read", os.fspath(path))

@@ -31,6 +31,7 @@ from vssm.errors import ArtifactError
 from vssm.files.regular import JSON, read_regular
 
 _CANNOT_STORE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+# As `_hidden` makes them: what does not match is never swept.
 _WORK: Final = re.compile(r"\..+\.vssm-[0-9a-f]{12}")
 _NEW, _OLD, _JOURNAL = "new", "old", "journal"
 _NOREPLACE, _EXCHANGE = 1, 2  # flags of renameat2
@@ -75,6 +76,7 @@ def staged_directory(
     try:
         with _work_directory(final, inside=ours is not None and not _all_ours(final, ours)) as work:
             yield work / _NEW
+            # Before it is shown: a name must not survive a loss of power that its bytes did not.
             sync_tree(work / _NEW)
             _put_in_place(work, final, replaceable, exists=ours is not None, last=last)
     except BaseException as error:
@@ -197,6 +199,8 @@ def _work_directory(final: Path, *, inside: bool) -> Iterator[Path]:
         (work / _NEW).mkdir()
         yield work
     finally:
+        # `_put_in_place` may have moved it inside. Where a journal is left, undoing has failed, and
+        # the next process needs all of it to try again.
         for path in (work, final / work.name):
             if path.is_dir() and not (path / _JOURNAL).exists():
                 _delete(path)
@@ -219,6 +223,7 @@ def _put_in_place(
         ours = _still_replaceable(final, replaceable)
         _refuse_foreign(work, final, ours)
         if work.parent == final.parent:
+            # What was there lies in `new` then, and goes with the work directory.
             if _all_ours(final, ours) and _exchange(work / _NEW, final):
                 sync(final.parent)
                 return
@@ -267,6 +272,7 @@ def _refuse_foreign(work: Path, final: Path, ours: Collection[str]) -> None:
 
 def _exchange(new: Path, final: Path) -> bool:
     """Whether the two directories were exchanged, the mode of the old one kept."""
+    # The new one has the mode that the umask gave, not what the user chose for the old one.
     shutil.copymode(final, new)
     try:
         return _rename(new, final, _EXCHANGE)
@@ -278,12 +284,14 @@ def _exchange(new: Path, final: Path) -> bool:
 
 def _rename(source: Path, target: Path, flag: int) -> bool:
     """renameat2; False where the system or the file system has no such flag."""
+    # Python has no name for it; glibc has had one since 2.28.
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False
     if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
         return True
     number = ctypes.get_errno()
+    # EINVAL is also how a file system says that it does not know the flag.
     if number in {errno.EINVAL, errno.ENOSYS}:
         return False
     raise OSError(number, os.strerror(number), os.fspath(target))
@@ -296,6 +304,7 @@ def _replace_entries(work: Path, final: Path, ours: Collection[str], last: str) 
     started = work / f"{_JOURNAL}.part"
     started.write_text(json.dumps(new), encoding="utf-8")
     sync(started)
+    # By a rename, so that there is a whole journal or none; on the disk before anything moves.
     started.rename(work / _JOURNAL)
     sync(work)
     try:
@@ -315,12 +324,15 @@ def _replace_entries(work: Path, final: Path, ours: Collection[str], last: str) 
 def _undo(work: Path, final: Path) -> None:
     """Give back what `_replace_entries` took; to be undone twice does no harm."""
     parts = (work, work / _NEW, work / _OLD)
+    # A link in place of a part would lead the moves below somewhere else.
     if not (work / _JOURNAL).exists() or any(p.is_symlink() or not p.is_dir() for p in parts):
         return
     try:
         new = [str(n) for n in json.loads(read_regular(work / _JOURNAL, limit=JSON))]
     except (ValueError, TypeError):
         return
+    # The new ones out first, as old ones may come back under their names. The journal is a
+    # file like any other: a name with a separator in it would lead outside.
     for name in (n for n in new if os.path.basename(n) == n and n not in {"", ".", ".."}):
         if not os.path.lexists(work / _NEW / name) and os.path.lexists(final / name):
             os.replace(final / name, work / _NEW / name)
@@ -351,6 +363,7 @@ def _leftovers(folder: Path) -> list[Path]:
     """What was or is being written in a folder, of this user."""
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if is_work(entry.name))
+    # In a shared folder the work of other users is theirs to sweep.
     return [folder / name for name in names if (folder / name).lstat().st_uid == os.geteuid()]
 
 
@@ -380,6 +393,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 def _taken(path: Path) -> Iterator[bool]:
     """Whether the process that wrote `path` is gone; until the end nobody else finds it so."""
     status = path.lstat()
+    # To open a pipe or a device of such a name could wait, or do something.
     if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
         yield False
         return
