@@ -78,6 +78,7 @@ def model_from_config(
     build, config_class = families()[MODELS[name].family]
     import torch
 
+    # Without the empty list torch would save and restore the generator of every GPU as well.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_SEED)  # torch.manual_seed would seed GPUs as well
         return build(config_class(**checked), schedule, name=name).eval()

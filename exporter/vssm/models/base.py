@@ -102,6 +102,7 @@ class VisionModel(nn.Module):
     labels: tuple[str, ...] | None = None
     published_directions = 1  # that the published FLOPs count
     backend = "auto"
+    # A plain function as a class attribute would become a method and be given the model.
     pruner = staticmethod(prune)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -115,6 +116,8 @@ class VisionModel(nn.Module):
             ValueError: images is not (batch, 3, height, width) of the model's image size.
         """
         height, width = self.image_size
+        # Tables of positions and walks are made for one size; torch
+        # would name some inner shape instead.
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, height, width):
             raise ValueError(
                 f"images.shape={tuple(images.shape)} is not (batch, 3, {height}, {width}); resize "
@@ -141,6 +144,7 @@ class VisionModel(nn.Module):
         """
         checked_choice(backend)
         for module in self.modules():
+            # The models and their mixers declare it on the class; plain layers do not have it.
             if hasattr(type(module), "backend"):
                 vars(module)["backend"] = backend
         return self
@@ -177,6 +181,7 @@ def details(
     """The public details of a pass from what its stages chose."""
     return ForwardDetails(
         logits,
+        # The operators have int32 positions; PyTorch's gather and indexing want int64.
         [c.kept_position.long() for c in chosen],
         [c.score for c in chosen],
         blocks,

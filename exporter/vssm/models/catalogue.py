@@ -52,6 +52,7 @@ _MAPS: Final = (3136, 784, 196, 49)  # of a hierarchical model at 224 pixels
 
 def _vim(changes: dict[str, Any], *figures: int, tokens: int = 197) -> ModelCard:
     parameters, published, true = figures
+    # Vim alone has two counts: the published rule leaves its second direction out.
     return ModelCard("vim", changes, parameters, (tokens,), published, true)
 
 
@@ -64,6 +65,7 @@ def _vmamba(changes: dict[str, Any], parameters: int, flops: int) -> ModelCard:
 
 
 def _group(changes: dict[str, Any], parameters: int, flops: int) -> ModelCard:
+    # The class block works on one token.
     return ModelCard("groupmamba", changes, parameters, (*_MAPS, 1), flops, flops)
 
 
@@ -283,6 +285,7 @@ def _contained(name: str) -> str | None:
     """
     parts = set(re.split(r"[^a-z0-9]+", name.lower()))
     found = [known for known in MODELS if parts.issuperset(known.split("_"))]
+    # The longest, because vim_small is contained in every name that contains vim_small_stride8.
     return max(found, key=len, default=None)
 
 
@@ -308,6 +311,7 @@ def check_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def _unknown(name: str, key: str, allowed: Mapping[str, Any]) -> str:
     if key in _ANSWERS:
         return _ANSWERS[key]
+    # The same foreign name is another option in another family, so the family's own list decides.
     ours = next((known for known in _FOREIGN.get(key, ()) if known in allowed), None)
     hint = did_you_mean(key, allowed) if ours is None else f"; it is called {ours!r} here"
     return f"{name} has no such option{hint or '; its options are ' + ', '.join(allowed)}"
@@ -324,7 +328,9 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
     """Refuse a text for a number, or for true or false: any text counts as true."""
     parts = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = tuple(tuple if get_origin(kind) is tuple else kind for kind in parts)
+    # JSON has lists only, and people write 2 where 2.0 is meant.
     kinds += ((list,) if tuple in kinds else ()) + ((int,) if float in kinds else ())
+    # bool is a subclass of int: without the second half True would pass as a depth of 1.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
         raise TypeError(f"{key}={value!r} is not of type {names}; give one (true, 16, [32, 48])")

@@ -45,6 +45,8 @@ def count(model: VisionModel) -> Cost:
     for block, (full, cost) in enumerate(model.block_costs(), start=1):
         seqlen = full if left is None else left
         scan = 9 * seqlen * cost.states + seqlen * cost.per_token
+        # Every pruned position costs its decay in every later layer,
+        # not only in the stage that took it.
         once = 2 * cost.states * (full - seqlen) if aligned else 0
         branch = (
             seqlen * cost.branch
@@ -52,6 +54,7 @@ def count(model: VisionModel) -> Cost:
         )
         linear = seqlen * cost.shared + cost.branches * branch
         gate = seqlen * cost.gate
+        # For Vim the published figures leave out the whole second branch, its projections included.
         counted = model.published_directions
         total["published"] += seqlen * cost.shared + min(counted, cost.branches) * branch
         total["published"] += counted * scan + once + gate
@@ -61,5 +64,7 @@ def count(model: VisionModel) -> Cost:
         total["exps"] += cost.directions * seqlen * cost.states
         stage = model.stages.get(block)
         if stage is not None and not masked:
+            # After the counts above: a stage follows its block, which still ran at the old length.
+            # Masked tokens stay in the sequence and cost what they did.
             left = stage.num_keep
     return Cost(**total)

@@ -48,6 +48,7 @@ class MapWalks(nn.Module):
         super().__init__()
         self.grid = grid
         order = walk_order(grid, walks)
+        # The official state_dict has no tables of walks: they follow from the map's size.
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("gap", torch.ones_like(order), persistent=False)
 
@@ -69,6 +70,7 @@ class CrossScanConfig:
         inner, low = self.d_inner, self.dt_rank
         projections = (3 if self.gate else 2) * self.d_model * inner
         return BlockCost(
+            # The 3x3 convolution runs once, before the directions part, so it is not theirs.
             shared=projections + 9 * inner + extra,
             branch=inner * (low + 2 * self.d_state + low),
             convolution=0,
@@ -97,6 +99,8 @@ class CrossScanMixer(nn.Module):
             torch.empty(c.directions, c.d_inner, c.dt_rank).uniform_(-bound, bound)
         )
         self.dt_projs_bias = nn.Parameter(_initial_step_bias(c.directions, c.d_inner))
+        # Flat over directions and channels, as the official keys A_logs
+        # and Ds are; reshaped for the scan.
         self.A_logs = nn.Parameter(initial_a_log(c.directions * c.d_inner, c.d_state))
         self.Ds = nn.Parameter(torch.ones(c.directions * c.d_inner))
         self.out_norm = LayerNorm(c.d_inner, eps=1e-5)
@@ -112,10 +116,12 @@ class CrossScanMixer(nn.Module):
         x = x.to(dtype)
         # Channel-major for the convolution: weight @ x^T, which needs no transpose of its result.
         u = (self.in_proj.weight[:inner] @ x.transpose(1, 2)).reshape(-1, inner, *grid)
+        # In bfloat16 the convolution is a float32 island: back to the projections' dtype.
         u = functional.silu(self.conv2d(u).to(dtype))
         u = u.permute(0, 2, 3, 1).reshape(-1, math.prod(grid), 1, inner)
         y = self.out_norm(self._scan(u, walks)).to(dtype)
         if self.config.gate:
+            # Behind out_norm, so that the gate cannot go into the scan node as Vim's does.
             y = y * functional.silu(functional.linear(x, self.in_proj.weight[inner:]))
         return functional.linear(y, self.out_proj.weight)
 
@@ -124,6 +130,8 @@ class CrossScanMixer(nn.Module):
         c = self.config
         k = c.directions
         sizes = [k * c.dt_rank, k * c.d_state, k * c.d_state]
+        # Projected in token order: walking and projecting commute,
+        # and one product serves all walks.
         dt, B, C = functional.linear(u, self._low_projection()).split(sizes, dim=3)
         return ops.selective_scan(
             u,
@@ -171,5 +179,7 @@ class CrossScanMixer(nn.Module):
 def _initial_step_bias(directions: int, d_inner: int) -> Tensor:
     """softplus(bias) log-uniform in [1e-3, 1e-1], as Mamba draws it."""
     low, high = math.log(1e-3), math.log(1e-1)
+    # The floor is Mamba's dt_init_floor; with dt from 1e-3 up it never takes effect.
     dt = torch.exp(torch.rand(directions, d_inner) * (high - low) + low).clamp(min=1e-4)
+    # The inverse of softplus; expm1 keeps the digits that 1 - exp(-dt) loses at dt near 1e-3.
     return dt + torch.log(-torch.expm1(-dt))

@@ -61,14 +61,18 @@ def _prune_and_fuse(
         return after, rows, result
     kept, score = result.kept_position, result.score
     position = tokens.position.expand(len(score), -1)
+    # `prune` says which positions stay, but scores are found by index among the tokens present.
     present = (position[..., None] == kept[:, None]).any(-1)
     indices = present.nonzero()[:, 1].reshape(kept.shape)  # ascending, as the rows are
     strength = score.gather(1, indices)
     if stage.layout.cls_index is not None:
+        # The class token must not be the weakest: it would be
+        # overwritten by the mean of the leftovers.
         strength = strength.masked_fill(kept == stage.layout.cls_index, torch.inf)
     weakest = strength.argmin(1, keepdim=True)
     members = (~present).scatter(1, indices.gather(1, weakest), True).to(score.dtype)
     weight = score * members
+    # With "clip" all leftovers may score 0, which would divide by 0: then they weigh alike.
     weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, members)
     weight = weight / weight.sum(1, keepdim=True)
     return (

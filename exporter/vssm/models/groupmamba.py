@@ -93,6 +93,7 @@ class GroupMambaConfig(ImageSized):
         """Map of every stage as (rows, columns); odd sides are covered, not dropped."""
         shifts = range(2, 2 + len(self.depths))
         height, width = self.image_height_width
+        # Halving s times and rounding up each time is the same as one division rounded up.
         return tuple((math.ceil(height / 2**s), math.ceil(width / 2**s)) for s in shifts)
 
     def mixer(self, stage: int) -> CrossScanConfig:
@@ -100,6 +101,7 @@ class GroupMambaConfig(ImageSized):
         width = self.widths[stage] // GROUPS
         return CrossScanConfig(
             d_model=width,
+            # In all three released models the scan of a quarter is no wider than the quarter.
             d_inner=width,
             d_state=self.d_state,
             dt_rank=self.dt_rank or math.ceil(width / 16),
@@ -169,6 +171,7 @@ class GroupMixer(nn.Module):
         The product goes through the norm that the input went through: one norm, used twice.
         """
         x = self.norm(x)
+        # From the normed input, before it is cast to half for the mixers.
         gate = torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean(1, keepdim=True)))))
         gate = wide(gate) * wide(self.skip_scale)
         quarters = x.to(self.proj.weight.dtype).chunk(GROUPS, dim=2)
@@ -176,6 +179,8 @@ class GroupMixer(nn.Module):
             self.get_submodule(f"mamba_g{group + 1}")(quarter, walks[group])
             for group, quarter in enumerate(quarters)
         ]
+        # Multiplied with the normed input, not added to it: this is what magnifies
+        # rounding from block to block (docs/groupmamba.md).
         y: Tensor = self.proj(self.norm(wide(torch.cat(mixed, dim=2)) * x * gate))
         return wide(y)
 
@@ -205,6 +210,8 @@ class ConvMlp(nn.Module):
             return wide(self.fc2(functional.gelu(self.fc1(x))))
         dtype = self.fc1.weight.dtype
         h = self.fc1.weight @ x.to(dtype).transpose(1, 2) + self.fc1.bias[:, None]
+        # In bfloat16 the convolution is a float32 island; its result
+        # comes back to the linears' dtype.
         h = self.dwconv.dwconv(h.reshape(-1, h.shape[1], *grid)).to(dtype)
         h = functional.gelu(h).flatten(2)
         return wide((self.fc2.weight @ h + self.fc2.bias[:, None]).transpose(1, 2))
@@ -222,6 +229,7 @@ class GroupMambaBlock(nn.Module):
 
     def forward(self, x: Tensor, walks: nn.ModuleList, grid: tuple[int, int]) -> Tensor:
         """(batch, seqlen, width), the residual stream, to the same."""
+        # No norm in front: the mixer norms its input itself, and again what it projects.
         x = x + self.attn(x, walks)
         result: Tensor = x + self.mlp(self.norm2(x), grid)
         return result
@@ -275,8 +283,11 @@ class GroupMamba(VisionModel):
         self.layout, self.stages, self.traced_blocks = None, {}, config.depth
         self.walks = nn.ModuleList(
             nn.ModuleList(MapWalks(grid, [walk]) for walk in WALKS)
+            # The class block's map is one token, but its mixers
+            # still have a convolution and a scan.
             for grid in (*config.grids, (1, 1))
         )
+        # Modules are numbered from 1 and flat on the model, because the official keys are.
         for stage, depth in enumerate(config.depths):
             embed = Downsample(config, stage) if stage else Stem(config)
             self.add_module(f"patch_embed{stage + 1}", embed)
@@ -306,6 +317,7 @@ class GroupMamba(VisionModel):
             for block in self.get_submodule(f"block{stage + 1}").children():
                 x = block(x, self.walks[stage], grid)
                 streams.append(x)
+            # The last stage's norm waits: it norms the class block's result below, not the tokens.
             if stage + 1 < len(self.config.grids):
                 x = self.get_submodule(f"norm{stage + 1}")(x)
         feature = self.post_network[0](x.mean(1, keepdim=True), self.walks[-1])
@@ -318,6 +330,7 @@ class GroupMamba(VisionModel):
         """Logits of (batch, width): the mean of both heads where there are two."""
         logits = wide(self.head(feature))
         if self.config.distillation:
+            # As the official model does in eval mode.
             logits = (logits + wide(self.dist_head(feature))) / 2
         return logits
 
@@ -329,6 +342,8 @@ class GroupMamba(VisionModel):
         inputs = (c.stem_width, *c.widths)
         for stage, grid in enumerate(c.grids):
             total += math.prod(grid) * 9 * inputs[stage] * c.widths[stage]
+        # The gates by the mean work on one token an image, so they
+        # count once a block, not by token.
         for width, blocks in zip((*c.widths, c.widths[-1]), (*c.depths, 1), strict=True):
             total += blocks * 2 * width * (width // c.reduction)
         return total + c.widths[-1] * c.num_classes * (2 if c.distillation else 1)
@@ -341,12 +356,14 @@ class GroupMamba(VisionModel):
         for grid, stage, depth in (*stages, ((1, 1), len(c.grids) - 1, 1)):
             width = c.widths[stage]
             hidden = c.mlp_ratios[stage] * width
+            # The last block is the class block, whose MLP has no convolution.
             convolution = 9 * hidden if len(costs) + 1 < c.depth else 0
             mixer = c.mixer(stage)
             # Four mixers: of three of them the projections and the convolution are extra.
             others = (GROUPS - 1) * (3 * mixer.d_model + 9) * mixer.d_inner
             extra = others + width * width + 2 * width * hidden + convolution
             cost = mixer.cost(extra=extra)
+            # Each group has one direction and its own projections: four of both, a quarter as wide.
             cost = replace(cost, branches=GROUPS, directions=GROUPS)
             costs += [(math.prod(grid), cost)] * depth
         return costs

@@ -16,6 +16,7 @@ _MAX_SIDE = 512  # images of 8,192 pixels in patches of 16
 
 def wide(x: Tensor) -> Tensor:
     """`x` in float32, or as it is where it is wider."""
+    # Promoted, not cast to float32: a model in float64 is the oracle and must stay float64.
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -85,6 +86,7 @@ def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
     """
     check_grid(*old)
     width = table.shape[-1]
+    # Widened first, so that a table in half precision is rounded once, at the end.
     grid = wide(table).reshape(1, *old, width).permute(0, 3, 1, 2)
     grid = functional.interpolate(grid, size=new, mode="bicubic", align_corners=False)
     return grid.permute(0, 2, 3, 1).reshape(1, -1, width).to(table.dtype)
@@ -123,6 +125,7 @@ def over_grid(x: Tensor, grid: tuple[int, int], conv: Callable[[Tensor], Tensor]
 
 def initial_a_log(d_inner: int, d_state: int) -> Tensor:
     """S4D-real: A = -(1 ... d_state) in every channel."""
+    # The logarithm is what is trained: A = -exp(A_log) stays negative whatever a step does to it.
     return torch.log(torch.arange(1, d_state + 1).float()).repeat(d_inner, 1)
 
 
@@ -131,9 +134,11 @@ def initial_dt_proj(dt_rank: int, d_inner: int) -> nn.Linear:
     layer = nn.Linear(dt_rank, d_inner)
     bound = dt_rank**-0.5
     nn.init.uniform_(layer.weight, -bound, bound)
+    # The floor is Mamba's dt_init_floor; with dt from 1e-3 up it never takes effect.
     dt = torch.exp(torch.rand(d_inner) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(
         min=1e-4
     )
     with torch.no_grad():
+        # The inverse of softplus; expm1 keeps the digits that 1 - exp(-dt) loses at dt near 1e-3.
         layer.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
     return layer

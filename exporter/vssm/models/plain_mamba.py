@@ -60,6 +60,8 @@ class PlainMambaConfig(ImageSized):
     layers_with_dwconv: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        # The way round a frozen dataclass: a list from JSON would
+        # make two equal configurations differ.
         object.__setattr__(self, "layers_with_dwconv", tuple(self.layers_with_dwconv))
         if not isinstance(self.image_size, int):  # JSON knows lists only
             object.__setattr__(self, "image_size", tuple(self.image_size))
@@ -95,6 +97,8 @@ class PlainMambaConfig(ImageSized):
     def grid(self) -> tuple[int, int]:
         """Patches as (rows, columns): the halved image is padded to whole patches."""
         height, width = (
+            # Rounded up twice: the padded stem covers an odd side's last
+            # pixel, then patches are made whole.
             math.ceil(math.ceil(side / 2) / self.projection_size)
             for side in self.image_height_width
         )
@@ -138,8 +142,10 @@ def grid_walks(height: int, width: int) -> tuple[Tensor, Tensor]:
     positions = torch.arange(height * width).reshape(height, width)
     over_rows, over_columns = (_snake(lines) for lines in (positions, positions.T))
     order = torch.stack([over_rows, over_rows.flip(0), over_columns, over_columns.flip(0)])
+    # A snake moves by one place in one axis only, so exactly one of the four terms below is not 0.
     down, right = (order // width).diff(), (order % width).diff()
     move = (right > 0) * 1 + (right < 0) * 2 + (down < 0) * 3 + (down > 0) * 4
+    # Nothing leads to the first step, but the official code has a vector for it too: code 0.
     return order, functional.pad(move, (1, 0))
 
 
@@ -171,6 +177,8 @@ class GridWalks(nn.Module):
             ("move", move.flatten()),  # (4 * positions,): the move that leads to each step
             ("entry", entry.T.contiguous()),  # (positions, 4): the step that enters each position
         ):
+            # Not persistent: the official state_dict has no such keys,
+            # and the grid alone determines them.
             self.register_buffer(name, table.int(), persistent=False)
 
     def dense(self) -> Steps:
@@ -181,12 +189,16 @@ class GridWalks(nn.Module):
     def among(self, position: Tensor) -> Steps:
         """The steps over the tokens at `position`: each walk's own, in its own order."""
         entry = self.entry[position.long()]  # (batch, seqlen, 4)
+        # topk of all of them is a sort: TopK is the operator of ONNX that sorts.
         step, index = entry.topk(entry.shape[1], dim=1, largest=False, sorted=True)
         last = torch.arange(entry.shape[1], device=step.device) - 1
+        # The first step minus itself: 0, which every operator ignores, as
+        # there is no state to decay yet.
         gap = step - step.index_select(1, last.clamp(min=0))
         return Steps(
             order=index.int().transpose(1, 2),
             gap=gap.transpose(1, 2),
+            # The moves of the full walk: after pruning, the step before may lie anywhere.
             code=self.move[step.long()],
             walked=step - self._first_steps(step.device),
         )
@@ -223,7 +235,10 @@ class PatchEmbed(nn.Module):
         for conv, norm in self._normed_convs():
             weight, bias = (t.to(dtype) for t in fold_batch_norm(conv, norm))
             x = functional.conv2d(x, weight, bias, conv.stride, conv.padding)
+            # The first convolution is followed by a relu too, though its Sequential holds none.
             x = torch.relu(x)
+        # Zeros at the bottom and the right alone, behind the stem: padding the
+        # image instead would give other numbers.
         below, right = (-side % self.projection.stride[0] for side in x.shape[2:])
         if below or right:
             x = functional.pad(x, (0, right, 0, below))
@@ -260,6 +275,7 @@ class PlainMambaMixer(nn.Module):
         super().__init__()
         self.config = config
         width, inner, states = config.d_model, config.d_inner, config.d_state
+        # Projections have a bias here, unlike Mamba's and Vim's.
         self.in_proj = nn.Linear(width, 2 * inner)
         side = config.conv_size
         self.conv2d = nn.Conv2d(inner, inner, side, padding=side // 2, groups=inner)
@@ -283,6 +299,7 @@ class PlainMambaMixer(nn.Module):
 
     def _convolve(self, x: Tensor, tokens: Tokens) -> Tensor:
         """The convolution of x (batch, seqlen, d_inner) over the grid, at every position of it."""
+        # The convolution needs every neighbour of the grid; pruned ones are zeros.
         positions = tokens.to_positions(x).to(self.conv2d.weight.dtype)
         return over_grid(positions, self.config.grid, self.conv2d).to(x.dtype)
 
@@ -291,6 +308,7 @@ class PlainMambaMixer(nn.Module):
         c = self.config
         u = functional.silu(tokens.from_positions(convolved))
         if tokens.full_parameters:
+            # At pruned positions too: their convolution sees kept neighbours and is not zero.
             q = _rows(self.x_proj(functional.silu(convolved)), tokens)
         else:
             q = self.x_proj(u)[:, :, None]
@@ -298,13 +316,17 @@ class PlainMambaMixer(nn.Module):
         if tokens.steps.code is None:
             raise AssertionError("walks over a grid give the moves")
         moves = self.direction_Bs[tokens.steps.code.long()]
+        # Without dt_proj's bias, which the scan adds, twice: see `_node`.
         delta = functional.linear(dt, self.dt_proj.weight)
+        # By "rank" B alone gets an axis of four: the moves differ from
+        # walk to walk, delta and C do not.
         return _Operands(u[:, :, None], delta, B + moves, C)
 
     def _scan(
         self, operands: _Operands, z: Tensor, tokens: Tokens, rule: ScoreRule | None
     ) -> tuple[Tensor, Tensor | None]:
         """Gated y (batch, seqlen, d_inner), and the score where one is asked for."""
+        # As in Vim: scores read y before the gate, and no operator takes both z and delta0.
         if rule is None and not tokens.constant_gap:
             return self._node(operands, tokens, z=z), None
         y = self._node(operands, tokens, constant=tokens.constant_gap)
@@ -315,6 +337,8 @@ class PlainMambaMixer(nn.Module):
         self, o: _Operands, tokens: Tokens, *, z: Tensor | None = None, constant: bool = False
     ) -> Tensor:
         directions = o.delta.shape[2]
+        # The official layer applies dt_proj with its bias and hands
+        # the same bias to the scan once more.
         bias = 2 * wide(self.dt_proj.bias)
         return ops.selective_scan(
             o.u,
@@ -328,6 +352,8 @@ class PlainMambaMixer(nn.Module):
             gap=tokens.steps.gap,
             z=z,
             delta0=self._delta0(bias).expand(directions, -1) if constant else None,
+            # The official code permutes u alone: the t-th step of each
+            # walk reads row t of delta, B and C.
             params_by_step=True,
             backend=self.backend,
         )
@@ -346,6 +372,7 @@ def _rows(table: Tensor, tokens: Tokens) -> Tensor:
     walked = tokens.steps.walked
     if walked is None:
         raise AssertionError("walks over a grid number their steps")
+    # One row number into the table of all images, so that one Gather does it.
     image = torch.arange(table.shape[0], device=table.device)[:, None, None]
     return table.reshape(-1, table.shape[2])[walked.long() + image * tokens.full_seqlen]
 
@@ -383,6 +410,8 @@ class PlainMambaBlock(nn.Module):
         normed = self.norm(x).to(self.mamba.in_proj.weight.dtype)
         mixed, score = self.mamba(normed, tokens, rule)
         x = x + mixed
+        # In place of the stream, not added to it: the official block
+        # has no residual around this part.
         return (x if self.dw is None else self._depthwise(self.dw, x, tokens)), score
 
     def _depthwise(self, dw: nn.Sequential, x: Tensor, tokens: Tokens) -> Tensor:
@@ -391,6 +420,7 @@ class PlainMambaBlock(nn.Module):
         def convolve(maps: Tensor) -> Tensor:
             return functional.conv2d(maps, weight, bias, padding=1, groups=x.shape[2])
 
+        # GELU works element by element: after the gather, only kept tokens go through it.
         return functional.gelu(
             tokens.from_positions(over_grid(tokens.to_positions(x), self.grid, convolve))
         )
@@ -459,6 +489,7 @@ class PlainMamba(VisionModel):
                 "alignment='masked' is how Vim was trained; PlainMamba has no such reference: use "
                 "alignment='gap', 'constant' or 'none'"
             )
+        # No class token to protect, and four walks of which none is "forward" or "backward".
         self.layout = TokenLayout(config.seqlen, None, keep_odd=False, directional=False)
         self.stages = plan_stages(schedule, self.layout, config.depth)
         self.backbone = Backbone(config)
@@ -485,6 +516,7 @@ class PlainMamba(VisionModel):
                 )
                 x = streams[0]
                 chosen.append(result)
+        # The norm comes before the mean, and after pruning the mean is over the kept tokens alone.
         return details(self.head(self.backbone.ln1(x).mean(1)), chosen, blocks)
 
     def fixed_cost(self) -> int:
@@ -493,6 +525,8 @@ class PlainMamba(VisionModel):
         pixels = math.prod(math.ceil(side / 2) for side in c.image_height_width)
         stem = pixels * c.stem_width * (3 * 49 + c.stem_convs * c.stem_width * 9)
         patches = c.seqlen * c.d_model * c.stem_width * c.projection_size**2
+        # All positions of the grid, whatever is pruned; a set, as a
+        # layer named twice has one convolution.
         depthwise = len(set(c.layers_with_dwconv)) * c.seqlen * c.d_model * 9
         return stem + patches + depthwise + c.d_model * c.num_classes
 
@@ -503,10 +537,12 @@ class PlainMamba(VisionModel):
             shared=3 * c.d_model * c.d_inner,
             branch=c.d_inner * (c.rank + 2 * c.d_state + c.rank),
             convolution=c.d_inner * c.conv_size**2,
+            # The four walks share one convolution and one projection; only their scans are four.
             branches=1,
             directions=DIRECTIONS,
             states=c.d_inner * c.d_state,
             per_token=c.d_inner,
+            # The gate multiplies the sum of the walks, once.
             gate=c.d_inner,
             on_grid=True,
         )
@@ -518,6 +554,8 @@ class PlainMamba(VisionModel):
             CheckpointError: the table is not a square grid.
         """
         table = state.get(_POSITIONS)
+        # What is not a table at all is left as it is: the loader
+        # compares shapes and says what is wrong.
         if table is None or table.dim() != 3 or table.shape[1] == self.config.seqlen:
             return state
         side = math.isqrt(table.shape[1])

@@ -69,6 +69,8 @@ class VimConfig(ImageSized):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}; choose one"
                 )
+        # torch takes a width of 0 with a warning and refuses a
+        # negative one without naming the option.
         for name in (
             "patch_size",
             "stride",
@@ -104,6 +106,7 @@ class VimConfig(ImageSized):
     def grid(self) -> tuple[int, int]:
         """Patches as (rows, columns)."""
         height, width = self.image_height_width
+        # The convolution has no padding: what is left beyond the last whole patch is not seen.
         return tuple((side - self.patch_size) // self.stride + 1 for side in (height, width))  # type: ignore[return-value]
 
     @property
@@ -116,6 +119,7 @@ class VimConfig(ImageSized):
         """Places of the class tokens among all tokens."""
         if self.class_token == "double":
             return 0, self.patches + 1
+        # A scan and its reverse both pass the middle with half of the patches behind them.
         return {"middle": (self.patches // 2,), "head": (0,), "none": ()}[self.class_token]
 
     @property
@@ -131,6 +135,7 @@ class VimConfig(ImageSized):
             d_inner=self.expand * self.d_model,
             d_state=self.d_state,
             d_conv=self.d_conv,
+            # Mamba's "auto" rank.
             dt_rank=self.dt_rank or math.ceil(self.d_model / 16),
             bimamba=self.bimamba,
             divide_out=self.divide_out,
@@ -146,6 +151,8 @@ class RopeTables(nn.Module):
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         super().__init__()
+        # Persistent, though they can be computed: the official
+        # state_dict has both, and keys must match.
         self.register_buffer("freqs_cos", cos)
         self.register_buffer("freqs_sin", sin)
 
@@ -160,6 +167,7 @@ def rope_tables(d_model: int, grid: tuple[int, int], pretrained: int) -> RopeTab
     freqs = 1.0 / 10000 ** (torch.arange(0, half, 2)[: half // 2].float() / half)
 
     def angles(side: int) -> Tensor:
+        # A larger grid is squeezed into the trained range of angles instead of running beyond it.
         position = torch.arange(side).float() / side * pretrained
         return (position[:, None] * freqs).repeat_interleave(2, dim=1)
 
@@ -181,9 +189,11 @@ def rotate(x: Tensor, tables: RopeTables, tokens: Tokens) -> Tensor:
     odd, even when that class token stands elsewhere.
     """
     cos, sin = wide(tables.freqs_cos), wide(tables.freqs_sin)
+    # The unpruned length decides: a pruned sequence can have any length and keeps its old angles.
     if tokens.full_seqlen == cos.shape[0] + 1:
         cos = torch.cat([torch.ones_like(cos[:1]), cos])
         sin = torch.cat([torch.zeros_like(sin[:1]), sin])
+    # By original position, so that pruning does not turn the tokens that are left differently.
     index = tokens.position.long()
     turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(2)
     return (x * cos[index] + turned * sin[index]).to(x.dtype)
@@ -236,6 +246,7 @@ class ScanOperands:
         """The operands of direction k alone; shared ones stay as they are."""
 
         def pick(x: Tensor, axis: int) -> Tensor:
+            # v1 has one u, delta, B and C for both directions: an axis of 1 serves any k.
             return x if x.shape[axis] == 1 else x.narrow(axis, k, 1)
 
         streams = {n: pick(getattr(self, n), 2) for n in ("u", "delta", "B", "C")}
@@ -266,6 +277,8 @@ class VimMixer(nn.Module):
         for suffix in self._branches():
             self._add_branch(suffix)
         if config.bimamba == "v1":
+            # v1's backward scan reads the forward branch's u, delta, B
+            # and C; only the decay is its own.
             self.A_b_log = nn.Parameter(initial_a_log(config.d_inner, config.d_state))
         self.out_proj = nn.Linear(inner, width, bias=False)
         if config.layer_scale is not None:
@@ -282,6 +295,7 @@ class VimMixer(nn.Module):
         x_proj = nn.Linear(c.d_inner, c.dt_rank + 2 * c.d_state, bias=False)
         self.add_module(f"x_proj{suffix}", x_proj)
         self.add_module(f"dt_proj{suffix}", initial_dt_proj(c.dt_rank, c.d_inner))
+        # The official keys put "_b" behind every name but A_log's, where it stands in the middle.
         log, skip = ("A_log", "D") if not suffix else ("A_b_log", "D_b")
         self.register_parameter(log, nn.Parameter(initial_a_log(c.d_inner, c.d_state)))
         self.register_parameter(skip, nn.Parameter(torch.ones(c.d_inner)))
@@ -315,6 +329,8 @@ class VimMixer(nn.Module):
         """
         index = tokens.position.long()[:, None].expand_as(x) if tokens.conv_on_grid else None
         if index is not None:
+            # Neighbours that were pruned are zeros here; compact lists
+            # would put strangers side by side.
             x = x.new_zeros(*x.shape[:2], tokens.full_seqlen).scatter(2, index, x)
         dtype = x.dtype
         # Two-dimensional with height 1: runtimes have faster depthwise kernels for it.
@@ -323,11 +339,13 @@ class VimMixer(nn.Module):
         outputs = []
         for suffix in self._branches():
             conv: nn.Conv1d = getattr(self, f"conv1d{suffix}")
+            # Flipping four taps once a call stands for flipping the whole sequence there and back.
             weight = conv.weight.flip(-1) if suffix else conv.weight
             padded = functional.pad(x, (0, pad) if suffix else (pad, 0))
             outputs.append(
                 functional.conv2d(padded, weight[:, :, None], conv.bias, groups=self.config.d_inner)
             )
+        # Back to the projections' dtype: in bfloat16 the convolution is a float32 island.
         y = functional.silu(torch.cat(outputs, dim=1).to(dtype))
         y = y.reshape(y.shape[0], len(outputs), self.config.d_inner, y.shape[-1])
         return y if index is None else y.gather(3, index[:, None].expand(-1, len(outputs), -1, -1))
@@ -337,8 +355,10 @@ class VimMixer(nn.Module):
         c = self.config
         q = self._stack("x_proj{b}.weight") @ u
         dt, B, C = q.split([c.dt_rank, c.d_state, c.d_state], dim=2)
+        # Without dt_proj's bias: the scan adds it in float32, before the softplus.
         delta = dt.transpose(2, 3) @ self._stack("dt_proj{b}.weight").transpose(1, 2)
         A_log: list[Tensor] = [self.A_log] if c.bimamba == "none" else [self.A_log, self.A_b_log]
+        # A list of one is shared by the directions; v1 has two decays but one skip.
         D: list[Tensor] = [self.D] if c.bimamba != "v2" else [self.D, self.D_b]
         return ScanOperands(
             u=u.permute(0, 3, 1, 2),
@@ -354,6 +374,8 @@ class VimMixer(nn.Module):
         self, operands: ScanOperands, z: Tensor, tokens: Tokens, rule: ScoreRule | None
     ) -> tuple[Tensor, Tensor | None]:
         """Gated y (batch, seqlen, d_inner), and the score where one is asked for."""
+        # Scores read y before the gate, and no operator takes both z and delta0:
+        # only otherwise can the gate go into the scan.
         if rule is None and not tokens.constant_gap:
             return self._node(operands, tokens.steps.order, tokens.steps.gap, z=z), None
         delta0 = self._delta0() if tokens.constant_gap else None
@@ -405,6 +427,8 @@ class VimMixer(nn.Module):
         """Step size (branches, d_inner) of an all-zero token: its convolution is the bias alone."""
         rank = self.config.dt_rank
         conv = functional.silu(wide(self._stack("conv1d{b}.bias")))
+        # Only x_proj's rows for dt: a pruned position decays the state and
+        # adds nothing to it, so it needs no B and no C.
         low = wide(self._stack("x_proj{b}.weight"))[:, :rank] @ conv[..., None]
         step = (wide(self._stack("dt_proj{b}.weight")) @ low)[..., 0]
         return functional.softplus(step + wide(self._stack("dt_proj{b}.bias")))
@@ -448,6 +472,7 @@ class VimBlock(nn.Module):
         self, hidden: Tensor | None, residual: Tensor, tokens: Tokens, rule: ScoreRule | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(batch, seqlen, d_model) streams to (mixer output, new residual, score or None)."""
+        # The first block gets no mixer output; its residual is the embedding itself.
         if hidden is not None:
             residual = residual + hidden
         normed = self.norm(residual).to(self.mixer.in_proj.weight.dtype)
@@ -478,6 +503,7 @@ class Vim(VisionModel):
         self.image_size, self.num_classes = config.image_height_width, config.num_classes
         # Pairs of layers have no single stream to report.
         self.traced_blocks = 0 if config.bidirectional_layers else config.depth
+        # Before any parameter is made: a large model would take its time only to be refused.
         self._refuse(config, schedule)
         positions = config.class_positions
         self.layout = TokenLayout(config.seqlen, positions[0] if positions else None, keep_odd=True)
@@ -547,12 +573,16 @@ class Vim(VisionModel):
             pieces += [patches[:, start:end], class_token]
             start = end
         pieces.append(patches[:, start:])
+        # A class token at the very front or end leaves an empty
+        # slice, which has no use in the graph.
         x = torch.cat([piece for piece in pieces if piece.shape[1]], dim=1)
         return x + wide(self.pos_embed)
 
     def _forward(self, images: Tensor, with_blocks: bool) -> ForwardDetails:
         residual = self._embed(images)
         directions = 1 if self.config.bimamba == "none" else 2
+        # Made in each pass and not stored: the device is the
+        # images', which can change between calls.
         walks = LineWalks(self.config.seqlen, directions, images.device)
         tokens = Tokens.dense(walks, self.config.seqlen, images.device)
         hidden: Tensor | None = None
@@ -562,12 +592,16 @@ class Vim(VisionModel):
             hidden, residual = self._layer_pairs(residual, tokens)
             return details(self._logits(hidden, residual, tokens), chosen, blocks)
         for number, layer in enumerate(self.layers, start=1):
+            # The official code turns the stream again before every block,
+            # not only once behind the embedding.
             hidden, residual = self._rotate(hidden, residual, tokens)
             stage = self.stages.get(number)
             hidden, residual, score = layer(hidden, residual, tokens, score_rule(stage))
             if with_blocks:
                 blocks.append((hidden, residual))
             if stage is not None:
+                # Both streams lose the same tokens: the next block adds
+                # hidden to residual row by row.
                 tokens, streams, result = self.pruner(
                     stage, tokens, score, [hidden, residual], backend=self.backend
                 )
@@ -583,6 +617,8 @@ class Vim(VisionModel):
         for first in range(0, self.config.depth, 2):
             hidden, residual = self._rotate(hidden, residual, tokens)
             flipped = None if hidden is None else hidden.flip(1)
+            # Both layers get the same stream and both residuals are added: it
+            # doubles with every pair, as in the official code.
             ahead, res_ahead, _ = self.layers[first](hidden, residual, tokens, None)
             back, res_back, _ = self.layers[first + 1](flipped, residual.flip(1), tokens, None)
             hidden, residual = ahead + back.flip(1), res_ahead + res_back.flip(1)
@@ -610,11 +646,14 @@ class Vim(VisionModel):
             x = self.norm_f(self._class_tokens(x, tokens))  # the norm is by token: pick first
             return self._classify(x[:, 0] if len(positions) == 1 else x.mean(1))
         if tokens.kept is not None:
+            # Masked tokens still stand in the sequence, and later blocks
+            # made them non-zero: no pool of them.
             x = x.gather(1, tokens.kept[..., None].expand(-1, -1, x.shape[-1]))
         if self.config.pool == "last":
             return self._classify(self.norm_f(x[:, -1]))
         x = self.norm_f(x)
         return (
+            # "max" is over the tokens' logits, as in the official code, not over their features.
             self._classify(x.mean(1)) if self.config.pool == "mean" else self._classify(x).amax(1)
         )
 
@@ -627,6 +666,8 @@ class Vim(VisionModel):
             return torch.cat(
                 [x[:, position : position + 1] for position in self.config.class_positions], dim=1
             )
+        # Its index differs from image to image; compare and sum
+        # needs no gather with dynamic indices.
         is_class = torch.eq(tokens.position[..., None], self.config.class_positions[0])
         zero = torch.zeros((), dtype=x.dtype, device=x.device)  # from the host: no CUDA graph
         return torch.where(is_class, x, zero).sum(1, keepdim=True)
@@ -644,9 +685,11 @@ class Vim(VisionModel):
             shared=3 * c.d_model * inner,
             branch=inner * (low + 2 * c.d_state + low),
             convolution=inner * c.d_conv,
+            # v1 scans twice, but projects and convolves once for both directions.
             branches=2 if c.bimamba == "v2" else 1,
             directions=1 if c.bimamba == "none" else 2,
             states=inner * c.d_state,
+            # Skip and gate, both counted in every direction, by the published rule.
             per_token=2 * inner,
         )
 
@@ -660,12 +703,15 @@ class Vim(VisionModel):
         positions = self.config.class_positions
         if table is None or table.dim() != 3 or table.shape[1] == self.config.seqlen:
             return state
+        # A table does not say its shape; the released models are all square.
         side = math.isqrt(max(table.shape[1] - len(positions), 0))
         if side * side + len(positions) != table.shape[1]:
             raise CheckpointError(
                 f"pos_embed.shape={tuple(table.shape)} is not a square grid with "
                 f"{len(positions)} class tokens; load a checkpoint of the same class-token layout"
             )
+        # The class rows have no place in the grid; where they stood
+        # follows from the old patch count.
         old = {"middle": (side * side // 2,), "double": (0, side * side + 1)}.get(
             self.config.class_token, (0,) * len(positions)
         )

@@ -90,6 +90,7 @@ class VMambaConfig(ImageSized):
                 )
         sizes = {name: getattr(self, name) for name in ("d_model", "d_state", "num_classes")}
         sizes |= {f"depths[{i}]": depth for i, depth in enumerate(self.depths)}
+        # `expand` may be a fraction: what counts is the width it comes to.
         sizes |= {"d_inner": int(self.expand * self.d_model)}
         sizes |= {} if self.dt_rank is None else {"dt_rank": self.dt_rank}
         for name, size in sizes.items():
@@ -183,8 +184,11 @@ def adapt_keys(state: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, Ten
     adapted: dict[str, Tensor] = {}
     for old, value in state.items():
         key = old
+        # All in turn, not the first that fits: one name may have an old
+        # part in front and another at its end.
         for pattern, name in _NAMES:
             key = re.sub(pattern, name, key)
+        # Taking either would be a guess about which of two tensors the file means.
         if key in adapted or (key != old and key in state):
             raise CheckpointError(
                 f"key={old!r} is an older name of {key!r}, which the file has too; "
@@ -195,13 +199,16 @@ def adapt_keys(state: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, Ten
 
 
 def _reshaped(key: str, value: Tensor, grid: tuple[int, int]) -> Tensor:
+    # By name as well: a patch embedding of patch_size 1 has this shape too and must keep it.
     if value.dim() == 4 and value.shape[2:] == (1, 1) and _LINEARS.search(key):
         return value.flatten(1)
     by_direction = key.endswith(("x_proj_weight", "dt_projs_weight")) and value.dim() == 2
+    # What cannot be split stays as it is; the loader then names the shape that was expected.
     if by_direction and value.shape[0] % _DIRECTIONS == 0:
         return value.reshape(_DIRECTIONS, -1, value.shape[1])
     if key == "pos_embed" and value.dim() == 4 and tuple(value.shape[2:]) != grid:
         check_grid(*value.shape[2:])
+        # No resize_grid: this table is a map already, channels first, of any two sides.
         table = functional.interpolate(wide(value), size=grid, mode="bicubic", align_corners=False)
         return table.to(value.dtype)
     return value
@@ -224,6 +231,8 @@ class Mlp(nn.Module):
         """(..., width) to (..., width)."""
         x = self.fc1(x)
         if self.gated:
+            # The GELU is on the second half; the official order of
+            # the halves is part of the weights.
             x, gate = x.chunk(2, dim=-1)
             x = x * functional.gelu(gate)
         else:
@@ -247,6 +256,7 @@ class VMambaBlock(nn.Module):
 
     def forward(self, x: Tensor, walks: MapWalks) -> Tensor:
         """(batch, seqlen, width), the residual stream, to the same."""
+        # The residual stream stays float32: halves would be rounded again after every block.
         x = x + wide(self.op(self.norm(x), walks))
         if self.mlp is not None:
             x = x + wide(self.mlp(self.norm2(x)))
@@ -257,7 +267,9 @@ class ConvDownsample(nn.ModuleDict):
     """A strided convolution and a norm: 3x3 with padding (v3) or 2x2 (v2)."""
 
     def __init__(self, width: int, kernel: int) -> None:
+        # v2's 2x2 has no padding and so drops an odd side's last row or column.
         conv = Conv2d(width, 2 * width, kernel, 2, padding=kernel // 2 if kernel % 2 else 0)
+        # Keys are indices of the official Sequential, where permutes without weights stand between.
         super().__init__({"1": conv, "3": LayerNorm(2 * width, eps=_EPS)})
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -279,6 +291,7 @@ class MergeDownsample(nn.Module):
         height, width = grid
         x = x.reshape(-1, height, width, x.shape[2])
         if height % 2 or width % 2:
+            # functional.pad counts from the last axis: channels first, then width, then height.
             x = functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         half = (math.ceil(height / 2), math.ceil(width / 2))
         x = x.reshape(-1, half[0], 2, half[1], 2, x.shape[3])
@@ -369,6 +382,7 @@ class VMamba(VisionModel):
         if "5" in parts:
             height, width = self.image_size
             half = (math.ceil(height / 2), math.ceil(width / 2))
+            # v2 has a GELU between its two convolutions and none behind the second.
             x = parts["7"](to_tokens(parts["5"](to_map(functional.gelu(x), half))))
         if self.config.pos_embed:
             x = x + to_tokens(self.pos_embed)
@@ -380,6 +394,7 @@ class VMamba(VisionModel):
         for stage in self.layers:
             x, streams = stage(x)
             blocks += [(stream, None) for stream in streams]
+        # Norm first, then the mean: the other order gives other logits.
         feature = self.classifier["norm"](x).mean(1)
         logits = wide(self.classifier["head"](feature))
         return details(logits, [], blocks if with_blocks else [])
@@ -393,6 +408,8 @@ class VMamba(VisionModel):
             total += math.prod(c.grids[0]) * (c.d_model // 2) * 9 * c.d_model
         else:
             total = math.prod(c.grids[0]) * 3 * c.patch_size**2 * c.d_model
+        # v1 is no convolution, but its projection reads the four
+        # tokens of a 2x2 patch all the same.
         taps = {"v1": 4, "v2": 4, "v3": 9}[c.downsample]
         for stage, grid in enumerate(c.grids[1:]):
             total += math.prod(grid) * c.width(stage) * taps * c.width(stage + 1)
@@ -404,6 +421,7 @@ class VMamba(VisionModel):
         for stage, depth in enumerate(self.config.depths):
             width, hidden = self.config.width(stage), self.config.hidden(stage)
             cost = self.config.mixer(stage).cost(
+                # A gated fc1 is twice as wide, fc2 is not.
                 extra=width * hidden * (3 if self.config.gated_mlp else 2)
             )
             costs += [(math.prod(self.config.grids[stage]), cost)] * depth
@@ -423,6 +441,8 @@ def _patch_embed(config: VMambaConfig) -> dict[str, nn.Module]:
     width = config.d_model
     if config.patch_embed == "v1":
         conv = Conv2d(3, width, config.patch_size, config.patch_size)
+        # The numbers are indices of the official Sequential; permutes and GELU,
+        # which have no weights, are the missing ones.
         return {"0": conv, "2": LayerNorm(width, eps=_EPS)}
     return {
         "0": Conv2d(3, width // 2, 3, 2, padding=1),
