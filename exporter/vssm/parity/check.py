@@ -60,11 +60,15 @@ def check_parity(
             "runtime='torch' is the oracle itself; check another runtime, for example ort-cpu"
         )
     check_runtime(runtime, backend=backend, threads=threads, trust=trust)
+    # After the options have been checked: this import brings torch, which takes seconds.
     from vssm.runtimes.torch import model_of, oracle
 
+    # The weights beside the graph are looked at only where the oracle must be made from them.
     opened = open_artifact(artifact, only=None if model is None else (MODEL_FILE,))
     known: OracleResult | None = None
     if model is None and is_module(opened):
+        # A user's module cannot be rebuilt from the export, so what it
+        # gave at the export is the oracle.
         images, known = _kept_reference(opened, images, per_block)
     with open_session(opened, runtime, backend=backend, threads=threads, trust=trust) as session:
         images = _default_images(opened, session) if images is None else images
@@ -75,8 +79,10 @@ def check_parity(
     expected = known
 
     def run_edited(graph: bytes, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        # An engine cannot be edited: the forced graph is built into one of its own.
         if runtime in ENGINE_RUNTIMES:
             return _run_engine(opened, graph, feeds, info)
+        # By what did run, not by what was asked for: `backend` may have been None.
         edited = ort_session(runtime)(
             opened, backend=info.backend, threads=info.threads, model=graph
         )

@@ -150,6 +150,7 @@ def compare(
     logits = compare_array(main, forced[main], oracle.logits, tolerance.logits)
     kept = [free[f"kept_positions_{i}"] for i in range(len(oracle.kept_positions))]
     disagreements = _disagreements(kept, oracle, _protected(artifact))
+    # An image whose tokens were chosen otherwise is another computation: its logits may differ.
     alike = sorted(set(range(len(images))) - {d.image for d in disagreements})
     report = ParityReport(
         info=info,
@@ -179,11 +180,15 @@ def _top1_agreement(got: Array, want: Array) -> float:
 def compare_array(name: str, got: Array, want: Array, tolerance: float) -> Comparison:
     """Largest error of `got` over the largest value of `want`, held against `tolerance`."""
     scale = float(np.abs(want).max())
+    # Polygraphy logs every comparison; a level above the highest silences all of it.
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+        # Relative to the largest value: an element's own size says
+        # nothing where it happens to be near 0.
         compare_outputs = SimpleCompareFunc(
             rtol=0.0, atol=tolerance * scale, check_error_stat="max"
         )
         found = compare_outputs(
+            # A copy where need be: streams may come as views that are not contiguous.
             IterationResult(outputs={name: np.ascontiguousarray(want, np.float64)}),
             IterationResult(outputs={name: np.ascontiguousarray(got, np.float64)}),
         )[name]
@@ -217,6 +222,7 @@ def _run_forced(
     feeds: dict[str, Array] = {artifact.manifest.inputs[0].name: images}
     gathers = [i for i in model.graph.input if i.name in names]
     stages = zip(oracle.kept_positions, oracle.positions, strict=True)
+    # A stage that keeps everything has no gather in the graph, and so no input to feed.
     dropping = [kept for kept, before in stages if kept.shape[1] < before.shape[1]]
     for value, kept in zip(gathers, dropping, strict=True):
         width = value.type.tensor_type.shape.dim[1].dim_value
@@ -257,17 +263,21 @@ def _disagreements(
             scores = dict(zip(positions.tolist(), score.tolist(), strict=True))
             for position in missing:
                 margin = None if follows else _margin(scores, position, instead)
+                # Even where it follows: no choice before may cost the class token.
                 margin = float("inf") if position == protected else margin
                 found.append(Disagreement(image, stage, position, margin))
+            # After the first other choice the scores belong to other tokens and excuse nothing.
             follows = follows or len(missing) > 0
     return found
 
 
 def _margin(scores: Mapping[int, float], position: int, instead: Sequence[int]) -> float:
     """How far the scores prefer `position` to the worst of `instead`, over the largest of them."""
+    # A position that was not present is no near choice but a wrong one.
     if not instead or not all(other in scores for other in instead):
         return float("inf")
     largest = max(map(abs, scores.values()))
+    # Over the largest, as "sum" scores have both signs and the one at the cut may be near 0.
     return (scores[position] - min(scores[other] for other in instead)) / (largest or 1.0)
 
 

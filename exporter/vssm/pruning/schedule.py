@@ -23,6 +23,7 @@ STEP_PARAMETERS: Final = ("rank", "full")
 Ratio = float | str | Decimal
 
 
+# Its own __init__: rules are checked and ratios become exact before anything is stored.
 @dataclass(frozen=True, init=False)
 class PruneSchedule:
     """Which blocks prune, how much, and by which rules.
@@ -91,6 +92,7 @@ class PruneSchedule:
             "seed": int(seed),
         }
         for name, value in values.items():
+            # The way into a frozen dataclass.
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -113,6 +115,7 @@ class PruneSchedule:
         ratios: dict[int, Ratio] = {}
         for pair in text.split(","):
             block, colon, ratio = pair.partition(":")
+            # isdecimal, as int() would also take "-5" and "1_0".
             if not colon or not block.strip().isdecimal():
                 raise ValueError(
                     f"schedule={text!r}: {pair!r} is not BLOCK:RATIO; write 5:0.8,10:0.8"
@@ -121,6 +124,7 @@ class PruneSchedule:
                 raise ValueError(
                     f"schedule={text!r}: block {int(block)} is named twice; give one ratio"
                 )
+            # Still text: it becomes a Decimal without ever having been a binary float.
             ratios[int(block)] = ratio.strip()
         return cls(
             ratios,
@@ -134,6 +138,7 @@ class PruneSchedule:
 
     def changed(self, **rules: Any) -> PruneSchedule:
         """This schedule with other rules, such as alignment="none", or other `ratios`."""
+        # Through __init__ again, so that a changed rule is checked against all the others.
         values = {**vars(self), **rules}
         return PruneSchedule(values.pop("ratios"), **values)
 
@@ -150,11 +155,16 @@ class PruneSchedule:
         """
         exact = _checked_ratio(ratio)
         patches = seqlen - (0 if layout.cls_index is None else 1)
+        # Apart, because the count below is of patches: ratio 1 of 49
+        # patches and a class token would be 49 of 50.
         if exact == 1 or patches == 0:
             return seqlen
+        # In floats 0.55 * 100 is 55.00000000000001, and ceil would keep one token too many.
         keep = math.ceil(exact * patches)
         if layout.keep_odd and keep % 2 == 0:
             keep += 1
+        # Rounding up to an odd number can pass the tokens there are,
+        # where none of them is a class token.
         return min(keep, seqlen)
 
 
@@ -209,6 +219,7 @@ def plan_stages(
         )
     stages: dict[int, Stage] = {}
     seqlen, cls_index = layout.seqlen, layout.cls_index
+    # In the order of the blocks: each stage counts on what the one before it has left.
     for index, (block, ratio) in enumerate(schedule.ratios.items()):
         if block > depth:
             raise ValueError(
@@ -217,12 +228,15 @@ def plan_stages(
             )
         keep = PruneSchedule.num_keep(ratio, layout, seqlen)
         recentred = schedule.importance == "as_released"
+        # The gather chooses keep - 1 patches beside the class token, and at least one.
         if recentred and keep == 1 < seqlen:
             raise UnsupportedError(
                 f"ratio={ratio} after block {block} keeps one of {seqlen} tokens, the class token; "
                 "importance='as_released' keeps patches beside it: keep more"
             )
         stages[block] = Stage(index, block, seqlen, keep, layout, schedule, cls_index)
+        # After a choice the class token's index depends on how many tokens before it stayed,
+        # image by image; only the released code puts it where it is known.
         if keep < seqlen:  # else nothing moves
             cls_index = keep // 2 if recentred else None
         seqlen = keep
@@ -231,11 +245,13 @@ def plan_stages(
 
 def _checked_ratio(ratio: Ratio, where: str = "") -> Decimal:
     try:
+        # By way of str: Decimal(0.8) would be the binary number, a little above 0.8.
         exact = Decimal(str(ratio))
     except InvalidOperation:
         raise ValueError(
             f"ratio={ratio!r}{where} is not a number; give the share of tokens kept, such as 0.8"
         ) from None
+    # is_finite first: comparing a Decimal NaN raises an error of its own.
     if not (exact.is_finite() and 0 < exact <= 1):
         raise ValueError(
             f"ratio={ratio}{where} is outside (0, 1]; it is the share of tokens kept, 1 keeps all"
@@ -250,6 +266,7 @@ def _checked_ratios(ratios: Mapping[int, Ratio]) -> dict[int, Decimal]:
         )
     checked: dict[int, Decimal] = {}
     for block, ratio in ratios.items():
+        # bool is a subclass of int, and True would pass as block 1.
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:
             raise ValueError(f"block={block!r} is not an integer from 1; blocks are counted from 1")
         checked[block] = _checked_ratio(ratio, f" after block {block}")

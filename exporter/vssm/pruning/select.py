@@ -55,6 +55,7 @@ class Tokens:
     @property
     def complete(self) -> bool:
         """Whether every token is still in its position."""
+        # The count and not the batch of `position`: a pruned batch of one has one row as well.
         return self.position.shape[1] == self.full_seqlen
 
     @cached_property
@@ -106,7 +107,9 @@ class ScoreRule:
 
     def score(self, outputs: ScanOutputs) -> Tensor:
         """Score (batch, seqlen), float32 or wider, of y (batch, seqlen, d_inner); no gradient."""
+        # Scores only choose, and a choice has no gradient; the tokens that stay carry theirs.
         y = outputs.y.detach()
+        # A mean in half precision has three digits, and tokens are often closer than that.
         y = y.to(torch.promote_types(y.dtype, torch.float32))
         if self.gated:
             y = y * functional.silu(outputs.z.detach().to(y.dtype))
@@ -127,6 +130,7 @@ def score_rule(stage: Stage | None) -> ScoreRule | None:
         return None
     schedule = stage.schedule
     if schedule.importance == "as_released":
+        # The released code knows this rule alone; the schedule has refused any other.
         return ScoreRule("as_released", "backward", gated=True)
     return ScoreRule(schedule.importance, schedule.score_direction, schedule.gated)
 
@@ -155,11 +159,14 @@ def prune(
     position = tokens.position.expand(score.shape[0], -1)
     if tokens.kept is not None:  # what was masked before is not present
         position, score = position.gather(1, tokens.kept), score.gather(1, tokens.kept)
+    # Before the early return, so that a stage that keeps everything reports the same scores.
     if stage.schedule.importance == "random":
         score = _random_score(stage, score)
     if stage.num_keep == stage.seqlen:
         return tokens, list(streams), StageResult(position, score)
     if stage.schedule.alignment == "masked":
+        # Never exported, so there is no need for a kernel; the
+        # rows stay in place.
         kept, _ = reference.token_gather(
             score, position, [], num_keep=stage.num_keep, protected_position=_protected(stage)
         )
@@ -183,6 +190,8 @@ def _after(stage: Stage, tokens: Tokens, kept: Tensor) -> Tokens:
     schedule = stage.schedule
     steps = tokens.walks.among(kept)
     if schedule.alignment == "none":
+        # Plain removal is alignment with every gap 1: the same
+        # operators, the same graph around them.
         steps = replace(steps, gap=torch.ones_like(steps.order))
     return replace(
         tokens,
@@ -223,7 +232,9 @@ def _gather_recentred(
     )
 
     def with_class(chosen: Tensor, before: Tensor) -> Tensor:
+        # The dense table of positions has one row for all images; the streams have one each.
         cls = before[:, index : index + 1].expand(chosen.shape[0], *before[:, :1].shape[1:])
+        # From here on positions do not ascend, which is why gaps have no meaning in this mode.
         return torch.cat([chosen[:, :middle], cls, chosen[:, middle:]], dim=1)
 
     kept = with_class(position, tokens.position)
@@ -236,5 +247,6 @@ def _protected(stage: Stage) -> int:
 
 def _random_score(stage: Stage, score: Tensor) -> Tensor:
     draw = random.Random(f"{stage.schedule.seed}:{stage.block}")  # a constant of the exported graph
+    # Python's generator, seeded by a text: the same numbers on every device and platform.
     drawn = [draw.random() for _ in range(stage.seqlen)]
     return torch.tensor(drawn, dtype=score.dtype, device=score.device).expand_as(score)

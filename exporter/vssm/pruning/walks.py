@@ -63,6 +63,7 @@ class LineWalks:
 
     def among(self, position: Tensor) -> Steps:
         """The steps over the tokens at `position`; every image walks its indices alike."""
+        # Ascending positions keep the line's order, so only the gaps differ from image to image.
         return Steps(self._order(position.shape[1]), self._gap(position))
 
     def _order(self, seqlen: int) -> Tensor:
@@ -76,7 +77,9 @@ class LineWalks:
         """
         last = position.shape[1] - 1
         steps = torch.arange(last + 1, device=position.device)
+        # Clamped, the first step is paired with itself: gap 0, which every operator ignores.
         before = (steps - 1).clamp(min=0)
+        # Always the higher position less the lower one, so that gaps are positive backwards too.
         higher = torch.stack([steps, last - before][: self.directions])
         lower = torch.stack([before, last - steps][: self.directions])
         ahead, behind = (position.index_select(1, i.flatten()) for i in (higher, lower))
