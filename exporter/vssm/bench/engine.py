@@ -60,6 +60,7 @@ def bench_engine(
                 "build it again with --batch MIN,OPT,MAX"
             )
         progress("comparing with the oracle")
+        # Before the dense engine is built and anything is timed: wrong numbers end the run at once.
         _check_logits(session, artifact, batches[0])
         device, version = session.info.device, session.info.version
     with _dense_engine(artifact, runtime, batches, progress) as dense:
@@ -134,6 +135,7 @@ def _dense_engine(
         dtype, opset = manifest.dtype, manifest.opset
         dense = export(model_of(artifact, dense=True), path, dtype=dtype, opset=opset)
         progress("building the dense twin's engine")
+        # MIN, OPT, MAX: one profile for all batches, tuned for the largest.
         sizes = (min(batches), max(batches), max(batches))
         build_engine(dense, EngineRequest(runtime, batch=sizes))
         yield dense
@@ -143,6 +145,7 @@ def _check_logits(session: Session, artifact: Artifact, batch: int) -> None:
     shape = (batch, *artifact.image_shape)
     images = np.random.default_rng(batch).standard_normal(shape).astype(np.float32)
     got = session.run(images)["logits"]
+    # By name: the session's default is our own kernels, and this is to be the oracle.
     with TorchSession(artifact, backend="reference") as oracle:
         want: Array = oracle.run(images)["logits"]
     difference = float(np.abs(got - want).max() / np.abs(want).max())

@@ -24,6 +24,7 @@ _SAMPLES = 9
 
 def machine_rates(threads: Sequence[int]) -> MachineRates:
     """Measure exp2 of one thread with the kernel's own code, and multiply-adds by thread count."""
+    # The floor takes exp2 to scale with the threads; a matrix product is measured at every count.
     return MachineRates(
         exp2=exp2_rate(library_info().cpu_isa), macs={count: _macs(count) for count in set(threads)}
     )
@@ -40,6 +41,7 @@ def _macs(threads: int) -> float:
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "ab"],
         [helper.make_tensor_value_info("c", TensorProto.FLOAT, shape)],
     )
+    # Both are fixed: a newer onnx writes newer ones by default, which ONNX Runtime may not read.
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -54,6 +56,7 @@ def _macs(threads: int) -> float:
         start = time.perf_counter()
         session.run(None, feeds)
         times.append(time.perf_counter() - start)
+    # The median: a machine that others use as well has slow outliers.
     return float(_SIDE**3 / np.median(times))
 
 
@@ -194,6 +197,8 @@ def measure(
     for count in threads:
         sessions: list[Session] = []
         try:
+            # Into a list that is there already: if the third does not
+            # open, the first two are closed.
             sessions.extend(subject.open(count) for subject in subjects)
             for batch in batches:
                 shape = (batch, *image_shape)
@@ -216,11 +221,13 @@ def _alternate(
     sessions: Sequence[Session], images: Array, samples: int
 ) -> tuple[list[list[float]], list[Array]]:
     """Seconds of `samples` runs of each session, taken in turn, and each session's logits."""
+    # The first run allocates and may tune; its outputs are compared, its time is not taken.
     logits = [session.run(images)[session.manifest.main_output.name] for session in sessions]
     for session in sessions:
         session.run(images)
     times: list[list[float]] = [[] for _ in sessions]
     for _ in range(samples):
+        # One sample each in turn: a clock that drops or a neighbour that wakes up hits all of them.
         for session, taken in zip(sessions, times, strict=True):
             start = time.perf_counter()
             session.run(images)
@@ -238,6 +245,7 @@ def _difference(subjects: Sequence[Contender], logits: Sequence[Array], index: i
         return None
     reference = next(x for s, x in zip(subjects, logits, strict=True) if s.name == subject.same_as)
     difference = float(np.abs(logits[index] - reference).max() / np.abs(reference).max())
+    # Not ">": NaN must count as a difference.
     if not difference <= _SAME:
         raise ValueError(
             f"logits of {subject.name!r} differ from {subject.same_as!r} by {difference:.1e} of "

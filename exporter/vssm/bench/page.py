@@ -28,6 +28,7 @@ def page(report: BenchReport) -> str:
     latency = Table(_COLUMNS, [_cells(row) for row in report.rows], "latency", numbers=True)
     text = [f"{how} {_floor_sentence(report)}"]
     figures = []
+    # A page without its plot is still a report; the measurement must not be lost for it.
     if is_installed("matplotlib"):
         figures.append(Illustration(_plot(report.rows)))
     else:
@@ -105,6 +106,7 @@ def _plot(rows: Sequence[Timing]) -> str:
     if floors:
         axes.plot(*zip(*floors, strict=True), "k|", markersize=12, label="floor")
     axes.set_yticks(places, labels)
+    # Bars count upwards; the table above the plot counts downwards.
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("milliseconds a batch (log scale)")
@@ -112,4 +114,5 @@ def _plot(rows: Sequence[Timing]) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
+    # HTML takes the element alone, without the XML declaration and doctype in front.
     return text[text.index("<svg") :]

@@ -30,14 +30,17 @@ def bench_directory(
     from vssm.bench.page import write_page
     from vssm.bench.subjects import bench
 
+    # Now, although only the page needs it: after minutes of measuring it would be too late.
     require("jinja2")
     artifact = open_artifact(directory)
     page = page or artifact.directory / "bench.html"
+    # Tried before the measurement for the same reason.
     for path in (page, artifact.directory / "bench.json"):
         check_writable(path)
     if runtime in ENGINE_RUNTIMES:
         from vssm.bench.engine import bench_engine
 
+        # 1 is the default of the option, so it cannot be told from having given none.
         refuse_threads(runtime, None if tuple(threads) == (1,) else list(threads))
         report = bench_engine(
             artifact,

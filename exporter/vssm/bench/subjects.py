@@ -107,6 +107,7 @@ def _subjects(
         return Contender(name, open_session, work.exps, work.gemm, same)
 
     if is_module(artifact):
+        # No model of ours stands behind it, whose work `count` knows and whose loop could be run.
         exps, gemm = count_graph(artifact.model_path)
         return [
             Contender(KERNEL, partial(_ort, artifact, "kernel"), exps, gemm, None),
@@ -118,11 +119,13 @@ def _subjects(
         subject(BODY, partial(ort, artifact, "body"), work, KERNEL),
     ]
     if ort is _cuda:
+        # What the copy of the images to the GPU costs shows only beside a session without it.
         subjects.append(subject(RESIDENT, partial(_resident, artifact), work, KERNEL))
     if torch_loop:
         subjects.append(subject(LOOP, partial(_torch, artifact), work, KERNEL))
     if dense is not None:
         dense_work = count(model_of(dense))
+        # Compared with nothing: it is another model, whose logits differ by right.
         subjects.append(subject(DENSE, partial(ort, dense, "kernel"), dense_work, None))
     return subjects
 
@@ -146,6 +149,8 @@ class _Resident(Session):
         self._held: tuple[Array, DeviceRun] | None = None
 
     def _run(self, images: Array) -> dict[str, Array]:
+        # By identity: `measure` passes one array for all runs of a batch, and a copy
+        # a run is what this session is there to leave out.
         if self._held is None or self._held[0] is not images:
             self._held = (images, self._inner.on_device(images))
         self._held[1].run()
@@ -161,6 +166,7 @@ def _resident(artifact: Artifact, threads: int) -> Session:
 
 
 def _torch(artifact: Artifact, threads: int) -> Session:
+    # By name, since "auto" would run our kernels and not the loop.
     return TorchSession(artifact, backend="reference", threads=threads)
 
 
@@ -183,6 +189,8 @@ def _dense_twin(artifact: Artifact, progress: Progress) -> Iterator[Artifact | N
 def _profile(artifact: Artifact) -> dict[str, float]:
     shape = (1, *artifact.image_shape)
     images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    # A session of its own, behind the timings: profiling slows every node. One
+    # thread, as the floor it is held against is one thread's.
     session = OrtCpuSession(artifact, threads=1, profile=True)
     with session:
         for _ in range(_PROFILE_RUNS):
@@ -223,6 +231,7 @@ _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 def count_graph(path: Path) -> tuple[int, int]:
     """(exponentials of the scans, multiply-adds of matrix products and convolutions), batch 1."""
+    # Shapes alone are counted, so weights beside the file need not be read.
     model = onnx.shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False))
     graph = model.graph
     shapes = {v.name: _sizes(v) for v in (*graph.input, *graph.value_info, *graph.output)}
@@ -230,6 +239,7 @@ def count_graph(path: Path) -> tuple[int, int]:
     exps = gemm = 0
     for node in graph.node:
         if node.domain == DOMAIN and node.op_type in _SCANS:
+            # The inputs `order` and `A` of every scan operator, see ops/spec.py.
             order, states = shapes[node.input[7]], shapes[node.input[2]]
             exps += order[1] * order[2] * states[1] * states[2]
         elif node.domain == "" and node.op_type in _PRODUCTS:
@@ -241,6 +251,7 @@ def _product(node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> int:
     """Multiply-adds of one node: its result's size times the terms of each element."""
     result, weight = shapes[node.output[0]], shapes[node.input[1]]
     if node.op_type == "Conv":
+        # weight[1] is the channels of one group, so depthwise convolutions come out right.
         return math.prod(result) * math.prod(weight[1:])
     transposed = any(a.name == "transB" and a.i for a in node.attribute)
     return math.prod(result) * weight[-1 if transposed else -2 if len(weight) > 1 else 0]

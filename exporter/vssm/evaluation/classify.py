@@ -52,9 +52,11 @@ def classify(
             some = files[start : start + step]
             loaded = load([str(file) for file in some], spec)
             scores = iter(session.run(loaded.images)["logits"] if len(loaded.images) else ())
+            # `scores` has no entry for a file that could not be read: next() only for the others.
             for file, error in zip(some, loaded.errors, strict=True):
                 best = [] if error else _predictions(file, next(scores), names, top)
                 results.append({"file": str(file), "predictions": best, "error": error})
+        # One readable image is an answer; with none there is nothing to print but the reason.
         if not any(row["predictions"] for row in results):
             raise ValueError(results[0]["error"])
         return results, session.info
@@ -71,6 +73,7 @@ def _predictions(
             "label": str(c) if names is None else names[c],
             "probability": float(shares[c]),
         }
+        # Stable, so that equal shares come in the order of their classes, on every platform.
         for c in np.argsort(-shares, kind="stable")[:top]
     ]
 
@@ -86,6 +89,7 @@ def class_probabilities(logits: Array, image: Path | str) -> Array:
             f"image={image} has logits that are NaN or infinite: the model overflows; see "
             "`vssm check --per-block --image FILE`, or export it in float32"
         )
+    # Less the largest: exp of a logit above 709 would be infinite even in float64.
     shares = np.exp(logits.astype(np.float64) - logits.max())
     probabilities: Array = shares / shares.sum()
     return probabilities

@@ -99,12 +99,14 @@ def evaluate_session(
     pictures = folder.pictures
     batches = [pictures[i : i + batch] for i in range(0, len(pictures), batch)]
     tally = _Tally()
+    # Not strict: an interrupted run's journal is shorter than the list of batches.
     for some, rows in zip(batches, journal.done, strict=False):
         tally.add(some, rows)
     left, resumed = batches[len(journal.done) :], tally.images
     start = time.perf_counter()
     files = [[str(folder.root / p.path) for p in some] for some in left]
     for some, loaded in zip(left, load_in_order(files, spec, workers=workers), strict=True):
+        # Before it is counted: what the journal holds is done, whatever happens next.
         journal.append(rows := list(_rows(session, some, loaded)))
         tally.add(some, rows)
         speed = (tally.images - resumed) / (time.perf_counter() - start)
@@ -168,6 +170,8 @@ def _rows(session: Session, pictures: Sequence[Picture], loaded: Loaded) -> Iter
 
 def _row(picture: Picture, logits: Array) -> ImageResult:
     shares = class_probabilities(logits, picture.path)
+    # By logits, not by shares, which may round to 0 for several classes. Stable:
+    # the lower class comes first, as argmax has it.
     top = np.argsort(-logits, kind="stable")[:TOP]
     return ImageResult(tuple(map(int, top)), float(shares[top[0]]), float(shares[picture.target]))
 
@@ -249,6 +253,7 @@ def evaluate(
     labels = opened.manifest.labels
     folder = open_images(Path(images), num_classes, labels=labels, classes=classes)
     with open_session(opened, runtime, backend=backend, threads=threads) as session:
+        # All that the bytes of the results depend on; a journal under another header is refused.
         header = {
             **{key: str(value) for key, value in asdict(session.info).items()},
             "model": sha256_of(opened.directory / MANIFEST_NAME),
@@ -258,6 +263,7 @@ def evaluate(
         }
         path = target.with_name(f"{target.name}.journal")
         with Journal(path, header, restart=restart) as journal:
+            # Only now: whoever holds the journal's lock is the only run that writes beside these.
             for file in (target, summary):
                 discard_unfinished(file)
             report = evaluate_session(
@@ -271,6 +277,7 @@ def evaluate(
                 progress=progress,
             )
             write_json(summary, report)
+            # Last: killed at any point before, the next call still finds what was done.
             journal.remove()
     return report
 
@@ -285,6 +292,7 @@ def _summary_of(results: Path, artifact: Artifact) -> Path:
     summary = results.with_suffix(".json")
     for path in (results, summary):
         check_writable(path)
+        # Our own results may be replaced: that is what a second evaluation does.
         kept = {MANIFEST_NAME, *artifact.manifest.files, *EXPORT_FILES} - set(_OWN_FILES)
         if path.name in kept and path.parent.resolve() == artifact.directory.resolve():
             raise ValueError(

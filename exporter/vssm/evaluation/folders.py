@@ -67,6 +67,8 @@ def match_folders(
         )
     if classes is not None:
         match = _as_given(root, folders, num_classes, classes)
+        # What the user says counts, but not against the model's own
+        # labels: one of both is a mistake.
         _check_against_labels(root, match, folders, labels)
         return match
     return _by_label(root, folders, labels or ()) or _by_order(
@@ -86,6 +88,8 @@ def _as_given(
         return FolderMatch(tuple(names), f"--classes {classes}: the folders in order of {kind}")
     named = read_labels(classes, num_classes, name="classes")
     _check_distinct(named)
+    # A folder too many is refused, a class without one is not: a
+    # part of a data set can be evaluated too.
     unknown = sorted(set(folders) - set(named))
     if unknown:
         near = [name for name in named if _simple(name) == _simple(unknown[0])]
@@ -128,6 +132,8 @@ def _by_label(root: str, folders: Sequence[str], labels: Sequence[str]) -> Folde
     places = _places(labels)
     strange = [name for name in folders if name not in places]
     if not strange and folders:
+        # ImageNet has labels twice ("crane", "maillot"): by name
+        # such a folder would be either class.
         twice = [name for name in folders if len(places[name]) > 1]
         if twice:
             raise ValueError(
@@ -136,6 +142,7 @@ def _by_label(root: str, folders: Sequence[str], labels: Sequence[str]) -> Folde
             )
         return FolderMatch(tuple(labels), "matched to the model's labels by name")
     known = len(folders) - len(strange)
+    # ImageNet's labels list synonyms ("tench, Tinca tinca"), and folders often have one of them.
     spelled = {_simple(part): label for label in labels for part in (label, *label.split(","))}
     near = [name for name in strange if _simple(name) in spelled]
     if not known and not near:
@@ -154,11 +161,13 @@ def _by_order(
 ) -> FolderMatch:
     """The i-th folder by name is class i, if names and number of the folders allow it."""
     _check_count(root, folders, num_classes)
+    # Two folders and a model of two classes would otherwise pass, as train and val.
     if _SPLITS.issuperset(name.casefold() for name in folders):
         raise ValueError(
             f"{root} holds the folders {', '.join(folders)}, which are parts of a data set; give "
             f"one of them, or {_ASK} if they are the classes"
         )
+    # A wrong order gives an accuracy too, only not the model's: 6.5 % where the truth was 100 %.
     by_text, by_number = sorted(folders), _number_order(folders)
     if by_number != by_text:
         first = next(i for i, name in enumerate(by_text) if name != by_number[i])
@@ -183,6 +192,7 @@ def _check_count(root: str, folders: Sequence[str], num_classes: int) -> None:
 def _number_key(folders: Sequence[str]) -> Callable[[str], Any] | None:
     """What sorts the folders by number: all are numbers, or all are numbered behind one prefix."""
     if all(_NUMBER.fullmatch(name) for name in folders):
+        # Not float: it would take long numbers that differ in their last digit for one.
         return Decimal
     prefixes = {found[1] if (found := _NUMBERED.fullmatch(name)) else None for name in folders}
     return _natural if len(prefixes) == 1 and None not in prefixes else None
@@ -195,6 +205,8 @@ def _number_order(folders: Sequence[str]) -> list[str]:
     """
     key = _number_key(folders)
     if key is not None:
+        # Reversed first: sorting is stable, so "01" and "1" stay in
+        # the order that text does not have.
         return sorted(sorted(folders, reverse=True), key=key)
     numbers = {name for name in folders if _NUMBER.fullmatch(name)}
     in_order = iter(sorted(numbers, key=Decimal))
@@ -204,6 +216,7 @@ def _number_order(folders: Sequence[str]) -> list[str]:
 def _natural(name: str) -> tuple[str | int, ...]:
     """Text and numbers in turn: the text in front, the number behind it, ..."""
     parts = re.split(r"(\d+)", name)
+    # re.split with a group gives text and digits in turn, so keys compare like with like.
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts))
 
 
@@ -235,6 +248,7 @@ def _places(labels: Sequence[str]) -> Mapping[str, list[int]]:
 
 def _simple(name: str) -> str:
     """A name without what people write differently: case, accents' form, spaces, signs, padding."""
+    # A letter with an accent has two forms in Unicode, which look the same in a listing.
     text = unicodedata.normalize("NFKC", name).casefold()
     letters = "".join(c for c in text if c.isalnum()) or text
     return letters.lstrip("0") or "0" if letters.isdecimal() else letters
