@@ -30,10 +30,13 @@ class _Wide(Tensor):
     """
 
     exact: Tensor
+    # Torch's own would turn every result, masks and indices too, into a `_Wide` without `exact`.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, exact: Tensor) -> _Wide:
+        # Without memory of its own: code that reads it (`.numpy()`) fails, instead of reading
+        # float64 numbers as float32; the scans alone are made exact then.
         found: _Wide = Tensor._make_wrapper_subclass(
             cls,
             exact.size(),
@@ -62,6 +65,7 @@ class _Wide(Tensor):
 class _Mode(TorchDispatchMode):
     """What the two ways to compute have in common: `torch.cond` runs the branch that is taken."""
 
+    # Without this, torch refuses `torch.cond` under a mode.
     supports_higher_order_operators = True
 
     def __torch_dispatch__(
@@ -70,6 +74,8 @@ class _Mode(TorchDispatchMode):
         """Every operator goes through here."""
         if func is torch.ops.higher_order.cond:
             taken, yes, no, operands = args
+            # Torch switches a mode off inside its own handler, but the branch has to go through it
+            # too.
             with self:
                 return (yes if taken else no)(*operands)
         return self.compute(func, args, kwargs or {})
@@ -93,10 +99,13 @@ def _widened(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     def inner(value: Any) -> Any:
         if isinstance(value, _Wide):
+            # An operator that writes returns its operand: the caller must get back the one it gave.
             known[id(value.exact)] = value
             return value.exact
+        # Casts and factories name the type: `.to(torch.float32)` must not round.
         if value is torch.float32:
             return torch.float64
+        # A constant that the module made before the mode began.
         if isinstance(value, Tensor) and value.dtype == torch.float32:
             return value.double()
         return value
@@ -106,6 +115,7 @@ def _widened(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return value
         if id(value) not in known:
             return _Wide(value.double())
+        # A wrapper's sizes are settled when it is made.
         if known[id(value)].shape != value.shape:
             raise RuntimeError(f"{func} changes the shape of a tensor in place")
         return known[id(value)]
@@ -143,6 +153,7 @@ def _is_float32(value: Any) -> bool:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for a while; every module has its own mode back afterwards."""
+    # Of each module: parts that the user froze in eval mode stay there when the rest trains on.
     modes = {module: module.training for module in model.modules()}
     set_eval(model)
     try:
@@ -176,6 +187,8 @@ def exact_outputs(model: nn.Module, x: Tensor, outputs: Outputs) -> tuple[dict[s
         UnsupportedError: it runs in neither way, or is another function in float64.
     """
     with torch.inference_mode():
+        # A module that branches on its dtype, or draws random numbers, would otherwise give a
+        # reference that no export of it can meet.
         plain = outputs(model, x)
         try:
             exact, precision = _in_float64(model, x, outputs), FLOAT64
@@ -193,9 +206,12 @@ def exact_outputs(model: nn.Module, x: Tensor, outputs: Outputs) -> tuple[dict[s
 
 
 def _in_float64(model: nn.Module, x: Tensor, outputs: Outputs) -> dict[str, Tensor]:
+    # A copy, since its parameters are exchanged for what is no parameter.
     twin: Any = copy.deepcopy(model).cpu()
     for module in twin.modules():
         for held in (module._parameters, module._buffers):
+            # Into the dicts themselves: a module takes nothing but a Parameter under a parameter's
+            # name.
             held.update({k: _Wide(v.double()) for k, v in held.items() if _is_float32(v)})
     given = _Wide(x.double()) if _is_float32(x) else x
     with _Widen():  # type: ignore[no-untyped-call]

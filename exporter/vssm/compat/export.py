@@ -115,11 +115,13 @@ def export_module(
             the module is another function in float64.
         ArtifactError: the directory cannot be written, or holds an export and not `force`.
     """
+    # Options first: neither the directory nor the module is touched for what is refused anyway.
     _refuse(model, example_input, opset)
     module_outputs(outputs)  # refuses names that are none
     example = example_input.detach().cpu()
     with staged_export(directory, force=force) as staging:
         options = _Options(opset, dynamic_batch, None if outputs is None else tuple(outputs))
+        # Names before the trace: an output that nobody can name is refused before the long part.
         names = _output_names(model, example, options)
         precision = None
         if reference:  # first, as the trace takes long and this may be refused
@@ -160,6 +162,7 @@ def trace_module(
     with evaluating(wrapper):
         with counted_blocks(model, progress):
             program = _trace(wrapper, example, options.dynamic_batch)
+        # Looked for in the trace: the module's code does not show whether its scan was replaced.
         if not any(node.target in SCANS for node in program.graph.nodes):
             raise UnsupportedError(_no_scan(model))
         reports = simplify(program)
@@ -176,11 +179,15 @@ def trace_module(
 
 
 def _output_names(model: nn.Module, example: Tensor, options: _Options) -> list[str]:
+    # One image is enough, but a module that reshapes by its batch runs on the fixed one alone.
     x = example[:1] if options.dynamic_batch else example
     with evaluating(model), torch.inference_mode():
         try:
+            # The user's line is known here, before the trace; where a `try` of the module's hides
+            # this error, `open_regions` finds the cast in the trace.
             with RefuseCasts():
                 return list(module_outputs(options.outputs)(model, x))
+        # Torch's own error of a wrong input, which would drown in what torch.export says of it.
         except (RuntimeError, AssertionError, LookupError, TypeError) as error:
             raise UnsupportedError(
                 f"{type(model).__name__} fails on an input of shape {tuple(x.shape)}, "
@@ -239,6 +246,7 @@ def _trace(wrapper: _Wrapper, example: Tensor, dynamic_batch: bool) -> ExportedP
         torch.compiler.reset()  # a torch.cond that ran before was compiled, and cannot be traced
         with torch.no_grad(), quiet():
             program = torch.export.export(wrapper, (pair,), dynamic_shapes=shapes)
+            # Regions first: what is written inside one is out of sight until it is opened.
             return without_mutation(open_regions(program))
     except UnsupportedError:
         raise
@@ -262,6 +270,7 @@ def _no_scan(model: nn.Module) -> str:
 
 
 def _input_name(example: Tensor) -> str:
+    # As a model of this package calls its input, so that image files can be run.
     is_images = example.dim() == 4 and example.shape[1] == 3 and example.is_floating_point()
     return "images" if is_images else "input"
 
@@ -278,6 +287,7 @@ def _write_reference(
     `count` times noise of the example's shape, or the example where it holds integers.
     """
     x = example
+    # Only the user knows which integers are valid, such as those that a vocabulary has.
     if example.is_floating_point():
         generator = torch.Generator().manual_seed(_SEED)
         x = torch.randn((count, *example.shape[1:]), generator=generator)

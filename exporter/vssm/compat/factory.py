@@ -37,6 +37,7 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
     try:
         with explain_missing():
             function = pkgutil.resolve_name(f"{module}:{factory}")
+    # Ahead of `except Exception`, which would hide the command that installs the package.
     except MissingPackageError:
         raise
     except ModuleNotFoundError as error:
@@ -55,6 +56,7 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
     _check_place(target, module, folder)
     try:
         model = function(**options)
+    # Nearly always a missing or unknown argument of the factory.
     except TypeError as error:
         raise ValueError(
             f"target={target!r} called with {sorted(options)}: {error}; give its arguments with "
@@ -85,16 +87,19 @@ def search_path(target: str, further: Sequence[Path] = ()) -> Iterator[None]:
             raise ValueError(f"path={path} is no directory; give the folder that holds a package")
     added = [str(path.resolve()) for path in (folder, *further)]
     before = list(sys.path)
+    # In front: the user's folder wins over an installed package of the same name.
     sys.path[:0] = added
     try:
         yield
     finally:
+        # The list itself, which others hold, and whole: the user's code may have changed it too.
         sys.path[:] = before
 
 
 def _check_place(target: str, module: str, folder: Path) -> None:
     """Another module of that name may have been imported before, and is not the user's."""
     file = getattr(sys.modules[module], "__file__", None)
+    # Python answers an import from sys.modules, whatever the path says by now.
     if file is None or folder not in Path(file).resolve().parents:
         raise ValueError(
             f"target={target!r}: module {module} is already imported from {file}; rename the file, "
@@ -111,6 +116,7 @@ def _said(error: BaseException) -> str:
 
 def _resolve(target: str) -> tuple[Path, str, str]:
     """(folder to import from, dotted module, factory) of a target."""
+    # The last colon: a folder's name may have one.
     place, colon, name = target.rpartition(":")
     if not colon or not place or not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(
@@ -120,6 +126,7 @@ def _resolve(target: str) -> tuple[Path, str, str]:
     path = Path(place).resolve()
     *inner, factory = name.split(".")
     if path.is_file() and path.suffix == ".py":
+        # By its full dotted name: else the file's relative imports would fail.
         root, parts = _package_root(path.parent, [path.stem])
         return root, ".".join([*parts, *inner]), factory
     if not path.is_dir():

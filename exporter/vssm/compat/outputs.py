@@ -89,6 +89,7 @@ class _Found:
 
     @classmethod
     def of(cls, value: Any) -> _Found:
+        # `return (logits,)` is as certain as `return logits`.
         while isinstance(value, list | tuple) and len(value) == 1 and not _fields(value):
             value = value[0]
         leaves: dict[str, Any] = {}
@@ -102,6 +103,8 @@ class _Found:
         """Outputs where nothing was asked for."""
         if len(self.leaves) == 1 and not self.named:
             return self._tensors({LOGITS: next(iter(self.leaves))})
+        # No guess by order: that took `aux_logits`, which came first, for the logits, and the check
+        # passed, because it made the same guess.
         if not self.named or LOGITS not in self.leaves:
             raise UnsupportedError(
                 f"the module returns {self}, of which it is not certain what is what; {_REMEDY}"
@@ -115,6 +118,7 @@ class _Found:
         unknown = [name for _, name in pairs if name not in self.leaves]
         if not unknown:
             return self._tensors(dict(pairs))
+        # Names for all outputs only where every one is new: among known ones a new one is a slip.
         whole = len(unknown) == len(pairs) == len(self.leaves)
         if whole and all(new == name for new, name in pairs):
             new_names = (new for new, _ in pairs)
@@ -130,6 +134,7 @@ class _Found:
             if isinstance(value, Tensor):
                 continue
             where = f" as {name!r}" if name else ""
+            # An output class of the user's own: name its tensors, which a wrapper can return.
             holds = [key for key, entry in _attributes(value).items() if isinstance(entry, Tensor)]
             inside = f", which has the tensors {', '.join(holds)}" if holds else ""
             raise UnsupportedError(
@@ -150,6 +155,7 @@ def _collect(value: Any, name: str, leaves: dict[str, Any]) -> None:
     """Put the leaves below a value into `leaves`: a.b for entry b of entry a, a.0 in a tuple."""
     while name and isinstance(value, list | tuple) and len(value) == 1 and not _fields(value):
         value = value[0]
+    # What was not asked for, such as a loss: model code returns None in its place.
     if value is None:
         return
     fields = None if isinstance(value, Tensor) else _fields(value)
@@ -159,6 +165,7 @@ def _collect(value: Any, name: str, leaves: dict[str, Any]) -> None:
         _collect(entry, f"{name}.{key}" if name else key, leaves)
     if fields is not None:
         return
+    # "a.b" can be a key of its own, and the way to entry b of entry a.
     if name in leaves:
         raise UnsupportedError(
             f"the module returns two values that are called {name!r}; wrap it in a module that "
@@ -187,6 +194,7 @@ def _pruned_outputs(
 ) -> dict[str, Tensor]:
     details = model.forward_details(x)
     found = {LOGITS: details.logits}
+    # Sessions and checks find a pruned file's stages by these names, so nobody renames them.
     found |= {f"kept_positions_{i}": kept for i, kept in enumerate(details.kept_positions)}
     if asked is not None and list(asked) != list(found):
         raise ValueError(f"outputs={list(asked)}: a pruned module has {list(found)}; leave it out")

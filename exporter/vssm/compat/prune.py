@@ -20,8 +20,6 @@ from vssm.pruning.select import StageResult, Tokens, score_rule
 from vssm.pruning.select import prune as prune_stage
 from vssm.pruning.walks import LineWalks
 
-# Of the largest value; float32 rounding of the official block is below 1e-6.
-
 _MIXER_KEYS: Final = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
 
 
@@ -80,6 +78,8 @@ class PrunedModule(nn.Module):
         stack = stack_of(self.model, blocks)
         self.stages = plan_stages(schedule, layout, len(stack))
         ours = [PrunedBlock(block, number) for number, block in enumerate(stack, start=1)]
+        # The user's model calls its blocks itself, and hands on two tensors; all else that the
+        # blocks share goes through this object.
         self._run = _Pass(self.stages, len(ours), ours[0].mixer.directions)
         for position, block in enumerate(ours):
             block.run = self._run
@@ -95,6 +95,8 @@ class PrunedModule(nn.Module):
         """What the user's model returns."""
         self._run.start()
         found = self.model(x)
+        # Only the last block puts tokens back in place: a model that leaves the stack early would
+        # read pruned streams as if they were whole.
         if self._run.block != self._run.depth:
             raise UnsupportedError(
                 f"the model ran {self._run.block} of its {self._run.depth} blocks; prune a model "
@@ -129,6 +131,8 @@ class _Mixer(VimMixer):
                 f"block {number}: its mixer's weights {', '.join(odd[:4])} are not those of "
                 "mamba_ssm's Mamba without projection biases; prune a model with that mixer"
             )
+        # The parameters themselves, under their old keys, so that the user's state dicts still
+        # load.
         for key, value in given.items():
             owner, _, name = key.rpartition(".")
             setattr(self.get_submodule(owner), name, value)
@@ -171,6 +175,7 @@ class PrunedBlock(nn.Module):
             hidden, residual = streams
             run.chosen.append(result)
         run.tokens, run.block = tokens, self.number
+        # The model reads its class token where it always was.
         if self.number == run.depth:
             hidden, residual = (run.behind(tokens.to_positions(x)) for x in (hidden, residual))
         run.handed = (hidden, residual)
@@ -181,6 +186,8 @@ class PrunedBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Any]:
         """The block as it is, and the score where a stage asks for one."""
         norm: Any = self.norm
+        # What upstream's blocks compute with `fused_add_norm` and without it. All is float32 here,
+        # so their own `residual_in_fp32` changes nothing.
         normalise = layer_norm_fn if isinstance(norm, nn.LayerNorm) else rms_norm_fn
         normed, total = normalise(
             hidden,
@@ -205,6 +212,7 @@ class PrunedBlock(nn.Module):
             run.seqlen = hidden.shape[1]
             walks = LineWalks(run.seqlen, run.directions, hidden.device)
             run.tokens = Tokens.dense(walks, run.seqlen, hidden.device)
+        # By identity: whatever touches a stream, even a copy, makes another tensor.
         elif hidden is not run.handed[0] or residual is not run.handed[1]:
             raise UnsupportedError(
                 f"the model changes the tokens between blocks {run.block} and {self.number} (rope, "
@@ -239,6 +247,7 @@ def _mixer_config(mixer: nn.Module, number: int) -> VimMixerConfig:
             "mamba_ssm's Mamba (version 1) and Vim's bidirectional ones are known here"
         )
     m: Any = mixer
+    # By the weights' shapes, as a fork need not keep the attributes; in_proj makes scan and gate.
     d_inner, d_model = m.in_proj.weight.shape[0] // 2, m.in_proj.weight.shape[1]
     given = getattr(m, "bimamba_type", "none")
     return VimMixerConfig(
@@ -247,8 +256,10 @@ def _mixer_config(mixer: nn.Module, number: int) -> VimMixerConfig:
         d_state=m.A_log.shape[1],
         d_conv=m.conv1d.weight.shape[-1],
         dt_rank=m.dt_proj.weight.shape[1],
+        # mamba_ssm's own mixer has no such attribute, and goes one way, as Vim's "none" does.
         bimamba=given if given in {"v1", "v2"} else "none",
         divide_out=bool(getattr(m, "if_divide_out", False)),
+        # Any value: the user's `gamma` takes its place.
         layer_scale=1.0 if getattr(m, "gamma", None) is not None else None,
     )
 
@@ -258,6 +269,7 @@ def _check_same_pruned(theirs: nn.Module, ours: PrunedBlock) -> None:
     generator = torch.Generator().manual_seed(ours.number)
     shape = (1, 5, ours.mixer.config.d_model)
     weight = next(ours.parameters())
+    # A residual as well: with None a block that forgets to add it would pass.
     hidden, residual = (
         torch.randn(shape, generator=generator).to(weight.device, weight.dtype) for _ in range(2)
     )
@@ -284,7 +296,8 @@ def _check_same_pruned(theirs: nn.Module, ours: PrunedBlock) -> None:
         )
 
 
-_SAME: Final = 1e-4  # of the largest value, float32
+# Of the largest value; float32 rounding of the official block is below 1e-6.
+_SAME: Final = 1e-4
 
 
 @known_state()
@@ -323,6 +336,8 @@ def prune(
         raise UnsupportedError(
             f"step_parameters={schedule.step_parameters!r} is PlainMamba's choice; leave it out"
         )
+    # Unpruned first: only then can equal numbers prove that our blocks are the model's. How many
+    # tokens there are is known after its first pass, and without stages nobody asks before.
     position = _class_position(model) if cls_index is None else cls_index
     dense = PrunedModule(model, blocks, None, TokenLayout(1, None, keep_odd=True))
     with torch.inference_mode():
@@ -342,6 +357,7 @@ def _class_position(model: Any) -> int:
     if getattr(model, "use_double_cls_token", False):
         raise UnsupportedError("two class tokens cannot be pruned around; use the dense model")
     patches = int(model.patch_embed.num_patches)
+    # As the official forward pass puts it in: in front of patch M // 2, or of all.
     return patches // 2 if getattr(model, "use_middle_cls_token", False) else 0
 
 
@@ -369,6 +385,8 @@ def _check_same(model: nn.Module, dense: PrunedModule, example: Tensor, position
     seqlen = dense.state.seqlen
     if not 0 <= position < seqlen:
         raise ValueError(f"cls_index={position} is outside [0, {seqlen}), the model's tokens")
+    # Equal logits with all other tokens zero prove what the model reads, whatever its pooling is
+    # called.
     dense.state.only_position = position
     if not _close(dense(example), want):
         raise UnsupportedError(

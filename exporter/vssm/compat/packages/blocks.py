@@ -40,6 +40,7 @@ def causal_conv1d_fn(
     Raises:
         UnsupportedError: an argument that this form has not is given.
     """
+    # None and False ask for nothing, wherever they stand, so callers of either release get through.
     given = [repr(value) for value in older if value is not None and value is not False]
     given += [f"{k}={v!r}" for k, v in states.items() if v is not None and v is not False]
     if given:
@@ -181,6 +182,7 @@ def bimamba_inner_fn(
     weights, biases = (x_proj_weight, delta_proj_weight), (B_proj_bias, C_proj_bias)
     delta, B, C = _project(u, weights, A, (B, C), biases)
     ahead = selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    # v1 looks back over what the forward convolution made; only A is the backward scan's own.
     turned = (t.flip(-1) for t in (u, delta, B, C, z))
     u_b, delta_b, B_b, C_b, z_b = turned
     back = selective_scan_fn(u_b, delta_b, A_b, B_b, C_b, D, z_b, delta_bias, delta_softplus)
@@ -199,7 +201,7 @@ def _project(
     x_proj, delta_proj = weights
     rank, states = delta_proj.shape[1], A.shape[1]
     wide = x_proj @ u
-    if given == (None, None):
+    if given == (None, None):  # and a split refuses weights whose rows are of other sizes
         low, *found = torch.split(wide, [rank, states, states], dim=1)
     else:  # as upstream reads them, whether or not there are rows for the B or C that is given
         low, found = wide[:, :rank], [wide[:, rank : rank + states], wide[:, -states:]]
@@ -207,6 +209,7 @@ def _project(
     rows = []
     for x, bias, row in zip(given, biases, found, strict=True):
         own = row if bias is None else row + bias.to(row.dtype)[:, None]
+        # The bias belongs to the projection: upstream adds none to a B or C that it is given.
         rows.append(own if x is None else x)
     return delta, rows[0], rows[1]
 
@@ -282,6 +285,7 @@ class Mamba(nn.Module):
         self.activation, self.act = "silu", nn.SiLU()
         kind = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **kind)
+        # v2 has a second set of everything but in_proj and out_proj, v1 a second A alone.
         for suffix in ("", "_b") if bimamba_type == "v2" else ("",):
             self._add_branch(suffix, conv_bias, kind)
             steps = _initial_steps(self.d_inner, dt_min, dt_max, dt_init_floor)
@@ -294,6 +298,7 @@ class Mamba(nn.Module):
 
     def _add_branch(self, suffix: str, conv_bias: bool, kind: dict[str, Any]) -> None:
         inner, rank, taps = self.d_inner, self.dt_rank, self.d_conv
+        # Never called: it holds the weights under upstream's keys, for `causal_conv1d_fn`.
         conv = nn.Conv1d(inner, inner, taps, bias=conv_bias, groups=inner, padding=taps - 1, **kind)
         self.add_module(f"conv1d{suffix}", conv)
         x_proj = nn.Linear(inner, rank + 2 * self.d_state, bias=False, **kind)
@@ -318,6 +323,7 @@ class Mamba(nn.Module):
         else:
             nn.init.uniform_(projection.weight, -bound, bound)
         with torch.no_grad():
+            # The inverse of softplus, so that training starts from these steps.
             projection.bias.copy_(steps + torch.log(-torch.expm1(-steps)))
         # What upstream's own initialisers look for: leave this bias alone.
         projection.bias._no_reinit = True
@@ -356,6 +362,7 @@ class Mamba(nn.Module):
             delta_bias=self.dt_proj_b.bias,
         )
         y = y + back.flip(-1)
+        # Before the output projection: its bias is added once, and is not halved.
         y = y / 2 if self.if_divide_out else y
         return functional.linear(y.transpose(1, 2), *out)
 
@@ -380,6 +387,7 @@ class Mamba(nn.Module):
 def _initial_steps(d_inner: int, low: float, high: float, floor: float) -> Tensor:
     """Log-uniform step sizes in [low, high]."""
     span = math.log(high) - math.log(low)
+    # Drawn as upstream draws them; only models without a checkpoint keep them.
     return torch.exp(torch.rand(d_inner) * span + math.log(low)).clamp(min=floor)
 
 

@@ -18,6 +18,7 @@ from torch.autograd import Function
 from vssm.compat.packages.provided import AROUND, BY_NAME, COMPILED, FUNCTIONS, PACKAGES, Provided
 from vssm.compat.packages.stand_in_table import SHELLS, STAND_INS
 
+# Marks a name that its owner only inherits: to put it back is to delete ours.
 _INHERITED = object()
 
 
@@ -50,6 +51,7 @@ class UpstreamReport:
             raise AttributeError(
                 f"{owner} has no {name!r} to replace; give the class or module that defines it"
             )
+        # The raw entry: getattr would give a staticmethod or classmethod already bound.
         self._undo.append((owner, name, vars(owner).get(name, _INHERITED)))
         setattr(owner, name, function)
         where = getattr(owner, "__module__", None)
@@ -85,7 +87,9 @@ _ROOTS: Final = frozenset(
     for table in (FUNCTIONS, AROUND, COMPILED, PACKAGES, STAND_INS, SHELLS)
     for name in table
 )
+# These look at what is installed, such as triton, and would go on to call a stand-in.
 _NEIGHBOURS: Final = frozenset({"torch", "torchvision", "onnx", "onnxscript", "onnx_ir"})
+# Frames between an import statement and the finder, skipped to see who asks.
 _IMPORTERS: Final = frozenset(
     {"vssm", "importlib", "_frozen_importlib", "_frozen_importlib_external"}
 )
@@ -93,6 +97,8 @@ _COPIED: Final = (
     "if it computes the same, import it from mamba_ssm, or report.replace(module, "
     "'selective_scan_fn', vssm.compat.selective_scan_fn)"
 )
+# Provided packages whose files on disk are used all the same: a fork's mamba_simple.py, or
+# PlainMamba's own mmcls.
 _OWN_PATH: Final = frozenset({"mamba_ssm", "causal_conv1d", "mmcls", "mmcls.models"})
 
 
@@ -131,6 +137,7 @@ def upstream(*, prefer: str = "ours") -> Iterator[UpstreamReport]:
     for module in list(before.values()):
         _patch_by_name(module, report, undo=True)
     finder = _Finder(prefer, report)
+    # In front, or the path finder would take an installed package before the tables are asked.
     sys.meta_path.insert(0, finder)
     try:
         yield report
@@ -156,6 +163,8 @@ class _Finder(MetaPathFinder):
         if names is not None:
             self._report.provided.append(fullname)
             own = (real and real.submodule_search_locations) or []
+            # Each is a package: `import a.b.c` asks a.b for a path, even where a.b is one file
+            # upstream.
             spec = ModuleSpec(fullname, _ProvidingLoader(names), is_package=True)
             spec.submodule_search_locations = list(own) if fullname in _OWN_PATH else []
             return spec
@@ -179,6 +188,7 @@ class _Finder(MetaPathFinder):
             if name in table:
                 return table[name]
         root = name.partition(".")[0]
+        # Never a part of an installed package: a timm that has no such module must say so itself.
         absent = name == root or isinstance(sys.modules.get(root), Provided)
         return STAND_INS[name] if name in STAND_INS and absent and not _for_torch() else None
 
@@ -188,11 +198,14 @@ class _Finder(MetaPathFinder):
         root = name.partition(".")[0]
         names = FUNCTIONS.get(name, AROUND.get(name))
 
+        # The loader belongs to this one spec, so a function put into it is seen by nobody else.
         def run(module: ModuleType) -> None:
             if root in _ROOTS:
                 self._report.installed.append(name)
             try:
                 execute(module)
+            # mamba_ssm installs on machines where its files do not load, for want of triton or
+            # CUDA.
             except ImportError as error:
                 if names is None:
                     raise
@@ -266,6 +279,8 @@ def _patch_loaded(report: UpstreamReport) -> None:
     for name, names in FUNCTIONS.items():
         loaded = vars(sys.modules[name]) if name in sys.modules else {}
         for key, function in names.items():
+            # mamba_ssm binds None to what it could not import: by identity, that is every None
+            # there is.
             if key in loaded and not isinstance(loaded[key], type) and loaded[key] is not None:
                 ours[id(loaded[key])] = function
     if not ours:
@@ -284,13 +299,17 @@ def _patch_by_name(module: ModuleType, report: UpstreamReport, *, undo: bool) ->
     for title, (function, arguments) in BY_NAME.items():
         name, _, method = title.partition(".")
         found = names.get(name)
+        # Only where it is defined: names that were imported from there are replaced with it.
         if found is None or getattr(found, "__module__", None) != module.__name__:
             continue
         place = f"{module.__name__}.{title}"
+        # Another class of that name: its `apply` has nothing to do with autograd.
         if method and not (isinstance(found, type) and issubclass(found, Function)):
             continue
+        # `apply` itself takes anything; what it passes on is forward's arguments behind ctx.
         given = _arguments(found.forward if method else found, skip=1 if method else 0)
         if given != arguments:
+            # A gate is in mamba_ssm's signature alone: VMamba's function of the same name has none.
             if name != "selective_scan_fn" or "z" not in given:
                 report.notes.append(f"{place} takes {given}, not {arguments}: left as it is")
             elif module.__name__.partition(".")[0] not in _ROOTS:
@@ -318,6 +337,7 @@ def _replace_everywhere(
         for key, value in list(getattr(other, "__dict__", {}).items()):
             if value is found:
                 report.replace(other, key, ours)
+    # A file that was loaded by its path alone is not in sys.modules.
     if vars(module)[name] is found:
         report.replace(module, name, ours)
 
@@ -332,8 +352,11 @@ def _arguments(function: Any, *, skip: int) -> tuple[str, ...]:
 def _forget(before: dict[str, ModuleType]) -> None:
     """Take out what was imported of the upstream packages, and put back what was there."""
     for name in list(sys.modules):
+        # An installed package's own files go as well: they hold our functions, and a later import
+        # has to give theirs.
         if name.partition(".")[0] in _ROOTS and name not in before:
             module = sys.modules.pop(name)
             parent, _, child = name.rpartition(".")
+            # A package that was there before has its submodules as attributes too.
             if parent in before and vars(before[parent]).get(child) is module:
                 delattr(before[parent], child)

@@ -42,6 +42,8 @@ def cross_scan_fn(
     rows = x.flatten(-2)
     table = _walks(height, width, scans, x.device)
     maps = [rows[:, k] if one_by_one else rows for k in range(4)]
+    # By constant tables, not by transposes and flips: a pass turns a table around a scan into the
+    # scan's order.
     y = torch.stack([m.index_select(-1, o) for m, o in zip(maps, table, strict=True)], dim=1)
     return y if out_channel_first else y.permute(0, 3, 1, 2)
 
@@ -76,6 +78,8 @@ def cross_merge_fn(
     if one_by_one:
         apart = torch.stack(back, dim=1)
         return apart if in_channel_first else apart.permute(0, 3, 1, 2)
+    # As a tree of additions, not `sum`: that is what the pass that merges scans into one node looks
+    # for.
     total = back[0] + back[1] + back[2] + back[3]
     return total if in_channel_first else total.transpose(1, 2)
 
@@ -90,6 +94,7 @@ def cross_merge(ys: Tensor) -> Tensor:
     return cross_merge_fn(ys)
 
 
+# GroupMamba scans each group of channels along one walk, where VMamba scans all along four.
 def one_walk(number: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """`CrossScan_N.apply` and `CrossMerge_N.apply` of GroupMamba for walk `number` from 1.
 
@@ -102,6 +107,7 @@ def one_walk(number: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor]
         return x.flatten(2).index_select(-1, order)[:, None]
 
     def merge(ys: Tensor) -> Tensor:
+        # Height and width exchanged gives the inverse, as in `cross_merge_fn`.
         back = _walks(ys.shape[4], ys.shape[3], 0, ys.device)[number - 1]
         return ys[:, 0].flatten(2).index_select(-1, back)
 

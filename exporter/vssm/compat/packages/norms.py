@@ -43,6 +43,7 @@ def rms_norm_fn(
     _refuse("rms_norm_fn", further)
     total, wide = _add(x, residual, residual_in_fp32)
     y = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
+    # Rounded once, at the end, as upstream's Triton kernel does.
     y = (y if bias is None else y + bias).to(x.dtype)
     return (y, total) if prenorm else y
 
@@ -60,6 +61,7 @@ def layer_norm_fn(
     **further: Any,
 ) -> Any:
     """LayerNorm of x + residual; arguments and result as for `rms_norm_fn`."""
+    # mamba_ssm 2 calls this one function for both norms.
     if is_rms_norm:
         return rms_norm_fn(
             x,
@@ -86,6 +88,7 @@ class RMSNorm(nn.Module):
     def __init__(
         self,
         hidden_size: int,
+        # Upstream's own: 1e-6 in the functions, 1e-5 in the class.
         eps: float = 1e-5,
         dropout_p: float = 0.0,
         device: Any = None,
@@ -96,6 +99,7 @@ class RMSNorm(nn.Module):
             _refuse("RMSNorm", {"dropout_p": dropout_p})
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        # Blocks read `norm.bias` and pass it on, None included.
         self.register_parameter("bias", None)
 
     def forward(
@@ -122,6 +126,7 @@ def _add(x: Tensor, residual: Tensor | None, in_fp32: bool) -> tuple[Tensor, Ten
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if residual is not None:
         wide = wide + residual
+    # Once in float32, a residual stays so, whatever the flag says: upstream takes its dtype.
     kept = wide if in_fp32 or (residual is not None and _is_wide(residual)) else wide.to(x.dtype)
     return kept, wide
 
@@ -131,6 +136,7 @@ def _is_wide(x: Tensor) -> bool:
 
 
 def _refuse(function: str, further: dict[str, Any]) -> None:
+    # 0 and 0.0 equal False: `dropout_p=0.0` asks for nothing.
     given = [f"{k}={v!r}" for k, v in further.items() if v not in {None, False}]
     if given:
         raise UnsupportedError(

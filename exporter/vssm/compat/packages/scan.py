@@ -58,6 +58,7 @@ def selective_scan_fn(
     operands = (u, delta, A, B, C, D, delta_bias)
     if return_last_state:
         y, state = _with_last_state(*operands, delta_softplus=delta_softplus)
+        # Gated out here: the added steps have to give the state without a gate.
         return (y if z is None else y * functional.silu(z)), state
     return _scan_groups(*operands, z=z, delta_softplus=delta_softplus)
 
@@ -195,9 +196,12 @@ def _scan_groups(
                 f"selective scan: {name} has {x.shape[1]} groups for {channels} channels of u; "
                 "consecutive channels share a group, so their number must divide the channels"
             )
+    # Upstream's kernels give consecutive channels to a group.
     width = channels // groups
 
     def own(x: Tensor | None, axis: int, g: int) -> Tensor | None:
+        # Without groups no narrow to the whole, which would be a node between the scan and its
+        # layout.
         return x if x is None or groups == 1 else x.narrow(axis, g * width, width)
 
     pieces = []
@@ -235,6 +239,8 @@ def _with_last_state(
     """
     states, seqlen = A.shape[-1], u.shape[-1]
     bias = None if delta_bias is None else delta_bias.to(delta.dtype)[:, None]
+    # With softplus, -1e4 swallows the bias. Without it nothing does, so there the bias goes into
+    # delta first, and the added steps stay zero.
     stop = delta.new_full((1, 1, states), _NO_STEP if delta_softplus else 0.0)
     if not delta_softplus and bias is not None:
         delta, delta_bias = delta + bias, None
@@ -268,13 +274,16 @@ def _node(
     channels, seqlen = u.shape[2], u.shape[1]
     wide = _wide(u)
     zeros = torch.zeros(channels, dtype=wide, device=u.device)
+    # Upstream flips or gathers the sequence instead; the passes turn that into an order.
     order = torch.arange(seqlen, dtype=torch.int32, device=u.device)[None, None]
     return ops.selective_scan(
         u[:, :, None],
         delta[:, :, None],
+        # Weights are float32 in the operator, whatever the streams are.
         A.to(wide)[None],
         B[:, :, None],
         C[:, :, None],
+        # The operator has no optional skip or bias, and zeros are the same function.
         D=(zeros if D is None else D.to(wide))[None],
         delta_bias=(zeros if delta_bias is None else delta_bias.to(wide))[None],
         order=order,
@@ -292,4 +301,5 @@ def _token_major(x: Any) -> Tensor:
 
 def _wide(x: Tensor) -> torch.dtype:
     """float32, or float64 where x is."""
+    # float64 stays float64: the reference of an export runs through here.
     return torch.promote_types(x.dtype, torch.float32)

@@ -25,6 +25,7 @@ _LAYERS: Final[dict[str, Any]] = {
     "trunc_normal_": stand_ins.trunc_normal_,
     "lecun_normal_": stand_ins.lecun_normal_,
 }
+# What is imported and never called for inference may be imported; a call says what to install.
 _TIMM: Final = _refused("timm", "create_model")
 _VIT: Final[dict[str, Any]] = {
     "_cfg": stand_ins.default_config,
@@ -60,6 +61,7 @@ STAND_INS: Final[dict[str, dict[str, Any]]] = {
     "timm": _TIMM,
     "timm.layers": _LAYERS,
     "timm.models": {},
+    # timm moved its layers: 0.4 has them here, newer releases in timm.layers.
     "timm.models.layers": _LAYERS,
     "timm.models.registry": {"register_model": stand_ins.register_model},
     "timm.models.vision_transformer": _VIT,
@@ -72,8 +74,10 @@ STAND_INS: Final[dict[str, dict[str, Any]]] = {
         "jit": stand_ins.triton_jit,
         "heuristics": stand_ins.triton_jit,
         "autotune": stand_ins.triton_jit,
+        # Takes what `triton.Config({...}, num_warps=4)` is called with when the file is imported.
         "Config": dict,
     },
+    # Python evaluates the annotations of a kernel's arguments on import.
     "triton.language": {"constexpr": object, "tensor": object},
     "mmcv": {"__version__": "1.7.0"},
     "mmcv.cnn": _CNN,

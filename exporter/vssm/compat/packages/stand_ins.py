@@ -29,10 +29,12 @@ class DropPath(nn.Module):
 
     def __init__(self, drop_prob: float | None = None, *_: Any, **__: Any) -> None:
         super().__init__()
+        # timm and mmcv take None for "never".
         self.drop_prob = drop_prob or 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x itself."""
+        # An identity here would train another model than the one that was asked for.
         if self.training and self.drop_prob:
             raise UnsupportedError(
                 "DropPath in training mode: vssm.compat stands in for timm and mmcv at "
@@ -62,6 +64,8 @@ class Mlp(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        # Newer releases have `norm_layer`, `bias` and `use_conv`, each of which changes the
+        # function.
         if options:
             raise UnsupportedError(f"Mlp: {sorted(options)} unknown to this stand-in; install timm")
         hidden = hidden_features or in_features
@@ -81,6 +85,7 @@ class BaseModule(nn.Module):
 
     def __init__(self, init_cfg: Any = None) -> None:
         super().__init__()
+        # It can name a checkpoint to download, which an export must not do on its own.
         self.init_cfg = init_cfg
 
     def init_weights(self) -> None:
@@ -95,6 +100,7 @@ class ModuleList(BaseModule, nn.ModuleList):
     """mmcv's module list."""
 
     def __init__(self, modules: Any = None, init_cfg: Any = None) -> None:
+        # One by one: `super().__init__` would hand both arguments to the first base alone.
         BaseModule.__init__(self, init_cfg)
         nn.ModuleList.__init__(self, modules)
 
@@ -121,6 +127,7 @@ class AdaptivePadding(nn.Module):
         for size, kernel, stride, dilation in zip(
             input_shape, self.kernel_size, self.stride, self.dilation, strict=True
         ):
+            # mmcv's own rule: the last window that begins inside the map has to fit.
             reach = (math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1
             added.append(max(reach - size, 0))
         return added[0], added[1]
@@ -138,6 +145,8 @@ class Registry:
         self.name = name
         self.classes: dict[str, Any] = {}
 
+    # Called as a decorator with and without a name, while files are imported; nothing is ever built
+    # by name here.
     def register_module(self, *_: Any, **__: Any) -> Callable[[Any], Any]:
         """A decorator that keeps the class and returns it."""
 
@@ -173,6 +182,8 @@ def trunc_normal_(
 def lecun_normal_(tensor: Tensor) -> Tensor:
     """The initialiser of timm: normal, variance one over the inputs."""
     fan_in = nn.init._calculate_fan_in_and_fan_out(tensor)[0]
+    # 0.8796 is the deviation of a standard normal that is cut off at two: timm makes up for the
+    # cut.
     return nn.init.trunc_normal_(tensor, std=math.sqrt(1 / fan_in) / 0.87962566103423978)
 
 
@@ -182,7 +193,9 @@ def build_norm_layer(cfg: dict[str, Any], width: int, postfix: Any = "") -> tupl
     kind = options.pop("type")
     if kind != "LN":
         raise UnsupportedError(f"norm type={kind!r}: this stand-in knows 'LN'; install mmcv 1.x")
+    # It says whether the norm is trained, nothing about its numbers.
     options.pop("requires_grad", None)
+    # The name goes into the checkpoint's keys, and 1e-5 is mmcv's default.
     return f"ln{postfix}", nn.LayerNorm(width, **{"eps": 1e-5, **options})
 
 
@@ -207,6 +220,8 @@ def resize_pos_embed(
 
 def triton_jit(*args: Any, **_: Any) -> Any:
     """triton.jit: keeps the kernel's source unread; the result cannot be launched."""
+    # `@triton.jit`, or `@triton.jit(...)` and `@triton.autotune([...])`, which return the
+    # decorator.
     if args and callable(args[0]):
         return Kernel(getattr(args[0], "__name__", "kernel"))
     return triton_jit

@@ -13,16 +13,22 @@ from vssm.compat.passes.merge import absorb_orders, fold_scales, merge_scans
 from vssm.compat.passes.tidy import drop_copies, one_form, share, unfold_projections, unpack
 
 PASSES: Final[tuple[tuple[str, Callable[[Rewriter], None]], ...]] = (
+    # Copies and synonyms first: every later pass looks for exact neighbours in one spelling.
     ("drop copies", drop_copies),
     ("one form", one_form),
+    # These two look for permutes and views where the tracer put them, so before any of these moves.
     ("unfold projections", unfold_projections),
     ("unpack", unpack),
     ("move layouts", move_layouts),
+    # Equal operands are found by identity, and only moved layouts make them equal.
     ("share equal nodes", share),
+    # Each scan gets its own order while it is still one direction; then they can merge.
     ("absorb orders", absorb_orders),
     ("share what is equal now", share),
     ("merge scans", merge_scans),
+    # The merged node's operands were stacked, which brought permutes of its own.
     ("move layouts again", move_layouts),
+    # Last: the factor of a sum is a factor of a scan only once the sum is one node.
     ("fold scales", fold_scales),
 )
 

@@ -74,6 +74,7 @@ class Rewriter:
         """A new call in front of `before`, in the same module, its shape inferred."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
+        # The file names a node after the module that ran it.
         node.meta["nn_module_stack"] = before.meta.get("nn_module_stack", {})
         fake = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         # The dispatcher in Python: the one in C++ would decide what a symbolic size is.
@@ -87,6 +88,7 @@ class Rewriter:
         self.graph.erase_node(old)
         self.report.applied += 1
 
+    # The depth is a bound on time: operands that nodes share are computed again for each of them.
     def constant(self, node: Any, depth: int = 12) -> Tensor | None:
         """The value of a small node that depends on no input and no weight."""
         if not isinstance(node, Node) or not is_tensor(node) or depth == 0:
@@ -124,6 +126,8 @@ def without_mutation(program: ExportedProgram) -> ExportedProgram:
     for node in program.graph.nodes:
         if _writes(node) and node.target in _IN_PLACE:
             source: Any = node.args[0]
+            # In place keeps the operand's type where the other form would promote it: one type
+            # alone.
             kinds = {n.meta["val"].dtype for n in node.all_input_nodes if is_tensor(n)}
             if is_call(source, *_FRESH) and len(source.users) == 1 == len(kinds):
                 node.target = _IN_PLACE[node.target]  # nobody else sees what it writes to
@@ -144,6 +148,7 @@ def run_pass(program: ExportedProgram, name: str, change: Callable[[Rewriter], N
     report = PassReport(name)
     change(Rewriter(program, report))
     program.graph.eliminate_dead_code()
+    # A node that a pass put behind its user is found here, not by whoever opens the file.
     program.graph.lint()
     return report
 
@@ -185,6 +190,7 @@ def argument(node: Node, place: int, name: str, default: Any = None) -> Any:
 
 def scan_arguments(node: Node) -> dict[str, Any]:
     """Operands and attributes of a scan node by name."""
+    # A traced call leaves out trailing arguments that have their defaults.
     op = SCANS[node.target]
     names = [o.name for o in op.inputs] + [a.name for a in op.attributes]
     defaults: list[Any] = [None] * len(op.inputs) + [a.default for a in op.attributes]

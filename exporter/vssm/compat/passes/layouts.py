@@ -47,6 +47,7 @@ _STREAMS: Final = ("u", "delta", "B", "C", "z")
 def move_layouts(r: Rewriter) -> None:
     """Move every permute and flip as far down as its rules allow; run to a standstill."""
     before = -1
+    # It ends, as each step takes a layout behind one more node and never back.
     while r.report.applied != before:
         before = r.report.applied
         for node in list(r.graph.nodes):
@@ -61,6 +62,7 @@ def _moved(r: Rewriter, node: Node) -> Node | None:
     if node.target in BINARY:
         return _binary(r, node)
     source: Any = node.args[0] if node.args else None
+    # Of `weight @ x` the second operand has the layout, unlike all below.
     if is_call(node, ATEN.matmul.default) and is_call(node.args[1], _FLIP, _PERMUTE):
         return _matmul(r, node)
     if is_call(node, operator.getitem) and is_call(source, ATEN.split_with_sizes.default):
@@ -122,6 +124,7 @@ def _matmul(r: Rewriter, node: Node) -> Node | None:
             return None
         inner = r.emit(node, ATEN.linear.default, source, weight)
         return r.emit(node, _PERMUTE, inner, [0, 2, 1])
+    # A flip of the width would pair the weight's columns with other channels.
     if 1 in _plan(x):  # type: ignore[arg-type]
         return None
     inner = r.emit(node, ATEN.matmul.default, weight, source)
@@ -134,8 +137,10 @@ def _split(r: Rewriter, node: Node, split: Node) -> Node | None:
     if not is_call(layout, _FLIP, _PERMUTE):
         return None
     plan, dim = _plan(layout), axis(layout, argument(split, 2, "dim", 0))
+    # Parts of a flipped axis come in the other order too.
     if is_call(layout, _FLIP) and dim in plan:
         return None
+    # The parts are of one axis of the source, wherever the permute puts it.
     inner_dim = plan[dim] if is_call(layout, _PERMUTE) else dim
     inner = split.meta.get("inside")  # all parts share the new split
     if inner is None:
@@ -156,10 +161,12 @@ def _behind_permute(r: Rewriter, node: Node, permute: Node) -> Node | None:
         dim = plan[axis(permute, argument(node, 1, "dim", 0))]
         inner = r.emit(node, ATEN.slice.Tensor, source, dim, *node.args[2:])
         return r.emit(node, _PERMUTE, inner, list(plan))
+    # The last axis is the one multiplied, so it has to be last in the source as well.
     if is_call(node, ATEN.linear.default) and plan[-1] == len(plan) - 1:
         inner = r.emit(node, ATEN.linear.default, source, *node.args[1:])
         return r.emit(node, _PERMUTE, inner, list(plan))
     table = gather_table(node)
+    # A table with more axes would give the result more, and the plan no longer fits.
     if table is not None and rank(table[1]) == 1:
         inner = r.emit(node, ATEN.index_select.default, source, plan[table[0]], table[1])
         return r.emit(node, _PERMUTE, inner, list(plan))
@@ -182,6 +189,7 @@ def _behind_flip(r: Rewriter, node: Node, flip: Node) -> Node | None:
     source: Any = flip.args[0]
     dims = _plan(flip)
     if is_call(node, _FLIP):
+        # An axis flipped twice is as it was.
         left = sorted(set(dims) ^ set(_plan(node)))
         return r.emit(node, _FLIP, source, left) if left else source
     if is_call(node, _PERMUTE):
@@ -226,6 +234,7 @@ def _pad(r: Rewriter, node: Node, flip: Node) -> Node | None:
         return None
     pads: Any = list(node.args[1])  # type: ignore[arg-type]
     for d in _plan(flip):
+        # torch lists pads in pairs, from the last axis on.
         place = 2 * (rank(flip) - 1 - d)
         if place < len(pads):
             pads[place], pads[place + 1] = pads[place + 1], pads[place]
@@ -242,6 +251,8 @@ def _convolution(r: Rewriter, node: Node, flip: Node) -> Node | None:
     dims, strides = _plan(flip), argument(node, 3, "stride", [1])
     strides = list(strides) if isinstance(strides, list | tuple) else [strides]
     strides = strides * (rank(flip) - 2) if len(strides) == 1 else strides
+    # A stride counts from one end: flipped, it would visit other places. The convolution's own
+    # padding is alike on both sides (`padding="same"` is another operator).
     if any(d < 2 or strides[d - 2] != 1 for d in dims):
         return None
     turned = r.emit(node, _FLIP, weight, list(dims))
@@ -256,6 +267,7 @@ def _scan(r: Rewriter, node: Node) -> Node | None:
     flipped = [n for n in streams if is_call(named[n], _FLIP) and _plan(named[n]) == (1,)]
     if not flipped:
         return None
+    # A stream that is not flipped would meet other tokens.
     if len(flipped) < len(streams) or named["params_by_step"]:
         others = ", ".join(n for n in streams if n not in flipped)
         r.report.refuse(f"a scan with flipped {', '.join(flipped)}, but not {others}")
@@ -266,6 +278,7 @@ def _scan(r: Rewriter, node: Node) -> Node | None:
         return None
     for name in streams:
         named[name] = named[name].args[0]
+    # Token t of the flipped streams is token seqlen - 1 - t of the streams.
     named["order"] = r.emit(node, ATEN.rsub.Scalar, named["order"], seqlen - 1)
     inner = scan_call(r, node, node.target, named)
     return r.emit(node, _FLIP, inner, [1])

@@ -40,6 +40,8 @@ class Stacker:
     def stack(self, nodes: tuple[Node, ...]) -> Node:
         """Values (batch, ...) as one (batch, K, ...)."""
         if nodes not in self._known:
+            # Cheapest first: a view of what lies together already, one operator over stacked
+            # operands, and a copy of each branch.
             self._known[nodes] = self._together(nodes) or self._alike(nodes) or self._plain(nodes)
         return self._known[nodes]
 
@@ -62,6 +64,7 @@ class Stacker:
             return None
         if any(n.target is not first.target or n.args[:2] != (source, 1) for n in nodes):
             return None
+        # Every second channel is no block of channels, though count and starts may fit.
         if any(shape(n) != shape(first) or argument(n, 4, "step", 1) != 1 for n in nodes):
             return None
         starts: Any = [argument(n, 2, "start") or 0 for n in nodes]
@@ -100,6 +103,7 @@ class Stacker:
         if not all(is_call(s, _SPLIT) and s.args[1:] == splits[0].args[1:] for s in splits):
             return None
         dim = axis(splits[0].args[0], argument(splits[0], 2, "dim", 0))  # type: ignore[arg-type]
+        # The batch stays in front: the stack goes behind it.
         if dim == 0:
             return None
         if splits not in self._known:
@@ -142,6 +146,7 @@ class Stacker:
             return None
         if any(shape(w) != shape(weights[0]) for w in weights):
             return None
+        # A linear layer has one weight; those of K branches are a batched product.
         stacked = self._emit(ATEN.permute.default, self._weights(weights), [0, 2, 1])
         y = self._emit(ATEN.matmul.default, self.stack(streams), stacked)
         if biases[0] is None:
@@ -177,6 +182,7 @@ def absorb_orders(r: Rewriter) -> None:
             r.report.refuse(why)
             continue
         by_step = tables["delta"] is None
+        # Rows of delta, B and C either follow their tokens back, or stay one a step.
         named["u"] = table[0]
         for name in () if by_step else ("delta", "B", "C"):
             named[name] = tables[name][0]  # type: ignore[index]
@@ -185,6 +191,7 @@ def absorb_orders(r: Rewriter) -> None:
         named["order"] = r.emit(node, ATEN.unsqueeze.default, order, 0)
         named["params_by_step"] = int(by_step)
         new = scan_call(r, node, node.target, named)
+        # Every reader gathers back, as was checked, and the order has done that already.
         for user in list(node.users):
             r.replace(user, new)
         r.graph.erase_node(node)
@@ -195,9 +202,11 @@ def _why_not_absorbed(
 ) -> str | None:
     table = tables["u"][2]
     steps = torch.arange(len(table))
+    # Before anything else: the tables below are compared as permutations of all tokens.
     if any(t is not None and shape(t[0])[1] != len(table) for t in tables.values()):
         return "a gathered scan leaves tokens out"
     order, gap = r.constant(named["order"]), r.constant(named["gap"])
+    # The operator's gate belongs to tokens, this one to steps.
     if "z" in named:
         return "a gathered scan has a gate in the order of its steps"
     if order is None or order.shape[:2] != (1, 1) or not torch.equal(order[0, 0].long(), steps):
@@ -209,6 +218,7 @@ def _why_not_absorbed(
     if any(t is not None for t in others) and not all(alike):
         return "u, delta, B and C of a scan are gathered by different tables"
     inverse = torch.argsort(table)
+    # argsort has an answer for any table; only of a permutation it is the inverse.
     if not torch.equal(table[inverse], steps) or not node.users:
         return "the table of a gathered scan is no permutation"
     for user in node.users:
@@ -290,11 +300,13 @@ def _why_not_merged(leaves: list[Node], scans: list[Node]) -> str | None:
         return "a sum of scans has other terms"
     named = [scan_arguments(scan) for scan in scans]
     first = named[0]
+    # Its own value would have to be computed a second time.
     if any(len(scan.users) > 1 for scan in scans):
         return "a scan of a sum is used elsewhere too"
     kinds = {(scan.target, n.get("z")) for scan, n in zip(scans, named, strict=True)}
     if len(kinds) > 1:
         return "the scans of a sum have different gates"
+    # An attribute holds for the whole node, for all of its directions.
     if any(n[a] != first[a] for n in named for a in ("delta_softplus", "params_by_step", "scale")):
         return "the scans of a sum have different attributes"
     if any(shape(n["A"])[1:] != shape(first["A"])[1:] for n in named):
@@ -317,6 +329,7 @@ def _merged(r: Rewriter, before: Node, scans: list[Node]) -> Node:
     def all_of(name: str) -> tuple[Node, ...]:
         return tuple(n[name] for n in named)
 
+    # What all scans share stays one: the kernels read a size of 1 for every direction.
     for name in ("u", "B", "C"):
         whole[name] = _stream(r, before, stacker, all_of(name))
     for name in ("A", "D"):
@@ -351,6 +364,7 @@ def _stream(
         return r.emit(
             before, ATEN.permute.default, stacked.args[0], [plan[0], plan[2], plan[1], plan[3]]
         )
+    # It had to be copied: then once, and straight into the operator's layout.
     if is_call(stacked, ATEN.cat.default):
         return r.emit(before, ATEN.cat.default, list(nodes), 2)
     return r.emit(before, ATEN.permute.default, stacked, [0, 2, 1, 3])
@@ -367,10 +381,12 @@ def fold_scales(r: Rewriter) -> None:
         scan, number = node.args[:2]
         if not isinstance(scan, Node) or scan.target not in SCANS:
             continue
+        # Zero stays an operator of its own: 1 / 0 is no scale.
         if not isinstance(number, int | float) or number == 0:
             if number != 0:
                 r.report.refuse("a scan is multiplied by a tensor")
             continue
+        # The other reader wants the scan without the factor.
         if len(scan.users) > 1:
             r.report.refuse("a scaled scan is used elsewhere too")
             continue

@@ -36,6 +36,7 @@ class RefuseCasts(TorchFunctionMode):
     ) -> Any:
         """Every function of torch goes through here."""
         if torch.is_autocast_enabled("cpu"):
+            # The innermost frame that is not torch's own is the user's line.
             caller = next(
                 (
                     f
@@ -56,6 +57,7 @@ def open_regions(program: ExportedProgram) -> ExportedProgram:
         UnsupportedError: a region casts, or a scan is inside a branch or a loop.
     """
     graph = program.graph
+    # Regions stand in regions: what an opened one holds is looked at in the next round.
     while frames := [node for node in graph.nodes if node.target in _FRAMES]:
         for node in frames:
             _refuse_cast(node)

@@ -17,8 +17,10 @@ _COPIES: Final = (
     ATEN.detach.default,
     ATEN.lift_fresh_copy.default,
 )
+# What the tracer notes of types: it checks the trace, and no number depends on it.
 _NOTES: Final = (ATEN._assert_tensor_metadata.default, torch.ops.aten.promote_types.default)
 _SHAPES: Final = (ATEN.reshape.default, ATEN.view.default, ATEN.expand.default)
+# Neither random nor written to: two equal calls of these are one value.
 _PURE: Final = (
     ATEN.unsqueeze.default,
     ATEN.permute.default,
@@ -53,11 +55,13 @@ def _unchanged(r: Rewriter, node: Node) -> Node | None:
     if not is_tensor(first):
         return None
     source: Node = first
+    # `x + 0` and a cast look like nothing, but can still promote x.
     alike = node.meta["val"].dtype == source.meta["val"].dtype
     if is_call(node, *_COPIES):
         return source
     if is_call(node, ATEN.to.dtype, ATEN.to.dtype_layout, ATEN._to_copy.default) and alike:
         return source
+    # Symbolic sizes are compared by name: a guess would make the batch a constant.
     if is_call(node, *_SHAPES) and shape(node) == shape(source):
         return source
     if is_call(node, ATEN.dropout.default) and not (node.args[1] and node.args[2]):
@@ -76,6 +80,7 @@ def _is_full(node: Node, source: Node) -> bool:
     start, end = argument(node, 2, "start"), argument(node, 3, "end")
     step = argument(node, 4, "step", 1)
     size = shape(source)[axis(source, argument(node, 1, "dim", 0))]
+    # The tracer writes "to the end" as the largest integer.
     whole = end is None or (isinstance(end, int) and (end >= 1 << 62 or end == size))
     return start in {None, 0} and whole and step == 1
 
@@ -100,6 +105,7 @@ def one_form(r: Rewriter) -> None:
         elif is_call(node, ATEN.chunk.default, ATEN.split.Tensor, ATEN.split.sizes):
             source = node.args[0]
             dim = axis(source, argument(node, 2, "dim", 0))
+            # From the result: `chunk` makes a smaller last part, or fewer parts than asked for.
             sizes = [part.shape[dim] for part in node.meta["val"]]
             if all(isinstance(size, int) for size in sizes):
                 target = ATEN.split_with_sizes.default
@@ -116,6 +122,7 @@ def share(r: Rewriter) -> None:
         if not is_call(node, *_PURE):
             continue
         key = (node.target, _key(node.args), _key(tuple(sorted(node.kwargs.items()))))
+        # The first in order stays, as it stands before every user of the others.
         known = seen.setdefault(key, node)
         if known is not node:
             r.replace(node, known)
@@ -124,6 +131,7 @@ def share(r: Rewriter) -> None:
 def _key(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_key(v) for v in value)
+    # 1, 1.0 and True are equal and hash alike, but are not the same argument.
     return value if isinstance(value, Node) else (type(value).__name__, str(value))
 
 
@@ -158,6 +166,7 @@ def _part(node: Node) -> Node | None:
 def _taken(node: Node) -> Node | None:
     """The part that node takes out of a pack along axis 1."""
     source: Any = node.args[0]
+    # VMamba and GroupMamba pack walks behind the batch, along axis 1.
     if axis(source, argument(node, 1, "dim", 0)) != 1:
         return None
     start = argument(node, 2, "start", 0)
@@ -168,6 +177,7 @@ def _taken(node: Node) -> Node | None:
         if is_call(node, ATEN.slice.Tensor) and argument(node, 4, "step", 1) != 1:
             return None
         width, total = shape(node)[1], shape(source)[1]
+        # A slice across a border is of two parts.
         if not all(isinstance(n, int) for n in (width, total, start)) or start % width:
             return None
         index, count = start // width, total // width
@@ -192,6 +202,8 @@ def _is_view(node: Node) -> bool:
     return is_call(node, *_VIEWS)
 
 
+# mamba_ssm's in_proj is written so, to come out channels first for its CUDA kernels; the batch,
+# folded into the sequence, would keep the scans' layouts from meeting.
 def unfold_projections(r: Rewriter) -> None:
     """permute(reshape(weight @ reshape(permute(x)))) over (batch, seqlen, width) as linear(x)."""
     for node in list(r.graph.nodes):
