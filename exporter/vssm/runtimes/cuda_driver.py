@@ -67,10 +67,13 @@ def driver() -> Driver:
         RuntimeUnavailableError: there is no driver, or it does not answer.
     """
     library = _load()
+    # Devices cannot be asked for before this; 0 is the only value that it takes.
     _call(library, "cuInit", 0)
     version, count = ctypes.c_int(), ctypes.c_int()
     _call(library, "cuDriverGetVersion", ctypes.byref(version))
+    # Counts what CUDA_VISIBLE_DEVICES leaves, in the order that the runtime has them.
     _call(library, "cuDeviceGetCount", ctypes.byref(count))
+    # CUDA writes 12.9 as 12090.
     cuda = (version.value // 1000, version.value % 1000 // 10)
     return Driver(cuda, tuple(_gpu(library, i) for i in range(count.value)))
 

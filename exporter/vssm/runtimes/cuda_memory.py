@@ -46,6 +46,7 @@ class Cuda:
                 f"their GPU memory, and sessions the times of the GPU itself: {INSTALL}"
             ) from error
         self._runtime: Any = runtime
+        # Not by `call`: an error here means that there is no driver, which has a remedy of its own.
         status, count = runtime.cudaGetDeviceCount()
         if int(status) != 0 or not count:
             raise RuntimeUnavailableError(
@@ -85,6 +86,7 @@ class Cuda:
         return GpuInfo(
             name=name.decode().rstrip("\0") if isinstance(name, bytes) else str(name),
             compute_capability=f"{properties.major}.{properties.minor}",
+            # CUDA writes 12.9 as 12090.
             cuda=f"{version // 1000}.{version % 1000 // 10}",
         )
 
@@ -104,8 +106,10 @@ class Cuda:
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, Array]:
         """Page-locked memory: its address, to be freed with cudaFreeHost, and an array over it."""
+        # Of no bytes CUDA gives a null pointer, over which there is no array.
         size = max(1, math.prod(shape) * dtype.itemsize)
         address = int(self.call("cudaMallocHost", size))
+        # The array does not own it: whoever frees the address must have dropped the array.
         memory = (ctypes.c_uint8 * size).from_address(address)
         array = np.frombuffer(memoryview(memory), np.uint8)[: math.prod(shape) * dtype.itemsize]
         return address, array.view(dtype).reshape(shape)
@@ -117,17 +121,20 @@ class Cuda:
         try:
             return self.call("cudaGraphInstantiate", graphs[0], 0)
         finally:
+            # The executable graph is a copy; this one goes also where none could be made of it.
             self.call("cudaGraphDestroy", graphs[0])
 
     @contextmanager
     def _capturing(self, stream: int) -> Iterator[list[Any]]:
         """Between begin and end, also when the work fails: a stream left capturing is lost."""
+        # Of this thread alone: in the global mode an allocation in any other thread is an error.
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("cudaStreamBeginCapture", stream, mode)
         graphs: list[Any] = []
         try:
             yield graphs
         except BaseException:
+            # Not by `call`: its error would hide the one on its way.
             self._runtime.cudaStreamEndCapture(stream)
             raise
         graphs.append(self.call("cudaStreamEndCapture", stream))

@@ -67,6 +67,7 @@ _PACKAGES = (
 )
 
 
+# CXX first, as CMake looks for it.
 _COMPILERS = (*filter(None, [os.environ.get("CXX")]), "c++", "g++", "clang++")
 
 
@@ -74,6 +75,7 @@ def _machine() -> str:
     flags = ""
     try:
         with open("/proc/cpuinfo") as file:
+            # x86 calls the line "flags", ARM "Features".
             words = set(next((x for x in file if x.startswith(("flags", "Features"))), "").split())
         flags = ", ".join(f for f in ("avx2", "fma", "avx512f", "asimd") if f in words)
     except OSError:
@@ -147,6 +149,8 @@ def _package(names: tuple[str, ...], remedy: str) -> Finding:
     """A distribution under any of its names, the usual one first."""
     for name in names:
         try:
+            # By its metadata: to import torch alone takes seconds, and a broken package would end
+            # the report.
             return Finding(name, True, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             continue
@@ -199,11 +203,13 @@ def _nvcc() -> Finding:
     home = os.environ.get("CUDA_HOME")
     packages = Path(sysconfig.get_path("purelib"))
     folders = [f"{home}/bin"] if home else []
+    # The toolkits that pip installs are in no PATH; of several, the newest CUDA comes first.
     folders += [str(path) for path in sorted(packages.glob("nvidia/cu[0-9]*/bin"), reverse=True)]
     path = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(folders))
     if path is None:
         return Finding(part, False, "nvcc not found", remedy)
     lines = (_output([path, "--version"]) or "version unknown").splitlines()
+    # nvcc prints its build last, behind a copyright.
     return Finding(part, True, f"{path}, {lines[-1]}")
 
 
@@ -212,6 +218,7 @@ def _gpu() -> Finding:
     try:
         found = driver()
     except VssmError as error:
+        # What follows is what a session should do; a finding has a remedy of its own.
         return Finding(part, False, str(error).partition(";")[0], remedy)
     version = ".".join(map(str, found.cuda))
     if not found.gpus:

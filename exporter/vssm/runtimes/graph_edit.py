@@ -32,12 +32,14 @@ def force_positions(model: onnx.ModelProto) -> list[str]:
             nodes.append(node)
             continue
         name = FORCED_INPUT.format(len(names))
+        # The schedule settles how many are kept, so only which of them is an input.
         keep = next(a.i for a in node.attribute if a.name == "num_keep")
         names.append(name)
         model.graph.input.append(
             helper.make_tensor_value_info(name, TensorProto.INT32, ["batch", keep])
         )
         nodes += _forced_gather(model, node, name)
+    # A repeated field of protobuf cannot be assigned.
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return names
@@ -60,6 +62,7 @@ def _forced_gather(
         helper.make_node("Unsqueeze", [node.input[1], constant("row", 1)], [inner("positions")]),
         helper.make_node("Unsqueeze", [forced, constant("column", 2)], [inner("wanted")]),
         helper.make_node("Equal", [inner("positions"), inner("wanted")], [inner("equal")]),
+        # ArgMax takes no booleans.
         helper.make_node("Cast", [inner("equal")], [inner("match")], to=TensorProto.INT32),
         helper.make_node("ArgMax", [inner("match")], [inner("keep_index")], axis=2, keepdims=0),
         helper.make_node("Unsqueeze", [inner("keep_index"), constant("last", 2)], [inner("index")]),
@@ -87,6 +90,7 @@ def expose(model: onnx.ModelProto, names: Iterable[str]) -> None:
 
 def strip_functions(path: Path) -> bytes:
     """The file without its fallback bodies, serialized; the file stays as it is."""
+    # Weights beside the file stay there: the parser is given its path as well, and finds them.
     model = onnx.load(path, load_external_data=False)
     del model.functions[:]
     return bytes(model.SerializeToString())

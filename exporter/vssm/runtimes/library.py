@@ -68,6 +68,7 @@ def library_info(path: Path | None = None) -> LibraryInfo:
     path = path or find_library()
     library = load_library(path)
     isa = _text(library, "vssm_cpu_isa")
+    # The library throws nothing across its boundary, so a bad VSSM_CPU_ISA comes back as text.
     if isa.startswith("error: "):
         raise RuntimeUnavailableError(isa.removeprefix("error: "))
     operators = tuple(line.partition("(")[0] for line in load_table(path).splitlines())
@@ -107,6 +108,7 @@ def cuda_kernel_calls(path: Path | None = None) -> int:
 
 def _counter(function: str, path: Path | None) -> int:
     call = load_library(path or find_library())[function]
+    # ctypes takes a C int by default, which would cut the counter off.
     call.restype = ctypes.c_uint64
     return int(call())
 
@@ -127,8 +129,10 @@ def exp2_rate(isa: str | None = None, seconds: float = 0.2) -> float:
         raise ValueError(f"isa={isa!r} is none of {', '.join(ISA_NAMES)}; choose one of these")
     call = load_library(find_library(C_LIBRARY)).vssm_exp2_rate
     call.restype = ctypes.c_double
+    # Without these, ctypes refuses a Python float.
     call.argtypes = [ctypes.c_char_p, ctypes.c_double]
     rate = float(call(isa.encode(), seconds))
+    # The C function's word for an instruction set that is not there.
     if rate < 0:
         raise RuntimeUnavailableError(
             f"isa={isa!r} is an instruction set that this processor or this build lacks; "
@@ -144,6 +148,7 @@ def find_sources() -> Path:
         RuntimeUnavailableError: there is neither.
     """
     folders = [Path(folder) for folder in vssm.__path__]
+    # A checkout has them two folders above exporter/vssm, an installed package below itself.
     for root in (*(f.parents[1] for f in folders), *(f / "sources" for f in folders)):
         if (root / "CMakeLists.txt").is_file() and (root / "plugins/CMakeLists.txt").is_file():
             return root

@@ -50,6 +50,7 @@ def open_session(
     """
     check_runtime(runtime, backend=backend, threads=threads, trust=trust)
     options = {"device": device, "cuda_graph_batch": cuda_graph_batch}
+    # Only what was given: the classes of the other runtimes have no such arguments.
     on_gpu = {name: value for name, value in options.items() if value is not None}
     if on_gpu and runtime != "ort-cuda":
         given = ", ".join(f"{name}={value}" for name, value in on_gpu.items())
@@ -58,6 +59,8 @@ def open_session(
     only = {"torch": None, "ort-cpu": (), "ort-cuda": ()}.get(runtime, (MODEL_FILE,))
     opened = open_artifact(artifact, only=only)
     if runtime in ENGINE_RUNTIMES:
+        # Here and below: a runtime is imported when it is asked for, as none of them has to be
+        # installed.
         from vssm.runtimes.tensorrt.session import TensorRtSession
 
         return TensorRtSession(opened, runtime=runtime, backend=backend, trust=trust)
@@ -96,6 +99,7 @@ def check_runtime(
         check_choice("backend", backend, TORCH_BACKENDS if runtime == "torch" else BACKENDS)
     if runtime in ENGINE_RUNTIMES:
         refuse_threads(runtime, threads)
+    # An option without effect would let the caller believe that something was trusted.
     elif trust:
         raise ValueError(
             f"trust=True with runtime={runtime!r}, which loads no engine: leave it out"

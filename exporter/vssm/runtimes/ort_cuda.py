@@ -61,6 +61,8 @@ class OrtCudaSession(OrtSession):
         timed: bool = False,
         **options: Any,
     ) -> None:
+        # Options first, then what can be installed, then the GPU: a missing package is said on a
+        # machine without a GPU too.
         fixed = _fixed_sizes(artifact.manifest, cuda_graph_batch)
         _require_provider()
         if checked_backend(backend) == "kernel":
@@ -92,6 +94,7 @@ class OrtCudaSession(OrtSession):
 
     def _say_what_stayed(self) -> None:
         """Refuse a session without the GPU; name the standard nodes that stay on the CPU."""
+        # A provider whose libraries do not load is dropped with a warning, and the CPU would run.
         if PROVIDER not in self._session.get_providers():
             raise RuntimeUnavailableError(
                 f"onnxruntime {onnxruntime.__version__} could not load {PROVIDER}: the CUDA "
@@ -114,11 +117,14 @@ class OrtCudaSession(OrtSession):
     def _run(self, images: Array) -> dict[str, Array]:
         if self._graph_batch is None:
             return super()._run(images)
+        # One set of buffers: a second thread would put its images over those of the first.
         with self._lock:
             if self._graph_run is None:
                 self._graph_run = DeviceRun(self, images)
                 for _ in range(_WARM_UP):
                     self._graph_run.run()
+            # In place: a graph replays addresses, so inputs and outputs stay where they were
+            # recorded.
             self._graph_run.update(images)
             self._graph_run.run()
             return self._graph_run.outputs()
@@ -142,9 +148,12 @@ class OrtCudaSession(OrtSession):
 
     def close(self) -> None:
         """Free the session, its stream and its profile."""
+        # Ahead of the session, whose device memory it holds.
         self._graph_run = None
+        # Opening may have failed before the base class set anything.
         if hasattr(self, "_profile_dir"):
             super().close()
+        # Behind the session, which runs on it.
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -198,6 +207,7 @@ class DeviceRun:
         if stream is None:
             raise ValueError("timed=False: open the session with timed=True to time its device")
         options = onnxruntime.RunOptions()
+        # Else each run waits for the device, and that wait lies between the two marks.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
         def enqueue() -> None:
@@ -229,6 +239,7 @@ def _fixed_sizes(manifest: Manifest, batch: int | None) -> dict[str, int]:
         raise ValueError(
             f"cuda_graph_batch={batch!r} is no batch size; give one from 1, or None for no graph"
         )
+    # Settled at load, shapes are constants, and no arithmetic of shapes is left for the CPU.
     return {str(manifest.inputs[0].shape[0]): batch}
 
 
@@ -279,6 +290,7 @@ def _config(batch: int | None) -> Mapping[str, str]:
 
 
 def _explained(error: UnsupportedError, batch: int | None) -> UnsupportedError:
+    # ONNX Runtime has no type for this, so it is told by its words.
     if "fallback to CPU EP has been explicitly disabled" not in str(error):
         return error
     return UnsupportedError(

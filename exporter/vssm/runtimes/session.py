@@ -17,6 +17,7 @@ from vssm.types import Array
 BACKENDS = ("kernel", "body")
 TORCH_BACKENDS = ("kernel", "reference")
 CLOSED = "session=closed: open another one to run again"
+# A bound for slips of the keyboard: a runtime starts as many threads as it is told, and hangs.
 _MAX_THREADS = 1024
 
 
@@ -70,7 +71,10 @@ def checked_threads(threads: int | None) -> int:
         ValueError: it is outside [1, 1024]; a runtime starts what it is told, and hangs.
     """
     if threads is None:
+        # Not os.cpu_count(): a container or taskset may leave the process fewer cores than there
+        # are.
         return len(os.sched_getaffinity(0))
+    # True is an int, and would be one thread.
     if isinstance(threads, bool) or not isinstance(threads, int):
         raise TypeError(f"threads={threads!r} is not an integer; give the number of threads")
     if not 1 <= threads <= _MAX_THREADS:
@@ -113,6 +117,7 @@ class Session(abc.ABC):
 
     def _checked(self, images: Array) -> Array:
         spec = self.manifest.inputs[0]
+        # No cast: an array of bytes or doubles was most likely never preprocessed.
         if not isinstance(images, np.ndarray) or str(images.dtype) != spec.dtype:
             kind = f"{type(images).__name__} of {getattr(images, 'dtype', 'no dtype')}"
             raise TypeError(
@@ -133,6 +138,7 @@ class Session(abc.ABC):
 
     def __reduce__(self) -> NoReturn:
         """A session holds a runtime of this process."""
+        # pybind11 would only say that it cannot pickle an InferenceSession, and not what to do.
         raise TypeError(
             "session: it holds a runtime of this process and cannot be pickled or copied; pass the "
             "export's directory on, and call vssm.open_session in each process"

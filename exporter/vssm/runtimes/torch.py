@@ -78,6 +78,7 @@ def schedule_of(artifact: Artifact) -> PruneSchedule | None:
 
 
 def _refuse_another(model: VisionModel, artifact: Artifact) -> None:
+    # Both through JSON: in a manifest that was read from its file, tuples have become lists.
     exported, given = json.loads(json.dumps([artifact.manifest.config, asdict(model.config)]))
     if exported != given or _rules(schedule_of(artifact)) != _rules(model.schedule):
         raise ValueError(
@@ -111,8 +112,10 @@ class TorchSession(Session):
     def __init__(
         self, artifact: Artifact, *, backend: str = "kernel", threads: int | None = None
     ) -> None:
+        # Before the model: a missing library is said before any weights are read.
         library = _library(backend)
         self._model: VisionModel | None = model_of(artifact).use_backend(backend)
+        # The number is the whole process's, so it is put back at the end.
         self._threads_before = torch.get_num_threads()
         if threads is not None:
             torch.set_num_threads(checked_threads(threads))
@@ -133,6 +136,8 @@ class TorchSession(Session):
         if model is None:
             raise ValueError(CLOSED)
         with torch.inference_mode():
+            # A copy: torch takes no negative strides, as of a BGR view, and warns of read-only
+            # arrays.
             found = model.forward_details(torch.from_numpy(np.array(images)))
         kept = {f"kept_positions_{i}": k.numpy() for i, k in enumerate(found.kept_positions)}
         return {"logits": found.logits.numpy(), **kept}
@@ -165,6 +170,7 @@ def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
             " is the export of one; pass the model that was exported, or None"
         )
     _refuse_another(model, artifact)
+    # A copy, so that the caller's model stays float32; kernels have no float64.
     exact = copy.deepcopy(model).cpu().eval().double().use_backend("reference")
     names = artifact.manifest.block_outputs
     with torch.inference_mode():
@@ -181,6 +187,7 @@ def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
         logits=found.logits.numpy(),
         kept_positions=kept,
         scores=[s.numpy() for s in found.scores],
+        # Stage i chooses among what stage i - 1 kept.
         positions=[_every_position(exact, len(images)), *kept[:-1]] if kept else [],
         blocks=blocks,
     )

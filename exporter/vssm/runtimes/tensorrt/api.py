@@ -78,6 +78,7 @@ def load_package(product: Product) -> Any:
             import tensorrt as package
         else:
             import tensorrt_rtx as package
+    # The package loads TensorRT's libraries on import; one that is missing is no ImportError.
     except (ImportError, OSError, RuntimeError) as error:
         raise RuntimeUnavailableError(
             f"runtime={product.runtime}: the Python package of {product.title} is missing or does "
@@ -144,6 +145,7 @@ def set_compute_capabilities(package: Any, config: Any, wanted: tuple[str, ...])
         UnsupportedError: one is not supported.
     """
     known = package.ComputeCapability.__members__
+    # The number first: a place beyond it is refused.
     config.num_compute_capabilities = len(wanted)
     for index, capability in enumerate(wanted):
         name = f"SM{capability.replace('.', '')}"
@@ -157,6 +159,7 @@ def set_compute_capabilities(package: Any, config: Any, wanted: tuple[str, ...])
 
 def activation_bytes(engine: Any) -> int:
     """Device memory of one context: `device_memory_size_v2` since 10.1, the only one in 11."""
+    # The newer name first, since 11 has lost the older one.
     size = getattr(engine, "device_memory_size_v2", None)
     return int(engine.device_memory_size if size is None else size)
 
@@ -193,6 +196,7 @@ def load_plugin(package: Any, path: Path, sha256: str | None = None) -> None:
             what was checked.
     """
     library = library_copy(path)
+    # Of the copy's bytes, which are those that run: the file may be exchanged meanwhile.
     if sha256 not in {None, library.sha256}:
         raise RuntimeUnavailableError(
             f"library={path} was changed since it was checked, so it is not run; start again"
@@ -222,6 +226,7 @@ def plugin_layers(package: Any, network: Any) -> int:
 def progress_monitor(package: Any, report: Callable[[str, int, int], None]) -> Any:
     """An IProgressMonitor that calls `report(phase, step, steps)`; report must not raise."""
 
+    # In here, as the base class comes with whichever of the two packages was loaded.
     class Monitor(package.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
@@ -233,6 +238,7 @@ def progress_monitor(package: Any, report: Callable[[str, int, int], None]) -> A
 
         def step_complete(self, name: str, step: int) -> bool:
             report(name, step + 1, self._steps.get(name, 0))
+            # False would cancel the build.
             return True
 
         def phase_finish(self, name: str) -> None:
@@ -253,6 +259,7 @@ def logger(package: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity <= package.ILogger.Severity.ERROR:
                 self.complaints.append(message)
+                # A session may run for months.
                 del self.complaints[:-20]
 
     return Logger()

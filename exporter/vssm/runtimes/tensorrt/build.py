@@ -98,6 +98,7 @@ def check_request(request: EngineRequest) -> None:
 def _check_capabilities(wanted: tuple[str, ...]) -> None:
     """A session compares them with what the GPU calls itself."""
     for capability in wanted:
+        # Written "86", the engine was built and then foreign to every session.
         if not re.fullmatch(r"\d+\.\d", capability) or wanted.count(capability) > 1:
             raise ValueError(
                 f"compute_capability={capability!r} is no capability, or is there twice; give each "
@@ -154,11 +155,13 @@ def build_engine(
     """
     check_request(request)
     product = request.product
+    # What cannot be written is said now, and not after a build that may take hours.
     for name in (product.plan, product.info):
         check_writable(artifact.directory / name)
     package = api.load_package(product)
     gpu = find_gpu(product)
     library = find_library(TENSORRT_LIBRARY) if request.uses_plugins else None
+    # Hashed before it is used: afterwards another library may lie there.
     plugin = None if library is None else _describe(library, inside=request.plugins_inside)
     cache = _cache_path(artifact, request, package, gpu)
     if cache is not None:
@@ -168,6 +171,7 @@ def build_engine(
         plan = build_plan(Path(model), request, plugin=plugin, cache=cache, progress=progress)
         nodes = count_nodes(Path(model))[0]
     seconds = time.monotonic() - start
+    # A model or library that was replaced meanwhile must not be vouched for.
     refuse_changes(artifact, library, plugin)
     info = EngineInfo(
         product=product.runtime,
@@ -205,6 +209,7 @@ def find_gpu(product: api.Product) -> GpuInfo | None:
     try:
         return Cuda().gpu()
     except RuntimeUnavailableError:
+        # Full TensorRT times its kernels on the GPU that is here.
         if product.plugins:
             raise
         return None
@@ -287,7 +292,9 @@ def run_graph(
     batch = next(iter(feeds.values())).shape[0]
     # Of a trusted engine without a statement nobody knows its operators.
     asked = backend if product.plugins and backend != "unknown" else None
+    # For one batch alone: any other range would only give the builder more to search.
     plan = build_plan(model, EngineRequest(runtime, asked, batch=(batch, batch, batch)))
+    # Run once, an engine repays no graph, and this one carries no code for the host.
     runner = EngineRunner(product, plan.data, Cuda(), host_code=False, graphs=False)
     try:
         return runner.run(feeds)
@@ -299,10 +306,12 @@ def _parse(parser: Any, model: Path, request: EngineRequest, package: Any) -> No
     if request.uses_plugins and api.needs_stripping(request.product, package):
         parsed = parser.parse(strip_functions(model), str(model))
     else:
+        # By its path, so that weights beside the file are found.
         parsed = parser.parse_from_file(str(model))
     if parsed:
         return
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    # A parser that lacks an operator complains of every node that has it.
     shown = "; ".join(_describe_error(error) for error in errors[:_SHOWN_ERRORS])
     more = len(errors) - _SHOWN_ERRORS
     raise UnsupportedError(
@@ -331,6 +340,7 @@ def _describe_error(error: Any) -> str:
 
 def _check_layers(package: Any, network: Any, model: Path, request: EngineRequest) -> None:
     """The parser takes a body without a word where it finds no plugin, and the other way round."""
+    # Counted, as the parser itself does not say which way it took.
     asked = count_nodes(model)[1] if request.uses_plugins else 0
     found = api.plugin_layers(package, network)
     if found == asked:
@@ -362,6 +372,7 @@ def _configure(package: Any, builder: Any, network: Any, request: EngineRequest)
         api.set_compute_capabilities(package, config, request.compute_capabilities)
     if request.plugins_inside:
         config.plugins_to_serialize = [str(find_library(TENSORRT_LIBRARY))]
+    # Without a profile TensorRT builds nothing that has a dynamic axis.
     _add_profile(builder, network, config, request.batch)
     return config
 
@@ -385,8 +396,10 @@ def _add_profile(builder: Any, network: Any, config: Any, batch: tuple[int, int,
 def _load_cache(config: Any, path: Path | None) -> Any:
     if path is None:
         return None
+    # Of no bytes TensorRT makes an empty cache.
     data = read_regular(path, limit=ENGINE) if path.exists() else b""
     cache = config.create_timing_cache(data)
+    # False: no timings of another GPU, by which it would choose the wrong kernels.
     if cache is None or not config.set_timing_cache(cache, False):
         raise UnsupportedError(
             f"timing_cache={path} was not made by this TensorRT on this GPU; delete it, or name "

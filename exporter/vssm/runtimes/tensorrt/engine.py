@@ -99,6 +99,7 @@ def write_info(path: Path, info: EngineInfo) -> None:
     Raises:
         ArtifactError: the directory cannot be written.
     """
+    # NaN is no JSON, and other readers would refuse the file.
     text = json.dumps(dataclasses.asdict(info), indent=2, sort_keys=True, allow_nan=False)
     atomic_write_bytes(path, f"{text}\n".encode())
 
@@ -138,6 +139,8 @@ def _parse(root: Node) -> EngineInfo:
         vssm=root.at("vssm").text(),
         format_version=version,
     )
+    # Which library to hold against it hangs on this, so a file that was edited by halves is
+    # refused.
     if (info.backend == "kernel") != (info.plugin is not None):
         raise FieldError(f"backend={info.backend!r} and plugin={info.plugin} contradict")
     return info
@@ -191,13 +194,16 @@ def check_engine(
     remedy = f"build it with `{product.command} {artifact.directory}`"
     if not plan.exists():
         raise ArtifactError(f"{plan} is not there, so nothing can run; {remedy}")
+    # Read once: these bytes are hashed and loaded, whatever becomes of the file.
     data = read_regular(plan, limit=ENGINE)
     info: EngineInfo | None = None
     doubts: list[str] = []
+    # Trust covers a statement that is missing, never one that is damaged.
     if trust and not (artifact.directory / product.info).exists():
         doubts.append(f"{product.info} is missing")
     else:
         info = read_info(artifact.directory / product.info, product.command)
+        # Not a doubt but an error: a stale engine gives another model's numbers, trusted or not.
         _refuse_stale(artifact, info, library, f"{plan.name}: ", remedy)
         doubts += [*_tampered(data, info, product), *_foreign(info, version, gpu)]
     if doubts and not trust:
@@ -234,6 +240,7 @@ def _refuse_stale(
             f"{name}stale, built from a {MODEL_FILE} of sha256 {built[:12]}..., but this one has "
             f"{now[:12]}...; {remedy}"
         )
+    # What an engine carries is covered by its own hash, whatever library lies beside it.
     if info.plugin is None or info.plugin.inside:
         return
     if library is None:
@@ -250,6 +257,7 @@ def _refuse_stale(
 
 
 def _tampered(data: bytes, info: EngineInfo, product: Product) -> Iterator[str]:
+    # Against damage and mix-ups; whoever can change the engine can change this statement too.
     found = hashlib.sha256(data).hexdigest()
     if found != info.plan_sha256:
         yield (
@@ -259,6 +267,7 @@ def _tampered(data: bytes, info: EngineInfo, product: Product) -> Iterator[str]:
 
 
 def _foreign(info: EngineInfo, version: str, gpu: GpuInfo) -> Iterator[str]:
+    # Only the version that wrote a plan reads it, unless it was built for later ones as well.
     if info.version != version and not _runs_later(info, version):
         yield f"foreign, built by {info.product} {info.version}, but {version} is here"
     level = info.options.get("hardware_compatible")
@@ -267,17 +276,21 @@ def _foreign(info: EngineInfo, version: str, gpu: GpuInfo) -> Iterator[str]:
         yield f"foreign, built for compute capability {listed}, but this GPU has " + (
             gpu.compute_capability
         )
+    # The same capability, but kernels were chosen by timing them on another card. TensorRT for RTX
+    # finishes compiling on the card itself.
     elif info.gpu not in {None, gpu.name} and level is None and info.product == "tensorrt":
         yield f"foreign, built for {info.gpu}, but this GPU is {gpu.name}"
 
 
 def _runs_later(info: EngineInfo, version: str) -> bool:
     """A version-compatible engine runs on later versions, never on earlier ones."""
+    # As numbers: by text 10.9 would be later than 10.13.
     built, here = ([int(n) for n in re.findall(r"\d+", v)] for v in (info.version, version))
     return bool(info.options.get("version_compatible")) and here >= built
 
 
 def _runs_on(built: tuple[str, ...], gpu: GpuInfo, level: object) -> bool:
     if level == "ampere-plus":
+        # As numbers: by text 12.0 would be below 8.0.
         return float(gpu.compute_capability) >= 8.0
     return gpu.compute_capability in built

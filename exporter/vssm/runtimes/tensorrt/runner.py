@@ -66,6 +66,7 @@ class EngineRunner:
         self._log = api.logger(self._package)
         self._runtime = self._package.Runtime(self._log)
         if host_code:
+            # Off by default, for good reason: such an engine may run anything in this process.
             self._runtime.engine_host_code_allowed = True
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
@@ -76,6 +77,7 @@ class EngineRunner:
         self._contexts: dict[int, _Context] = {}
         self._freed: list[tuple[str, Any]] = []  # calls that free what was taken, in order
         self._tensors: list[_Tensor] = []
+        # An engine can take most of a GPU: what was had before a failure is given back.
         try:
             self._allocate()
         except BaseException:
@@ -86,9 +88,11 @@ class EngineRunner:
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         inputs = [name for name in names if self._is_input(name)]
         shapes = [self._engine.get_tensor_profile_shape(name, 0) for name in inputs]
+        # What every input takes: they share one batch.
         self.min_batch = max(int(low[0]) for low, _, _ in shapes)
         self.max_batch = min(int(high[0]) for _, _, high in shapes)
         self._stream = self._cuda.new_stream()
+        # Taken first, so freed last, behind all that runs on it.
         self._freed.append(("cudaStreamDestroy", self._stream))
         self._activations = api.activation_bytes(self._engine)
         self._activation_memory = self._take(self._activations)
@@ -98,6 +102,7 @@ class EngineRunner:
         return bool(self._engine.get_tensor_mode(name) == self._package.TensorIOMode.INPUT)
 
     def _take(self, size: int) -> int:
+        # Of no bytes CUDA gives a null pointer, and to TensorRT that is no address.
         device = int(self._cuda.call("cudaMalloc", max(1, size)))
         self._freed.append(("cudaFree", device))
         return device
@@ -139,6 +144,7 @@ class EngineRunner:
                     tensor.host[:batch] = feeds[tensor.name]
             self._launch(batch)
             self._cuda.call("cudaStreamSynchronize", self._stream)
+            # Copies: the next run writes to the same memory.
             return {t.name: t.host[:batch].copy() for t in self._tensors if not t.is_input}
 
     def _launch(self, batch: int) -> None:
@@ -156,6 +162,7 @@ class EngineRunner:
         All share one activation memory, as their work follows one another on one stream.
         """
         if len(self._contexts) >= _MAX_CONTEXTS:
+            # A dict keeps its order, so the first is the oldest.
             self._drop_context(next(iter(self._contexts)))
         context = api.create_context(
             self._package, self._engine, self._activation_memory, self._activations

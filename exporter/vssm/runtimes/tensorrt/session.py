@@ -43,6 +43,7 @@ class TensorRtSession(Session):
         graphs: bool | None = None,
     ) -> None:
         product = api.PRODUCTS[runtime]
+        # Its version and the GPU are needed to tell whether the engine is foreign.
         package = api.load_package(product)
         cuda = Cuda()
         gpu = cuda.gpu()
@@ -58,12 +59,14 @@ class TensorRtSession(Session):
         _check_backend(engine.info, backend, product)
         if library is not None and product.plugins and _wants_library(engine.info):
             plugin = None if engine.info is None else engine.info.plugin
+            # Before the engine is read, which looks for its plugins in the registry.
             api.load_plugin(package, library, None if plugin is None else plugin.sha256)
         self._runner = EngineRunner(
             product,
             engine.data,
             cuda,
             host_code=_has_host_code(engine.info),
+            # TensorRT for RTX captures graphs by itself, so ours are for the full product.
             graphs=product.plugins if graphs is None else graphs,
         )
         try:
@@ -91,6 +94,7 @@ def _check_tensors(runner: EngineRunner, artifact: Artifact, product: api.Produc
     """A trusted engine may be of any model."""
     manifest = artifact.manifest
     wanted = {t.name: tuple(t.shape[1:]) for t in (*manifest.inputs, *manifest.outputs)}
+    # Against the engine itself, as nothing else is known of one without a statement.
     found = runner.shapes()
     if found != wanted:
         raise ArtifactError(
@@ -103,6 +107,8 @@ def _library() -> Path | None:
     try:
         return find_library(TENSORRT_LIBRARY)
     except RuntimeUnavailableError:
+        # An engine of bodies, or one that carries its library, needs none; `check_engine` refuses
+        # the others.
         return None
 
 
@@ -134,6 +140,7 @@ def _info(
     plugin = None if info is None else info.plugin
     return RuntimeInfo(
         runtime=product.runtime,
+        # Of an engine that was trusted without a statement nothing is known but its tensors.
         backend="unknown" if info is None else info.backend,
         version=version,
         device=gpu.name,
