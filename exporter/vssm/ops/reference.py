@@ -205,15 +205,10 @@ def selective_scan_backward(
     dy, u, delta, A, B, C, D = (x.to(compute) for x in (dy, u, delta, A, B, C, D))
     token = order.long().expand(u.shape[0], -1, -1).transpose(1, 2)[..., None]
     owner = _steps(token) if params_by_step else token  # of delta, B and C
-    x, b, c = (
-        _rows(u, token),
-        _rows(B, owner),
-        _rows(C, owner),
-    )
+    x, b, c = _rows(u, token), _rows(B, owner), _rows(C, owner)
     before = _rows(delta, owner) + delta_bias.to(compute)
     dt = functional.softplus(before) if delta_softplus else before
-    more = torch.where(_steps(token) > 0, gap.transpose(1, 2)[..., None] - 1, 0)  # h = 0 before
-    span = dt + more * (dt if delta0 is None else delta0.to(compute))
+    more, span = _spans(dt, token, gap, delta0)
     decay = torch.exp(span[..., None] * A)  # (batch, seqlen, K, d_inner, d_state)
     h = _states(decay, (dt * x)[..., None] * b[..., None, :])
 
@@ -237,6 +232,12 @@ def selective_scan_backward(
     if delta0 is not None:
         gradients["delta0"] = _total(f * more, delta0)
     return gradients
+
+
+def _spans(dt: Tensor, token: Tensor, gap: Tensor, delta0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """How many pruned positions each step passes, and the time over which its state decays."""
+    more = torch.where(_steps(token) > 0, gap.transpose(1, 2)[..., None] - 1, 0)  # h = 0 before
+    return more, dt + more * (dt if delta0 is None else delta0.to(dt.dtype))
 
 
 def _through_gate(dy: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
