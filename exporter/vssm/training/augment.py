@@ -18,11 +18,13 @@ from vssm.artifact.manifest import IMAGENET_MEAN, IMAGENET_STD
 from vssm.artifact.preprocessing import FloatArray, open_rgb
 from vssm.training.recipe import Draw, Recipe
 
+# timm's "rand-m9-mstd0.5-inc1", which DeiT trains with; the numbers are in the name or timm's own.
 LAYERS: Final = 2  # operations drawn for an image, with replacement
 MAGNITUDE: Final = 9.0
 MAGNITUDE_STD: Final = 0.5
 MAX_MAGNITUDE: Final = 10.0
 PROBABILITY: Final = 0.5  # that an operation drawn is applied
+# What normalisation makes 0, as timm fills what a rotation or a shift leaves open.
 _FILL: Final = tuple(round(255 * x) for x in IMAGENET_MEAN)
 _DEGREES, _SHEAR, _TRANSLATE, _ENHANCE = 30.0, 0.3, 0.45, 0.9  # at the greatest magnitude
 _BICUBIC: Final = Image.Resampling.BICUBIC
@@ -85,11 +87,13 @@ def _invert(image: Image.Image, level: float, rng: Rng) -> Image.Image:
 
 def _posterize(image: Image.Image, level: float, rng: Rng) -> Image.Image:
     """Keep 4 bits a channel, down to none."""
+    # "inc1": a greater level changes more, so it leaves fewer bits.
     dropped = 0xFF >> (4 - int(level * 4))
     return image.point([value & ~dropped for value in range(256)] * 3)
 
 
 def _solarize(image: Image.Image, level: float, rng: Rng) -> Image.Image:
+    # Likewise: a greater level inverts from a lower value on.
     return ImageOps.solarize(image, 256 - int(level * 256))
 
 
@@ -101,6 +105,7 @@ def _solarize_add(image: Image.Image, level: float, rng: Rng) -> Image.Image:
 
 def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
     def operation(image: Image.Image, level: float, rng: Rng) -> Image.Image:
+        # timm's bound: at 0 every image would be the same grey or black.
         return kind(image).enhance(max(0.1, 1 + _signed(level * _ENHANCE, rng)))
 
     return operation
@@ -163,6 +168,7 @@ def augment(image: Image.Image, recipe: Recipe, size: tuple[int, int], rng: Rng)
         image = rand_augment(image, rng)
     elif recipe.color_jitter > 0:
         image = jitter(image, recipe.color_jitter, rng)
+    # Erasing comes after this, as in timm: its noise has the spread of normalised pixels.
     pixels = np.asarray(image, np.float32) / np.float32(255)
     scaled = (pixels - np.asarray(IMAGENET_MEAN, np.float32)) / np.asarray(IMAGENET_STD, np.float32)
     result = np.ascontiguousarray(scaled.transpose(2, 0, 1))
@@ -182,6 +188,7 @@ def random_crop(
 
 def _rectangle(width: int, height: int, rng: Rng, least: float) -> tuple[int, int, int, int]:
     """Left, top, width and height."""
+    # As torchvision crops: by chance a few times, then in the middle.
     for _ in range(_ATTEMPTS):
         w, h = _shape(width * height * rng.uniform(least, 1.0), _RATIO, rng)
         if 1 <= w <= width and 1 <= h <= height:
@@ -212,6 +219,7 @@ def erase(pixels: FloatArray, rng: Rng) -> None:
     _, height, width = pixels.shape
     for _ in range(_ATTEMPTS):
         h, w = _shape(width * height * rng.uniform(*_ERASED), _ERASED_RATIO, rng)
+        # Smaller than the image, unlike a crop, which may be all of it.
         if 1 <= w < width and 1 <= h < height:
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
             noise = rng.standard_normal((3, h, w), np.float32)

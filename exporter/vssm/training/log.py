@@ -49,6 +49,7 @@ class RunLog:
         self.path = path
         self._board: Any = None
         try:
+            # O_APPEND: reading moves the offset, and a row must go to the end all the same.
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise ArtifactError(
@@ -59,6 +60,7 @@ class RunLog:
             self._check_head()
         except BaseException as error:
             os.close(self._file)
+            # Raised by the lock alone: somebody else has it.
             if isinstance(error, BlockingIOError):
                 raise ArtifactError(
                     f"log={path} is in use by another run; wait for it, or name another directory"
@@ -94,6 +96,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = str(self.path.parent / "tensorboard")
+            # `purge_step` hides what a stopped run wrote of the steps that are done again.
             self._board = SummaryWriter(folder, purge_step=done + 1)
 
     def add(self, row: LogRow) -> None:
@@ -119,6 +122,7 @@ class RunLog:
 
     def _check_head(self) -> None:
         text = self._read()
+        # A kill may have left a part of the first line.
         if text and not text.startswith(_HEAD) and not _HEAD.startswith(text):
             raise ArtifactError(
                 f"log={self.path} is no log of a training run; name another directory"
@@ -129,6 +133,7 @@ class RunLog:
         return [line for line in self._read().splitlines(keepends=True) if line.endswith(b"\n")]
 
     def _read(self) -> bytes:
+        # A second descriptor: the file object closes its own, and ours holds the lock.
         with os.fdopen(os.dup(self._file), "rb") as file:
             file.seek(0)
             return file.read()
@@ -140,6 +145,7 @@ class RunLog:
             raise ArtifactError(
                 f"log={self.path} cannot be written ({error.strerror}); make room, then --resume"
             ) from error
+        # A full disk may take a part of a row and report no error until the next one.
         if written != len(data):
             raise ArtifactError(f"log={self.path}: the disk is full; make room, then --resume")
 

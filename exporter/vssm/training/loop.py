@@ -42,6 +42,7 @@ class Group:
     def __init__(self, device: str) -> None:
         if device not in {"cpu", "cuda"}:
             raise ValueError(f"device={device!r} is neither cpu nor cuda; give one of them")
+        # Without torchrun there is one process, and nothing to set up.
         self.world = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets these
         self.rank = int(os.environ.get("RANK", "0"))
         self.device = torch.device(device)
@@ -72,6 +73,7 @@ class Group:
         """Replace each by its sum over the processes, in place."""
         if self.world == 1:
             return
+        # One reduction: one for each of hundreds of tensors would wait for the others as often.
         flat = torch.cat([g.flatten() for g in gradients])
         distributed.all_reduce(flat)
         start = 0
@@ -194,6 +196,7 @@ def train(
     state, path = State.begin(model, run.recipe), run.directory / STATE_FILE
     if path.exists():
         state.load(path, run.header)
+    # A process that sees another state, or none, would make other steps and be waited for.
     group.agree("step", state.step)
     resumed, start = state.step, time.perf_counter()
     if log is not None:
@@ -206,9 +209,11 @@ def train(
         if log is not None:
             log.add(LogRow(state.step, epoch + 1, lr, loss))
             if state.step % run.save_every == 0 or state.step % run.steps_per_epoch == 0:
+                # The rows first: `begin` refuses a state that has more steps than the log has rows.
                 log.sync()
                 state.save(path, run.header)
         progress(_line(state.step, loss, lr, run, (time.perf_counter() - start, resumed)))
+    # The time is that of the slowest process.
     group.wait()
     seconds = time.perf_counter() - start
     model.eval()
@@ -246,7 +251,9 @@ def _shares(run: TrainingRun, group: Group, first: int) -> Iterator[list[tuple[E
     for epoch in range(first // per_epoch, run.recipe.epochs):
         order = run.recipe.order(epoch, len(run.folder.pictures))
         for step in range(max(0, first - epoch * per_epoch), per_epoch):
+            # The place in the whole batch: what an image draws does not depend on the processes.
             chosen = enumerate(order[step], start=step * batch)
+            # In strides, so that the repeats of an image go to different processes, as DeiT's do.
             mine = list(chosen)[group.rank :: group.world]
             pictures = [(place, run.folder.pictures[index]) for place, index in mine]
             yield [
@@ -264,9 +271,11 @@ def _gradients(
 ) -> float:
     """Leave the gradients of the mean loss over all processes; return that loss."""
     model, recipe, (classes, images) = state.model, run.recipe, batch
+    # By rank: each process mixes the images that it has.
     rng = recipe.generator(Draw.MIX, state.step, group.rank)
     num_classes = int(run.header["num_classes"])
     images, targets = mix(images, classes, num_classes, recipe, rng)
+    # float64, so that the passes of a step add no rounding of their own to the loss.
     total = torch.zeros((), dtype=torch.float64, device=group.device)
     size = run.micro_batch or len(images)
     for some, goals in zip(images.split(size), targets.split(size), strict=True):
@@ -275,8 +284,10 @@ def _gradients(
             with torch.no_grad():
                 taught = teacher(some)
         loss = loss_of(model(some), goals, taught, recipe)
+        # By the whole batch: gradients of passes and processes are then only to be added.
         (loss / recipe.batch).backward()
         total += loss.detach()
+    # Which parameters have none is up to the model, so every process leaves out the same.
     group.sum_gradients([p.grad for p in model.parameters() if p.grad is not None])
     mean = group.sum(total).item() / recipe.batch
     if not math.isfinite(mean):

@@ -33,12 +33,15 @@ def mix(
         (batch, 3, height, width), and (batch, num_classes) whose rows sum to 1.
     """
     share = 1.0  # of the image itself
+    # An even chance, timm's `switch_prob`.
     take_cutmix = recipe.cutmix > 0 and (recipe.mixup == 0 or rng.random() < 0.5)
     if take_cutmix:
         top, bottom, left, right = _box(images, rng.beta(recipe.cutmix, recipe.cutmix), rng)
         area = images.shape[2] * images.shape[3]
+        # By the pixels that were pasted, as the border may have cut the rectangle.
         share = 1 - (bottom - top) * (right - left) / area
         pasted = images.flip(0)[:, :, top:bottom, left:right]
+        # `flip` has made a copy, so only what is pasted into must not be the caller's tensor.
         images = images.clone()
         images[:, :, top:bottom, left:right] = pasted
     elif recipe.mixup > 0:
@@ -76,4 +79,5 @@ def loss_of(logits: Tensor, targets: Tensor, teacher: Tensor | None, recipe: Rec
         reduction="sum",
         log_target=True,
     )
+    # Squared, since gradients of softened logits shrink by that much (Hinton et al., section 2).
     return (1 - recipe.distil) * loss + recipe.distil * warm**2 * divergence

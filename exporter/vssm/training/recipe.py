@@ -80,6 +80,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # NaN fails every comparison, and `_check` refuses infinity as well.
         for name in ("epochs", "batch", "repeats"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("warm_up_epochs", "lr", "min_lr", "warm_up_lr", "weight_decay", "seed"):
@@ -109,11 +110,13 @@ class Recipe:
             ValueError: a name is unknown, or a value out of its range.
             TypeError: a value is of another type.
         """
+        # By the defaults, as annotations are texts here.
         kinds = {f.name: type(getattr(_DEFAULT, f.name)) for f in fields(cls)}
         for name in values:
             check_choice("recipe", name, kinds)
         for name, value in values.items():
             kind = kinds[name]
+            # bool is a kind of int, but `lr=true` is a mistake.
             allowed = (int, float) if kind is float else (kind,)
             if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
                 raise TypeError(
@@ -131,6 +134,7 @@ class Recipe:
         The warm-up takes the place of the cosine's first epochs and does not shift it.
         """
         if epoch < self.warm_up_epochs:
+            # Not shifted: after the warm-up the cosine goes on from where it would be by then.
             return self.warm_up_lr + epoch * (self.lr - self.warm_up_lr) / self.warm_up_epochs
         way = 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
         return self.min_lr + (self.lr - self.min_lr) * way
@@ -139,6 +143,7 @@ class Recipe:
         """The random numbers for one purpose at one place."""
         import numpy as np
 
+        # numpy hashes the list, so seeds and places that are neighbours give unrelated streams.
         return np.random.Generator(np.random.PCG64([self.seed, what, *where]))
 
     def steps(self, images: int) -> int:
@@ -163,6 +168,7 @@ class Recipe:
 
         steps = self.steps(images)
         shuffled = self.generator(Draw.ORDER, epoch).permutation(images)
+        # Cut to the steps of an epoch: with 3 repeats it sees a third of the images.
         return np.repeat(shuffled, self.repeats)[: steps * self.batch].reshape(steps, self.batch)
 
 

@@ -44,6 +44,7 @@ def refuse_unused_options(
         ValueError: one of them is given without what it belongs to, or by a wrong name.
     """
     for option, value in rules.items():
+        # Refused, not ignored: the model would be dense, and whoever asked would not notice.
         if value is not None and schedule is None:
             raise ValueError(
                 f"{option}={value!r} without a schedule prunes nothing; give --schedule "
@@ -115,6 +116,7 @@ class ModelSource:
             **self.rules,
         )
         for option, value in self.rules.items():
+            # A text leaves the rules open for options to set; a schedule that is made has them.
             if value is not None and isinstance(self.schedule, PruneSchedule):
                 raise ValueError(
                     f"{option}={value!r} beside a PruneSchedule, which has its own; leave it out, "
@@ -136,6 +138,7 @@ class ModelSource:
         Raises:
             ValueError, TypeError: the name, an option or the schedule does not fit.
         """
+        # A model's name wins over a directory of that name; ./NAME is the directory.
         if exports and self.name not in MODELS:
             if not Path(self.name).is_dir():
                 hint = did_you_mean(self.name, MODELS)
@@ -237,6 +240,7 @@ class FinetuneRequest:
                 f"distil={self.recipe.distil} needs a schedule and a checkpoint: the teacher is "
                 "the dense model with its weights; give both, or distil=0"
             )
+        # A teacher that knows nothing of the classes would teach noise.
         if self.recipe.distil > 0 and self.source.new_head:
             raise ValueError(
                 f"distil={self.recipe.distil} with new_head=True: the teacher's head would be "

@@ -51,6 +51,8 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Trai
     Raises:
         ValueError: it is not certain which folder is which class, or the batch does not fit.
     """
+    # All that the numbers depend on is in the header, so that `--resume` can promise the same bits.
+    # Workers are not: they load the same images in the same order.
     recipe, resources = request.recipe, request.resources
     folder = open_images(
         request.data, model.num_classes, labels=model.labels, classes=request.classes, name="data"
@@ -120,6 +122,7 @@ def build_model(source: ModelSource, schedule: PruneSchedule | None) -> VisionMo
 
 def _schedule(source: ModelSource) -> PruneSchedule | None:
     found = named_schedule(source.name, source.schedule, **source.rules)
+    # Masked tokens keep their places, and the fused one is plain removal's: neither aligns.
     forced = {"masked": "masked", "fused": "none"}.get(source.tokens)
     if found is None or forced is None or isinstance(source.schedule, PruneSchedule):
         return found  # one that is made already says itself how it aligns
@@ -184,15 +187,18 @@ def finetune(
     from vssm.training.loop import LOG_FILE, Group, train
 
     group = Group(request.resources.device)
+    # Before models are built, which takes seconds.
     if group.leads:
         _check_output(request)
     model, teacher = build_models(request, group)
     run = plan_run(request, model, group)
     if group.leads:
         make_directory(request.output)
+    # One process writes, and its lock keeps a second run out of the directory.
     log = RunLog(request.output / LOG_FILE) if group.leads else None
     with log or nullcontext(), group:
         if group.leads:
+            # Under the lock: what is left is nobody's.
             remove_leftovers(request.output)
         state, trained = train(model, run, group, log=log, teacher=teacher, progress=progress)
         if not group.leads:
@@ -204,6 +210,7 @@ def has_run(output: Path) -> bool:
     """Whether a training run was begun in `output`; its log is the first file that it makes."""
     from vssm.training.loop import LOG_FILE, STATE_FILE
 
+    # A run that was killed before its first state has a log alone.
     return (output / STATE_FILE).exists() or (output / LOG_FILE).exists()
 
 

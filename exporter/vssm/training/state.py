@@ -55,6 +55,7 @@ class State:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for key, value in self.model.state_dict().items():
+            # Counters and tables of indices have no average.
             if value.is_floating_point():
                 self.ema[key].mul_(decay).add_(value, alpha=1 - decay)
             else:
@@ -77,6 +78,7 @@ class State:
         document["sha256"] = _digest(document, tensors)
         with atomic_path(path) as temporary:
             # Not save_file, whose own unfinished files a kill would leave under unknown names.
+            # One entry: safetensors writes several in another order in every process.
             metadata = {"vssm": json.dumps(document, sort_keys=True)}
             temporary.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
 
@@ -89,6 +91,7 @@ class State:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 document = json.loads((file.metadata() or {})["vssm"])
+                # First: another run's tensors would not fit, which must not be told as damage.
                 _check_header(path, document, header)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if document.pop("sha256") != _digest(document, tensors):
@@ -111,6 +114,7 @@ class State:
     def _fill(self, tensors: Mapping[str, Tensor]) -> None:
         by_kind: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
         for key, value in tensors.items():
+            # The first dot ends the kind; keys of the model have dots of their own.
             kind, _, name = key.partition(".")
             by_kind[kind][name] = value
         self.model.load_state_dict(by_kind["model"])
