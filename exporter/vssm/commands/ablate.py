@@ -19,15 +19,16 @@ from vssm.commands.options import (
     ModelOptions,
     NewHead,
     OwnSchedule,
+    model_source,
     options,
 )
 from vssm.commands.tables import say, show, table, telling, write_result
 from vssm.studies.plan import TRAINED, AblationOptions, AblationTraining
 from vssm.training.recipe import Recipe
-from vssm.training.request import ModelSource
 
 if TYPE_CHECKING:
     from vssm.studies.report import AblationReport
+    from vssm.training.request import ModelSource
 
 Checkpoints = Annotated[
     list[Path] | None,
@@ -97,16 +98,9 @@ def ablate(
     json_file: Json = None,
 ) -> None:
     """Compare alignments, importances, an EViT-style baseline and keep ratios on a data set."""
-    files: list[Path | None] = [None] if checkpoint is None else [*checkpoint]
-    source = ModelSource(
-        model,
-        files[0],
-        weights="ema" if ema else "model",
-        schedule=schedule,
-        num_classes=num_classes,
-        options=options(option or []),
-        key=key,
-        new_head=new_head,
+    first, more = (checkpoint[0], checkpoint[1:]) if checkpoint else (None, [])
+    source = model_source(
+        model, first, ema, key, new_head, schedule=schedule, num_classes=num_classes, option=option
     )
     training = _training(train, finetune, finetune_seeds, recipe, micro_batch)
     asked = AblationOptions(
@@ -117,7 +111,7 @@ def ablate(
         classes=classes,
         backend=backend,
         device=device,
-        checkpoints=[file for file in files[1:] if file is not None],
+        checkpoints=more,
         finetuned=_files(finetuned or []),
         training=training,
         restart=restart,

@@ -29,6 +29,7 @@ from vssm.commands.options import (
     Opset,
     Schedule,
     Switches,
+    model_source,
     options,
     sizes,
 )
@@ -39,8 +40,9 @@ from vssm.files.text import shown
 
 if TYPE_CHECKING:
     from vssm.artifact.directory import Artifact
-    from vssm.artifact.manifest import Preprocessing
+    from vssm.artifact.manifest import CheckpointInfo, Preprocessing
     from vssm.pruning.schedule import PruneSchedule
+    from vssm.training.request import ModelSource
     from vssm.types import Steps
 
 
@@ -69,7 +71,6 @@ class ModuleRequest:
     outputs: tuple[str, ...] | None = None
     opset: int = 18
     inline: bool = False
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,41 +83,31 @@ class ModuleExport:
 
 
 def export_user_module(
-    request: ModuleRequest, directory: Path, *, progress: Steps = lambda *_: None
+    request: ModuleRequest,
+    directory: Path,
+    *,
+    force: bool = False,
+    progress: Steps = lambda *_: None,
 ) -> ModuleExport:
     """Import, build, load, prune, export. It runs the code that the target names.
 
     Raises:
         ValueError, VssmError: as `build_from`, `load_checkpoint`, `prune` and `export_module` do.
     """
-    schedule = _check(request, directory)
+    schedule = _check(request)
+    check_target(directory, force=force)
     import torch
 
-    from vssm.artifact.manifest import CheckpointInfo
-    from vssm.checkpoints.load import load_checkpoint
     from vssm.compat import upstream
     from vssm.compat.export import export_module
     from vssm.compat.factory import build_from, search_path
     from vssm.compat.prune import prune
 
-    loaded = None
     with search_path(request.target, request.paths), upstream(prefer=request.prefer) as report:
         progress(f"importing {request.target}", 0, 1)
         torch.manual_seed(0)
         model: Any = build_from(request.target, request.options)
-        checkpoint = None
-        if request.checkpoint is not None:
-            found = load_checkpoint(
-                model,
-                request.checkpoint,
-                weights=request.weights,
-                key=request.key,
-                new_head=request.new_head,
-            )
-            checkpoint, loaded = (
-                CheckpointInfo(shown(request.checkpoint.name), found.sha256),
-                str(found),
-            )
+        checkpoint, loaded = _load(request, model)
         example = _example(request)
         if schedule is not None:
             model = prune(
@@ -132,17 +123,32 @@ def export_user_module(
             opset=request.opset,
             inline=request.inline,
             preprocessing=_preprocessing(request),
-            labels=_labels(request, request.labels, model, example)
-            if request.labels is not None
-            else None,
+            labels=_labels(request, model, example),
             checkpoint=checkpoint,
-            force=request.force,
+            force=force,
             progress=progress,
         )
     return ModuleExport(artifact, str(report), loaded)
 
 
-def _check(request: ModuleRequest, directory: Path) -> PruneSchedule | None:
+def _load(request: ModuleRequest, model: Any) -> tuple[CheckpointInfo | None, str | None]:
+    """Load the checkpoint, if there is one: its name and hash, and what was done, in words."""
+    if request.checkpoint is None:
+        return None, None
+    from vssm.artifact.manifest import CheckpointInfo
+    from vssm.checkpoints.load import load_checkpoint
+
+    found = load_checkpoint(
+        model,
+        request.checkpoint,
+        weights=request.weights,
+        key=request.key,
+        new_head=request.new_head,
+    )
+    return CheckpointInfo(shown(request.checkpoint.name), found.sha256), str(found)
+
+
+def _check(request: ModuleRequest) -> PruneSchedule | None:
     """Refuse what will not do before the user's code runs; the schedule comes back."""
     from vssm.models.schedules import named_schedule
     from vssm.onnx.options import check_opset
@@ -161,7 +167,6 @@ def _check(request: ModuleRequest, directory: Path) -> PruneSchedule | None:
     check_choice("prefer", request.prefer, ("ours", "installed"))
     check_opset(request.opset)
     check_files(checkpoint=request.checkpoint, labels=request.labels)
-    check_target(directory, force=request.force)
     _preprocessing(request)
     return named_schedule(request.target, request.schedule, **rules)
 
@@ -175,8 +180,10 @@ def _example(request: ModuleRequest) -> Any:
     return torch.randn(request.input_shape, generator=generator)
 
 
-def _labels(request: ModuleRequest, path: Path, model: Any, example: Any) -> tuple[str, ...]:
-    """As many names as the logits are wide."""
+def _labels(request: ModuleRequest, model: Any, example: Any) -> tuple[str, ...] | None:
+    """As many names as the logits are wide; None where no file has them."""
+    if request.labels is None:
+        return None
     import torch
 
     from vssm.artifact.preprocessing import read_labels
@@ -189,7 +196,7 @@ def _labels(request: ModuleRequest, path: Path, model: Any, example: Any) -> tup
             f"labels={request.labels}: the outputs are {', '.join(found)}, and none is called "
             "logits; say --outputs logits=NAME for the one that the labels belong to"
         )
-    return read_labels(path, int(found["logits"].shape[-1]))
+    return read_labels(request.labels, int(found["logits"].shape[-1]))
 
 
 def _preprocessing(request: ModuleRequest) -> Preprocessing | None:
@@ -263,22 +270,49 @@ def export(
     json_file: Json = None,
 ) -> None:
     """Export a model, pruned or dense, to model.onnx and model.json."""
-    from vssm.onnx.options import check_opset, checked_dtype
-    from vssm.training.request import ModelSource
-
-    source = ModelSource(
+    source = model_source(
         name,
         checkpoint,
-        weights="ema" if ema else "model",
+        ema,
+        key,
+        new_head,
         schedule=schedule,
         alignment=alignment,
         importance=importance,
         conv=conv,
         num_classes=num_classes,
-        options=options(option or []),
-        key=key,
-        new_head=new_head,
+        option=option,
     )
+    artifact, loaded = _export(
+        source,
+        output,
+        dtype=dtype,
+        opset=opset,
+        labels=labels,
+        num_classes=num_classes,
+        inline=inline,
+        weights=not no_weights,
+        force=force,
+    )
+    _print(artifact, loaded)
+    write_result(json_file, artifact.manifest)
+
+
+def _export(
+    source: ModelSource,
+    output: Path,
+    *,
+    dtype: str,
+    opset: int,
+    labels: Path | None,
+    num_classes: int,
+    inline: bool,
+    weights: bool,
+    force: bool,
+) -> tuple[Artifact, str | None]:
+    """The export, and what was loaded, in words."""
+    from vssm.onnx.options import check_opset, checked_dtype
+
     dtype = checked_dtype(dtype)
     check_opset(opset)
     check_target(output, force=force)
@@ -290,22 +324,21 @@ def export(
     from vssm.training.run import build_model
 
     with phases() as progress:
-        progress(f"building {name}", 0, 1)
+        progress(f"building {source.name}", 0, 1)
         model = build_model(source, pruning)
-        progress(f"building {name}", 1, 1)
+        progress(f"building {source.name}", 1, 1)
         artifact = export_model(
             model,
             output,
             dtype=dtype,
             opset=opset,
             inline=inline,
-            weights=not no_weights,
+            weights=weights,
             labels=names,
             force=force,
             progress=progress,
         )
-    _print(artifact, model.loaded)
-    write_result(json_file, artifact.manifest)
+    return artifact, model.loaded
 
 
 def _print(artifact: Artifact, loaded: str | None) -> None:
@@ -374,10 +407,15 @@ def export_module(
         outputs=None if outputs is None else tuple(outputs.split(",")),
         opset=opset,
         inline=inline,
-        force=force,
     )
+    _export_module(request, output, json_file, force=force)
+
+
+def _export_module(
+    request: ModuleRequest, output: Path, json_file: Path | None, *, force: bool
+) -> None:
     with phases() as progress:
-        done = export_user_module(request, output, progress=progress)
+        done = export_user_module(request, output, force=force, progress=progress)
     _print_module(done)
     write_result(json_file, done.artifact.manifest)
 

@@ -21,12 +21,13 @@ from vssm.commands.options import (
     NumClasses,
     Schedule,
     Switches,
+    model_source,
     options,
 )
 from vssm.commands.tables import say, say_folders, show, table, telling, write_result
 from vssm.extras import install_command
 from vssm.training.recipe import Recipe
-from vssm.training.request import FinetuneRequest, ModelSource, Resources
+from vssm.training.request import FinetuneRequest, Resources
 
 if TYPE_CHECKING:
     from vssm.training.run import FinetuneReport
@@ -89,26 +90,29 @@ def finetune(
     json_file: Json = None,
 ) -> None:
     """Train a model, pruned or dense; after a kill, --resume goes on bit for bit."""
-    source = ModelSource(
+    source = model_source(
         name,
         checkpoint,
-        weights="ema" if ema else "model",
+        ema,
+        key,
+        new_head,
         schedule=schedule,
         alignment=alignment,
         importance=importance,
         conv=conv,
         tokens=tokens,
         num_classes=num_classes,
-        options=options(option or []),
-        key=key,
-        new_head=new_head,
+        option=option,
     )
     recipe = _recipe(numbers or [], {"epochs": epochs, "batch": batch, "lr": lr})
     resources = Resources(workers, micro_batch, save_every, device, threads)
-    request = FinetuneRequest(source, data, output, recipe, classes, resume, resources)
-    if checkpoint is None:
+    _run(FinetuneRequest(source, data, output, recipe, classes, resume, resources), json_file)
+
+
+def _run(request: FinetuneRequest, json_file: Path | None) -> None:
+    if request.source.checkpoint is None:
         say("no checkpoint given: training begins at the seeded initial weights")
-    source.checked()
+    request.source.checked()
     from vssm.training.run import finetune as run_finetune
 
     with telling("training") as tell:

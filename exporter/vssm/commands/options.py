@@ -15,6 +15,7 @@ import typer
 from vssm.commands.tables import STDOUT, console
 from vssm.files.atomic import check_writable
 from vssm.models.catalogue import MODELS
+from vssm.training.request import ModelSource
 
 
 def _json_target(path: Path | None) -> Path | None:
@@ -187,3 +188,39 @@ def options(pairs: list[str], name: str = "--set") -> dict[str, Any]:
         except json.JSONDecodeError:
             found[key] = value
     return found
+
+
+def model_source(
+    name: str,
+    checkpoint: Path | None,
+    ema: bool,
+    key: str | None,
+    new_head: bool,
+    *,
+    schedule: str | None,
+    num_classes: int | None,
+    option: list[str] | None,
+    alignment: str | None = None,
+    importance: str | None = None,
+    conv: str | None = None,
+    tokens: str = "gather",
+) -> ModelSource:
+    """The model that a command's options describe.
+
+    Raises:
+        ValueError: two of them contradict each other, or a pair of --set is malformed.
+    """
+    return ModelSource(
+        name,
+        checkpoint,
+        weights="ema" if ema else "model",
+        schedule=schedule,
+        alignment=alignment,
+        importance=importance,
+        conv=conv,
+        tokens=tokens,
+        num_classes=num_classes,
+        options=options(option or []),
+        key=key,
+        new_head=new_head,
+    )

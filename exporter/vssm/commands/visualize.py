@@ -19,7 +19,7 @@ from vssm.commands.options import (
     NewHead,
     OwnSchedule,
     integers,
-    options,
+    model_source,
 )
 from vssm.commands.tables import say, telling, write_result
 
@@ -52,20 +52,18 @@ def visualize(
     json_file: Json = None,
 ) -> None:
     """Draw kept tokens, importance, attention and walks: dense, plain removal, aligned."""
-    from vssm.training.request import ModelSource
-
-    source = ModelSource(
+    source = model_source(
         model,
         checkpoint,
-        weights="ema" if ema else "model",
+        ema,
+        key,
+        new_head,
         schedule=schedule,
         alignment=alignment,
         importance=importance,
         conv=conv,
         num_classes=num_classes,
-        options=options(option or []),
-        key=key,
-        new_head=new_head,
+        option=option,
     )
     source.checked(exports=True)
     shown = None if blocks is None else integers("blocks", blocks)

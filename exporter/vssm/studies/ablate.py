@@ -75,11 +75,7 @@ def ablate(
     options, images, output = options or AblationOptions(), Path(images), Path(output)
     require("matplotlib")
     opened = open_checkpoints(source, options.checkpoints)
-    schedule = opened[0].schedule
-    if schedule is None:
-        raise ValueError(
-            f"model={source.name!r} has no schedule to ablate; give --schedule BLOCK:RATIO,..."
-        )
+    schedule = _schedule(source, opened)
     plan = _plan(opened[0].name, schedule, options)
     runs = [*zero_shot_runs(plan, len(opened)), *given_runs(plan, options.finetuned)]
     folder = open_images(
@@ -114,6 +110,15 @@ def ablate(
         report = _write(output, facts, rows, ready.left_out, unreadable)
         journal.remove()
     return report
+
+
+def _schedule(source: ModelSource, opened: Sequence[LoadedSource]) -> PruneSchedule:
+    schedule = opened[0].schedule
+    if schedule is None:
+        raise ValueError(
+            f"model={source.name!r} has no schedule to ablate; give --schedule BLOCK:RATIO,..."
+        )
+    return schedule
 
 
 def _plan(name: str, schedule: PruneSchedule, options: AblationOptions) -> Plan:
