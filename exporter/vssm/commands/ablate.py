@@ -98,6 +98,7 @@ def ablate(
     json_file: Json = None,
 ) -> None:
     """Compare alignments, importances, an EViT-style baseline and keep ratios on a data set."""
+    # The first is the model's; every row runs with the others too.
     first, more = (checkpoint[0], checkpoint[1:]) if checkpoint else (None, [])
     source = model_source(
         model, first, ema, key, new_head, schedule=schedule, num_classes=num_classes, option=option
@@ -126,6 +127,7 @@ def _run(
     asked: AblationOptions,
     json_file: Path | None,
 ) -> None:
+    # Before torch is imported, so that a wrong option is answered at once.
     source.checked(exports=True)
     from vssm.studies.ablate import ablate as ablate_model
 
@@ -157,8 +159,10 @@ def _training(
         "recipe": None if recipe is None else _recipe(recipe),
         "micro-batch": micro_batch,
     }
+    # What is not given is left to the defaults of `AblationTraining`.
     given = {name: value for name, value in given.items() if value is not None}
     if data is not None:
+        # Errors name the options; the fields have names of their own.
         names = {"finetune": "variants", "finetune-seeds": "seeds", "micro-batch": "micro_batch"}
         return AblationTraining(data, **{names.get(k, k): value for k, value in given.items()})
     if given:
@@ -186,6 +190,7 @@ def _files(pairs: list[str]) -> dict[str, list[Path]]:
     """
     found: dict[str, list[Path]] = {}
     for pair in pairs:
+        # At the first "=", as a file's name may have more.
         key, equals, file = pair.partition("=")
         if not equals or not file:
             raise ValueError(
@@ -201,6 +206,7 @@ def _print(report: AblationReport, output: Path) -> None:
 
     for name, value in report.facts.items():
         say(f"{name}: {value}")
+    # A dict keeps the order of the tables in the files; a set would not.
     for title in dict.fromkeys(row.table for row in report.rows):
         rows = [cells(row) for row in report.rows if row.table == title]
         filled = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in rows)]

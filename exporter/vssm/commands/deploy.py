@@ -69,8 +69,8 @@ def engine(
         hardware_compatible=hardware_compatible,
         compute_capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
     )
-    check_request(request)
-    artifact = open_artifact(directory, only=(MODEL_FILE,))
+    check_request(request)  # before the export is read and hashed
+    artifact = open_artifact(directory, only=(MODEL_FILE,))  # all that an engine is made from
     with phases() as progress:
         info = build_engine(artifact, request, progress=progress)
     _print_engine(directory, info)
@@ -100,6 +100,7 @@ def bundle(
     json_file: Json = None,
 ) -> None:
     """Pack an export so that a Triton server runs it, or check such a bundle."""
+    # Exactly one: a bundle to make has an output, one to check has none.
     if verify == (output is not None):
         raise ValueError("give either -o OUT, to make a bundle, or --verify, to check one")
     if output is None:
@@ -114,6 +115,7 @@ def bundle(
     request = BundleRequest(name, labels, serving, force=force)
     manifest = make_bundle(open_artifact(directory, only=(MODEL_FILE,)), output, request)
     for part, reason in manifest.absent.items():
+        # Not an error: most of it the Dockerfile and start.sh make on the server.
         say((f"left out: {part}: {reason}", "yellow"))
     say(f"wrote {output} ({len(manifest.files)} files); see {output / 'README.md'}")
     write_result(json_file, manifest)
@@ -121,6 +123,7 @@ def bundle(
 
 def _refuse_making(context: typer.Context) -> None:
     for option in ("name", "labels", "batch", "queue_us", "instances", "force"):
+        # A value does not tell whether it was given or is the default; click's context does.
         source = context.get_parameter_source(option)
         if source is not None and source.name != "DEFAULT":
             value = context.params[option]
@@ -140,8 +143,10 @@ def _verify_bundle(directory: Path, json_file: Path | None) -> None:
             f"{report.name}: {report.files} files hashed, {report.kernels} kernels ran, logits "
             f"within {report.difference:.1e} of the fallback bodies'"
         )
+    # Before the exit: a script wants to read what failed.
     write_result(json_file, report)
     if not report.passed:
+        # A failed check; 2 would be a wrong call.
         raise typer.Exit(1)
     say(("passed", "bold green"))
 

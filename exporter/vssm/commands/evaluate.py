@@ -40,6 +40,7 @@ def evaluate(
     """Measure top-1 and top-5 over a folder of images; goes on where a stopped run ended."""
     from vssm.evaluation.evaluate import evaluate as evaluate_export
 
+    # It checks the options itself, before any work.
     with telling("evaluating") as tell:
         report = evaluate_export(
             directory,

@@ -103,8 +103,11 @@ def export_user_module(
     from vssm.compat.factory import build_from, search_path
     from vssm.compat.prune import prune
 
+    # Around the export too: it runs the model's forward, which may import only then.
     with search_path(request.target, request.paths), upstream(prefer=request.prefer) as report:
+        # A phase, as a repository and what it imports may take long.
         progress(f"importing {request.target}", 0, 1)
+        # A factory may draw its weights: without a checkpoint two exports are equal all the same.
         torch.manual_seed(0)
         model: Any = build_from(request.target, request.options)
         checkpoint, loaded = _load(request, model)
@@ -118,6 +121,7 @@ def export_user_module(
             model,
             example,
             directory,
+            # The factory's name, without the path of the user's machine.
             name=request.target.rpartition(":")[2],
             outputs=request.outputs,
             opset=request.opset,
@@ -167,6 +171,7 @@ def _check(request: ModuleRequest) -> PruneSchedule | None:
     check_choice("prefer", request.prefer, ("ours", "installed"))
     check_opset(request.opset)
     check_files(checkpoint=request.checkpoint, labels=request.labels)
+    # For its error alone.
     _preprocessing(request)
     return named_schedule(request.target, request.schedule, **rules)
 
@@ -174,6 +179,7 @@ def _check(request: ModuleRequest) -> PruneSchedule | None:
 def _example(request: ModuleRequest) -> Any:
     import torch
 
+    # Its own generator: what a factory draws, or does not, must not change the example.
     generator = torch.Generator().manual_seed(0)
     if request.integers is not None:
         return torch.randint(request.integers, request.input_shape, generator=generator)
@@ -189,6 +195,7 @@ def _labels(request: ModuleRequest, model: Any, example: Any) -> tuple[str, ...]
     from vssm.artifact.preprocessing import read_labels
     from vssm.compat.outputs import module_outputs
 
+    # Only a run tells how wide the logits are.
     with torch.inference_mode():
         found = module_outputs(request.outputs)(model, example)
     if "logits" not in found:
@@ -315,7 +322,9 @@ def _export(
 
     dtype = checked_dtype(dtype)
     check_opset(opset)
+    # Asked again when the files are put in place; here it saves the work.
     check_target(output, force=force)
+    # All that needs no torch comes before its import.
     pruning = source.checked()
     from vssm.artifact.preprocessing import read_labels
 
@@ -422,6 +431,7 @@ def _export_module(
 
 def _print_module(done: ModuleExport) -> None:
     manifest = done.artifact.manifest
+    # Said each time: whoever runs this is to know that code of the repository ran.
     say(f"executed the code of {manifest.name}; upstream packages: {done.upstream}")
     if done.loaded is None:
         say(("no checkpoint given: the weights are the factory's", "yellow"))
@@ -430,6 +440,7 @@ def _print_module(done: ModuleExport) -> None:
     for line in manifest.config["passes"]:
         if not line.endswith("applied 0 times"):  # model.json has them all
             say(f"pass {line}")
+    # Worth a word only where it is weaker than usual.
     if manifest.config["reference"] not in {None, "float64"}:
         say(f"reference of `vssm check`: {manifest.config['reference']}")
     _print_files(done.artifact)

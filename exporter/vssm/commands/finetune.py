@@ -76,6 +76,7 @@ def finetune(
     tokens: Tokens = "gather",
     num_classes: NumClasses = 1000,
     option: Switches = None,
+    # The recipe's own defaults, so that --help shows the published numbers.
     epochs: Epochs = Recipe.epochs,
     batch: Batch = Recipe.batch,
     lr: Rate = Recipe.lr,
@@ -110,13 +111,16 @@ def finetune(
 
 
 def _run(request: FinetuneRequest, json_file: Path | None) -> None:
+    # Allowed, but seldom meant.
     if request.source.checkpoint is None:
         say("no checkpoint given: training begins at the seeded initial weights")
+    # Before torch is imported, so that a wrong option is answered at once.
     request.source.checked()
     from vssm.training.run import finetune as run_finetune
 
     with telling("training") as tell:
         report = run_finetune(request, progress=tell)
+    # Under torchrun, only the process that leads has one.
     if report is not None:
         _print(report)
         write_result(json_file, report)
@@ -125,6 +129,7 @@ def _run(request: FinetuneRequest, json_file: Path | None) -> None:
 def _recipe(pairs: list[str], named: dict[str, Any]) -> Recipe:
     """The recipe from KEY=VALUE pairs, and the numbers that have options of their own."""
     given = options(pairs, "--recipe")
+    # Neither could win without the other being ignored.
     if twice := sorted(set(given) & set(named)):
         raise ValueError(f"--recipe {twice[0]}: this number has an option of its own; --{twice[0]}")
     return Recipe.of({**named, **given})

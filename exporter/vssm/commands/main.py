@@ -47,6 +47,7 @@ from vssm.extras import explain_missing
 app = typer.Typer(
     name="vssm",
     no_args_is_help=True,
+    # `main` tells every error itself.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune vision state-space models, export them to ONNX, run, prove and measure them.",
@@ -55,11 +56,13 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command; exit code 0 success, 1 a check failed, 2 bad usage or input, 3 a fault."""
+    # By default it ends a process without any `finally`, and leaves what was being written.
     signal.signal(signal.SIGTERM, _terminate)
     try:
         with explain_missing():
             app()
     except (VssmError, ValueError, TypeError, OSError, MemoryError) as error:
+        # A MemoryError has no text.
         say(("error", "bold red"), f": {error or type(error).__name__}", to=errors)
         sys.exit(2)
     except Exception:  # not 1: a script would take it for a failed check
@@ -71,9 +74,11 @@ def main() -> None:
 
 def _terminate(number: int, _: object) -> None:
     """End as an interrupt does: what was begun is put back, or goes, on the way out."""
+    # The exit code that a shell gives to what a signal has ended.
     raise SystemExit(128 + number)
 
 
+# Without a command too, or `vssm --version` would ask for one.
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -86,6 +91,7 @@ def _version(
 @app.command()
 def models(json_file: Json = None) -> None:
     """List the models with their size and cost."""
+    # Every command imports what it runs by itself, so that no other one waits for it.
     from vssm.models.catalogue import describe_models
 
     rows = describe_models()
@@ -93,6 +99,7 @@ def models(json_file: Json = None) -> None:
     write_result(json_file, rows)
 
 
+# Help lists commands in the order of these lines, so they are not registered all at once.
 app.command()(export)
 app.command()(export_module)
 
@@ -118,6 +125,7 @@ def check(
     from vssm.files.json import write_json
     from vssm.runtimes.open import check_runtime
 
+    # Before the export is hashed and the slow oracle runs.
     check_runtime(runtime, backend=backend, threads=threads, trust=trust)
     with console.status("comparing with the float64 oracle"):
         artifact = open_artifact(directory)
@@ -179,6 +187,7 @@ def run(
     )
     show(table(str(info), ("image", "class", "probability"), rows))
     write_result(json_file, {"runtime": info, "images": results})
+    # At the end, where they are seen: one bad file keeps nobody from the other results.
     unread = [row for row in results if row["error"] is not None]
     for row in unread:
         say(("not read", "bold red"), f": {row['error']}", to=errors)

@@ -24,6 +24,7 @@ def _json_target(path: Path | None) -> Path | None:
     Where the result goes to standard output, what people read goes to standard error, so that the
     output is JSON and nothing else.
     """
+    # Set back too: a process, such as a test's, may run several commands.
     console.stderr = path == STDOUT
     if path is not None and path != STDOUT:
         check_writable(path)
@@ -32,6 +33,7 @@ def _json_target(path: Path | None) -> Path | None:
 
 def _words(*known: str) -> dict[str, Any]:
     """What a shell completes."""
+    # For completion alone: the functions check values, for callers in Python too.
     return {"autocompletion": lambda incomplete: [w for w in known if w.startswith(incomplete)]}
 
 
@@ -40,6 +42,7 @@ Json = Annotated[
     Path | None,
     typer.Option(
         "--json",
+        # A callback runs while options are read, so before any work.
         callback=_json_target,
         help="Also write the result to this file; - is standard output, tables then go to stderr.",
     ),
@@ -55,6 +58,7 @@ Runtime = Annotated[
 OtherRuntime = Annotated[
     str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.", **_words(*_OTHERS))
 ]
+# None, as what a runtime has by default, and whether it has a choice, differ.
 Backend = Annotated[
     str | None,
     typer.Option(
@@ -135,6 +139,7 @@ Model = Annotated[
 OwnSchedule = Annotated[
     str | None, typer.Option(help="BLOCK:RATIO,..., or default; without it the export's own.")
 ]
+# None, unlike `NumClasses`: an export has a width of its own.
 HeadWidth = Annotated[int | None, typer.Option(help="Classes of a named model, 1000 by default.")]
 ModelOptions = Annotated[
     list[str] | None,
@@ -164,6 +169,7 @@ def sizes(name: str, text: str) -> tuple[int, ...]:
         ValueError: a part is no integer from 1.
     """
     parts = text.split("x")
+    # Not `int` alone, which takes "-1", " 3" and "1_0" too.
     if not all(part.isdecimal() and int(part) for part in parts):
         raise ValueError(f"{name}={text!r} is not sizes from 1 joined by x; write 1x3x224x224")
     return tuple(map(int, parts))
@@ -184,6 +190,7 @@ def options(pairs: list[str], name: str = "--set") -> dict[str, Any]:
         if not equals:
             raise ValueError(f"{name} {pair}: is not KEY=VALUE; write for example {example}")
         try:
+            # So 224 is a number, true a flag and gap a text, without quotes that a shell would eat.
             found[key] = json.loads(value)
         except json.JSONDecodeError:
             found[key] = value

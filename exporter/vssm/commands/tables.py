@@ -36,6 +36,7 @@ _SECONDS: Final = 30.0
 
 def say(*parts: str | tuple[str, str], to: Console | None = None) -> None:
     """Print one line, which the terminal may break but no text in it; a pair has a style."""
+    # Escaped here, before the layout: the terminal sees these as ready texts, not as strings.
     safe = [shown(p) if isinstance(p, str) else (shown(p[0]), p[1]) for p in parts]
     (to or console).print(Text.assemble(*safe), soft_wrap=True)
 
@@ -50,6 +51,7 @@ def say_folders(rule: str, notes: Sequence[str]) -> None:
 def show(*tables: RenderableType) -> None:
     """Print tables."""
     for one in tables:
+        # Never cut: what does not fit is for the terminal to break.
         console.print(one, crop=False)
 
 
@@ -60,6 +62,7 @@ def write_result(path: Path | None, value: Any) -> None:
         ArtifactError: the file cannot be written.
     """
     if path == STDOUT:
+        # Past the console, which speaks to stderr then and could break lines.
         sys.stdout.write(json_text(value))
     elif path is not None:
         write_json(path, value)
@@ -76,6 +79,7 @@ def telling(what: str) -> Iterator[Callable[[str], None]]:
     def tell(line: str) -> None:
         nonlocal told
         if console.is_terminal:
+            # Bound below, before anybody can tell anything.
             status.update(Text(shown(line)))
         elif (now := time.monotonic()) - told >= _SECONDS:
             told = now
@@ -101,12 +105,14 @@ def phases() -> Iterator[Steps]:
     )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    # TensorRT reports from threads of its own.
     lock = threading.Lock()
     tasks: dict[str, TaskID] = {}
     told: dict[str, float] = {}
 
     def tell(phase: str, step: int, steps: int) -> None:
         with lock:
+            # A phase is named at once, its steps now and then.
             if phase not in told or time.monotonic() - told[phase] >= _SECONDS:
                 say(f"{phase}: {step} of {steps}" if phase in told else phase)
                 told[phase] = time.monotonic()
@@ -117,11 +123,13 @@ def phases() -> Iterator[Steps]:
                 tasks[phase] = bars.add_task(phase, total=steps)
             bars.update(tasks[phase], completed=step, total=steps)
             if step >= steps:
+                # Gone when done, so that a phase which comes again has a bar of its own.
                 bars.remove_task(tasks.pop(phase))
 
     if not console.is_terminal:
         yield tell
         return
+    # Transient: bars that are done say nothing that the report does not.
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
         yield draw
 
@@ -145,6 +153,7 @@ class ReportTable:
         widths = [
             max(cell_len(w) for cell in cells for w in cell.split() or [""]) for cells in columns
         ]
+        # A column has a border and two spaces beside its text; the table has one border more.
         left = options.max_width - sum(widths) - 3 * len(widths) - 1
         if left < 0:
             yield from self._list()
@@ -154,6 +163,7 @@ class ReportTable:
             widths[i], left = widths[i] + more, left - more
         drawn = Table()
         for i, name in enumerate(self.columns):
+            # By the first sign; "-" for nothing counts as well, and so does an empty cell.
             numbers = i > 0 and all(row[i][:1] in "0123456789-+." for row in self.rows)
             drawn.add_column(name, justify="right" if numbers else "left", width=widths[i])
         for row in self.rows:
@@ -162,6 +172,7 @@ class ReportTable:
 
     def _list(self) -> Iterator[Text]:
         for first, *others in self.rows:
+            # Not broken, so that a path can be copied as it stands.
             yield Text(first, style="bold", overflow="ignore", no_wrap=True)
             for name, cell in zip(self.columns[1:], others, strict=True):
                 if cell not in {"", "-"}:
@@ -239,6 +250,7 @@ def parity_tables(report: ParityReport) -> list[ReportTable]:
                         d.position,
                         "follows" if d.margin is None else f"{d.margin:.1e}",
                     )
+                    # A screenful; --json has them all.
                     for d in report.disagreements[:20]
                 ),
             )
@@ -292,6 +304,7 @@ def bench_tables(report: BenchReport) -> list[ReportTable]:
     spent = table(
         "one image, one thread, with kernels",
         ("operator", "ms", "share"),
+        # The largest, as the session sorts them; --json has them all.
         ((k, f"{v:.3f}", f"{v / total:.0%}") for k, v in list(report.operators.items())[:12]),
     )
     return [*measured, spent]

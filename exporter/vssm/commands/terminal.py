@@ -20,6 +20,7 @@ class Terminal(Console):
     """
 
     def __init__(self, **options: Any) -> None:
+        # Here "[red]" and ":tada:" are parts of a name, not orders.
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:

@@ -66,6 +66,7 @@ def visualize(
         option=option,
     )
     source.checked(exports=True)
+    # Options first, then what imports torch.
     shown = None if blocks is None else integers("blocks", blocks)
     from vssm.studies.visualize import visualize as visualize_images
 

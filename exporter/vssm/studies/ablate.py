@@ -73,7 +73,7 @@ def ablate(
     from vssm.studies.report import Measured
 
     options, images, output = options or AblationOptions(), Path(images), Path(output)
-    require("matplotlib")
+    require("matplotlib")  # before anything is measured: plots are drawn at the end
     opened = open_checkpoints(source, options.checkpoints)
     schedule = _schedule(source, opened)
     plan = _plan(opened[0].name, schedule, options)
@@ -87,12 +87,12 @@ def ablate(
     facts = _facts(opened, schedule, options, folder)
     facts |= _training_facts(options, plan, opened, folder)
     make_directory(output)
-    check_writable(output / TABLES)
+    check_writable(output / TABLES)  # one stands for all: they go into one directory
     ready = _models(runs, opened, options)  # before the training, which takes long
     trained, left_out = Trainer(source, opened, options, output, progress).runs(plan)
     ready = ready.joined(_models(trained, opened, options), left_out)
     runs = [run for run in (*runs, *trained) if run.key in ready.models]
-    header = _header(opened, schedule, runs, options, folder)
+    header = _header(opened, schedule, runs, options, folder)  # has the hashes of trained weights
     path = output / f"{NUMBERS}.journal"
     with AblationJournal(path, header, restart=options.restart) as journal:
         batches = _batches(folder, opened[0], options, done=len(journal.done))
@@ -108,7 +108,7 @@ def ablate(
         rows = _rows(plan, opened[0], schedule, measured, facts["weights"])
         unreadable = [pair for step in journal.done for pair in step.unreadable]
         report = _write(output, facts, rows, ready.left_out, unreadable)
-        journal.remove()
+        journal.remove()  # last: until the tables are written, it is all there is
     return report
 
 
@@ -153,6 +153,7 @@ def _models(
     for run in runs:
         try:
             model = model_of_run(run, opened)
+        # The report says so, and the other variants run.
         except UnsupportedError as error:
             ready.left_out[run.name] = str(error)
             continue
@@ -186,6 +187,7 @@ def _header(
         "preprocessing": repr(opened[0].preprocessing),
         "batch": str(options.batch),
         "backend": options.backend,
+        # Times of two machines must not meet in one median.
         "machine": machine(options.device),
         "vssm": __version__,
     }
@@ -201,6 +203,7 @@ def _batches(
     """Images, classes and what cannot be read of every batch that is not done."""
     size = options.batch
     pictures = folder.pictures
+    # The journal has a line for every batch, of unreadable images too: so many are done.
     batches = [pictures[i : i + size] for i in range(0, len(pictures), size)][done:]
     files = [[str(folder.root / p.path) for p in some] for some in batches]
     loaded = load_in_order(files, source.preprocessing, workers=options.workers)
@@ -246,6 +249,7 @@ def _facts(
     from vssm.studies.measure import machine
 
     pruned = ", ".join(f"{r} after block {b}" for b, r in schedule.ratios.items())
+    # Each sentence once, however many checkpoints it is true of.
     loaded = "; ".join(dict.fromkeys(one.loaded for one in opened if one.loaded is not None))
     return {
         "model": opened[0].name,
@@ -268,6 +272,7 @@ def _training_facts(
         return {}
     images = check_training(training, plan, opened, options, tested)
     numbers, usual = asdict(training.recipe), asdict(Recipe())
+    # The seed is each training's own.
     changed = [f"{k}={v}" for k, v in numbers.items() if k != "seed" and v != usual[k]]
     return {
         "fine-tuned": f"{', '.join(training.variants)}: {training.seeds or len(opened)} each, on "
@@ -287,6 +292,7 @@ def _write(
     from vssm.studies.report import AblationReport, markdown
 
     report = AblationReport(facts, tuple(rows), left_out, tuple(unreadable))
+    # The plots first: the Markdown refers to them.
     for name, against in PLOTS.items():
         atomic_write_bytes(output / name, plot(report, against=against))
     atomic_write_bytes(output / TABLES, markdown(report, list(PLOTS)).encode())

@@ -41,6 +41,7 @@ def kept_figure(picture: Array, kept: Mapping[str, Sequence[tuple[str, Array]]])
     for row, (variant, stages) in zip(axes, kept.items(), strict=True):
         row[0].imshow(picture)
         _label(row[0], variant)
+        # Not strict: a variant may have fewer panels than the widest row, and the rest is hidden.
         for axis, (title, here) in zip(row[1:], stages, strict=False):
             axis.imshow(_faded(picture, here))
             axis.set_title(title, fontsize=9)
@@ -63,6 +64,7 @@ def importance_figure(picture: Array, maps: Sequence[tuple[str, Array]], *, vari
         axis.set_title(title, fontsize=9)
     for axis in flat[1 + len(maps) :]:
         axis.set_visible(False)
+    # Drawn for the last map; "least" and "most" are true of each.
     bar = figure.colorbar(shown, ax=flat, shrink=0.6, pad=0.01, ticks=_limits([values]))
     bar.ax.set_yticklabels(["least", "most"])
     bar.set_label("importance, each map on its own scale", fontsize=9)
@@ -130,7 +132,9 @@ def walks_figure(picture: Array, walks: Sequence[Sequence[Walk]], grid: tuple[in
         for axis in row[len(some) :]:
             axis.set_visible(False)
         for axis, walk in zip(row, some, strict=False):
+            # Whole numbers are the middles of patches, and rows go down.
             extent = (-0.5, grid[1] - 0.5, grid[0] - 0.5, -0.5)
+            # Pale, so that the lines stand out.
             axis.imshow(0.75 + 0.25 * picture, extent=extent)
             shade = np.linspace(0, 1, len(walk.row))
             for t in range(1, len(walk.row)):
@@ -150,9 +154,11 @@ def walks_figure(picture: Array, walks: Sequence[Sequence[Walk]], grid: tuple[in
 
 
 def _panels(rows: int, columns: int, *, side: float = _SIDE) -> tuple[Figure, list[list[Axes]]]:
+    # The class itself: pyplot would keep every figure, and look for a screen.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(side * columns + 0.9, (side + 0.25) * rows), layout="constrained")
+    # `squeeze=False`: one panel is a grid of one by one too.
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([])
@@ -185,6 +191,7 @@ def _limits(maps: Sequence[Array]) -> tuple[float, float]:
     if values.size == 0:
         return 0.0, 1.0
     low, high = float(values.min()), float(np.quantile(values, 0.99))
+    # A map of one value has no range, but a scale must have some.
     return low, high if high > low else low + 1e-12
 
 
@@ -202,6 +209,7 @@ def _cells(picture: Array, here: Array) -> Iterator[tuple[int, int, int, int, bo
     """The pixels of every patch: top, bottom, left, right, and whether it is there."""
     height, width = picture.shape[:2]
     rows, columns = here.shape
+    # Rounded, since patches that overlap do not divide the sides.
     down = np.linspace(0, height, rows + 1).round().astype(int)
     across = np.linspace(0, width, columns + 1).round().astype(int)
     for i in range(rows):

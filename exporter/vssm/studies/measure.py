@@ -41,6 +41,7 @@ class AblationJournal(JsonJournal[Step]):
     """The journal of one ablation, a step a batch."""
 
     what = "ablation"
+    # The journal lies in the output directory, so this is what moves it.
     option = "-o"
 
     @staticmethod
@@ -92,9 +93,11 @@ class Outcome:
 
     def images_per_s(self) -> tuple[float, int]:
         """Median over the largest batches but a call's first, where there are others; how many."""
+        # Smaller batches, the last or those with unreadable files, have another speed.
         size = max(n for n, _, _ in self.batches)
         full = [(seconds, first) for n, seconds, first in self.batches if n == size]
         timed = [seconds for seconds, first in full if not first] or [s for s, _ in full]
+        # The median: a batch that something else held up must not move it.
         return size / statistics.median(timed), len(timed)
 
 
@@ -147,14 +150,17 @@ def measure(
         if len(targets):
             array = torch.from_numpy(images).to(device)
             wanted = np.asarray(targets)
+            # In turn on each batch, so that all are held up alike when the machine is busy.
             for key, model in models.items():
                 logits, seconds[key] = _timed(model, array, device)
+                # argmax takes NaN for the largest, and it would count as a class.
                 if not np.isfinite(logits).all():
                     raise ValueError(
                         f"variant={key} has logits that are NaN or infinite: it overflows"
                     )
                 right = logits.argmax(1) == wanted
                 hits[key] = "".join("01"[int(hit)] for hit in right)
+        # A batch of which nothing could be read warms nothing up.
         steps.append(Step(tuple(unreadable), hits, seconds, first and bool(hits)))
         if journal is not None:
             journal.append(steps[-1])

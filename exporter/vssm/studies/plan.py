@@ -116,6 +116,7 @@ class Variant:
     @property
     def baseline(self) -> str:
         """Key of the plain removal of the same ratio, which it is compared with."""
+        # "gap@0.7" stands beside "none@0.7", what has no ratio beside "none".
         _, at, ratio = self.key.partition("@")
         return f"none{at}{ratio}"
 
@@ -196,6 +197,7 @@ def published(name: str, key: str, schedule: PruneSchedule) -> Published:
     """What the paper prints for a variant of a model of its size; nothing for other schedules."""
     from vssm.models.schedules import DEFAULT_SCHEDULES  # torch comes with the models
 
+    # The dense figures are true whatever the schedule.
     if key != "dense":
         default = DEFAULT_SCHEDULES.get(name)
         if default is None or PruneSchedule.parse(default).ratios != schedule.ratios:
@@ -220,6 +222,7 @@ def make_plan(
     """
     if seeds < 1:
         raise ValueError(f"seeds={seeds} is below 1; the random choice needs one at least")
+    # One reference for all rows: of the given schedule, only blocks and ratios count.
     base = schedule.changed(alignment="gap", importance="clip", score_direction="sum", gated=False)
     plain = base.changed(alignment="none")
     aligned = [Variant(a, base.changed(alignment=a)) for a in ALIGNMENTS]
@@ -238,6 +241,7 @@ def make_plan(
         Line(METHODS, "EViT-style, one fused leftover", ("evit",)),
         *(Line(METHODS, label, (key,)) for key, label in _NAMES.items()),
         *(Line(ALIGNMENT, a, (a,)) for a in ALIGNMENTS),
+        # clip is the reference, which runs under the key "gap".
         *(Line(IMPORTANCE, m, ("gap" if m == "clip" else m,)) for m in METRICS),
         Line(IMPORTANCE, f"random, {seeds} seeds", tuple(v.key for v in drawn)),
         *(
@@ -252,6 +256,7 @@ def make_plan(
 
 def _at_ratio(ratio: str, base: PruneSchedule, plain: PruneSchedule) -> list[Variant]:
     return [
+        # By way of Decimal: as a binary float, 0.7 could keep another number of tokens.
         Variant(f"{key}@{ratio}", s.changed(ratios=dict.fromkeys(s.ratios, Decimal(ratio))))
         for key, s in (("none", plain), ("gap", base))
     ]

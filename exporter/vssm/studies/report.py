@@ -49,6 +49,7 @@ class Paired:
 def compare(run: tuple[str, str], other: tuple[str, str]) -> Pair:
     """Two runs, each its key and its hits, a "1" or "0" an image in the same order."""
     (key, hits), (against, others) = run, other
+    # All runs saw the same images, so equal places are one image.
     both = [(a, b) for a, b in zip(hits, others, strict=True) if a != b]
     better = sum(a == "1" for a, _ in both)
     return Pair(key, against, better, len(both) - better, mcnemar(better, len(both) - better))
@@ -60,7 +61,9 @@ def mcnemar(better: int, worse: int) -> float:
     for k in range(min(better, worse) + 1):
         tail += term
         term = term * (total - k) // (k + 1)
+    # Of integers, which Python divides however large they are; as floats they would overflow.
     share: float = 2 * tail / 2**total
+    # Twice the tail is more than 1 where the split is even.
     return min(1.0, share)
 
 
@@ -173,6 +176,7 @@ def make_row(
         standard_error=math.sqrt(top1 * (1 - top1) / some[0].images),
         images_per_s=statistics.fmean(speed for speed, _ in speeds),
         timed_batches=min(n for _, n in speeds),
+        # One for all: seeds change choices and weights, not the work.
         flops=measured.costs[runs[0].key],
         published=published,
         paired=_paired(runs, measured),
@@ -236,6 +240,7 @@ def _paired_table(rows: Sequence[VariantRow]) -> str:
     lines += [_line(PAIRED_COLUMNS), _line(["---"] * len(PAIRED_COLUMNS))]
     shown: set[tuple[str, ...]] = set()
     for row in rows:
+        # A variant may stand in several tables; "gap" is in three.
         if row.paired is None or row.runs in shown:
             continue
         shown.add(row.runs)
@@ -249,5 +254,6 @@ def _paired_table(rows: Sequence[VariantRow]) -> str:
 
 
 def _line(columns: Sequence[str]) -> str:
+    # A bar in a text would begin a cell.
     escaped = (column.replace("|", "\\|") for column in columns)
     return f"| {' | '.join(escaped)} |"

@@ -113,7 +113,7 @@ def check_training(
         classes=options.classes,
         name="train",
     )
-    pairs = enumerate(zip(folder.classes, tested.classes, strict=True))
+    pairs = enumerate(zip(folder.classes, tested.classes, strict=True))  # i is one class in both
     odd = [(i, ours, theirs) for i, (ours, theirs) in pairs if ours != theirs]
     if odd:
         raise ValueError(
@@ -160,6 +160,7 @@ class Trainer:
         starts = self._starts()
         for key in training.variants:
             try:
+                # Built only to hear whether the family has it.
                 self.opened[0].variant(named[key].schedule)
             except UnsupportedError as error:
                 left_out[_TUNED + key] = str(error)
@@ -177,6 +178,7 @@ class Trainer:
     def _starts(self) -> list[ModelSource]:
         """What each checkpoint's training begins with, by name; an export's weights as a file."""
         sizes = dict(self.opened[0].config)
+        # `create_model` has a parameter of its own for it.
         classes = int(sizes.pop("num_classes"))
         plain = ModelSource(self.opened[0].name, num_classes=classes, options=sizes)
         if self.source.name != plain.name:  # else it is a model's, see load_source
@@ -210,6 +212,7 @@ class Trainer:
             output,
             replace(training.recipe, seed=seed),
             self.options.classes,
+            # What was stopped goes on; what had ended has no step left to do.
             resume=has_run(output),
             resources=Resources(
                 self.options.workers,
@@ -223,6 +226,7 @@ class Trainer:
         )
         if report is None:
             raise AssertionError("check_training refuses several processes")
+        # The last step's: with the published decay the average hardly moves in a short run.
         return Path(report.weights)
 
 

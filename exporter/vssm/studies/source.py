@@ -48,6 +48,7 @@ class LoadedSource:
         from vssm.models import model_from_config
 
         model = model_from_config(self.name, self.config, schedule)
+        # `assign`: the tensors themselves, so that all variants take the memory of one.
         model.load_state_dict(self.state, assign=True)
         return model.eval()
 
@@ -72,6 +73,7 @@ def load_source(source: ModelSource) -> LoadedSource:
 def _by_name(source: ModelSource) -> LoadedSource:
     from vssm.training.run import build_model
 
+    # Dense, as each variant brings its own schedule.
     model = build_model(source, None)
     return LoadedSource(
         source.name,
@@ -93,6 +95,7 @@ def _from_export(source: ModelSource) -> LoadedSource:
         "num_classes": source.num_classes,
         "set": source.options or None,
     }
+    # Refused, not ignored: the figures would be of other weights than were asked for.
     if named := [name for name, value in given.items() if value is not None]:
         raise ValueError(
             f"model={source.name!r} is an export, which has its own weights and sizes; leave "

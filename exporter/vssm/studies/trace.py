@@ -21,6 +21,7 @@ from vssm.ops import operators as ops
 from vssm.pruning.select import ScanOutputs, ScoreRule
 
 _BLOCKS = (VimBlock, PlainMambaBlock, VMambaBlock, GroupMambaBlock)
+# Whatever rule the schedule has, so that maps of all blocks and variants compare.
 _RULE = ScoreRule("clip", "sum", gated=False)
 
 
@@ -131,6 +132,7 @@ class _Recorder(TorchDispatchMode):
     current: int | None = None
 
     def __post_init__(self) -> None:
+        # The dataclass has an __init__ of its own, which does not call the mode's.
         super().__init__()  # type: ignore[no-untyped-call]
 
     def enter(self, block: int) -> Callable[[nn.Module, Any], None]:
@@ -158,6 +160,7 @@ def _scan(schema: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Scan:
     """The node of an operator call; its gate is left out."""
     named = {a.name: a.default_value for a in schema.arguments}  # a call leaves defaults out
     named |= dict(zip(named, args, strict=False)) | given
+    # Not every scan operator has this operand.
     named["delta0"] = named.get("delta0")
     values: dict[str, Any] = {}
     for name in (f.name for f in fields(Scan)):
@@ -236,15 +239,19 @@ def readout_weights(scan: Scan, readout: Tensor) -> Tensor:
     token = scan.order.long().expand(scan.u.shape[0], -1, -1).transpose(1, 2)
     dt = _by_step(scan, scan.delta, token) + scan.delta_bias.double()
     dt = functional.softplus(dt) if scan.delta_softplus else dt
+    # The decay spans the pruned places too: each counts dt once more, or delta0.
     extra = scan.gap.transpose(1, 2)[..., None].double() - 1
     span = dt + extra * (dt if scan.delta0 is None else scan.delta0.double())
     asked = readout.double()[..., None].expand(-1, -1, directions).gather(1, token)
     B, C = (_by_step(scan, x, token) for x in (scan.B, scan.C))
     A = scan.A.double()
+    # Backwards: `reach` is what the state after a step adds to the readout from there on.
+    # Forwards there would be a weight for every pair of steps.
     reach = dt.new_zeros(dt.shape[0], directions, *A.shape[1:])  # (batch, K, d_inner, d_state)
     weights = torch.empty_like(span)
     for t in reversed(range(token.shape[1])):
         reach = reach + (asked[:, t, :, None] * C[:, t])[:, :, None]
+        # What comes in is scaled by dt alone; the gap is in the decay.
         weights[:, t] = dt[:, t] * (reach * B[:, t, :, None]).sum(-1)
         reach = reach * torch.exp(span[:, t, ..., None] * A)  # of no use at t = 0: no state before
     index = token[..., None].expand_as(weights)

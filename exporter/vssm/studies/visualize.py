@@ -110,6 +110,7 @@ def _checked(blocks: Sequence[int], depth: int) -> list[int]:
 def _default_blocks(model: VisionModel, depth: int) -> list[int]:
     if not model.stages:
         return sorted({max(1, round(depth * (i + 1) / _EVEN)) for i in range(_EVEN)})
+    # The block after a stage is the first that lacks what it pruned.
     return sorted({min(block + 1, depth) for block in model.stages} | {depth})
 
 
@@ -170,6 +171,7 @@ def _kept(model: VisionModel, told: Trace) -> list[tuple[str, Array]]:
     for number, stage in model.stages.items():
         kept = told.details.kept_positions[stage.index]
         present = told.blocks[number - 1]
+        # Only to lay positions out on the grid: none of its scans is asked.
         left = Block(number, present.grid, present.class_positions, kept, ())
         here = ~np.isnan(_map(left, torch.ones(kept.shape)))
         found.append((f"after block {number}: {here.sum()} of {here.size}", here))
@@ -185,6 +187,7 @@ def _walks(block: Block) -> list[Walk]:
     is_patch[list(block.class_positions)] = False
     values[is_patch] = patch
     present = values[block.position[0]].double()
+    # NaN, where a class token stands, breaks the line; integers have none, so doubles.
     present[present < 0] = torch.nan
     orders = torch.cat([scan.order[:1].long() for scan in block.scans], dim=1)[0]
     gaps = torch.cat([scan.gap[:1].long() for scan in block.scans], dim=1)[0]
@@ -202,6 +205,7 @@ def _numbers(told: Trace, last: Trace) -> dict[str, Any]:
     return {
         "probabilities": torch.softmax(told.details.logits[0].double(), 0).tolist(),
         "kept_positions": kept,
+        # Not strict: the dense model has no stages to compare.
         "kept_as_last": [len(r & set(k)) / len(k) for k, r in zip(kept, reference, strict=False)],
     }
 
@@ -253,6 +257,7 @@ def visualize(
         progress(f"{file}: {number} of {len(files)}")
         array = preprocess(file, opened.preprocessing)
         result = explain(models, array, _picture(array, opened), blocks)
+        # Numbered, as two folders may have a file of the same name.
         pngs = {name: f"{number}_{file.stem}_{name}.png" for name in result.figures}
         for name, png in result.figures.items():
             atomic_write_bytes(output / pngs[name], png)
@@ -260,6 +265,7 @@ def visualize(
         table = _table(result, opened)
         sections.append(section(file.name, table, result.figures, readout=result.readout))
     facts = _facts(opened)
+    # After the figures: who finds the page finds all that it shows.
     atomic_write_bytes(output / PAGE, render("vssm visualize", facts, sections).encode())
     numbers = {"facts": facts, "images": found}
     write_json(output / NUMBERS, numbers)
@@ -270,8 +276,10 @@ def variants(source: LoadedSource) -> dict[str, VisionModel]:
     """Dense, plain removal and aligned, as far as the model's schedule has them."""
     models = {"dense": source.variant(None)}
     schedule = source.schedule
+    # Three views of one set of weights, so that only the schedule differs.
     if schedule is not None:
         models["plain removal"] = source.variant(schedule.changed(alignment="none"))
+        # Else it would be plain removal once more.
         if schedule.alignment != "none":
             models[f"aligned ({schedule.alignment})"] = source.variant(schedule)
     return models
@@ -311,6 +319,7 @@ def _table(result: Explanation, source: LoadedSource) -> Table:
     rows = []
     for name, numbers in result.variants.items():
         shares = numbers["probabilities"]
+        # Stable: of equal shares the lower class comes first, in every variant.
         best = np.argsort(-np.asarray(shares), kind="stable")[:_TOP]
         labels = [str(c) if source.labels is None else source.labels[c] for c in best]
         classes = ", ".join(f"{n} {shares[c]:.1%}" for n, c in zip(labels, best, strict=True))
