@@ -1,7 +1,7 @@
 """The packages that `pip install vssm` leaves out, and the extra that brings each of them.
 
-Running an export takes numpy, onnxruntime, pillow, typer and rich. Everything else is imported by
-what needs it, and this is the one place that says how to get it.
+Running an export takes numpy, onnxruntime, pillow, protobuf, typer and rich. Everything else is
+imported by what needs it, and this is the one place that says how to get it.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def test_what_is_absent_is_provided_and_gone_at_the_end() -> None:
 def test_unknown_names_say_what_is_there() -> None:
     with upstream():
         message = (
-            r"interface\.mamba_chunk_scan \(asked for by test_compat_context, line \d+\) is unk"
+            r"interface\.mamba_chunk_scan \(asked for by [\w.]*test_context, line \d+\) is unk"
         )
         with pytest.raises(ImportError, match=message):
             from mamba_ssm.ops.selective_scan_interface import mamba_chunk_scan  # noqa: F401
@@ -98,7 +98,7 @@ def test_unknown_names_say_what_is_there() -> None:
         from mamba_ssm.modules.mamba2 import Mamba2
 
         with pytest.raises(
-            UnsupportedError, match=r"called by test_compat_context, line .*Mamba-2 op"
+            UnsupportedError, match=r"called by [\w.]*test_context, line .*Mamba-2 op"
         ):
             Mamba2(8)
         import selective_scan_cuda

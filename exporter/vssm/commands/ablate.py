@@ -61,7 +61,7 @@ MicroBatch = Annotated[
 Batch = Annotated[int, typer.Option(help="Images a batch.")]
 Workers = Annotated[int, typer.Option(help="Processes that load images; 0: this one.")]
 Choice = Annotated[
-    str, typer.Option(help="auto, oracle (slow) or kernel, in PyTorch; auto: oracle on a CPU.")
+    str, typer.Option(help="auto, kernel or reference (slow), in PyTorch; auto: kernel.")
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Restart = Annotated[
