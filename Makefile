@@ -56,7 +56,7 @@ lint: $(DEPENDENCIES) ## ruff, mypy --strict, import-linter, clang-format, gerse
 	@echo "lint: mypy --strict"
 	@$(BIN)/mypy --strict
 	@echo "lint: import-linter"
-	@PYTHONPATH=exporter $(BIN)/lint-imports --no-logo > build/lint-imports.log 2>&1 || { cat build/lint-imports.log; exit 1; }
+	@mkdir -p build && PYTHONPATH=exporter $(BIN)/lint-imports --no-logo > build/lint-imports.log 2>&1 || { cat build/lint-imports.log; exit 1; }
 	@echo "lint: clang-format"
 	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(CXX_TESTS)
 	@echo "lint: gersemi"
