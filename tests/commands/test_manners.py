@@ -160,7 +160,7 @@ class _TalkativeError(RuntimeError):
         )
 
 
-def test_another_librarys_error_is_one_line() -> None:
+def test_an_error_of_another_library_is_one_line() -> None:
     assert reason(_TalkativeError()) == "_TalkativeError: run(): incompatible function arguments."
     hint = RuntimeError('cannot guard on u0. For more information, run with TORCH_LOGS="dynamic"')
     assert reason(hint) == "RuntimeError: cannot guard on u0."

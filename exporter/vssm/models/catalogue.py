@@ -320,7 +320,7 @@ def _unknown(name: str, key: str, allowed: Mapping[str, Any]) -> str:
 def _image_size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
     if len(sides) != 2 or not all(side.isdecimal() for side in sides):
-        raise ValueError(f"image_size={text!r} is not HEIGHTxWIDTH; write 224x320, or 224")
+        raise ValueError(f"image_size={text!r} is not height x width; write 224x320, or 224")
     return int(sides[0]), int(sides[1])
 
 
