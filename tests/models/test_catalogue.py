@@ -91,5 +91,5 @@ def test_image_size_as_text() -> None:
     sizes = {"depth": 1, "d_model": 8, "image_size": "32x48"}
     assert model_from_config("vim_tiny", sizes).image_size == (32, 48)
     for text in ("224", "224x", "axb", "1x2x3", "-1x2", "²x3"):
-        with pytest.raises(ValueError, match=r"image_size='.*' is not HEIGHTxWIDTH"):
+        with pytest.raises(ValueError, match=r"image_size='.*' is not height x width"):
             check_options("vim_tiny", {"image_size": text})
