@@ -285,7 +285,7 @@ def test_a_new_head_lets_nothing_else_pass(tmp_path):
 @pytest.mark.parametrize(
     "name", ["vim_tiny", "plain_mamba_l1", "groupmamba_tiny", "vmamba_tiny_s1l8"]
 )
-def test_every_familys_head(tmp_path, name):
+def test_the_head_of_every_family(tmp_path, name):
     flat = name in {"vim_tiny", "plain_mamba_l1"}
     small = {"depth": 2} if flat else {"depths": (1, 1, 1, 1)}
     wide = vssm.create_model(name, num_classes=20, **small)
