@@ -153,7 +153,7 @@ def changed(path: str, value) -> str:
         ("outputs/0/name", 'a"\nbackend: "evil', r"outputs\[0\]\.name=.* must be a name"),
         ("outputs/0/name", "a b", r"outputs\[0\]\.name='a b' must be a name"),
         ("outputs/0/name", "a" * 129, r"outputs\[0\]\.name=.* must be a name of at most 128"),
-        ("outputs/0/name", "größe.0/x:1", None),
+        ("outputs/1/name", "größe.0/x:1", None),
         ("block_outputs/0/hidden", "a\u202eb", r"hidden=.* must be a name"),
         ("name", "x\x1b[31m", r"name=.* must be a text of at most 256 .* visible"),
         ("name", "\udc80", r"name=.* must be a text .* visible"),

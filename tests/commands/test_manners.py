@@ -92,7 +92,8 @@ def test_json_of_a_run_on_standard_output(exported: Path, picture: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["", *[c.name or c.callback.__name__ for c in app.registered_commands]]
+    "name",
+    ["", *[c.name or c.callback.__name__.replace("_", "-") for c in app.registered_commands]],
 )
 def test_every_command_has_a_short_help(cli: Run, name: str) -> None:
     assert cli(*filter(None, [name]), "-h") == 0

@@ -243,7 +243,7 @@ def test_torchs_default_dtype_changes_nothing(tmp_path: Path, pruned: Artifact) 
 
 def test_refusals(tmp_path: Path) -> None:
     model = micro()
-    with pytest.raises(ValueError, match=r"dtype='int8' is not one of float32"):
+    with pytest.raises(ValueError, match=r"dtype='int8': an export holds floating-point weights"):
         exported(tmp_path, model, dtype="int8")
     with pytest.raises(ValueError, match=r"opset=17 is outside 18 to 20"):
         exported(tmp_path, model, opset=17)

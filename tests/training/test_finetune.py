@@ -691,7 +691,7 @@ def test_weights_bring_the_names_of_their_classes(data, checkpoint, whole, tmp_p
     artifact = vssm.export(model, tmp_path / "out")
     assert artifact.manifest.labels == tuple(names)
     kept = vssm.create_model("vim_tiny", num_classes=CLASSES, **finetune_cases.OPTIONS)
-    vssm.load_checkpoint(kept, artifact.weights_path)
+    vssm.load_checkpoint(kept, artifact.directory / "weights.safetensors")
     assert kept.labels == tuple(names)
     evaluated = vssm.evaluate(artifact, data, workers=0, results=tmp_path / "found.csv")
     assert evaluated.classes == "matched to the model's labels by name"

@@ -106,8 +106,9 @@ def test_parser_errors_name_the_node(out: Artifact, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     onnx.save(model, broken / "model.onnx")
+    files = {**out.manifest.files, "model.onnx": sha256_of(broken / "model.onnx")}
     with pytest.raises(UnsupportedError) as caught:
-        build_engine(Artifact(broken, out.manifest), RTX)
+        build_engine(Artifact(broken, dataclasses.replace(out.manifest, files=files)), RTX)
     message = str(caught.value)
     assert "cannot parse model.onnx: node" in message
     assert scan.name in message

@@ -93,6 +93,11 @@ def open_engine(artifact: Artifact, **options: Any) -> vssm.Session:
     return vssm.open_session(artifact, "tensorrt", **options)
 
 
+def _from_memory(loaded: list[str]) -> bool:
+    """Whether one library was loaded, from the sealed copy of what was hashed."""
+    return len(loaded) == 1 and loaded[0].startswith("/proc/self/fd/")
+
+
 @pytest.mark.parametrize("version", ["10.0.1.6", "10.6.0.26", "10.13.3.9", "11.1.0.1"])
 def test_outputs_are_those_of_the_file(bench: Bench, artifact: Artifact, version: str) -> None:
     bench.use(FakeTensorRT(bench.cuda, version))
@@ -109,7 +114,7 @@ def test_outputs_are_those_of_the_file(bench: Bench, artifact: Artifact, version
                 for name, value in outputs.items():
                     assert got[name].dtype == value.dtype
                     np.testing.assert_array_equal(got[name], value)
-    assert str(bench.library) in bench.trt.loaded
+    assert _from_memory(bench.trt.loaded)
 
 
 def test_a_graph_for_each_batch_and_no_allocation_while_running(
@@ -367,7 +372,7 @@ def test_the_library_is_registered_once(bench: Bench, artifact: Artifact) -> Non
     for _ in range(2):
         build(artifact)
         open_engine(artifact).close()
-    assert bench.trt.loaded == [str(bench.library)]
+    assert _from_memory(bench.trt.loaded)
     _stale_plugin(bench, artifact)
     with pytest.raises(RuntimeUnavailableError, match="another vssm plugin library is registered"):
         build(artifact)
