@@ -302,6 +302,8 @@ vssm.ablate(
 """
 
 
+# A crash at every change of a file, below, proves the same at more points.
+@pytest.mark.slow
 def test_kill_and_resume(data, checkpoints, tmp_path, whole):
     """By kill -9: in the second training, in the sixth, and while measuring."""
     script, out = tmp_path / "ablate.py", tmp_path / "out"

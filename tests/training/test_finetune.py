@@ -312,6 +312,8 @@ def _kill_at_random(start, draw, folder, *, kills, within):
     assert process.returncode == 0, out + err
 
 
+# A crash at every change of a file, below, proves the same at more points.
+@pytest.mark.slow
 def test_kill_and_resume(data, checkpoint, tmp_path, whole):
     def start():
         return _start(tmp_path, data, checkpoint, tmp_path / "out")
