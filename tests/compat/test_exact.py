@@ -11,7 +11,7 @@ from compat_cases import SlowPath, built
 from torch import Tensor, nn
 
 import vssm
-from vssm.compat.exact import FLOAT64, FLOAT64_SCANS, exact_outputs
+from vssm.compat.exact import FLOAT64, FLOAT64_SCANS, _close, exact_outputs
 from vssm.compat.outputs import module_outputs
 from vssm.errors import UnsupportedError
 
@@ -115,3 +115,10 @@ def test_a_wrapper_that_asserts_exports(tmp_path) -> None:
     artifact = vssm.export_module(_Around(_asserts, _asserts).eval(), X, tmp_path / "out")
     assert artifact.manifest.config["reference"] == FLOAT64
     assert vssm.check_parity(None, artifact).passed
+
+
+def test_an_exact_output_of_zeros_does_not_excuse_another() -> None:
+    zeros = torch.zeros(2, 3, dtype=torch.float64)
+    assert _close(torch.zeros(2, 3), zeros)
+    assert not _close(torch.full((2, 3), 0.5), zeros)
+    assert _close(torch.zeros(0), torch.zeros(0, dtype=torch.float64))
