@@ -3,7 +3,8 @@
     python read_under_limits.py FOLDER KIND FIRST COUNT MOST
 
 reads files made from COUNT seeds, and prints each that broke a promise: it took more than 2 s and a
-second for each 10 MB, or more memory than the limit, or ended in anything but a refusal or tensors.
+second for each 10 MB (see `yardstick`), or more memory than the limit, or ended in anything but a
+refusal or tensors.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from hostile_files import MAKERS
+from yardstick import too_slow
 
 from vssm.checkpoints.load import load_checkpoint
 from vssm.errors import CheckpointError
@@ -50,7 +52,7 @@ def main(folder: Path, kind: str, first: int, count: int, most: int) -> None:
         data = MAKERS[kind](random.Random(seed), most)
         path.write_bytes(data)
         end, seconds = read(path)
-        if end not in {"loaded", "refused"} or seconds > 2 + len(data) / 1e7:
+        if end not in {"loaded", "refused"} or too_slow(seconds, 2 + len(data) / 1e7):
             sys.stdout.write(f"{kind} seed {seed}, {len(data):,} bytes, {seconds:.1f} s: {end}\n")
     sys.stdout.write(f"read {count}\n")
 
