@@ -94,13 +94,13 @@ def test_unknown_names_say_what_is_there() -> None:
             interface.mamba_chunk_scan  # noqa: B018
         assert not hasattr(interface, "mamba_chunk_scan")
         with pytest.raises(ModuleNotFoundError):
-            import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
-        from mamba_ssm.modules.mamba2 import Mamba2
+            import mamba_ssm.ops.triton.chunk_state  # noqa: F401
+        from mamba_ssm.modules.mamba3 import Mamba3
 
         with pytest.raises(
-            UnsupportedError, match=r"called by [\w.]*test_context, line .*Mamba-2 op"
+            UnsupportedError, match=r"called by [\w.]*test_context, line .*another recurrence"
         ):
-            Mamba2(8)
+            Mamba3(8)
         import selective_scan_cuda
         from timm.models.vision_transformer import VisionTransformer
 

@@ -22,6 +22,7 @@ from command import Run
 from compat_cases import (
     CSMS6S,
     LanguageModel,
+    Mamba2Like,
     MambaVisionLike,
     MinimalLike,
     PlainMambaLike,
@@ -30,6 +31,7 @@ from compat_cases import (
     VimLike,
     VMambaLike,
     built,
+    mamba2_block,
 )
 from torch import Tensor, nn
 
@@ -68,6 +70,9 @@ STYLES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]
     "transformers": (TransformersLike, (2, 9, 12), {"SelectiveScan": 1}),
     "mambavision": (MambaVisionLike, (2, 9, 12), {"SelectiveScan": 1}),
     "plain mamba": (PlainMambaLike, (2, 12, 12), {"SelectiveScan": 1}),
+    "mamba-2": (Mamba2Like, (2, 9, 12), {"SelectiveScan": 1}),
+    "mamba-2, both ways": (lambda: Mamba2Like(both_ways=True), (2, 9, 12), {"SelectiveScan": 1}),
+    "mamba-2 block, groups": (mamba2_block, (2, 9, 12), {"SelectiveScan": 2}),
 }
 
 

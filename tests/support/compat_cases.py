@@ -281,6 +281,68 @@ class PlainMambaLike(nn.Module):
         return sum(ys) * functional.silu(z)
 
 
+class Mamba2Like(nn.Module):
+    """Mamba-2's slow path: its own projections and convolution, the chunked scan, a gated norm.
+
+    `both_ways` is Hydra's way to scan backwards: the reversed sequences as more images.
+    """
+
+    def __init__(self, width: int = 12, *, groups: int = 1, both_ways: bool = False) -> None:
+        super().__init__()
+        from causal_conv1d import causal_conv1d_fn
+        from einops import rearrange
+        from mamba_ssm.ops.triton.layernorm_gated import RMSNorm as RMSNormGated
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        self.conv, self.rearrange, self.scan = (
+            causal_conv1d_fn,
+            rearrange,
+            mamba_chunk_scan_combined,
+        )
+        self.inner, self.heads, self.states, self.groups = 2 * width, 4, 5, groups
+        self.both_ways = both_ways
+        self.rows = self.inner + 2 * groups * self.states
+        self.in_proj = nn.Linear(width, self.inner + self.rows + self.heads, bias=False)
+        self.conv1d = nn.Conv1d(self.rows, self.rows, 4, groups=self.rows)
+        self.dt_bias = nn.Parameter(torch.randn(self.heads))
+        self.A_log = nn.Parameter(torch.rand(self.heads))
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = RMSNormGated(self.inner, norm_before_gate=False)
+        self.out_proj = nn.Linear(self.inner, width, bias=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        re, batch = self.rearrange, u.shape[0]
+        z, xbc, dt = torch.split(self.in_proj(u), [self.inner, self.rows, self.heads], dim=-1)
+        weight = re(self.conv1d.weight, "d 1 w -> d w")
+        xbc = self.conv(xbc.transpose(1, 2), weight, bias=self.conv1d.bias, activation="silu")
+        streams = (xbc.transpose(1, 2), dt)
+        if self.both_ways:
+            streams = tuple(torch.cat([t, t.flip(1)], dim=0) for t in streams)
+        size = self.groups * self.states
+        x, B, C = torch.split(streams[0], [self.inner, size, size], dim=-1)
+        y = self.scan(
+            re(x, "b l (h p) -> b l h p", h=self.heads),
+            streams[1],
+            -torch.exp(self.A_log.float()),
+            re(B, "b l (g n) -> b l g n", g=self.groups),
+            re(C, "b l (g n) -> b l g n", g=self.groups),
+            chunk_size=256,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+        )
+        y = re(y, "b l h p -> b l (h p)")
+        y = y[:batch] + y[batch:].flip(1) if self.both_ways else y
+        return self.out_proj(self.norm(y, z))
+
+
+def mamba2_block() -> nn.Module:
+    """A Mamba2 as users take it from mamba_ssm."""
+    from mamba_ssm import Mamba2
+
+    return Mamba2(12, d_state=5, headdim=6, ngroups=2, norm_before_gate=True)
+
+
 # A repository's own scan file, as VMamba and GroupMamba have one: what it says cannot run here.
 CSMS6S = """
 import torch

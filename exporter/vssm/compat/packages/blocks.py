@@ -288,7 +288,7 @@ class Mamba(nn.Module):
         # v2 has a second set of everything but in_proj and out_proj, v1 a second A alone.
         for suffix in ("", "_b") if bimamba_type == "v2" else ("",):
             self._add_branch(suffix, conv_bias, kind)
-            steps = _initial_steps(self.d_inner, dt_min, dt_max, dt_init_floor)
+            steps = initial_steps(self.d_inner, dt_min, dt_max, dt_init_floor)
             self._initialise_steps(suffix, steps, dt_init, dt_scale)
         if bimamba_type == "v1":
             self.A_b_log = self._state_log(device)
@@ -307,11 +307,11 @@ class Mamba(nn.Module):
         log, skip = ("A_b_log", "D_b") if suffix else ("A_log", "D")
         self.register_parameter(log, self._state_log(kind["device"]))
         ones = nn.Parameter(torch.ones(inner, device=kind["device"]))
-        self.register_parameter(skip, _undecayed(ones))
+        self.register_parameter(skip, undecayed(ones))
 
     def _state_log(self, device: Any) -> nn.Parameter:
         log = initial_a_log(self.d_inner, self.d_state)
-        return _undecayed(nn.Parameter(log.to(device or log.device)))
+        return undecayed(nn.Parameter(log.to(device or log.device)))
 
     def _initialise_steps(self, suffix: str, steps: Tensor, how: str, scale: float) -> None:
         if how not in {"random", "constant"}:
@@ -384,14 +384,14 @@ class Mamba(nn.Module):
         )
 
 
-def _initial_steps(d_inner: int, low: float, high: float, floor: float) -> Tensor:
+def initial_steps(d_inner: int, low: float, high: float, floor: float) -> Tensor:
     """Log-uniform step sizes in [low, high]."""
     span = math.log(high) - math.log(low)
     # Drawn as upstream draws them; only models without a checkpoint keep them.
     return torch.exp(torch.rand(d_inner) * span + math.log(low)).clamp(min=floor)
 
 
-def _undecayed(parameter: nn.Parameter) -> nn.Parameter:
+def undecayed(parameter: nn.Parameter) -> nn.Parameter:
     """Marked as upstream's optimiser set-up expects."""
     marked: Any = parameter
     marked._no_weight_decay = True

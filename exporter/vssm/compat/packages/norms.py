@@ -1,4 +1,4 @@
-"""mamba_ssm's fused add-and-norm: class RMSNorm, rms_norm_fn and layer_norm_fn."""
+"""mamba_ssm's norms: the fused add-and-norm of Mamba-1, and Mamba-2's with a gate."""
 
 from __future__ import annotations
 
@@ -119,6 +119,105 @@ class RMSNorm(nn.Module):
             prenorm=prenorm,
             residual_in_fp32=residual_in_fp32,
         )
+
+
+def gated_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+) -> Tensor:
+    """norm(x) silu(z), or norm(x silu(z)): Mamba-2's norm behind its scan.
+
+    Args:
+        x: (..., width).
+        weight: (width).
+        bias: (width) or None.
+        z: as x, or None for no gate.
+        eps: added to the mean square.
+        group_size: channels that are normed together; None for all of them.
+        norm_before_gate: whether the gate comes behind the norm.
+        is_rms_norm: whether no mean is taken off.
+
+    Returns:
+        As x.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    gate = None if z is None else functional.silu(z.to(wide.dtype))
+    if gate is not None and not norm_before_gate:
+        wide = wide * gate
+    # One group needs no axis of its own, which would be a reshape on either side.
+    grouped = group_size is not None and group_size != x.shape[-1]
+    y = wide.unflatten(-1, (-1, int(group_size or 1))) if grouped else wide
+    y = y if is_rms_norm else y - y.mean(-1, keepdim=True)
+    y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + eps)
+    y = (y.flatten(-2) if grouped else y) * weight
+    y = y if bias is None else y + bias
+    if gate is not None and norm_before_gate:
+        y = y * gate
+    # Rounded once, at the end, as upstream's Triton kernel does.
+    return y.to(x.dtype)
+
+
+def gated_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    upcast: bool = True,
+) -> Tensor:
+    """`gated_layer_norm` without a mean; `upcast` is inert: it computes in float32 or wider."""
+    return gated_layer_norm(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm=True)
+
+
+class GatedLayerNorm(nn.Module):
+    """Mamba-2's LayerNorm with a gate: `weight` and `bias`."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
+        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self._add_bias(torch.zeros(hidden_size, device=device, dtype=dtype))
+
+    def _add_bias(self, zeros: Tensor) -> None:
+        self.bias = nn.Parameter(zeros)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """As `gated_layer_norm` with this module's weights."""
+        return gated_layer_norm(
+            x,
+            self.weight,
+            self.bias,
+            z,
+            self.eps,
+            self.group_size,
+            self.norm_before_gate,
+            is_rms_norm=self.bias is None,
+        )
+
+
+class GatedRMSNorm(GatedLayerNorm):
+    """Mamba-2's RMSNorm with a gate: `weight` alone."""
+
+    def _add_bias(self, zeros: Tensor) -> None:
+        self.register_parameter("bias", None)
 
 
 def _add(x: Tensor, residual: Tensor | None, in_fp32: bool) -> tuple[Tensor, Tensor]:

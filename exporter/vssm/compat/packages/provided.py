@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from vssm.compat.packages import blocks, cross, norms, scan, stand_ins
+from vssm.compat.packages import blocks, cross, norms, scan, ssd, stand_ins
 from vssm.errors import UnsupportedError
 
 _DOCS: Final = "docs/compat.md lists what is there"
@@ -37,7 +37,11 @@ def _caller(frame: FrameType) -> str:
 
 
 _PREFILL = "it decodes token by token; export the forward pass over a whole sequence"
-_MAMBA2 = "it is a Mamba-2 operator, another recurrence; use the Mamba-1 variant of the model"
+_MAMBA3 = "it is another recurrence; use the Mamba-1 or Mamba-2 variant of the model"
+_INSIDE = (
+    "it is the inside of mamba_ssm's Triton code; let the caller use the functions around it, for "
+    "example with use_mem_eff_path=False"
+)
 _COMPILED = (
     "it is compiled CUDA code; let the caller import from mamba_ssm or causal_conv1d what it "
     "defines itself around it, or put ours in its place with report.replace"
@@ -57,6 +61,23 @@ _NORMS: Final = {
     "rms_norm_fn": norms.rms_norm_fn,
     "layer_norm_fn": norms.layer_norm_fn,
 }
+_SSD: Final = {
+    "mamba_chunk_scan_combined": ssd.mamba_chunk_scan_combined,
+    "mamba_split_conv1d_scan_combined": ssd.mamba_split_conv1d_scan_combined,
+    # Files may import these for a path of theirs that is not taken.
+    **{
+        name: not_supported(name, _INSIDE)
+        for name in ("_mamba_chunk_scan_combined_fwd", "_mamba_chunk_scan_combined_bwd")
+    },
+}
+_GATED_NORMS: Final = {
+    "RMSNorm": norms.GatedRMSNorm,
+    "LayerNorm": norms.GatedLayerNorm,
+    "rmsnorm_fn": norms.gated_rms_norm,
+    "rms_norm_ref": norms.gated_rms_norm,
+    "layernorm_fn": norms.gated_layer_norm,
+    **{name: not_supported(name, _INSIDE) for name in ("_layer_norm_fwd", "_layer_norm_bwd")},
+}
 _CONV: Final = {
     "causal_conv1d_fn": blocks.causal_conv1d_fn,
     "causal_conv1d_update": not_supported("causal_conv1d_update", _PREFILL),
@@ -70,7 +91,9 @@ FUNCTIONS: Final[dict[str, dict[str, Any]]] = {
     "mamba_ssm.ops.selective_scan_interface": _SCAN,
     "mamba_ssm.ops.triton.layer_norm": _NORMS,
     "mamba_ssm.ops.triton.layernorm": _NORMS,
+    "mamba_ssm.ops.triton.layernorm_gated": _GATED_NORMS,
     "mamba_ssm.ops.triton.selective_state_update": _UPDATE,
+    "mamba_ssm.ops.triton.ssd_combined": _SSD,
     "causal_conv1d": _CONV,
     "causal_conv1d.causal_conv1d_interface": _CONV,
 }
@@ -86,8 +109,7 @@ COMPILED: Final[dict[str, dict[str, Any]]] = {
 }
 # Files around them that need more packages: ours where `prefer` is "ours".
 AROUND: Final[dict[str, dict[str, Any]]] = {
-    "mamba_ssm.modules.mamba2": {"Mamba2": not_supported("Mamba2", _MAMBA2)},
-    "mamba_ssm.modules.mamba3": {"Mamba3": not_supported("Mamba3", _MAMBA2)},
+    "mamba_ssm.modules.mamba3": {"Mamba3": not_supported("Mamba3", _MAMBA3)},
     "mamba_ssm.utils.generation": {
         "GenerationMixin": stand_ins.Empty,
         "InferenceParams": not_supported("InferenceParams", _PREFILL),
@@ -103,6 +125,7 @@ PACKAGES: Final[dict[str, dict[str, Any]]] = {
     "mamba_ssm.ops.triton": {},
     "mamba_ssm.modules": {},
     "mamba_ssm.modules.mamba_simple": {**_SCAN, **_NORMS, **_CONV, "Mamba": blocks.Mamba},
+    "mamba_ssm.modules.mamba2": {"Mamba2": ssd.Mamba2},
     "mamba_ssm.models": {},
     "mamba_ssm.utils": {},
 }
@@ -142,7 +165,10 @@ BY_NAME: Final[dict[str, tuple[Any, tuple[str, ...]]]] = {
 
 
 # What a package's own __init__ would have imported from a file of the user's, if it is there.
-LATER: Final = {("mamba_ssm", "Mamba"): "mamba_ssm.modules.mamba_simple:Mamba"}
+LATER: Final = {
+    ("mamba_ssm", "Mamba"): "mamba_ssm.modules.mamba_simple:Mamba",
+    ("mamba_ssm", "Mamba2"): "mamba_ssm.modules.mamba2:Mamba2",
+}
 
 
 class Provided(ModuleType):

@@ -17,7 +17,7 @@ from vssm.errors import UnsupportedError
 from vssm.ops import operators as ops
 
 # exp(-1e4) is 0 in every type: a step of this size leaves the state as it is.
-_NO_STEP: Final = -1e4
+NO_STEP: Final = -1e4
 
 
 def selective_scan_fn(
@@ -101,7 +101,7 @@ def selective_scan_vmamba(
             "VMamba's selective_scan_fn: give B and C (batch, groups, d_state, seqlen)"
         )
     y = _scan_groups(u, delta, A, B, C, D, delta_bias, delta_softplus=delta_softplus)
-    return y.to(_wide(u)) if oflex else y
+    return y.to(wide_type(u)) if oflex else y
 
 
 def selective_scan_groupmamba(
@@ -153,7 +153,7 @@ def selective_scan_tokens(
     Returns:
         y (batch, seqlen, d_inner).
     """
-    return _node(u, delta, A, B, C, D, None, delta_softplus=False)
+    return scan_node(u, delta, A, B, C, D, None, delta_softplus=False)
 
 
 def _refuse(function: str, A: Tensor, operands: dict[str, Tensor]) -> None:
@@ -207,7 +207,7 @@ def _scan_groups(
     pieces = []
     for g in range(groups):
         gate = own(z, 1, g)
-        y = _node(
+        y = scan_node(
             _token_major(own(u, 1, g)),
             _token_major(own(delta, 1, g)),
             own(A, 0, g),
@@ -241,7 +241,7 @@ def _with_last_state(
     bias = None if delta_bias is None else delta_bias.to(delta.dtype)[:, None]
     # With softplus, -1e4 swallows the bias. Without it nothing does, so there the bias goes into
     # delta first, and the added steps stay zero.
-    stop = delta.new_full((1, 1, states), _NO_STEP if delta_softplus else 0.0)
+    stop = delta.new_full((1, 1, states), NO_STEP if delta_softplus else 0.0)
     if not delta_softplus and bias is not None:
         delta, delta_bias = delta + bias, None
     unit = torch.eye(states, dtype=C.dtype, device=C.device).expand(*C.shape[:2], -1, -1)
@@ -258,7 +258,7 @@ def _with_last_state(
     return y[..., :seqlen], y[..., seqlen:]
 
 
-def _node(
+def scan_node(
     u: Tensor,
     delta: Tensor,
     A: Any,
@@ -272,7 +272,7 @@ def _node(
 ) -> Tensor:
     """One scan node over token-major operands (batch, seqlen, width)."""
     channels, seqlen = u.shape[2], u.shape[1]
-    wide = _wide(u)
+    wide = wide_type(u)
     zeros = torch.zeros(channels, dtype=wide, device=u.device)
     # Upstream flips or gathers the sequence instead; the passes turn that into an order.
     order = torch.arange(seqlen, dtype=torch.int32, device=u.device)[None, None]
@@ -299,7 +299,7 @@ def _token_major(x: Any) -> Tensor:
     return swapped
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide_type(x: Tensor) -> torch.dtype:
     """float32, or float64 where x is."""
     # float64 stays float64: the reference of an export runs through here.
     return torch.promote_types(x.dtype, torch.float32)

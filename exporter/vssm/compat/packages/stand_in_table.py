@@ -70,6 +70,8 @@ STAND_INS: Final[dict[str, dict[str, Any]]] = {
     "fvcore.nn": _refused(
         "fvcore.nn", "FlopCountAnalysis", "flop_count_str", "flop_count", "parameter_count"
     ),
+    # A mixin that downloads; mamba_ssm's Mamba2 inherits from it.
+    "huggingface_hub": {"PyTorchModelHubMixin": stand_ins.Empty},
     "triton": {
         "jit": stand_ins.triton_jit,
         "heuristics": stand_ins.triton_jit,
