@@ -203,6 +203,7 @@ _WRONG = [
     ("export-module", "model.py:build -o NEW --checkpoint ABSENT"),
     ("export-module", "model.py:build -o NEW --prefer theirs"),
     ("export-module", "model.py:build -o NEW --input 1x4x8x8 --imagenet"),
+    ("export-module", "model.py:build -o NEW --scan model.scan"),
     ("export-module", "model.py:build -o EXPORT"),
     ("check", "EXPORT --runtime ort"),
     ("check", "EXPORT --backend fast"),

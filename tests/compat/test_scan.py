@@ -74,16 +74,6 @@ def test_groups_are_consecutive_channels(groups: int) -> None:
     step = functional.softplus(o["delta"] + o["delta_bias"][:, None])
     want = _by_hand(o["u"], step, o["A"], o["B"], o["C"], o["D"])
     torch.testing.assert_close(scan.selective_scan_fn(**o, delta_softplus=True), want, **EXACT)
-    names = ("u", "delta", "A", "B", "C", "D", "delta_bias")
-    positional = [o[name] for name in names]
-    # VMamba: the seventh is the bias, and softplus is the default.
-    torch.testing.assert_close(scan.selective_scan_vmamba(*positional), want, **EXACT)
-    core = scan.selective_scan_groupmamba(*positional, True, -1, -1, True)
-    torch.testing.assert_close(core, want, **EXACT)
-    plain = scan.selective_scan_cuda_apply(*positional)
-    raw = o["delta"] + o["delta_bias"][:, None]
-    want = _by_hand(o["u"], raw, o["A"], o["B"], o["C"], o["D"])
-    torch.testing.assert_close(plain, want, **EXACT)
 
 
 def test_last_state_without_softplus() -> None:
@@ -105,8 +95,6 @@ def test_result_has_the_dtype_of_u(dtype: torch.dtype) -> None:
         for k, v in _operands(1).items()
     }
     assert scan.selective_scan_fn(**o).dtype == dtype
-    assert scan.selective_scan_vmamba(*o.values()).dtype == torch.float32  # oflex
-    assert scan.selective_scan_vmamba(*o.values(), oflex=False).dtype == dtype
 
 
 def test_tokens_first() -> None:
@@ -132,9 +120,3 @@ def test_complex_and_odd_operands_are_refused() -> None:
         scan.selective_scan_fn(**{**o, "B": o["B"][None]})
     with pytest.raises(ValueError, match="4 groups for 6"):
         scan.selective_scan_fn(**{**o, "B": o["B"].repeat(1, 2, 1, 1)})
-
-
-def test_vmambas_operands_have_groups() -> None:
-    u, rows = torch.randn(1, 4, 5), torch.randn(1, 2, 5)
-    with pytest.raises(ValueError, match="give B and C"):
-        scan.selective_scan_vmamba(u, u, -torch.rand(4, 2), rows, rows)

@@ -60,6 +60,7 @@ class ModuleRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     paths: tuple[Path, ...] = ()
     prefer: str = "ours"
+    scans: Mapping[str, str] = field(default_factory=dict)
     schedule: str | None = None
     alignment: str | None = None
     importance: str | None = None
@@ -71,6 +72,8 @@ class ModuleRequest:
     outputs: tuple[str, ...] | None = None
     opset: int = 18
     inline: bool = False
+    static_batch: bool = False
+    reference: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,10 @@ def export_user_module(
     from vssm.compat.prune import prune
 
     # Around the export too: it runs the model's forward, which may import only then.
-    with search_path(request.target, request.paths), upstream(prefer=request.prefer) as report:
+    with (
+        search_path(request.target, request.paths),
+        upstream(prefer=request.prefer, scans=request.scans) as report,
+    ):
         # A phase, as a repository and what it imports may take long.
         progress(f"importing {request.target}", 0, 1)
         # A factory may draw its weights: without a checkpoint two exports are equal all the same.
@@ -126,6 +132,8 @@ def export_user_module(
             outputs=request.outputs,
             opset=request.opset,
             inline=request.inline,
+            dynamic_batch=not request.static_batch,
+            reference=request.reference,
             preprocessing=_preprocessing(request),
             labels=_labels(request, model, example),
             checkpoint=checkpoint,
@@ -230,6 +238,19 @@ Imagenet = Annotated[
     bool, typer.Option("--imagenet", help="Images: resize, crop and normalise as ImageNet's.")
 ]
 Weights = Annotated[Path | None, typer.Option(help="Weights; the factory's own without.")]
+Scans = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--scan",
+        help="A scan that is not known by itself: MODULE:NAME=channels or =tokens, repeatable.",
+    ),
+]
+StaticBatch = Annotated[
+    bool, typer.Option("--static-batch", help="Keep the batch size of --input.")
+]
+NoReference = Annotated[
+    bool, typer.Option("--no-reference", help="Leave out the answers that `vssm check` compares.")
+]
 Prefer = Annotated[
     str, typer.Option(help="Functions of upstream's packages: ours, or those installed.")
 ]
@@ -379,6 +400,7 @@ def export_module(
     option: Options = None,
     path: Paths = None,
     prefer: Prefer = "ours",
+    scan: Scans = None,
     schedule: ModuleSchedule = None,
     alignment: Alignment = None,
     importance: ModuleImportance = None,
@@ -390,6 +412,8 @@ def export_module(
     outputs: ModuleOutputs = None,
     opset: Opset = 18,
     inline: Inline = False,
+    static_batch: StaticBatch = False,
+    no_reference: NoReference = False,
     force: Force = False,
     json_file: Json = None,
 ) -> None:
@@ -405,6 +429,7 @@ def export_module(
         new_head=new_head,
         paths=tuple(path or ()),
         prefer=prefer,
+        scans=_scans(scan or []),
         schedule=schedule,
         alignment=alignment,
         importance=importance,
@@ -416,8 +441,24 @@ def export_module(
         outputs=None if outputs is None else tuple(outputs.split(",")),
         opset=opset,
         inline=inline,
+        static_batch=static_batch,
+        reference=not no_reference,
     )
     _export_module(request, output, json_file, force=force)
+
+
+def _scans(given: list[str]) -> dict[str, str]:
+    """What `--scan` says, by the place of the scan."""
+    found = {}
+    for text in given:
+        place, equals, signature = text.partition("=")
+        if not equals or not all(place.partition(":")):
+            raise ValueError(
+                f"--scan {text!r} is not MODULE:NAME=LAYOUT; write for example "
+                "models.block:Mixer.scan=tokens"
+            )
+        found[place] = signature
+    return found
 
 
 def _export_module(

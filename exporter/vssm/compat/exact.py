@@ -200,7 +200,7 @@ def exact_outputs(model: nn.Module, x: Tensor, outputs: Outputs) -> tuple[dict[s
             raise UnsupportedError(
                 f"{type(model).__name__}: output {name} differs between float32 and float64 by "
                 f"more than {_SAME:g} of its largest value; the module depends on its dtype or "
-                "draws random numbers: mend it, or export with reference=False"
+                "draws random numbers: mend it, or export with reference=False (--no-reference)"
             )
     return exact, precision
 
@@ -227,7 +227,7 @@ def _with_exact_scans(model: nn.Module, x: Tensor, outputs: Outputs) -> dict[str
         raise UnsupportedError(
             f"{type(model).__name__} runs neither in float64 nor with its scans in float64, which "
             f"is the reference of its export ({reason(error)}); mend the dtype it "
-            "insists on, or export with reference=False"
+            "insists on, or export with reference=False (--no-reference)"
         ) from error
 
 

@@ -29,7 +29,7 @@ from vssm.checkpoints.wrapped import refuse_packed, refuse_wrapper
 from vssm.compat.exact import evaluating, exact_outputs
 from vssm.compat.outputs import Outputs, module_outputs
 from vssm.compat.passes import simplify
-from vssm.compat.passes.graph import SCANS, PassReport, without_mutation
+from vssm.compat.passes.graph import PassReport, without_mutation
 from vssm.compat.passes.regions import RefuseCasts, open_regions
 from vssm.compat.prune import PrunedModule
 from vssm.errors import UnsupportedError, reason
@@ -45,6 +45,7 @@ from vssm.onnx.program import (
     save_model,
 )
 from vssm.ops.ambient import known_state
+from vssm.ops.record import record_backends
 from vssm.ops.spec import OPERATOR_VERSION
 from vssm.types import Steps
 
@@ -162,9 +163,6 @@ def trace_module(
     with evaluating(wrapper):
         with counted_blocks(model, progress):
             program = _trace(wrapper, example, options.dynamic_batch)
-        # Looked for in the trace: the module's code does not show whether its scan was replaced.
-        if not any(node.target in SCANS for node in program.graph.nodes):
-            raise UnsupportedError(_no_scan(model))
         reports = simplify(program)
         proto = program_to_proto(
             program,
@@ -185,14 +183,17 @@ def _output_names(model: nn.Module, example: Tensor, options: _Options) -> list[
         try:
             # The user's line is known here, before the trace; where a `try` of the module's hides
             # this error, `open_regions` finds the cast in the trace.
-            with RefuseCasts():
-                return list(module_outputs(options.outputs)(model, x))
+            with RefuseCasts(), record_backends() as ran:
+                names = list(module_outputs(options.outputs)(model, x))
         # Torch's own error of a wrong input, which would drown in what torch.export says of it.
         except (RuntimeError, AssertionError, LookupError, TypeError) as error:
             raise UnsupportedError(
                 f"{type(model).__name__} fails on an input of shape {tuple(x.shape)}, "
                 f"{x.dtype}: {reason(error)}; give the input that it is made for"
             ) from error
+    if not ran:
+        raise UnsupportedError(_no_scan(model))
+    return names
 
 
 class _Wrapper(nn.Module):
@@ -255,17 +256,17 @@ def _trace(wrapper: _Wrapper, example: Tensor, dynamic_batch: bool) -> ExportedP
             f"torch.export cannot trace {type(wrapper.model).__name__}: {reason(error)}. Trace it "
             "inside vssm.compat.upstream(), take data-dependent control "
             "flow and .item() out of its forward pass"
-            + (", or try dynamic_batch=False" if dynamic_batch else "")
+            + (", or try dynamic_batch=False (--static-batch)" if dynamic_batch else "")
             + " (docs/compat.md)"
         ) from error
 
 
 def _no_scan(model: nn.Module) -> str:
     return (
-        f"{type(model).__name__}: no selective scan of vssm.compat is in the traced graph, so "
+        f"{type(model).__name__}: it calls no selective scan of vssm.compat, so "
         "its scan, if it has one, would become a loop of plain operators. Import and build the "
         "model inside vssm.compat.upstream(), or replace its own scan function with "
-        "report.replace(owner, name, function) (docs/compat.md)"
+        "upstream(scans={'module:name': 'channels'}) (--scan module:name=channels; docs/compat.md)"
     )
 
 

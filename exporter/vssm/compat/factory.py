@@ -51,7 +51,7 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
             remedy = "name a factory of that module, as in repo/model.py:build"
             raise ValueError(f"target={target!r}: {error}; {remedy}") from error
         raise UnsupportedError(f"target={target!r}: importing {module}: {_said(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UnsupportedError(f"target={target!r}: importing {module}: {_said(error)}") from error
     _check_place(target, module, folder)
     try:
@@ -62,7 +62,7 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
             f"target={target!r} called with {sorted(options)}: {error}; give its arguments with "
             "--set KEY=VALUE"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UnsupportedError(
             f"target={target!r} called with {sorted(options)}: {_said(error)}"
         ) from error

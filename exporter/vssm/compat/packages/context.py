@@ -5,18 +5,29 @@ from __future__ import annotations
 import importlib.machinery
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FrameType, FunctionType, ModuleType
 from typing import Any, Final
 
 from torch.autograd import Function
 
-from vssm.compat.packages.provided import AROUND, BY_NAME, COMPILED, FUNCTIONS, PACKAGES, Provided
-from vssm.compat.packages.stand_in_table import SHELLS, STAND_INS
+from vssm.compat.packages import signatures
+from vssm.compat.packages.provided import (
+    AROUND,
+    BY_NAME,
+    FUNCTIONS,
+    PACKAGES,
+    Provided,
+    compiled,
+)
+from vssm.compat.packages.signatures import Signature
+from vssm.compat.packages.stand_in_table import ABSENT, SHELLS, STAND_INS
+from vssm.errors import UnsupportedError
 
 # Marks a name that its owner only inherits: to put it back is to delete ours.
 _INHERITED = object()
@@ -31,12 +42,14 @@ class UpstreamReport:
         patched: names of modules and classes that now are ours, as "module.name".
         installed: modules of upstream packages whose own files are used.
         notes: what was looked at and left, and why.
+        missed: imports that failed; the code that asked may have hidden that.
     """
 
     provided: list[str] = field(default_factory=list)
     patched: list[str] = field(default_factory=list)
     installed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
     _undo: list[tuple[Any, str, Any]] = field(default_factory=list, repr=False)
 
     def replace(self, owner: Any, name: str, function: Any) -> None:
@@ -82,34 +95,34 @@ class UpstreamReport:
 
 
 PREFER: Final = ("ours", "installed")
-_ROOTS: Final = frozenset(
-    name.partition(".")[0]
-    for table in (FUNCTIONS, AROUND, COMPILED, PACKAGES, STAND_INS, SHELLS)
-    for name in table
-)
+_ROOTS: Final = ABSENT | {
+    name.partition(".")[0] for table in (FUNCTIONS, AROUND, PACKAGES, SHELLS) for name in table
+}
 # These look at what is installed, such as triton, and would go on to call a stand-in.
 _NEIGHBOURS: Final = frozenset({"torch", "torchvision", "onnx", "onnxscript", "onnx_ir"})
+_INSTALLED: Final = tuple(sysconfig.get_paths()[k] for k in ("stdlib", "purelib", "platlib"))
 # Frames between an import statement and the finder, skipped to see who asks.
 _IMPORTERS: Final = frozenset(
     {"vssm", "importlib", "_frozen_importlib", "_frozen_importlib_external"}
 )
-_COPIED: Final = (
-    "if it computes the same, import it from mamba_ssm, or report.replace(module, "
-    "'selective_scan_fn', vssm.compat.selective_scan_fn)"
-)
+# Upstream packages that repositories carry a copy of inside a package of their own.
+_VENDORED: Final = ("mamba_ssm", "causal_conv1d")
 # Provided packages whose files on disk are used all the same: a fork's mamba_simple.py, or
 # PlainMamba's own mmcls.
 _OWN_PATH: Final = frozenset({"mamba_ssm", "causal_conv1d", "mmcls", "mmcls.models"})
 
 
 @contextmanager
-def upstream(*, prefer: str = "ours") -> Iterator[UpstreamReport]:
+def upstream(
+    *, prefer: str = "ours", scans: Mapping[str, str] | None = None
+) -> Iterator[UpstreamReport]:
     """Make upstream model code importable and runnable over this package's operators.
 
     Inside, imports of mamba_ssm, causal_conv1d and their kind give functions of this package with
-    upstream's signatures; scan functions that a repository defines itself (VMamba, GroupMamba) are
-    replaced as its files are imported, or at once where they already are. Modules of the user's
-    own mamba_ssm (a fork's `mamba_simple.py`, say) are used as they are, over these functions.
+    upstream's signatures; selective scans that a repository defines itself, known by what they take
+    and compute, are replaced as its files are imported, or at once where they already are. Modules
+    of the user's own mamba_ssm (a fork's `mamba_simple.py`, say) are used as they are, over these
+    functions.
     timm, mmcv, fvcore and triton get stand-ins where they are not installed. Nothing else
     is touched, and the report says what was.
 
@@ -119,40 +132,65 @@ def upstream(*, prefer: str = "ours") -> Iterator[UpstreamReport]:
     Args:
         prefer: "ours"; or "installed" to leave what is installed and works, and to provide the
             rest.
+        scans: selective scans that are not known by themselves, "module:name" or
+            "module:Class.method", and how each takes its operands: "channels" for u of (batch,
+            d_inner, seqlen), "tokens" for (batch, seqlen, d_inner), and behind a colon what the
+            parameters are where they have other names ("tokens:u,delta,A,B,C,D").
 
     Yields:
         The report, growing while modules are imported.
 
     Raises:
-        ValueError: `prefer` is another word, or this is inside another `upstream`.
+        ValueError: `prefer` is another word, this is inside another `upstream`, or a scan of
+            `scans` is not there.
     """
     if prefer not in PREFER:
         raise ValueError(f"prefer={prefer!r} is not one of {', '.join(PREFER)}; choose one")
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         raise ValueError("upstream() inside upstream(): leave the outer one first")
+    named = {place: Signature.parse(text) for place, text in (scans or {}).items()}
     report = UpstreamReport()
     before = dict(sys.modules)
     if prefer == "ours":
         _patch_loaded(report)
+    finder = _Finder(prefer, report, named)
     for module in list(before.values()):
-        _patch_by_name(module, report, undo=True)
-    finder = _Finder(prefer, report)
+        finder.look_at(module, undo=True)
     # In front, or the path finder would take an installed package before the tables are asked.
     sys.meta_path.insert(0, finder)
     try:
-        yield report
+        with _naming_missed(report):
+            yield report
+        if named:
+            raise ValueError(
+                f"scans={', '.join(named)}: no module of that name was imported; write it as "
+                "Python imports it, such as models.block:Mixer.scan"
+            )
     finally:
         sys.meta_path.remove(finder)
         _forget(before)
         report.restore()
 
 
+@contextmanager
+def _naming_missed(report: UpstreamReport) -> Iterator[None]:
+    """Add the imports that failed before to an error: a `try` of the user's may hide its cause."""
+    try:
+        yield
+    except (UnsupportedError, ValueError) as error:
+        if report.missed:
+            missed = ", ".join(dict.fromkeys(report.missed[-5:]))
+            error.args = (f"{error} (imports that failed before: {missed})", *error.args[1:])
+        raise
+
+
 class _Finder(MetaPathFinder):
     """Finds the modules of the tables, and looks at every other module once it is executed."""
 
-    def __init__(self, prefer: str, report: UpstreamReport) -> None:
+    def __init__(self, prefer: str, report: UpstreamReport, scans: dict[str, Signature]) -> None:
         self._ours = prefer == "ours"
         self._report = report
+        self._scans = scans  # those whose module has not been imported yet
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -165,23 +203,45 @@ class _Finder(MetaPathFinder):
             own = (real and real.submodule_search_locations) or []
             # Each is a package: `import a.b.c` asks a.b for a path, even where a.b is one file
             # upstream.
-            spec = ModuleSpec(fullname, _ProvidingLoader(names), is_package=True)
-            spec.submodule_search_locations = list(own) if fullname in _OWN_PATH else []
+            loader = _ProvidingLoader(names, self._report.missed)
+            spec = ModuleSpec(fullname, loader, is_package=True)
+            is_own = _canonical(fullname) in _OWN_PATH
+            spec.submodule_search_locations = list(own) if is_own else []
             return spec
-        if real is not None and isinstance(real.loader, importlib.machinery.SourceFileLoader):
+        if real is None:
+            self._miss(fullname)
+        elif isinstance(real.loader, importlib.machinery.SourceFileLoader):
             self._watch(fullname, real.loader)
         return real
 
-    def _names(self, name: str, real: ModuleSpec | None) -> dict[str, Any] | None:
-        """What to provide as `name`; None to leave it to the other finders."""
+    def _miss(self, fullname: str) -> None:
+        """Remember a module that is not there: the code that asks may hide that."""
+        asker = _asker()
+        if asker is None or _of_an_import_list():
+            return
+        # Python's own files and installed packages try for what other systems have.
+        if not asker.f_code.co_filename.startswith(_INSTALLED):
+            where = f"{asker.f_globals.get('__name__')}, line {asker.f_lineno}"
+            self._report.missed.append(f"{fullname} ({where})")
+
+    def _names(self, fullname: str, real: ModuleSpec | None) -> dict[str, Any] | None:
+        """What to provide as a module; None to leave it to the other finders."""
+        name = _canonical(fullname)
+        # A file that a repository merely calls causal_conv1d.py is no copy of the package.
+        if (
+            name != fullname
+            and name in _VENDORED
+            and not (real and real.submodule_search_locations)
+        ):
+            return None
         if self._ours:
             for table in (FUNCTIONS, AROUND):
                 if name in table:
                     return table[name]
             if name in SHELLS and not _installed("mmcv"):
                 return SHELLS[name]
-            if name in COMPILED:
-                return COMPILED[name]
+            if (found := compiled(name)) is not None:
+                return found
         if real is not None:
             return None
         for table in (PACKAGES, FUNCTIONS, AROUND):
@@ -190,13 +250,16 @@ class _Finder(MetaPathFinder):
         root = name.partition(".")[0]
         # Never a part of an installed package: a timm that has no such module must say so itself.
         absent = name == root or isinstance(sys.modules.get(root), Provided)
-        return STAND_INS[name] if name in STAND_INS and absent and not _for_torch() else None
+        if root not in ABSENT or not absent or _package(_asker()) in _NEIGHBOURS:
+            return None
+        # Of `from timm.layers import x`, x is a name, unless it is a module that has names.
+        return STAND_INS.get(name, None if _of_an_import_list() else {})
 
     def _watch(self, name: str, loader: Any) -> None:
         """Look at the module after it has run; what is installed and fails to load is provided."""
         execute = loader.exec_module
-        root = name.partition(".")[0]
-        names = FUNCTIONS.get(name, AROUND.get(name))
+        root = _canonical(name).partition(".")[0]
+        names = FUNCTIONS.get(_canonical(name), AROUND.get(_canonical(name)))
 
         # The loader belongs to this one spec, so a function put into it is seen by nobody else.
         def run(module: ModuleType) -> None:
@@ -215,20 +278,42 @@ class _Finder(MetaPathFinder):
                 self._report.notes.append(f"{name} is installed but cannot be imported: {error}")
             finally:
                 _hide_triton()
-            _patch_by_name(module, self._report, undo=False)
+            self.look_at(module, undo=False)
 
         loader.exec_module = run
+
+    def look_at(self, module: ModuleType, *, undo: bool) -> None:
+        """Replace the scans and walks that a module of the user's defines.
+
+        Args:
+            module: has run.
+            undo: whether it was there before, and gets back what it had.
+        """
+        name = str(getattr(module, "__name__", "vssm"))
+        theirs = not self._ours and _canonical(name).partition(".")[0] in _ROOTS
+        if name.partition(".")[0] in _NEIGHBOURS | {"vssm"} or theirs:
+            return
+        for place in [p for p in self._scans if p.partition(":")[0] == name]:
+            _patch_named(module, place, self._scans.pop(place), self._report, undo=undo)
+        _patch_by_name(module, self._report, undo=undo)
+        _patch_scans(module, self._report, undo=undo)
 
 
 class _ProvidingLoader(Loader):
     """Makes a `Provided` module."""
 
-    def __init__(self, names: dict[str, Any]) -> None:
-        self._names = names
+    def __init__(self, names: dict[str, Any], missed: list[str]) -> None:
+        self._names, self._missed = names, missed
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """The module, with its names."""
-        return Provided(spec.name, self._names, list(spec.submodule_search_locations or []))
+        return Provided(
+            spec.name,
+            self._names,
+            list(spec.submodule_search_locations or []),
+            lenient=spec.name.partition(".")[0] in ABSENT,
+            missed=self._missed,
+        )
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing is left to run."""
@@ -246,13 +331,25 @@ def _others(
     return None
 
 
-def _for_torch() -> bool:
-    """Whether torch or a package beside it asks: they must see what is installed, no stand-in."""
+def _asker() -> FrameType | None:
+    """The frame whose code imports, behind those of Python's machinery and of ours."""
     frame = inspect.currentframe()
-    while frame is not None:
-        asking = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if asking not in _IMPORTERS:
-            return asking in _NEIGHBOURS
+    while frame is not None and _package(frame) in _IMPORTERS:
+        frame = frame.f_back
+    return frame
+
+
+def _package(frame: FrameType | None) -> str:
+    """The package that a frame's code belongs to."""
+    return "" if frame is None else str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _of_an_import_list() -> bool:
+    """Whether Python looks for a module under a name that stands behind `from package import`."""
+    frame = inspect.currentframe()
+    while frame is not None and _package(frame) in _IMPORTERS:
+        if frame.f_code.co_name == "_handle_fromlist":
+            return True
         frame = frame.f_back
     return False
 
@@ -292,61 +389,136 @@ def _patch_loaded(report: UpstreamReport) -> None:
 
 
 def _patch_by_name(module: ModuleType, report: UpstreamReport, *, undo: bool) -> None:
-    """Replace the scans that a repository's own file defines, if name and arguments are known."""
+    """Replace the walks that a repository's own file defines, if name and arguments are known."""
     names = getattr(module, "__dict__", {})
-    if getattr(module, "__name__", "vssm").split(".")[0] == "vssm":
-        return
     for title, (function, arguments) in BY_NAME.items():
         name, _, method = title.partition(".")
         found = names.get(name)
         # Only where it is defined: names that were imported from there are replaced with it.
         if found is None or getattr(found, "__module__", None) != module.__name__:
             continue
-        place = f"{module.__name__}.{title}"
         # Another class of that name: its `apply` has nothing to do with autograd.
         if method and not (isinstance(found, type) and issubclass(found, Function)):
             continue
         # `apply` itself takes anything; what it passes on is forward's arguments behind ctx.
-        given = _arguments(found.forward if method else found, skip=1 if method else 0)
+        given = signatures.parameters(found.forward if method else found)[bool(method) :]
         if given != arguments:
-            # A gate is in mamba_ssm's signature alone: VMamba's function of the same name has none.
-            if name != "selective_scan_fn" or "z" not in given:
-                report.notes.append(f"{place} takes {given}, not {arguments}: left as it is")
-            elif module.__name__.partition(".")[0] not in _ROOTS:
-                report.notes.append(f"{place} looks like mamba_ssm's: left as it is; {_COPIED}")
+            place = f"{module.__name__}.{title}"
+            report.notes.append(f"{place} takes {given}, not {arguments}: left as it is")
             continue
-        ours = staticmethod(function) if method else function
-        kept = list(report._undo)
-        _replace_everywhere(found, module, name, method, ours, report)
-        if not undo:  # first imported inside: it never had another
-            report._undo[:] = kept
+        _replace_everywhere(found, module, method, function, report, undo=undo)
+
+
+def _patch_named(
+    module: ModuleType, place: str, signature: Signature, report: UpstreamReport, *, undo: bool
+) -> None:
+    """Replace the scan that the user named."""
+    *path, name = place.partition(":")[2].split(".")
+    owner: Any = module
+    for part in path:
+        owner = getattr(owner, part, None)
+    found = getattr(owner, name, None)
+    if not callable(found):
+        raise ValueError(  # noqa: TRY004 - the name is wrong, not a type
+            f"scans={place!r}: {module.__name__} defines no such function; name what its file "
+            "defines, such as models.block:selective_scan or models.block:Mixer.scan"
+        )
+    if isinstance(found, type) and issubclass(found, Function):
+        ours = signature.adapt(found.forward, skip=1)
+        _replace_everywhere(found, module, "apply", ours, report, undo=undo)
+    elif isinstance(owner, type):
+        ours = signature.adapt(found, skip=1)
+        _replace(report, owner, name, lambda self, *o, **named: ours(*o, **named), undo=undo)
+    else:
+        _replace_everywhere(found, module, "", signature.adapt(found), report, undo=undo)
+
+
+def _patch_scans(module: ModuleType, report: UpstreamReport, *, undo: bool) -> None:
+    """Replace the selective scans that a module defines, known by what they take and compute."""
+    for name, found in list(getattr(module, "__dict__", {}).items()):
+        if getattr(found, "__module__", None) != getattr(module, "__name__", None):
+            continue
+        if isinstance(found, type) and issubclass(found, Function):
+            # Behind `ctx`; torch gives every Function the same `apply`.
+            _patch_function(found, module, "apply", report, undo=undo)
+        elif isinstance(found, type):
+            _patch_methods(found, report, undo=undo)
+        elif isinstance(found, FunctionType) and name == found.__name__:
+            _patch_function(found, module, "", report, undo=undo)
+
+
+def _patch_function(
+    found: Any, module: ModuleType, method: str, report: UpstreamReport, *, undo: bool
+) -> None:
+    """Replace a function, or a Function's `apply`, by our scan if it is one."""
+    plain = found.forward if method else found
+    names = signatures.parameters(plain)[bool(method) :]
+    place = f"{module.__name__}.{found.__qualname__}"
+    if signatures.is_named_scan(names):
+        ours = Signature().adapt(plain, skip=int(bool(method)))
+        if signatures.computes_a_scan(found.apply if method else found, names) is False:
+            report.notes.append(
+                f"{place} takes the operands of a scan and computes something else: left as it is"
+            )
+            return
+    elif not method and signatures.may_be_scan(names):
+        ours = signatures.proving(found, skip=0, settled=_noting(report, place))
+    else:
+        return
+    _replace_everywhere(found, module, method, ours, report, undo=undo)
+
+
+def _patch_methods(owner: type, report: UpstreamReport, *, undo: bool) -> None:
+    """Let the methods of a class that may be scans prove it, when they are first called."""
+    for name, method in list(vars(owner).items()):
+        if not isinstance(method, FunctionType) or "scan" not in name:
+            continue
+        if signatures.may_be_scan(signatures.parameters(method)[1:]):
+            place = f"{owner.__module__}.{owner.__qualname__}.{name}"
+            ours = signatures.proving(method, skip=1, settled=_noting(report, place))
+            _replace(report, owner, name, ours, undo=undo)
+
+
+def _noting(report: UpstreamReport, place: str) -> Callable[[bool], None]:
+    def settled(is_scan: bool) -> None:
+        told = "computes our scan" if is_scan else "does not compute a scan: left as it is"
+        report.notes.append(f"{place} {told}")
+
+    return settled
 
 
 def _replace_everywhere(
     found: Any,
     module: ModuleType,
-    name: str,
     method: str,
     ours: Any,
     report: UpstreamReport,
+    *,
+    undo: bool,
 ) -> None:
+    """Replace what `module` defines wherever it is bound, or a method of it in its class."""
     if method:
-        report.replace(found, method, ours)
+        _replace(report, found, method, staticmethod(ours), undo=undo)
         return
-    for other in list(sys.modules.values()):
+    # A file that was loaded by its path alone is not in sys.modules.
+    for other in {id(m): m for m in (module, *sys.modules.values())}.values():
         for key, value in list(getattr(other, "__dict__", {}).items()):
             if value is found:
-                report.replace(other, key, ours)
-    # A file that was loaded by its path alone is not in sys.modules.
-    if vars(module)[name] is found:
-        report.replace(module, name, ours)
+                _replace(report, other, key, ours, undo=undo)
 
 
-def _arguments(function: Any, *, skip: int) -> tuple[str, ...]:
-    try:
-        return tuple(inspect.signature(function).parameters)[skip:]
-    except (TypeError, ValueError):
-        return ()
+def _replace(report: UpstreamReport, owner: Any, name: str, ours: Any, *, undo: bool) -> None:
+    kept = list(report._undo)
+    report.replace(owner, name, ours)
+    if not undo:  # first imported inside: it never had another
+        report._undo[:] = kept
+
+
+def _canonical(name: str) -> str:
+    """The upstream name of a module, also where a repository carries its package as its own."""
+    parts = name.split(".")
+    start = next((i for i, part in enumerate(parts) if part in _VENDORED), 0)
+    return ".".join(parts[start:])
 
 
 def _forget(before: dict[str, ModuleType]) -> None:
@@ -354,7 +526,9 @@ def _forget(before: dict[str, ModuleType]) -> None:
     for name in list(sys.modules):
         # An installed package's own files go as well: they hold our functions, and a later import
         # has to give theirs.
-        if name.partition(".")[0] in _ROOTS and name not in before:
+        provided = isinstance(sys.modules[name], Provided)
+        upstreams = _canonical(name).partition(".")[0] in _ROOTS
+        if (provided or upstreams) and name not in before:
             module = sys.modules.pop(name)
             parent, _, child = name.rpartition(".")
             # A package that was there before has its submodules as attributes too.

@@ -235,8 +235,9 @@ def _is_wide(x: Tensor) -> bool:
 
 
 def _refuse(function: str, further: dict[str, Any]) -> None:
-    # 0 and 0.0 equal False: `dropout_p=0.0` asks for nothing.
-    given = [f"{k}={v!r}" for k, v in further.items() if v not in {None, False}]
+    # 0 and 0.0 equal False: `dropout_p=0.0` asks for nothing. The references have `upcast`, which
+    # says to compute in float32, as ours always does.
+    given = [f"{k}={v!r}" for k, v in further.items() if v not in {None, False} and k != "upcast"]
     if given:
         raise UnsupportedError(
             f"{function}: {', '.join(given)} is not supported; use the plain norm of an inference "

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 import sys
 from opcode import opmap
 from types import FrameType, ModuleType
@@ -42,9 +43,9 @@ _INSIDE = (
     "it is the inside of mamba_ssm's Triton code; let the caller use the functions around it, for "
     "example with use_mem_eff_path=False"
 )
-_COMPILED = (
-    "it is compiled CUDA code; let the caller import from mamba_ssm or causal_conv1d what it "
-    "defines itself around it, or put ours in its place with report.replace"
+_COMPILED_CODE = (
+    "it is compiled CUDA code; say which function around it is the selective scan with --scan "
+    "MODULE:NAME=channels, or put one of ours in its place with report.replace"
 )
 
 _SCAN: Final = {
@@ -60,6 +61,8 @@ _NORMS: Final = {
     "RMSNorm": norms.RMSNorm,
     "rms_norm_fn": norms.rms_norm_fn,
     "layer_norm_fn": norms.layer_norm_fn,
+    "rms_norm_ref": norms.rms_norm_fn,
+    "layer_norm_ref": norms.layer_norm_fn,
 }
 _SSD: Final = {
     "mamba_chunk_scan_combined": ssd.mamba_chunk_scan_combined,
@@ -98,15 +101,17 @@ FUNCTIONS: Final[dict[str, dict[str, Any]]] = {
     "causal_conv1d.causal_conv1d_interface": _CONV,
 }
 # Compiled modules, so that the files that import them load; there is nothing in them to call.
-COMPILED: Final[dict[str, dict[str, Any]]] = {
-    name: {call: not_supported(f"{name}.{call}", _COMPILED)}
-    for name, call in (
-        ("selective_scan_cuda", "fwd"),
-        ("selective_scan_cuda_core", "fwd"),
-        ("selective_scan_cuda_oflex", "fwd"),
-        ("causal_conv1d_cuda", "causal_conv1d_fwd"),
-    )
-}
+_COMPILED: Final = re.compile(r"(selective_scan|causal_conv1d)_cuda\w*")
+
+
+def compiled(name: str) -> dict[str, Any] | None:
+    """What to provide for a compiled module of mamba_ssm's, causal_conv1d's or their copies'."""
+    if not _COMPILED.fullmatch(name):
+        return None
+    calls = ("fwd", "causal_conv1d_fwd")
+    return {call: not_supported(f"{name}.{call}", _COMPILED_CODE) for call in calls}
+
+
 # Files around them that need more packages: ours where `prefer` is "ours".
 AROUND: Final[dict[str, dict[str, Any]]] = {
     "mamba_ssm.modules.mamba3": {"Mamba3": not_supported("Mamba3", _MAMBA3)},
@@ -129,26 +134,8 @@ PACKAGES: Final[dict[str, dict[str, Any]]] = {
     "mamba_ssm.models": {},
     "mamba_ssm.utils": {},
 }
-# User files that define their own: class or function name, our form, and the arguments it has.
+# Walks that user files define: class or function name, our form, and the arguments it has.
 BY_NAME: Final[dict[str, tuple[Any, tuple[str, ...]]]] = {
-    "SelectiveScanCuda.apply": (
-        scan.selective_scan_cuda_apply,
-        ("u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus", "oflex", "backend"),
-    ),
-    **{
-        f"{name}.apply": (
-            scan.selective_scan_groupmamba,
-            (
-                *("u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus"),
-                *("nrows", "backnrows", "oflex"),
-            ),
-        )
-        for name in ("SelectiveScanCore", "SelectiveScanMamba", "SelectiveScanOflex")
-    },
-    "selective_scan_fn": (
-        scan.selective_scan_vmamba,
-        ("u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus", "oflex", "backend"),
-    ),
     "cross_scan_fn": (
         cross.cross_scan_fn,
         (*("x", "in_channel_first", "out_channel_first", "one_by_one", "scans", "force_torch"),),
@@ -172,12 +159,30 @@ LATER: Final = {
 
 
 class Provided(ModuleType):
-    """A module that this package stands in for; what it has not fails with a message."""
+    """A module that this package stands in for; what it has not fails with a message.
 
-    def __init__(self, name: str, names: dict[str, Any], path: list[str]) -> None:
+    Args:
+        name: of the module.
+        names: what it has.
+        path: where its submodules lie, if any do.
+        lenient: whether any other name may be imported, and only a call of it fails.
+        missed: what was asked for and is not there is added to this list.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        names: dict[str, Any],
+        path: list[str],
+        *,
+        lenient: bool = False,
+        missed: list[str] | None = None,
+    ) -> None:
         super().__init__(name, f"Provided by vssm.compat in the place of {name}.")
         self.__path__ = path  # a package: submodules come from the tables, or lie there
         self.__version__ = "0"
+        self.__lenient = lenient
+        self.__missed = [] if missed is None else missed
         vars(self).update(names)
 
     def __getattr__(self, name: str) -> Any:
@@ -185,14 +190,28 @@ class Provided(ModuleType):
             raise AttributeError(name)
         if (self.__name__, name) in LATER:
             return pkgutil.resolve_name(LATER[self.__name__, name])
-        known = ", ".join(sorted(n for n in vars(self) if not n.startswith("__"))) or "nothing"
         frame = sys._getframe(1)
+        imported = frame.f_code.co_code[frame.f_lasti] == opmap["IMPORT_FROM"]
+        # By attribute alone, `hasattr(timm, "layers")` would find everything.
+        if imported and self.__lenient:
+            setattr(self, name, _placeholder(self.__name__, name))
+            return getattr(self, name)
+        known = ", ".join(sorted(n for n in vars(self) if not n.startswith("_"))) or "nothing"
         message = (
             f"{self.__name__}.{name} (asked for by {_caller(frame)}) is unknown to "
             f"vssm.compat, which stands in for {self.__name__} here and has {known}; install "
             f"the package and use upstream(prefer='installed'), or take the import out; {_DOCS}"
         )
         # `from module import name` would say no more than "cannot import name".
-        if frame.f_code.co_code[frame.f_lasti] == opmap["IMPORT_FROM"]:
+        if imported:
+            self.__missed.append(f"{self.__name__}.{name} ({_caller(frame)})")
             raise ImportError(message, name=self.__name__)
         raise AttributeError(message)
+
+
+def _placeholder(module: str, name: str) -> Any:
+    """What a file may import of an absent package, and not call."""
+    # BACKBONES, MODELS: files decorate their classes with these as they are imported.
+    if name.isupper():
+        return stand_ins.Registry(name)
+    return not_supported(f"{module}.{name}", "the package is not installed; install it")

@@ -43,6 +43,61 @@ class DropPath(nn.Module):
         return x
 
 
+def drop_path(
+    x: Tensor, drop_prob: float = 0.0, training: bool = False, *_: Any, **__: Any
+) -> Tensor:
+    """The function of `DropPath`: x itself."""
+    out: Tensor = DropPath(drop_prob).train(training)(x)
+    return out
+
+
+class PatchEmbed(nn.Module):
+    """timm's patches of an image: a convolution whose stride is its size, and a norm."""
+
+    def __init__(
+        self,
+        img_size: Any = 224,
+        patch_size: Any = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        *,
+        flatten: bool = True,
+        bias: bool = True,
+        strict_img_size: bool = True,
+        dynamic_img_pad: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        # Such as `output_fmt`, which changes what comes out.
+        if options:
+            raise UnsupportedError(
+                f"PatchEmbed: {sorted(options)} unknown to this stand-in; install timm"
+            )
+        self.img_size, self.patch_size = to_2tuple(img_size), to_2tuple(patch_size)
+        self.grid_size = tuple(s // p for s, p in zip(self.img_size, self.patch_size, strict=True))
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.flatten, self.dynamic_img_pad = flatten, dynamic_img_pad
+        self.strict_img_size = strict_img_size and not dynamic_img_pad
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias)
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (batch, channels, height, width) to tokens (batch, tokens, width), or maps."""
+        # As timm has it: a position table behind it has this many rows.
+        if self.strict_img_size and tuple(x.shape[-2:]) != self.img_size:
+            raise ValueError(
+                f"PatchEmbed: images of {tuple(x.shape[-2:])}, made for {self.img_size}; give "
+                "img_size to the model"
+            )
+        if self.dynamic_img_pad:
+            below, right = (-x.shape[d] % p for d, p in zip((-2, -1), self.patch_size, strict=True))
+            x = functional.pad(x, (0, right, 0, below))
+        x = self.proj(x)
+        out: Tensor = self.norm(x.flatten(2).transpose(1, 2) if self.flatten else x)
+        return out
+
+
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of a map (batch, channels, height, width)."""
 
@@ -139,22 +194,24 @@ class AdaptivePadding(nn.Module):
 
 
 class Registry:
-    """mmcv's registry: keeps the classes by name."""
+    """The registry of mmcv, mmengine and fvcore: keeps the classes by name."""
 
-    def __init__(self, name: str, **_: Any) -> None:
+    def __init__(self, name: str = "registry", *_: Any, **__: Any) -> None:
         self.name = name
         self.classes: dict[str, Any] = {}
 
-    # Called as a decorator with and without a name, while files are imported; nothing is ever built
-    # by name here.
-    def register_module(self, *_: Any, **__: Any) -> Callable[[Any], Any]:
-        """A decorator that keeps the class and returns it."""
+    # Called as a decorator with and without a name, or with the class itself, while files are
+    # imported; nothing is ever built by name here.
+    def register_module(self, *_: Any, module: Any = None, **__: Any) -> Any:
+        """A decorator that keeps the class and returns it; of `module=`, the class."""
+        return self.register(module) if module is not None else self.register
 
-        def keep(cls: Any) -> Any:
-            self.classes[cls.__name__] = cls
-            return cls
-
-        return keep
+    def register(self, cls: Any = None) -> Any:
+        """Keep a class; without one, a decorator that does."""
+        if cls is None:
+            return self.register
+        self.classes[cls.__name__] = cls
+        return cls
 
 
 def to_2tuple(x: Any) -> tuple[Any, Any]:
@@ -162,9 +219,43 @@ def to_2tuple(x: Any) -> tuple[Any, Any]:
     return tuple(x) if isinstance(x, tuple | list) else (x, x)
 
 
+def to_ntuple(n: int) -> Callable[[Any], tuple[Any, ...]]:
+    """timm's: a function that makes a tuple of `n` times x, or x itself where it is a sequence."""
+    return lambda x: tuple(x) if isinstance(x, tuple | list) else (x,) * n
+
+
 def register_model(function: Any) -> Any:
     """The decorator of timm: the function as it is."""
     return function
+
+
+def build_model_with_cfg(
+    model_cls: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    default_cfg: Any = None,
+    *,
+    pretrained_cfg: Any = None,
+    pretrained_filter_fn: Any = None,
+    pretrained_strict: bool = True,
+    feature_cfg: Any = None,
+    features_only: bool = False,
+    kwargs_filter: Any = None,
+    **options: Any,
+) -> nn.Module:
+    """The model that timm's builder makes, without its downloads.
+
+    Raises:
+        UnsupportedError: weights are to be downloaded, or features to be taken out.
+    """
+    if pretrained or features_only:
+        raise UnsupportedError(
+            f"{variant}: pretrained={pretrained}, features_only={features_only}, but this is a "
+            "stand-in for timm; build the plain model, and give its weights with --checkpoint"
+        )
+    model = model_cls(**options)
+    model.default_cfg = model.pretrained_cfg = pretrained_cfg or default_cfg
+    return model
 
 
 def default_config(url: str = "", **options: Any) -> dict[str, Any]:

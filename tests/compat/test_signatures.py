@@ -1,0 +1,221 @@
+"""Scans in a repository's own files: known by what they take and compute, or as the user says."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from compat_cases import MinimalLike
+from torch import Tensor
+
+from vssm.compat import upstream
+from vssm.compat.packages import scan
+from vssm.compat.packages.signatures import Signature
+from vssm.errors import UnsupportedError
+
+REFERENCE = """
+import torch
+from torch.nn import functional
+
+def {name}(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+    delta = delta if delta_bias is None else delta + delta_bias[:, None]
+    delta = functional.softplus(delta) if delta_softplus else delta
+    state, rows = u.new_zeros(*u.shape[:2], A.shape[1]), []
+    for t in range(u.shape[2]):
+        step = delta[:, :, t, None]
+        state = torch.exp({decay}) * state + step * B[:, None, :, t] * u[:, :, t, None]
+        rows.append((state * C[:, None, :, t]).sum(-1))
+    y = torch.stack(rows, -1)
+    y = y if D is None else y + D[:, None] * u
+    return y if z is None else y * functional.silu(z)
+"""
+KERNELS = """
+import torch
+import selective_scan_cuda_core_of_their_own as kernel
+
+class Nrows(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda")
+    def forward(ctx, u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False, nrows=1):
+        return kernel.fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, nrows)[0]
+
+class States(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, delta, A, B, D=None, delta_bias=None, delta_softplus=False, lag=0):
+        return kernel.fwd(u, delta, A, B, D, delta_bias, delta_softplus, 1, True)[0]
+
+class Other(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        return x
+
+def combined(x, dt, A, B, C, chunk_size):
+    return kernel.fwd(x, dt, A, B, C, chunk_size)
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModuleType]]:
+    """Writes a module and imports it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(name: str, text: str) -> ModuleType:
+        path = tmp_path.joinpath(*name.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for parent in path.relative_to(tmp_path).parents:
+            (tmp_path / parent / "__init__.py").touch()
+        path.write_text(text)
+        return importlib.import_module(name)
+
+    yield write
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def _operands(groups: int = 1) -> dict[str, Any]:
+    torch.manual_seed(0)
+    rows = (2, 2, 5) if groups == 1 else (2, groups, 2, 5)
+    return {
+        "u": torch.randn(2, 4, 5),
+        "delta": torch.randn(2, 4, 5),
+        "A": -torch.rand(4, 2),
+        "B": torch.randn(rows),
+        "C": torch.randn(rows),
+        "D": torch.randn(4),
+        "delta_bias": torch.randn(4),
+        "delta_softplus": True,
+    }
+
+
+def test_copy_that_computes_the_scan_is_ours(load: Callable[..., ModuleType]) -> None:
+    text = REFERENCE.format(name="their_scan", decay="step * A")
+    with upstream() as report:
+        module = load("copied_whole", text)
+    assert "copied_whole.their_scan" in report.patched
+    o = _operands()
+    torch.testing.assert_close(module.their_scan(**o), scan.selective_scan_fn(**o))
+    with upstream() as report:
+        found = module.their_scan
+    # What was imported inside for the first time never had another, and keeps ours.
+    assert found is module.their_scan
+
+
+def test_what_computes_something_else_is_left(load: Callable[..., ModuleType]) -> None:
+    text = REFERENCE.format(name="selective_scan_fn", decay="2 * step * A")
+    with upstream() as report:
+        module = load("copied_changed", text)
+    assert not [name for name in report.patched if name.startswith("copied")]
+    assert "copied_changed.selective_scan_fn takes the operands of a scan and computes" in str(
+        report
+    )
+    o = _operands()
+    assert not torch.allclose(module.selective_scan_fn(**o), scan.selective_scan_fn(**o))
+
+
+def test_wrappers_of_compiled_kernels_are_known_by_their_parameters(
+    load: Callable[..., ModuleType],
+) -> None:
+    with upstream() as report:
+        module = load("kernels", KERNELS)
+    patched = [name.partition(".")[2] for name in report.patched if name.startswith("kernels")]
+    assert patched == ["Nrows.apply", "States.apply"]
+    o = _operands(groups=2)
+    positional = [o[n] for n in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
+    want = scan.selective_scan_fn(**o)
+    torch.testing.assert_close(module.Nrows.apply(*positional, True, 4), want)
+    assert module.Other.apply(torch.ones(2), None).tolist() == [1, 1]
+
+
+def test_scan_without_c_gives_its_states(load: Callable[..., ModuleType]) -> None:
+    with upstream():
+        states = load("kernels_of_states", KERNELS).States.apply
+    o = _operands()
+    y = states(o["u"], o["delta"], o["A"], o["B"], None, o["delta_bias"], True)
+    assert y.shape == (2, 4, 2, 5)
+    _, last = scan.selective_scan_fn(**{**o, "D": None}, return_last_state=True)
+    torch.testing.assert_close(y[..., -1], last)
+    with pytest.raises(UnsupportedError, match=r"without C gives its states, .*\['D'\]"):
+        states(o["u"], o["delta"], o["A"], o["B"], o["D"])
+
+
+class _Own(torch.nn.Module):
+    """Methods in mamba-minimal's style: one is a scan, one is called like it."""
+
+    def forward(self, x: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        A = -torch.ones(4, 2)
+        return self.scan(x, x.abs(), A, B, B), self.scan_wrong(x, x.abs(), A, B, B)
+
+    def scan(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        state, rows = x.new_zeros(x.shape[0], x.shape[2], A.shape[1]), []
+        for t in range(x.shape[1]):
+            step = dt[:, t, :, None]
+            state = torch.exp(step * A) * state + step * B[:, t, None] * x[:, t, :, None]
+            rows.append((state * C[:, t, None]).sum(-1))
+        return torch.stack(rows, 1)
+
+    def scan_wrong(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        return x
+
+
+def test_method_proves_itself_in_its_first_call() -> None:
+    module, x, B = _Own(), torch.randn(2, 5, 4), torch.randn(2, 5, 2)
+    want = module(x, B)
+    with upstream() as report:
+        first, then = module(x, B), module(x, B)
+    for found in (first, then):
+        torch.testing.assert_close(found, want)
+    place = f"{__name__}._Own"
+    assert f"{place}.scan computes our scan" in report.notes
+    assert f"{place}.scan_wrong does not compute a scan: left as it is" in report.notes
+
+
+def test_named_scan_is_replaced(load: Callable[..., ModuleType]) -> None:
+    text = "def go(q, step, decay, k, r, skip):\n    raise RuntimeError\n"
+    o = _operands()
+    with upstream(scans={"named_one:go": "tokens:u,delta,A,B,C,D"}) as report:
+        module = load("named_one", text)
+        turned = [o[n].transpose(1, 2) for n in ("u", "delta", "B", "C")]
+        y = module.go(turned[0], turned[1].abs(), o["A"], *turned[2:], o["D"])
+    assert "named_one.go" in report.patched
+    plain = {k: o[k] for k in ("u", "A", "B", "C", "D")}
+    want = scan.selective_scan_fn(delta=o["delta"].abs(), **plain)
+    torch.testing.assert_close(y.transpose(1, 2), want)
+    method = {f"{MinimalLike.__module__}:MinimalLike.selective_scan": "tokens"}
+    with upstream(scans=method) as report:
+        assert f"{MinimalLike.__module__}.MinimalLike.selective_scan" in report.patched
+    with (
+        pytest.raises(ValueError, match="no module of that name"),
+        upstream(scans={"a.b:c": "tokens"}),
+    ):
+        pass
+    gone = {"named_one:gone": "tokens"}
+    with pytest.raises(ValueError, match="defines no such function"), upstream(scans=gone):
+        pass
+
+
+@pytest.mark.parametrize("text", ["rows", "tokens:u,delta,A", "tokens:u,delta,A,B,C,E"])
+def test_signatures_are_checked(text: str) -> None:
+    with pytest.raises(ValueError, match="is not LAYOUT or LAYOUT:NAME"):
+        Signature.parse(text)
+
+
+def test_package_carried_inside_another_gets_our_functions(load: Callable[..., ModuleType]) -> None:
+    load("own_copy.mamba_ssm.ops.selective_scan_interface", "def selective_scan_fn():\n    pass\n")
+    for name in [n for n in sys.modules if n.startswith("own_copy")]:
+        del sys.modules[name]
+    with upstream() as report:
+        user = load(
+            "vendoring",
+            "from own_copy.mamba_ssm.ops.selective_scan_interface import selective_scan_fn as f\n",
+        )
+        local = load("layers.causal_conv1d", "def mine():\n    return 1\n")  # merely called so
+    assert user.f is scan.selective_scan_fn
+    assert local.mine() == 1
+    assert "own_copy.mamba_ssm.ops.selective_scan_interface" in report.provided
