@@ -19,6 +19,7 @@ _PUBLIC = {
     "PruneSchedule": "vssm.pruning.schedule",
     "Recipe": "vssm.training.recipe",
     "Session": "vssm.runtimes.session",
+    "MergeSchedule": "vssm.pruning.schedule",
     "ModelSource": "vssm.training.request",
     "Resources": "vssm.training.request",
     "ablate": "vssm.studies.ablate",

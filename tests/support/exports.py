@@ -37,7 +37,10 @@ MICRO_PLAIN: dict[str, Any] = {
 
 
 def micro(
-    schedule: str | None = SCHEDULE, *, rules: dict[str, Any] | None = None, **changes: Any
+    schedule: str | vssm.MergeSchedule | None = SCHEDULE,
+    *,
+    rules: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> VisionModel:
     """A micro Vim whose scan matters: fixture weights, pruned after blocks 1 and 2."""
     return _filled("vim_tiny", schedule, rules, {**MICRO, **changes})
@@ -51,12 +54,15 @@ def micro_plain(
 
 
 def _filled(
-    name: str, schedule: str | None, rules: dict[str, Any] | None, options: dict[str, Any]
+    name: str,
+    schedule: str | vssm.MergeSchedule | None,
+    rules: dict[str, Any] | None,
+    options: dict[str, Any],
 ) -> VisionModel:
     from official_data import fill_weights
 
-    parsed = None
-    if schedule is not None:
+    parsed = schedule
+    if isinstance(schedule, str):
         ratios = {int(b): r for b, r in (pair.split(":") for pair in schedule.split(","))}
         parsed = vssm.PruneSchedule(ratios, **(rules or {}))
     model = vssm.create_model(name, schedule=parsed, **options)

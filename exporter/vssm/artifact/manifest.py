@@ -92,6 +92,28 @@ class ScheduleInfo:
 
 
 @dataclass(frozen=True)
+class MergeInfo:
+    """What was merged where; the rules are `MergeSchedule`'s.
+
+    `blocks` are 1-based, `num_keep` has the tokens after each of them, class token included.
+    """
+
+    blocks: tuple[int, ...]
+    num_keep: tuple[int, ...]
+    r: int
+    every: int
+    start: int
+    metric: str
+    distance: str
+    order: bool
+    class_token: str
+    choose: int
+    mode: str
+    alignment: str
+    final_tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class CheckpointInfo:
     """The checkpoint that the weights came from: its file name (no directory) and SHA-256."""
 
@@ -120,11 +142,30 @@ class Manifest:
     versions: Mapping[str, str]
     weights: str = "initial"
     schedule: ScheduleInfo | None = None
+    merge: MergeInfo | None = None
     block_outputs: tuple[BlockOutput, ...] = ()
     preprocessing: Preprocessing | None = None
     checkpoint: CheckpointInfo | None = None
     labels: tuple[str, ...] | None = None
     format_version: int = FORMAT_VERSION
+
+    @property
+    def dense(self) -> bool:
+        """Whether no tokens are pruned or merged."""
+        return self.schedule is None and self.merge is None
+
+    @property
+    def tokens(self) -> str:
+        """What becomes of the tokens, in words: "dense", "10:0.8 gap", "5 merged after 2, 4"."""
+        parts = []
+        if self.schedule is not None:
+            ratios = ",".join(f"{block}:{ratio}" for block, ratio in self.schedule.blocks.items())
+            parts.append(f"{ratios} {self.schedule.alignment}")
+        if self.merge is not None:
+            blocks = ", ".join(map(str, self.merge.blocks))
+            aligned = "" if self.merge.alignment == "none" else f", {self.merge.alignment}"
+            parts.append(f"{self.merge.r} merged after {blocks}{aligned}")
+        return "; ".join(parts) or "dense"
 
     @property
     def main_output(self) -> TensorInfo:
@@ -157,6 +198,7 @@ _LONGEST_NAME: Final = 256
 _LONGEST_LABEL: Final = 1024
 MAX_CROP: Final = 4096  # pixels of a side: 192 MiB an image of float32
 LOGITS: Final = "logits"  # the output that images are classified by
+MERGED_PAIRS: Final = "merged_pairs_"  # before the number of a merge: the output with its pairs
 _LARGEST: Final = 1e6  # of a mean; float32 holds what is divided by a deviation's least
 _MIN_SEED: Final = -(1 << 63)
 
@@ -229,6 +271,7 @@ def _parse(root: Node) -> Manifest:
         versions={n: node.text(_LONGEST_NAME) for n, node in root.at("versions").entries()},
         weights=root.at("weights").choice(WEIGHTS),
         schedule=root.at("schedule").optional(_schedule),
+        merge=root.at("merge").optional(_merge),
         block_outputs=tuple(_block_output(node) for node in root.at("block_outputs").items()),
         preprocessing=root.at("preprocessing").optional(_preprocessing),
         checkpoint=root.at("checkpoint").optional(_checkpoint),
@@ -292,6 +335,26 @@ def _schedule(node: Node) -> ScheduleInfo:
         num_keep=num_keep,
         cls_position=node.at("cls_position").optional(lambda n: n.integer(0)),
         seed=node.at("seed").optional(lambda n: n.integer(_MIN_SEED)),
+    )
+
+
+def _merge(node: Node) -> MergeInfo:
+    blocks = tuple(n.integer(1) for n in node.at("blocks").items())
+    num_keep = tuple(n.integer(1) for n in node.at("num_keep").items(exactly=len(blocks)))
+    return MergeInfo(
+        blocks=blocks,
+        num_keep=num_keep,
+        r=node.at("r").integer(0),
+        every=node.at("every").integer(1),
+        start=node.at("start").integer(1),
+        metric=node.at("metric").text(),
+        distance=node.at("distance").text(),
+        order=node.at("order").flag(),
+        class_token=node.at("class_token").text(),
+        choose=node.at("choose").integer(1),
+        mode=node.at("mode").text(),
+        alignment=node.at("alignment").text(),
+        final_tokens=node.at("final_tokens").optional(lambda n: n.integer(1)),
     )
 
 

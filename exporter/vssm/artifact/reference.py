@@ -7,7 +7,7 @@ inputs and what the float64 module said of them, for `vssm check` to compare wit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -63,15 +63,33 @@ def stored_reference(artifact: Artifact) -> tuple[Array, dict[str, Array]]:
 
 
 @dataclass(frozen=True)
+class OracleMerge:
+    """What one merge of the float64 model chose.
+
+    Attributes:
+        pairs: (batch, r, 2) indices of each token that joined another, and of that other.
+        similarity: (batch, n, m) of the tokens `sources` with the tokens `destinations`.
+        sources: (1 or batch, n) indices.
+        destinations: (1 or batch, m) indices.
+    """
+
+    pairs: Array
+    similarity: Array
+    sources: Array
+    destinations: Array
+
+
+@dataclass(frozen=True)
 class OracleResult:
     """What the float64 model said of some images, as arrays.
 
     Attributes:
         logits: (batch, classes); of a module without logits, its first output.
         kept_positions: one (batch, num_keep) a stage, original positions in index order.
-        scores: the (batch, seqlen) scores that chose them.
+        scores: the (batch, seqlen) scores that chose them; of a merge the similarity.
         positions: the (batch, seqlen) positions those scores belong to.
         blocks: value name -> (batch, seqlen, d_model), a block's hidden or residual stream.
+        merges: by stage, what those that merge chose.
     """
 
     logits: Array
@@ -79,6 +97,7 @@ class OracleResult:
     scores: list[Array]
     positions: list[Array]
     blocks: dict[str, Array]
+    merges: Mapping[int, OracleMerge] = field(default_factory=dict)
 
 
 def module_result(outputs: Mapping[str, Array], main: str) -> OracleResult:

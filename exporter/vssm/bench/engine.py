@@ -79,8 +79,7 @@ def bench_engine(
         f"{samples} --runtime {runtime}"
     )
     context = {
-        "model": f"{manifest.name} {manifest.dtype} "
-        + ("dense" if manifest.schedule is None else f"pruned {dict(manifest.schedule.blocks)}"),
+        "model": f"{manifest.name} {manifest.dtype} {manifest.tokens}",
         "weights": manifest.weights,
         "images": "x".join(map(str, artifact.image_shape)) + " float32, after 2 runs to warm up",
         "gpu": device,
@@ -126,7 +125,7 @@ def _dense_engine(
 ) -> Iterator[Artifact | None]:
     """The same weights without the schedule, exported and built in a temporary directory."""
     manifest = artifact.manifest
-    if manifest.schedule is None:
+    if manifest.dense:
         yield None
         return
     with tempfile.TemporaryDirectory() as directory:

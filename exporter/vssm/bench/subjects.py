@@ -173,7 +173,7 @@ def _torch(artifact: Artifact, threads: int) -> Session:
 @contextmanager
 def _dense_twin(artifact: Artifact, progress: Progress) -> Iterator[Artifact | None]:
     """The same weights without the schedule, exported to a temporary directory."""
-    if artifact.manifest.schedule is None or is_module(artifact):
+    if artifact.manifest.dense or is_module(artifact):
         yield None
         return
     progress("exporting the dense twin")
@@ -207,13 +207,8 @@ def _scan_over_floor(
 
 def _context(artifact: Artifact) -> dict[str, str]:
     manifest, library = artifact.manifest, library_info()
-    schedule = manifest.schedule
-    pruned = "dense"
-    if schedule is not None:
-        ratios = ",".join(f"{block}:{ratio}" for block, ratio in schedule.blocks.items())
-        pruned = f"{ratios} {schedule.alignment}"
     return {
-        "model": f"{manifest.name} {manifest.dtype} {pruned}",
+        "model": f"{manifest.name} {manifest.dtype} {manifest.tokens}",
         "weights": manifest.weights,
         "images": "x".join(map(str, artifact.image_shape)) + " float32, after 2 runs to warm up",
         "cpu": cpu_name(),

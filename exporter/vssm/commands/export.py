@@ -23,6 +23,7 @@ from vssm.commands.options import (
     Json,
     Key,
     Labels,
+    Merge,
     Name,
     NewHead,
     NumClasses,
@@ -162,7 +163,7 @@ def _load(request: ModuleRequest, model: Any) -> tuple[CheckpointInfo | None, st
 
 def _check(request: ModuleRequest) -> PruneSchedule | None:
     """Refuse what will not do before the user's code runs; the schedule comes back."""
-    from vssm.models.schedules import named_schedule
+    from vssm.models.schedules import named_pruning
     from vssm.onnx.options import check_opset
     from vssm.training.request import refuse_unused_options
 
@@ -181,7 +182,7 @@ def _check(request: ModuleRequest) -> PruneSchedule | None:
     check_files(checkpoint=request.checkpoint, labels=request.labels)
     # For its error alone.
     _preprocessing(request)
-    return named_schedule(request.target, request.schedule, **rules)
+    return named_pruning(request.target, request.schedule, **rules)
 
 
 def _example(request: ModuleRequest) -> Any:
@@ -282,6 +283,7 @@ def export(
     key: Key = None,
     new_head: NewHead = False,
     schedule: Schedule = None,
+    merge: Merge = None,
     alignment: Alignment = None,
     importance: Importance = None,
     conv: Conv = None,
@@ -297,7 +299,7 @@ def export(
     force: Force = False,
     json_file: Json = None,
 ) -> None:
-    """Export a model, pruned or dense, to model.onnx and model.json."""
+    """Export a model, pruned, merged or dense, to model.onnx and model.json."""
     source = model_source(
         name,
         checkpoint,
@@ -305,6 +307,7 @@ def export(
         key,
         new_head,
         schedule=schedule,
+        merge=merge,
         alignment=alignment,
         importance=importance,
         conv=conv,
@@ -383,6 +386,8 @@ def _print_files(artifact: Artifact) -> None:
     manifest, path = artifact.manifest, artifact.model_path
     if manifest.schedule is not None:
         say(f"tokens kept by stage: {list(manifest.schedule.num_keep)}")
+    if manifest.merge is not None:
+        say(f"tokens left by each merge: {list(manifest.merge.num_keep)}")
     if manifest.preprocessing is None:
         say("preprocessing unknown: `vssm run` refuses image files (see --imagenet)")
     say(f"wrote {path} ({path.stat().st_size:,} bytes, {manifest.dtype})")

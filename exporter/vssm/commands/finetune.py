@@ -16,6 +16,7 @@ from vssm.commands.options import (
     Importance,
     Json,
     Key,
+    Merge,
     Name,
     NewHead,
     NumClasses,
@@ -70,6 +71,7 @@ def finetune(
     key: Key = None,
     new_head: NewHead = False,
     schedule: Schedule = None,
+    merge: Merge = None,
     alignment: Alignment = None,
     importance: Importance = None,
     conv: Conv = None,
@@ -90,7 +92,7 @@ def finetune(
     threads: Threads = None,
     json_file: Json = None,
 ) -> None:
-    """Train a model, pruned or dense; after a kill, --resume goes on bit for bit."""
+    """Train a model, pruned, merged or dense; after a kill, --resume goes on bit for bit."""
     source = model_source(
         name,
         checkpoint,
@@ -98,6 +100,7 @@ def finetune(
         key,
         new_head,
         schedule=schedule,
+        merge=merge,
         alignment=alignment,
         importance=importance,
         conv=conv,

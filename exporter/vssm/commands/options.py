@@ -99,9 +99,18 @@ Schedule = Annotated[
     str | None,
     typer.Option(help="BLOCK:RATIO,..., such as 5:0.8,10:0.8, or default; dense without."),
 ]
+Merge = Annotated[
+    str | None,
+    typer.Option(
+        help="Tokens of a Vim that merge after every other block, such as 5, or 5,class_token=true."
+    ),
+]
 Alignment = Annotated[
     str | None,
-    typer.Option(help="gap (the default), constant or none.", **_words("gap", "constant", "none")),
+    typer.Option(
+        help="gap (pruning's default), constant or none (merging's default); merging: or size.",
+        **_words("gap", "constant", "none", "size"),
+    ),
 ]
 Importance = Annotated[
     str | None,
@@ -205,6 +214,7 @@ def model_source(
     new_head: bool,
     *,
     schedule: str | None,
+    merge: str | None = None,
     num_classes: int | None,
     option: list[str] | None,
     alignment: str | None = None,
@@ -222,6 +232,7 @@ def model_source(
         checkpoint,
         weights="ema" if ema else "model",
         schedule=schedule,
+        merge=merge,
         alignment=alignment,
         importance=importance,
         conv=conv,

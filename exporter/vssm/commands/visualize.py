@@ -14,6 +14,7 @@ from vssm.commands.options import (
     HeadWidth,
     Json,
     Key,
+    Merge,
     Model,
     ModelOptions,
     NewHead,
@@ -36,6 +37,7 @@ def visualize(
     key: Key = None,
     new_head: NewHead = False,
     schedule: OwnSchedule = None,
+    merge: Merge = None,
     alignment: Annotated[
         str | None, typer.Option(help="gap, constant or none, in place of the export's.")
     ] = None,
@@ -59,6 +61,7 @@ def visualize(
         key,
         new_head,
         schedule=schedule,
+        merge=merge,
         alignment=alignment,
         importance=importance,
         conv=conv,

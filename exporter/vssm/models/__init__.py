@@ -11,7 +11,7 @@ from vssm.models.catalogue import MODELS, check_name, check_options
 
 if TYPE_CHECKING:
     from vssm.models.base import VisionModel
-    from vssm.pruning.schedule import PruneSchedule
+    from vssm.pruning.schedule import Schedule
 
 _SEED: Final = 0
 
@@ -43,7 +43,7 @@ def list_models() -> list[str]:
 def create_model(
     name: str,
     *,
-    schedule: PruneSchedule | None = None,
+    schedule: Schedule | None = None,
     num_classes: int = 1000,
     backend: str = "auto",
     **overrides: Any,
@@ -55,7 +55,7 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        schedule: token pruning; None for the dense model.
+        schedule: token pruning or merging; None for the dense model.
         num_classes: width of the classifier.
         backend: what computes the custom operators, as for `VisionModel.use_backend`.
         overrides: fields of the family's configuration, such as image_size: 384, (224, 320) or
@@ -64,14 +64,14 @@ def create_model(
     Raises:
         ValueError: the name, an override or the schedule does not fit.
         TypeError: an override has another type than its field.
-        UnsupportedError: the configuration cannot be pruned.
+        UnsupportedError: the configuration can be neither pruned nor merged, or not so.
     """
     config = {**check_name(name).changes, "num_classes": num_classes, **overrides}
     return model_from_config(name, config, schedule).use_backend(backend)
 
 
 def model_from_config(
-    name: str, config: Mapping[str, Any], schedule: PruneSchedule | None = None
+    name: str, config: Mapping[str, Any], schedule: Schedule | None = None
 ) -> VisionModel:
     """A model from its whole configuration, as model.json holds it; errors as `create_model`'s."""
     checked = check_options(name, config)

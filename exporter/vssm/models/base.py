@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,8 @@ from typing_extensions import Self
 from vssm.artifact.manifest import CheckpointInfo
 from vssm.errors import UnsupportedError
 from vssm.ops.operators import checked_choice
-from vssm.pruning.schedule import PruneSchedule, Stage, TokenLayout
+from vssm.pruning.merge import MergeResult
+from vssm.pruning.schedule import MergeStage, PruneSchedule, Schedule, Stage, TokenLayout
 from vssm.pruning.select import StageResult, prune
 
 
@@ -21,16 +23,28 @@ class ForwardDetails:
 
     Attributes:
         logits: (batch, num_classes).
-        kept_positions: one (batch, num_keep) int64 of original positions per stage.
-        scores: the (batch, seqlen) scores that chose them, of the tokens present before the stage.
+        kept_positions: one (batch, num_keep) int64 of original positions per stage; a token that
+            others have joined is at its own.
+        scores: the (batch, seqlen) scores that chose them, of the tokens present before the stage;
+            of a merge the similarity, as `MergeResult` has it.
         blocks: (hidden, residual) after each block, before its stage; only where asked for.
             residual is None in models of one stream.
+        merges: what each merge chose, in order.
     """
 
     logits: Tensor
     kept_positions: list[Tensor]
     scores: list[Tensor]
     blocks: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    merges: list[MergeResult] = field(default_factory=list)
+
+    @property
+    def merged(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each merge, the indices (batch, r) that left and those they joined, best first.
+
+        Indices are among the tokens before the merge, class token included.
+        """
+        return [(m.pairs[..., 0], m.pairs[..., 1]) for m in self.merges]
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,7 @@ class VisionModel(nn.Module):
     Attributes:
         name: for reports and model.json.
         config: the family's configuration, a dataclass.
-        schedule: token pruning, None for the dense model.
+        schedule: token pruning or merging, None for the dense model.
         stages: the schedule's stages by block, in order.
         layout: the tokens before pruning; None for models that cannot prune.
         image_size: (height, width) in pixels.
@@ -90,8 +104,8 @@ class VisionModel(nn.Module):
 
     name: str
     config: Any
-    schedule: PruneSchedule | None
-    stages: dict[int, Stage]
+    schedule: Schedule | None
+    stages: Mapping[int, Stage | MergeStage]
     layout: TokenLayout | None
     image_size: tuple[int, int]
     num_classes: int
@@ -185,19 +199,34 @@ def details(
         [c.kept_position.long() for c in chosen],
         [c.score for c in chosen],
         blocks,
+        [c for c in chosen if isinstance(c, MergeResult)],
     )
 
 
-def refuse_schedule(family: str, schedule: PruneSchedule | None) -> None:
+def refuse_schedule(family: str, schedule: Schedule | None) -> None:
     """Hierarchical models are dense only.
 
     Raises:
         UnsupportedError: there is a schedule.
     """
     if schedule is not None:
-        asked = ",".join(f"{block}:{ratio}" for block, ratio in schedule.ratios.items())
         raise UnsupportedError(
-            f"schedule={asked!r}: {family} is hierarchical, its convolutions and "
+            f"schedule={schedule.describe()!r}: {family} is hierarchical, its convolutions and "
             "downsampling need whole maps and no token can leave them; use schedule=None, or "
-            "prune a model whose tokens form a plain sequence (vim_*, plain_mamba_*)"
+            "prune a model whose tokens form a plain sequence (vim_*, plain_mamba_*), or merge "
+            "those of a vim_*"
         )
+
+
+def refuse_merging(what: str, schedule: Schedule | None) -> PruneSchedule | None:
+    """The schedule of what can be pruned, but not merged.
+
+    Raises:
+        UnsupportedError: it merges.
+    """
+    if schedule is None or isinstance(schedule, PruneSchedule):
+        return schedule
+    raise UnsupportedError(
+        f"schedule={schedule.describe()!r}: {what}; prune with a PruneSchedule, or merge the "
+        "tokens of a vim_* model"
+    )

@@ -4,8 +4,10 @@ Linear and convolution layers count one multiply-add once; a scan counts
 9 * seqlen * d_inner * d_state plus one each for the skip and the gate; alignment adds
 2 * d_inner * d_state for every pruned position and layer. The published figures of Vim count one of
 its two directions, those of PlainMamba all four, and both the alignment once a layer; the true ones
-count every direction in everything. step_parameters "full", a reference, counts as "rank". Source:
-Zhan et al., arXiv:2409.18962, checked against its tables.
+count every direction in everything. step_parameters "full", a reference, counts as "rank". A merge
+counts what it compares and adds up; of merged models the published figures also have one patch more
+in the embedding and 3 * d_model^2, as the counter that gives them does. Sources: Zhan et al.,
+arXiv:2409.18962, and Shi et al., arXiv:2412.12496, checked against their tables.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vssm.models.base import VisionModel
+from vssm.pruning.schedule import MergeSchedule, MergeStage, PruneSchedule
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Cost:
         alignment: the part of `true` that hidden-state alignment adds.
         gemm: multiply-adds in matrix products and convolutions.
         exps: evaluations of exp in the scans, all directions.
+        merging: the part of `true` that comparing tokens and adding them up takes.
     """
 
     published: int
@@ -32,16 +36,20 @@ class Cost:
     alignment: int
     gemm: int
     exps: int
+    merging: int = 0
 
 
 def count(model: VisionModel) -> Cost:
     """The work of one image through `model`, its schedule included."""
-    fixed = model.fixed_cost()
-    total = {"published": fixed, "true": fixed, "alignment": 0, "gemm": fixed, "exps": 0}
+    fixed, schedule = model.fixed_cost(), model.schedule
+    total = {"published": fixed, "true": fixed, "gemm": fixed, "exps": 0}
+    total |= {"alignment": 0, "merging": 0}
+    if isinstance(schedule, MergeSchedule):
+        total["published"] += _counted_beside(model)
     left: int | None = None  # tokens after the last stage
-    aligned = model.schedule is not None and model.schedule.alignment in {"gap", "constant"}
-    masked = model.schedule is not None and model.schedule.alignment == "masked"
-    by_position = model.schedule is not None and model.schedule.conv == "position"
+    aligned = schedule is not None and schedule.alignment in {"gap", "constant", "size"}
+    masked = schedule is not None and schedule.alignment == "masked"
+    by_position = isinstance(schedule, PruneSchedule) and schedule.conv == "position"
     for block, (full, cost) in enumerate(model.block_costs(), start=1):
         seqlen = full if left is None else left
         scan = 9 * seqlen * cost.states + seqlen * cost.per_token
@@ -67,4 +75,28 @@ def count(model: VisionModel) -> Cost:
             # After the counts above: a stage follows its block, which still ran at the old length.
             # Masked tokens stay in the sequence and cost what they did.
             left = stage.num_keep
+        if isinstance(stage, MergeStage) and stage.num_keep < stage.seqlen:
+            for part, work in _merge_cost(model, stage).items():
+                total[part] += work
     return Cost(**total)
+
+
+def _merge_cost(model: VisionModel, stage: MergeStage) -> dict[str, int]:
+    config = model.config
+    widths = {"B": config.d_state, "C": config.d_state, "delta": config.mixer.d_inner}
+    width, gone = widths.get(stage.schedule.metric, config.d_model), stage.seqlen - stage.num_keep
+    seqlen = stage.seqlen
+    # The published rule: 6 N C for normalising, 2 C (N / 2)^2 for comparing, r C for adding.
+    rule = 6 * seqlen * width + width * seqlen**2 // 2 + gone * config.d_model
+    patches = seqlen - (stage.layout.cls_index is not None)
+    compared = (patches + 1) // 2 * (patches // 2) * width
+    # Both streams and the sizes, as products with 0/1 matrices.
+    added = seqlen * gone * (2 * config.d_model + 1) if stage.schedule.mode == "sum" else 0
+    return {"published": rule, "true": rule, "merging": rule, "gemm": compared + added}
+
+
+def _counted_beside(model: VisionModel) -> int:
+    """What the released counter of merged models has beside the blocks and their merges."""
+    config = model.config
+    patch: int = config.d_model * 3 * config.patch_size**2
+    return patch + 3 * int(config.d_model) ** 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vssm.models.base import VisionModel
-from vssm.pruning.schedule import Stage
+from vssm.pruning.schedule import PruneSchedule, Stage
 from vssm.pruning.select import StageResult, Tokens, prune
 
 _NEVER_NEGATIVE = ("clip", "l1", "l2")
@@ -28,7 +28,7 @@ def fuse_leftovers(model: VisionModel) -> VisionModel:
             leaves the class token alone.
     """
     schedule = model.schedule
-    if schedule is None or schedule.alignment != "none":
+    if not isinstance(schedule, PruneSchedule) or schedule.alignment != "none":
         raise ValueError(
             "fused leftovers are a baseline of plain removal; give a schedule with alignment='none'"
         )

@@ -25,7 +25,7 @@ from vssm.models.base import (
 )
 from vssm.models.cross_scan import WALKS, CrossScanConfig, CrossScanMixer, MapWalks
 from vssm.models.layers import BatchNorm2d, Conv2d, LayerNorm, Linear, to_map, to_tokens, wide
-from vssm.pruning.schedule import PruneSchedule
+from vssm.pruning.schedule import Schedule
 
 GROUPS: Final = 4
 
@@ -272,7 +272,7 @@ class GroupMamba(VisionModel):
     def __init__(
         self,
         config: GroupMambaConfig,
-        schedule: PruneSchedule | None = None,
+        schedule: Schedule | None = None,
         *,
         name: str = "groupmamba",
     ) -> None:

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vssm.errors import CheckpointError, UnsupportedError
-from vssm.models.base import BlockCost, ForwardDetails, ImageSized, VisionModel, details
+from vssm.models.base import (
+    BlockCost,
+    ForwardDetails,
+    ImageSized,
+    VisionModel,
+    details,
+    refuse_merging,
+)
 from vssm.models.layers import (
     LayerNorm,
     fold_batch_norm,
@@ -28,7 +35,7 @@ from vssm.models.layers import (
     wide,
 )
 from vssm.ops import operators as ops
-from vssm.pruning.schedule import PruneSchedule, TokenLayout, plan_stages
+from vssm.pruning.schedule import Schedule, Stage, TokenLayout, plan_stages
 from vssm.pruning.select import ScanOutputs, ScoreRule, StageResult, Tokens, score_rule
 from vssm.pruning.walks import Steps
 
@@ -465,33 +472,39 @@ class PlainMamba(VisionModel):
 
     Raises:
         ValueError: a schedule's block lies outside the model.
-        UnsupportedError: the schedule asks for what only models with a class token or a forward and
-            a backward scan have.
+        UnsupportedError: the schedule merges, or asks for what only models with a class token or a
+            forward and a backward scan have.
     """
 
     config: PlainMambaConfig
+    stages: dict[int, Stage]  # none of them merges
     residual_stream = False
     published_directions = DIRECTIONS
 
     def __init__(
         self,
         config: PlainMambaConfig,
-        schedule: PruneSchedule | None = None,
+        schedule: Schedule | None = None,
         *,
         name: str = "plain_mamba",
     ) -> None:
         super().__init__()
-        self.name, self.config, self.schedule = name, config, schedule
+        pruning = refuse_merging(
+            "PlainMamba's convolutions and walks need the place of every token in its grid, and a "
+            "merged one has none",
+            schedule,
+        )
+        self.name, self.config, self.schedule = name, config, pruning
         self.image_size, self.num_classes = config.image_height_width, config.num_classes
         self.traced_blocks = config.depth
-        if schedule is not None and schedule.alignment == "masked":
+        if pruning is not None and pruning.alignment == "masked":
             raise UnsupportedError(
                 "alignment='masked' is how Vim was trained; PlainMamba has no such reference: use "
                 "alignment='gap', 'constant' or 'none'"
             )
         # No class token to protect, and four walks of which none is "forward" or "backward".
         self.layout = TokenLayout(config.seqlen, None, keep_odd=False, directional=False)
-        self.stages = plan_stages(schedule, self.layout, config.depth)
+        self.stages = plan_stages(pruning, self.layout, config.depth)
         self.backbone = Backbone(config)
         self.head = Head(config)
         self.walks = GridWalks(config.grid)

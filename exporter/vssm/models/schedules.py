@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from vssm.pruning.schedule import PruneSchedule
+from vssm.pruning.schedule import MergeSchedule, PruneSchedule, Schedule
 
 # Vim: those of Zhan et al., arXiv:2409.18962. PlainMamba: ours. That paper prints FLOPs for L3 and
 # no blocks; these blocks reach them (docs/plain_mamba.md). L1 and L2 have the same relative depths.
@@ -19,22 +19,39 @@ DEFAULT_SCHEDULES: Final = {
 
 
 def named_schedule(
-    name: str, schedule: str | PruneSchedule | None, **rules: str | None
-) -> PruneSchedule | None:
-    """What a command's --schedule means for a model.
+    name: str, schedule: str | Schedule | None, *, merge: str | None = None, **rules: str | None
+) -> Schedule | None:
+    """What a command's --schedule and --merge mean for a model.
 
     Args:
         name: the model's name.
-        schedule: BLOCK:RATIO,..., "default", or None for the dense model; one that is made already
-            comes back.
+        schedule: BLOCK:RATIO,..., "default", or None where nothing is pruned; one that is made
+            already comes back.
+        merge: what `MergeSchedule.parse` takes; None where nothing is merged.
         rules: alignment, importance and conv where given, for a text; None for their defaults.
 
     Raises:
         ValueError: the text is none, a rule does not fit, or the model has no default.
     """
     given: dict[str, Any] = {rule: value for rule, value in rules.items() if value is not None}
+    if merge is not None:
+        pruned = named_pruning(name, schedule, **rules)
+        alignment = given.get("alignment", MergeSchedule.alignment)
+        return MergeSchedule.parse(merge, alignment=alignment, prune=pruned)
+    if isinstance(schedule, MergeSchedule):
+        return schedule
+    return named_pruning(name, schedule, **rules)
+
+
+def named_pruning(
+    name: str, schedule: str | Schedule | None, **rules: str | None
+) -> PruneSchedule | None:
+    """What a command's --schedule means where nothing merges; the same arguments and errors."""
+    if isinstance(schedule, MergeSchedule):
+        raise TypeError(f"schedule={schedule!r} is none of pruning; give a PruneSchedule")
     if schedule is None or isinstance(schedule, PruneSchedule):
         return schedule
+    given: dict[str, Any] = {rule: value for rule, value in rules.items() if value is not None}
     if schedule == "default":
         return default_schedule(name, **given)
     return PruneSchedule.parse(schedule, **given)

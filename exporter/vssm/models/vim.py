@@ -19,7 +19,15 @@ from vssm.errors import CheckpointError, UnsupportedError
 from vssm.models.base import BlockCost, ForwardDetails, ImageSized, VisionModel, details
 from vssm.models.layers import LayerNorm, RMSNorm, initial_a_log, initial_dt_proj, resize_grid, wide
 from vssm.ops import operators as ops
-from vssm.pruning.schedule import PruneSchedule, TokenLayout, plan_stages
+from vssm.pruning.merge import MetricRule, merge, metric_rule
+from vssm.pruning.schedule import (
+    MergeSchedule,
+    MergeStage,
+    Schedule,
+    Stage,
+    TokenLayout,
+    plan_stages,
+)
 from vssm.pruning.select import ScanOutputs, ScoreRule, StageResult, Tokens, score_rule
 from vssm.pruning.walks import LineWalks
 
@@ -305,15 +313,20 @@ class VimMixer(nn.Module):
         return torch.stack([self.get_parameter(name.format(b=b)) for b in self._branches()])
 
     def forward(
-        self, x: Tensor, tokens: Tokens, rule: ScoreRule | None
+        self, x: Tensor, tokens: Tokens, rule: ScoreRule | MetricRule | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Mixed (batch, seqlen, d_model), and the (batch, seqlen) score if there is a rule."""
+        """Mixed (batch, seqlen, d_model), and the score or metric if there is a rule."""
         inner = self.config.d_inner
         x_weight, z_weight = self.in_proj.weight[:inner], self.in_proj.weight[inner:]
         # Channel-major for the convolution: weight @ x^T, which needs no transpose of its result.
         operands = self._operands(self._convolve(x_weight @ x.transpose(1, 2), tokens))
         z = functional.linear(x, z_weight)
-        y, score = self._scan(operands, z, tokens, rule)
+        if isinstance(rule, MetricRule):
+            measured = {"B": operands.B, "C": operands.C, "delta": operands.delta}
+            score: Tensor | None = rule.measure(measured, scale=self.config.scale)
+            y, _ = self._scan(operands, z, tokens, None)
+        else:
+            y, score = self._scan(operands, z, tokens, rule)
         out = functional.linear(y, self.out_proj.weight)
         if self.config.layer_scale is not None:
             out = out * self.gamma
@@ -469,9 +482,13 @@ class VimBlock(nn.Module):
         self.mixer = VimMixer(config.mixer)
 
     def forward(
-        self, hidden: Tensor | None, residual: Tensor, tokens: Tokens, rule: ScoreRule | None
+        self,
+        hidden: Tensor | None,
+        residual: Tensor,
+        tokens: Tokens,
+        rule: ScoreRule | MetricRule | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(batch, seqlen, d_model) streams to (mixer output, new residual, score or None)."""
+        """(batch, seqlen, d_model) streams to (mixer output, new residual, what is asked)."""
         # The first block gets no mixer output; its residual is the embedding itself.
         if hidden is not None:
             residual = residual + hidden
@@ -481,22 +498,22 @@ class VimBlock(nn.Module):
 
 
 class Vim(VisionModel):
-    """Vim with its official keys; `schedule` prunes between blocks.
+    """Vim with its official keys; `schedule` prunes or merges between blocks.
 
     Args:
         config: architecture.
-        schedule: pruning, None for the dense model.
+        schedule: pruning or merging, None for the dense model.
         name: for reports and model.json.
 
     Raises:
         ValueError: a schedule's block lies outside the model.
-        UnsupportedError: these switches cannot be pruned.
+        UnsupportedError: these switches can be neither pruned nor merged.
     """
 
     config: VimConfig
 
     def __init__(
-        self, config: VimConfig, schedule: PruneSchedule | None = None, *, name: str = "vim"
+        self, config: VimConfig, schedule: Schedule | None = None, *, name: str = "vim"
     ) -> None:
         super().__init__()
         self.name, self.config, self.schedule = name, config, schedule
@@ -520,19 +537,23 @@ class Vim(VisionModel):
         self._initialise()
 
     @staticmethod
-    def _refuse(config: VimConfig, schedule: PruneSchedule | None) -> None:
+    def _refuse(config: VimConfig, schedule: Schedule | None) -> None:
         if schedule is None:
             return
         if config.class_token == "double":
             raise UnsupportedError(
-                "class_token='double' cannot be pruned: two class tokens frame the sequence and "
-                "the method protects one; use the dense model"
+                "class_token='double' cannot be pruned or merged: two class tokens frame the "
+                "sequence and the method protects one; use the dense model"
             )
         if config.bidirectional_layers:
             raise UnsupportedError(
-                "bidirectional_layers=True cannot be pruned: a pair of layers has no single scan "
-                "to score; use the dense model"
+                "bidirectional_layers=True cannot be pruned or merged: a pair of layers has no "
+                "single scan to score, nor one list of tokens; use the dense model"
             )
+        if isinstance(schedule, MergeSchedule):
+            if schedule.prune is None:
+                return
+            schedule = schedule.prune
         if schedule.step_parameters != "rank":
             raise UnsupportedError(
                 f"step_parameters={schedule.step_parameters!r} is PlainMamba's choice; Vim's "
@@ -596,20 +617,35 @@ class Vim(VisionModel):
             # not only once behind the embedding.
             hidden, residual = self._rotate(hidden, residual, tokens)
             stage = self.stages.get(number)
-            hidden, residual, score = layer(hidden, residual, tokens, score_rule(stage))
+            rule = metric_rule(stage) if isinstance(stage, MergeStage) else score_rule(stage)
+            hidden, residual, score = layer(hidden, residual, tokens, rule)
             if with_blocks:
                 blocks.append((hidden, residual))
             if stage is not None:
-                # Both streams lose the same tokens: the next block adds
-                # hidden to residual row by row.
-                tokens, streams, result = self.pruner(
-                    stage, tokens, score, [hidden, residual], backend=self.backend
+                tokens, (hidden, residual), result = self._reduce(
+                    stage, tokens, score, hidden, residual
                 )
-                hidden, residual = streams
                 chosen.append(result)
         if hidden is None:
             raise AssertionError("VimConfig asks for at least one block")
         return details(self._logits(hidden, residual, tokens), chosen, blocks)
+
+    def _reduce(
+        self,
+        stage: Stage | MergeStage,
+        tokens: Tokens,
+        score: Tensor | None,
+        hidden: Tensor,
+        residual: Tensor,
+    ) -> tuple[Tokens, list[Tensor], StageResult]:
+        """What a stage leaves; both streams alike, as the next block adds them row by row."""
+        streams = [hidden, residual]
+        if isinstance(stage, MergeStage):
+            # The mixer's output alone is compared, without the residual it will be added to.
+            return merge(stage, tokens, hidden if score is None else score, streams)
+        if score is None:
+            raise AssertionError("a block gives the score that its rule asks for")
+        return self.pruner(stage, tokens, score, streams, backend=self.backend)
 
     def _layer_pairs(self, residual: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """if_bidirectional: each pair of layers runs on the sequence and on its reverse."""

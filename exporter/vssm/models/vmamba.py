@@ -35,7 +35,7 @@ from vssm.models.layers import (
     to_tokens,
     wide,
 )
-from vssm.pruning.schedule import PruneSchedule
+from vssm.pruning.schedule import Schedule
 
 # The walks of the official forward types: "v05_noz" and "v0", "v051d_noz", "v052d_noz".
 SCANS: Final = {
@@ -342,7 +342,7 @@ class VMamba(VisionModel):
     residual_stream = False
 
     def __init__(
-        self, config: VMambaConfig, schedule: PruneSchedule | None = None, *, name: str = "vmamba"
+        self, config: VMambaConfig, schedule: Schedule | None = None, *, name: str = "vmamba"
     ) -> None:
         super().__init__()
         refuse_schedule("VMamba", schedule)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Protocol
 
 import onnx
 
 from vssm._version import __version__
-from vssm.artifact.manifest import BlockOutput, Manifest, Preprocessing, ScheduleInfo, TensorInfo
+from vssm.artifact.manifest import (
+    BlockOutput,
+    Manifest,
+    MergeInfo,
+    Preprocessing,
+    ScheduleInfo,
+    TensorInfo,
+)
 from vssm.models.base import VisionModel
 from vssm.ops.spec import DOMAIN, OPERATOR_VERSION
-from vssm.pruning.schedule import PruneSchedule, Stage, TokenLayout
+from vssm.pruning.schedule import MergeSchedule, MergeStage, Schedule, Stage, TokenLayout
 
 
 def used_operators(proto: onnx.ModelProto) -> list[str]:
@@ -64,6 +71,7 @@ def describe_export(
         },
         weights=origin if model.checkpoint is None else "checkpoint",
         schedule=describe_schedule(model),
+        merge=describe_merges(model),
         block_outputs=block_outputs(model),
         preprocessing=preprocessing or Preprocessing.for_image_size(model.image_size),
         checkpoint=model.checkpoint,
@@ -82,14 +90,22 @@ def describe_tensor(value: onnx.ValueInfoProto) -> TensorInfo:
 class Scheduled(Protocol):
     """What has a schedule: a model of this package, or a pruned module of the user's."""
 
-    schedule: PruneSchedule | None
-    layout: TokenLayout | None
-    stages: dict[int, Stage]
+    @property
+    def schedule(self) -> Schedule | None:
+        """What prunes or merges; None for a dense model."""
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """The tokens before that; None for models that cannot prune."""
+
+    @property
+    def stages(self) -> Mapping[int, Stage | MergeStage]:
+        """The schedule's stages by block."""
 
 
 def describe_schedule(model: Scheduled) -> ScheduleInfo | None:
-    """What was pruned where, as model.json has it; None for a dense model."""
-    schedule: PruneSchedule | None = model.schedule
+    """What was pruned where, as model.json has it; None where nothing is."""
+    schedule = model.schedule.prune if isinstance(model.schedule, MergeSchedule) else model.schedule
     if schedule is None or model.layout is None:
         return None
     return ScheduleInfo(
@@ -100,7 +116,19 @@ def describe_schedule(model: Scheduled) -> ScheduleInfo | None:
         gated=schedule.gated,
         conv=schedule.conv,
         step_parameters=schedule.step_parameters,
-        num_keep=tuple(stage.num_keep for stage in model.stages.values()),
+        num_keep=tuple(s.num_keep for s in model.stages.values() if isinstance(s, Stage)),
         cls_position=model.layout.cls_index,
         seed=schedule.seed if schedule.importance == "random" else None,
+    )
+
+
+def describe_merges(model: Scheduled) -> MergeInfo | None:
+    """What was merged where, as model.json has it; None where nothing is."""
+    if not isinstance(model.schedule, MergeSchedule):
+        return None
+    rules = {f.name: getattr(model.schedule, f.name) for f in fields(model.schedule)}
+    del rules["prune"]  # has a description of its own
+    merges = {block: s for block, s in model.stages.items() if isinstance(s, MergeStage)}
+    return MergeInfo(
+        blocks=tuple(merges), num_keep=tuple(s.num_keep for s in merges.values()), **rules
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from vssm.artifact.directory import WEIGHTS_FILE, Artifact, staged_export
-from vssm.artifact.manifest import Preprocessing, write_manifest
+from vssm.artifact.manifest import MERGED_PAIRS, Preprocessing, write_manifest
 from vssm.checkpoints.load import save_safetensors
 from vssm.checkpoints.wrapped import refuse_packed, refuse_replaced, refuse_wrapper
 from vssm.errors import UnsupportedError
@@ -35,6 +35,7 @@ from vssm.onnx.program import (
 )
 from vssm.onnx.schemas import register_schemas
 from vssm.ops.ambient import known_state
+from vssm.pruning.schedule import MergeSchedule, MergeStage, Schedule
 from vssm.types import Steps
 
 DTYPES: Final = {
@@ -83,7 +84,8 @@ def export(
         ValueError: `dtype`, `opset` or `labels` does not fit; the weights are not those of the
             model's configuration (parametrised or packed ones, say), on no real device, or not
             finite in `dtype`.
-        UnsupportedError: the schedule has no exported form (alignment "masked").
+        UnsupportedError: the schedule has no exported form (alignment "masked", and switches of
+            merging that no published model has).
         ArtifactError: the directory cannot be written, or holds an export and not `force`.
     """
     dtype = checked_dtype(dtype)
@@ -130,7 +132,7 @@ def build_proto(
         opset,
         inputs=[INPUT],
         names=traced.output_names(),
-        public=1 + len(traced.stages),
+        public=traced.public,
         progress=progress,
     )
 
@@ -141,7 +143,11 @@ class _Traced(nn.Module):
     def __init__(self, model: VisionModel) -> None:
         super().__init__()
         self.model = model
-        self.stages = () if model.schedule is None else tuple(model.schedule.ratios)
+        stages = model.stages.values()
+        self.kept = [f"kept_positions_{i}" for i in range(len(stages))]
+        merges = sum(isinstance(stage, MergeStage) for stage in stages)
+        self.pairs = [f"{MERGED_PAIRS}{i}" for i in range(merges)]
+        self.public = 1 + len(stages) + merges
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         found = self.model.forward_details(images, with_blocks=True)
@@ -149,18 +155,19 @@ class _Traced(nn.Module):
         return (
             found.logits,
             *(kept.clone() for kept in found.kept_positions),
+            # Not copies: a parity check puts other pairs in their place.
+            *(merge.pairs for merge in found.merges),
             *(stream for block in found.blocks for stream in block if stream is not None),
         )
 
     def output_names(self) -> list[str]:
-        kept = [f"kept_positions_{stage}" for stage in range(len(self.stages))]
         streams = [
             name
             for block in block_outputs(self.model)
             for name in (block.hidden, block.residual)
             if name is not None
         ]
-        return ["logits", *kept, *streams]
+        return ["logits", *self.kept, *self.pairs, *streams]
 
 
 def _refuse(model: VisionModel, opset: int, labels: Sequence[str] | None) -> None:
@@ -176,6 +183,7 @@ def _refuse(model: VisionModel, opset: int, labels: Sequence[str] | None) -> Non
             "alignment='masked' keeps every token and is a PyTorch reference only; export with "
             "alignment='gap', 'constant' or 'none'"
         )
+    _refuse_merging(model.schedule)
     if labels is not None and len(labels) != model.num_classes:
         raise ValueError(
             f"labels={len(labels)} for {model.num_classes} classes; give one label a class"
@@ -184,6 +192,17 @@ def _refuse(model: VisionModel, opset: int, labels: Sequence[str] | None) -> Non
         raise ValueError(
             f"labels hold {shown(repr(foreign[0]), limit=80)}, with control or invisible "
             "characters; take them out"
+        )
+
+
+def _refuse_merging(schedule: Schedule | None) -> None:
+    if not isinstance(schedule, MergeSchedule):
+        return
+    if schedule.mode not in {"sum", "drop"} or not schedule.order:
+        raise UnsupportedError(
+            f"mode={schedule.mode!r}, order={schedule.order}: switches of the published code that "
+            "no published model has, and a PyTorch reference only; export with mode='sum' or "
+            "'drop', and order=True"
         )
 
 

@@ -176,12 +176,17 @@ def _translate(program: ExportedProgram, opset: int, progress: Steps) -> ir.Mode
     def tell() -> None:
         progress(_TRANSLATING, min(next(translated), total), total)
 
+    translations: dict[Any, Callable[..., Any]] = {
+        op: _translation(spec, tell) for op, spec in table.items()
+    }
+    translations[torch.ops.aten.sort.stable] = _stable_sort(opset)  # torch itself has none
+
     with torch.no_grad(), quiet():
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=opset,
-            custom_translation_table={op: _translation(spec, tell) for op, spec in table.items()},
+            custom_translation_table=translations,
             verbose=False,
             optimize=False,  # weights are named first
         )
@@ -243,5 +248,18 @@ def _translation(op: OperatorSpec, tell: Callable[[], None]) -> Callable[..., An
         given = dict(zip((a.name for a in op.attributes), args[inputs:], strict=False))
         defaults = {a.name: a.default for a in op.attributes}
         return build(*args[:inputs], **{**defaults, **given}, **PLUGIN_ATTRIBUTES)
+
+    return translate
+
+
+def _stable_sort(opset: int) -> Callable[..., Any]:
+    """TopK of everything: of equals it gives the lower index first, in either direction."""
+    standard = values.Opset("", opset)
+
+    def translate(x: Any, *, stable: bool, dim: int = -1, descending: bool = False) -> Any:
+        if not stable:
+            raise AssertionError("the models ask for a stable sort alone")
+        size = standard.Constant(value_ints=[int(x.shape[dim])])
+        return standard.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
 
     return translate

@@ -17,9 +17,9 @@ from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from vssm.artifact.directory import MODEL_FILE, Artifact
-from vssm.artifact.manifest import LOGITS
-from vssm.artifact.reference import OracleResult
-from vssm.runtimes.graph_edit import expose, force_positions
+from vssm.artifact.manifest import LOGITS, MERGED_PAIRS
+from vssm.artifact.reference import OracleMerge, OracleResult
+from vssm.runtimes.graph_edit import FORCED_PAIRS, expose, force_pairs, force_positions
 from vssm.runtimes.session import RuntimeInfo
 from vssm.types import Array
 
@@ -69,11 +69,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A position that the oracle keeps and the session does not.
+    """A position that the oracle keeps and the session does not, or merges otherwise.
 
     `margin` is the oracle's score of `position` less that of the worst token kept instead, over
-    the image's largest score; infinite where no score can excuse it (the class token left, no such
-    token); None where an earlier stage already chose differently.
+    the image's largest score; of a merge, as much of the similarity. It is infinite where no score
+    can excuse it (the class token left, no such token), and None where an earlier stage already
+    chose differently.
     """
 
     image: int
@@ -149,7 +150,8 @@ def compare(
     main = artifact.manifest.main_output.name
     logits = compare_array(main, forced[main], oracle.logits, tolerance.logits)
     kept = [free[f"kept_positions_{i}"] for i in range(len(oracle.kept_positions))]
-    disagreements = _disagreements(kept, oracle, _protected(artifact))
+    pairs = [free[f"{MERGED_PAIRS}{i}"] for i in range(len(oracle.merges))]
+    disagreements = _disagreements(kept, oracle, _protected(artifact), pairs=pairs)
     # An image whose tokens were chosen otherwise is another computation: its logits may differ.
     alike = sorted(set(range(len(images))) - {d.image for d in disagreements})
     report = ParityReport(
@@ -218,12 +220,20 @@ def _run_forced(
 ) -> dict[str, Array]:
     model = onnx.load_from_string(artifact.read(MODEL_FILE))
     names = force_positions(model)
+    force_pairs(model)
     expose(model, streams)
     feeds: dict[str, Array] = {artifact.manifest.inputs[0].name: images}
     gathers = [i for i in model.graph.input if i.name in names]
-    stages = zip(oracle.kept_positions, oracle.positions, strict=True)
-    # A stage that keeps everything has no gather in the graph, and so no input to feed.
-    dropping = [kept for kept, before in stages if kept.shape[1] < before.shape[1]]
+    stages = enumerate(zip(oracle.kept_positions, oracle.positions, strict=True))
+    # A stage that keeps everything has no gather in the graph, and so no input to feed; one that
+    # merges is forced by its pairs.
+    dropping = [
+        kept
+        for stage, (kept, before) in stages
+        if stage not in oracle.merges and kept.shape[1] < before.shape[1]
+    ]
+    for i, merge in enumerate(oracle.merges.values()):
+        feeds[FORCED_PAIRS.format(i)] = merge.pairs
     for value, kept in zip(gathers, dropping, strict=True):
         width = value.type.tensor_type.shape.dim[1].dim_value
         feeds[value.name] = _for_gather(artifact, kept, width)
@@ -250,12 +260,26 @@ def _agreement(got: Array, want: Array) -> float:
 
 
 def _disagreements(
-    kept: Sequence[Array], oracle: OracleResult, protected: int | None
+    kept: Sequence[Array],
+    oracle: OracleResult,
+    protected: int | None,
+    *,
+    pairs: Sequence[Array] = (),
 ) -> list[Disagreement]:
     found: list[Disagreement] = []
+    got_pairs = dict(zip(oracle.merges, pairs, strict=True))
     for image in range(len(oracle.logits)):
         follows = False
         for stage, got in enumerate(kept):
+            if stage in oracle.merges:
+                present = oracle.positions[stage][image]
+                others = _merged_otherwise(oracle.merges[stage], got_pairs[stage][image], image)
+                found += [
+                    Disagreement(image, stage, int(present[i]), None if follows else margin)
+                    for i, margin in others.items()
+                ]
+                follows = follows or len(others) > 0
+                continue
             want = oracle.kept_positions[stage][image]
             missing = np.setdiff1d(want, got[image]).tolist()
             instead = np.setdiff1d(got[image], want).tolist()
@@ -268,6 +292,32 @@ def _disagreements(
                 found.append(Disagreement(image, stage, position, margin))
             # After the first other choice the scores belong to other tokens and excuse nothing.
             follows = follows or len(missing) > 0
+    return found
+
+
+def _merged_otherwise(oracle: OracleMerge, got: Array, image: int) -> dict[int, float]:
+    """Tokens of one image that joined another than the oracle's, or none, and by what margin."""
+    rows, columns = (
+        x[image if len(x) > 1 else 0].tolist() for x in (oracle.sources, oracle.destinations)
+    )
+    similarity = oracle.similarity[image]
+    largest = float(np.abs(similarity).max()) or 1.0
+    theirs = {int(source): int(joined) for source, joined in got}
+    ours = {int(source): int(joined) for source, joined in oracle.pairs[image]}
+
+    def of_pair(source: int, joined: int) -> float:
+        # A pair of tokens that cannot join is no near choice but a wrong one.
+        if source not in rows or joined not in columns:
+            return -float("inf")
+        return float(similarity[rows.index(source), columns.index(joined)])
+
+    instead = [of_pair(*pair) for pair in theirs.items() if pair[0] not in ours]
+    found = {}
+    for source, joined in ours.items():
+        if theirs.get(source) == joined:
+            continue
+        other = of_pair(source, theirs[source]) if source in theirs else min(instead)
+        found[source] = (of_pair(source, joined) - other) / largest
     return found
 
 

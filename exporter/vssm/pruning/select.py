@@ -35,6 +35,8 @@ class Tokens:
         conv_on_grid: convolutions see the full list, with zeros at pruned positions.
         full_parameters: a step has delta, B and C of its position in the full list.
         kept: indices (batch, n) that still count, where pruned tokens stay in place (masked).
+        size: (batch, seqlen) float32 or wider, how many original tokens each stands for; None
+            where none have been merged.
     """
 
     position: Tensor
@@ -45,6 +47,7 @@ class Tokens:
     conv_on_grid: bool = False
     full_parameters: bool = False
     kept: Tensor | None = None
+    size: Tensor | None = None
 
     @classmethod
     def dense(cls, walks: Walks, seqlen: int, device: torch.device) -> Tokens:
@@ -193,10 +196,16 @@ def _after(stage: Stage, tokens: Tokens, kept: Tensor) -> Tokens:
         # Plain removal is alignment with every gap 1: the same
         # operators, the same graph around them.
         steps = replace(steps, gap=torch.ones_like(steps.order))
+    size = tokens.size
+    if size is not None:
+        # Positions are distinct, so that each kept one is found once.
+        same = torch.eq(kept[..., None], tokens.position[:, None])
+        size = torch.where(same, size[:, None], torch.zeros_like(size[:, None])).sum(-1)
     return replace(
         tokens,
         position=kept,
         steps=steps,
+        size=size,
         constant_gap=schedule.alignment == "constant",
         conv_on_grid=schedule.conv == "position",
         full_parameters=schedule.step_parameters == "full",

@@ -9,10 +9,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from vssm.artifact.manifest import MERGED_PAIRS
 from vssm.errors import ArtifactError
 from vssm.ops.spec import DOMAIN, GATHER_OPERATORS
 
 FORCED_INPUT = "forced_positions_{}"
+FORCED_PAIRS = "forced_pairs_{}"
 _GATHERS = tuple(op.name for op in GATHER_OPERATORS)
 
 
@@ -43,6 +45,27 @@ def force_positions(model: onnx.ModelProto) -> list[str]:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return names
+
+
+def force_pairs(model: onnx.ModelProto) -> list[str]:
+    """Make every merge join given tokens instead of the most similar ones.
+
+    What reads the output `merged_pairs_i` of merge i reads an input `forced_pairs_i` of its shape.
+
+    Returns:
+        The names of the new inputs, in order.
+    """
+    pairs = [value for value in model.graph.output if value.name.startswith(MERGED_PAIRS)]
+    for value in pairs:
+        forced = FORCED_PAIRS.format(value.name.removeprefix(MERGED_PAIRS))
+        for node in model.graph.node:
+            for i, name in enumerate(node.input):
+                if name == value.name:
+                    node.input[i] = forced
+        new = model.graph.input.add()
+        new.CopyFrom(value)
+        new.name = forced
+    return [FORCED_PAIRS.format(value.name.removeprefix(MERGED_PAIRS)) for value in pairs]
 
 
 def _forced_gather(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,22 @@ from safetensors.torch import load
 from torch import nn
 
 from vssm.artifact.directory import WEIGHTS_FILE, Artifact
-from vssm.artifact.reference import OracleResult, is_module, module_result, refuse_module
+from vssm.artifact.manifest import MERGED_PAIRS
+from vssm.artifact.reference import (
+    OracleMerge,
+    OracleResult,
+    is_module,
+    module_result,
+    refuse_module,
+)
 from vssm.compat.exact import exact_outputs
 from vssm.compat.outputs import module_outputs
 from vssm.errors import ArtifactError, check_choice
 from vssm.models import model_from_config
-from vssm.models.base import VisionModel
+from vssm.models.base import ForwardDetails, VisionModel
 from vssm.ops.ambient import known_state
 from vssm.ops.kernels import kernels
-from vssm.pruning.schedule import PruneSchedule
+from vssm.pruning.schedule import MergeSchedule, MergeStage, PruneSchedule, Schedule
 from vssm.runtimes.library import library_version
 from vssm.runtimes.ort import cpu_name
 from vssm.runtimes.session import CLOSED, TORCH_BACKENDS, RuntimeInfo, Session, checked_threads
@@ -60,8 +67,17 @@ def model_of(artifact: Artifact, *, dense: bool = False) -> VisionModel:
     return model.eval()
 
 
-def schedule_of(artifact: Artifact) -> PruneSchedule | None:
+def schedule_of(artifact: Artifact) -> Schedule | None:
     """The schedule that model.json describes."""
+    pruning, info = _pruning_of(artifact), artifact.manifest.merge
+    if info is None:
+        return pruning
+    rules = {f.name: getattr(info, f.name) for f in fields(info)}
+    del rules["blocks"], rules["num_keep"]  # follow from the rules
+    return MergeSchedule(prune=pruning, **rules)
+
+
+def _pruning_of(artifact: Artifact) -> PruneSchedule | None:
     info = artifact.manifest.schedule
     if info is None:
         return None
@@ -87,9 +103,11 @@ def _refuse_another(model: VisionModel, artifact: Artifact) -> None:
         )
 
 
-def _rules(schedule: PruneSchedule | None) -> dict[str, Any]:
+def _rules(schedule: Schedule | None) -> dict[str, Any]:
     """What a schedule does: its seed only where it draws."""
     rules = {} if schedule is None else dict(vars(schedule))
+    if isinstance(schedule, MergeSchedule):
+        return {**rules, "prune": _rules(schedule.prune)}
     return rules if rules.get("importance") == "random" else {**rules, "seed": 0}
 
 
@@ -140,7 +158,8 @@ class TorchSession(Session):
             # arrays.
             found = model.forward_details(torch.from_numpy(np.array(images)))
         kept = {f"kept_positions_{i}": k.numpy() for i, k in enumerate(found.kept_positions)}
-        return {"logits": found.logits.numpy(), **kept}
+        pairs = {f"{MERGED_PAIRS}{i}": m.pairs.numpy() for i, m in enumerate(found.merges)}
+        return {"logits": found.logits.numpy(), **kept, **pairs}
 
     def close(self) -> None:
         """Free the model, and give torch back the threads it had."""
@@ -190,7 +209,21 @@ def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
         # Stage i chooses among what stage i - 1 kept.
         positions=[_every_position(exact, len(images)), *kept[:-1]] if kept else [],
         blocks=blocks,
+        merges=_merges(exact, found),
     )
+
+
+def _merges(model: VisionModel, found: ForwardDetails) -> dict[int, OracleMerge]:
+    stages = [s.index for s in model.stages.values() if isinstance(s, MergeStage)]
+    return {
+        stage: OracleMerge(
+            merge.pairs.numpy(),
+            merge.score.numpy(),
+            merge.sources.numpy(),
+            merge.destinations.numpy(),
+        )
+        for stage, merge in zip(stages, found.merges, strict=True)
+    }
 
 
 def _module_oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:

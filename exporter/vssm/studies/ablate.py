@@ -15,6 +15,7 @@ from vssm.evaluation.data import ImageFolder, load_in_order, open_images
 from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory, sha256_of
 from vssm.files.json import write_json
+from vssm.pruning.schedule import MergeSchedule
 from vssm.studies.measure import AblationJournal
 from vssm.studies.plan import AblationOptions
 from vssm.studies.runs import (
@@ -117,6 +118,11 @@ def _schedule(source: ModelSource, opened: Sequence[LoadedSource]) -> PruneSched
     if schedule is None:
         raise ValueError(
             f"model={source.name!r} has no schedule to ablate; give --schedule BLOCK:RATIO,..."
+        )
+    if isinstance(schedule, MergeSchedule):
+        raise UnsupportedError(
+            f"schedule={schedule.describe()!r} merges, but an ablation begins with pruning, beside "
+            "which it merges by itself at equal FLOPs; give --schedule BLOCK:RATIO,..."
         )
     return schedule
 
@@ -248,14 +254,13 @@ def _facts(
 ) -> dict[str, str]:
     from vssm.studies.measure import machine
 
-    pruned = ", ".join(f"{r} after block {b}" for b, r in schedule.ratios.items())
     # Each sentence once, however many checkpoints it is true of.
     loaded = "; ".join(dict.fromkeys(one.loaded for one in opened if one.loaded is not None))
     return {
         "model": opened[0].name,
         "weights": ", ".join(one.weights for one in opened),
         **({"loaded": loaded} if loaded else {}),
-        "kept": pruned,
+        "kept": schedule.describe(),
         "images": f"{len(folder.pictures):,} in {folder.root}",
         "classes": "; ".join((folder.rule, *folder.notes)),
         "ran": f"{machine(options.device)}, backend {options.backend}, batch {options.batch}",

@@ -12,7 +12,7 @@ from vssm.training.request import ModelSource
 
 if TYPE_CHECKING:
     from vssm.models.base import VisionModel
-    from vssm.pruning.schedule import PruneSchedule
+    from vssm.pruning.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LoadedSource:
         config: the family's configuration.
         state: its tensors, which every variant shares.
         weights: where they come from, for reports.
-        schedule: how to prune; None for the dense model.
+        schedule: how to prune or merge; None for the dense model.
         preprocessing: how images are prepared.
         labels: class names, where the export or the checkpoint has them.
         loaded: what was read from a checkpoint and done to it; None without one.
@@ -34,12 +34,12 @@ class LoadedSource:
     config: Mapping[str, Any]
     state: Mapping[str, Any]
     weights: str
-    schedule: PruneSchedule | None
+    schedule: Schedule | None
     preprocessing: Preprocessing
     labels: Sequence[str] | None
     loaded: str | None = None
 
-    def variant(self, schedule: PruneSchedule | None) -> VisionModel:
+    def variant(self, schedule: Schedule | None) -> VisionModel:
         """The model with these weights and another schedule; the tensors are shared.
 
         Raises:
@@ -114,13 +114,13 @@ def _from_export(source: ModelSource) -> LoadedSource:
         dict(manifest.config),
         model.state_dict(),
         f"{source.name}, {manifest.weights}",
-        schedule_of(artifact) if source.schedule is None else _schedule(source, manifest.name),
+        _schedule(source, manifest.name) or schedule_of(artifact),
         manifest.preprocessing,
         manifest.labels,
     )
 
 
-def _schedule(source: ModelSource, name: str) -> PruneSchedule | None:
+def _schedule(source: ModelSource, name: str) -> Schedule | None:
     from vssm.models.schedules import named_schedule
 
-    return named_schedule(name, source.schedule, **source.rules)
+    return named_schedule(name, source.schedule, merge=source.merge, **source.rules)

@@ -18,6 +18,7 @@ from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory
 from vssm.files.json import write_json
 from vssm.files.page import Table, render
 from vssm.models.base import VisionModel
+from vssm.pruning.schedule import MergeSchedule, PruneSchedule
 from vssm.studies.figures import (
     Walk,
     attention_figure,
@@ -273,11 +274,13 @@ def visualize(
 
 
 def variants(source: LoadedSource) -> dict[str, VisionModel]:
-    """Dense, plain removal and aligned, as far as the model's schedule has them."""
+    """Dense, and plain removal and aligned, or merged, as the model's schedule has them."""
     models = {"dense": source.variant(None)}
     schedule = source.schedule
     # Three views of one set of weights, so that only the schedule differs.
-    if schedule is not None:
+    if isinstance(schedule, MergeSchedule):
+        models[f"merged, alignment {schedule.alignment}"] = source.variant(schedule)
+    elif schedule is not None:
         models["plain removal"] = source.variant(schedule.changed(alignment="none"))
         # Else it would be plain removal once more.
         if schedule.alignment != "none":
@@ -294,13 +297,14 @@ def _picture(array: Any, source: LoadedSource) -> Any:
 
 def _facts(source: LoadedSource) -> dict[str, str]:
     schedule = source.schedule
-    blocks = {} if schedule is None else schedule.ratios
-    pruned = ", ".join(f"{ratio} after block {block}" for block, ratio in blocks.items())
-    facts = {"model": source.name, "weights": source.weights, "kept": pruned or "everything"}
+    kept = "everything" if schedule is None else schedule.describe()
+    facts = {"model": source.name, "weights": source.weights, "kept": kept}
     if source.loaded is not None:
         facts["loaded"] = source.loaded
     if schedule is not None:
-        facts |= {"alignment": schedule.alignment, "importance": schedule.importance}
+        facts["alignment"] = schedule.alignment
+    if isinstance(schedule, PruneSchedule):
+        facts["importance"] = schedule.importance
     return facts
 
 

@@ -15,7 +15,7 @@ from vssm.errors import check_choice, did_you_mean
 from vssm.files.atomic import check_files
 from vssm.models.catalogue import MODELS, check_options
 from vssm.models.schedules import named_schedule
-from vssm.pruning.schedule import PruneSchedule
+from vssm.pruning.schedule import MergeSchedule, PruneSchedule, Schedule
 from vssm.training.recipe import Recipe
 
 
@@ -23,6 +23,7 @@ def refuse_unused_options(
     *,
     schedule: object,
     checkpoint: object,
+    merge: str | None = None,
     weights: str,
     key: str | None = None,
     new_head: bool = False,
@@ -34,6 +35,7 @@ def refuse_unused_options(
     Args:
         schedule: what prunes; None for a dense model.
         checkpoint: where weights come from; None for none.
+        merge: what merges; None for nothing.
         weights: which weights of the checkpoint, "model" by default.
         key: where in the checkpoint they are; None for the usual places.
         new_head: whether the checkpoint's head may be left out.
@@ -44,6 +46,8 @@ def refuse_unused_options(
         ValueError: one of them is given without what it belongs to, or by a wrong name.
     """
     for option, value in rules.items():
+        if option == "alignment" and merge is not None:
+            continue  # merging has one of its own
         # Refused, not ignored: the model would be dense, and whoever asked would not notice.
         if value is not None and schedule is None:
             raise ValueError(
@@ -77,9 +81,11 @@ class ModelSource:
         key: where the weights are in the checkpoint, if under no usual name, as for
             `load_checkpoint`.
         new_head: keep the model's own head, untrained, where the checkpoint's has another width.
-        schedule: "BLOCK:RATIO,...", "default" or a `PruneSchedule`; None for the dense model, or
-            the export's own.
-        alignment: as for `PruneSchedule`, beside a text; None for "gap".
+        schedule: "BLOCK:RATIO,...", "default", a `PruneSchedule` or a `MergeSchedule`; None for the
+            dense model, or the export's own.
+        merge: what merges, as `MergeSchedule.parse` takes it, alone or beside a text.
+        alignment: as for `PruneSchedule`, beside a text; None for "gap", or without a schedule as
+            for `MergeSchedule`.
         importance: as for `PruneSchedule`, beside a text; None for "clip".
         conv: as for `PruneSchedule`, beside a text; None for "compact".
         tokens: what training does with pruned tokens. "gather": as deployed; "masked": they stay
@@ -95,7 +101,8 @@ class ModelSource:
     name: str
     checkpoint: Path | None = None
     weights: str = "model"
-    schedule: str | PruneSchedule | None = None
+    schedule: str | Schedule | None = None
+    merge: str | None = None
     alignment: str | None = None
     importance: str | None = None
     conv: str | None = None
@@ -108,6 +115,7 @@ class ModelSource:
     def __post_init__(self) -> None:
         refuse_unused_options(
             schedule=self.schedule,
+            merge=self.merge,
             checkpoint=self.checkpoint,
             weights=self.weights,
             key=self.key,
@@ -117,11 +125,16 @@ class ModelSource:
         )
         for option, value in self.rules.items():
             # A text leaves the rules open for options to set; a schedule that is made has them.
-            if value is not None and isinstance(self.schedule, PruneSchedule):
+            if value is not None and isinstance(self.schedule, Schedule):
                 raise ValueError(
-                    f"{option}={value!r} beside a PruneSchedule, which has its own; leave it out, "
-                    f"or pass schedule.changed({option}={value!r})"
+                    f"{option}={value!r} beside a {type(self.schedule).__name__}, which has its "
+                    f"own; leave it out, or pass schedule.changed({option}={value!r})"
                 )
+        if self.merge is not None and isinstance(self.schedule, Schedule):
+            raise ValueError(
+                f"merge={self.merge!r} beside a {type(self.schedule).__name__}; pass one "
+                "MergeSchedule, with prune=PruneSchedule(...) where it prunes too"
+            )
         self._check_tokens()
 
     @property
@@ -129,7 +142,7 @@ class ModelSource:
         """What is asked for beside a schedule's text; None for a default."""
         return {name: getattr(self, name) for name in RULES}
 
-    def checked(self, *, exports: bool = False) -> PruneSchedule | None:
+    def checked(self, *, exports: bool = False) -> Schedule | None:
         """The schedule of a model given by its name, after all that can be checked without torch.
 
         Args:
@@ -149,12 +162,17 @@ class ModelSource:
             return None
         check_options(self.name, self.options)
         check_files(checkpoint=self.checkpoint)
-        return named_schedule(self.name, self.schedule, **self.rules)
+        return named_schedule(self.name, self.schedule, merge=self.merge, **self.rules)
 
     def _check_tokens(self) -> None:
         check_choice("tokens", self.tokens, TOKENS)
         if self.tokens == "gather":
             return
+        if self.merge is not None or isinstance(self.schedule, MergeSchedule):
+            raise ValueError(
+                f"tokens={self.tokens!r} with merged tokens, which none of the others masks or "
+                "fuses; use tokens='gather', or prune with a schedule alone"
+            )
         if self.schedule is None:
             raise ValueError(
                 f"tokens={self.tokens!r} without a schedule prunes nothing; give --schedule "
@@ -234,7 +252,8 @@ class FinetuneRequest:
     resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
-        missing = self.source.schedule is None or self.source.checkpoint is None
+        thinned = self.source.schedule is not None or self.source.merge is not None
+        missing = not thinned or self.source.checkpoint is None
         if self.recipe.distil > 0 and missing:
             raise ValueError(
                 f"distil={self.recipe.distil} needs a schedule and a checkpoint: the teacher is "

@@ -21,7 +21,7 @@ from vssm.models import create_model
 from vssm.models.base import VisionModel
 from vssm.models.fused_tokens import fuse_leftovers
 from vssm.models.schedules import named_schedule
-from vssm.pruning.schedule import PruneSchedule
+from vssm.pruning.schedule import Schedule
 from vssm.training.loop import Group, TrainingRun
 from vssm.training.request import FinetuneRequest, ModelSource
 from vssm.types import Progress
@@ -96,7 +96,7 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Trai
     )
 
 
-def build_model(source: ModelSource, schedule: PruneSchedule | None) -> VisionModel:
+def build_model(source: ModelSource, schedule: Schedule | None) -> VisionModel:
     """A model by its name with the weights of its checkpoint, or the seeded initial ones.
 
     Raises:
@@ -120,11 +120,11 @@ def build_model(source: ModelSource, schedule: PruneSchedule | None) -> VisionMo
     return model
 
 
-def _schedule(source: ModelSource) -> PruneSchedule | None:
-    found = named_schedule(source.name, source.schedule, **source.rules)
+def _schedule(source: ModelSource) -> Schedule | None:
+    found = named_schedule(source.name, source.schedule, merge=source.merge, **source.rules)
     # Masked tokens keep their places, and the fused one is plain removal's: neither aligns.
     forced = {"masked": "masked", "fused": "none"}.get(source.tokens)
-    if found is None or forced is None or isinstance(source.schedule, PruneSchedule):
+    if found is None or forced is None or isinstance(source.schedule, Schedule):
         return found  # one that is made already says itself how it aligns
     return found.changed(alignment=forced)
 

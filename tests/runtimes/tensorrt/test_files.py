@@ -26,6 +26,7 @@ SMALL: dict[str, tuple[Make, str]] = {
     "vim dense": (lambda: micro(None), "float32"),
     "vim pruned": (micro, "float32"),
     "vim pruned float16": (micro, "float16"),
+    "vim merged": (lambda: micro(vssm.MergeSchedule(5)), "float32"),
     "plain mamba pruned": (micro_plain, "float32"),
     "vmamba": (lambda: small("vmamba_tiny_s1l8"), "float32"),
 }

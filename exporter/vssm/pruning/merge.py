@@ -1,0 +1,215 @@
+"""Token merging: similar tokens become one, their size-weighted mean.
+
+Source: Shi et al., "Faster Vision Mamba is Rebuilt in Minutes via Merged Token Re-training",
+arXiv:2412.12496, and the numbers of its public code. Sums are a product with a 0/1 matrix, so that
+their order is fixed and the exported graph needs no scatter that adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vssm.pruning.schedule import MergeStage
+from vssm.pruning.select import StageResult, Tokens
+from vssm.pruning.walks import Steps
+
+
+@dataclass(frozen=True)
+class MergeResult(StageResult):
+    """What one merge chose.
+
+    Attributes:
+        pairs: (batch, r, 2) int64, the indices among the tokens present, class token included, of
+            each token that joined another and of that other, most similar first.
+        size: (batch, num_keep), how many original tokens each token stands for.
+        sources: (1 or batch, n) int64, the indices that the rows of `score` belong to.
+        destinations: (1 or batch, m) int64, those of its columns.
+
+    `score` is the similarity (batch, n, m) that was chosen by, and `kept_position` has the position
+    of the token that the others joined.
+    """
+
+    pairs: Tensor
+    size: Tensor
+    sources: Tensor
+    destinations: Tensor
+
+
+@dataclass(frozen=True)
+class MetricRule:
+    """What a block must hand over so that its tokens can be compared; None for its output."""
+
+    metric: str
+
+    def measure(self, parts: dict[str, Tensor], *, scale: float) -> Tensor:
+        """(batch, seqlen, width) from B, C and delta (batch, seqlen, branches, width).
+
+        As published, the backward branch's is in the order of its own steps, and turned round
+        along its last axis too.
+        """
+        ahead, *behind = parts[self.metric].unbind(2)
+        return ahead if not behind else (ahead + behind[0].flip(1, 2)) * scale
+
+
+def metric_rule(stage: MergeStage) -> MetricRule | None:
+    """The rule for the block before a merge; None where its output is compared."""
+    metric = stage.schedule.metric
+    return None if metric == "hidden" else MetricRule(metric)
+
+
+def merge(
+    stage: MergeStage, tokens: Tokens, metric: Tensor, streams: Sequence[Tensor]
+) -> tuple[Tokens, list[Tensor], MergeResult]:
+    """Make one merge: pair by `metric` (batch, seqlen, width) and merge every stream alike.
+
+    Args:
+        stage: what to do.
+        tokens: the tokens present.
+        metric: what is compared; a choice has no gradient.
+        streams: (batch, seqlen, d_model) each.
+
+    Returns:
+        The tokens after the merge, their rows of each stream, and what was chosen.
+    """
+    sources, destinations = _candidates(stage, tokens)
+    similarity = _similarity(stage, metric.detach(), sources, destinations)
+    ranked, best = _partners(stage, similarity)
+    count = stage.seqlen - stage.num_keep
+    pairs = torch.stack(
+        [_pick(sources, ranked[:, :count]), _pick(destinations, best[:, :count])], dim=-1
+    )
+    size = tokens.size
+    if size is None:
+        size = torch.ones_like(streams[-1][..., 0], dtype=_wide(streams[-1].dtype))
+    if stage.schedule.order:
+        index = _in_order(stage, pairs[..., 0])
+    else:
+        rest = _pick(sources, ranked[:, count:])
+        index = _with_class(stage, torch.cat([rest, destinations.expand(rest.shape[0], -1)], dim=1))
+    joined = _joined(stage, size[..., None], pairs)
+    rows = []
+    for x in streams:
+        weighed = x.to(size.dtype) * size[..., None]
+        rows.append(_rows((_joined(stage, weighed, pairs) / joined).to(x.dtype), index))
+    position = tokens.position.expand(index.shape[0], -1).gather(1, index)
+    left = joined[..., 0].gather(1, index)
+    after = replace(
+        tokens, position=position, size=left, steps=_steps(stage, tokens, position, left)
+    )
+    return after, rows, MergeResult(position, similarity, pairs, left, sources, destinations)
+
+
+def _candidates(stage: MergeStage, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Indices (1 or batch, n) of the tokens that may join, and of those that can be joined."""
+    patches = stage.seqlen - (stage.layout.cls_index is not None)
+    index = torch.arange(patches, device=tokens.position.device)[None]
+    if stage.layout.cls_index is not None:
+        if stage.cls_index is not None:
+            place: Tensor | int = stage.cls_index
+        else:
+            # Positions ascend where nothing has moved the class token, so its index is a count.
+            before = tokens.position < stage.layout.cls_index
+            place = before.sum(1, keepdim=True)
+        index = index + (index >= place).long()
+    return index[:, ::2], index[:, 1::2]
+
+
+def _similarity(stage: MergeStage, metric: Tensor, sources: Tensor, destinations: Tensor) -> Tensor:
+    """(batch, n, m), larger is more alike, float32 or wider; a row of zeros gives NaN."""
+    x = metric.to(_wide(metric.dtype))
+    x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    a, b = _rows(x, sources), _rows(x, destinations)
+    if stage.schedule.distance == "cosine":
+        return a @ b.transpose(1, 2)
+    apart = (a[:, :, None] - b[:, None]).abs()
+    if stage.schedule.distance == "l1":
+        return -apart.sum(-1)
+    return -apart.square().sum(-1).sqrt()
+
+
+def _partners(stage: MergeStage, similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of `similarity` (batch, n), most similar first, and the column that each would join.
+
+    Of equals the lower index comes first.
+    """
+    if stage.schedule.choose == 1:
+        value, column = similarity.max(-1)
+    else:
+        nth = stage.schedule.choose - 1
+        values, columns = similarity.sort(dim=-1, descending=True, stable=True)
+        value, column = values[..., nth], columns[..., nth]
+    ranked = value.sort(dim=1, descending=True, stable=True).indices
+    return ranked, column.gather(1, ranked)
+
+
+def _joined(stage: MergeStage, x: Tensor, pairs: Tensor) -> Tensor:
+    """Rows x (batch, seqlen, width), each second of a pair with all that join it."""
+    mode = stage.schedule.mode
+    source, destination = pairs.unbind(-1)
+    if mode == "drop":
+        return x
+    joining = _rows(x, source)
+    if mode != "sum":
+        index = destination[..., None].expand_as(joining)
+        return x.scatter_reduce(1, index, joining, mode)
+    return x + _one_hot(stage, destination, x.dtype) @ joining
+
+
+def _one_hot(stage: MergeStage, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """(batch, seqlen, r): 1 where the token is that of `index` (batch, r)."""
+    every = torch.arange(stage.seqlen, device=index.device)
+    return torch.eq(every[None, :, None], index[:, None]).to(dtype)
+
+
+def _in_order(stage: MergeStage, source: Tensor) -> Tensor:
+    """Indices (batch, num_keep) of the tokens that are left, in their order."""
+    every = torch.arange(stage.seqlen, device=source.device, dtype=torch.float32)
+    # Exact numbers, all different, those of the leaving tokens beyond the others: no ties.
+    key = every + stage.seqlen * _one_hot(stage, source, torch.float32).sum(-1)
+    place = stage.cls_index
+    if place is None or stage.next_cls_index is None:
+        return key.topk(stage.num_keep, largest=False).indices
+    # The class token is taken out, to be put back in the published place.
+    key = torch.cat([key[:, :place], key[:, place + 1 :]], dim=1)
+    index = key.topk(stage.num_keep - 1, largest=False).indices
+    return _with_class(stage, index + (index >= place).long())
+
+
+def _with_class(stage: MergeStage, index: Tensor) -> Tensor:
+    """`index` (batch, n) with the class token's own put in where the published code has it."""
+    old, new = stage.cls_index, stage.next_cls_index
+    if old is None or new is None:
+        return index
+    own = torch.full_like(index[:, :1], old)
+    return torch.cat([index[:, :new], own, index[:, new:]], dim=1)
+
+
+def _steps(stage: MergeStage, tokens: Tokens, position: Tensor, size: Tensor) -> Steps:
+    steps = tokens.walks.among(position)
+    if stage.schedule.alignment == "gap":
+        return steps
+    if stage.schedule.alignment == "none":
+        return replace(steps, gap=torch.ones_like(steps.order))
+    # By step: the size of the token that the step handles.
+    gap = size.to(steps.gap.dtype).index_select(1, steps.order.flatten())
+    return replace(steps, gap=gap.reshape(-1, *steps.order.shape[1:]))
+
+
+def _pick(index: Tensor, chosen: Tensor) -> Tensor:
+    """`index` (1 or batch, n) at `chosen` (batch, k)."""
+    return index.expand(chosen.shape[0], -1).gather(1, chosen)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows (batch, n, width) of x (batch, seqlen, width) at `index` (1 or batch, n)."""
+    if index.shape[0] == 1:  # the same for every image
+        return x.index_select(1, index[0])
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
