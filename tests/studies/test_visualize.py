@@ -16,8 +16,9 @@ from PIL import Image
 
 import vssm
 from vssm.errors import MissingPackageError, UnsupportedError
-from vssm.studies.figures import attention_figure, kept_figure
+from vssm.studies.figures import _joined, attention_figure, kept_figure
 from vssm.studies.trace import readout_weights, trace
+from vssm.studies.visualize import _owners
 
 _EXACT = 1e-12  # float64 sums of about a hundred terms; measured: below 1e-15
 SUBJECTS = {
@@ -26,6 +27,7 @@ SUBJECTS = {
     "vim constant": lambda: micro(rules={"alignment": "constant"}),
     "vim backward score": lambda: micro(rules={"score_direction": "backward"}),
     "vim dense": lambda: micro(None),
+    "vim merged": lambda: micro(vssm.MergeSchedule(6, alignment="size")),
     "vim v1": lambda: micro(bimamba="v1"),
     "plain_mamba": micro_plain,
     "plain_mamba full": lambda: micro_plain(rules={"step_parameters": "full"}),
@@ -162,6 +164,50 @@ def test_from_python(tmp_path, picture):
     assert json.loads((tmp_path / "out" / "visualize.json").read_text()) == found
     with pytest.raises(ValueError, match="tokens='masked' is a way to train; leave it out"):
         vssm.visualize(replace(subject, tokens="masked"), [picture], tmp_path)
+
+
+def test_merged_patches_are_shown_as_one(tmp_path, picture):
+    sizes = {key: value for key, value in MICRO.items() if key != "num_classes"}
+    subject = vssm.ModelSource("vim_tiny", merge="6,start=1,every=1", num_classes=7, options=sizes)
+    found = vssm.visualize(subject, [picture], tmp_path / "out", blocks=[3])
+    entry = found["images"][0]
+    assert found["facts"]["kept"] == "6 merged after every block"
+    assert list(entry["figures"])[:2] == ["merged", "importance"]
+    assert list(entry["variants"]) == ["dense", "merged, alignment none"]
+    merged = entry["variants"]["merged, alignment none"]
+    assert entry["variants"]["dense"]["merged"] == []
+    # Every group is in its order, stands once among the tokens left, and two merges took 12.
+    assert sum(len(group) - 1 for group in merged["merged"]) == 12
+    left = set(merged["kept_positions"][1])
+    assert all(len(left & set(group)) == 1 and sorted(group) == group for group in merged["merged"])
+
+
+def test_what_was_pruned_or_dropped_is_in_no_token():
+    prune = vssm.PruneSchedule({1: 0.5}, alignment="none")
+    for schedule in (
+        vssm.MergeSchedule(4, class_token="true", prune=prune),
+        vssm.MergeSchedule(4, mode="drop"),
+    ):
+        model = micro(schedule)
+        _, traced = _traced(model)
+        owner = _owners(model, traced)[2]
+        last = traced.details.kept_positions[-1][0].tolist()
+        assert sorted(set(owner.tolist()) - {-1}) == sorted(last)
+        joined = 4 if schedule.mode == "sum" else 0
+        assert (owner >= 0).sum() == len(last) + joined
+
+
+def test_groups_have_their_mean_colour_and_an_outline():
+    picture = np.arange(2 * 8 * 8 * 3).reshape(8, 16, 3) / 384
+    group = np.array([[0, 0, 2, 3], [4, 5, 0, -1]])
+    shown = _joined(picture, group)
+    areas = [(slice(0, 4), slice(0, 8)), (slice(4, 8), slice(8, 12))]
+    mean = np.concatenate([picture[area].reshape(-1, 3) for area in areas]).mean(0)
+    np.testing.assert_allclose(shown[1:3, 1:7], np.broadcast_to(mean, (2, 6, 3)))  # no edge inside
+    np.testing.assert_array_equal(shown[0, :8], 1)
+    np.testing.assert_array_equal(shown[:4, 7], 1)
+    np.testing.assert_array_equal(shown[:4, 8:], picture[:4, 8:])
+    assert not np.array_equal(shown[4:, 12:], picture[4:, 12:])  # faded: it went
 
 
 def test_refusals(cli, tmp_path, picture, monkeypatch):

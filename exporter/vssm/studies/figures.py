@@ -51,6 +51,23 @@ def kept_figure(picture: Array, kept: Mapping[str, Sequence[tuple[str, Array]]])
     return _png(figure, "Patches kept after every stage (purple: pruned)")
 
 
+def merged_figure(picture: Array, groups: Sequence[tuple[str, Array]]) -> bytes:
+    """Which patches have become one, after some of the stages.
+
+    Args:
+        picture: (height, width, 3) in [0, 1], as the model sees it.
+        groups: titles and maps (rows, columns) of integers: patches of one number are one token,
+            those of a negative number gone.
+    """
+    figure, axes = _panels(1, 1 + len(groups))
+    axes[0][0].imshow(picture)
+    axes[0][0].set_title("image", fontsize=9)
+    for axis, (title, group) in zip(axes[0][1:], groups, strict=True):
+        axis.imshow(_joined(picture, group))
+        axis.set_title(title, fontsize=9)
+    return _png(figure, "Patches that have become one, outlined, in their mean colour")
+
+
 def importance_figure(picture: Array, maps: Sequence[tuple[str, Array]], *, variant: str) -> bytes:
     """Score maps of all blocks of a variant, each on its own scale; NaN where a token is gone."""
     panels = 1 + len(maps)
@@ -205,6 +222,35 @@ def _faded(picture: Array, here: Array) -> Array:
     return shown
 
 
+def _joined(picture: Array, group: Array) -> Array:
+    """The picture with every group of patches in its mean colour and outlined in white."""
+    shown = _faded(picture, group >= 0)
+    cells = [cell[:4] for cell in _cells(picture, group >= 0)]
+    numbers = group.ravel()
+    # An edge where the neighbour, or what is beyond the border, is of another group.
+    framed = np.pad(group, 1, constant_values=-2)
+    for number in np.unique(numbers[numbers >= 0]):
+        members = np.flatnonzero(numbers == number)
+        if len(members) == 1:
+            continue
+        areas = [(slice(*cells[m][:2]), slice(*cells[m][2:])) for m in members]
+        colour = np.concatenate([picture[area].reshape(-1, 3) for area in areas]).mean(0)
+        for member, area in zip(members, areas, strict=True):
+            shown[area] = colour
+            row, column = np.unravel_index(member, group.shape)
+            _outline(shown[area], framed[row : row + 3, column : column + 3])
+    return shown
+
+
+def _outline(cell: Array, around: Array) -> None:
+    """White edges of a cell's pixels towards those of its four neighbours in another group."""
+    own = around[1, 1]
+    edges = {(0, 1): cell[:1], (2, 1): cell[-1:], (1, 0): cell[:, :1], (1, 2): cell[:, -1:]}
+    for neighbour, pixels in edges.items():
+        if around[neighbour] != own:
+            pixels[:] = 1.0
+
+
 def _cells(picture: Array, here: Array) -> Iterator[tuple[int, int, int, int, bool]]:
     """The pixels of every patch: top, bottom, left, right, and whether it is there."""
     height, width = picture.shape[:2]
@@ -231,6 +277,7 @@ def _png(figure: Figure, title: str) -> bytes:
 
 HEADINGS = {
     "kept": "Kept tokens",
+    "merged": "Merged tokens",
     "importance": "Importance",
     "attention": "Effective attention",
     "directions": "Effective attention by direction",
@@ -238,6 +285,8 @@ HEADINGS = {
 }
 CAPTIONS = {
     "kept": "Tokens kept after every stage; pruned patches are purple.",
+    "merged": "Which patches have become one token, after some of the stages: each group is "
+    "outlined and has its mean colour. Patches that went are purple.",
     "importance": "Importance of every token in every block, mean over channels of max(0, y) of "
     "the scan's output before the gate, in the last variant; each map on its own scale. Pruned "
     "positions are grey.",

@@ -18,12 +18,13 @@ from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory
 from vssm.files.json import write_json
 from vssm.files.page import Table, render
 from vssm.models.base import VisionModel
-from vssm.pruning.schedule import MergeSchedule, PruneSchedule
+from vssm.pruning.schedule import MergeSchedule, MergeStage, PruneSchedule
 from vssm.studies.figures import (
     Walk,
     attention_figure,
     importance_figure,
     kept_figure,
+    merged_figure,
     section,
     walks_figure,
 )
@@ -41,11 +42,13 @@ class Explanation:
     """The figures of one image, PNG by name, and its numbers.
 
     Attributes:
-        figures: "kept" (pruned models only), "importance", "attention", "directions", "walks".
+        figures: "kept" (pruned models) or "merged" (those that merge), "importance", "attention",
+            "directions", "walks".
         readout: what attends: "class token" or "mean over tokens".
         blocks: the blocks whose attention is shown.
-        variants: by variant: "probabilities" of all classes, "kept_positions" by stage, and
-            "kept_as_last", the share of each stage's choice that the last variant also keeps.
+        variants: by variant: "probabilities" of all classes, "kept_positions" by stage,
+            "kept_as_last", the share of each stage's choice that the last variant also keeps, and
+            "merged", the original positions that are one token at the end, where several are.
     """
 
     figures: Mapping[str, bytes]
@@ -93,10 +96,13 @@ def explain(
             picture, [_walks(told.blocks[i]) for i in _ends(told)], told.blocks[-1].grid
         ),
     }
-    if last.stages:
+    if isinstance(last.schedule, MergeSchedule):
+        figures = {"merged": merged_figure(picture, _merged(last, told)), **figures}
+    elif last.stages:
         kept = {n: _kept(models[n], t) for n, t in traces.items() if models[n].stages}
         figures = {"kept": kept_figure(picture, kept), **figures}
-    return Explanation(figures, readout, shown, {n: _numbers(t, told) for n, t in traces.items()})
+    numbers = {n: _numbers(models[n], t, told) for n, t in traces.items()}
+    return Explanation(figures, readout, shown, numbers)
 
 
 def _checked(blocks: Sequence[int], depth: int) -> list[int]:
@@ -112,7 +118,13 @@ def _default_blocks(model: VisionModel, depth: int) -> list[int]:
     if not model.stages:
         return sorted({max(1, round(depth * (i + 1) / _EVEN)) for i in range(_EVEN)})
     # The block after a stage is the first that lacks what it pruned.
-    return sorted({min(block + 1, depth) for block in model.stages} | {depth})
+    return sorted({min(block + 1, depth) for block in _some(list(model.stages))} | {depth})
+
+
+def _some(stages: Sequence[int]) -> list[int]:
+    """At most `_EVEN` of the stages' blocks, evenly, the last among them."""
+    count = min(_EVEN, len(stages))
+    return [stages[round(len(stages) * (i + 1) / count) - 1] for i in range(count)]
 
 
 def _ends(told: Trace) -> list[int]:
@@ -179,6 +191,33 @@ def _kept(model: VisionModel, told: Trace) -> list[tuple[str, Array]]:
     return found
 
 
+def _owners(model: VisionModel, told: Trace) -> dict[int, Array]:
+    """After each stage, of each position the position of the token it is in; -1 where it went."""
+    owner = position = told.blocks[0].position[0].numpy()
+    merges, found = iter(told.details.merges), {}
+    for number, stage in model.stages.items():
+        kept = told.details.kept_positions[stage.index][0].numpy()
+        if isinstance(stage, MergeStage):
+            pairs = position[next(merges).pairs[0].numpy()]
+            joined = {} if stage.schedule.mode == "drop" else dict(pairs.tolist())
+            owner = np.array([joined.get(p, p) for p in owner.tolist()])
+        owner = np.where(np.isin(owner, kept), owner, -1)
+        found[number], position = owner, kept
+    return found
+
+
+def _merged(model: VisionModel, told: Trace) -> list[tuple[str, Array]]:
+    """The title of some of the stages and which token each patch is in."""
+    owners, whole = _owners(model, told), told.blocks[0]
+    return [
+        (
+            f"after block {number}: {model.stages[number].num_keep} tokens",
+            _map(whole, torch.from_numpy(owners[number])[None]).astype(int),
+        )
+        for number in _some(list(model.stages))
+    ]
+
+
 def _walks(block: Block) -> list[Walk]:
     """Every direction of a block's scans."""
     rows, columns = block.grid
@@ -200,7 +239,9 @@ def _walks(block: Block) -> list[Walk]:
     return found
 
 
-def _numbers(told: Trace, last: Trace) -> dict[str, Any]:
+def _numbers(model: VisionModel, told: Trace, last: Trace) -> dict[str, Any]:
+    *_, owner = (*_owners(model, told).values(),) or (np.arange(0),)
+    groups = (np.flatnonzero(owner == token).tolist() for token in np.unique(owner[owner >= 0]))
     kept = [k[0].tolist() for k in told.details.kept_positions]
     reference = [set(k[0].tolist()) for k in last.details.kept_positions]
     return {
@@ -208,6 +249,7 @@ def _numbers(told: Trace, last: Trace) -> dict[str, Any]:
         "kept_positions": kept,
         # Not strict: the dense model has no stages to compare.
         "kept_as_last": [len(r & set(k)) / len(k) for k, r in zip(kept, reference, strict=False)],
+        "merged": [group for group in groups if len(group) > 1],
     }
 
 
