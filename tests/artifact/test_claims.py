@@ -201,3 +201,24 @@ def test_pipes_and_devices_are_refused_at_once(cli: Run, folder: Path, name: str
     path.symlink_to("/dev/zero")
     assert cli("check", folder) == 2
     assert "a device, not a regular file" in cli.out
+
+
+def _safetensors(**changes: object) -> bytes:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **changes}
+    header = json.dumps({"input": entry}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", _safetensors(dtype="F9"), _safetensors(dtype="F4"), _safetensors(shape=[2])),
+        _safetensors(shape=[1] * 70),
+        _safetensors(dtype="F4", shape=[8]),
+    ],
+)
+def test_weights_that_are_listed_and_damaged(cli: Run, folder: Path, data: bytes) -> None:
+    (folder / "weights.safetensors").write_bytes(data)
+    edit(folder, "opset", 18)
+    assert cli("check", folder) == 2
+    assert "weights.safetensors does not fit the model" in cli.out

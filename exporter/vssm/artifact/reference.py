@@ -55,7 +55,8 @@ def stored_reference(artifact: Artifact) -> tuple[Array, dict[str, Array]]:
     path = artifact.directory / REFERENCE_FILE
     try:
         arrays: dict[str, Array] = load(artifact.read(REFERENCE_FILE))
-    except SafetensorError as error:
+    # A LookupError is a type of numbers that numpy lacks.
+    except (SafetensorError, LookupError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); export the module again") from error
     if "input" not in arrays or len(arrays) < 2:
         raise ArtifactError(f"{path} lacks the input or the outputs; export the module again")

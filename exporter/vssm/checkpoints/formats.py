@@ -130,7 +130,7 @@ def _read_bytes(path: Path, data: bytes, weights: str, key: str | None) -> RawCh
     metadata: dict[str, str] = {}
     try:
         if form == "safetensors":
-            loaded, metadata = _safetensors(data)
+            loaded, metadata = parse_safetensors(data)
             selection = select(loaded, weights=weights, key=key)
             entries = dict(selection.entries)
         elif path.suffix == ".safetensors":
@@ -176,8 +176,14 @@ def _describe(head: bytes) -> str:
     return "a text file"
 
 
-def _safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What the library reads, after rules that cost less than it would."""
+def parse_safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, after rules that cost less than the library does.
+
+    Raises:
+        SafetensorError, MALFORMED: the file is damaged, or describes more than it may.
+    """
+    if len(data) < 8:
+        raise ValueError("it is too short for a safetensors file")
     (length,) = struct.unpack("<Q", data[:8])
     if length > _MAX_HEADER:
         raise ValueError(f"its header has {length:,} bytes, more than {_MAX_HEADER:,}")

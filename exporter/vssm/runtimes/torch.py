@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import nn
 
 from vssm.artifact.directory import WEIGHTS_FILE, Artifact
@@ -23,6 +22,8 @@ from vssm.artifact.reference import (
     module_result,
     refuse_module,
 )
+from vssm.checkpoints.formats import parse_safetensors
+from vssm.checkpoints.torch_file import MALFORMED
 from vssm.compat.exact import exact_outputs
 from vssm.compat.outputs import module_outputs
 from vssm.errors import ArtifactError, check_choice
@@ -57,8 +58,9 @@ def model_of(artifact: Artifact, *, dense: bool = False) -> VisionModel:
     schedule = None if dense else schedule_of(artifact)
     model = model_from_config(manifest.name, dict(manifest.config), schedule)
     try:
-        model.load_state_dict(load(artifact.read_weights()), strict=True)
-    except (RuntimeError, SafetensorError) as error:
+        weights, _ = parse_safetensors(artifact.read_weights())
+        model.load_state_dict(weights, strict=True)
+    except (SafetensorError, *MALFORMED) as error:
         raise ArtifactError(
             f"{artifact.directory / WEIGHTS_FILE} does not fit the model of model.json: {error}; "
             "export again"

@@ -17,9 +17,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from vssm.checkpoints.formats import parse_safetensors
 from vssm.checkpoints.load import state_digest
+from vssm.checkpoints.torch_file import MALFORMED
 from vssm.errors import ArtifactError
 from vssm.files.atomic import atomic_path
+from vssm.files.regular import WEIGHTS, read_regular
 from vssm.training.recipe import Recipe
 
 _FORMAT = "vssm-finetune-2"
@@ -89,16 +92,15 @@ class State:
             ArtifactError: the file is damaged, or of another run.
         """
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                document = json.loads((file.metadata() or {})["vssm"])
-                # First: another run's tensors would not fit, which must not be told as damage.
-                _check_header(path, document, header)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors, metadata = parse_safetensors(read_regular(path, limit=WEIGHTS))
+            document = json.loads(metadata["vssm"])
+            # First: another run's tensors would not fit, which must not be told as damage.
+            _check_header(path, document, header)
             if document.pop("sha256") != _digest(document, tensors):
                 raise ValueError("its bytes are not those that were written")
             self._fill(tensors)
             self.step = int(document["step"])
-        except (safetensors.SafetensorError, ValueError, LookupError, RuntimeError) as error:
+        except (safetensors.SafetensorError, *MALFORMED) as error:
             raise ArtifactError(
                 f"state={path} is damaged ({error}); begin anew in another directory"
             ) from error
