@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from vssm.artifact.directory import Artifact
 from vssm.artifact.manifest import Manifest, Preprocessing, TensorInfo, write_manifest
@@ -290,6 +290,17 @@ def test_files_that_are_no_images(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=r"image=.*a\.jpg cannot be read as an image .*; give"):
         preprocess(tmp_path / "a.jpg", SMALL)
+
+
+def test_a_damaged_avif_is_no_fault(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    content = io.BytesIO()
+    Image.fromarray(picture(12, 9)).save(content, "AVIF")
+    head, mark, data = content.getvalue().partition(b"mdat")
+    (tmp_path / "a.avif").write_bytes(head + mark + b"\xff" * len(data))
+    with pytest.raises(ValueError, match=r"a\.avif cannot be read as an image"):
+        preprocess(tmp_path / "a.avif", SMALL)
 
 
 def test_missing_files_and_directories(tmp_path):

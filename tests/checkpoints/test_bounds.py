@@ -79,6 +79,7 @@ PICKLES = {
     + b"q\x01ctorch._tensor\n_rebuild_from_type_v2\nh\x01R.",
     "state of an object": again(LONG_TUPLE, b"ca\nb\nh\x01b0"),
     "as many steps as there are bytes": b"N" + b"0N" * 2_000_000 + b".",
+    "escape that is none": b"S'\\y'\n.",  # of which codecs warns
     "digits": b"L" + b"9" * 2_000_000 + b"L\n.",
     "mapping in itself": b"}q\x01("
     + b"".join(text(n) + b"h\x01" for n in ("model", "net", "state_dict", "module"))

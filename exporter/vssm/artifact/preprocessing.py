@@ -45,6 +45,7 @@ _DAMAGED: Final = (
     ValueError,
     LookupError,
     TypeError,
+    RuntimeError,
     MemoryError,
     OverflowError,
     struct.error,

@@ -40,6 +40,7 @@ MALFORMED: Final = (
     OSError,
     struct.error,
     zipfile.BadZipFile,
+    Warning,  # where warnings are errors: pickletools warns of a text's unknown escapes
 )
 
 
