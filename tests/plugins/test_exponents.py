@@ -29,7 +29,9 @@ def _dtypes(name, swept):
 
 
 def _runner(where, monkeypatch):
-    """What runs an operator: the fallback body, emulated CUDA, or an instruction set's kernels."""
+    """What runs an operator: reference, fallback body, emulated CUDA, or the kernels of a set."""
+    if where == "reference":
+        return _reference
     if where == "body":
         return functools.partial(run_operator, body=True)
     if where == "emulated":
@@ -38,12 +40,21 @@ def _runner(where, monkeypatch):
     return functools.partial(run_kernel, HOST)
 
 
+def _reference(_, inputs, **attributes):
+    """The oracle, in float64 as everywhere, with its result in the type of the inputs."""
+    exact = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    # The first rule of `sweep` that is about rounding: this sum is a float32.
+    exact["delta"] = (inputs["delta"].float() + inputs["delta_bias"]).double()
+    exact["delta_bias"] = torch.zeros_like(exact["delta_bias"])
+    return {"y": reference.selective_scan(**exact, **attributes).to(inputs["u"].dtype)}
+
+
 def _check(case, got, tolerance, note):
     error, where = worst(case, got)
     assert error <= tolerance[got.dtype], f"{note}: off by {error:.2g} {where}"
 
 
-@pytest.mark.parametrize("where", [*ISAS, "body"])
+@pytest.mark.parametrize("where", [*ISAS, "body", "reference"])
 @pytest.mark.parametrize(("name", "swept"), FLOATS)
 def test_scan(monkeypatch, where, name, swept):
     run = _runner(where, monkeypatch)

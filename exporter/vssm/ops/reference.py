@@ -80,7 +80,7 @@ def selective_scan(
         dt = functional.softplus(dt)
     extra = gap.transpose(1, 2)[..., None].to(compute) - 1  # (1 or batch, seqlen, K, 1)
     extra = torch.cat([torch.zeros_like(extra[:, :1]), extra[:, 1:]], dim=1)  # h = 0 before it
-    span = dt + extra * (dt if delta0 is None else delta0.to(compute))
+    span = _span(dt, extra, delta0)
     y_step = (
         _recurrence(span, A.to(compute), dt * u_step, in_param_steps(B), in_param_steps(C))
         + D.to(compute) * u_step
@@ -237,7 +237,13 @@ def selective_scan_backward(
 def _spans(dt: Tensor, token: Tensor, gap: Tensor, delta0: Tensor | None) -> tuple[Tensor, Tensor]:
     """How many pruned positions each step passes, and the time over which its state decays."""
     more = torch.where(_steps(token) > 0, gap.transpose(1, 2)[..., None] - 1, 0)  # h = 0 before
-    return more, dt + more * (dt if delta0 is None else delta0.to(dt.dtype))
+    return more, _span(dt, more, delta0)
+
+
+def _span(dt: Tensor, more: Tensor, delta0: Tensor | None) -> Tensor:
+    """The time over which a step's state decays; `more` positions were pruned before it."""
+    # Not dt + more dt: an infinite step that passes no position would add 0 inf, which is NaN.
+    return (1 + more) * dt if delta0 is None else dt + more * delta0.to(dt.dtype)
 
 
 def _through_gate(dy: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
