@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,15 @@ from compat_cases import (
     built,
     mamba2_block,
 )
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import vssm
 from vssm.artifact.directory import Artifact
+from vssm.artifact.reference import stored_reference
 from vssm.compat import upstream
 from vssm.errors import ArtifactError, UnsupportedError
+from vssm.files.atomic import sha256_of
 
 IMAGES = (2, 3, 48, 48)
 
@@ -267,6 +271,16 @@ def test_what_needs_the_model_is_refused(tmp_path: Path) -> None:
         vssm.check_parity(None, artifact)
 
 
+def test_a_reference_of_numbers_that_numpy_lacks(tmp_path: Path) -> None:
+    made = _export(tmp_path, built(SlowPath), torch.randn(2, 9, 12))
+    path = made.directory / "reference.safetensors"
+    save_file({"input": torch.zeros(2, dtype=torch.bfloat16)}, path)
+    files = {**made.manifest.files, path.name: sha256_of(path)}
+    edited = replace(made, manifest=replace(made.manifest, files=files))
+    with pytest.raises(ArtifactError, match=r"reference.safetensors is damaged \('BF16'\)"):
+        stored_reference(edited)
+
+
 def test_wrong_file_fails_the_check(tmp_path: Path) -> None:
     artifact = _export(tmp_path, built(SlowPath), torch.randn(2, 9, 12))
     report = vssm.check_parity(built(SlowPath, seed=1), artifact, images=np.ones((1, 9, 12), "f"))
@@ -370,7 +384,10 @@ def test_command_refuses(
     nets = repository / "nets"
     (nets / "breaks.py").write_text("import torch\n\ntorch.no_such_thing\n")
     (nets / "faulty.py").write_text("def build():\n    raise RuntimeError('no GPU')\n")
+    (nets / "deep.py").write_text("def build(width=1):\n    return len(width)\n")
     for target, further, message in (
+        (f"{nets / 'deep.py'}:build", (), "TypeError: object of type 'int' has no len() ("),
+        (f"{nets / 'deep.py'}:build", ("--set", "depth=1"), "give its arguments"),
         (f"{nets / 'breaks.py'}:f", (), "AttributeError: module 'torch' has no attribute"),
         (f"{nets / 'faulty.py'}:build", (), "RuntimeError: no GPU"),
         (f"{file}:build", ("--input", "1x5x24x24"), "give the input that it is made for"),

@@ -5,7 +5,9 @@ Importing runs the user's code; whoever names the repository trusts it.
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,13 +58,12 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
     _check_place(target, module, folder)
     try:
         model = function(**options)
-    # Nearly always a missing or unknown argument of the factory.
-    except TypeError as error:
-        raise ValueError(
-            f"target={target!r} called with {sorted(options)}: {error}; give its arguments with "
-            "--set KEY=VALUE"
-        ) from error
     except (Exception, SystemExit) as error:
+        if isinstance(error, TypeError) and not _takes(function, options, str(error)):
+            raise ValueError(
+                f"target={target!r} called with {sorted(options)}: {error}; give its arguments "
+                "with --set KEY=VALUE"
+            ) from error
         raise UnsupportedError(
             f"target={target!r} called with {sorted(options)}: {_said(error)}"
         ) from error
@@ -72,6 +73,21 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
             "function or class that returns the model"
         )
     return model
+
+
+def _takes(function: Any, options: Mapping[str, Any], said: str) -> bool:
+    """Whether these are arguments of the factory, and its TypeError is about something else."""
+    # A factory that hands on **options learns only deep inside that one of them is not known.
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", said)
+    if unknown and unknown[1] in options:
+        return False
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError:
+        return False
+    except ValueError:  # no signature, as of some classes that are written in C
+        return True
+    return True
 
 
 @contextmanager
