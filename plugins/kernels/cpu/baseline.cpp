@@ -13,6 +13,7 @@ namespace {
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef uint32_t Uint4 __attribute__((vector_size(16)));  // where a sum of bits may wrap around
 
 struct Baseline {
   using Vec = Float4;
@@ -66,7 +67,7 @@ struct Baseline {
   }
 
   /// p 2^n, where t = n + 1.5 * 2^23.
-  static VSSM_INLINE Vec add_exponent(Vec p, Vec t) { return (Vec)((Int4)p + ((Int4)t << 23)); }
+  static VSSM_INLINE Vec add_exponent(Vec p, Vec t) { return (Vec)((Uint4)p + ((Uint4)t << 23)); }
 
   static VSSM_INLINE float from_bits(uint32_t bits) {
     float x;
@@ -149,7 +150,7 @@ struct Baseline {
       Vec p = fma(set1(kP[5]), r, set1(kP[4]));
       p = fma(p, r2, fma(set1(kP[3]), r, set1(kP[2])));
       p = fma(p, r2, fma(set1(kP[1]), r, set1(kP[0])));
-      return (Vec)((Int4)p + (n << 23));
+      return (Vec)((Uint4)p + ((Uint4)n << 23));
     }
 
     /// 2^(span a octave) for any argument: 0 and inf at the ends, NaN stays NaN.
