@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vssm.errors import CheckpointError
 
@@ -85,11 +85,32 @@ def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
         CheckpointError: `old` is larger than any image's grid.
     """
     check_grid(*old)
-    width = table.shape[-1]
     # Widened first, so that a table in half precision is rounded once, at the end.
-    grid = wide(table).reshape(1, *old, width).permute(0, 3, 1, 2)
-    grid = functional.interpolate(grid, size=new, mode="bicubic", align_corners=False)
-    return grid.permute(0, 2, 3, 1).reshape(1, -1, width).to(table.dtype)
+    grid = wide(table).reshape(*old, table.shape[-1])
+    rows, columns = (_cubic(o, n, grid) for o, n in zip(old, new, strict=True))
+    # The kernel is a product of one over rows and one over columns, so two products with constant
+    # matrices are the whole of it; exporters fold them where they fold no interpolation.
+    grid = torch.einsum("ih,hwd->iwd", rows, grid)
+    grid = torch.einsum("jw,iwd->ijd", columns, grid)
+    return grid.reshape(1, -1, table.shape[-1]).to(table.dtype)
+
+
+_CUBIC: Final = -0.75  # PyTorch's choice of the cubic kernel's one parameter
+
+
+def _cubic(old: int, new: int, like: Tensor) -> Tensor:
+    """(new, old): bicubic interpolation along one axis, the border repeated beyond it."""
+    centre = (torch.arange(new, device=like.device, dtype=like.dtype) + 0.5) * (old / new) - 0.5
+    first = centre.floor()
+    place = torch.arange(old, device=like.device)
+    matrix = torch.zeros(new, old, device=like.device, dtype=like.dtype)
+    for tap in (-1, 0, 1, 2):
+        x = (centre - first - tap).abs()
+        near = ((_CUBIC + 2) * x - (_CUBIC + 3)) * x * x + 1
+        far = ((_CUBIC * x - 5 * _CUBIC) * x + 8 * _CUBIC) * x - 4 * _CUBIC
+        index = (first.long() + tap).clamp(0, old - 1)
+        matrix = matrix + torch.where(x <= 1, near, far)[:, None] * (index[:, None] == place)
+    return matrix
 
 
 def check_grid(height: int, width: int) -> None:
@@ -105,7 +126,9 @@ def check_grid(height: int, width: int) -> None:
         )
 
 
-def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def fold_batch_norm(
+    conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d
+) -> tuple[Tensor, Tensor]:
     """Weight and bias, float32 or wider, of the convolution that is `conv` and then `norm`.
 
     With the stored statistics, in training too: they belong to the checkpoint.
@@ -114,7 +137,11 @@ def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tens
         raise AssertionError("the batch norms of these models keep their statistics")
     scale = wide(norm.weight) / torch.sqrt(wide(norm.running_var) + norm.eps)
     shift = wide(norm.bias) - wide(norm.running_mean) * scale
-    return wide(conv.weight) * scale[:, None, None, None], shift
+    if conv.bias is not None:
+        shift = shift + wide(conv.bias) * scale
+    # A transposed convolution has its input's channels first.
+    by_output = (1, -1, 1, 1) if isinstance(conv, nn.ConvTranspose2d) else (-1, 1, 1, 1)
+    return wide(conv.weight) * scale.reshape(by_output), shift
 
 
 def over_grid(x: Tensor, grid: tuple[int, int], conv: Callable[[Tensor], Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ kept tokens are scattered into it and gathered back.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -385,11 +385,16 @@ def _rows(table: Tensor, tokens: Tokens) -> Tensor:
 
 
 _BLOCK_NORM_EPS = 1e-5
-_FINAL_NORM_EPS = 1e-6
+FINAL_NORM_EPS = 1e-6
 _POSITIONS = "backbone.pos_embed"
 _WIDE_PARAMETERS = ("A_log", "mamba.D", "dt_proj.bias", "pos_embed")
 # The stem's convolutions are folded with their norms in float32 and rounded once.
 _WIDE_MODULES = (".norm.", ".ln1.", ".dw.", ".stem.", ".convs.")
+
+
+def stays_wide(name: str) -> bool:
+    """Whether a parameter is a norm's, a position, folded with a norm, or the scan's float32."""
+    return name.endswith(_WIDE_PARAMETERS) or any(part in name for part in _WIDE_MODULES)
 
 
 class PlainMambaBlock(nn.Module):
@@ -445,7 +450,7 @@ class Backbone(nn.Module):
             PlainMambaBlock(config, depthwise=layer in config.layers_with_dwconv)
             for layer in range(config.depth)
         )
-        self.ln1 = LayerNorm(config.d_model, eps=_FINAL_NORM_EPS)
+        self.ln1 = LayerNorm(config.d_model, eps=FINAL_NORM_EPS)
 
 
 class Head(nn.Module):
@@ -460,6 +465,43 @@ class Head(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Features (batch, d_model) to logits (batch, num_classes), float32 or wider."""
         return wide(self.fc(features.to(self.fc.weight.dtype)))
+
+
+See = Callable[[int, Tensor, Tokens], None]
+
+
+def run_blocks(
+    model: VisionModel,
+    layers: nn.ModuleList,
+    x: Tensor,
+    tokens: Tokens,
+    *,
+    stages: Mapping[int, Stage],
+    see: See,
+) -> tuple[Tensor, list[StageResult]]:
+    """A model's blocks in a row, with the stages of its schedule between them.
+
+    Args:
+        model: says by what it prunes, and with which backend.
+        layers: its blocks.
+        x: the embedded tokens (batch, seqlen, d_model).
+        tokens: all of them.
+        stages: those of its schedule.
+        see: called after each block and before its stage, with the block's number, 1-based, the
+            stream and the tokens present.
+
+    Returns:
+        The stream of the tokens that are left, and what each stage chose.
+    """
+    chosen: list[StageResult] = []
+    for number, layer in enumerate(layers, start=1):
+        stage = stages.get(number)
+        x, score = layer(x, tokens, score_rule(stage))
+        see(number, x, tokens)
+        if stage is not None:
+            tokens, (x,), result = model.pruner(stage, tokens, score, [x], backend=model.backend)
+            chosen.append(result)
+    return x, chosen
 
 
 class PlainMamba(VisionModel):
@@ -511,54 +553,28 @@ class PlainMamba(VisionModel):
 
     def stays_wide(self, name: str) -> bool:
         """Norms, positions, the convolutions folded with norms, and the scan's float32 inputs."""
-        return name.endswith(_WIDE_PARAMETERS) or any(part in name for part in _WIDE_MODULES)
+        return stays_wide(name)
 
     def _forward(self, images: Tensor, with_blocks: bool) -> ForwardDetails:
         x = self.backbone.patch_embed(images) + wide(self.backbone.pos_embed)
         tokens = Tokens.dense(self.walks, self.config.seqlen, images.device)
-        chosen: list[StageResult] = []
         blocks: list[tuple[Tensor, Tensor | None]] = []
-        for number, layer in enumerate(self.backbone.layers, start=1):
-            stage = self.stages.get(number)
-            x, score = layer(x, tokens, score_rule(stage))
+
+        def see(_: int, x: Tensor, __: Tokens) -> None:
             if with_blocks:
                 blocks.append((x, None))
-            if stage is not None:
-                tokens, streams, result = self.pruner(
-                    stage, tokens, score, [x], backend=self.backend
-                )
-                x = streams[0]
-                chosen.append(result)
+
+        x, chosen = run_blocks(self, self.backbone.layers, x, tokens, stages=self.stages, see=see)
         # The norm comes before the mean, and after pruning the mean is over the kept tokens alone.
         return details(self.head(self.backbone.ln1(x).mean(1)), chosen, blocks)
 
     def fixed_cost(self) -> int:
         """Multiply-adds of the stem, the depthwise convolutions of some layers and the head."""
-        c = self.config
-        pixels = math.prod(math.ceil(side / 2) for side in c.image_height_width)
-        stem = pixels * c.stem_width * (3 * 49 + c.stem_convs * c.stem_width * 9)
-        patches = c.seqlen * c.d_model * c.stem_width * c.projection_size**2
-        # All positions of the grid, whatever is pruned; a set, as a
-        # layer named twice has one convolution.
-        depthwise = len(set(c.layers_with_dwconv)) * c.seqlen * c.d_model * 9
-        return stem + patches + depthwise + c.d_model * c.num_classes
+        return stem_cost(self.config) + self.config.d_model * self.config.num_classes
 
     def block_cost(self) -> BlockCost:
         """Cost of any block, by token."""
-        c = self.config
-        return BlockCost(
-            shared=3 * c.d_model * c.d_inner,
-            branch=c.d_inner * (c.rank + 2 * c.d_state + c.rank),
-            convolution=c.d_inner * c.conv_size**2,
-            # The four walks share one convolution and one projection; only their scans are four.
-            branches=1,
-            directions=DIRECTIONS,
-            states=c.d_inner * c.d_state,
-            per_token=c.d_inner,
-            # The gate multiplies the sum of the walks, once.
-            gate=c.d_inner,
-            on_grid=True,
-        )
+        return block_cost(self.config)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resize a position table of another grid.
@@ -578,3 +594,31 @@ class PlainMamba(VisionModel):
                 "the image_size that the checkpoint was trained with"
             )
         return {**state, _POSITIONS: resize_grid(table, (side, side), self.config.grid)}
+
+
+def stem_cost(config: PlainMambaConfig) -> int:
+    """Multiply-adds of the stem and of the depthwise convolutions of some layers."""
+    pixels = math.prod(math.ceil(side / 2) for side in config.image_height_width)
+    stem = pixels * config.stem_width * (3 * 49 + config.stem_convs * config.stem_width * 9)
+    patches = config.seqlen * config.d_model * config.stem_width * config.projection_size**2
+    # All positions of the grid, whatever is pruned; a set, as a
+    # layer named twice has one convolution.
+    depthwise = len(set(config.layers_with_dwconv)) * config.seqlen * config.d_model * 9
+    return stem + patches + depthwise
+
+
+def block_cost(config: PlainMambaConfig) -> BlockCost:
+    """Cost of any block, by token."""
+    return BlockCost(
+        shared=3 * config.d_model * config.d_inner,
+        branch=config.d_inner * (config.rank + 2 * config.d_state + config.rank),
+        convolution=config.d_inner * config.conv_size**2,
+        # The four walks share one convolution and one projection; only their scans are four.
+        branches=1,
+        directions=DIRECTIONS,
+        states=config.d_inner * config.d_state,
+        per_token=config.d_inner,
+        # The gate multiplies the sum of the walks, once.
+        gate=config.d_inner,
+        on_grid=True,
+    )

@@ -9,6 +9,7 @@ block's norm, and pruning gathers both with the same indices.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -152,24 +153,25 @@ class VimConfig(ImageSized):
 
 
 class RopeTables(nn.Module):
-    """The official persistent buffers `freqs_cos` and `freqs_sin`, (patches, d_model)."""
+    """The official buffers `freqs_cos` and `freqs_sin`, (patches, d_model)."""
 
     freqs_cos: Tensor
     freqs_sin: Tensor
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+    def __init__(self, cos: Tensor, sin: Tensor, *, persistent: bool) -> None:
         super().__init__()
-        # Persistent, though they can be computed: the official
-        # state_dict has both, and keys must match.
-        self.register_buffer("freqs_cos", cos)
-        self.register_buffer("freqs_sin", sin)
+        self.register_buffer("freqs_cos", cos, persistent=persistent)
+        self.register_buffer("freqs_sin", sin, persistent=persistent)
 
 
-def rope_tables(d_model: int, grid: tuple[int, int], pretrained: int) -> RopeTables:
+def rope_tables(
+    d_model: int, grid: tuple[int, int], pretrained: int, *, persistent: bool = True
+) -> RopeTables:
     """Tables of a grid, its positions scaled to the `pretrained` side.
 
     f_j = 10000^(-2j / (d_model/2)); the first half of the channels turns by the row, the second by
-    the column, every frequency on a pair of neighbours.
+    the column, every frequency on a pair of neighbours. Persistent, though they can be computed:
+    the official state_dict has both, and keys must match.
     """
     half = d_model // 2
     freqs = 1.0 / 10000 ** (torch.arange(0, half, 2)[: half // 2].float() / half)
@@ -187,7 +189,7 @@ def rope_tables(d_model: int, grid: tuple[int, int], pretrained: int) -> RopeTab
         ],
         dim=-1,
     ).reshape(-1, d_model)
-    return RopeTables(both.cos(), both.sin())
+    return RopeTables(both.cos(), both.sin(), persistent=persistent)
 
 
 def rotate(x: Tensor, tables: RopeTables, tokens: Tokens) -> Tensor:
@@ -205,6 +207,30 @@ def rotate(x: Tensor, tables: RopeTables, tokens: Tokens) -> Tensor:
     index = tokens.position.long()
     turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(2)
     return (x * cos[index] + turned * sin[index]).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary position embedding before a block, on the streams that the official code rotates.
+
+    `tables` is None where there is none; `with_residual` says whether it turns the residual too.
+    """
+
+    tables: RopeTables | None
+    with_residual: bool
+
+    def __call__(
+        self, hidden: Tensor | None, residual: Tensor, tokens: Tokens
+    ) -> tuple[Tensor | None, Tensor]:
+        """The streams in front of a block; there is no hidden one before the first."""
+        if self.tables is None:
+            return hidden, residual
+        if hidden is None:  # the first block: the tokens are the hidden stream, no residual yet
+            return hidden, rotate(residual, self.tables, tokens)
+        hidden = rotate(hidden, self.tables, tokens)
+        if self.with_residual:
+            residual = rotate(residual, self.tables, tokens)
+        return hidden, residual
 
 
 BIMAMBA = ("v2", "v1", "none")
@@ -461,6 +487,11 @@ _WIDE_PARAMETERS = (
 )
 
 
+def stays_wide(name: str) -> bool:
+    """Whether a parameter of a Vim is a norm's, an embedding's, or one that the scan takes wide."""
+    return name.endswith(_WIDE_PARAMETERS) or ".norm." in name or "norm_f." in name
+
+
 class PatchEmbed(nn.Module):
     """Patches to tokens by a strided convolution, row by row, no norm."""
 
@@ -497,6 +528,104 @@ class VimBlock(nn.Module):
         return hidden, residual, score
 
 
+def refuse_schedule(config: VimConfig, schedule: Schedule | None) -> None:
+    """Refuse a schedule that this configuration has no meaning for.
+
+    Raises:
+        UnsupportedError: it asks for a scan or a class token that is not there.
+    """
+    if schedule is None:
+        return
+    if config.class_token == "double":
+        raise UnsupportedError(
+            "class_token='double' cannot be pruned or merged: two class tokens frame the "
+            "sequence and the method protects one; use the dense model"
+        )
+    if config.bidirectional_layers:
+        raise UnsupportedError(
+            "bidirectional_layers=True cannot be pruned or merged: a pair of layers has no "
+            "single scan to score, nor one list of tokens; use the dense model"
+        )
+    if isinstance(schedule, MergeSchedule):
+        if schedule.prune is None:
+            return
+        schedule = schedule.prune
+    if schedule.step_parameters != "rank":
+        raise UnsupportedError(
+            f"step_parameters={schedule.step_parameters!r} is PlainMamba's choice; Vim's "
+            "steps have the parameters of their own tokens: leave it out"
+        )
+    backward = schedule.score_direction == "backward" or schedule.importance == "as_released"
+    if config.bimamba == "none" and backward:
+        raise UnsupportedError(
+            "bimamba='none' has no backward scan, which score_direction='backward' and "
+            "importance='as_released' score by; use score_direction='sum' and "
+            "another importance"
+        )
+
+
+See = Callable[[int, Tensor, Tensor, Tokens], None]
+
+
+def run_blocks(
+    model: VisionModel,
+    layers: nn.ModuleList,
+    residual: Tensor,
+    tokens: Tokens,
+    *,
+    rotation: Rotation,
+    see: See,
+) -> tuple[Tensor, Tensor, Tokens, list[StageResult]]:
+    """A model's blocks in a row, with the stages of its schedule between them.
+
+    Args:
+        model: says where it prunes, by what and with which backend.
+        layers: its blocks.
+        residual: the embedded tokens (batch, seqlen, d_model).
+        tokens: all of them.
+        rotation: what turns the streams before every block.
+        see: called after each block and before its stage, with the block's number, 1-based, both
+            streams and the tokens present.
+
+    Returns:
+        Both streams, the tokens that are left, and what each stage chose.
+    """
+    hidden: Tensor | None = None
+    chosen: list[StageResult] = []
+    for number, layer in enumerate(layers, start=1):
+        # The official code turns the stream again before every block,
+        # not only once behind the embedding.
+        hidden, residual = rotation(hidden, residual, tokens)
+        stage = model.stages.get(number)
+        rule = metric_rule(stage) if isinstance(stage, MergeStage) else score_rule(stage)
+        hidden, residual, score = layer(hidden, residual, tokens, rule)
+        see(number, hidden, residual, tokens)
+        if stage is not None:
+            tokens, (hidden, residual), result = _reduce(
+                model, stage, tokens, score, (hidden, residual)
+            )
+            chosen.append(result)
+    if hidden is None:
+        raise AssertionError("VimConfig asks for at least one block")
+    return hidden, residual, tokens, chosen
+
+
+def _reduce(
+    model: VisionModel,
+    stage: Stage | MergeStage,
+    tokens: Tokens,
+    score: Tensor | None,
+    streams: tuple[Tensor, Tensor],
+) -> tuple[Tokens, list[Tensor], StageResult]:
+    """What a stage leaves; both streams alike, as the next block adds them row by row."""
+    if isinstance(stage, MergeStage):
+        # The mixer's output alone is compared, without the residual it will be added to.
+        return merge(stage, tokens, streams[0] if score is None else score, list(streams))
+    if score is None:
+        raise AssertionError("a block gives the score that its rule asks for")
+    return model.pruner(stage, tokens, score, list(streams), backend=model.backend)
+
+
 class Vim(VisionModel):
     """Vim with its official keys; `schedule` prunes or merges between blocks.
 
@@ -521,7 +650,7 @@ class Vim(VisionModel):
         # Pairs of layers have no single stream to report.
         self.traced_blocks = 0 if config.bidirectional_layers else config.depth
         # Before any parameter is made: a large model would take its time only to be refused.
-        self._refuse(config, schedule)
+        refuse_schedule(config, schedule)
         positions = config.class_positions
         self.layout = TokenLayout(config.seqlen, positions[0] if positions else None, keep_odd=True)
         self.stages = plan_stages(schedule, self.layout, config.depth)
@@ -536,37 +665,6 @@ class Vim(VisionModel):
         self.head = nn.Linear(config.d_model, config.num_classes)
         self._initialise()
 
-    @staticmethod
-    def _refuse(config: VimConfig, schedule: Schedule | None) -> None:
-        if schedule is None:
-            return
-        if config.class_token == "double":
-            raise UnsupportedError(
-                "class_token='double' cannot be pruned or merged: two class tokens frame the "
-                "sequence and the method protects one; use the dense model"
-            )
-        if config.bidirectional_layers:
-            raise UnsupportedError(
-                "bidirectional_layers=True cannot be pruned or merged: a pair of layers has no "
-                "single scan to score, nor one list of tokens; use the dense model"
-            )
-        if isinstance(schedule, MergeSchedule):
-            if schedule.prune is None:
-                return
-            schedule = schedule.prune
-        if schedule.step_parameters != "rank":
-            raise UnsupportedError(
-                f"step_parameters={schedule.step_parameters!r} is PlainMamba's choice; Vim's "
-                "steps have the parameters of their own tokens: leave it out"
-            )
-        backward = schedule.score_direction == "backward" or schedule.importance == "as_released"
-        if config.bimamba == "none" and backward:
-            raise UnsupportedError(
-                "bimamba='none' has no backward scan, which score_direction='backward' and "
-                "importance='as_released' score by; use score_direction='sum' and "
-                "another importance"
-            )
-
     def _class_keys(self) -> tuple[str, ...]:
         if self.config.class_token == "double":
             return "cls_token_head", "cls_token_tail"
@@ -580,7 +678,7 @@ class Vim(VisionModel):
 
     def stays_wide(self, name: str) -> bool:
         """Norms, embeddings and what the scan takes as float32."""
-        return name.endswith(_WIDE_PARAMETERS) or ".norm." in name or name.startswith("norm_f.")
+        return stays_wide(name)
 
     def _embed(self, images: Tensor) -> Tensor:
         """Tokens (batch, seqlen, d_model), class tokens in their positions, positions added."""
@@ -606,52 +704,29 @@ class Vim(VisionModel):
         # images', which can change between calls.
         walks = LineWalks(self.config.seqlen, directions, images.device)
         tokens = Tokens.dense(walks, self.config.seqlen, images.device)
-        hidden: Tensor | None = None
-        chosen: list[StageResult] = []
-        blocks: list[tuple[Tensor, Tensor | None]] = []
         if self.config.bidirectional_layers:
             hidden, residual = self._layer_pairs(residual, tokens)
-            return details(self._logits(hidden, residual, tokens), chosen, blocks)
-        for number, layer in enumerate(self.layers, start=1):
-            # The official code turns the stream again before every block,
-            # not only once behind the embedding.
-            hidden, residual = self._rotate(hidden, residual, tokens)
-            stage = self.stages.get(number)
-            rule = metric_rule(stage) if isinstance(stage, MergeStage) else score_rule(stage)
-            hidden, residual, score = layer(hidden, residual, tokens, rule)
+            return details(self._logits(hidden, residual, tokens), [], [])
+        blocks: list[tuple[Tensor, Tensor | None]] = []
+
+        def see(_: int, hidden: Tensor, residual: Tensor, __: Tokens) -> None:
             if with_blocks:
                 blocks.append((hidden, residual))
-            if stage is not None:
-                tokens, (hidden, residual), result = self._reduce(
-                    stage, tokens, score, hidden, residual
-                )
-                chosen.append(result)
-        if hidden is None:
-            raise AssertionError("VimConfig asks for at least one block")
+
+        hidden, residual, tokens, chosen = run_blocks(
+            self, self.layers, residual, tokens, rotation=self._rotation, see=see
+        )
         return details(self._logits(hidden, residual, tokens), chosen, blocks)
 
-    def _reduce(
-        self,
-        stage: Stage | MergeStage,
-        tokens: Tokens,
-        score: Tensor | None,
-        hidden: Tensor,
-        residual: Tensor,
-    ) -> tuple[Tokens, list[Tensor], StageResult]:
-        """What a stage leaves; both streams alike, as the next block adds them row by row."""
-        streams = [hidden, residual]
-        if isinstance(stage, MergeStage):
-            # The mixer's output alone is compared, without the residual it will be added to.
-            return merge(stage, tokens, hidden if score is None else score, streams)
-        if score is None:
-            raise AssertionError("a block gives the score that its rule asks for")
-        return self.pruner(stage, tokens, score, streams, backend=self.backend)
+    @property
+    def _rotation(self) -> Rotation:
+        return Rotation(self.rope if self.config.rope else None, self.config.rope_residual)
 
     def _layer_pairs(self, residual: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """if_bidirectional: each pair of layers runs on the sequence and on its reverse."""
         hidden: Tensor | None = None
         for first in range(0, self.config.depth, 2):
-            hidden, residual = self._rotate(hidden, residual, tokens)
+            hidden, residual = self._rotation(hidden, residual, tokens)
             flipped = None if hidden is None else hidden.flip(1)
             # Both layers get the same stream and both residuals are added: it
             # doubles with every pair, as in the official code.
@@ -660,19 +735,6 @@ class Vim(VisionModel):
             hidden, residual = ahead + back.flip(1), res_ahead + res_back.flip(1)
         if hidden is None:
             raise AssertionError("VimConfig asks for at least one pair of layers")
-        return hidden, residual
-
-    def _rotate(
-        self, hidden: Tensor | None, residual: Tensor, tokens: Tokens
-    ) -> tuple[Tensor | None, Tensor]:
-        """Rotary position embedding before a block, on the streams the official code rotates."""
-        if not self.config.rope:
-            return hidden, residual
-        if hidden is None:  # the first block: the tokens are the hidden stream, no residual yet
-            return hidden, rotate(residual, self.rope, tokens)
-        hidden = rotate(hidden, self.rope, tokens)
-        if self.config.rope_residual:
-            residual = rotate(residual, self.rope, tokens)
         return hidden, residual
 
     def _logits(self, hidden: Tensor, residual: Tensor, tokens: Tokens) -> Tensor:
@@ -710,24 +772,11 @@ class Vim(VisionModel):
 
     def fixed_cost(self) -> int:
         """Multiply-adds of the patch embedding and the classifier."""
-        c = self.config
-        return c.d_model * (c.patches * 3 * c.patch_size * c.patch_size + c.num_classes)
+        return patch_cost(self.config) + self.config.d_model * self.config.num_classes
 
     def block_cost(self) -> BlockCost:
         """Cost of any block, by token."""
-        c, mixer = self.config, self.config.mixer
-        inner, low = mixer.d_inner, mixer.dt_rank
-        return BlockCost(
-            shared=3 * c.d_model * inner,
-            branch=inner * (low + 2 * c.d_state + low),
-            convolution=inner * c.d_conv,
-            # v1 scans twice, but projects and convolves once for both directions.
-            branches=2 if c.bimamba == "v2" else 1,
-            directions=1 if c.bimamba == "none" else 2,
-            states=inner * c.d_state,
-            # Skip and gate, both counted in every direction, by the published rule.
-            per_token=2 * inner,
-        )
+        return block_cost(self.config)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resize a position table of another grid, class rows taken out and put back.
@@ -760,6 +809,28 @@ class Vim(VisionModel):
         resized[:, is_patch] = grid
         resized[:, list(positions)] = table[:, list(old)]
         return {**state, "pos_embed": resized}
+
+
+def patch_cost(config: VimConfig) -> int:
+    """Multiply-adds of the patch embedding."""
+    return config.d_model * config.patches * 3 * config.patch_size * config.patch_size
+
+
+def block_cost(config: VimConfig) -> BlockCost:
+    """Cost of any block, by token."""
+    mixer = config.mixer
+    inner, low = mixer.d_inner, mixer.dt_rank
+    return BlockCost(
+        shared=3 * config.d_model * inner,
+        branch=inner * (low + 2 * config.d_state + low),
+        convolution=inner * config.d_conv,
+        # v1 scans twice, but projects and convolves once for both directions.
+        branches=2 if config.bimamba == "v2" else 1,
+        directions=1 if config.bimamba == "none" else 2,
+        states=inner * config.d_state,
+        # Skip and gate, both counted in every direction, by the published rule.
+        per_token=2 * inner,
+    )
 
 
 def _norm(config: VimConfig) -> nn.Module:

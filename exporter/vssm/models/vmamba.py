@@ -214,7 +214,7 @@ def _reshaped(key: str, value: Tensor, grid: tuple[int, int]) -> Tensor:
     return value
 
 
-_EPS = 1e-5
+NORM_EPS: Final = 1e-5
 _WIDE_PARAMETERS = ("A_logs", "Ds", "dt_projs_bias", "pos_embed")
 
 
@@ -247,11 +247,11 @@ class VMambaBlock(nn.Module):
     def __init__(self, config: VMambaConfig, stage: int) -> None:
         super().__init__()
         width, hidden = config.width(stage), config.hidden(stage)
-        self.norm = LayerNorm(width, eps=_EPS)
+        self.norm = LayerNorm(width, eps=NORM_EPS)
         self.op = CrossScanMixer(config.mixer(stage))
         self.mlp: Mlp | None = None
         if hidden:
-            self.norm2 = LayerNorm(width, eps=_EPS)
+            self.norm2 = LayerNorm(width, eps=NORM_EPS)
             self.mlp = Mlp(width, hidden, gated=config.gated_mlp)
 
     def forward(self, x: Tensor, walks: MapWalks) -> Tensor:
@@ -270,7 +270,7 @@ class ConvDownsample(nn.ModuleDict):
         # v2's 2x2 has no padding and so drops an odd side's last row or column.
         conv = Conv2d(width, 2 * width, kernel, 2, padding=kernel // 2 if kernel % 2 else 0)
         # Keys are indices of the official Sequential, where permutes without weights stand between.
-        super().__init__({"1": conv, "3": LayerNorm(2 * width, eps=_EPS)})
+        super().__init__({"1": conv, "3": LayerNorm(2 * width, eps=NORM_EPS)})
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (batch, seqlen, width) of a map to those of a map of half its sides."""
@@ -284,7 +284,7 @@ class MergeDownsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.reduction = Linear(4 * width, 2 * width, bias=False)
-        self.norm = LayerNorm(4 * width, eps=_EPS)
+        self.norm = LayerNorm(4 * width, eps=NORM_EPS)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """As ConvDownsample; zeros at the bottom and the right of odd sides."""
@@ -349,13 +349,13 @@ class VMamba(VisionModel):
         self.name, self.config, self.schedule = name, config, None
         self.image_size, self.num_classes = config.image_height_width, config.num_classes
         self.layout, self.stages, self.traced_blocks = None, {}, config.depth
-        self.patch_embed = nn.ModuleDict(_patch_embed(config))
+        self.patch_embed = nn.ModuleDict(patch_embed(config))
         if config.pos_embed:
             self.pos_embed = nn.Parameter(torch.zeros(1, config.d_model, *config.grids[0]))
         stages = range(len(config.depths))
         self.layers = nn.ModuleList(VMambaStage(config, stage) for stage in stages)
         width = config.width(stages[-1])
-        head = {"norm": LayerNorm(width, eps=_EPS), "head": Linear(width, config.num_classes)}
+        head = {"norm": LayerNorm(width, eps=NORM_EPS), "head": Linear(width, config.num_classes)}
         self.classifier = nn.ModuleDict(head)
         self._initialise()
 
@@ -370,26 +370,12 @@ class VMamba(VisionModel):
 
     def stays_wide(self, name: str) -> bool:
         """Norms, positions and what the scan takes as float32."""
-        module, _, _ = name.rpartition(".")
-        return name.endswith(_WIDE_PARAMETERS) or isinstance(
-            self.get_submodule(module), nn.LayerNorm
-        )
-
-    def _embed(self, images: Tensor) -> Tensor:
-        """Tokens (batch, seqlen, d_model) of the first stage."""
-        parts = self.patch_embed
-        x: Tensor = parts["2"](to_tokens(parts["0"](images)))
-        if "5" in parts:
-            height, width = self.image_size
-            half = (math.ceil(height / 2), math.ceil(width / 2))
-            # v2 has a GELU between its two convolutions and none behind the second.
-            x = parts["7"](to_tokens(parts["5"](to_map(functional.gelu(x), half))))
-        if self.config.pos_embed:
-            x = x + to_tokens(self.pos_embed)
-        return x
+        return stays_wide(self, name)
 
     def _forward(self, images: Tensor, with_blocks: bool) -> ForwardDetails:
-        x = self._embed(images)
+        x = embed(self.patch_embed, images, self.image_size)
+        if self.config.pos_embed:
+            x = x + to_tokens(self.pos_embed)
         blocks: list[tuple[Tensor, Tensor | None]] = []
         for stage in self.layers:
             x, streams = stage(x)
@@ -402,30 +388,11 @@ class VMamba(VisionModel):
     def fixed_cost(self) -> int:
         """Multiply-adds of the patch embedding, the downsampling and the classifier."""
         c = self.config
-        if c.patch_embed == "v2":
-            half = math.prod(math.ceil(side / 2) for side in self.image_size)
-            total = half * 3 * 9 * (c.d_model // 2)
-            total += math.prod(c.grids[0]) * (c.d_model // 2) * 9 * c.d_model
-        else:
-            total = math.prod(c.grids[0]) * 3 * c.patch_size**2 * c.d_model
-        # v1 is no convolution, but its projection reads the four
-        # tokens of a 2x2 patch all the same.
-        taps = {"v1": 4, "v2": 4, "v3": 9}[c.downsample]
-        for stage, grid in enumerate(c.grids[1:]):
-            total += math.prod(grid) * c.width(stage) * taps * c.width(stage + 1)
-        return total + c.width(len(c.depths) - 1) * c.num_classes
+        return map_cost(c) + c.width(len(c.depths) - 1) * c.num_classes
 
     def block_costs(self) -> list[tuple[int, BlockCost]]:
         """Tokens and cost by token of every block; gate and norms are not counted."""
-        costs: list[tuple[int, BlockCost]] = []
-        for stage, depth in enumerate(self.config.depths):
-            width, hidden = self.config.width(stage), self.config.hidden(stage)
-            cost = self.config.mixer(stage).cost(
-                # A gated fc1 is twice as wide, fc2 is not.
-                extra=width * hidden * (3 if self.config.gated_mlp else 2)
-            )
-            costs += [(math.prod(self.config.grids[stage]), cost)] * depth
-        return costs
+        return block_costs(self.config)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Old and one-file names, 1x1 convolutions as linears, positions of another map.
@@ -436,17 +403,64 @@ class VMamba(VisionModel):
         return adapt_keys(state, self.config.grids[0])
 
 
-def _patch_embed(config: VMambaConfig) -> dict[str, nn.Module]:
+def patch_embed(config: VMambaConfig) -> dict[str, nn.Module]:
     """v1: one convolution as wide as its stride; v2: two of 3x3 that halve the image each."""
     width = config.d_model
     if config.patch_embed == "v1":
         conv = Conv2d(3, width, config.patch_size, config.patch_size)
         # The numbers are indices of the official Sequential; permutes and GELU,
         # which have no weights, are the missing ones.
-        return {"0": conv, "2": LayerNorm(width, eps=_EPS)}
+        return {"0": conv, "2": LayerNorm(width, eps=NORM_EPS)}
     return {
         "0": Conv2d(3, width // 2, 3, 2, padding=1),
-        "2": LayerNorm(width // 2, eps=_EPS),
+        "2": LayerNorm(width // 2, eps=NORM_EPS),
         "5": Conv2d(width // 2, width, 3, 2, padding=1),
-        "7": LayerNorm(width, eps=_EPS),
+        "7": LayerNorm(width, eps=NORM_EPS),
     }
+
+
+def embed(parts: nn.ModuleDict, images: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Tokens (batch, seqlen, d_model) of the first stage, by what `patch_embed` made."""
+    x: Tensor = parts["2"](to_tokens(parts["0"](images)))
+    if "5" not in parts:
+        return x
+    height, width = image_size
+    half = (math.ceil(height / 2), math.ceil(width / 2))
+    # v2 has a GELU between its two convolutions and none behind the second.
+    tokens: Tensor = parts["7"](to_tokens(parts["5"](to_map(functional.gelu(x), half))))
+    return tokens
+
+
+def stays_wide(model: nn.Module, name: str) -> bool:
+    """Whether a parameter of a VMamba is a norm's, a position, or one that the scan takes wide."""
+    module, _, _ = name.rpartition(".")
+    return name.endswith(_WIDE_PARAMETERS) or isinstance(model.get_submodule(module), nn.LayerNorm)
+
+
+def map_cost(config: VMambaConfig) -> int:
+    """Multiply-adds of the patch embedding and the downsampling."""
+    if config.patch_embed == "v2":
+        half = math.prod(math.ceil(side / 2) for side in config.image_height_width)
+        total = half * 3 * 9 * (config.d_model // 2)
+        total += math.prod(config.grids[0]) * (config.d_model // 2) * 9 * config.d_model
+    else:
+        total = math.prod(config.grids[0]) * 3 * config.patch_size**2 * config.d_model
+    # v1 is no convolution, but its projection reads the four
+    # tokens of a 2x2 patch all the same.
+    taps = {"v1": 4, "v2": 4, "v3": 9}[config.downsample]
+    for stage, grid in enumerate(config.grids[1:]):
+        total += math.prod(grid) * config.width(stage) * taps * config.width(stage + 1)
+    return total
+
+
+def block_costs(config: VMambaConfig) -> list[tuple[int, BlockCost]]:
+    """Tokens and cost by token of every block; gate and norms are not counted."""
+    costs: list[tuple[int, BlockCost]] = []
+    for stage, depth in enumerate(config.depths):
+        width, hidden = config.width(stage), config.hidden(stage)
+        cost = config.mixer(stage).cost(
+            # A gated fc1 is twice as wide, fc2 is not.
+            extra=width * hidden * (3 if config.gated_mlp else 2)
+        )
+        costs += [(math.prod(config.grids[stage]), cost)] * depth
+    return costs
