@@ -53,6 +53,26 @@ def micro_plain(
     return _filled("plain_mamba_l1", schedule, rules, {**MICRO_PLAIN, **changes})
 
 
+# Segmenters: a table of 4 x 4 places; VMamba has none.
+MICRO_HEADS: dict[str, Any] = {"head_width": 16, "auxiliary_width": 8, "num_classes": 7}
+MICRO_SEGMENTERS: dict[str, dict[str, Any]] = {
+    "vim": {"image_size": (64, 96), "table_size": 64, "depth": 4, "d_model": 24},
+    "plain_mamba": {"image_size": (48, 80), "table_size": 64, "depth": 4, "d_model": 20},
+    "vmamba": {"image_size": (53, 71), "depths": (1, 1, 2, 1), "d_model": 16},
+}
+
+
+def micro_segmenter(
+    name: str, schedule: str | None, rules: dict[str, Any] | None = None, **changes: Any
+) -> Any:
+    """A micro segmenter, such as "vim_tiny" with the name of its data set left out."""
+    family = name.rpartition("_")[0]
+    sizes = {**MICRO_SEGMENTERS[family], **MICRO_HEADS}
+    if family != "vmamba":
+        sizes["taps"] = (1, 2, 3, 4)
+    return _filled(f"{name}_upernet_ade20k", schedule, rules, {**sizes, **changes})
+
+
 def _filled(
     name: str,
     schedule: str | vssm.MergeSchedule | None,

@@ -76,7 +76,8 @@ class ScheduleInfo:
     """What was pruned where. `blocks`: 1-based block -> keep ratio as a decimal string.
 
     `num_keep` has one entry a stage, the class token included; `cls_position` is the class token's
-    position in the unpruned sequence, None without one; `seed` belongs to importance "random".
+    position in the unpruned sequence, None without one; `seed` belongs to importance "random",
+    `restore` to dense heads.
     """
 
     blocks: Mapping[int, str]
@@ -89,6 +90,7 @@ class ScheduleInfo:
     num_keep: tuple[int, ...]
     cls_position: int | None = None
     seed: int | None = None
+    restore: str = "frozen"
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,12 @@ class Manifest:
             ValueError: there is no output `logits` of shape (batch, classes).
         """
         found = self.main_output
+        if found.name == LOGITS and len(found.shape) == 4:
+            raise ValueError(
+                f"{self.name} is a segmenter: its logits {list(found.shape)} are of every place of "
+                "an image, so whole images cannot be classified by it; open it with "
+                "vssm.open_session and run it on preprocessed images"
+            )
         if found.name != LOGITS or len(found.shape) != 2:
             shapes = ", ".join(f"{o.name} {list(o.shape)}" for o in self.outputs)
             raise ValueError(
@@ -335,6 +343,8 @@ def _schedule(node: Node) -> ScheduleInfo:
         num_keep=num_keep,
         cls_position=node.at("cls_position").optional(lambda n: n.integer(0)),
         seed=node.at("seed").optional(lambda n: n.integer(_MIN_SEED)),
+        # Files from before there were dense models do not have it.
+        restore=node.at("restore").text() if "restore" in node.mapping() else "frozen",
     )
 
 
@@ -369,6 +379,8 @@ def _check_together(manifest: Manifest) -> None:
             "other"
         )
     main = manifest.main_output
-    classes = main.shape[-1] if main.shape and main.name == LOGITS else None
+    # Of maps (batch, classes, height, width) the second axis, else the last.
+    axis = 1 if len(main.shape) == 4 else -1
+    classes = main.shape[axis] if main.shape and main.name == LOGITS else None
     if manifest.labels is not None and len(manifest.labels) != classes:
         raise FieldError(f"labels has {len(manifest.labels)} names for {classes} classes")

@@ -89,8 +89,11 @@ class OracleResult:
         kept_positions: one (batch, num_keep) a stage, original positions in index order.
         scores: the (batch, seqlen) scores that chose them; of a merge the similarity.
         positions: the (batch, seqlen) positions those scores belong to.
-        blocks: value name -> (batch, seqlen, d_model), a block's hidden or residual stream.
+        blocks: value name -> (batch, seqlen, d_model), a block's hidden or residual stream; and
+            further outputs.
         merges: by stage, what those that merge chose.
+        labels: the class of every pixel (batch, height, width), of a segmenter that gives it.
+        label_margins: how far its best class is from its second, over the largest logit.
     """
 
     logits: Array
@@ -99,6 +102,8 @@ class OracleResult:
     positions: list[Array]
     blocks: dict[str, Array]
     merges: Mapping[int, OracleMerge] = field(default_factory=dict)
+    labels: Array | None = None
+    label_margins: Array | None = None
 
 
 def module_result(outputs: Mapping[str, Array], main: str) -> OracleResult:

@@ -28,6 +28,7 @@ from vssm.commands.options import (
     NewHead,
     NumClasses,
     Opset,
+    Restore,
     Schedule,
     Switches,
     model_source,
@@ -275,6 +276,15 @@ ModuleOutputs = Annotated[
 ]
 
 
+Outputs = Annotated[
+    str,
+    typer.Option(
+        help="Of a segmenter: logits (the default), labels (and the class of every pixel) or "
+        "features (the levels that its head reads)."
+    ),
+]
+
+
 def export(
     name: Name,
     output: Folder,
@@ -287,9 +297,11 @@ def export(
     alignment: Alignment = None,
     importance: Importance = None,
     conv: Conv = None,
+    restore: Restore = None,
+    outputs: Outputs = "logits",
     dtype: Dtype = "float32",
     opset: Opset = 18,
-    num_classes: NumClasses = 1000,
+    num_classes: NumClasses = None,
     option: Switches = None,
     labels: Labels = None,
     inline: Inline = False,
@@ -311,12 +323,14 @@ def export(
         alignment=alignment,
         importance=importance,
         conv=conv,
+        restore=restore,
         num_classes=num_classes,
         option=option,
     )
     artifact, loaded = _export(
         source,
         output,
+        outputs=outputs,
         dtype=dtype,
         opset=opset,
         labels=labels,
@@ -333,26 +347,31 @@ def _export(
     source: ModelSource,
     output: Path,
     *,
+    outputs: str,
     dtype: str,
     opset: int,
     labels: Path | None,
-    num_classes: int,
+    num_classes: int | None,
     inline: bool,
     weights: bool,
     force: bool,
 ) -> tuple[Artifact, str | None]:
     """The export, and what was loaded, in words."""
-    from vssm.onnx.options import check_opset, checked_dtype
+    from vssm.models.catalogue import check_name
+    from vssm.onnx.options import check_opset, check_outputs, checked_dtype
 
     dtype = checked_dtype(dtype)
     check_opset(opset)
+    card = check_name(source.name)
+    check_outputs(card.task, outputs)
     # Asked again when the files are put in place; here it saves the work.
     check_target(output, force=force)
     # All that needs no torch comes before its import.
     pruning = source.checked()
     from vssm.artifact.preprocessing import read_labels
 
-    names = None if labels is None else read_labels(labels, num_classes)
+    classes = card.num_classes if num_classes is None else num_classes
+    names = None if labels is None else read_labels(labels, classes)
     from vssm.onnx.export import export as export_model
     from vssm.training.run import build_model
 
@@ -363,6 +382,7 @@ def _export(
         artifact = export_model(
             model,
             output,
+            outputs=outputs,
             dtype=dtype,
             opset=opset,
             inline=inline,

@@ -76,7 +76,7 @@ def finetune(
     importance: Importance = None,
     conv: Conv = None,
     tokens: Tokens = "gather",
-    num_classes: NumClasses = 1000,
+    num_classes: NumClasses = None,
     option: Switches = None,
     # The recipe's own defaults, so that --help shows the published numbers.
     epochs: Epochs = Recipe.epochs,

@@ -123,7 +123,16 @@ Conv = Annotated[
     str | None,
     typer.Option(help="Vim's convolution: compact, over kept tokens (the default), or position."),
 ]
-NumClasses = Annotated[int, typer.Option(help="Classes of the classifier.")]
+Restore = Annotated[
+    str | None,
+    typer.Option(
+        help="What a dense head sees at pruned positions: frozen (the default), zero or nearest.",
+        **_words("frozen", "zero", "nearest"),
+    ),
+]
+NumClasses = Annotated[
+    int | None, typer.Option(help="Classes; 1000, or those of the model's data set, by default.")
+]
 Switches = Annotated[
     list[str] | None,
     typer.Option("--set", help="Model option KEY=VALUE, repeatable; a wrong KEY lists them."),
@@ -220,6 +229,7 @@ def model_source(
     alignment: str | None = None,
     importance: str | None = None,
     conv: str | None = None,
+    restore: str | None = None,
     tokens: str = "gather",
 ) -> ModelSource:
     """The model that a command's options describe.
@@ -236,6 +246,7 @@ def model_source(
         alignment=alignment,
         importance=importance,
         conv=conv,
+        restore=restore,
         tokens=tokens,
         num_classes=num_classes,
         options=options(option or []),

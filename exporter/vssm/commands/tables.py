@@ -199,10 +199,11 @@ def models_table(models: Iterable[Mapping[str, Any]]) -> ReportTable:
         "models (tokens of the first block; multiply-adds; the published rule counts one of Vim's "
         "two directions)"
     )
-    columns = ("model", "parameters", "image", "tokens", "GFLOPs published rule", "true")
+    columns = ("model", "task", "parameters", "image", "tokens", "GFLOPs published rule", "true")
     rows = (
         (
             m["name"],
+            m["task"],
             f"{m['parameters']:,}",
             "x".join(map(str, m["image_size"])),
             m["tokens"],
@@ -232,6 +233,8 @@ def parity_tables(report: ParityReport) -> list[ReportTable]:
         rows.append((f"kept positions agreed, stage {stage}", f"{share:.2%}", ""))
     if report.top1_agreement is not None:
         rows.append(("top-1 agreement", f"{report.top1_agreement:.0%}", ""))
+    if report.labels is not None:
+        rows.append(("labels agreed", f"{report.labels.agreement:.4%}", ""))
     title = (
         f"{report.info}\n{report.dtype}, {report.weights} weights, {report.images} images, "
         "errors relative to the largest value"

@@ -23,6 +23,9 @@ def families() -> dict[str, tuple[Callable[..., VisionModel], Any]]:
         MissingPackageError: torch is not installed.
     """
     with explain_missing():
+        from vssm.models.dense.plain_mamba import PlainMambaSegmenter, PlainMambaSegmenterConfig
+        from vssm.models.dense.vim import VimSegmenter, VimSegmenterConfig
+        from vssm.models.dense.vmamba import VMambaSegmenter, VMambaSegmenterConfig
         from vssm.models.groupmamba import GroupMamba, GroupMambaConfig
         from vssm.models.plain_mamba import PlainMamba, PlainMambaConfig
         from vssm.models.vim import Vim, VimConfig
@@ -32,6 +35,9 @@ def families() -> dict[str, tuple[Callable[..., VisionModel], Any]]:
         "plain_mamba": (PlainMamba, PlainMambaConfig),
         "vmamba": (VMamba, VMambaConfig),
         "groupmamba": (GroupMamba, GroupMambaConfig),
+        "vim_segmenter": (VimSegmenter, VimSegmenterConfig),
+        "plain_mamba_segmenter": (PlainMambaSegmenter, PlainMambaSegmenterConfig),
+        "vmamba_segmenter": (VMambaSegmenter, VMambaSegmenterConfig),
     }
 
 
@@ -44,7 +50,7 @@ def create_model(
     name: str,
     *,
     schedule: Schedule | None = None,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     backend: str = "auto",
     **overrides: Any,
 ) -> VisionModel:
@@ -56,7 +62,7 @@ def create_model(
     Args:
         name: one of `list_models()`.
         schedule: token pruning or merging; None for the dense model.
-        num_classes: width of the classifier.
+        num_classes: width of the logits; None for the model's own, 1000 or those of its data set.
         backend: what computes the custom operators, as for `VisionModel.use_backend`.
         overrides: fields of the family's configuration, such as image_size: 384, (224, 320) or
             "224x320", height first.
@@ -66,7 +72,9 @@ def create_model(
         TypeError: an override has another type than its field.
         UnsupportedError: the configuration can be neither pruned nor merged, or not so.
     """
-    config = {**check_name(name).changes, "num_classes": num_classes, **overrides}
+    card = check_name(name)
+    classes = card.num_classes if num_classes is None else num_classes
+    config = {**card.changes, "num_classes": classes, **overrides}
     return model_from_config(name, config, schedule).use_backend(backend)
 
 

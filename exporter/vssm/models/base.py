@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from vssm.artifact.manifest import CheckpointInfo
+from vssm.artifact.manifest import CheckpointInfo, Preprocessing
 from vssm.errors import UnsupportedError
 from vssm.ops.operators import checked_choice
 from vssm.pruning.merge import MergeResult
@@ -30,6 +30,7 @@ class ForwardDetails:
         blocks: (hidden, residual) after each block, before its stage; only where asked for.
             residual is None in models of one stream.
         merges: what each merge chose, in order.
+        tensors: maps of a dense model by their official names ("tap0", "neck0", "level0", ...).
     """
 
     logits: Tensor
@@ -37,6 +38,7 @@ class ForwardDetails:
     scores: list[Tensor]
     blocks: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     merges: list[MergeResult] = field(default_factory=list)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def merged(self) -> list[tuple[Tensor, Tensor]]:
@@ -97,6 +99,8 @@ class VisionModel(nn.Module):
         checkpoint: the file the weights were loaded from, None for initial weights.
         loaded: what was loaded from that file and how, in words.
         labels: names of the classes, where that file has them.
+        task: what its logits are of: "classification" (images) or "segmentation" (pixels).
+        output_groups: what an export can be asked for, as names of outputs.
         published_directions: scan directions that the published FLOPs count.
         backend: what computes the custom operators, see `use_backend`.
         pruner: what makes a stage; an ablation may set another of the same form on a model.
@@ -115,6 +119,8 @@ class VisionModel(nn.Module):
     loaded: str | None = None
     labels: tuple[str, ...] | None = None
     published_directions = 1  # that the published FLOPs count
+    task = "classification"
+    output_groups: Mapping[str, tuple[str, ...]] = {"logits": ("logits",)}
     backend = "auto"
     # A plain function as a class attribute would become a method and be given the model.
     pruner = staticmethod(prune)
@@ -141,6 +147,14 @@ class VisionModel(nn.Module):
 
     def _forward(self, images: Tensor, with_blocks: bool) -> ForwardDetails:
         raise NotImplementedError
+
+    def output(self, name: str, found: ForwardDetails) -> Tensor:
+        """One of the outputs that `output_groups` names, float32 or integers."""
+        return found.logits if name == "logits" else found.tensors[name]
+
+    def preprocessing(self) -> Preprocessing:
+        """How images of any size become this model's input."""
+        return Preprocessing.for_image_size(self.image_size)
 
     def use_backend(self, backend: str) -> Self:
         """Choose what computes the custom operators of this model; the model itself comes back.
@@ -171,6 +185,14 @@ class VisionModel(nn.Module):
         """Multiply-adds outside the blocks, for one image."""
         raise NotImplementedError
 
+    def neck_cost(self) -> int:
+        """The part of `fixed_cost` between a dense model's backbone and its head."""
+        return 0
+
+    def head_cost(self) -> int:
+        """The part of `fixed_cost` in a dense model's head, which no pruning touches."""
+        return 0
+
     def block_cost(self) -> BlockCost:
         """Cost of a block, by token, in a model whose blocks are all alike."""
         raise NotImplementedError
@@ -190,7 +212,10 @@ class VisionModel(nn.Module):
 
 
 def details(
-    logits: Tensor, chosen: list[StageResult], blocks: list[tuple[Tensor, Tensor | None]]
+    logits: Tensor,
+    chosen: list[StageResult],
+    blocks: list[tuple[Tensor, Tensor | None]],
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> ForwardDetails:
     """The public details of a pass from what its stages chose."""
     return ForwardDetails(
@@ -200,6 +225,7 @@ def details(
         [c.score for c in chosen],
         blocks,
         [c for c in chosen if isinstance(c, MergeResult)],
+        tensors or {},
     )
 
 

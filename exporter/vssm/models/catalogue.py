@@ -27,6 +27,8 @@ class ModelCard:
         flops_published: multiply-adds of one image by the published rule.
         flops_true: with every scan direction counted.
         image_size: (height, width) in pixels.
+        task: "classification" or "segmentation".
+        num_classes: width of the logits.
     """
 
     family: str
@@ -36,6 +38,8 @@ class ModelCard:
     flops_published: int
     flops_true: int
     image_size: tuple[int, int] = (224, 224)
+    task: str = "classification"
+    num_classes: int = 1000
 
 
 _VANILLA: Final[dict[str, Any]] = {
@@ -48,6 +52,7 @@ _VANILLA: Final[dict[str, Any]] = {
     "downsample": "v1",
 }
 _MAPS: Final = (3136, 784, 196, 49)  # of a hierarchical model at 224 pixels
+_MAPS_512: Final = (16384, 4096, 1024, 256)
 
 
 def _vim(changes: dict[str, Any], *figures: int, tokens: int = 197) -> ModelCard:
@@ -69,6 +74,33 @@ def _group(changes: dict[str, Any], parameters: int, flops: int) -> ModelCard:
     return ModelCard("groupmamba", changes, parameters, (*_MAPS, 1), flops, flops)
 
 
+_PLAIN_SIZES: Final[dict[str, dict[str, Any]]] = {
+    "l1": {"d_model": 192, "stem_convs": 1, "layers_with_dwconv": (0,)},
+    "l2": {"d_model": 384},
+    "l3": {"d_model": 448, "depth": 36},
+}
+
+
+def _segmenter(
+    family: str,
+    changes: dict[str, Any],
+    *figures: int,
+    tokens: tuple[int, ...] = (1024,),
+) -> ModelCard:
+    parameters, published, true = figures
+    return ModelCard(
+        f"{family}_segmenter",
+        changes,
+        parameters,
+        tokens,
+        published,
+        true,
+        image_size=(512, 512),
+        task="segmentation",
+        num_classes=150,
+    )
+
+
 MODELS: Final[dict[str, ModelCard]] = {
     "vim_tiny": _vim({"d_model": 192}, 7_148_008, 1_448_855_040, 1_822_858_752),
     "vim_small": _vim({"d_model": 384}, 25_796_584, 5_076_372_480, 5_911_526_400),
@@ -79,11 +111,9 @@ MODELS: Final[dict[str, ModelCard]] = {
     "vim_small_stride8": _vim(
         {"d_model": 384, "stride": 8}, 26_001_256, 18_810_682_368, 21_905_415_168, tokens=730
     ),
-    "plain_mamba_l1": _plain(
-        {"d_model": 192, "stem_convs": 1, "layers_with_dwconv": (0,)}, 7_551_656, 3_014_703_360
-    ),
-    "plain_mamba_l2": _plain({"d_model": 384}, 26_145_832, 8_078_318_592),
-    "plain_mamba_l3": _plain({"d_model": 448, "depth": 36}, 50_956_456, 14_439_294_464),
+    "plain_mamba_l1": _plain(_PLAIN_SIZES["l1"], 7_551_656, 3_014_703_360),
+    "plain_mamba_l2": _plain(_PLAIN_SIZES["l2"], 26_145_832, 8_078_318_592),
+    "plain_mamba_l3": _plain(_PLAIN_SIZES["l3"], 50_956_456, 14_439_294_464),
     "vmamba_tiny_s1l8": _vmamba({"depths": (2, 2, 8, 2)}, 30_249_064, 4_875_843_072),
     "vmamba_tiny_s2l5": _vmamba({"depths": (2, 2, 5, 2), "expand": 2.0}, 30_705_832, 4_824_588_288),
     "vmamba_small_s2l15": _vmamba(
@@ -114,10 +144,58 @@ MODELS: Final[dict[str, ModelCard]] = {
         57_150_838,
         14_103_612_608,
     ),
+    "vim_tiny_upernet_ade20k": _segmenter("vim", {}, 12_311_276, 39_005_724_672, 40_949_784_576),
+    "vim_small_upernet_ade20k": _segmenter(
+        "vim",
+        # The official configuration leaves if_divide_out out, which was false when it was trained.
+        {
+            "d_model": 384,
+            "rope": True,
+            "divide_out": False,
+            "tap_stream": "sum",
+            "head_width": 384,
+        },
+        45_448_364,
+        151_342_055_424,
+        155_683_160_064,
+    ),
+    "plain_mamba_l1_upernet_ade20k": _segmenter(
+        "plain_mamba", _PLAIN_SIZES["l1"], 35_455_596, 43_615_911_936, 43_615_911_936
+    ),
+    "plain_mamba_l2_upernet_ade20k": _segmenter(
+        "plain_mamba", _PLAIN_SIZES["l2"], 55_874_156, 71_282_589_696, 71_282_589_696
+    ),
+    "plain_mamba_l3_upernet_ade20k": _segmenter(
+        "plain_mamba",
+        {**_PLAIN_SIZES["l3"], "taps": (9, 18, 27, 36)},
+        81_292_908,
+        104_919_400_448,
+        104_919_400_448,
+    ),
+    "vmamba_tiny_upernet_ade20k": _segmenter(
+        "vmamba", {}, 61_902_572, 236_832_030_720, 236_832_030_720, tokens=_MAPS_512
+    ),
+    "vmamba_small_upernet_ade20k": _segmenter(
+        "vmamba",
+        {"depths": (2, 2, 15, 2), "expand": 2.0},
+        81_801_260,
+        256_641_859_584,
+        256_641_859_584,
+        tokens=_MAPS_512,
+    ),
+    "vmamba_base_upernet_ade20k": _segmenter(
+        "vmamba",
+        {"depths": (2, 2, 15, 2), "d_model": 128, "expand": 2.0},
+        122_069_292,
+        292_042_047_488,
+        292_042_047_488,
+        tokens=_MAPS_512,
+    ),
 }
 
 _SIZE: Final = int | tuple[int, int]
 _SIZES: Final = tuple[int, ...]
+_HEADS: Final[dict[str, Any]] = {"head_width": int, "auxiliary_width": int, "num_classes": int}
 # The fields of each family's configuration and their types.
 OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "vim": {
@@ -187,6 +265,53 @@ OPTIONS: Final[dict[str, dict[str, Any]]] = {
         "distillation": bool,
         "num_classes": int,
     },
+    "vim_segmenter": {
+        "image_size": _SIZE,
+        "table_size": int,
+        "patch_size": int,
+        "depth": int,
+        "d_model": int,
+        "d_state": int,
+        "d_conv": int,
+        "expand": int,
+        "dt_rank": int | None,
+        "divide_out": bool,
+        "rope": bool,
+        "rope_grid": int,
+        "taps": _SIZES,
+        "tap_stream": str,
+        **_HEADS,
+    },
+    "plain_mamba_segmenter": {
+        "image_size": _SIZE,
+        "table_size": int,
+        "patch_size": int,
+        "depth": int,
+        "d_model": int,
+        "d_state": int,
+        "conv_size": int,
+        "expand": int,
+        "dt_rank": int | None,
+        "stem_width": int,
+        "stem_convs": int,
+        "layers_with_dwconv": _SIZES,
+        "taps": _SIZES,
+        **_HEADS,
+    },
+    "vmamba_segmenter": {
+        "image_size": _SIZE,
+        "depths": _SIZES,
+        "d_model": int,
+        "d_state": int,
+        "expand": float,
+        "dt_rank": int | None,
+        "conv_bias": bool,
+        "gate": bool,
+        "mlp_ratio": float,
+        "patch_embed": str,
+        "downsample": str,
+        **_HEADS,
+    },
 }
 
 # What the official code, timm and Hugging Face call our options, in the order to try.
@@ -243,13 +368,14 @@ _ANSWERS: Final[dict[str, str]] = {
 
 
 def describe_models() -> list[dict[str, Any]]:
-    """Name, parameters, image size, tokens and cost of every model.
+    """Name, task, parameters, image size, tokens and cost of every model.
 
     "tokens" are those of the first block, "stage_tokens" those of all, repeats left out.
     """
     return [
         {
             "name": name,
+            "task": card.task,
             "parameters": card.parameters,
             "image_size": card.image_size,
             "tokens": card.stage_tokens[0],
@@ -276,6 +402,24 @@ def check_name(name: str) -> ModelCard:
         )
     hint = did_you_mean(name, MODELS) or f"; choose one of {', '.join(MODELS)}"
     raise ValueError(f"name={name!r} is not a model{hint} (`vssm models` lists them)")
+
+
+def check_task(name: str, task: str, what: str) -> None:
+    """Refuse a model of another task than a command is for.
+
+    Args:
+        name: a model's name; one that is unknown here passes, as exports of other modules have.
+        task: the one that is needed.
+        what: what the command does, to complete "... is for".
+
+    Raises:
+        ValueError: the model has another task.
+    """
+    if name in MODELS and MODELS[name].task != task:
+        raise ValueError(
+            f"model={name!r} is for {MODELS[name].task}, and {what} is for {task}; choose a model "
+            "of that task (`vssm models` lists them)"
+        )
 
 
 def _contained(name: str) -> str | None:

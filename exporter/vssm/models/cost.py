@@ -29,6 +29,8 @@ class Cost:
         gemm: multiply-adds in matrix products and convolutions.
         exps: evaluations of exp in the scans, all directions.
         merging: the part of `true` that comparing tokens and adding them up takes.
+        neck: the part of `true` between a dense model's backbone and its head.
+        head: the part in that head; pruning changes neither.
     """
 
     published: int
@@ -37,6 +39,8 @@ class Cost:
     gemm: int
     exps: int
     merging: int = 0
+    neck: int = 0
+    head: int = 0
 
 
 def count(model: VisionModel) -> Cost:
@@ -78,7 +82,7 @@ def count(model: VisionModel) -> Cost:
         if isinstance(stage, MergeStage) and stage.num_keep < stage.seqlen:
             for part, work in _merge_cost(model, stage).items():
                 total[part] += work
-    return Cost(**total)
+    return Cost(**total, neck=model.neck_cost(), head=model.head_cost())
 
 
 def _merge_cost(model: VisionModel, stage: MergeStage) -> dict[str, int]:

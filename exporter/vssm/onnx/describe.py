@@ -73,7 +73,7 @@ def describe_export(
         schedule=describe_schedule(model),
         merge=describe_merges(model),
         block_outputs=block_outputs(model),
-        preprocessing=preprocessing or Preprocessing.for_image_size(model.image_size),
+        preprocessing=preprocessing or model.preprocessing(),
         checkpoint=model.checkpoint,
         labels=None if labels is None else tuple(labels),
     )
@@ -116,6 +116,7 @@ def describe_schedule(model: Scheduled) -> ScheduleInfo | None:
         gated=schedule.gated,
         conv=schedule.conv,
         step_parameters=schedule.step_parameters,
+        restore=schedule.restore,
         num_keep=tuple(s.num_keep for s in model.stages.values() if isinstance(s, Stage)),
         cls_position=model.layout.cls_index,
         seed=schedule.seed if schedule.importance == "random" else None,

@@ -24,7 +24,7 @@ from vssm.files.text import is_plain, shown
 from vssm.models import model_from_config
 from vssm.models.base import VisionModel
 from vssm.onnx.describe import block_outputs, describe_export
-from vssm.onnx.options import check_opset, checked_dtype
+from vssm.onnx.options import check_opset, check_outputs, checked_dtype
 from vssm.onnx.program import (
     BATCH,
     EXTERNAL_DATA_ABOVE,
@@ -44,6 +44,7 @@ DTYPES: Final = {
     "bfloat16": torch.bfloat16,
 }
 INPUT: Final = "images"
+_CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
 @known_state()
@@ -52,6 +53,7 @@ def export(
     directory: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype = "float32",
+    outputs: str = "logits",
     opset: int = 18,
     inline: bool = False,
     weights: bool = True,
@@ -69,6 +71,8 @@ def export(
         dtype: float32, float16 (fp16, half) or bfloat16 (bf16), of the projections and scan
             operands; norms, residual, A, D, step-size bias, decay and state are float32 in all of
             them, and so are input and logits.
+        outputs: of a segmenter: "logits"; "labels", the class of every pixel beside them; or
+            "features", the levels that its head reads, without the head.
         opset: version of the standard operators, 18 to 20.
         inline: also write model.inlined.onnx, without functions, for runtimes that read none.
         weights: also write weights.safetensors, the oracle of `vssm check`.
@@ -81,9 +85,9 @@ def export(
 
     Raises:
         TypeError: `model` is not one of this package's models, or a wrapper around one.
-        ValueError: `dtype`, `opset` or `labels` does not fit; the weights are not those of the
-            model's configuration (parametrised or packed ones, say), on no real device, or not
-            finite in `dtype`.
+        ValueError: `dtype`, `outputs`, `opset` or `labels` does not fit; the weights are not those
+            of the model's configuration (parametrised or packed ones, say), on no real device, or
+            not finite in `dtype`.
         UnsupportedError: the schedule has no exported form (alignment "masked", and switches of
             merging that no published model has).
         ArtifactError: the directory cannot be written, or holds an export and not `force`.
@@ -91,9 +95,10 @@ def export(
     dtype = checked_dtype(dtype)
     labels = getattr(model, "labels", None) if labels is None else labels
     _refuse(model, opset, labels)
+    check_outputs(model.task, outputs)
     initial = _initial_weights(model)
     with staged_export(directory, force=force) as staging:
-        proto = build_proto(model, dtype=dtype, opset=opset, progress=progress)
+        proto = build_proto(model, dtype=dtype, opset=opset, outputs=outputs, progress=progress)
         save_model(proto, staging, inline=inline, external_data_above=external_data_above)
         if weights:
             state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
@@ -113,7 +118,12 @@ def export(
 
 
 def build_proto(
-    model: VisionModel, *, dtype: str, opset: int, progress: Steps = lambda *_: None
+    model: VisionModel,
+    *,
+    dtype: str,
+    opset: int,
+    outputs: str = "logits",
+    progress: Steps = lambda *_: None,
 ) -> onnx.ModelProto:
     """The model as a ModelProto with dynamic batch, custom nodes at top level and their bodies.
 
@@ -121,10 +131,11 @@ def build_proto(
         model: left as it was.
         dtype: one of DTYPES.
         opset: 18 to 20.
+        outputs: as for `export`.
         progress: as for `export`.
     """
     register_schemas()
-    traced = _Traced(_cast_copy(model, DTYPES[dtype]))
+    traced = _Traced(_cast_copy(model, DTYPES[dtype]), outputs)
     with counted_blocks(traced.model, progress):
         program = _trace(traced, model.image_size)
     return program_to_proto(
@@ -140,20 +151,20 @@ def build_proto(
 class _Traced(nn.Module):
     """What is traced: public outputs first, then every block's streams, to be named."""
 
-    def __init__(self, model: VisionModel) -> None:
+    def __init__(self, model: VisionModel, outputs: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.outputs = model, model.output_groups[outputs]
         stages = model.stages.values()
         self.kept = [f"kept_positions_{i}" for i in range(len(stages))]
         merges = sum(isinstance(stage, MergeStage) for stage in stages)
         self.pairs = [f"{MERGED_PAIRS}{i}" for i in range(merges)]
-        self.public = 1 + len(stages) + merges
+        self.public = len(self.outputs) + len(stages) + merges
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         found = self.model.forward_details(images, with_blocks=True)
         # Each output its own value: a stage's choice may be an input of the next.
         return (
-            found.logits,
+            *(self.model.output(name, found) for name in self.outputs),
             *(kept.clone() for kept in found.kept_positions),
             # Not copies: a parity check puts other pairs in their place.
             *(merge.pairs for merge in found.merges),
@@ -167,7 +178,7 @@ class _Traced(nn.Module):
             for name in (block.hidden, block.residual)
             if name is not None
         ]
-        return ["logits", *self.kept, *self.pairs, *streams]
+        return [*self.outputs, *self.kept, *self.pairs, *streams]
 
 
 def _refuse(model: VisionModel, opset: int, labels: Sequence[str] | None) -> None:
@@ -242,7 +253,7 @@ def _cast_copy(model: VisionModel, dtype: torch.dtype) -> VisionModel:
     """
     twin = copy.deepcopy(model).cpu().eval().float().use_backend("auto")
     for owner, module in twin.named_modules():
-        if dtype == torch.bfloat16 and isinstance(module, nn.Conv1d | nn.Conv2d):
+        if dtype == torch.bfloat16 and isinstance(module, _CONVOLUTIONS):
             continue
         for name, parameter in module.named_parameters(owner, recurse=False):
             if not twin.stays_wide(name):

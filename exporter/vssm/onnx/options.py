@@ -8,6 +8,11 @@ from vssm.errors import check_choice
 
 SUPPORTED_OPSETS: Final = (18, 19, 20)
 DTYPE_NAMES: Final = ("float32", "float16", "bfloat16")
+# What an export can be asked for, by the model's task.
+OUTPUTS: Final = {
+    "classification": ("logits",),
+    "segmentation": ("logits", "labels", "features"),
+}
 _ALIASES: Final = {
     **{"fp32": "float32", "float": "float32", "single": "float32"},
     **{"fp16": "float16", "half": "float16", "bf16": "bfloat16"},
@@ -29,6 +34,19 @@ def checked_dtype(dtype: object) -> str:
         )
     check_choice("dtype", name, DTYPE_NAMES)
     return name
+
+
+def check_outputs(task: str, outputs: str) -> None:
+    """Refuse outputs that a model of this task has not.
+
+    Raises:
+        ValueError: it has none of that name.
+    """
+    if outputs not in OUTPUTS[task]:
+        raise ValueError(
+            f"outputs={outputs!r} is not one of {', '.join(OUTPUTS[task])}, which models for "
+            f"{task} have; choose one of these"
+        )
 
 
 def check_opset(opset: int) -> None:

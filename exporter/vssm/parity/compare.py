@@ -84,11 +84,25 @@ class Disagreement:
 
 
 @dataclass(frozen=True)
+class LabelComparison:
+    """The classes of pixels: the share that agrees, and how many others no rounding excuses.
+
+    `margin` is the largest margin, of the oracle's best class over its second, of a pixel that got
+    another class; 0 where there is none.
+    """
+
+    agreement: float
+    wrong: int
+    margin: float
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """Everything `check_parity` found. `failures` are sentences; empty when it passed.
 
     `free_logits` is of the images whose tokens were chosen alike; None where there are none.
     `top1_agreement` is None for a module that has no logits; its first output is compared then.
+    `labels` is None where the file gives no class of every pixel.
     """
 
     info: RuntimeInfo
@@ -101,6 +115,7 @@ class ParityReport:
     disagreements: list[Disagreement]
     top1_agreement: float | None
     blocks: list[Comparison] = field(default_factory=list)
+    labels: LabelComparison | None = None
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -170,9 +185,23 @@ def compare(
             compare_array(name, forced[name], oracle.blocks[name], tolerance.block)
             for name in streams
         ],
+        labels=_compare_labels(free, oracle, alike, tolerance),
     )
     report.failures.extend(_failures(report, tolerance))
     return report
+
+
+def _compare_labels(
+    free: Mapping[str, Array], oracle: OracleResult, images: Sequence[int], tolerance: Tolerance
+) -> LabelComparison | None:
+    """The labels of images whose tokens were chosen alike."""
+    if oracle.labels is None or oracle.label_margins is None or not images:
+        return None
+    other = free["labels"][images] != oracle.labels[images]
+    margins = oracle.label_margins[images][other]
+    # Either of two logits may be off by the tolerance.
+    wrong = int((margins > 2 * tolerance.logits).sum())
+    return LabelComparison(1 - float(other.mean()), wrong, float(margins.max(initial=0.0)))
 
 
 def _top1_agreement(got: Array, want: Array) -> float:
@@ -338,6 +367,12 @@ def _failures(report: ParityReport, tolerance: Tolerance) -> list[str]:
     if report.first_bad_block is not None:
         bad = next(b for b in report.blocks if not b.passed)
         failures.append("first block out of tolerance: " + _out_of_tolerance(bad))
+    if report.labels is not None and report.labels.wrong:
+        failures.append(
+            f"labels: {report.labels.wrong} pixels have another class where the oracle's two best "
+            f"are up to {report.labels.margin:.1e} of the largest logit apart, and rounding "
+            f"explains {2 * tolerance.logits:.0e}"
+        )
     margins = [(d.margin, d) for d in report.disagreements if d.margin is not None]
     wide = [pair for pair in margins if not pair[0] <= tolerance.margin]  # NaN counts
     if wide:

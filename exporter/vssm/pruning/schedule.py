@@ -26,6 +26,7 @@ METRICS: Final = ("hidden", "B", "C", "delta")
 DISTANCES: Final = ("cosine", "l1", "l2")
 MODES: Final = ("sum", "mean", "amax", "amin", "drop")
 CLASS_TOKENS: Final = ("proportional", "true")
+RESTORES: Final = ("frozen", "zero", "nearest")
 
 Ratio = float | str | Decimal
 
@@ -48,6 +49,8 @@ class PruneSchedule:
         conv: the convolution before the scan runs over the kept tokens ("compact") or over the
             full list with zeros at pruned positions ("position").
         step_parameters: PlainMamba's choice of delta, B, C for a kept step: "rank" or "full".
+        restore: what a dense head sees at a pruned position: "frozen" (the token as it was when it
+            left), "zero", or "nearest" (the nearest kept token; of two, the one before).
         seed: for importance "random".
     """
 
@@ -58,6 +61,7 @@ class PruneSchedule:
     gated: bool
     conv: str
     step_parameters: str
+    restore: str
     seed: int
 
     def __init__(
@@ -70,6 +74,7 @@ class PruneSchedule:
         gated: bool = False,
         conv: str = "compact",
         step_parameters: str = "rank",
+        restore: str = "frozen",
         seed: int = 0,
     ) -> None:
         check_choice("alignment", alignment, ALIGNMENTS)
@@ -77,6 +82,7 @@ class PruneSchedule:
         check_choice("score_direction", score_direction, SCORE_DIRECTIONS)
         check_choice("conv", conv, CONVS)
         check_choice("step_parameters", step_parameters, STEP_PARAMETERS)
+        check_choice("restore", restore, RESTORES)
         if importance == "as_released" and alignment != "none":
             raise ValueError(
                 f"importance='as_released' with alignment={alignment!r}: the released code moves "
@@ -96,6 +102,7 @@ class PruneSchedule:
             "gated": bool(gated),
             "conv": conv,
             "step_parameters": step_parameters,
+            "restore": restore,
             "seed": int(seed),
         }
         for name, value in values.items():
@@ -113,6 +120,7 @@ class PruneSchedule:
         gated: bool = False,
         conv: str = "compact",
         step_parameters: str = "rank",
+        restore: str = "frozen",
     ) -> PruneSchedule:
         """Read "5:0.8,10:0.8": block:ratio pairs, as the command line takes them.
 
@@ -141,6 +149,7 @@ class PruneSchedule:
             gated=gated,
             conv=conv,
             step_parameters=step_parameters,
+            restore=restore,
         )
 
     def changed(self, **rules: Any) -> PruneSchedule:
@@ -337,12 +346,17 @@ def _option(name: str, text: str, kind: type) -> Any:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """A model's tokens before pruning: how many, where the class token is, the counting rule."""
+    """A model's tokens before pruning: how many, where the class token is, the counting rule.
+
+    `directional` models have a forward and a backward scan to take scores from; `restores` says
+    that heads read every position.
+    """
 
     seqlen: int
     cls_index: int | None
     keep_odd: bool
-    directional: bool = True  # has a forward and a backward scan to take scores from
+    directional: bool = True
+    restores: bool = False
 
 
 @dataclass(frozen=True)
@@ -411,8 +425,8 @@ def plan_stages(
     Raises:
         ValueError: a block lies outside the model or has two stages, or the last merge does not
             find `final_tokens`.
-        UnsupportedError: the model has no such scan direction, or as_released finds no class token
-            to re-centre or keeps no patch beside it.
+        UnsupportedError: the model has no such scan direction or no head that reads pruned
+            positions, or as_released finds no class token to re-centre or keeps no patch beside it.
     """
     if schedule is None:
         return {}
@@ -463,6 +477,11 @@ def _pruning_blocks(
         raise UnsupportedError(
             f"score_direction={schedule.score_direction!r}: this model has no forward and "
             "backward scan; use score_direction='sum'"
+        )
+    if schedule.restore != "frozen" and not layout.restores:
+        raise UnsupportedError(
+            f"restore={schedule.restore!r} says what a dense head sees at pruned positions, and "
+            "this model has none; leave it out"
         )
     if schedule.importance == "as_released" and layout.cls_index is None:
         raise UnsupportedError(

@@ -69,10 +69,14 @@ class Tokens:
 
     def to_positions(self, x: Tensor) -> Tensor:
         """Rows x (batch, seqlen, width) at their positions in zeros (batch, full_seqlen, width)."""
+        return self.onto(x.new_zeros(x.shape[0], self.full_seqlen, x.shape[2]), x)
+
+    def onto(self, base: Tensor, x: Tensor) -> Tensor:
+        """Rows x (batch, seqlen, width) put over `base` (batch, full_seqlen, width)."""
         if self.complete:
             return x
-        table = x.new_zeros(x.shape[0] * self.full_seqlen, x.shape[2])
-        return table.index_put((self.row,), x).reshape(-1, self.full_seqlen, x.shape[2])
+        table = base.reshape(-1, base.shape[2])
+        return table.index_put((self.row,), x).reshape(base.shape)
 
     def from_positions(self, table: Tensor) -> Tensor:
         """The tokens' rows (batch, seqlen, width) of a table (batch, full_seqlen, width)."""

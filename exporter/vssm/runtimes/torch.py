@@ -6,15 +6,15 @@ import copy
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from vssm.artifact.directory import WEIGHTS_FILE, Artifact
-from vssm.artifact.manifest import MERGED_PAIRS
+from vssm.artifact.manifest import MERGED_PAIRS, Manifest
 from vssm.artifact.reference import (
     OracleMerge,
     OracleResult,
@@ -29,6 +29,7 @@ from vssm.compat.outputs import module_outputs
 from vssm.errors import ArtifactError, check_choice
 from vssm.models import model_from_config
 from vssm.models.base import ForwardDetails, VisionModel
+from vssm.models.dense.heads import upsample
 from vssm.ops.ambient import known_state
 from vssm.ops.kernels import kernels
 from vssm.pruning.schedule import MergeSchedule, MergeStage, PruneSchedule, Schedule
@@ -37,6 +38,7 @@ from vssm.runtimes.ort import cpu_name
 from vssm.runtimes.session import CLOSED, TORCH_BACKENDS, RuntimeInfo, Session, checked_threads
 from vssm.types import Array
 
+_KEPT: Final = "kept_positions_"
 TorchModule = nn.Module  # for files that name no torch
 
 
@@ -91,6 +93,7 @@ def _pruning_of(artifact: Artifact) -> PruneSchedule | None:
         gated=info.gated,
         conv=info.conv,
         step_parameters=info.step_parameters,
+        restore=info.restore,
         seed=info.seed or 0,
     )
 
@@ -159,15 +162,21 @@ class TorchSession(Session):
             # A copy: torch takes no negative strides, as of a BGR view, and warns of read-only
             # arrays.
             found = model.forward_details(torch.from_numpy(np.array(images)))
-        kept = {f"kept_positions_{i}": k.numpy() for i, k in enumerate(found.kept_positions)}
+        kept = {f"{_KEPT}{i}": k.numpy() for i, k in enumerate(found.kept_positions)}
         pairs = {f"{MERGED_PAIRS}{i}": m.pairs.numpy() for i, m in enumerate(found.merges)}
-        return {"logits": found.logits.numpy(), **kept, **pairs}
+        return {**_outputs(model, found, self.manifest), **kept, **pairs}
 
     def close(self) -> None:
         """Free the model, and give torch back the threads it had."""
         if self._model is not None:
             torch.set_num_threads(self._threads_before)
         self._model = None
+
+
+def _outputs(model: VisionModel, found: ForwardDetails, manifest: Manifest) -> dict[str, Array]:
+    """The export's outputs by name, but for what the stages chose."""
+    names = [o.name for o in manifest.outputs if not o.name.startswith((_KEPT, MERGED_PAIRS))]
+    return {name: model.output(name, found).numpy() for name in names}
 
 
 def _library(backend: str) -> Path | None:
@@ -204,14 +213,19 @@ def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
         if name.residual is not None and residual is not None:
             blocks[name.residual] = residual.numpy()
     kept = [k.numpy() for k in found.kept_positions]
+    outputs = _outputs(exact, found, artifact.manifest)
+    labels = outputs.pop("labels", None)
+    logits = outputs.pop(artifact.manifest.main_output.name)
     return OracleResult(
-        logits=found.logits.numpy(),
+        logits=logits,
         kept_positions=kept,
         scores=[s.numpy() for s in found.scores],
         # Stage i chooses among what stage i - 1 kept.
         positions=[_every_position(exact, len(images)), *kept[:-1]] if kept else [],
-        blocks=blocks,
+        blocks={**blocks, **outputs},
         merges=_merges(exact, found),
+        labels=labels,
+        label_margins=None if labels is None else _label_margins(exact, found.logits),
     )
 
 
@@ -226,6 +240,13 @@ def _merges(model: VisionModel, found: ForwardDetails) -> dict[int, OracleMerge]
         )
         for stage, merge in zip(stages, found.merges, strict=True)
     }
+
+
+def _label_margins(model: VisionModel, logits: Tensor) -> Array:
+    """How far each pixel's best class is from its second, over the largest logit."""
+    best = upsample(logits, model.image_size).topk(2, dim=1).values
+    margins: Array = ((best[:, 0] - best[:, 1]) / logits.abs().max()).numpy()
+    return margins
 
 
 def _module_oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vssm.artifact.directory import open_artifact
 from vssm.artifact.manifest import Preprocessing
+from vssm.models.catalogue import check_task
 from vssm.training.request import ModelSource
 
 if TYPE_CHECKING:
     from vssm.models.base import VisionModel
     from vssm.pruning.schedule import Schedule
+
+
+_WHAT: Final = "this comparison of prunings"
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def load_source(source: ModelSource) -> LoadedSource:
             f"tokens={source.tokens!r} is a way to train; leave it out, and give it to finetune"
         )
     source.checked(exports=True)
+    check_task(source.name, "classification", _WHAT)
     return _by_name(source) if source.name in list_models() else _from_export(source)
 
 
@@ -108,6 +113,7 @@ def _from_export(source: ModelSource) -> LoadedSource:
             f"model={source.name!r} has no preprocessing in its model.json, so image files "
             "cannot be turned into its input; export the model by its name"
         )
+    check_task(manifest.name, "classification", _WHAT)
     model = model_of(artifact, dense=True)
     return LoadedSource(
         manifest.name,

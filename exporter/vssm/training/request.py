@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from vssm.errors import check_choice, did_you_mean
 from vssm.files.atomic import check_files
-from vssm.models.catalogue import MODELS, check_options
+from vssm.models.catalogue import MODELS, check_options, check_task
 from vssm.models.schedules import named_schedule
 from vssm.pruning.schedule import MergeSchedule, PruneSchedule, Schedule
 from vssm.training.recipe import Recipe
@@ -66,7 +66,7 @@ def refuse_unused_options(
 
 
 TOKENS: Final = ("gather", "masked", "fused")
-RULES: Final = ("alignment", "importance", "conv")
+RULES: Final = ("alignment", "importance", "conv", "restore")
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,11 @@ class ModelSource:
             for `MergeSchedule`.
         importance: as for `PruneSchedule`, beside a text; None for "clip".
         conv: as for `PruneSchedule`, beside a text; None for "compact".
+        restore: as for `PruneSchedule`, beside a text; None for "frozen".
         tokens: what training does with pruned tokens. "gather": as deployed; "masked": they stay
             as zeros in their places (Vim only), whatever alignment the weights are deployed with;
             "fused": plain removal with one fused leftover token, the EViT-style baseline.
-        num_classes: width of the classifier; None for 1000, or the export's own.
+        num_classes: width of the logits; None for the model's own, or the export's.
         options: overrides of the model's configuration.
 
     Raises:
@@ -106,6 +107,7 @@ class ModelSource:
     alignment: str | None = None
     importance: str | None = None
     conv: str | None = None
+    restore: str | None = None
     tokens: str = "gather"
     num_classes: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -252,6 +254,7 @@ class FinetuneRequest:
     resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
+        check_task(self.source.name, "classification", "training on folders of classes")
         thinned = self.source.schedule is not None or self.source.merge is not None
         missing = not thinned or self.source.checkpoint is None
         if self.recipe.distil > 0 and missing:

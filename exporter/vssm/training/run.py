@@ -106,7 +106,7 @@ def build_model(source: ModelSource, schedule: Schedule | None) -> VisionModel:
     model = create_model(
         source.name,
         schedule=schedule,
-        num_classes=1000 if source.num_classes is None else source.num_classes,
+        num_classes=source.num_classes,
         **source.options,
     )
     if source.checkpoint is not None:

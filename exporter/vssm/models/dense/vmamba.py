@@ -1,0 +1,162 @@
+"""VMamba for dense prediction: its four stages are the levels, each with a norm of its own.
+
+Source: the numbers of the public code of Liu et al., arXiv:2401.10166, segmentation. Hierarchical,
+so dense only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor, nn
+
+from vssm.models.base import BlockCost, ImageSized, refuse_schedule
+from vssm.models.dense.segmenter import Levels, Segmenter, check_positive
+from vssm.models.layers import LayerNorm, to_map
+from vssm.models.vmamba import (
+    NORM_EPS,
+    VMambaConfig,
+    VMambaStage,
+    adapt_keys,
+    block_costs,
+    embed,
+    map_cost,
+    patch_embed,
+    stays_wide,
+)
+from vssm.pruning.schedule import Schedule
+
+_BACKBONE = "backbone."
+
+
+@dataclass(frozen=True)
+class VMambaSegmenterConfig(ImageSized):
+    """The backbone's switches under this package's names, and the widths of the heads.
+
+    The defaults are vmamba_tiny_upernet_ade20k's.
+    """
+
+    image_size: int | tuple[int, int] = 512
+    depths: tuple[int, ...] = (2, 2, 8, 2)
+    d_model: int = 96
+    d_state: int = 1
+    expand: float = 1.0
+    dt_rank: int | None = None
+    conv_bias: bool = False
+    gate: bool = False
+    mlp_ratio: float = 4.0
+    patch_embed: str = "v2"
+    downsample: str = "v3"
+    head_width: int = 512
+    auxiliary_width: int = 256
+    num_classes: int = 150
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image_size, int):  # JSON knows lists only
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        object.__setattr__(self, "depths", tuple(self.depths))
+        check_positive(self, "head_width", "auxiliary_width", "num_classes")
+        if len(self.depths) != 4:
+            raise ValueError(
+                f"depths={list(self.depths)} are not four stages, whose ends the head reads; give "
+                "the blocks of four"
+            )
+        # For its errors alone.
+        _ = self.vmamba
+
+    @property
+    def vmamba(self) -> VMambaConfig:
+        """The stages' sizes as a classifier has them."""
+        heads = {"head_width", "auxiliary_width", "num_classes"}
+        names = [f.name for f in fields(self) if f.name not in heads]
+        return VMambaConfig(**{name: getattr(self, name) for name in names})
+
+
+class VMambaBackbone(nn.Module):
+    """Patches and stages under their official keys, and a norm `outnorm{i}` at each stage's end."""
+
+    def __init__(self, config: VMambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = nn.ModuleDict(patch_embed(config))
+        stages = range(len(config.depths))
+        self.layers = nn.ModuleList(VMambaStage(config, stage) for stage in stages)
+        for stage in stages:
+            self.add_module(f"outnorm{stage}", LayerNorm(config.width(stage), eps=NORM_EPS))
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The levels as maps, finest first, and what each block returned."""
+        x = embed(self.patch_embed, images, self.config.image_height_width)
+        levels, blocks = [], []
+        for number, (stage, grid) in enumerate(zip(self.layers, self.config.grids, strict=True)):
+            x, streams = stage(x)
+            # Before its downsampling, which goes on from the stream without this norm.
+            levels.append(to_map(self.get_submodule(f"outnorm{number}")(streams[-1]), grid))
+            blocks += streams
+        return levels, blocks
+
+
+class VMambaSegmenter(Segmenter):
+    """VMamba with UPerNet, under the keys of the official segmentation code.
+
+    Args:
+        config: architecture.
+        schedule: must be None.
+        name: for reports and model.json.
+
+    Raises:
+        UnsupportedError: there is a schedule.
+    """
+
+    config: VMambaSegmenterConfig
+    residual_stream = False
+    published_directions = 4
+    auxiliary_level = 2
+
+    def __init__(
+        self,
+        config: VMambaSegmenterConfig,
+        schedule: Schedule | None = None,
+        *,
+        name: str = "vmamba_segmenter",
+    ) -> None:
+        super().__init__()
+        refuse_schedule("VMamba", schedule)
+        sizes = config.vmamba
+        self.name, self.config, self.schedule = name, config, None
+        self.image_size, self.num_classes = config.image_height_width, config.num_classes
+        self.layout, self.stages, self.traced_blocks = None, {}, sizes.depth
+        self.feature_names = tuple(f"level{i}" for i in range(len(config.depths)))
+        self.level_sizes = sizes.grids
+        self.backbone = VMambaBackbone(sizes)
+        widths = tuple(map(sizes.width, range(len(config.depths))))
+        self._add_heads(widths, config.head_width, config.auxiliary_width)
+
+    def stays_wide(self, name: str) -> bool:
+        """Norms, what the scan takes as float32, and what is folded with a norm."""
+        return super().stays_wide(name) or stays_wide(self, name)
+
+    def _levels(self, images: Tensor, with_blocks: bool) -> Levels:
+        levels, blocks = self.backbone(images)
+        streams: list[tuple[Tensor, Tensor | None]] = [(block, None) for block in blocks]
+        tensors = dict(zip(self.feature_names, levels, strict=True))
+        return Levels(tensors, [], streams if with_blocks else [])
+
+    def fixed_cost(self) -> int:
+        """Multiply-adds of the patch embedding, the downsampling and the head."""
+        return map_cost(self.config.vmamba) + self.head_cost()
+
+    def block_costs(self) -> list[tuple[int, BlockCost]]:
+        """Tokens and cost by token of every block; gate and norms are not counted."""
+        return block_costs(self.config.vmamba)
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Old names in the backbone, and 1x1 convolutions as linears.
+
+        Raises:
+            CheckpointError: two entries come to one name.
+        """
+        inner = {k.removeprefix(_BACKBONE): v for k, v in state.items() if k.startswith(_BACKBONE)}
+        outer = {key: value for key, value in state.items() if not key.startswith(_BACKBONE)}
+        adapted = adapt_keys(inner, self.config.vmamba.grids[0])
+        return {**{_BACKBONE + key: value for key, value in adapted.items()}, **outer}

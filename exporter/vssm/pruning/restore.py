@@ -1,0 +1,53 @@
+"""Full maps of a pruned model's tokens, for the heads that read every position.
+
+A pruned token never returns to the scan; only a tap shows something at its position. Source of the
+rule "frozen": the public code of SViT (Liu et al., arXiv:2306.07050) and of DyVM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vssm.pruning.select import Tokens
+
+
+class Restoration:
+    """What a tap shows at pruned positions, for one forward pass.
+
+    Args:
+        restore: the rule of `PruneSchedule`: "frozen", what the token was when it left; "zero";
+            or "nearest", what the nearest kept token is, of two the one before.
+    """
+
+    def __init__(self, restore: str) -> None:
+        self._restore = restore
+        self._left: list[Tensor] | None = None
+
+    def full(self, streams: Sequence[Tensor], tokens: Tokens) -> list[Tensor]:
+        """Streams (batch, seqlen, d_model) of the tokens present, at all positions."""
+        if tokens.complete:
+            return list(streams)
+        if self._restore == "zero":
+            return [tokens.to_positions(x) for x in streams]
+        if self._restore == "nearest":
+            index = _nearest(tokens)
+            return [x.gather(1, index[..., None].expand(-1, -1, x.shape[2])) for x in streams]
+        if self._left is None:
+            raise AssertionError("tokens leave by way of `before_stage`")
+        return [tokens.onto(base, x) for base, x in zip(self._left, streams, strict=True)]
+
+    def before_stage(self, streams: Sequence[Tensor], tokens: Tokens) -> None:
+        """Remember the streams, before a stage takes some of the tokens."""
+        if self._restore == "frozen":
+            self._left = self.full(streams, tokens)
+
+
+def _nearest(tokens: Tokens) -> Tensor:
+    """(batch, full_seqlen) int64: the index of the kept token nearest to each position."""
+    place = torch.arange(tokens.full_seqlen, dtype=torch.int32, device=tokens.position.device)
+    ahead = tokens.position[:, None] - place[:, None]
+    # Doubled, with one more for a token behind the position: no two tokens are equally near.
+    return (2 * ahead.abs() + (ahead > 0)).argmin(2)
