@@ -11,6 +11,7 @@ from vssm.compat.passes.graph import PassReport, Rewriter, rename_outputs, run_p
 from vssm.compat.passes.layouts import move_layouts
 from vssm.compat.passes.merge import absorb_orders, fold_scales, merge_scans
 from vssm.compat.passes.tidy import drop_copies, one_form, share, unfold_projections, unpack
+from vssm.compat.passes.walks import follow_walks
 
 PASSES: Final[tuple[tuple[str, Callable[[Rewriter], None]], ...]] = (
     # Copies and synonyms first: every later pass looks for exact neighbours in one spelling.
@@ -18,6 +19,8 @@ PASSES: Final[tuple[tuple[str, Callable[[Rewriter], None]], ...]] = (
     ("one form", one_form),
     # These two look for permutes and views where the tracer put them, so before any of these moves.
     ("unfold projections", unfold_projections),
+    # Before packs are taken apart: a walk is read off whole.
+    ("follow walks", follow_walks),
     ("unpack", unpack),
     ("move layouts", move_layouts),
     # Equal operands are found by identity, and only moved layouts make them equal.

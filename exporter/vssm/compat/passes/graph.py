@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
 
 from vssm.ops import operators as ops
@@ -87,6 +89,26 @@ class Rewriter:
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
         self.report.applied += 1
+
+    def table(self, value: Tensor) -> Node:
+        """A constant of the program; equal ones are one."""
+        name = f"table_{hashlib.sha256(value.numpy().tobytes()).hexdigest()[:16]}"
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.name == name:
+                return node  # type: ignore[no-any-return]
+        signature = self.program.graph_signature
+        place = next(
+            i for i, spec in enumerate(signature.input_specs) if spec.kind is InputKind.USER_INPUT
+        )
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        with self.graph.inserting_before(inputs[place]):
+            made: Node = self.graph.placeholder(name)
+        with _mode_of(self.graph) as mode:
+            made.meta["val"] = mode.from_tensor(value, static_shapes=True)
+        spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(made.name), name)
+        signature.input_specs.insert(place, spec)
+        self.program.constants[name] = value
+        return made
 
     # The depth is a bound on time: operands that nodes share are computed again for each of them.
     def constant(self, node: Any, depth: int = 12) -> Tensor | None:
