@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vssm
-from vssm import PruneSchedule
+from vssm import MergeSchedule, PruneSchedule
 from vssm.models import standard_config
+from vssm.models.cost import count, merging_of_equal_cost
 from vssm.models.fused_tokens import fuse_leftovers
 from vssm.models.schedules import DEFAULT_SCHEDULES
 from vssm.studies.measure import Outcome, prepare
@@ -40,6 +41,8 @@ def pictures(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "variant", "printed", "figure"),
     [
+        ("vim_tiny", "merge", 1.28, "published"),
+        ("vim_small", "merge", 3.58, "published"),
         ("vim_tiny", "dense", 1.45, "published"),
         ("vim_tiny", "gap", 1.29, "published"),
         ("vim_small", "dense", 5.08, "published"),
@@ -51,13 +54,16 @@ def pictures(tmp_path_factory):
 def test_flops_column_reproduces_the_published(name, variant, printed, figure):
     """Within 0.5 %; PlainMamba's pruned figure is the one without alignment's part."""
     schedule = PruneSchedule.parse(DEFAULT_SCHEDULES[name])
-    plan = make_plan(schedule, seeds=1, ratios=[])
+    with torch.device("meta"):
+        dense = vssm.create_model(name)
+    merging = merging_of_equal_cost(dense, schedule) if "vim" in name else None
+    plan = make_plan(schedule, seeds=1, ratios=[], merging=merging)
     chosen = next(v for v in plan.variants if v.key == variant)
     with torch.device("meta"):
         model = vssm.create_model(name, schedule=chosen.schedule)
     cost = prepare(chosen, model, backend="auto", device="meta")[1]
     assert getattr(cost, figure) / 1e9 == pytest.approx(printed, rel=5e-3)
-    beside = published(name, variant, schedule)
+    beside = published(name, variant, chosen.schedule)
     assert beside.gflops == printed
     run = Run(variant, chosen, False, 0)
     measured = Measured([run], {variant: Outcome("10", [(2, 1.0, True)])}, {variant: cost})
@@ -89,7 +95,29 @@ def test_published_figures_stand_beside_their_own_schedule_alone():
     assert published("vim_small", "none", other) == Published(None, None)
     assert published("vim_small", "dense", other) == Published(5.08, 80.5)
     assert published("vim_base", "gap", paper) == Published(None, None)
+    assert published("vim_base", "merge", MergeSchedule(11)) == Published(13.21, 81.3)
+    assert published("vim_tiny", "merge", MergeSchedule(4)) == Published(None, None)
+    assert published("vim_tiny", "merge+size", MergeSchedule(5, alignment="size")) == Published(
+        None, None
+    )
     assert standard_config("vim_tiny")["depth"] == 24
+
+
+def test_merging_of_equal_cost_is_the_published():
+    """The published schedules of both methods were made to cost the same."""
+    for name, r in (("vim_tiny", 5), ("vim_small", 11)):
+        with torch.device("meta"):
+            dense = vssm.create_model(name)
+        schedule = PruneSchedule.parse(DEFAULT_SCHEDULES[name])
+        assert merging_of_equal_cost(dense, schedule) == MergeSchedule(r)
+        assert dense.schedule is None  # left as it was
+        assert not dense.stages
+    small = micro(None, depth=2)
+    found = merging_of_equal_cost(small, PruneSchedule({1: 0.5}))
+    works = [count(micro(MergeSchedule(r, start=1), depth=2)).true for r in (found.r - 1, found.r)]
+    wanted = count(micro("1:0.5", depth=2)).true
+    assert found.start == 1
+    assert abs(works[1] - wanted) <= abs(works[0] - wanted)
 
 
 def test_plan():
@@ -117,6 +145,11 @@ def test_plan():
         "aligned (gap), by position",
     ]
     assert {v.baseline for v in both.variants if v.key in grids} == {"none"}
+    merging = make_plan(schedule, seeds=1, ratios=[], merging=MergeSchedule(3))
+    merged = {v.key: v.schedule for v in merging.variants if v.key not in found}
+    assert merged == {"merge": MergeSchedule(3), "merge+size": MergeSchedule(3, alignment="size")}
+    assert {v.baseline for v in merging.variants if v.key in merged} == {"none"}
+    assert [line.keys[0] for line in merging.lines if line.table == "methods"][-2:] == [*merged]
     with pytest.raises(ValueError, match=r"seeds=0 is below 1"):
         make_plan(schedule, seeds=0, ratios=[])
     with pytest.raises(ValueError, match=r"ratio=2 after block 1 is outside"):
@@ -209,7 +242,7 @@ def test_command(cli, tmp_path, pictures):
     random = rows["importance", "random, 2 seeds"]
     assert random["variants"] == ["random-0", "random-1"]
     assert random["spread"] is not None
-    assert len(rows) == 4 + 4 + 5 + 2 + 2 + 3  # three tables show the fine-tuned gap
+    assert len(rows) == 6 + 4 + 5 + 2 + 2 + 3  # three tables show the fine-tuned gap
     assert report["left_out"] == {}
     assert "true" in cli.out
     assert "published top-1 %" not in cli.out  # of a model of this size nothing is published
@@ -229,7 +262,10 @@ def test_what_a_family_lacks_is_left_out_by_name(cli, tmp_path, pictures):
     end = ("--seeds=1", "--ratios=0.5", "--json", tmp_path / "report.json")
     assert cli("ablate", artifact.directory, pictures, "-o", out, *end) == 0, cli.out
     report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report["left_out"]) == ["masked"]
+    assert list(report["left_out"]) == ["merge", "merge+size", "masked"]
+    assert (
+        "left out: merge: schedule='5 merged after every 2 blocks from block 2': Plain" in cli.out
+    )
     assert "left out: masked: alignment='masked' is how Vim was trained" in cli.out
     assert not any("masked" in row["variants"] for row in report["rows"])
     assert {row["published"]["top1"] for row in report["rows"]} == {None}

@@ -161,14 +161,19 @@ def test_mcnemar():
         compare(("a", "11"), ("b", "1"))
 
 
-def test_the_fused_baseline_trains(data, checkpoints, tmp_path):
-    """The loss of the first step is the fused model's own on the same images."""
-    numbers = {**PLAIN, "epochs": 1}
-    asked = request(data, tmp_path, what=model_source(checkpoints[0], tokens="fused"), **numbers)
+@pytest.mark.parametrize("kind", ["fused", "merged"])
+def test_other_baselines_train(data, checkpoints, tmp_path, kind):
+    """The loss of the first step is the fused or merged model's own on the same images."""
+    numbers, merging = {**PLAIN, "epochs": 1}, vssm.MergeSchedule(6, alignment="size")
+    what = model_source(checkpoints[0], tokens="fused")
+    model = finetune_model(checkpoints[0], PruneSchedule.parse(SCHEDULE, alignment="none"))
+    if kind == "merged":
+        what = replace(what, tokens="gather", schedule=merging)
+        model = finetune_model(checkpoints[0], merging)
+    else:
+        fuse_leftovers(model)
+    asked = request(data, tmp_path, what=what, **numbers)
     vssm.finetune(asked)
-    model = fuse_leftovers(
-        finetune_model(checkpoints[0], PruneSchedule.parse(SCHEDULE, alignment="none"))
-    )
     pictures = open_images(data, CLASSES).pictures
     chosen = asked.recipe.order(0, len(pictures))[0]
     examples = [Example(str(data / pictures[i].path), 0, p) for p, i in enumerate(chosen)]
@@ -496,8 +501,8 @@ def test_what_a_family_lacks_is_not_trained(data, tmp_path):
     )
     training = AblationTraining(data, ("masked", "gap"), 1, Recipe.of({**NUMBERS, "epochs": 1}))
     report = vssm.ablate(what, data, tmp_path, _options(data, training=training))
-    assert list(report.left_out) == ["masked", "fine-tuned masked"]
-    assert set(report.left_out.values()) == {report.left_out["masked"]}
+    assert list(report.left_out) == ["merge", "merge+size", "masked", "fine-tuned masked"]
+    assert report.left_out["fine-tuned masked"] == report.left_out["masked"]
     assert "aligned (gap), fine-tuned" in _rows(report)
 
 

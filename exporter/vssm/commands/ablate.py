@@ -97,7 +97,7 @@ def ablate(
     restart: Restart = False,
     json_file: Json = None,
 ) -> None:
-    """Compare alignments, importances, an EViT-style baseline and keep ratios on a data set."""
+    """Compare alignments, importances, keep ratios, merging and EViT's way on a data set."""
     # The first is the model's; every row runs with the others too.
     first, more = (checkpoint[0], checkpoint[1:]) if checkpoint else (None, [])
     source = model_source(

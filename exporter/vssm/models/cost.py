@@ -12,10 +12,17 @@ arXiv:2409.18962, and Shi et al., arXiv:2412.12496, checked against their tables
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 from vssm.models.base import VisionModel
-from vssm.pruning.schedule import MergeSchedule, MergeStage, PruneSchedule
+from vssm.pruning.schedule import (
+    MergeSchedule,
+    MergeStage,
+    PruneSchedule,
+    Schedule,
+    plan_stages,
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,29 @@ def count(model: VisionModel) -> Cost:
             for part, work in _merge_cost(model, stage).items():
                 total[part] += work
     return Cost(**total, neck=model.neck_cost(), head=model.head_cost())
+
+
+def merging_of_equal_cost(model: VisionModel, schedule: PruneSchedule) -> MergeSchedule:
+    """The merging, but for `r` at its defaults, whose true FLOPs come nearest to a pruning's.
+
+    Args:
+        model: a dense one of a family that merges; left as it is.
+        schedule: what the model would be pruned by.
+    """
+    layout, depth = model.layout, model.config.depth
+    if layout is None:
+        raise AssertionError("families that merge have a list of tokens")
+    twin = copy.copy(model)  # shares the weights; only what is counted differs
+
+    def work(of: Schedule) -> int:
+        twin.schedule, twin.stages = of, plan_stages(of, layout, depth)
+        return count(twin).true
+
+    wanted = work(schedule)
+    # A model of two blocks has none but the first to merge after.
+    first = min(MergeSchedule.start, max(1, depth - 1))
+    choices = [MergeSchedule(r, start=first) for r in range(1, layout.seqlen // 2)]
+    return min(choices, key=lambda choice: abs(work(choice) - wanted))
 
 
 def _merge_cost(model: VisionModel, stage: MergeStage) -> dict[str, int]:

@@ -48,7 +48,7 @@ def ablate(
     *,
     progress: Callable[[str], None] = lambda _: None,
 ) -> AblationReport:
-    """Compare alignments, importances, the EViT-style baseline and keep ratios on a data set.
+    """Compare alignments, importances, keep ratios, merging and EViT's way on a data set.
 
     Every run sees every batch, in PyTorch. Writes `ablation.md`, `ablation.json` and two plots into
     `output`, over those of a run before, and trained weights into `output`/finetuned. A call that
@@ -77,7 +77,7 @@ def ablate(
     require("matplotlib")  # before anything is measured: plots are drawn at the end
     opened = open_checkpoints(source, options.checkpoints)
     schedule = _schedule(source, opened)
-    plan = _plan(opened[0].name, schedule, options)
+    plan = _plan(opened[0], schedule, options)
     runs = [*zero_shot_runs(plan, len(opened)), *given_runs(plan, options.finetuned)]
     folder = open_images(
         images,
@@ -85,7 +85,7 @@ def ablate(
         labels=opened[0].labels,
         classes=options.classes,
     )
-    facts = _facts(opened, schedule, options, folder)
+    facts = _facts(opened, plan, schedule, options, folder)
     facts |= _training_facts(options, plan, opened, folder)
     make_directory(output)
     check_writable(output / TABLES)  # one stands for all: they go into one directory
@@ -106,7 +106,7 @@ def ablate(
             progress=progress,
         )
         measured = Measured(runs, outcomes, ready.costs)
-        rows = _rows(plan, opened[0], schedule, measured, facts["weights"])
+        rows = _rows(plan, opened[0], measured, facts["weights"])
         unreadable = [pair for step in journal.done for pair in step.unreadable]
         report = _write(output, facts, rows, ready.left_out, unreadable)
         journal.remove()  # last: until the tables are written, it is all there is
@@ -127,11 +127,20 @@ def _schedule(source: ModelSource, opened: Sequence[LoadedSource]) -> PruneSched
     return schedule
 
 
-def _plan(name: str, schedule: PruneSchedule, options: AblationOptions) -> Plan:
+def _plan(source: LoadedSource, schedule: PruneSchedule, options: AblationOptions) -> Plan:
+    from vssm.models.cost import merging_of_equal_cost
     from vssm.studies.plan import make_plan
 
-    by_position = name.startswith("vim") and schedule.conv == "compact"  # PlainMamba's always is
-    return make_plan(schedule, seeds=options.seeds, ratios=options.ratios, by_position=by_position)
+    is_vim = source.name.startswith("vim")
+    # The other families refuse it, and the report says why.
+    merging = merging_of_equal_cost(source.variant(None), schedule) if is_vim else MergeSchedule()
+    return make_plan(
+        schedule,
+        seeds=options.seeds,
+        ratios=options.ratios,
+        by_position=is_vim and schedule.conv == "compact",  # PlainMamba's always is
+        merging=merging,
+    )
 
 
 @dataclass(frozen=True)
@@ -222,7 +231,6 @@ def _batches(
 def _rows(
     plan: Plan,
     source: LoadedSource,
-    schedule: PruneSchedule,
     measured: Measured,
     weights: str,
 ) -> list[VariantRow]:
@@ -230,10 +238,12 @@ def _rows(
     from vssm.studies.report import make_row
 
     standard = _is_standard(source)  # of other sizes of a model nothing is published
+    schedules = {variant.key: variant.schedule for variant in plan.variants}
     rows = []
     for line in plan.lines:
         key = line.keys[0]
-        printed = published(source.name, key, schedule) if standard else Published(None, None)
+        known = published(source.name, key, schedules[key])
+        printed = known if standard else Published(None, None)
         for tuned in (False, True):
             row = make_row(line, measured, tuned=tuned, weights=weights, published=printed)
             rows += [] if row is None else [row]
@@ -248,12 +258,14 @@ def _is_standard(source: LoadedSource) -> bool:
 
 def _facts(
     opened: Sequence[LoadedSource],
+    plan: Plan,
     schedule: PruneSchedule,
     options: AblationOptions,
     folder: ImageFolder,
 ) -> dict[str, str]:
     from vssm.studies.measure import machine
 
+    merging = {v.key: v.schedule for v in plan.variants}["merge"]
     # Each sentence once, however many checkpoints it is true of.
     loaded = "; ".join(dict.fromkeys(one.loaded for one in opened if one.loaded is not None))
     return {
@@ -261,6 +273,7 @@ def _facts(
         "weights": ", ".join(one.weights for one in opened),
         **({"loaded": loaded} if loaded else {}),
         "kept": schedule.describe(),
+        **({} if merging is None else {"merged": merging.describe()}),
         "images": f"{len(folder.pictures):,} in {folder.root}",
         "classes": "; ".join((folder.rule, *folder.notes)),
         "ran": f"{machine(options.device)}, backend {options.backend}, batch {options.batch}",

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from vssm.errors import check_choice
-from vssm.pruning.schedule import ALIGNMENTS, PruneSchedule
+from vssm.pruning.schedule import ALIGNMENTS, MergeSchedule, PruneSchedule, Schedule
 from vssm.training.recipe import Recipe
 from vssm.training.request import Resources
 
-TRAINED: Final = ("dense", "evit", "none", "gap")
+TRAINED: Final = ("dense", "evit", "none", "gap", "merge")
 DEVICES: Final = ("cpu", "cuda")
 
 
@@ -98,6 +98,7 @@ CONV: Final = "convolution"
 BY_POSITION: Final = "+position"
 
 _NAMES: Final = {"none": "plain removal", "gap": "aligned (gap)"}
+_MERGED: Final = {"merge": "merged (R-MeeTo)", "merge+size": "merged, aligned (size)"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Variant:
     """One model of the ablation: its schedule, and whether leftovers are fused (EViT-style)."""
 
     key: str
-    schedule: PruneSchedule | None
+    schedule: Schedule | None
     fused: bool = False
 
     @property
@@ -170,19 +171,23 @@ class Published:
     top1: float | None
 
 
-# Zhan et al., arXiv:2409.18962. All of its pruned rows are fine-tuned.
+# Zhan et al., arXiv:2409.18962, and of merging Shi et al., arXiv:2412.12496. All of their rows but
+# the dense are fine-tuned.
 PUBLISHED: Final = {
     "vim_tiny": {
         "dense": Published(1.45, 76.1),
         "evit": Published(None, 71.3),
         "gap": Published(1.29, 75.1),
+        "merge": Published(1.28, 75.3),
     },
     "vim_small": {
         "dense": Published(5.08, 80.5),
         "evit": Published(None, 74.8),
         "none": Published(None, 75.4),
         "gap": Published(3.60, 78.8),
+        "merge": Published(3.58, 79.9),
     },
+    "vim_base": {"merge": Published(13.21, 81.3)},
     "plain_mamba_l1": {"dense": Published(3.0, 77.9)},
     "plain_mamba_l2": {"dense": Published(8.1, 81.6)},
     "plain_mamba_l3": {
@@ -193,12 +198,21 @@ PUBLISHED: Final = {
 }
 
 
-def published(name: str, key: str, schedule: PruneSchedule) -> Published:
-    """What the paper prints for a variant of a model of its size; nothing for other schedules."""
+MERGED: Final = {  # what those figures of merging are of
+    "vim_tiny": MergeSchedule(5),
+    "vim_small": MergeSchedule(11),
+    "vim_base": MergeSchedule(11),
+}
+
+
+def published(name: str, key: str, schedule: Schedule | None) -> Published:
+    """What the papers print for a variant of a model of its size; nothing for other schedules."""
     from vssm.models.schedules import DEFAULT_SCHEDULES  # torch comes with the models
 
+    if isinstance(schedule, MergeSchedule) and schedule != MERGED.get(name):
+        return Published(None, None)
     # The dense figures are true whatever the schedule.
-    if key != "dense":
+    if isinstance(schedule, PruneSchedule) and key != "dense":
         default = DEFAULT_SCHEDULES.get(name)
         if default is None or PruneSchedule.parse(default).ratios != schedule.ratios:
             return Published(None, None)
@@ -206,7 +220,12 @@ def published(name: str, key: str, schedule: PruneSchedule) -> Published:
 
 
 def make_plan(
-    schedule: PruneSchedule, *, seeds: int, ratios: Sequence[str], by_position: bool = False
+    schedule: PruneSchedule,
+    *,
+    seeds: int,
+    ratios: Sequence[str],
+    by_position: bool = False,
+    merging: MergeSchedule | None = None,
 ) -> Plan:
     """The paper's comparisons on one schedule.
 
@@ -216,6 +235,7 @@ def make_plan(
         ratios: keep ratios that replace every stage's own, one after the other.
         by_position: compare with convolutions by position too; for models whose own run along
             the list of kept tokens.
+        merging: compare with it too, and with its sizes as gaps.
 
     Raises:
         ValueError: there is no seed, or a ratio is not in (0, 1].
@@ -235,11 +255,20 @@ def make_plan(
         for v in (plain, base)
         if by_position
     ]
+    merged = (
+        []
+        if merging is None
+        else [
+            Variant(key, merging.changed(alignment=alignment))
+            for key, alignment in zip(_MERGED, ("none", "size"), strict=True)
+        ]
+    )
     swept = [v for ratio in ratios for v in _at_ratio(ratio, base, plain)]
     lines = [
         Line(METHODS, "dense", ("dense",)),
         Line(METHODS, "EViT-style, one fused leftover", ("evit",)),
         *(Line(METHODS, label, (key,)) for key, label in _NAMES.items()),
+        *(Line(METHODS, _MERGED[v.key], (v.key,)) for v in merged),
         *(Line(ALIGNMENT, a, (a,)) for a in ALIGNMENTS),
         # clip is the reference, which runs under the key "gap".
         *(Line(IMPORTANCE, m, ("gap" if m == "clip" else m,)) for m in METRICS),
@@ -251,7 +280,7 @@ def make_plan(
         *(Line(RATIO, _ratio_label(v.key), (v.key,)) for v in swept),
     ]
     first = [Variant("dense", None), Variant("evit", plain, fused=True)]
-    return Plan((*first, *aligned, *scored, *drawn, *positioned, *swept), tuple(lines))
+    return Plan((*first, *merged, *aligned, *scored, *drawn, *positioned, *swept), tuple(lines))
 
 
 def _at_ratio(ratio: str, base: PruneSchedule, plain: PruneSchedule) -> list[Variant]:

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from vssm.studies.plan import ALIGNMENT, CONV, IMPORTANCE, RATIO
 from vssm.studies.report import FINE_TUNED, AblationReport, VariantRow
 
-# Okabe-Ito colours, and a mark of its own for whoever sees none.
+# Okabe-Ito colours and two of Tol's, and a mark of its own for whoever sees none.
 _METHODS = {
     "dense": ("#000000", "D"),
     "EViT-style, one fused leftover": ("#cc79a7", "v"),
     "plain removal": ("#0072b2", "o"),
     "aligned (gap)": ("#d55e00", "o"),
+    "merged (R-MeeTo)": ("#332288", "h"),
+    "merged, aligned (size)": ("#882255", "h"),
 }
 _OTHERS = {ALIGNMENT: "#56b4e9", IMPORTANCE: "#009e73", CONV: "#e69f00", RATIO: "#999999"}
 _MARKS = {"constant": "s", "masked": "P", "sum": "^", "l1": "<", "l2": ">"}
