@@ -5,10 +5,12 @@
 #   CUDA_ARCHITECTURES="80-real;90"  GPUs that the CUDA kernels are compiled for, where nvcc is
 #                         found; the card of this machine where there is one. `make wheel-cuda` takes
 #                         the whole list of CMakeLists.txt. After a change: make -B setup.
+#   SECONDS=60            that each fuzzer of `make fuzz` runs
 PYTHON ?= python3
 PIP_ARGS ?=
 CUDA_ARCHITECTURES ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
   2> /dev/null | grep -E '^[0-9]+\.[0-9]+$$' | tr -d . | sort -un | paste -sd ';'),80-real;90)
+SECONDS ?= 60
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,7 +30,7 @@ CMAKE_FILES := CMakeLists.txt $(shell find plugins benchmarks examples -name CMa
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all lint format wheel wheel-cuda cuda-all cuda-report clean
+.PHONY: help setup demo test test-all fuzz lint format wheel wheel-cuda cuda-all cuda-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +50,10 @@ test-all: setup $(TENSORRT) lint ## the same with the tests that take long
 	@echo "test-all: pytest with the slow tests"
 	@$(PYTEST) --slow
 
+fuzz: setup ## SECONDS=60 of every fuzzer: operators under sanitizers, readers of files
+	@echo "fuzz: $(SECONDS) s each, in build/fuzz; the first build takes minutes"
+	@$(BIN)/python tests/support/fuzzers.py --seconds $(SECONDS)
+
 lint: $(DEPENDENCIES) ## ruff, mypy --strict, import-linter, clang-format, gersemi, typos; changes nothing
 	@echo "lint: ruff check"
 	@$(BIN)/ruff check .
@@ -60,7 +66,7 @@ lint: $(DEPENDENCIES) ## ruff, mypy --strict, import-linter, clang-format, gerse
 	@echo "lint: clang-format"
 	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(CXX_TESTS)
 	@echo "lint: gersemi"
-	@$(BIN)/gersemi --check $(CMAKE_FILES) tests/tensorrt_harness
+	@$(BIN)/gersemi --check $(CMAKE_FILES) tests/tensorrt_harness tests/fuzz/operators
 	@echo "lint: typos"
 	@$(BIN)/typos
 
@@ -69,7 +75,7 @@ format: $(DEPENDENCIES) ## let the formatters rewrite the files
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CXX_FILES) $(CXX_TESTS)
-	@$(BIN)/gersemi --in-place $(CMAKE_FILES) tests/tensorrt_harness
+	@$(BIN)/gersemi --in-place $(CMAKE_FILES) tests/tensorrt_harness tests/fuzz/operators
 
 # The wheel is built from the source distribution alone. auditwheel reads from its libraries how old
 # a system may be, and names it after that.

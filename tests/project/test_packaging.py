@@ -31,7 +31,8 @@ SOURCES = (
 )
 LIBRARY = "vssm/lib/libvssm_onnxruntime.so"
 _tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-_PIN = re.compile(r'[a-z0-9.-]+==[0-9][0-9a-z.]*( ; python_version (>=|<) "3\.\d+")?')
+_WHERE = r' ; python_version (>=|==|<) "3\.\d+"( and platform_machine == "x86_64")?'
+_PIN = re.compile(rf"[a-z0-9.-]+==[0-9][0-9a-z.]*({_WHERE})?")
 
 
 def unpinned(project: dict[str, Any], constraints: str) -> list[str]:

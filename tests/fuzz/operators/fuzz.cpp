@@ -1,12 +1,16 @@
 // Calls the operators with random arguments through the C ABI and compares with float64:
 //
-//   fuzz SEED CALLS
+//   vssm_fuzz SEED CALLS [SECONDS]
 //
 // Sizes, shared axes, types, attributes, threads, values (NaN, infinities and subnormal numbers
 // among them) and breaches of the contract are drawn from the seed and the number of the call, so
-// that the call that a failure names can be repeated by itself: fuzz SEED FIRST LAST. Every tensor
-// is a heap block of its own size, for a sanitizer, with guards behind it for a build without one.
+// that the call that a failure names can be repeated by itself: vssm_fuzz SEED --only CALL. Every
+// tensor is a heap block of its own size, for a sanitizer, with guards behind it for a build
+// without one. With SECONDS it ends after them, if CALLS have not been made by then.
+//
+// With VSSM_COVERAGE libFuzzer makes the calls: its bytes are the choices that are drawn first.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -28,12 +32,18 @@ int64_t current_call = 0;
 
 [[noreturn]] void fail(const std::string& what) {
   std::fprintf(stderr, "fuzz: call %lld: %s\n", static_cast<long long>(current_call), what.c_str());
+#ifdef VSSM_COVERAGE
+  std::abort();  // so that libFuzzer keeps the bytes
+#else
   std::exit(1);
+#endif
 }
 
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
+  /// Small choices are the bytes, in turn, as long as there are any.
+  Random(const uint8_t* choices, size_t count) : state_(1), choices_(choices), left_(count) {}
   uint64_t next() {  // splitmix64
     uint64_t z = (state_ += 0x9E3779B97F4A7C15U);
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
@@ -41,8 +51,14 @@ class Random {
     return z ^ (z >> 31);
   }
   int64_t below(int64_t count) {
+    if (left_ > 0 && count <= 256) {
+      --left_;
+      return *choices_++ % count;
+    }
     return static_cast<int64_t>(next() % static_cast<uint64_t>(count));
   }
+  /// A generator for many values, which no byte decides one by one.
+  Random many() { return Random(next()); }
   bool one_in(int64_t count) { return below(count) == 0; }
   float uniform(float low, float high) {
     return low + (high - low) * static_cast<float>(next() >> 40) * 0x1p-24F;
@@ -54,6 +70,8 @@ class Random {
 
  private:
   uint64_t state_;
+  const uint8_t* choices_ = nullptr;
+  size_t left_ = 0;
 };
 
 float from_bits(uint32_t bits) {
@@ -143,9 +161,10 @@ struct Tensor {
 
 void fill(Random& random, Tensor& tensor, float low, float high, bool special) {
   constexpr float kSpecial[] = {NAN, INFINITY, -INFINITY, -0.0F, 1e-42F, 3e38F, -3e38F, -90.0F};
+  Random values = random.many();
   for (int64_t i = 0; i < tensor.count(); ++i) {
-    const bool odd = special && random.one_in(8);
-    tensor.set(i, odd ? kSpecial[random.below(8)] : random.uniform(low, high));
+    const bool odd = special && values.one_in(8);
+    tensor.set(i, odd ? kSpecial[values.below(8)] : values.uniform(low, high));
   }
 }
 
@@ -196,15 +215,16 @@ struct Scan {
     inputs.emplace_back(VSSM_INT32, std::vector<int64_t>{random.one_in(2) ? 1 : batch, K, seqlen});
     inputs.emplace_back(VSSM_INT32, std::vector<int64_t>{random.one_in(2) ? 1 : batch, K, seqlen});
     int32_t *order = inputs[7].ints(), *gap = inputs[8].ints();
+    Random values = random.many();
     for (int64_t row = 0; row < inputs[7].dims[0] * K; ++row) {
       for (int64_t t = 0; t < seqlen; ++t) {
-        const int64_t other = random.below(t + 1);
+        const int64_t other = values.below(t + 1);
         order[row * seqlen + t] = order[row * seqlen + other];
         order[row * seqlen + other] = static_cast<int32_t>(t);
       }
     }
     for (int64_t i = 0; i < inputs[8].count(); ++i) {
-      gap[i] = static_cast<int32_t>(i % seqlen == 0 ? random.below(5) : 1 + random.below(4));
+      gap[i] = static_cast<int32_t>(i % seqlen == 0 ? values.below(5) : 1 + values.below(4));
     }
   }
 
@@ -463,22 +483,49 @@ std::vector<std::string> instruction_sets() {
   return found;
 }
 
+const std::vector<std::string>& known_instruction_sets() {
+  static const std::vector<std::string> isas = instruction_sets();
+  return isas;
+}
+
+void call_any(Random& random) {
+  const auto& isas = known_instruction_sets();
+  const int64_t isa = random.below(static_cast<int64_t>(isas.size()));
+  setenv("VSSM_CPU_ISA", isas[static_cast<size_t>(isa)].c_str(), 1);
+  random.one_in(6) ? call_gather(random) : call_scan(random);
+}
+
 }  // namespace
 
+#ifdef VSSM_COVERAGE
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  Random random(data, size);
+  call_any(random);
+  return 0;
+}
+
+#else
+
 int main(int count, char** arguments) {
-  if (count < 3 || count > 4) fail("usage: fuzz SEED CALLS | fuzz SEED FIRST LAST");
+  using Clock = std::chrono::steady_clock;
+  if (count < 3 || count > 4) fail("usage: vssm_fuzz SEED CALLS [SECONDS] | SEED --only CALL");
   const uint64_t seed = std::strtoull(arguments[1], nullptr, 10);
-  const int64_t first = count == 4 ? std::atoll(arguments[2]) : 0;
-  const int64_t last = std::atoll(arguments[count - 1]) + (count == 4 ? 1 : 0);
-  const std::vector<std::string> isas = instruction_sets();
-  for (int64_t call = first; call < last; ++call) {
+  const bool only = std::strcmp(arguments[2], "--only") == 0;
+  const int64_t first = only ? std::atoll(arguments[count - 1]) : 0;
+  const int64_t last = only ? first + 1 : std::atoll(arguments[2]);
+  const double seconds = count == 4 && !only ? std::atof(arguments[3]) : HUGE_VAL;
+  const auto start = Clock::now();
+  const auto spent = [&] { return std::chrono::duration<double>(Clock::now() - start).count(); };
+  int64_t call = first;
+  for (; call < last && spent() < seconds; ++call) {
     current_call = call;
     Random random(seed * 0x9E3779B97F4A7C15U + static_cast<uint64_t>(call));
-    const int64_t isa = random.below(static_cast<int64_t>(isas.size()));
-    setenv("VSSM_CPU_ISA", isas[static_cast<size_t>(isa)].c_str(), 1);
-    random.one_in(6) ? call_gather(random) : call_scan(random);
+    call_any(random);
   }
-  std::printf("fuzz: %lld calls on", static_cast<long long>(last - first));
-  for (const std::string& isa : isas) std::printf(" %s", isa.c_str());
+  std::printf("fuzz: %lld calls on", static_cast<long long>(call - first));
+  for (const std::string& isa : known_instruction_sets()) std::printf(" %s", isa.c_str());
   std::printf(", seed %llu\n", static_cast<unsigned long long>(seed));
 }
+
+#endif

@@ -1,0 +1,97 @@
+"""Random calls of the operators in ONNX Runtime, through the library that is named.
+
+    python tests/fuzz/adapter.py LIBRARY CALLS SECONDS
+
+For a library that was built with sanitizers: what it writes outside its memory is theirs to find.
+Here, results are compared with float64, and a breach of the contract must be refused.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+sys.path[:0] = [str(SUPPORT), str(SUPPORT.parents[1] / "exporter")]
+
+import native  # noqa: E402
+import torch  # noqa: E402
+from cases import gather_case, scan_case, scan_reference_arguments  # noqa: E402
+from tolerances import SCAN_TOLERANCE  # noqa: E402
+
+from vssm.ops import reference  # noqa: E402
+from vssm.ops.spec import SCAN_OPERATORS  # noqa: E402
+
+EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
+
+
+def call_scan(rng: random.Random) -> None:
+    """One scan, or one with a token that is not there."""
+    name = rng.choice(SCAN_OPERATORS).name
+    dtype = rng.choice((torch.float32, torch.float16, torch.bfloat16))
+    case = scan_case(
+        seqlen=rng.choice((1, 2, 7, 16, 17, 33)),
+        d_inner=rng.choice((1, 5, 16, 17, 33)),
+        d_state=rng.choice((1, 3, 16, 17)),
+        directions=rng.randrange(1, 5),
+        batch=rng.randrange(1, 3),
+        dtype=dtype,
+        shared="".join(letter for letter in "udABCD" if rng.random() < 0.4),
+        gap=rng.choice(("random", "large", "pairs", "ones")),
+        per_image=rng.random() < 0.3,
+        extra=EXTRA[name],
+        seed=rng.randrange(1 << 30),
+    )
+    attributes = {"params_by_step": rng.randrange(2), "scale": rng.choice((0.5, 1.0))}
+    threads = rng.randrange(1, 4)
+    if rng.random() < 0.1:
+        case["order"] = case["order"] + case["order"].shape[-1]
+        try:
+            native.run_operator(name, case, threads=threads, **attributes)
+        except RuntimeError:
+            return
+        raise AssertionError(f"{name} took an order that names no token")
+    got = native.run_operator(name, case, threads=threads, **attributes)["y"].double()
+    expected = reference.selective_scan(**scan_reference_arguments(case), **attributes)
+    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    # A few numbers may cancel where a whole case of the tests does not.
+    if not error <= 8 * SCAN_TOLERANCE[dtype]:
+        raise AssertionError(f"{name}: error {error:.1e} of {dtype}")
+
+
+def call_gather(rng: random.Random) -> None:
+    """One gather, of one or two tensors."""
+    name, widths = rng.choice((("TokenGather", (17, 8)), ("TokenGather1", (33,))))
+    seqlen, seed = rng.choice((2, 7, 33, 64)), rng.randrange(1 << 30)
+    case = gather_case(seqlen=seqlen, widths=widths, seed=seed, special=rng.random() < 0.3)
+    num_keep = rng.randrange(1, seqlen + 1)
+    outputs = native.run_operator(name, case, num_keep=num_keep)
+    kept = outputs["kept_position"]
+    if kept.shape[1] != num_keep or not (kept.diff(dim=1) > 0).all():
+        raise AssertionError(f"{name} kept {kept.tolist()}")
+
+
+def main(library: Path, calls: int, seconds: float) -> None:
+    """Call until either is used up, each call from a seed of its own."""
+    native.find_library = lambda: library
+    deadline, done = time.monotonic() + seconds, 0
+    while done < calls and time.monotonic() < deadline:
+        rng = random.Random(done)
+        os.environ["VSSM_CPU_ISA"] = rng.choice(ISAS)
+        try:
+            (call_gather if rng.random() < 0.2 else call_scan)(rng)
+        except BaseException:
+            sys.stdout.write(f"adapter: call {done}\n")
+            raise
+        done += 1
+    sys.stdout.write(f"{done} calls on {' '.join(ISAS)}\n")
+
+
+ISAS = native.available_isas()
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
