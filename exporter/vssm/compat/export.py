@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from vssm.artifact.manifest import (
 from vssm.artifact.reference import MODULE_KEY, REFERENCE_FILE
 from vssm.checkpoints.load import save_safetensors
 from vssm.checkpoints.wrapped import refuse_packed, refuse_wrapper
+from vssm.compat.batch import noting_fixed_sizes, symbolic_arithmetic
 from vssm.compat.exact import evaluating, exact_outputs
 from vssm.compat.outputs import Outputs, module_outputs
 from vssm.compat.passes import simplify
@@ -186,7 +188,7 @@ def _output_names(model: nn.Module, example: Tensor, options: _Options) -> list[
             with RefuseCasts(), record_backends() as ran:
                 names = list(module_outputs(options.outputs)(model, x))
         # Torch's own error of a wrong input, which would drown in what torch.export says of it.
-        except (RuntimeError, AssertionError, LookupError, TypeError) as error:
+        except (RuntimeError, AssertionError, LookupError, TypeError, SystemExit) as error:
             raise UnsupportedError(
                 f"{type(model).__name__} fails on an input of shape {tuple(x.shape)}, "
                 f"{x.dtype}: {reason(error)}; give the input that it is made for"
@@ -242,23 +244,41 @@ def _refuse(model: Any, example: Any, opset: int) -> None:
 def _trace(wrapper: _Wrapper, example: Tensor, dynamic_batch: bool) -> ExportedProgram:
     """torch.export's program; a batch of one would be taken for a constant."""
     pair = torch.cat([example, example])[: max(2, len(example))] if dynamic_batch else example
-    shapes = {"x": {0: torch.export.Dim(BATCH)} if dynamic_batch else None}
-    try:
-        torch.compiler.reset()  # a torch.cond that ran before was compiled, and cannot be traced
-        with torch.no_grad(), quiet():
-            program = torch.export.export(wrapper, (pair,), dynamic_shapes=shapes)
-            # Regions first: what is written inside one is out of sight until it is opened.
-            return without_mutation(open_regions(program))
-    except UnsupportedError:
-        raise
-    except Exception as error:
+    with noting_fixed_sizes() as lines:
+        try:
+            return _exported(wrapper, pair, dynamic_batch)
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            failure = error
+        if dynamic_batch and lines:
+            # Once more, with the arithmetic of the module's code kept symbolic.
+            with contextlib.suppress(Exception), symbolic_arithmetic(wrapper.model):
+                return _exported(wrapper, pair, dynamic_batch)
+    name = type(wrapper.model).__name__
+    # Only a size that was to be any is fixed by a line; what else fails has another cause.
+    if dynamic_batch and lines and "specialized" in str(failure):
         raise UnsupportedError(
-            f"torch.export cannot trace {type(wrapper.model).__name__}: {reason(error)}. Trace it "
-            "inside vssm.compat.upstream(), take data-dependent control "
-            "flow and .item() out of its forward pass"
-            + (", or try dynamic_batch=False (--static-batch)" if dynamic_batch else "")
-            + " (docs/compat.md)"
-        ) from error
+            f"{name} computes with the batch in Python, which makes it {len(pair)} for good, at "
+            f"{lines[0]}; use the size of a tensor there as it is (x.shape[0] // n, -1 in "
+            "reshape), or export with dynamic_batch=False (--static-batch)"
+        ) from failure
+    raise UnsupportedError(
+        f"torch.export cannot trace {name}: {reason(failure)}. Trace it "
+        "inside vssm.compat.upstream(), take data-dependent control "
+        "flow and .item() out of its forward pass"
+        + (", or try dynamic_batch=False (--static-batch)" if dynamic_batch else "")
+        + " (docs/compat.md)"
+    ) from failure
+
+
+def _exported(wrapper: _Wrapper, x: Tensor, dynamic_batch: bool) -> ExportedProgram:
+    shapes = {"x": {0: torch.export.Dim(BATCH)} if dynamic_batch else None}
+    torch.compiler.reset()  # a torch.cond that ran before was compiled, and cannot be traced
+    with torch.no_grad(), quiet():
+        program = torch.export.export(wrapper, (x,), dynamic_shapes=shapes)
+        # Regions first: what is written inside one is out of sight until it is opened.
+        return without_mutation(open_regions(program))
 
 
 def _no_scan(model: nn.Module) -> str:
