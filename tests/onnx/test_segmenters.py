@@ -164,5 +164,5 @@ def test_a_classifier_has_no_features(tmp_path: Path) -> None:
 def test_whole_images_are_not_classified(whole: tuple[Segmenter, Artifact, str]) -> None:
     _, artifact, outputs = whole
     if outputs == "labels":
-        with pytest.raises(ValueError, match="is a segmenter: its logits"):
+        with pytest.raises(ValueError, match="cannot be classified by it; run it by vssm"):
             _ = artifact.manifest.num_classes

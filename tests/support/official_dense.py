@@ -1,4 +1,4 @@
-"""The official numbers of dense models, and small segmenters filled with their weights."""
+"""The official numbers of dense models, and small ones filled with their weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,20 @@ from official_data import fill_weights, fixture, manifest
 from torch import Tensor
 
 from vssm import PruneSchedule
-from vssm.models.dense.plain_mamba import PlainMambaSegmenter, PlainMambaSegmenterConfig
+from vssm.models.dense.detector import Detector
+from vssm.models.dense.plain_mamba import (
+    PlainMambaDetector,
+    PlainMambaDetectorConfig,
+    PlainMambaSegmenter,
+    PlainMambaSegmenterConfig,
+)
 from vssm.models.dense.segmenter import Segmenter
-from vssm.models.dense.vim import VimSegmenter, VimSegmenterConfig
+from vssm.models.dense.vim import (
+    VimDetector,
+    VimDetectorConfig,
+    VimSegmenter,
+    VimSegmenterConfig,
+)
 from vssm.models.dense.vmamba import VMambaSegmenter, VMambaSegmenterConfig
 
 FAMILIES = ("vim", "plain_mamba", "vmamba")
@@ -117,3 +128,76 @@ def _error(numbers: Mapping[str, np.ndarray], key: str, value: Tensor) -> float:
         want = numbers[f"{key}.f64.samples"]
         got = got[fill.sample_index(got.size, want.size)]
     return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+# Cases with switches that no released detector has: two points a level, no tokens in the outputs,
+# the mixer's output alone.
+OTHER_DETECTORS = {"maskrcnn_96x64_heads4", "maskrcnn_novit_64", "last_none_64"}
+
+
+def detector_cases(family: str) -> dict[str, Any]:
+    """The small detectors of "vim" or "plain_mamba" by name, in the words of the official code."""
+    found: dict[str, Any] = manifest(f"dense/micro_{family}_det")["cases"]
+    return {name: case for name, case in found.items() if name not in OTHER_DETECTORS}
+
+
+def micro_detector(
+    family: str, case: str, schedule: PruneSchedule | None = None, **changes: Any
+) -> Detector:
+    """A small detector with the weights of its case, float32."""
+    document = detector_cases(family)[case]
+    heads = {"neck_width": 32, "region_width": 64, "num_classes": 7}
+    model: Detector
+    if family == "vim":
+        sizes = {**_vim_detector(document), **heads, **changes}
+        model = VimDetector(VimDetectorConfig(**sizes), schedule)
+    else:
+        sizes = {**_adapter(document), **heads, **changes}
+        model = PlainMambaDetector(PlainMambaDetectorConfig(**sizes), schedule)
+    fill_weights(model)
+    return model
+
+
+def _vim_detector(document: Mapping[str, Any]) -> dict[str, Any]:
+    official = document["config"]["backbone"]["net"]
+    return {
+        "image_size": official["img_size"],
+        "table_size": official["img_size"],
+        "depth": official["depth"],
+        "d_model": official["embed_dim"],
+        "rope": official["if_rope"],
+        "divide_out": official.get("if_devide_out", False),
+    }
+
+
+def _adapter(document: Mapping[str, Any]) -> dict[str, Any]:
+    official = document["config"]["backbone"]
+    retinanet = document["config"]["type"] == "RetinaNet"
+    shape = {"backbone": {**official, "out_indices": []}, "input": document["input"]}
+    sizes = _plain_mamba(shape)
+    return {
+        **{key: value for key, value in sizes.items() if key != "taps"},
+        "groups": tuple(last + 1 for _, last in official["interaction_indexes"]),
+        "attention_heads": official["deform_num_heads"],
+        "prior_width": official["conv_inplane"],
+        "head": "retinanet" if retinanet else "mask_rcnn",
+        "head_convs": 2 if retinanet else 4,
+    }
+
+
+def detector_images(family: str, case: str) -> Tensor:
+    """The official images of a case as the backbone gets them, float64; Vim's padded with zeros."""
+    document = detector_cases(family)[case]
+    if family == "plain_mamba":
+        asked = document["input"]
+        return torch.from_numpy(fill.make_input(tuple(asked["shape"]), key=asked["key"])).double()
+    side = document["config"]["backbone"]["net"]["img_size"]
+    padded = torch.zeros(len(document["images"]), 3, side, side, dtype=torch.float64)
+    mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
+    for image, asked in zip(padded, document["images"], strict=True):
+        pixels = fill.make_input(tuple(asked["shape"]), key=asked["key"]) * 50 + 120
+        _, height, width = pixels.shape
+        image[:, :height, :width] = (
+            torch.from_numpy(pixels.astype(np.float32)).double() - mean.double()
+        ) / std.double()
+    return padded

@@ -182,18 +182,14 @@ class Manifest:
             ValueError: there is no output `logits` of shape (batch, classes).
         """
         found = self.main_output
-        if found.name == LOGITS and len(found.shape) == 4:
-            raise ValueError(
-                f"{self.name} is a segmenter: its logits {list(found.shape)} are of every place of "
-                "an image, so whole images cannot be classified by it; open it with "
-                "vssm.open_session and run it on preprocessed images"
-            )
         if found.name != LOGITS or len(found.shape) != 2:
+            remedy = "run it by vssm.open_session"
+            if MODULE_KEY in self.config:  # of a user's own, whose outputs can have other names
+                remedy = "export the module again with --outputs logits=NAME"
             shapes = ", ".join(f"{o.name} {list(o.shape)}" for o in self.outputs)
             raise ValueError(
                 f"the export of {self.name} has the outputs {shapes}, of which none is `logits` of "
-                "shape [batch, classes], so images cannot be classified by it; export the module "
-                "again with --outputs logits=NAME"
+                f"shape [batch, classes], so images cannot be classified by it; {remedy}"
             )
         return int(found.shape[1])
 
@@ -206,6 +202,7 @@ _LONGEST_NAME: Final = 256
 _LONGEST_LABEL: Final = 1024
 MAX_CROP: Final = 4096  # pixels of a side: 192 MiB an image of float32
 LOGITS: Final = "logits"  # the output that images are classified by
+MODULE_KEY: Final = "module"  # of the config of a user's module
 MERGED_PAIRS: Final = "merged_pairs_"  # before the number of a merge: the output with its pairs
 _LARGEST: Final = 1e6  # of a mean; float32 holds what is divided by a deviation's least
 _MIN_SEED: Final = -(1 << 63)

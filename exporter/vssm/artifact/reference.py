@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from vssm.artifact.directory import Artifact
+from vssm.artifact.manifest import MODULE_KEY
 from vssm.errors import ArtifactError
 from vssm.types import Array
 
 REFERENCE_FILE: Final = "reference.safetensors"
-MODULE_KEY: Final = "module"  # of model.json's config
 
 
 def is_module(artifact: Artifact) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vssm.artifact.directory import check_target
+from vssm.artifact.manifest import MODULE_KEY
 from vssm.commands.options import (
     Alignment,
     Checkpoint,
@@ -277,10 +278,10 @@ ModuleOutputs = Annotated[
 
 
 Outputs = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Of a segmenter: logits (the default), labels (and the class of every pixel) or "
-        "features (the levels that its head reads)."
+        help="Of a segmenter logits (the default), labels (and the class of every pixel) or "
+        "features (the levels that its head reads); of a detector features (the default) or dense."
     ),
 ]
 
@@ -298,7 +299,7 @@ def export(
     importance: Importance = None,
     conv: Conv = None,
     restore: Restore = None,
-    outputs: Outputs = "logits",
+    outputs: Outputs = None,
     dtype: Dtype = "float32",
     opset: Opset = 18,
     num_classes: NumClasses = None,
@@ -347,7 +348,7 @@ def _export(
     source: ModelSource,
     output: Path,
     *,
-    outputs: str,
+    outputs: str | None,
     dtype: str,
     opset: int,
     labels: Path | None,
@@ -358,12 +359,12 @@ def _export(
 ) -> tuple[Artifact, str | None]:
     """The export, and what was loaded, in words."""
     from vssm.models.catalogue import check_name
-    from vssm.onnx.options import check_opset, check_outputs, checked_dtype
+    from vssm.onnx.options import check_opset, checked_dtype, checked_outputs
 
     dtype = checked_dtype(dtype)
     check_opset(opset)
     card = check_name(source.name)
-    check_outputs(card.task, outputs)
+    outputs = checked_outputs(card.task, outputs)
     # Asked again when the files are put in place; here it saves the work.
     check_target(output, force=force)
     # All that needs no torch comes before its import.
@@ -409,7 +410,8 @@ def _print_files(artifact: Artifact) -> None:
     if manifest.merge is not None:
         say(f"tokens left by each merge: {list(manifest.merge.num_keep)}")
     if manifest.preprocessing is None:
-        say("preprocessing unknown: `vssm run` refuses image files (see --imagenet)")
+        hint = " (see --imagenet)" if MODULE_KEY in manifest.config else ""
+        say(f"preprocessing unknown: `vssm run` refuses image files{hint}")
     say(f"wrote {path} ({path.stat().st_size:,} bytes, {manifest.dtype})")
 
 

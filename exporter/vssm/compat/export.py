@@ -18,13 +18,14 @@ from torch.export import ExportedProgram
 from vssm._version import __version__
 from vssm.artifact.directory import Artifact, staged_export
 from vssm.artifact.manifest import (
+    MODULE_KEY,
     CheckpointInfo,
     Manifest,
     Preprocessing,
     ScheduleInfo,
     write_manifest,
 )
-from vssm.artifact.reference import MODULE_KEY, REFERENCE_FILE
+from vssm.artifact.reference import REFERENCE_FILE
 from vssm.checkpoints.load import save_safetensors
 from vssm.checkpoints.wrapped import refuse_packed, refuse_wrapper
 from vssm.compat.batch import noting_fixed_sizes, symbolic_arithmetic

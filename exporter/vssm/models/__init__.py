@@ -23,9 +23,7 @@ def families() -> dict[str, tuple[Callable[..., VisionModel], Any]]:
         MissingPackageError: torch is not installed.
     """
     with explain_missing():
-        from vssm.models.dense.plain_mamba import PlainMambaSegmenter, PlainMambaSegmenterConfig
-        from vssm.models.dense.vim import VimSegmenter, VimSegmenterConfig
-        from vssm.models.dense.vmamba import VMambaSegmenter, VMambaSegmenterConfig
+        from vssm.models.dense import plain_mamba, vim, vmamba
         from vssm.models.groupmamba import GroupMamba, GroupMambaConfig
         from vssm.models.plain_mamba import PlainMamba, PlainMambaConfig
         from vssm.models.vim import Vim, VimConfig
@@ -35,9 +33,18 @@ def families() -> dict[str, tuple[Callable[..., VisionModel], Any]]:
         "plain_mamba": (PlainMamba, PlainMambaConfig),
         "vmamba": (VMamba, VMambaConfig),
         "groupmamba": (GroupMamba, GroupMambaConfig),
-        "vim_segmenter": (VimSegmenter, VimSegmenterConfig),
-        "plain_mamba_segmenter": (PlainMambaSegmenter, PlainMambaSegmenterConfig),
-        "vmamba_segmenter": (VMambaSegmenter, VMambaSegmenterConfig),
+        "vim_segmenter": (vim.VimSegmenter, vim.VimSegmenterConfig),
+        "plain_mamba_segmenter": (
+            plain_mamba.PlainMambaSegmenter,
+            plain_mamba.PlainMambaSegmenterConfig,
+        ),
+        "vmamba_segmenter": (vmamba.VMambaSegmenter, vmamba.VMambaSegmenterConfig),
+        "vim_detector": (vim.VimDetector, vim.VimDetectorConfig),
+        "plain_mamba_detector": (
+            plain_mamba.PlainMambaDetector,
+            plain_mamba.PlainMambaDetectorConfig,
+        ),
+        "vmamba_detector": (vmamba.VMambaDetector, vmamba.VMambaDetectorConfig),
     }
 
 

@@ -99,7 +99,8 @@ class VisionModel(nn.Module):
         checkpoint: the file the weights were loaded from, None for initial weights.
         loaded: what was loaded from that file and how, in words.
         labels: names of the classes, where that file has them.
-        task: what its logits are of: "classification" (images) or "segmentation" (pixels).
+        task: what its logits are of: "classification" (images), "segmentation" (pixels) or
+            "detection" (anchors).
         output_groups: what an export can be asked for, as names of outputs.
         published_directions: scan directions that the published FLOPs count.
         backend: what computes the custom operators, see `use_backend`.
@@ -152,8 +153,8 @@ class VisionModel(nn.Module):
         """One of the outputs that `output_groups` names, float32 or integers."""
         return found.logits if name == "logits" else found.tensors[name]
 
-    def preprocessing(self) -> Preprocessing:
-        """How images of any size become this model's input."""
+    def preprocessing(self) -> Preprocessing | None:
+        """How images of any size become this model's input; None where that is the caller's."""
         return Preprocessing.for_image_size(self.image_size)
 
     def use_backend(self, backend: str) -> Self:

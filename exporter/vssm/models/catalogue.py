@@ -27,7 +27,7 @@ class ModelCard:
         flops_published: multiply-adds of one image by the published rule.
         flops_true: with every scan direction counted.
         image_size: (height, width) in pixels.
-        task: "classification" or "segmentation".
+        task: "classification", "segmentation" or "detection".
         num_classes: width of the logits.
     """
 
@@ -53,6 +53,7 @@ _VANILLA: Final[dict[str, Any]] = {
 }
 _MAPS: Final = (3136, 784, 196, 49)  # of a hierarchical model at 224 pixels
 _MAPS_512: Final = (16384, 4096, 1024, 256)
+_MAPS_COCO: Final = (67200, 16800, 4200, 1050)  # at 800 x 1344
 
 
 def _vim(changes: dict[str, Any], *figures: int, tokens: int = 197) -> ModelCard:
@@ -79,6 +80,28 @@ _PLAIN_SIZES: Final[dict[str, dict[str, Any]]] = {
     "l2": {"d_model": 384},
     "l3": {"d_model": 448, "depth": 36},
 }
+_L3_ADAPTER: Final = {**_PLAIN_SIZES["l3"], "groups": (9, 18, 27, 36), "attention_heads": 8}
+
+
+def _detector(
+    family: str,
+    changes: dict[str, Any],
+    *figures: int,
+    tokens: tuple[int, ...] = (4200,),
+    image_size: tuple[int, int] = (800, 1344),
+) -> ModelCard:
+    parameters, published, true = figures
+    return ModelCard(
+        f"{family}_detector",
+        changes,
+        parameters,
+        tokens,
+        published,
+        true,
+        image_size=image_size,
+        task="detection",
+        num_classes=80,
+    )
 
 
 def _segmenter(
@@ -191,11 +214,79 @@ MODELS: Final[dict[str, ModelCard]] = {
         292_042_047_488,
         tokens=_MAPS_512,
     ),
+    "vim_tiny_cascade_mask_rcnn_coco": _detector(
+        "vim",
+        {},
+        60_080_078,
+        187_141_128_192,
+        194_917_367_808,
+        tokens=(4096,),
+        image_size=(1024, 1024),
+    ),
+    "vim_small_cascade_mask_rcnn_coco": _detector(
+        "vim",
+        {"d_model": 384},
+        79_918_142,
+        266_740_629_504,
+        284_105_048_064,
+        tokens=(4096,),
+        image_size=(1024, 1024),
+    ),
+    "plain_mamba_adapter_l1_maskrcnn_coco": _detector(
+        "plain_mamba", _PLAIN_SIZES["l1"], 31_212_128, 217_524_670_272, 217_524_670_272
+    ),
+    "plain_mamba_adapter_l1_retinanet_coco": _detector(
+        "plain_mamba",
+        {**_PLAIN_SIZES["l1"], "head": "retinanet"},
+        19_360_356,
+        266_358_657_600,
+        266_358_657_600,
+    ),
+    "plain_mamba_adapter_l2_maskrcnn_coco": _detector(
+        "plain_mamba", _PLAIN_SIZES["l2"], 53_202_496, 378_972_300_672, 378_972_300_672
+    ),
+    "plain_mamba_adapter_l2_retinanet_coco": _detector(
+        "plain_mamba",
+        {**_PLAIN_SIZES["l2"], "head": "retinanet"},
+        41_301_572,
+        424_503_273_600,
+        424_503_273_600,
+    ),
+    "plain_mamba_adapter_l3_maskrcnn_coco": _detector(
+        "plain_mamba", _L3_ADAPTER, 79_781_520, 541_376_119_872, 541_376_119_872
+    ),
+    "plain_mamba_adapter_l3_retinanet_coco": _detector(
+        "plain_mamba",
+        {**_L3_ADAPTER, "head": "retinanet"},
+        67_864_212,
+        585_806_088_000,
+        585_806_088_000,
+    ),
+    "vmamba_tiny_maskrcnn_coco": _detector(
+        "vmamba", {}, 49_755_312, 213_350_844_672, 213_350_844_672, tokens=_MAPS_COCO
+    ),
+    "vmamba_small_maskrcnn_coco": _detector(
+        "vmamba",
+        {"depths": (2, 2, 15, 2), "expand": 2.0},
+        69_654_000,
+        294_602_095_872,
+        294_602_095_872,
+        tokens=_MAPS_COCO,
+    ),
+    "vmamba_base_maskrcnn_coco": _detector(
+        "vmamba",
+        {"depths": (2, 2, 15, 2), "d_model": 128, "expand": 2.0},
+        107_931_376,
+        437_638_102_272,
+        437_638_102_272,
+        tokens=_MAPS_COCO,
+    ),
 }
 
 _SIZE: Final = int | tuple[int, int]
 _SIZES: Final = tuple[int, ...]
 _HEADS: Final[dict[str, Any]] = {"head_width": int, "auxiliary_width": int, "num_classes": int}
+_REGIONS: Final[dict[str, Any]] = {"neck_width": int, "region_width": int, "num_classes": int}
 # The fields of each family's configuration and their types.
 OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "vim": {
@@ -311,6 +402,56 @@ OPTIONS: Final[dict[str, dict[str, Any]]] = {
         "patch_embed": str,
         "downsample": str,
         **_HEADS,
+    },
+    "vim_detector": {
+        "image_size": _SIZE,
+        "table_size": int,
+        "patch_size": int,
+        "depth": int,
+        "d_model": int,
+        "d_state": int,
+        "d_conv": int,
+        "expand": int,
+        "dt_rank": int | None,
+        "divide_out": bool,
+        "rope": bool,
+        "rope_grid": int,
+        **_REGIONS,
+    },
+    "plain_mamba_detector": {
+        "image_size": _SIZE,
+        "table_size": int,
+        "patch_size": int,
+        "depth": int,
+        "d_model": int,
+        "d_state": int,
+        "conv_size": int,
+        "expand": int,
+        "dt_rank": int | None,
+        "stem_width": int,
+        "stem_convs": int,
+        "layers_with_dwconv": _SIZES,
+        "groups": _SIZES,
+        "attention_heads": int,
+        "prior_width": int,
+        "injector": str,
+        "head": str,
+        "head_convs": int,
+        **_REGIONS,
+    },
+    "vmamba_detector": {
+        "image_size": _SIZE,
+        "depths": _SIZES,
+        "d_model": int,
+        "d_state": int,
+        "expand": float,
+        "dt_rank": int | None,
+        "conv_bias": bool,
+        "gate": bool,
+        "mlp_ratio": float,
+        "patch_embed": str,
+        "downsample": str,
+        **_REGIONS,
     },
 }
 

@@ -478,30 +478,32 @@ def run_blocks(
     *,
     stages: Mapping[int, Stage],
     see: See,
-) -> tuple[Tensor, list[StageResult]]:
+    first: int = 0,
+) -> tuple[Tensor, Tokens, list[StageResult]]:
     """A model's blocks in a row, with the stages of its schedule between them.
 
     Args:
         model: says by what it prunes, and with which backend.
-        layers: its blocks.
-        x: the embedded tokens (batch, seqlen, d_model).
-        tokens: all of them.
+        layers: its blocks, or some in a row.
+        x: the tokens (batch, seqlen, d_model) in front of them.
+        tokens: those that are present.
         stages: those of its schedule.
         see: called after each block and before its stage, with the block's number, 1-based, the
             stream and the tokens present.
+        first: blocks in front of `layers`.
 
     Returns:
-        The stream of the tokens that are left, and what each stage chose.
+        The stream of the tokens that are left, these tokens, and what each stage chose.
     """
     chosen: list[StageResult] = []
-    for number, layer in enumerate(layers, start=1):
+    for number, layer in enumerate(layers, start=first + 1):
         stage = stages.get(number)
         x, score = layer(x, tokens, score_rule(stage))
         see(number, x, tokens)
         if stage is not None:
             tokens, (x,), result = model.pruner(stage, tokens, score, [x], backend=model.backend)
             chosen.append(result)
-    return x, chosen
+    return x, tokens, chosen
 
 
 class PlainMamba(VisionModel):
@@ -564,7 +566,9 @@ class PlainMamba(VisionModel):
             if with_blocks:
                 blocks.append((x, None))
 
-        x, chosen = run_blocks(self, self.backbone.layers, x, tokens, stages=self.stages, see=see)
+        x, _, chosen = run_blocks(
+            self, self.backbone.layers, x, tokens, stages=self.stages, see=see
+        )
         # The norm comes before the mean, and after pruning the mean is over the kept tokens alone.
         return details(self.head(self.backbone.ln1(x).mean(1)), chosen, blocks)
 

@@ -24,7 +24,7 @@ from vssm.files.text import is_plain, shown
 from vssm.models import model_from_config
 from vssm.models.base import VisionModel
 from vssm.onnx.describe import block_outputs, describe_export
-from vssm.onnx.options import check_opset, check_outputs, checked_dtype
+from vssm.onnx.options import check_opset, checked_dtype, checked_outputs
 from vssm.onnx.program import (
     BATCH,
     EXTERNAL_DATA_ABOVE,
@@ -53,7 +53,7 @@ def export(
     directory: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype = "float32",
-    outputs: str = "logits",
+    outputs: str | None = None,
     opset: int = 18,
     inline: bool = False,
     weights: bool = True,
@@ -71,8 +71,9 @@ def export(
         dtype: float32, float16 (fp16, half) or bfloat16 (bf16), of the projections and scan
             operands; norms, residual, A, D, step-size bias, decay and state are float32 in all of
             them, and so are input and logits.
-        outputs: of a segmenter: "logits"; "labels", the class of every pixel beside them; or
-            "features", the levels that its head reads, without the head.
+        outputs: of a segmenter "logits"; "labels", the class of every pixel beside them; or
+            "features", the levels that its head reads, without the head. Of a detector "features",
+            or "dense": with the logits and box deltas of every anchor. None for the first of them.
         opset: version of the standard operators, 18 to 20.
         inline: also write model.inlined.onnx, without functions, for runtimes that read none.
         weights: also write weights.safetensors, the oracle of `vssm check`.
@@ -93,9 +94,16 @@ def export(
         ArtifactError: the directory cannot be written, or holds an export and not `force`.
     """
     dtype = checked_dtype(dtype)
-    labels = getattr(model, "labels", None) if labels is None else labels
+    given, labels = labels, getattr(model, "labels", None) if labels is None else labels
     _refuse(model, opset, labels)
-    check_outputs(model.task, outputs)
+    outputs = checked_outputs(model.task, outputs)
+    if "logits" not in model.output_groups[outputs]:
+        if given:
+            raise ValueError(
+                f"labels={len(given)} names with outputs={outputs!r}, which has no logits that "
+                "they could name; leave the labels out"
+            )
+        labels = None  # those of the checkpoint
     initial = _initial_weights(model)
     with staged_export(directory, force=force) as staging:
         proto = build_proto(model, dtype=dtype, opset=opset, outputs=outputs, progress=progress)
@@ -122,7 +130,7 @@ def build_proto(
     *,
     dtype: str,
     opset: int,
-    outputs: str = "logits",
+    outputs: str | None = None,
     progress: Steps = lambda *_: None,
 ) -> onnx.ModelProto:
     """The model as a ModelProto with dynamic batch, custom nodes at top level and their bodies.
@@ -135,6 +143,7 @@ def build_proto(
         progress: as for `export`.
     """
     register_schemas()
+    outputs = checked_outputs(model.task, outputs)
     traced = _Traced(_cast_copy(model, DTYPES[dtype]), outputs)
     with counted_blocks(traced.model, progress):
         program = _trace(traced, model.image_size)

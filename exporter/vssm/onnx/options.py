@@ -12,6 +12,7 @@ DTYPE_NAMES: Final = ("float32", "float16", "bfloat16")
 OUTPUTS: Final = {
     "classification": ("logits",),
     "segmentation": ("logits", "labels", "features"),
+    "detection": ("features", "dense"),
 }
 _ALIASES: Final = {
     **{"fp32": "float32", "float": "float32", "single": "float32"},
@@ -36,17 +37,20 @@ def checked_dtype(dtype: object) -> str:
     return name
 
 
-def check_outputs(task: str, outputs: str) -> None:
-    """Refuse outputs that a model of this task has not.
+def checked_outputs(task: str, outputs: str | None) -> str:
+    """What an export of a model of this task was asked for; None is the first of `OUTPUTS`.
 
     Raises:
-        ValueError: it has none of that name.
+        ValueError: it has no outputs of that name.
     """
+    if outputs is None:
+        return OUTPUTS[task][0]
     if outputs not in OUTPUTS[task]:
         raise ValueError(
             f"outputs={outputs!r} is not one of {', '.join(OUTPUTS[task])}, which models for "
             f"{task} have; choose one of these"
         )
+    return outputs
 
 
 def check_opset(opset: int) -> None:

@@ -16,6 +16,7 @@ from vssm.models.cost import count
 from vssm.models.dense.heads import average_pool, upsample
 from vssm.models.dense.segmenter import Segmenter
 from vssm.models.layers import resize_grid
+from vssm.onnx.options import OUTPUTS
 
 NAMES = [name for name, card in MODELS.items() if card.task == "segmentation"]
 CASES = [(family, case) for family in FAMILIES for case in cases(family)]
@@ -42,6 +43,7 @@ def _meta(name, **options):
 def test_official_keys_and_shapes(name):
     document = manifest(f"dense/{name}")
     model = _meta(name, image_size=(512, 544))
+    assert tuple(model.output_groups) == OUTPUTS["segmentation"]
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
     assert shapes == {key: entry["shape"] for key, entry in document["keys"].items()}
     assert sum(p.numel() for p in model.parameters()) == document["n_params"]

@@ -1,14 +1,15 @@
 """Vim for dense prediction: one list of tokens, read after some blocks and made into maps.
 
-Source: the numbers of the public code of Zhu et al., arXiv:2401.09417, segmentation. The small
-model taps the stream and turns it by its rotary embedding first, as the next block sees it; the
-last tap is not turned.
+Source: the numbers of the public code of Zhu et al., arXiv:2401.09417. The small segmenter taps the
+stream and turns it by its rotary embedding first, as the next block sees it; the last tap is not
+turned.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import cast
 
 import torch
@@ -17,14 +18,17 @@ from torch.nn import functional
 
 from vssm.errors import check_choice
 from vssm.models.base import BlockCost, ImageSized
-from vssm.models.dense.heads import Size
-from vssm.models.dense.segmenter import (
+from vssm.models.dense.base import (
+    DenseModel,
     Levels,
-    Segmenter,
     check_positive,
     check_taps,
     only_pruning,
 )
+from vssm.models.dense.cascade import CascadeHeads, ProposalHead, SimpleFeaturePyramid
+from vssm.models.dense.detector import Detector, halved
+from vssm.models.dense.heads import Size
+from vssm.models.dense.segmenter import Segmenter
 from vssm.models.layers import RMSNorm, fold_batch_norm, resize_grid, to_map, wide
 from vssm.models.vim import (
     PatchEmbed,
@@ -171,6 +175,46 @@ class VimTrunk(nn.Module):
         tokens: Tensor = self.patch_embed(images)
         return tokens + positions
 
+    def tapped(
+        self, model: DenseModel, images: Tensor, taps: Sequence[int], with_blocks: bool
+    ) -> tuple[list[tuple[Tensor, Tensor]], Levels]:
+        """Both streams at every position after some blocks, and the pass without maps.
+
+        Args:
+            model: says where it prunes, by what and with which backend.
+            images: (batch, 3, height, width).
+            taps: numbers of blocks, 1-based, ascending.
+            with_blocks: whether the blocks' outputs are kept.
+        """
+        seqlen = self.vim.patches
+        tokens = Tokens.dense(LineWalks(seqlen, 2, images.device), seqlen, images.device)
+        restoration = Restoration("frozen" if model.schedule is None else model.schedule.restore)
+        tapped: list[tuple[Tensor, Tensor]] = []
+        blocks: list[tuple[Tensor, Tensor | None]] = []
+
+        def see(number: int, hidden: Tensor, residual: Tensor, present: Tokens) -> None:
+            if with_blocks:
+                blocks.append((hidden, residual))
+            if number in taps:
+                full = restoration.full([hidden, residual], present)
+                tapped.append((full[0], full[1]))
+            if number in model.stages:
+                restoration.before_stage([hidden, residual], present)
+
+        residual = self.embed(images)
+        *_, chosen = run_blocks(
+            model, self.layers, residual, tokens, rotation=self.rotation, see=see
+        )
+        return tapped, Levels({}, chosen, blocks)
+
+    def turned(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """The sum of full streams as the next block sees it: turned by the rotary embedding."""
+        seqlen = self.vim.patches
+        walks = LineWalks(seqlen, 2, hidden.device)
+        tokens = Tokens.dense(walks, seqlen, hidden.device)
+        turned, residual = self.rotation(hidden, residual, tokens)
+        return residual if turned is None else residual + turned
+
 
 class Double(nn.ModuleDict):
     """Twice the sides: one transposed convolution, entry 0 of the official Sequential."""
@@ -276,40 +320,24 @@ class VimSegmenter(Segmenter):
         return folded or stays_wide(name) or super().stays_wide(name)
 
     def _levels(self, images: Tensor, with_blocks: bool) -> Levels:
-        trunk = self.backbone
-        residual = trunk.embed(images)
-        seqlen = self.config.vim.patches
-        tokens = Tokens.dense(LineWalks(seqlen, 2, images.device), seqlen, images.device)
-        restoration = Restoration("frozen" if self.schedule is None else self.schedule.restore)
-        taps: list[Tensor] = []
-        blocks: list[tuple[Tensor, Tensor | None]] = []
-
-        def see(number: int, hidden: Tensor, residual: Tensor, present: Tokens) -> None:
-            if with_blocks:
-                blocks.append((hidden, residual))
-            if number in self.config.taps:
-                full = restoration.full([hidden, residual], present)
-                taps.append(self._tap(number, full[0], full[1], tokens))
-            if number in self.stages:
-                restoration.before_stage([hidden, residual], present)
-
-        *_, chosen = run_blocks(
-            self, trunk.layers, residual, tokens, rotation=trunk.rotation, see=see
-        )
+        tapped, found = self.backbone.tapped(self, images, self.config.taps, with_blocks)
+        taps = [
+            self._tap(block, *streams)
+            for block, streams in zip(self.config.taps, tapped, strict=True)
+        ]
         # Wide: a mixer's output has the projections' dtype, and pooling has no bfloat16 in ONNX.
         maps = [to_map(wide(tap), self.config.vim.grid) for tap in taps]
         tensors = {f"tap{i}": x for i, x in enumerate(maps)}
-        tensors |= zip(self.feature_names, trunk.neck(maps), strict=True)
-        return Levels(tensors, chosen, blocks)
+        tensors |= zip(self.feature_names, self.backbone.neck(maps), strict=True)
+        return replace(found, tensors=tensors)
 
-    def _tap(self, number: int, hidden: Tensor, residual: Tensor, tokens: Tokens) -> Tensor:
+    def _tap(self, number: int, hidden: Tensor, residual: Tensor) -> Tensor:
         """What a tap reads of the full streams after a block."""
         if self.config.tap_stream == "mixer":
             return hidden
+        # The official code taps the next block's residual, which is turned already.
         if number < self.config.depth:
-            # The official code taps the next block's residual, which is turned already.
-            turned, residual = self.backbone.rotation(hidden, residual, tokens)
-            return residual if turned is None else residual + turned
+            return self.backbone.turned(hidden, residual)
         return residual + hidden
 
     def neck_cost(self) -> int:
@@ -318,6 +346,107 @@ class VimSegmenter(Segmenter):
 
     def fixed_cost(self) -> int:
         """Multiply-adds of the patch embedding, the neck and the head."""
+        return patch_cost(self.config.vim) + self.neck_cost() + self.head_cost()
+
+    def block_cost(self) -> BlockCost:
+        """Cost of any block, by token."""
+        return block_cost(self.config.vim)
+
+
+@dataclass(frozen=True)
+class VimDetectorConfig(VimBackboneConfig):
+    """The backbone, and the widths of the pyramid and of the heads that read regions.
+
+    The official configurations leave if_divide_out out, which was false when they were written.
+    """
+
+    image_size: int | tuple[int, int] = 1024
+    table_size: int = 1024
+    divide_out: bool = False
+    rope: bool = True
+    neck_width: int = 256
+    region_width: int = 1024
+    num_classes: int = 80
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "neck_width", "region_width", "num_classes")
+        if min(self.vim.grid) < 2:
+            raise ValueError(
+                f"image_size={self.image_size} leaves no place in level p5, which halves the grid "
+                f"of patches; give at least {2 * self.patch_size} a side"
+            )
+
+
+class VimDetectorBackbone(SimpleFeaturePyramid):
+    """The pyramid around the trunk, which has the key `net`."""
+
+    def __init__(self, config: VimDetectorConfig) -> None:
+        super().__init__(config.d_model, config.neck_width)
+        self.net = VimTrunk(config)
+
+
+class VimDetector(Detector):
+    """Vim with a simple feature pyramid and Cascade Mask R-CNN, under detectron2's keys.
+
+    Args:
+        config: architecture.
+        schedule: pruning between blocks, None for the dense model.
+        name: for reports and model.json.
+
+    Raises:
+        ValueError: a schedule's block lies outside the model.
+        UnsupportedError: the schedule merges, or asks for what this model has not.
+    """
+
+    config: VimDetectorConfig
+    feature_names = tuple(f"p{i}" for i in range(2, 7))
+    dense_names = tuple(f"rpn.{part}{i}" for i in range(5) for part in ("logits", "deltas"))
+
+    def __init__(
+        self,
+        config: VimDetectorConfig,
+        schedule: Schedule | None = None,
+        *,
+        name: str = "vim_detector",
+    ) -> None:
+        super().__init__()
+        pruning = only_pruning(schedule)
+        self.name, self.config, self.schedule = name, config, pruning
+        self.image_size, self.num_classes = config.image_height_width, config.num_classes
+        self.traced_blocks = config.depth
+        refuse_schedule(config.vim, pruning)
+        self.layout = TokenLayout(config.vim.patches, None, keep_odd=False, restores=True)
+        self.stages = plan_stages(pruning, self.layout, config.depth)
+        rows, columns = config.vim.grid
+        finest = tuple((rows * 4 // s, columns * 4 // s) for s in (1, 2, 4, 8))
+        self.level_sizes = halved(finest, 1)
+        self.backbone = VimDetectorBackbone(config)
+        self.proposal_generator = nn.ModuleDict({"rpn_head": ProposalHead(config.neck_width)})
+        self.roi_heads = CascadeHeads(config.neck_width, config.region_width, config.num_classes)
+
+    def stays_wide(self, name: str) -> bool:
+        """Norms, positions, and what the scan takes as float32."""
+        return super().stays_wide(name) or (name.startswith("backbone.net.") and stays_wide(name))
+
+    def _levels(self, images: Tensor, with_blocks: bool) -> Levels:
+        tapped, found = self.backbone.net.tapped(self, images, [self.config.depth], with_blocks)
+        hidden, residual = tapped[0]
+        last = to_map(residual + hidden, self.config.vim.grid)
+        levels = zip(self.feature_names, self.backbone.levels(last), strict=True)
+        return replace(found, tensors={"last_feat": last, **dict(levels)})
+
+    @property
+    def dense_head(self) -> nn.Module:
+        """The region proposals' head."""
+        return self.proposal_generator["rpn_head"]
+
+    def neck_cost(self) -> int:
+        """Multiply-adds of the pyramid."""
+        return self.backbone.cost(self.config.vim.grid)
+
+    def fixed_cost(self) -> int:
+        """Multiply-adds of the patch embedding, the pyramid and the proposals' head."""
         return patch_cost(self.config.vim) + self.neck_cost() + self.head_cost()
 
     def block_cost(self) -> BlockCost:

@@ -1,17 +1,19 @@
 """VMamba for dense prediction: its four stages are the levels, each with a norm of its own.
 
-Source: the numbers of the public code of Liu et al., arXiv:2401.10166, segmentation. Hierarchical,
-so dense only.
+Source: the numbers of the public code of Liu et al., arXiv:2401.10166, segmentation and
+detection. Hierarchical, so dense only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor, nn
 
 from vssm.models.base import BlockCost, ImageSized, refuse_schedule
-from vssm.models.dense.segmenter import Levels, Segmenter, check_positive
+from vssm.models.dense.base import Levels, check_positive
+from vssm.models.dense.detector import BoxHead, CocoDetector
+from vssm.models.dense.segmenter import Segmenter
 from vssm.models.layers import LayerNorm, to_map
 from vssm.models.vmamba import (
     NORM_EPS,
@@ -30,11 +32,8 @@ _BACKBONE = "backbone."
 
 
 @dataclass(frozen=True)
-class VMambaSegmenterConfig(ImageSized):
-    """The backbone's switches under this package's names, and the widths of the heads.
-
-    The defaults are vmamba_tiny_upernet_ade20k's.
-    """
+class VMambaBackboneConfig(ImageSized):
+    """The backbone's switches under this package's names; the defaults are those of VMamba-T."""
 
     image_size: int | tuple[int, int] = 512
     depths: tuple[int, ...] = (2, 2, 8, 2)
@@ -47,15 +46,11 @@ class VMambaSegmenterConfig(ImageSized):
     mlp_ratio: float = 4.0
     patch_embed: str = "v2"
     downsample: str = "v3"
-    head_width: int = 512
-    auxiliary_width: int = 256
-    num_classes: int = 150
 
     def __post_init__(self) -> None:
         if not isinstance(self.image_size, int):  # JSON knows lists only
             object.__setattr__(self, "image_size", tuple(self.image_size))
         object.__setattr__(self, "depths", tuple(self.depths))
-        check_positive(self, "head_width", "auxiliary_width", "num_classes")
         if len(self.depths) != 4:
             raise ValueError(
                 f"depths={list(self.depths)} are not four stages, whose ends the head reads; give "
@@ -67,9 +62,21 @@ class VMambaSegmenterConfig(ImageSized):
     @property
     def vmamba(self) -> VMambaConfig:
         """The stages' sizes as a classifier has them."""
-        heads = {"head_width", "auxiliary_width", "num_classes"}
-        names = [f.name for f in fields(self) if f.name not in heads]
+        names = [f.name for f in fields(VMambaBackboneConfig)]
         return VMambaConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class VMambaSegmenterConfig(VMambaBackboneConfig):
+    """The backbone, and the widths of the heads."""
+
+    head_width: int = 512
+    auxiliary_width: int = 256
+    num_classes: int = 150
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "head_width", "auxiliary_width", "num_classes")
 
 
 class VMambaBackbone(nn.Module):
@@ -84,16 +91,18 @@ class VMambaBackbone(nn.Module):
         for stage in stages:
             self.add_module(f"outnorm{stage}", LayerNorm(config.width(stage), eps=NORM_EPS))
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The levels as maps, finest first, and what each block returned."""
+    def levels(self, images: Tensor, with_blocks: bool) -> Levels:
+        """The maps `level0` to `level3`, finest first, and what each block returned."""
         x = embed(self.patch_embed, images, self.config.image_height_width)
-        levels, blocks = [], []
+        levels: dict[str, Tensor] = {}
+        blocks: list[tuple[Tensor, Tensor | None]] = []
         for number, (stage, grid) in enumerate(zip(self.layers, self.config.grids, strict=True)):
             x, streams = stage(x)
             # Before its downsampling, which goes on from the stream without this norm.
-            levels.append(to_map(self.get_submodule(f"outnorm{number}")(streams[-1]), grid))
-            blocks += streams
-        return levels, blocks
+            normed = self.get_submodule(f"outnorm{number}")(streams[-1])
+            levels[f"level{number}"] = to_map(normed, grid)
+            blocks += [(stream, None) for stream in streams if with_blocks]
+        return Levels(levels, [], blocks)
 
 
 class VMambaSegmenter(Segmenter):
@@ -137,10 +146,7 @@ class VMambaSegmenter(Segmenter):
         return super().stays_wide(name) or stays_wide(self, name)
 
     def _levels(self, images: Tensor, with_blocks: bool) -> Levels:
-        levels, blocks = self.backbone(images)
-        streams: list[tuple[Tensor, Tensor | None]] = [(block, None) for block in blocks]
-        tensors = dict(zip(self.feature_names, levels, strict=True))
-        return Levels(tensors, [], streams if with_blocks else [])
+        return self.backbone.levels(images, with_blocks)
 
     def fixed_cost(self) -> int:
         """Multiply-adds of the patch embedding, the downsampling and the head."""
@@ -156,7 +162,96 @@ class VMambaSegmenter(Segmenter):
         Raises:
             CheckpointError: two entries come to one name.
         """
-        inner = {k.removeprefix(_BACKBONE): v for k, v in state.items() if k.startswith(_BACKBONE)}
-        outer = {key: value for key, value in state.items() if not key.startswith(_BACKBONE)}
-        adapted = adapt_keys(inner, self.config.vmamba.grids[0])
-        return {**{_BACKBONE + key: value for key, value in adapted.items()}, **outer}
+        return adapt_backbone(state, self.config.vmamba)
+
+
+def adapt_backbone(state: dict[str, Tensor], config: VMambaConfig) -> dict[str, Tensor]:
+    """`adapt_keys` of what a checkpoint has under `backbone.`; the rest stays as it is.
+
+    Raises:
+        CheckpointError: two entries come to one name.
+    """
+    inner = {k.removeprefix(_BACKBONE): v for k, v in state.items() if k.startswith(_BACKBONE)}
+    outer = {key: value for key, value in state.items() if not key.startswith(_BACKBONE)}
+    adapted = adapt_keys(inner, config.grids[0])
+    return {**{_BACKBONE + key: value for key, value in adapted.items()}, **outer}
+
+
+@dataclass(frozen=True)
+class VMambaDetectorConfig(VMambaBackboneConfig):
+    """The backbone, and the widths of the neck and of the heads that read regions."""
+
+    image_size: int | tuple[int, int] = (800, 1344)
+    neck_width: int = 256
+    region_width: int = 1024
+    num_classes: int = 80
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "neck_width", "region_width", "num_classes")
+
+
+class VMambaDetector(CocoDetector):
+    """VMamba with Mask R-CNN, under the keys of the official detection code.
+
+    Args:
+        config: architecture.
+        schedule: must be None.
+        name: for reports and model.json.
+
+    Raises:
+        UnsupportedError: there is a schedule.
+    """
+
+    config: VMambaDetectorConfig
+    residual_stream = False
+    published_directions = 4
+
+    def __init__(
+        self,
+        config: VMambaDetectorConfig,
+        schedule: Schedule | None = None,
+        *,
+        name: str = "vmamba_detector",
+    ) -> None:
+        super().__init__()
+        refuse_schedule("VMamba", schedule)
+        sizes = config.vmamba
+        self.name, self.config, self.schedule = name, config, None
+        self.image_size, self.num_classes = config.image_height_width, config.num_classes
+        self.layout, self.stages, self.traced_blocks = None, {}, sizes.depth
+        self.backbone = VMambaBackbone(sizes)
+        box = BoxHead(
+            config.neck_width,
+            convs=0,
+            linears=2,
+            width=config.region_width,
+            num_classes=config.num_classes,
+        )
+        widths = tuple(map(sizes.width, range(len(config.depths))))
+        self._add_mask_rcnn(widths, sizes.grids, box, norm=False)
+
+    def stays_wide(self, name: str) -> bool:
+        """Norms, what the scan takes as float32, and what is folded with a norm."""
+        return super().stays_wide(name) or stays_wide(self, name)
+
+    def _levels(self, images: Tensor, with_blocks: bool) -> Levels:
+        found = self.backbone.levels(images, with_blocks)
+        maps = list(found.tensors.values())
+        return replace(found, tensors={**found.tensors, **self._pyramid(maps)})
+
+    def fixed_cost(self) -> int:
+        """Multiply-adds of the patch embedding, the downsampling, the neck and the dense head."""
+        return map_cost(self.config.vmamba) + self.neck_cost() + self.head_cost()
+
+    def block_costs(self) -> list[tuple[int, BlockCost]]:
+        """Tokens and cost by token of every block; gate and norms are not counted."""
+        return block_costs(self.config.vmamba)
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Old names in the backbone, and 1x1 convolutions as linears.
+
+        Raises:
+            CheckpointError: two entries come to one name.
+        """
+        return adapt_backbone(state, self.config.vmamba)

@@ -1,0 +1,98 @@
+"""What every dense model is: a backbone and a neck that give levels, and a head that reads them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from vssm.errors import UnsupportedError
+from vssm.models.base import VisionModel, refuse_merging
+from vssm.models.dense.heads import ConvNorm, Size
+from vssm.pruning.schedule import PruneSchedule, Schedule, Stage
+from vssm.pruning.select import StageResult
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What a backbone and its neck give.
+
+    Attributes:
+        tensors: every map (batch, channels, height, width) by its official name.
+        chosen: what each stage of the schedule kept.
+        blocks: the blocks' outputs, where asked for.
+    """
+
+    tensors: Mapping[str, Tensor]
+    chosen: list[StageResult] = field(default_factory=list)
+    blocks: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+
+
+class DenseModel(VisionModel):
+    """Base of the segmenters and detectors. A subclass makes `backbone` and fills `_levels`.
+
+    Attributes:
+        feature_names: the maps that the head reads, finest first.
+        level_sizes: their (height, width).
+    """
+
+    schedule: PruneSchedule | None  # none of them merges
+    stages: dict[int, Stage]
+    feature_names: tuple[str, ...]
+    level_sizes: tuple[Size, ...]
+
+    @abstractmethod
+    def _levels(self, images: Tensor, with_blocks: bool) -> Levels:
+        """The levels under `feature_names`, and what else has a name."""
+
+    def stays_wide(self, name: str) -> bool:
+        """Norms, and convolutions that are folded with one; a subclass adds its backbone's."""
+        owner, _, _ = name.rpartition(".")
+        above = self.get_submodule(owner.rpartition(".")[0])
+        return isinstance(above, ConvNorm) or isinstance(
+            self.get_submodule(owner), nn.BatchNorm2d | nn.LayerNorm
+        )
+
+
+def check_taps(taps: tuple[int, ...], depth: int, name: str = "taps") -> None:
+    """Refuse blocks that the four levels cannot be read after.
+
+    Raises:
+        ValueError: there are not four, in order, the last block the last of them.
+    """
+    if len(taps) != 4 or list(taps) != sorted({*taps}) or taps[0] < 1 or taps[-1] != depth:
+        raise ValueError(
+            f"{name}={list(taps)} are not four of the blocks 1 to {depth} in order, the last being "
+            f"{depth}; give them, counted from 1"
+        )
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Refuse sizes below 1.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} is below 1; give a positive size")
+
+
+def only_pruning(schedule: Schedule | None) -> PruneSchedule | None:
+    """The schedule of a dense model, whose tokens leave.
+
+    Raises:
+        UnsupportedError: they merge, or stay in the sequence as zeros.
+    """
+    pruning = refuse_merging(
+        "a dense head needs the place of every token, and a merged one has none", schedule
+    )
+    if pruning is not None and pruning.alignment == "masked":
+        raise UnsupportedError(
+            "alignment='masked' keeps every token in its place, so there is nothing for a dense "
+            "head to restore; use alignment='gap', 'constant' or 'none'"
+        )
+    return pruning
