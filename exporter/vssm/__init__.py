@@ -37,6 +37,7 @@ _PUBLIC = {
     "preprocess": "vssm.artifact.preprocessing",
     "prune": "vssm.compat.prune",
     "record_backends": "vssm.ops.record",
+    "segment": "vssm.evaluation.segment",
     "visualize": "vssm.studies.visualize",
 }
 _PACKAGES = {"compat": "vssm.compat"}
