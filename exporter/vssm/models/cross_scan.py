@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vssm.models.base import BlockCost
-from vssm.models.layers import Conv2d, LayerNorm, initial_a_log, wide
+from vssm.models.layers import Conv2d, LayerNorm, initial_a_log, to_dtype, wide
 from vssm.ops import operators as ops
 
 WALKS: Final = ("rows", "columns", "rows_back", "columns_back")
@@ -113,13 +113,13 @@ class CrossScanMixer(nn.Module):
         """Mixed tokens (batch, seqlen, d_model) of x, the row-major map that is walked over."""
         inner, grid = self.config.d_inner, walks.grid
         dtype = self.in_proj.weight.dtype
-        x = x.to(dtype)
+        x = to_dtype(x, dtype)
         # Channel-major for the convolution: weight @ x^T, which needs no transpose of its result.
         u = (self.in_proj.weight[:inner] @ x.transpose(1, 2)).reshape(-1, inner, *grid)
         # In bfloat16 the convolution is a float32 island: back to the projections' dtype.
-        u = functional.silu(self.conv2d(u).to(dtype))
+        u = functional.silu(to_dtype(self.conv2d(u), dtype))
         u = u.permute(0, 2, 3, 1).reshape(-1, math.prod(grid), 1, inner)
-        y = self.out_norm(self._scan(u, walks)).to(dtype)
+        y = to_dtype(self.out_norm(self._scan(u, walks)), dtype)
         if self.config.gate:
             # Behind out_norm, so that the gate cannot go into the scan node as Vim's does.
             y = y * functional.silu(functional.linear(x, self.in_proj.weight[inner:]))

@@ -24,7 +24,16 @@ from vssm.models.base import (
     refuse_schedule,
 )
 from vssm.models.cross_scan import WALKS, CrossScanConfig, CrossScanMixer, MapWalks
-from vssm.models.layers import BatchNorm2d, Conv2d, LayerNorm, Linear, to_map, to_tokens, wide
+from vssm.models.layers import (
+    BatchNorm2d,
+    Conv2d,
+    LayerNorm,
+    Linear,
+    to_dtype,
+    to_map,
+    to_tokens,
+    wide,
+)
 from vssm.pruning.schedule import Schedule
 
 GROUPS: Final = 4
@@ -174,7 +183,7 @@ class GroupMixer(nn.Module):
         # From the normed input, before it is cast to half for the mixers.
         gate = torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean(1, keepdim=True)))))
         gate = wide(gate) * wide(self.skip_scale)
-        quarters = x.to(self.proj.weight.dtype).chunk(GROUPS, dim=2)
+        quarters = to_dtype(x, self.proj.weight.dtype).chunk(GROUPS, dim=2)
         mixed = [
             self.get_submodule(f"mamba_g{group + 1}")(quarter, walks[group])
             for group, quarter in enumerate(quarters)
@@ -209,10 +218,10 @@ class ConvMlp(nn.Module):
         if self.dwconv is None:
             return wide(self.fc2(functional.gelu(self.fc1(x))))
         dtype = self.fc1.weight.dtype
-        h = self.fc1.weight @ x.to(dtype).transpose(1, 2) + self.fc1.bias[:, None]
+        h = self.fc1.weight @ to_dtype(x, dtype).transpose(1, 2) + self.fc1.bias[:, None]
         # In bfloat16 the convolution is a float32 island; its result
         # comes back to the linears' dtype.
-        h = self.dwconv.dwconv(h.reshape(-1, h.shape[1], *grid)).to(dtype)
+        h = to_dtype(self.dwconv.dwconv(h.reshape(-1, h.shape[1], *grid)), dtype)
         h = functional.gelu(h).flatten(2)
         return wide((self.fc2.weight @ h + self.fc2.bias[:, None]).transpose(1, 2))
 

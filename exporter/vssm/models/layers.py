@@ -14,10 +14,15 @@ from vssm.errors import CheckpointError
 _MAX_SIDE = 512  # images of 8,192 pixels in patches of 16
 
 
+def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`; nothing at all where it has it, as a trace would hold every call of `to`."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def wide(x: Tensor) -> Tensor:
     """`x` in float32, or as it is where it is wider."""
-    # Promoted, not cast to float32: a model in float64 is the oracle and must stay float64.
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    # Not cast to float32 always: a model in float64 is the oracle and must stay float64.
+    return x if x.dtype == torch.float64 else to_dtype(x, torch.float32)
 
 
 class RMSNorm(nn.Module):
@@ -55,7 +60,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
         """(..., in_features) to (..., out_features) in the weight's dtype."""
-        return super().forward(input.to(self.weight.dtype))
+        return super().forward(to_dtype(input, self.weight.dtype))
 
 
 class Conv2d(nn.Conv2d):
@@ -63,7 +68,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d has
         """(batch, in_channels, height, width) to (batch, out_channels, ...)."""
-        return super().forward(input.to(self.weight.dtype))
+        return super().forward(to_dtype(input, self.weight.dtype))
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from vssm.models.layers import (
     initial_dt_proj,
     over_grid,
     resize_grid,
+    to_dtype,
     wide,
 )
 from vssm.ops import operators as ops
@@ -307,8 +308,8 @@ class PlainMambaMixer(nn.Module):
     def _convolve(self, x: Tensor, tokens: Tokens) -> Tensor:
         """The convolution of x (batch, seqlen, d_inner) over the grid, at every position of it."""
         # The convolution needs every neighbour of the grid; pruned ones are zeros.
-        positions = tokens.to_positions(x).to(self.conv2d.weight.dtype)
-        return over_grid(positions, self.config.grid, self.conv2d).to(x.dtype)
+        positions = to_dtype(tokens.to_positions(x), self.conv2d.weight.dtype)
+        return to_dtype(over_grid(positions, self.config.grid, self.conv2d), x.dtype)
 
     def _operands(self, convolved: Tensor, tokens: Tokens) -> _Operands:
         """The scan's inputs from the convolution (batch, full_seqlen, d_inner)."""
@@ -419,7 +420,7 @@ class PlainMambaBlock(nn.Module):
         self, x: Tensor, tokens: Tokens, rule: ScoreRule | None
     ) -> tuple[Tensor, Tensor | None]:
         """The stream (batch, seqlen, d_model) after this block, and the score or None."""
-        normed = self.norm(x).to(self.mamba.in_proj.weight.dtype)
+        normed = to_dtype(self.norm(x), self.mamba.in_proj.weight.dtype)
         mixed, score = self.mamba(normed, tokens, rule)
         x = x + mixed
         # In place of the stream, not added to it: the official block
@@ -464,7 +465,7 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (batch, d_model) to logits (batch, num_classes), float32 or wider."""
-        return wide(self.fc(features.to(self.fc.weight.dtype)))
+        return wide(self.fc(to_dtype(features, self.fc.weight.dtype)))
 
 
 See = Callable[[int, Tensor, Tokens], None]

@@ -18,7 +18,15 @@ from torch.nn import functional
 
 from vssm.errors import CheckpointError, UnsupportedError
 from vssm.models.base import BlockCost, ForwardDetails, ImageSized, VisionModel, details
-from vssm.models.layers import LayerNorm, RMSNorm, initial_a_log, initial_dt_proj, resize_grid, wide
+from vssm.models.layers import (
+    LayerNorm,
+    RMSNorm,
+    initial_a_log,
+    initial_dt_proj,
+    resize_grid,
+    to_dtype,
+    wide,
+)
 from vssm.ops import operators as ops
 from vssm.pruning.merge import MetricRule, merge, metric_rule
 from vssm.pruning.schedule import (
@@ -206,7 +214,7 @@ def rotate(x: Tensor, tables: RopeTables, tokens: Tokens) -> Tensor:
     # By original position, so that pruning does not turn the tokens that are left differently.
     index = tokens.position.long()
     turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(2)
-    return (x * cos[index] + turned * sin[index]).to(x.dtype)
+    return to_dtype(x * cos[index] + turned * sin[index], x.dtype)
 
 
 @dataclass(frozen=True)
@@ -373,7 +381,7 @@ class VimMixer(nn.Module):
             x = x.new_zeros(*x.shape[:2], tokens.full_seqlen).scatter(2, index, x)
         dtype = x.dtype
         # Two-dimensional with height 1: runtimes have faster depthwise kernels for it.
-        x = x[:, :, None].to(self.conv1d.weight.dtype)
+        x = to_dtype(x[:, :, None], self.conv1d.weight.dtype)
         pad = self.config.d_conv - 1
         outputs = []
         for suffix in self._branches():
@@ -385,7 +393,7 @@ class VimMixer(nn.Module):
                 functional.conv2d(padded, weight[:, :, None], conv.bias, groups=self.config.d_inner)
             )
         # Back to the projections' dtype: in bfloat16 the convolution is a float32 island.
-        y = functional.silu(torch.cat(outputs, dim=1).to(dtype))
+        y = functional.silu(to_dtype(torch.cat(outputs, dim=1), dtype))
         y = y.reshape(y.shape[0], len(outputs), self.config.d_inner, y.shape[-1])
         return y if index is None else y.gather(3, index[:, None].expand(-1, len(outputs), -1, -1))
 
@@ -501,7 +509,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(batch, 3, height, width) to (batch, patches, d_model)."""
-        return wide(self.proj(images.to(self.proj.weight.dtype))).flatten(2).transpose(1, 2)
+        return wide(self.proj(to_dtype(images, self.proj.weight.dtype))).flatten(2).transpose(1, 2)
 
 
 class VimBlock(nn.Module):
@@ -523,7 +531,7 @@ class VimBlock(nn.Module):
         # The first block gets no mixer output; its residual is the embedding itself.
         if hidden is not None:
             residual = residual + hidden
-        normed = self.norm(residual).to(self.mixer.in_proj.weight.dtype)
+        normed = to_dtype(self.norm(residual), self.mixer.in_proj.weight.dtype)
         hidden, score = self.mixer(normed, tokens, rule)
         return hidden, residual, score
 
@@ -756,7 +764,7 @@ class Vim(VisionModel):
         )
 
     def _classify(self, features: Tensor) -> Tensor:
-        return wide(self.head(features.to(self.head.weight.dtype)))
+        return wide(self.head(to_dtype(features, self.head.weight.dtype)))
 
     def _class_tokens(self, x: Tensor, tokens: Tokens) -> Tensor:
         """The class tokens' rows (batch, 1 or 2, d_model), wherever pruning has put them."""
