@@ -15,33 +15,21 @@ import onnx_ir as ir
 import torch
 from onnx import inliner
 from onnx_ir.passes import common
-from onnxscript import optimizer, values
+from onnxscript import values
 from torch import nn
 from torch.export import ExportedProgram
 
 from vssm._version import __version__
 from vssm.artifact.directory import EXTERNAL_FILE, INLINED_FILE, MODEL_FILE
 from vssm.onnx.bodies import build_functions
+from vssm.onnx.decompose import decompose_in_place
 from vssm.onnx.describe import used_operators
+from vssm.onnx.fold import fold_weights
 from vssm.onnx.names import name_graph, name_weights
 from vssm.onnx.schemas import register_schemas
 from vssm.ops import operators as ops
 from vssm.ops.spec import DOMAIN, OPERATOR_VERSION, OPERATORS, PLUGIN_ATTRIBUTES, OperatorSpec
 from vssm.types import Steps
-
-# Weights are folded whatever their size: -exp(A_log), stacked and flipped weights are constants.
-_NO_LIMIT = 2**62
-
-
-def fold_weights(model: ir.Model) -> None:
-    """Compute everything that depends on weights alone, then drop what nothing reads."""
-    optimizer.optimize_ir(model)
-    optimizer.fold_constants(
-        model, onnx_shape_inference=False, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT
-    )
-    optimizer.remove_unused_nodes(model)
-    common.RemoveUnusedFunctionsPass()(model)
-    common.RemoveUnusedOpsetsPass()(model)
 
 
 def name_outputs(model: ir.Model, names: Sequence[str], *, public: int) -> None:
@@ -181,6 +169,7 @@ def _translate(program: ExportedProgram, opset: int, progress: Steps) -> ir.Mode
     }
     translations[torch.ops.aten.sort.stable] = _stable_sort(opset)  # torch itself has none
 
+    decompose_in_place(program)
     with torch.no_grad(), quiet():
         exported = torch.onnx.export(
             program,

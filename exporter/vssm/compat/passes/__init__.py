@@ -7,11 +7,12 @@ from typing import Final
 
 from torch.export import ExportedProgram
 
-from vssm.compat.passes.graph import PassReport, Rewriter, rename_outputs, run_pass
+from vssm.compat.passes.graph import PassReport, Rewriter, run_pass
 from vssm.compat.passes.layouts import move_layouts
 from vssm.compat.passes.merge import absorb_orders, fold_scales, merge_scans
 from vssm.compat.passes.tidy import drop_copies, one_form, share, unfold_projections, unpack
 from vssm.compat.passes.walks import follow_walks
+from vssm.onnx.decompose import rename_outputs
 
 PASSES: Final[tuple[tuple[str, Callable[[Rewriter], None]], ...]] = (
     # Copies and synonyms first: every later pass looks for exact neighbours in one spelling.

@@ -226,14 +226,5 @@ def scan_call(rewriter: Rewriter, before: Node, target: Any, named: dict[str, An
     return rewriter.emit(before, target, *(named[name] for name in names))
 
 
-def rename_outputs(program: ExportedProgram) -> None:
-    """Let the signature name the nodes that now are the outputs."""
-    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
-    values = [v for v in output.args[0] if isinstance(v, Node)]
-    specs = [s for s in program.graph_signature.output_specs if hasattr(s.arg, "name")]
-    for spec, value in zip(specs, values, strict=True):
-        spec.arg.name = value.name
-
-
 def _mode_of(graph: Graph) -> Any:
     return next(n.meta["val"].fake_mode for n in graph.nodes if is_tensor(n))

@@ -17,8 +17,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
-from vssm.compat.passes.graph import SCANS, rename_outputs
+from vssm.compat.passes.graph import SCANS
 from vssm.errors import UnsupportedError
+from vssm.onnx.decompose import rename_outputs
 
 _GRADIENTS: Final[Any] = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST: Final[Any] = torch.ops.higher_order.wrap_with_autocast

@@ -1,0 +1,153 @@
+"""Operators that no translation knows, written with others where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+_Table = Mapping[Any, Callable[..., Any]]
+_ATEN: Final = torch.ops.aten
+_NUMBER: Final = _ATEN.sym_numel.default
+_VIEWS: Final = (_ATEN.view.default, _ATEN._unsafe_view.default)
+_COMPOSITE: Final = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+def decompose_in_place(program: ExportedProgram) -> None:
+    """Have a program decompose single nodes when an exporter asks it to decompose itself.
+
+    torch's own way traces the whole program a second time, be it for one operator: that took 9 of
+    the 25 s of vim_tiny. It is still gone where a call writes to its operands or holds a graph.
+    """
+
+    def run(self: ExportedProgram, table: _Table) -> ExportedProgram:
+        graph = self.graph_module.graph
+        graph.eliminate_dead_code()
+        calls = [node for node in graph.nodes if node.op == "call_function"]
+        others = _Others(self, table)
+        found = [(node, others.of(node)) for node in calls if others.needs(node.target)]
+        known = [(node, inner) for node, inner in found if inner is not None]
+        if len(known) < len(found) or not all(_is_function(node) for node in calls):
+            traced: ExportedProgram = ExportedProgram.run_decompositions(self, dict(table))
+            return traced
+        for node, inner in known:
+            _put(node, inner)
+        rename_outputs(self)
+        self.graph_module.recompile()
+        return self
+
+    program.run_decompositions = MethodType(run, program)
+
+
+class _Others:
+    """What calls are, written with other operators; calls that are alike share it."""
+
+    def __init__(self, program: ExportedProgram, table: _Table) -> None:
+        self._table = dict(table)
+        self._known: dict[Any, GraphModule | None] = {}
+        # An operand more, an input of the program: the values of a call without tensors, such as
+        # eye, must be of the program's kind too.
+        nodes = program.graph.nodes
+        self._example = next(n.meta["val"] for n in nodes if n.op == "placeholder")
+        self._kept = set(torch.export.default_decompositions())
+
+    def needs(self, target: Any) -> bool:
+        """Whether an exporter has no translation of an operator and torch a decomposition."""
+        if target in self._table:
+            return True
+        # Composites that torch.export never keeps, such as reshape and to, no exporter knows.
+        return (
+            isinstance(target, torch._ops.OpOverload)
+            and target not in self._kept
+            and target.has_kernel_for_dispatch_key(_COMPOSITE)
+        )
+
+    def of(self, node: Node) -> GraphModule | None:
+        """A graph of the operands that are nodes; None if it would hold what exporters refuse."""
+        flat, layout = pytree.tree_flatten((node.args, node.kwargs))
+        key = (node.target, layout, *(_kind(value) for value in flat))
+        if key not in self._known:
+            self._known[key] = self._traced(node.target, flat, layout)
+        return self._known[key]
+
+    def _traced(self, target: Any, flat: list[Any], layout: Any) -> GraphModule | None:
+        places = [i for i, value in enumerate(flat) if isinstance(value, Node)]
+
+        def call(_: Tensor, *operands: Any) -> Any:
+            filled = dict(enumerate(flat)) | dict(zip(places, operands, strict=True))
+            args, kwargs = pytree.tree_unflatten(list(filled.values()), layout)
+            return self._table.get(target, target)(*args, **kwargs)
+
+        operands = [flat[i].meta["val"] for i in places]
+        traced = make_fx(call, decomposition_table=self._table, tracing_mode="symbolic")
+        with torch.no_grad():
+            inner: GraphModule = traced(self._example, *operands)
+        _leave_open(inner.graph)
+        unknown = any(n.op == "get_attr" or n.target is _NUMBER for n in inner.graph.nodes)
+        return None if unknown else inner
+
+
+def _leave_open(graph: Graph) -> None:
+    """Write the one size of a view that has to be computed as -1, which every runtime works out."""
+    for node in graph.nodes:
+        if node.target in _VIEWS:
+            source, sizes = node.args
+            if sum(isinstance(size, Node) for size in sizes) == 1:
+                node.args = (source, [-1 if isinstance(size, Node) else size for size in sizes])
+    graph.eliminate_dead_code()
+
+
+def _kind(value: Any) -> str:
+    """What of an argument a decomposition depends on."""
+    if not isinstance(value, Node):
+        return repr(value)
+    held = value.meta["val"]
+    tensor = isinstance(held, Tensor)
+    return str((held.dtype, held.shape, held.stride()) if tensor else held)
+
+
+def rename_outputs(program: ExportedProgram) -> None:
+    """Let the signature name the nodes that now are the outputs."""
+    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
+    values = [v for v in output.args[0] if isinstance(v, Node)]
+    specs = [s for s in program.graph_signature.output_specs if hasattr(s.arg, "name")]
+    for spec, value in zip(specs, values, strict=True):
+        spec.arg.name = value.name
+
+
+def _is_function(node: Node) -> bool:
+    """Whether a call reads values and returns others, no more."""
+    schema = getattr(node.target, "_schema", None)
+    inner = isinstance(node.target, torch._ops.HigherOrderOperator)
+    return not inner and not (schema is not None and schema.is_mutable)
+
+
+def _put(node: Node, inner: GraphModule) -> None:
+    """Replace a call by the nodes of a graph."""
+    graph = node.graph
+    flat = [v for v in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(v, Node)]
+    placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+    known: dict[Node, Any] = dict(zip(placeholders[1:], flat, strict=True))
+    result: Any = None
+    with graph.inserting_before(node):
+        for each in inner.graph.nodes:
+            if each.op == "call_function":
+                known[each] = graph.node_copy(each, known.__getitem__)
+                # The file names a node after the module that ran it.
+                known[each].meta = {**node.meta, "val": each.meta["val"]}
+            elif each.op == "output":
+                result = torch.fx.map_arg(each.args[0], known.__getitem__)
+    if isinstance(result, Node):
+        node.replace_all_uses_with(result)
+    else:
+        for part in list(node.users):  # a call of several results is read by getitem alone
+            part.replace_all_uses_with(result[part.args[1]])
+            graph.erase_node(part)
+    graph.erase_node(node)

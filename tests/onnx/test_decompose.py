@@ -1,0 +1,101 @@
+"""Operators without a translation: written with others where they stand, or by a second trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from exports import micro, micro_plain
+from hierarchical_cases import small
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from vssm.models.base import VisionModel
+from vssm.onnx.export import build_proto
+from vssm.onnx.program import program_to_proto
+
+
+class Calls(nn.Module):
+    """One function of images (batch, 3, 4, 6), as a model."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+def in_place(x: Tensor) -> Tensor:
+    y = x * 2
+    y[:, 0] += x[:, 1]
+    return y
+
+
+def many_results(x: Tensor) -> Tensor:
+    a, b, c = x.chunk(3, dim=1)
+    d, e = x.split([1, 2], dim=1)
+    return torch.cat([a - b, c * d, e.movedim(1, 2).swapaxes(1, 2)], dim=1)
+
+
+def constant(x: Tensor) -> Tensor:
+    return x + torch.tensor([1.0, 2.0, 3.0]).square().view(3, 1, 1)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "no translation": lambda x: 2 - x.square(),
+    "no tensor in it": lambda x: x @ torch.eye(6),
+    "an open size": lambda x: x.transpose(1, 2).reshape(-1, 6).reshape(-1, 4, 3, 6),
+    "axes made one": lambda x: x.flatten(0, 1).unflatten(0, (-1, 3)).narrow(3, 1, 4),
+    "by the batch": lambda x: x.transpose(0, 1).reshape(3, x.shape[0] * 4, 6).sum(0),
+    "several results": many_results,
+    "types": lambda x: (x.to(torch.float64).to(torch.float64) / 3).type_as(x).contiguous(),
+    "a constant": constant,
+    "in place": in_place,
+    "an output that is an input": lambda x: x.to(torch.float32).reshape(x.shape),
+}
+
+
+@pytest.fixture
+def second_traces(monkeypatch: pytest.MonkeyPatch) -> list[ExportedProgram]:
+    """Programs that were traced a second time."""
+    seen: list[ExportedProgram] = []
+    run = ExportedProgram.run_decompositions
+
+    def noting(self: ExportedProgram, *args: Any, **options: Any) -> ExportedProgram:
+        seen.append(self)
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", noting)
+    return seen
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_file_computes_the_function(name: str, second_traces: list[ExportedProgram]) -> None:
+    model = Calls(FUNCTIONS[name]).eval()
+    shapes = {"images": {0: Dim("batch")}}
+    program = torch.export.export(model, (torch.zeros(2, 3, 4, 6),), dynamic_shapes=shapes)
+    proto = program_to_proto(program, 18, inputs=["images"], names=["y"], public=1)
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    rng = np.random.default_rng(7)
+    for batch in (1, 5):
+        images = rng.normal(size=(batch, 3, 4, 6)).astype(np.float32)
+        wanted = model(torch.from_numpy(images)).numpy()
+        np.testing.assert_allclose(session.run(None, {"images": images})[0], wanted, 1e-6, 1e-6)
+    assert bool(second_traces) == (name in {"a constant", "in place"})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [micro, micro_plain, lambda: small("vmamba_tiny_s1l8"), lambda: small("groupmamba_tiny")],
+    ids=["vim", "plain_mamba", "vmamba", "groupmamba"],
+)
+def test_no_model_is_traced_twice(
+    make: Callable[[], VisionModel], second_traces: list[ExportedProgram]
+) -> None:
+    build_proto(make(), dtype="float32", opset=18)
+    assert not second_traces
