@@ -159,6 +159,8 @@ def test_schedules_that_do_not_fit_are_refused() -> None:
         vssm.prune(_theirs(), vssm.PruneSchedule({4: 0.5}), x)
     with pytest.raises(UnsupportedError, match="PlainMamba's choice"):
         vssm.prune(_theirs(), _schedule(step_parameters="full"), x)
+    with pytest.raises(UnsupportedError, match=r"merging needs to know .* its class token"):
+        vssm.prune(_theirs(), vssm.MergeSchedule(3), x)
     with pytest.raises(UnsupportedError, match="backward scan"):
         vssm.prune(_theirs(bimamba="none"), _schedule(score_direction="backward"), x)
     pruned = vssm.prune(_theirs(), _schedule(), x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,7 @@ def test_graph_has_static_shapes_and_no_control_flow(merged: Artifact) -> None:
         assert all("batch" in size for size in sizes), (value.name, sizes)
 
 
+@pytest.mark.slow
 def test_half_precision_chooses_in_float32(tmp_path: Path) -> None:
     artifact = exported(tmp_path, micro(SCHEDULE), dtype="float16")
     graph = onnx.load(artifact.model_path).graph
@@ -117,6 +119,27 @@ def test_model_json_has_the_schedule(merged: Artifact, both: Artifact) -> None:
     assert schedule_of(open_artifact(both.directory)) == BOTH
     assert both.manifest.tokens == "1:0.7 gap; 5 merged after 2, gap"
     assert manifest_from_json(manifest_to_json(both.manifest)) == both.manifest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks": [1]}, r"merge\.num_keep"),
+        ({"blocks": [2, 1]}, r"merge\.blocks: merges follow"),
+        ({"num_keep": [20, 32]}, r"merge\.num_keep: .* each takes tokens away"),
+        ({"r": -1}, r"merge\.r"),
+        ({"order": "yes"}, r"merge\.order"),
+        ({"final_tokens": 0}, r"merge\.final_tokens"),
+    ],
+    ids=str,
+)
+def test_damaged_fields_are_refused_by_name(
+    merged: Artifact, changes: dict[str, object], message: str
+) -> None:
+    document = json.loads(manifest_to_json(merged.manifest))
+    document["merge"] |= changes
+    with pytest.raises(ValueError, match=message):
+        manifest_from_json(json.dumps(document))
 
 
 def test_sessions_in_torch_have_the_same_outputs(merged: Artifact) -> None:

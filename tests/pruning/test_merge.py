@@ -16,15 +16,11 @@ from vssm.models.cost import count
 from vssm.models.vim import Vim, VimConfig
 from vssm.ops import reference
 from vssm.pruning.schedule import TokenLayout, plan_stages
-from vssm.training.request import ModelSource
+from vssm.training.recipe import Recipe
+from vssm.training.request import FinetuneRequest, ModelSource
 
 VIM = TokenLayout(seqlen=197, cls_index=98, keep_odd=True)
 MICRO_CASES = manifest("micro_r_meeto")["cases"]
-WHOLE_CASES = {
-    "vim_tiny_r5": ("vim_tiny", MergeSchedule(5)),
-    "vim_tiny_r5_as_released": ("vim_tiny", MergeSchedule(5, final_tokens=76)),
-    "vim_small_r11": ("vim_small", MergeSchedule(11)),
-}
 
 
 def _official(case: dict) -> MergeSchedule:
@@ -81,11 +77,10 @@ def test_official_switches(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", WHOLE_CASES)
-def test_official_models(case):
-    name, schedule = WHOLE_CASES[case]
+def test_official_model():
     x = torch.from_numpy(fill.make_input((2, 3, 224, 224), key="input_r_meeto")).double()
-    _assert_as_fixture(filled_model(name, schedule=schedule), x, _arrays("r_meeto", case))
+    model = filled_model("vim_tiny", schedule=MergeSchedule(5))
+    _assert_as_fixture(model, x, _arrays("r_meeto", "vim_tiny_r5"))
 
 
 def test_float32_agrees_with_float64():
@@ -361,6 +356,14 @@ def test_what_the_command_line_means():
     assert ModelSource("vim_tiny", **asked).checked() == MergeSchedule(
         5, class_token="true", alignment="gap", prune=PruneSchedule({9: 0.8})
     )
+
+
+def test_a_merged_model_can_be_distilled(tmp_path):
+    source = ModelSource("vim_tiny", tmp_path / "w.pth", merge="5")
+    recipe = Recipe(distil=0.5)
+    FinetuneRequest(source, tmp_path, tmp_path, recipe)  # the teacher is the dense model
+    with pytest.raises(ValueError, match="needs a schedule and a checkpoint"):
+        FinetuneRequest(ModelSource("vim_tiny", merge="5"), tmp_path, tmp_path, recipe)
 
 
 @pytest.mark.parametrize(

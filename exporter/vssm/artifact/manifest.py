@@ -348,6 +348,11 @@ def _schedule(node: Node) -> ScheduleInfo:
 def _merge(node: Node) -> MergeInfo:
     blocks = tuple(n.integer(1) for n in node.at("blocks").items())
     num_keep = tuple(n.integer(1) for n in node.at("num_keep").items(exactly=len(blocks)))
+    for name, found in (("blocks", blocks), ("num_keep", num_keep[::-1])):
+        if list(found) != sorted(set(found)):
+            raise FieldError(
+                f"{node.path}.{name}: merges follow one another and each takes tokens away"
+            )
     return MergeInfo(
         blocks=blocks,
         num_keep=num_keep,

@@ -15,7 +15,14 @@ from vssm.errors import UnsupportedError, reason
 from vssm.models.base import ForwardDetails, details
 from vssm.models.vim import VimMixer, VimMixerConfig
 from vssm.ops.ambient import known_state
-from vssm.pruning.schedule import PruneSchedule, Stage, TokenLayout, plan_stages
+from vssm.pruning.schedule import (
+    MergeSchedule,
+    PruneSchedule,
+    Schedule,
+    Stage,
+    TokenLayout,
+    plan_stages,
+)
 from vssm.pruning.select import StageResult, Tokens, score_rule
 from vssm.pruning.select import prune as prune_stage
 from vssm.pruning.walks import LineWalks
@@ -303,7 +310,7 @@ _SAME: Final = 1e-4
 @known_state()
 def prune(
     model: nn.Module,
-    schedule: PruneSchedule,
+    schedule: Schedule,
     example_input: Tensor,
     *,
     blocks: str = "layers",
@@ -332,6 +339,12 @@ def prune(
             applied to it.
         ValueError: a block of the schedule, or `cls_index`, lies outside the model.
     """
+    if isinstance(schedule, MergeSchedule):
+        raise UnsupportedError(
+            f"schedule={schedule.describe()!r}: merging needs to know what a model does with its "
+            "class token from block to block, and of yours nothing is known; prune with a "
+            "PruneSchedule, or merge the tokens of a vim_* model"
+        )
     if schedule.step_parameters != "rank":
         raise UnsupportedError(
             f"step_parameters={schedule.step_parameters!r} is PlainMamba's choice; leave it out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,9 +62,17 @@ def rename_inputs(model: ir.Model, names: Sequence[str], batch: str | None) -> N
     for node in model.graph:
         for value in node.outputs:
             if value.shape is not None:
-                value.shape = ir.Shape([batch if str(d) in symbols else d for d in value.shape])
+                value.shape = ir.Shape([_renamed(d, symbols, batch) for d in value.shape])
     for value in model.graph.inputs:
         value.shape = ir.Shape([batch, *(value.shape or ())[1:]])
+
+
+def _renamed(size: Any, symbols: set[str], name: str) -> Any:
+    """A size in which the symbols are called `name`, such as 37*batch."""
+    if isinstance(size, int):
+        return size
+    words = re.split(r"(\w+)", str(size))
+    return "".join(name if word in symbols else word for word in words)
 
 
 BATCH: Final = "batch"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vssm.pruning.schedule import MergeStage
 from vssm.pruning.select import StageResult, Tokens
@@ -77,11 +78,11 @@ def merge(
     """
     sources, destinations = _candidates(stage, tokens)
     similarity = _similarity(stage, metric.detach(), sources, destinations)
-    ranked, best = _partners(stage, similarity)
+    ranked, column = _partners(stage, similarity)
     count = stage.seqlen - stage.num_keep
-    pairs = torch.stack(
-        [_pick(sources, ranked[:, :count]), _pick(destinations, best[:, :count])], dim=-1
-    )
+    leaving = ranked[:, :count]
+    joined_by = [_pick(sources, leaving), _pick(destinations, column.gather(1, leaving))]
+    pairs = torch.stack(joined_by, dim=-1)
     size = tokens.size
     if size is None:
         size = torch.ones_like(streams[-1][..., 0], dtype=_wide(streams[-1].dtype))
@@ -95,7 +96,7 @@ def merge(
     for x in streams:
         weighed = x.to(size.dtype) * size[..., None]
         rows.append(_rows((_joined(stage, weighed, pairs) / joined).to(x.dtype), index))
-    position = tokens.position.expand(index.shape[0], -1).gather(1, index)
+    position = _pick(tokens.position, index)
     left = joined[..., 0].gather(1, index)
     after = replace(
         tokens, position=position, size=left, steps=_steps(stage, tokens, position, left)
@@ -132,7 +133,7 @@ def _similarity(stage: MergeStage, metric: Tensor, sources: Tensor, destinations
 
 
 def _partners(stage: MergeStage, similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of `similarity` (batch, n), most similar first, and the column that each would join.
+    """Rows of `similarity` (batch, n), most similar first, and the column that each row would join.
 
     Of equals the lower index comes first.
     """
@@ -142,14 +143,13 @@ def _partners(stage: MergeStage, similarity: Tensor) -> tuple[Tensor, Tensor]:
         nth = stage.schedule.choose - 1
         values, columns = similarity.sort(dim=-1, descending=True, stable=True)
         value, column = values[..., nth], columns[..., nth]
-    ranked = value.sort(dim=1, descending=True, stable=True).indices
-    return ranked, column.gather(1, ranked)
+    return value.sort(dim=1, descending=True, stable=True).indices, column
 
 
 def _joined(stage: MergeStage, x: Tensor, pairs: Tensor) -> Tensor:
     """Rows x (batch, seqlen, width), each second of a pair with all that join it."""
     mode = stage.schedule.mode
-    source, destination = pairs.unbind(-1)
+    source, destination = pairs[..., 0], pairs[..., 1]
     if mode == "drop":
         return x
     joining = _rows(x, source)
@@ -169,14 +169,12 @@ def _in_order(stage: MergeStage, source: Tensor) -> Tensor:
     """Indices (batch, num_keep) of the tokens that are left, in their order."""
     every = torch.arange(stage.seqlen, device=source.device, dtype=torch.float32)
     # Exact numbers, all different, those of the leaving tokens beyond the others: no ties.
+    place, moves = stage.cls_index, stage.next_cls_index is not None
+    if place is not None and moves:  # it is taken out, to be put back in the published place
+        every = every.masked_fill(every == place, 2 * stage.seqlen)
     key = every + stage.seqlen * _one_hot(stage, source, torch.float32).sum(-1)
-    place = stage.cls_index
-    if place is None or stage.next_cls_index is None:
-        return key.topk(stage.num_keep, largest=False).indices
-    # The class token is taken out, to be put back in the published place.
-    key = torch.cat([key[:, :place], key[:, place + 1 :]], dim=1)
-    index = key.topk(stage.num_keep - 1, largest=False).indices
-    return _with_class(stage, index + (index >= place).long())
+    index = key.topk(stage.num_keep - moves, largest=False).indices
+    return _with_class(stage, index)
 
 
 def _with_class(stage: MergeStage, index: Tensor) -> Tensor:
@@ -201,14 +199,16 @@ def _steps(stage: MergeStage, tokens: Tokens, position: Tensor, size: Tensor) ->
 
 def _pick(index: Tensor, chosen: Tensor) -> Tensor:
     """`index` (1 or batch, n) at `chosen` (batch, k)."""
-    return index.expand(chosen.shape[0], -1).gather(1, chosen)
+    return index[0][chosen] if index.shape[0] == 1 else index.gather(1, chosen)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows (batch, n, width) of x (batch, seqlen, width) at `index` (1 or batch, n)."""
     if index.shape[0] == 1:  # the same for every image
         return x.index_select(1, index[0])
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+    image = torch.arange(x.shape[0], device=x.device)[:, None]
+    # An embedding is what ONNX's Gather is: whole rows are copied, for all images at once.
+    return functional.embedding(index + image * x.shape[1], x.reshape(-1, x.shape[2]))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
