@@ -6,7 +6,9 @@ Every variant of a shape runs in turn, two samples each a round, so ratios withi
 the machine drifts: the first sample finds the caches as the variant before left them ("cold"), the
 second its own inputs in them ("warm", what the median, the percentiles and the floor's multiple are
 of). The floor is the scan's exponentials at the exp2 rate of one thread with the kernel's own code
-for that instruction set: the median of samples taken in the same rounds, so at the same clock.
+for that instruction set: the median of samples taken in the same rounds, so at the same clock. Of a
+Mamba-2 scan, which has one decay for all states, it is the three multiplications of a state and
+step at the rate of the vector units.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from vssm.errors import RuntimeUnavailableError
 from vssm.files.atomic import atomic_write_bytes
 from vssm.onnx.bodies import build_functions
 from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES
-from vssm.runtimes.library import ISA_NAMES, exp2_rate, find_library
+from vssm.runtimes.library import ISA_NAMES, exp2_rate, find_library, product_rate
 from vssm.runtimes.ort import cpu_name
 
 _ISA = "VSSM_CPU_ISA"  # read by the library at every run
@@ -46,17 +48,23 @@ class Shape:
     directions: int = 2
     shared: str = ""  # the inputs of one direction for all: of u, delta, A, B, C, D
     separate: bool = False
+    headdim: int = 0  # channels that share A, one for all states, and step sizes; 0: Mamba-1
 
     def axis(self, operand: str) -> int:
         """Size of an operand's direction axis."""
         return 1 if operand in self.shared.split() else self.directions
 
     @property
-    def exps(self) -> int:
-        """Evaluations of exp, those that directions may share counted once."""
-        alone = self.separate or max(self.axis("delta"), self.axis("A")) > 1
+    def work(self) -> int:
+        """Evaluations of exp, those that directions may share counted once; or products."""
+        alone = self.separate or self.headdim or max(self.axis("delta"), self.axis("A")) > 1
         scans = self.directions if alone else 1
-        return self.batch * scans * self.seqlen * self.d_inner * self.d_state
+        states = self.batch * scans * self.seqlen * self.d_inner * self.d_state
+        return 3 * states if self.headdim else states
+
+    def rate(self, isa: str) -> float:
+        """How many of these one thread can do in a second."""
+        return (product_rate if self.headdim else exp2_rate)(isa, seconds=0.0)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ SHAPES = (
     Shape("PlainMamba-L3, 4 nodes", 1, 196, 896, directions=4, shared=_PLAIN_MAMBA, separate=True),
     Shape("VMamba-T layer, stage 1", 1, 3136, 96, d_state=1, directions=4, shared="u"),
     Shape("VMamba layer, D 192", 1, 3136, 192, d_state=1, directions=4, shared="u"),
+    Shape("Mamba-2, 64 states", 1, 196, 768, d_state=64, directions=1, headdim=64),
+    Shape("Mamba-2, 128 states", 1, 196, 768, d_state=128, directions=1, headdim=64),
 )
 
 
@@ -140,7 +150,7 @@ def time_shape(shape: Shape, isas: list[str], threads: list[int], samples: int) 
     want = None
     for sample in range(samples + 1):
         for isa in isas:
-            rates[isa].append(exp2_rate(isa, seconds=0.0))
+            rates[isa].append(shape.rate(isa))
         for (isa, _), session, taken in zip(variants, sessions, times, strict=True):
             if isa in isas:
                 os.environ[_ISA] = isa
@@ -168,7 +178,7 @@ def _timing(
 ) -> Timing:
     cold, warm = taken.T
     median = float(np.median(warm))
-    floor = 1e3 * shape.exps / (float(np.median(rates)) * variant[1]) if rates else None
+    floor = 1e3 * shape.work / (float(np.median(rates)) * variant[1]) if rates else None
     return Timing(
         shape.name,
         *variant,
@@ -204,6 +214,10 @@ def scan_feeds(shape: Shape) -> dict[str, np.ndarray]:
         "order": orders[None],
         "gap": np.ones((1, k, seqlen), np.int32),
     }
+    if shape.headdim:
+        first = np.arange(inner) // shape.headdim * shape.headdim
+        feeds["A"] = np.ascontiguousarray(feeds["A"][:, first, :1])
+        feeds |= {n: np.ascontiguousarray(feeds[n][..., first]) for n in ("delta", "delta_bias")}
     if shape.separate:
         for i in range(k):
             feeds[f"B{i}"] = np.ascontiguousarray(feeds["B"][:, :, i : i + 1])

@@ -92,6 +92,10 @@ VSSM_API int vssm_token_gather_workspace(const char* op, const vssm_tensor* inpu
  * counts. Negative: this processor or this build lacks the instruction set. */
 VSSM_API double vssm_exp2_rate(const char* isa, double seconds);
 
+/* Multiplications per second of one thread, each with an addition: the floor of a scan with one
+ * decay for all states. Otherwise like vssm_exp2_rate. */
+VSSM_API double vssm_product_rate(const char* isa, double seconds);
+
 /* 1 where the CUDA kernels are in this library, 0 where it was built without; whether the machine
  * has a GPU is another question. */
 VSSM_API int vssm_has_cuda(void);

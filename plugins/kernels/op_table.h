@@ -68,7 +68,7 @@ constexpr std::array<OperandSpec, 3> kScanOutputs = {{{"y", "T", "batch,seqlen,d
 constexpr std::array<OperandSpec, kMaxOperands> scan_inputs(OperandSpec last = {}) {
   return {{{"u", "T", "batch,seqlen,Ku,d_inner"},
            {"delta", "T", "batch,seqlen,Kd,d_inner"},
-           {"A", "float32", "Ka,d_inner,d_state"},
+           {"A", "float32", "Ka,d_inner,1|d_state"},
            {"B", "T", "batch,seqlen,Kb,d_state"},
            {"C", "T", "batch,seqlen,Kc,d_state"},
            {"D", "float32", "Ks,d_inner"},

@@ -89,7 +89,8 @@ SelectiveScanShape read_shape(const SelectiveScanArgs& args) {
   shape.seqlen = args.u.dims[1];
   shape.directions = args.order.dims[1];
   shape.d_inner = args.u.dims[3];
-  shape.d_state = args.A.dims[2];
+  shape.d_state = args.B.dims[3];
+  shape.decays = args.A.dims[2];
   shape.Ku = args.u.dims[2];
   shape.Kd = args.delta.dims[2];
   shape.Ka = args.A.dims[0];
@@ -129,9 +130,9 @@ void check_sizes(const SelectiveScanArgs& args, const SelectiveScanShape& s, Rul
   rules->size("delta", "seqlen", args.delta.dims[1], s.seqlen);
   rules->size("delta", "d_inner", args.delta.dims[3], s.d_inner);
   rules->size("A", "d_inner", args.A.dims[1], s.d_inner);
+  rules->shared("A", "d_state", s.decays, s.d_state);
   rules->size("B", "batch", args.B.dims[0], s.batch);
   rules->size("B", "seqlen", args.B.dims[1], s.seqlen);
-  rules->size("B", "d_state", args.B.dims[3], s.d_state);
   rules->size("C", "batch", args.C.dims[0], s.batch);
   rules->size("C", "seqlen", args.C.dims[1], s.seqlen);
   rules->size("C", "d_state", args.C.dims[3], s.d_state);

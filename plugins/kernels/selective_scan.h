@@ -16,6 +16,9 @@ constexpr int64_t kMaxDState = 256;
 ///   h    = exp(span A[k]) h + dt B[b, s, k] u[b, q, k]
 ///   y[b, q] += scale (C[b, s, k] . h + D[k] u[b, q, k]);  at the end, if gated: y *= silu(z)
 ///
+/// A's last axis is d_state or 1: with 1, all states of a channel decay alike (Mamba-2), at one
+/// exponential a channel and step.
+///
 /// Contiguous, channels last; T is float32, float16 or bfloat16, and state, decay and sums are
 /// float32. Ku, Kd, Ka, Kb, Kc and Ks are each 1 (shared) or `directions`.
 /// Sources: Gu & Dao, arXiv:2312.00752, Algorithm 2; alignment: Zhan et al., arXiv:2409.18962.
@@ -23,7 +26,7 @@ struct SelectiveScanArgs {
   const char* name = "SelectiveScan";  // the operator's, for messages
   Operand u;                           // T (batch, seqlen, Ku, d_inner)
   Operand delta;                       // T (batch, seqlen, Kd, d_inner)
-  Operand A;                           // float32 (Ka, d_inner, d_state), negative
+  Operand A;                           // float32 (Ka, d_inner, 1 or d_state), negative
   Operand B;                           // T (batch, seqlen, Kb, d_state)
   Operand C;                           // T (batch, seqlen, Kc, d_state)
   Operand D;                           // float32 (Ks, d_inner)
@@ -44,7 +47,11 @@ struct SelectiveScanArgs {
 struct SelectiveScanShape {
   int64_t batch, seqlen, directions, d_inner, d_state;
   int64_t Ku, Kd, Ka, Kb, Kc, Ks;
+  int64_t decays;  // of a channel at a step, A's last axis: d_state, or 1
   bool order_per_image, gap_per_image;
+
+  /// Whether all states of a channel share one decay, where there are several.
+  bool one_decay() const { return decays == 1 && d_state > 1; }
 };
 
 /// The rules on attributes alone, for who knows no shapes yet.

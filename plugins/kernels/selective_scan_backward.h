@@ -32,7 +32,7 @@ struct SelectiveScanBackwardArgs {
   Operand dy;                    // float32 (batch, seqlen, d_inner)
   float* du = nullptr;           // (batch, seqlen, Ku, d_inner), overwritten, as are all others
   float* ddelta = nullptr;       // (batch, seqlen, Kd, d_inner)
-  float* dA = nullptr;           // (Ka, d_inner, d_state)
+  float* dA = nullptr;           // (Ka, d_inner, 1 or d_state)
   float* dB = nullptr;           // (batch, seqlen, Kb, d_state)
   float* dC = nullptr;           // (batch, seqlen, Kc, d_state)
   float* dD = nullptr;           // (Ks, d_inner)

@@ -15,7 +15,7 @@ from vssm.commands.tables import bench_tables
 from vssm.runtimes.session import RuntimeInfo, Session
 from vssm.types import Array
 
-RATES = MachineRates(exp2=1e9, macs={1: 1e10, 2: 2e10})
+RATES = MachineRates(exp2=1e9, products=1e9, macs={1: 1e10, 2: 2e10})
 MANIFEST = Manifest(
     name="fake",
     config={},
@@ -130,7 +130,9 @@ def test_the_machine_is_measured() -> None:
     rates = machine_rates([1])
     assert 1e7 < rates.exp2 < 1e12
     assert 1e8 < rates.macs[1] < 1e13
-    assert rates.scan_floor_ms(1000, 2, 1) == pytest.approx(2e6 / rates.exp2)
+    work = Contender("scans", fake()[0], 1000, 1, products=500)
+    expected = 2e6 / rates.exp2 + 1e6 / rates.products
+    assert rates.scan_floor_ms(work, 2, 1) == pytest.approx(expected)
 
 
 def test_a_gpu_has_rows_without_a_floor() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compat_cases import SlowPath, VimLike, built
+from compat_cases import Mamba2Like, SlowPath, VimLike, built
 from exports import exported, micro, micro_plain
 
 import vssm
@@ -21,15 +21,21 @@ from vssm.models.cost import count
 )
 def test_graph_and_model_agree(model: VisionModel, tmp_path: Path) -> None:
     work = count(model)
-    assert count_graph(exported(tmp_path, model).model_path) == (work.exps, work.gemm)
+    assert count_graph(exported(tmp_path, model).model_path) == (work.exps, work.gemm, 0)
 
 
 def test_linear_layers_of_a_module(tmp_path: Path) -> None:
     artifact = vssm.export_module(built(SlowPath), torch.randn(2, 9, 12), tmp_path / "out")
-    exps, gemm = count_graph(artifact.model_path)
-    assert exps == 9 * 24 * 4
+    exps, gemm, products = count_graph(artifact.model_path)
+    assert (exps, products) == (9 * 24 * 4, 0)
     linear = 9 * (12 * 48 + 24 * (2 + 8) + 2 * 24 + 24 * 12)
     assert gemm == linear + 9 * 24 * 4  # and the convolution of four taps
+
+
+def test_one_decay_for_all_states(tmp_path: Path) -> None:
+    artifact = vssm.export_module(built(Mamba2Like), torch.randn(2, 9, 12), tmp_path / "out")
+    exps, _, products = count_graph(artifact.model_path)
+    assert (exps, products) == (9 * 24, 3 * 9 * 24 * 5)
 
 
 def test_sizes_at_batch_one() -> None:

@@ -116,7 +116,9 @@ def test_tables_fit_a_terminal(
     row = Timing(
         "ort kernel, dense", 8, 2, 1234.56, 1300.1, 1200.0, 21, 1234.5, 123.45, 10.01, "", 1e-7
     )
-    report = BenchReport([row], MachineRates(1e9, {2: 1e9}), {"MatMul": 1.0}, None, {"cpu": "x"})
+    report = BenchReport(
+        [row], MachineRates(1e9, 1e9, {2: 1e9}), {"MatMul": 1.0}, None, {"cpu": "x"}
+    )
     monkeypatch.setattr(console, "width", 80)
     show(*bench_tables(report))
     lines = capsys.readouterr().out.splitlines()

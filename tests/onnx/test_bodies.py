@@ -118,6 +118,7 @@ def _scan_case(name, seed, dtype="float32", **fixed):
     }
     K, batch, seqlen = pick["K"], pick["batch"], pick["seqlen"]
     sizes = pick | {x: int(rng.choice([1, K])) for x in ("Ku", "Kd", "Ka", "Kb", "Kc", "Ks")}
+    sizes["1|d_state"] = (1, pick["d_state"])[seed % 2]
     inputs = OPERATORS[name].inputs
     floats = [o for o in inputs if o.dtype != "int32"]
     draws = {o.name: rng.normal(size=[sizes[s] for s in o.shape]) for o in floats}

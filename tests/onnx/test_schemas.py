@@ -18,6 +18,7 @@ from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES, SCAN_OPERATORS
 SCANS = [spec.name for spec in SCAN_OPERATORS]
 SIZES = {
     **{"batch": "N", "1|batch": 1, "seqlen": 9, "d_inner": 5, "d_state": 3, "d0": 4, "d1": 6},
+    "1|d_state": 1,
     **{"K": 4, "Ku": 1, "Kd": 4, "Ka": 1, "Kb": 4, "Kc": 1, "Ks": 4},
 }
 ATTRIBUTES = {
@@ -144,8 +145,9 @@ def test_a_known_batch_wins_over_a_symbolic_one():
         ("SelectiveScan", {"shapes": {"gap": [1, 4, 8]}}, "gap .*seqlen=8 differs"),
         ("SelectiveScan", {"shapes": {"C": ["N", 9, 1, 2]}}, "C .*d_state=2 differs"),
         ("SelectiveScan", {"sizes": {"d_state": 257}}, r"d_state=257 is outside \[1, 256\]"),
-        ("SelectiveScan", {"sizes": {"d_state": 0}}, "d_state=0 of A must be at least 1"),
+        ("SelectiveScan", {"sizes": {"d_state": 0}}, "d_state=0 of B must be at least 1"),
         ("SelectiveScan", {"sizes": {"batch": 2, "1|batch": 3}}, "order has batch 3, must be 1"),
+        ("SelectiveScan", {"sizes": {"1|d_state": 2}}, "A has d_state 2, must be 1 .* d_state=3"),
         ("SelectiveScan", {"types": {"order": "int64"}}, "order is int64, must be int32"),
         ("SelectiveScan", {"types": {"A": "float16"}}, "A is float16, must be float32"),
         ("SelectiveScan", {"types": {"u": "float16"}}, "delta is float32"),

@@ -130,7 +130,7 @@ def test_values_that_break_the_contract_are_refused_in_training_too():
     with pytest.raises(ValueError, match=r"order\[\d\]=6 is outside \[0, 5\]"):
         ops.selective_scan(**case)
     case = _leaves(scan_case(seqlen=6, d_inner=5))
-    with pytest.raises(ValueError, match=r"SelectiveScan B\.shape=\(1, 6, 2, 15\)"):
+    with pytest.raises(ValueError, match=r"SelectiveScan C\.shape=\(1, 6, 2, 16\)"):
         ops.selective_scan(**{**case, "B": case["B"][..., 1:]})
 
 

@@ -20,6 +20,7 @@ BAD_SCANS = {
     "seqlen": ("delta", lambda x: x[:, :4], r"delta\.shape=.*seqlen=5"),
     "batch": ("B", lambda x: x[:1], r"B\.shape=.*batch=2"),
     "d_state": ("C", lambda x: x[..., :1], r"C\.shape=.*d_state=2"),
+    "states of A": ("A", lambda x: x.repeat(1, 1, 2), r"A\.shape=.*1\|d_state 1 or d_state=2"),
     "bias rows": ("delta_bias", lambda x: x[:1], r"delta_bias\.shape=.*Kd=2"),
     "order's batch": ("order", lambda x: x.repeat(3, 1, 1), r"order\.shape=.*1 or batch=2"),
     "gap's directions": ("gap", lambda x: x[:, :1], r"gap\.shape=.*K=2"),

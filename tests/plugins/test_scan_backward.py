@@ -33,6 +33,7 @@ GROUP_SIZES = [
     {"seqlen": 128, "d_inner": 300, "d_state": 1, "directions": 4, "shared": "u"},
     {"seqlen": 129, "d_inner": 270, "d_state": 3, "batch": 3, "per_image": True, "gap": "pairs"},
     {"seqlen": 5, "d_inner": 600, "d_state": 100, "directions": 1},
+    {"seqlen": 65, "d_inner": 150, "d_state": 16, "batch": 2, "shared": "A", "decay": "channel"},
 ]
 SHAPES = SCAN_SIZES + TOGETHER_SIZES + GROUP_SIZES
 FLOAT32 = GRADIENT_TOLERANCE[torch.float32]

@@ -40,6 +40,12 @@ SCAN_SIZES: list[dict[str, Any]] = [
         "batch": 3,
         "per_image": True,
     },
+    # One decay for all states: tiles of states of every size, channels that have a step size each,
+    # and whole heads; as PlainMamba shares its operands, too.
+    {"seqlen": 33, "d_inner": 37, "d_state": 31, "directions": 2, "decay": "channel", "batch": 2},
+    {"seqlen": 65, "d_inner": 48, "d_state": 64, "directions": 2, "decay": "head", "gap": "large"},
+    {"seqlen": 17, "d_inner": 90, "d_state": 128, "directions": 1, "decay": "head"},
+    {"seqlen": 9, "d_inner": 32, "d_state": 5, "directions": 4, "shared": "udACD", "decay": "head"},
 ]
 
 # Directions that share step sizes, A and C, so that with params_by_step they go on together
@@ -87,6 +93,7 @@ def scan_case(
     order: str = "random",
     gap: str = "random",
     per_image: bool = False,
+    decay: str = "state",
     extra: str = "",
     seed: int = 0,
 ) -> dict[str, Tensor]:
@@ -103,6 +110,8 @@ def scan_case(
         order: "random", or "ends" for forward and backward in turn.
         gap: "random" (1 to 4), "large" (up to 10,000), "pairs" (1 or 2) or "ones".
         per_image: whether order and gap differ between images.
+        decay: whose own A is: "state", "channel" (one for all its states), or "head", of 16
+            channels that share step sizes, too.
         extra: "z", "delta0" or nothing: the tenth input.
         seed: of every number.
     """
@@ -130,6 +139,13 @@ def scan_case(
         case["z"] = normal(batch, seqlen, d_inner).to(dtype)
     elif extra == "delta0":
         case["delta0"] = torch.nn.functional.softplus(normal(axis("d"), d_inner) - 4.0)
+    if decay != "state":
+        case["A"] = case["A"][..., :1].contiguous()
+    if decay == "head":
+        first = torch.arange(d_inner) // 16 * 16
+        case["A"] = case["A"][:, first]
+        for name in {"delta", "delta_bias", "delta0"} & case.keys():
+            case[name] = case[name][..., first]
     return case
 
 

@@ -42,6 +42,7 @@ class Layout:
     shared: str = ""  # of u, delta, A, B, C, D: one direction for all
     params_by_step: int = 0
     delta_softplus: int = 1
+    one_decay: bool = False  # for all states of a channel
 
     def axis(self, name: str) -> int:
         return 1 if name in self.shared.split() else self.directions
@@ -56,6 +57,7 @@ LAYOUTS = (
     Layout(1, 1),
     Layout(4, 3, shared="u delta A C D", params_by_step=1),
     Layout(2, 5, shared="u", delta_softplus=0),
+    Layout(2, 9, shared="A", one_decay=True),
 )
 
 
@@ -117,6 +119,7 @@ def _ordinary(
 ) -> dict[str, Tensor]:
     make = torch.Generator().manual_seed(0)
     symbols = {"batch": batch, "seqlen": SEQLEN, "d_inner": d_inner, "d_state": layout.d_state}
+    symbols["1|d_state"] = 1 if layout.one_decay else layout.d_state
     found = {}
     for operand in OPERATORS[name].inputs:
         if operand.dtype == "int32":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnxruntime
 
-from vssm.runtimes.library import exp2_rate, library_info
+from vssm.runtimes.library import exp2_rate, library_info, product_rate
 from vssm.runtimes.session import Session, checked_threads, plural
 from vssm.types import Array, Progress
 
@@ -23,11 +23,11 @@ _SAMPLES = 9
 
 
 def machine_rates(threads: Sequence[int]) -> MachineRates:
-    """Measure exp2 of one thread with the kernel's own code, and multiply-adds by thread count."""
-    # The floor takes exp2 to scale with the threads; a matrix product is measured at every count.
-    return MachineRates(
-        exp2=exp2_rate(library_info().cpu_isa), macs={count: _macs(count) for count in set(threads)}
-    )
+    """Measure what the kernels' vectors do on one thread, and multiply-adds by thread count."""
+    # The floor takes vectors to scale with the threads; a matrix product is measured at each count.
+    isa = library_info().cpu_isa
+    macs = {count: _macs(count) for count in set(threads)}
+    return MachineRates(exp2=exp2_rate(isa), products=product_rate(isa), macs=macs)
 
 
 def _macs(threads: int) -> float:
@@ -70,6 +70,8 @@ class Contender:
         exps: evaluations of exp in its scans, an image.
         macs: multiply-adds of its matrix products and convolutions, an image.
         same_as: name of the subject whose logits it must reproduce, None for a reference.
+        products: multiplications of its scans with one decay for all states, an image. Those of
+            other scans pass beside their exponentials.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Contender:
     exps: int
     macs: int
     same_as: str | None = None
+    products: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,20 +88,23 @@ class MachineRates:
 
     Attributes:
         exp2: exp2 evaluations a second of one thread, with the kernel's own vector exp2.
+        products: multiplications, each with an addition, a second of one thread's vectors.
         macs: float32 multiply-adds a second of a large matrix product, by threads.
     """
 
     exp2: float
+    products: float
     macs: dict[int, float]
 
-    def scan_floor_ms(self, exps: int, batch: int, threads: int) -> float:
-        """Milliseconds that the exponentials of `batch` images take at the least."""
-        return 1e3 * exps * batch / (self.exp2 * threads)
+    def scan_floor_ms(self, subject: Contender, batch: int, threads: int) -> float:
+        """Milliseconds that the scans of `batch` images take at the least."""
+        seconds = subject.exps / self.exp2 + subject.products / self.products
+        return 1e3 * seconds * batch / threads
 
     def floor_ms(self, subject: Contender, batch: int, threads: int) -> float:
-        """The scans' exponentials plus the multiply-adds, with nothing overlapped."""
+        """The scans plus the multiply-adds of matrix products, with nothing overlapped."""
         products = 1e3 * subject.macs * batch / self.macs[threads]
-        return self.scan_floor_ms(subject.exps, batch, threads) + products
+        return self.scan_floor_ms(subject, batch, threads) + products
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class BenchReport:
         rates: the machine's own limits; None on a GPU.
         operators: milliseconds by operator type of the kernel session, batch 1, one thread; empty
             on a GPU, where ONNX Runtime times the host's calls alone.
-        scan_over_floor: time of our scans over their exponentials' floor, from `operators`.
+        scan_over_floor: time of our scans over their floor, from `operators`.
         context: machine, versions, dtype, command.
     """
 

@@ -79,8 +79,9 @@ def _floor_sentence(report: BenchReport) -> str:
     scans = "" if scan is None else f" The scans themselves take {scan:.2f} times their floor."
     return (
         "The floor is the exponentials of the scans at this machine's measured exp2 rate "
-        f"({report.rates.exp2 / 1e9:.1f} G/s a thread) plus the multiply-adds at the rate of a "
-        f"large matrix product, nothing overlapped.{scans}"
+        f"({report.rates.exp2 / 1e9:.1f} G/s a thread), or their products where all states of a "
+        f"channel share one decay ({report.rates.products / 1e9:.1f} G/s), plus the multiply-adds "
+        f"at the rate of a large matrix product, nothing overlapped.{scans}"
     )
 
 

@@ -108,10 +108,10 @@ def _subjects(
 
     if is_module(artifact):
         # No model of ours stands behind it, whose work `count` knows and whose loop could be run.
-        exps, gemm = count_graph(artifact.model_path)
+        exps, gemm, products = count_graph(artifact.model_path)
         return [
-            Contender(KERNEL, partial(_ort, artifact, "kernel"), exps, gemm, None),
-            Contender(BODY, partial(_ort, artifact, "body"), exps, gemm, KERNEL),
+            Contender(KERNEL, partial(_ort, artifact, "kernel"), exps, gemm, None, products),
+            Contender(BODY, partial(_ort, artifact, "body"), exps, gemm, KERNEL, products),
         ]
     work = count(model_of(artifact))
     subjects = [
@@ -202,7 +202,7 @@ def _scan_over_floor(
     operators: dict[str, float], rates: MachineRates, subject: Contender
 ) -> float | None:
     scans = sum(time for name, time in operators.items() if "SelectiveScan" in name)
-    return scans / rates.scan_floor_ms(subject.exps, 1, 1) if scans else None
+    return scans / rates.scan_floor_ms(subject, 1, 1) if scans else None
 
 
 def _context(artifact: Artifact) -> dict[str, str]:
@@ -224,22 +224,30 @@ _SCANS = tuple(op.name for op in SCAN_OPERATORS)
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
-def count_graph(path: Path) -> tuple[int, int]:
-    """(exponentials of the scans, multiply-adds of matrix products and convolutions), batch 1."""
+def count_graph(path: Path) -> tuple[int, int, int]:
+    """The work of a file, batch 1.
+
+    Returns:
+        Exponentials of the scans; multiply-adds of matrix products and convolutions; products of
+        the scans with one decay for all states.
+    """
     # Shapes alone are counted, so weights beside the file need not be read.
     model = onnx.shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False))
     graph = model.graph
     shapes = {v.name: _sizes(v) for v in (*graph.input, *graph.value_info, *graph.output)}
     shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    exps = gemm = 0
+    exps = gemm = products = 0
     for node in graph.node:
         if node.domain == DOMAIN and node.op_type in _SCANS:
-            # The inputs `order` and `A` of every scan operator, see ops/spec.py.
-            order, states = shapes[node.input[7]], shapes[node.input[2]]
-            exps += order[1] * order[2] * states[1] * states[2]
+            # The inputs `order`, `A` and `B` of every scan operator, see ops/spec.py.
+            order, A, B = (shapes[node.input[i]] for i in (7, 2, 3))
+            steps = order[1] * order[2] * A[1]
+            exps += steps * A[2]
+            # Of a state and step: decay h, dt u B and C h.
+            products += 3 * steps * B[3] if A[2] < B[3] else 0
         elif node.domain == "" and node.op_type in _PRODUCTS:
             gemm += _product(node, shapes)
-    return exps, gemm
+    return exps, gemm, products
 
 
 def _product(node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> int:

@@ -131,7 +131,7 @@ def _recurrence(body: BodyBuilder, *, span: str, inject: str, A: str, B: str, C:
     """(L, b, K, d_inner): C_t . h_t with h_t = exp(span_t A) h_{t-1} + inject_t B_t."""
     zero = helper.make_tensor("value", TensorProto.FLOAT, [1], [0.0])
     shape = body.op("Shape", inject, start=1, end=4)  # (b, K, d_inner)
-    shape = body.op("Concat", shape, body.size(A, 2), axis=0)
+    shape = body.op("Concat", shape, body.size(B, 3), axis=0)  # A may have one decay for all
     state = body.op("ConstantOfShape", shape, value=zero)
     # Every Unsqueeze stands outside: TensorRT cannot build one on a scan input.
     columns = [body.op("Unsqueeze", t, body.integers(4)) for t in (span, inject, C)]

@@ -18,6 +18,7 @@ from vssm.ops.spec import (
     OPERATOR_VERSION,
     OPERATORS,
     PLUGIN_ATTRIBUTES,
+    SHARED,
     AttributeSpec,
     OperandSpec,
     OperatorSpec,
@@ -103,7 +104,7 @@ class _Node:
         self.sizes: dict[str, _Size] = {}
         self.types: dict[str, str] = {}
         self._named_by: dict[str, str] = {}  # symbol -> operand that gave its size
-        self._shared_batch: list[tuple[str, int]] = []  # sizes of "1|batch" axes
+        self._shared: list[tuple[str, str, int]] = []  # operand, symbol and size of "1|symbol" axes
 
     def check_attributes(self) -> None:
         """Refuse values outside the contract; a missing required one too."""
@@ -141,10 +142,12 @@ class _Node:
             if isinstance(size, int) and size < 1 and symbol not in {"batch", "num_keep"}:
                 raise ValueError(f"{symbol}={size} of {self._named_by[symbol]} must be at least 1")
         self._check_directions()
-        batch = sizes.get("batch")
-        for name, size in self._shared_batch:
-            if size != 1 and isinstance(batch, int) and size != batch:
-                raise ValueError(f"{name} has batch {size}, must be 1 (shared) or batch={batch}")
+        for name, symbol, size in self._shared:
+            full = sizes.get(symbol)
+            if size != 1 and isinstance(full, int) and size != full:
+                raise ValueError(
+                    f"{name} has {symbol} {size}, must be 1 (shared) or {symbol}={full}"
+                )
         d_state = sizes.get("d_state")
         if isinstance(d_state, int) and d_state > MAX_D_STATE:
             raise ValueError(
@@ -207,8 +210,9 @@ class _Node:
                 f"({', '.join(operand.shape)})"
             )
         for symbol, size in zip(operand.shape, shape, strict=True):
-            if symbol == "1|batch":
-                self._shared_batch += [(operand.name, size)] if isinstance(size, int) else []
+            if symbol.startswith(SHARED):
+                whole = symbol.removeprefix(SHARED)
+                self._shared += [(operand.name, whole, size)] if isinstance(size, int) else []
                 continue
             known = self.sizes.get(symbol)
             if isinstance(known, int) and isinstance(size, int) and known != size:

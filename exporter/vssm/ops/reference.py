@@ -47,7 +47,7 @@ def selective_scan(
     Args:
         u: (batch, seqlen, 1 or K, d_inner) scan input.
         delta: (batch, seqlen, 1 or K, d_inner) step size before bias and softplus.
-        A: (1 or K, d_inner, d_state), negative.
+        A: (1 or K, d_inner, 1 or d_state), negative; one decay for all states where the last is 1.
         B: (batch, seqlen, 1 or K, d_state).
         C: (batch, seqlen, 1 or K, d_state).
         D: (1 or K, d_inner) skip.
@@ -100,7 +100,7 @@ def _take(x: Tensor, token: Tensor) -> Tensor:
 
 def _recurrence(span: Tensor, A: Tensor, inject: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """y_t = C_t . h_t, h_t = exp(span_t A) h_{t-1} + inject_t B_t; (batch, seqlen, K, width)."""
-    h = inject.new_zeros(*inject.shape[:1], *inject.shape[2:], A.shape[-1])
+    h = inject.new_zeros(*inject.shape[:1], *inject.shape[2:], B.shape[-1])
     outputs = []
     for start in range(0, inject.shape[1], _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -224,7 +224,8 @@ def selective_scan_backward(
     v = (w * x + f * (1 + more if delta0 is None else 1)) * slope
     gradients["u"] = _put(w * dt + g * D, token, shared=u.shape[2] == 1)
     gradients["delta"] = _put(v, owner, shared=delta.shape[2] == 1)
-    gradients["A"] = _total(e * span[..., None], A)
+    by_A = e * span[..., None]
+    gradients["A"] = _total(by_A if A.shape[-1] > 1 else by_A.sum(-1, keepdim=True), A)
     gradients["B"] = _put((d * (dt * x)[..., None]).sum(-2), owner, shared=B.shape[2] == 1)
     gradients["C"] = _put((g[..., None] * h).sum(-2), owner, shared=C.shape[2] == 1)
     gradients["D"] = _total(g * x, D)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from vssm.ops.spec import MAX_D_STATE, OperatorSpec
+from vssm.ops.spec import MAX_D_STATE, SHARED, OperatorSpec
 
 _FLAGS: Final = ("delta_softplus", "params_by_step")
 
@@ -78,18 +78,22 @@ def _check_types(op: OperatorSpec, named: Mapping[str, Any]) -> None:
 def _check_sizes(op: OperatorSpec, named: Mapping[str, Any]) -> dict[str, int]:
     """Bind the table's symbolic sizes to these tensors; the sizes by symbol."""
     sizes: dict[str, int] = {}
+    shared: list[tuple[str, int, str, str]] = []  # looked at when every symbol has its size
     for operand in op.inputs:
         shape = named[operand.name].shape
         value = f"{op.name} {operand.name}.shape={tuple(shape)}"
         axes = f"its axes are ({', '.join(operand.shape)})"
         _require(len(shape) == len(operand.shape), value, "has another rank than the table", axes)
         for symbol, size in zip(operand.shape, shape, strict=True):
-            if symbol == "1|batch":
-                fits, known = size in (1, sizes["batch"]), f"1 or batch={sizes['batch']}"
-            else:
-                known = f"{symbol}={sizes.setdefault(symbol, size)} of the inputs before it"
-                fits = sizes[symbol] == size
-            _require(fits, value, f"must have on its axis {symbol} {known}", axes)
+            if symbol.startswith(SHARED):
+                shared.append((symbol.removeprefix(SHARED), size, value, axes))
+                continue
+            known = f"{symbol}={sizes.setdefault(symbol, size)} of the inputs before it"
+            rule = f"must have on its axis {symbol} {known}"
+            _require(sizes[symbol] == size, value, rule, axes)
+    for symbol, size, value, axes in shared:
+        rule = f"must have on its axis {SHARED}{symbol} 1 or {symbol}={sizes[symbol]}"
+        _require(size in (1, sizes[symbol]), value, rule, axes)
     for symbol, size in sizes.items():
         if symbol != "batch":
             _require(size >= 1, f"{op.name} {symbol}={size}", "must be at least 1", "drop the node")

@@ -14,13 +14,19 @@ DOMAIN: Final = "vssm"
 OPERATOR_VERSION: Final = 1
 MAX_D_STATE: Final = 256
 FLOAT_TYPES: Final = ("float32", "float16", "bfloat16")
+# Begins an axis that is either 1, for all, or as large as the symbol behind it.
+SHARED: Final = "1|"
 # What every node carries: TensorRT's parser finds the plugin by the node, not by the schema.
 PLUGIN_ATTRIBUTES: Final = {"plugin_namespace": "vssm", "plugin_version": "1"}
 
 
 @dataclass(frozen=True)
 class OperandSpec:
-    """One input or output: `dtype` is "float32", "int32" or a type variable ("T", "T0", "T1")."""
+    """One input or output.
+
+    `dtype` is "float32", "int32" or a type variable ("T", "T0", "T1"). An axis of `shape` is a
+    symbol, which has one size wherever it stands, or "1|symbol": that size, or 1 to share it.
+    """
 
     name: str
     dtype: str
@@ -70,7 +76,8 @@ class OperatorSpec:
 _SCAN_INPUTS = (
     OperandSpec("u", "T", ("batch", "seqlen", "Ku", "d_inner")),
     OperandSpec("delta", "T", ("batch", "seqlen", "Kd", "d_inner")),
-    OperandSpec("A", "float32", ("Ka", "d_inner", "d_state")),
+    # One decay for all states where its last axis is 1, as in Mamba-2.
+    OperandSpec("A", "float32", ("Ka", "d_inner", "1|d_state")),
     OperandSpec("B", "T", ("batch", "seqlen", "Kb", "d_state")),
     OperandSpec("C", "T", ("batch", "seqlen", "Kc", "d_state")),
     OperandSpec("D", "float32", ("Ks", "d_inner")),

@@ -124,10 +124,22 @@ def exp2_rate(isa: str | None = None, seconds: float = 0.2) -> float:
         ValueError: `isa` is not one of the three.
         RuntimeUnavailableError: this processor or this build lacks it, or there is no library.
     """
+    return _rate("vssm_exp2_rate", isa, seconds)
+
+
+def product_rate(isa: str | None = None, seconds: float = 0.2) -> float:
+    """Multiplications per second of one thread, each with an addition; otherwise as `exp2_rate`.
+
+    The floor of a scan with one decay for all states, as Mamba-2 has.
+    """
+    return _rate("vssm_product_rate", isa, seconds)
+
+
+def _rate(function: str, isa: str | None, seconds: float) -> float:
     isa = isa or library_info().cpu_isa
     if isa not in ISA_NAMES:
         raise ValueError(f"isa={isa!r} is none of {', '.join(ISA_NAMES)}; choose one of these")
-    call = load_library(find_library(C_LIBRARY)).vssm_exp2_rate
+    call = load_library(find_library(C_LIBRARY))[function]
     call.restype = ctypes.c_double
     # Without these, ctypes refuses a Python float.
     call.argtypes = [ctypes.c_char_p, ctypes.c_double]

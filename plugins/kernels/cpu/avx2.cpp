@@ -105,6 +105,12 @@ struct Avx2 {
     return _mm256_testz_si256(above, above) != 0;
   }
 
+  static VSSM_INLINE float first(Vec x) { return _mm256_cvtss_f32(x); }
+  /// False for a NaN.
+  static VSSM_INLINE bool all_equal(Vec a, Vec b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) == 0xFF;
+  }
+
   /// False for a NaN, too.
   static VSSM_INLINE bool none_above_zero(Vec x) {
     return _mm256_movemask_ps(_mm256_cmp_ps(x, set1(0.0F), _CMP_LE_OQ)) == 0xFF;
@@ -168,6 +174,7 @@ const CpuKernels kAvx2Kernels = {
     decay_values<Avx2>,
     softplus_values<Avx2>,
     decay_rounds<Avx2>,
+    product_rounds<Avx2>,
 };
 
 }  // namespace vssm

@@ -116,6 +116,12 @@ struct Avx512 {
     return _mm512_cmple_epi32_mask(_mm512_castps_si512(lowest_argument), limit) == 0xFFFF;
   }
 
+  static VSSM_INLINE float first(Vec x) { return _mm512_cvtss_f32(x); }
+  /// False for a NaN.
+  static VSSM_INLINE bool all_equal(Vec a, Vec b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) == 0xFFFF;
+  }
+
   /// False for a NaN, too.
   static VSSM_INLINE bool none_above_zero(Vec x) {
     return _mm512_cmp_ps_mask(x, set1(0.0F), _CMP_LE_OQ) == 0xFFFF;
@@ -280,6 +286,7 @@ const CpuKernels kAvx512Kernels = {
     decay_values<Avx512>,
     softplus_values<Avx512>,
     decay_rounds<Avx512>,
+    product_rounds<Avx512>,
 };
 
 }  // namespace vssm

@@ -134,6 +134,10 @@ struct Baseline {
     return all((Int4)lowest_argument <= (Int4)set1(-125.0F));
   }
 
+  static VSSM_INLINE float first(Vec x) { return x[0]; }
+  /// False for a NaN.
+  static VSSM_INLINE bool all_equal(Vec a, Vec b) { return all(a == b); }
+
   /// False for a NaN, too.
   static VSSM_INLINE bool none_above_zero(Vec x) { return all(x <= set1(0.0F)); }
 
@@ -202,6 +206,7 @@ const CpuKernels kBaselineKernels = {
     decay_values<Baseline>,
     softplus_values<Baseline>,
     decay_rounds<Baseline>,
+    product_rounds<Baseline>,
 };
 
 }  // namespace vssm

@@ -15,7 +15,7 @@ struct SelectiveScanShape;
 
 // Channels of a block: one AVX-512 vector, two AVX2 vectors, four of SSE2 or NEON.
 constexpr int64_t kChannels = 16;
-// Blocks of a unit of work at most; more than one where a channel has a single state.
+// Blocks of a unit of work at most; more than one where a channel has a single state or decay.
 constexpr int64_t kWidest = 4;
 // The states of a block and its A lie on the stack of whatever thread runs it: 2 x 16 KiB at most.
 constexpr int64_t kMaxStates = 256;
@@ -24,6 +24,7 @@ constexpr int64_t kMaxStates = 256;
 struct ScanPlan {
   int64_t batch, seqlen, directions, d_inner, d_state;
   int64_t Ku, Kd, Ka, Kb, Kc, Ks;
+  int64_t decays;           // of a channel at a step: d_state, or 1
   int64_t blocks_per_unit;  // of kChannels channels; 1 to kWidest
   DType dtype;              // of u, delta, z and y
   const void *u, *delta;
@@ -38,6 +39,8 @@ struct ScanPlan {
   float scale;
   float* sums;  // (batch, seqlen, d_inner): y itself when it is float32; unused for one direction
   void* y;
+
+  bool one_decay() const { return decays == 1 && d_state > 1; }
 };
 
 /// `blocks_per_unit` is left to the caller; B and C must be float32 before the kernels run.
@@ -78,6 +81,8 @@ struct CpuKernels {
   void (*softplus)(const float* x, float* target, int64_t count);
   /// Evaluates `rounds` * kChannels * 16 decays exp2(dt A), summed so that none can be left out.
   float (*decay_rounds)(int64_t rounds);
+  /// As many multiplications, each with an addition, from registers alone.
+  float (*product_rounds)(int64_t rounds);
 };
 
 extern const CpuKernels kBaselineKernels;

@@ -29,6 +29,15 @@ void softplus_values(const float* x, float* target, int64_t count) {
   }
 }
 
+template <class Isa>
+VSSM_INLINE float sum_of_lanes(typename Isa::Vec x) {
+  alignas(64) float lanes[Isa::kLanes];
+  Isa::store(lanes, x);
+  float total = 0.0F;
+  for (const float lane : lanes) total += lane;
+  return total;
+}
+
 /// The floor: nothing but the decays of 16 states a round, from operands in the first-level cache.
 template <class Isa>
 float decay_rounds(int64_t rounds) {
@@ -50,11 +59,26 @@ float decay_rounds(int64_t rounds) {
       sum[n % 4] = sum[n % 4] + decay.fast(dt, Isa::load(opaque + n * Isa::kLanes));
     }
   }
-  alignas(64) float lanes[Isa::kLanes];
-  Isa::store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-  float total = 0.0F;
-  for (const float lane : lanes) total += lane;
-  return total;
+  return sum_of_lanes<Isa>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+/// The floor of a scan with one decay for all states, whose time goes into products: 16 states'
+/// worth a round, from registers. Eight chains, as two units of a latency of four need.
+template <class Isa>
+float product_rounds(int64_t rounds) {
+  constexpr int kChains = 8;
+  volatile float half = 0.5F;  // a known value would be multiplied out
+  typename Isa::Vec sum[kChains];
+  for (auto& part : sum) part = Isa::set1(half);
+  const auto factor = Isa::set1(half), term = Isa::set1(half);
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 64
+    for (int n = 0; n < 16 * Lanes<Isa>::kVectors; ++n) {
+      sum[n % kChains] = Isa::fma(sum[n % kChains], factor, term);
+    }
+  }
+  for (int i = 1; i < kChains; ++i) sum[0] = sum[0] + sum[i];
+  return sum_of_lanes<Isa>(sum[0]);
 }
 
 }  // namespace vssm

@@ -1,4 +1,5 @@
 // Runs a checked scan over units of (image, block of channels).
+#include <algorithm>
 #include <memory>
 #include <new>
 
@@ -20,11 +21,13 @@ struct Job {
   float *B, *C;
 };
 
-/// Wide units where memory counts, as even in number and size as they get.
+/// Wide units where memory counts, as even in number and size as they get; with one decay for all
+/// states as wide as their states leave room.
 int64_t blocks_per_unit(const SelectiveScanShape& shape) {
-  if (shape.d_state > 1) return 1;
+  if (shape.decays > 1) return 1;
+  const int64_t widest = std::clamp<int64_t>(kMaxStates / shape.d_state, 1, kWidest);
   const int64_t blocks = (shape.d_inner + kChannels - 1) / kChannels;
-  const int64_t units = 2 * ((blocks + 2 * kWidest - 1) / (2 * kWidest));
+  const int64_t units = 2 * ((blocks + 2 * widest - 1) / (2 * widest));
   return (blocks + units - 1) / units;
 }
 
@@ -58,6 +61,7 @@ ScanPlan plan_from(const SelectiveScanArgs& args, const SelectiveScanShape& shap
   plan.Kb = shape.Kb;
   plan.Kc = shape.Kc;
   plan.Ks = shape.Ks;
+  plan.decays = shape.decays;
   plan.dtype = args.u.dtype;
   plan.u = args.u.data;
   plan.delta = args.delta.data;

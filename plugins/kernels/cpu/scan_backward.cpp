@@ -67,7 +67,7 @@ int64_t lay_out(const SelectiveScanShape& shape, BackwardPlan* plan, float* memo
   };
   place(&plan->dB, tokens * shape.Kb * shape.d_state, plan->groups);
   place(&plan->dC, tokens * shape.Kc * shape.d_state, plan->groups);
-  place(&plan->dA, shape.Ka * shape.d_inner * shape.d_state, shape.batch);
+  place(&plan->dA, shape.Ka * shape.d_inner * shape.decays, shape.batch);
   place(&plan->dD, shape.Ks * shape.d_inner, shape.batch);
   place(&plan->ddelta_bias, shape.Kd * shape.d_inner, shape.batch);
   place(&plan->ddelta0, shape.Kd * shape.d_inner, shape.batch);

@@ -51,7 +51,8 @@ class BackwardBlock {
     bias_ = load(s.delta_bias + kd * s.d_inner + channel);
     skip_ = load(s.D + (s.Ks == 1 ? 0 : k) * s.d_inner + channel);
     delta0_ = s.delta0 == nullptr ? L::splat(0.0F) : load(s.delta0 + kd * s.d_inner + channel);
-    tile_.fill(s.A + ((s.Ka == 1 ? 0 : k) * s.d_inner + channel) * states(), states(), part_.width);
+    tile_.fill(s.A + ((s.Ka == 1 ? 0 : k) * s.d_inner + channel) * s.decays, s.decays, states(),
+               part_.width);
   }
 
   /// The states go from those before the steps to those after them. A gated scan's y goes to dz.

@@ -127,13 +127,15 @@ class BackwardUnit {
     const int64_t rest = scan_.d_inner - channel;
     const int64_t width = rest < kChannels ? rest : kChannels;
     const float* A = scratch_ + plan_.sums_of_A + i * size_;
-    const int64_t N = scan_.d_state, ka = scan_.Ka == 1 ? 0 : k;
-    float* target = row(plan_.dA, image_) + (ka * scan_.d_inner + channel) * N;
+    const int64_t N = scan_.d_state, decays = scan_.decays, ka = scan_.Ka == 1 ? 0 : k;
+    float* target = row(plan_.dA, image_) + (ka * scan_.d_inner + channel) * decays;
     const bool add = scan_.Ka == 1 && k > 0;
     for (int64_t c = 0; c < width; ++c) {
       for (int64_t n = 0; n < N; ++n) {
         const float sum = A[n * kChannels + c];
-        target[c * N + n] = add ? target[c * N + n] + sum : sum;
+        // States that share a decay add to one gradient.
+        float& place = target[c * decays + (decays == 1 ? 0 : n)];
+        place = add || (decays == 1 && n > 0) ? place + sum : sum;
       }
     }
     const float* sums = scratch_ + plan_.sums + i * kSums * kChannels;

@@ -41,7 +41,7 @@ class SharedScan {
     D_ = plan.D + channel;
     bias_ = load(plan.delta_bias + channel);
     if (plan.delta0 != nullptr) delta0_ = load(plan.delta0 + channel);
-    tile_.fill(plan.A + channel * N, N, part_.width);
+    tile_.fill(plan.A + channel * N, N, N, part_.width);
     for (int64_t k = 0; k < plan.directions; ++k) {
       Direction& d = directions_[k];
       d.u = static_cast<const Element*>(plan.u) +

@@ -44,7 +44,8 @@ void set_strides(const SelectiveScanShape& shape, ScanParams* p) {
   p->B_direction = shape.Kb == 1 ? 0 : states;
   p->C_direction = shape.Kc == 1 ? 0 : states;
   p->D_direction = shape.Ks == 1 ? 0 : width;
-  p->A_direction = shape.Ka == 1 ? 0 : shape.d_inner * shape.d_state;
+  p->A_direction = shape.Ka == 1 ? 0 : shape.d_inner * shape.decays;
+  p->A_channel = static_cast<int32_t>(shape.decays);
   const int64_t steps = shape.directions * shape.seqlen;
   p->order_image = shape.order_per_image ? steps : 0;
   p->gap_image = shape.gap_per_image ? steps : 0;
@@ -71,6 +72,7 @@ ScanParams params_from(const SelectiveScanArgs& args, const SelectiveScanShape& 
   p.d_state = static_cast<int32_t>(shape.d_state);
   p.softplus = args.delta_softplus != 0;
   p.by_step = args.params_by_step != 0;
+  p.one_decay = shape.one_decay();
   p.wide_A = aligned_to_four(p.A, DType::kFloat32, shape);
   p.wide_B = aligned_to_four(p.B, args.u.dtype, shape);
   p.wide_C = aligned_to_four(p.C, args.u.dtype, shape);

@@ -88,7 +88,7 @@ LatencyCut plan(const ScanLaunch& scan, Sizes sizes, int64_t directions_of_parti
   return cut;
 }
 
-template <typename T, int kLanes, int kStates>
+template <typename T, int kLanes, int kStates, bool kOneDecay>
 Status launch_sizes(ScanLaunch scan) {
   constexpr Sizes kSizes = {kLanes, kStates};
   ScanParams& p = scan.params;
@@ -108,7 +108,7 @@ Status launch_sizes(ScanLaunch scan) {
   const int32_t threads = cut.lanes * cut.channels * cut.directions * cut.chunks;
   const int64_t shared = shared_bytes(cut, directions_of_partials * p.seqlen * cut.channels);
   return launch(
-      scan.name, selective_scan_latency<T, kLanes, kStates>,
+      scan.name, selective_scan_latency<T, kLanes, kStates, kOneDecay>,
       {grid, dim3(static_cast<unsigned>((threads + 31) / 32 * 32)), static_cast<size_t>(shared)},
       scan.stream, p, cut);
 }
@@ -126,8 +126,10 @@ int64_t latency_workspace(const SelectiveScanShape& shape) {
 Status launch_latency(const ScanLaunch& scan) {
   return with_float_type(scan.name, scan.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    return scan.params.d_state == 1 ? launch_sizes<T, kOneState.lanes, kOneState.states>(scan)
-                                    : launch_sizes<T, kGroup.lanes, kGroup.states>(scan);
+    if (scan.params.one_decay) return launch_sizes<T, kGroup.lanes, kGroup.states, true>(scan);
+    return scan.params.d_state == 1
+               ? launch_sizes<T, kOneState.lanes, kOneState.states, false>(scan)
+               : launch_sizes<T, kGroup.lanes, kGroup.states, false>(scan);
   });
 }
 

@@ -164,7 +164,7 @@ class LatencyStage {
 
 constexpr int kLatencyThreads = 512;
 
-template <typename T, int kLanes, int kStates>
+template <typename T, int kLanes, int kStates, bool kOneDecay>
 class LatencyScan {
  public:
   __device__ __forceinline__ LatencyScan(const ScanParams& p, const LatencyCut& cut, float* shared)
@@ -186,8 +186,19 @@ class LatencyScan {
 
  private:
   static constexpr int kWidth = kLanes * kStates;
+  static constexpr int kDecays = kOneDecay ? 1 : kStates;
   using Pair = Pack<float, 2>;  // span, dt u
   using States = Pack<float, kStates>;
+
+  /// The decays of a thread's states over a span.
+  struct Decays {
+    float v[kDecays];
+    __device__ __forceinline__ Decays(float span, const float* A) {
+#pragma unroll
+      for (int i = 0; i < kDecays; ++i) v[i] = exp2_approx(span * A[i]);
+    }
+    __device__ __forceinline__ float of(int i) const { return v[kOneDecay ? 0 : i]; }
+  };
 
   /// A set of directions over one group of states, tile by tile.
   __device__ __forceinline__ void scan(int set, int group) {
@@ -212,10 +223,11 @@ class LatencyScan {
     slot_ = works_ ? direction_ : 0;
     partial_ = block_.partials + int64_t{set + slot_} * p_.seqlen * cut_.channels + channel_;
     const int first = group * kWidth + lane_ * kStates;
-    const float* A = p_.A + (set + slot_) * p_.A_direction + int64_t{channel} * p_.d_state;
+    const float* A = p_.A + (set + slot_) * p_.A_direction + int64_t{channel} * p_.A_channel;
 #pragma unroll
-    for (int i = 0; i < kStates; ++i) {
-      A_[i] = works_ && first + i < p_.d_state ? A[first + i] * kLog2E : 0.0F;
+    for (int i = 0; i < kDecays; ++i) {
+      const int n = kOneDecay ? 0 : first + i;
+      A_[i] = works_ && n < p_.A_channel ? A[n] * kLog2E : 0.0F;
     }
   }
 
@@ -252,8 +264,9 @@ class LatencyScan {
     for (int chunk = 0; chunk < chunk_ && works_; ++chunk) {
       const float span = *span_of(chunk);
       const States end = *end_of(chunk);
+      const Decays decay(span, A_);
 #pragma unroll
-      for (int i = 0; i < kStates; ++i) h_[i] = fmaf(exp2_approx(span * A_[i]), h_[i], end.v[i]);
+      for (int i = 0; i < kStates; ++i) h_[i] = fmaf(decay.of(i), h_[i], end.v[i]);
     }
     run_chunk<true>(count);
     if (works_ && chunk_ == cut_.chunks - 1) store(carry(parity ^ 1));
@@ -299,10 +312,11 @@ class LatencyScan {
   template <bool kOutput>
   __device__ __forceinline__ float advance(const Pair& step, const float* row) {
     const States B = *reinterpret_cast<const States*>(row);
+    const Decays decay(step.v[0], A_);
     float y = 0.0F;
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
-      h_[i] = fmaf(exp2_approx(step.v[0] * A_[i]), h_[i], step.v[1] * B.v[i]);
+      h_[i] = fmaf(decay.of(i), h_[i], step.v[1] * B.v[i]);
     }
     if (kOutput) {
       const States C = *reinterpret_cast<const States*>(row + kWidth);
@@ -358,16 +372,16 @@ class LatencyScan {
   int channel_, chunk_, direction_, slot_ = 0;  // slot_: direction_ where it has work
   bool works_ = false;
   float* partial_ = nullptr;  // of this thread's direction and channel
-  float A_[kStates], h_[kStates];
+  float A_[kDecays], h_[kStates];
 };
 
 // One block a multiprocessor is all that is asked for: at 64 registers a thread the compiler
 // spills.
-template <typename T, int kLanes, int kStates>
+template <typename T, int kLanes, int kStates, bool kOneDecay>
 __global__ void __launch_bounds__(kLatencyThreads, 1)
     selective_scan_latency(const __grid_constant__ ScanParams p,
                            const __grid_constant__ LatencyCut cut) {
-  LatencyScan<T, kLanes, kStates>(p, cut, dynamic_shared_memory<float>()).run();
+  LatencyScan<T, kLanes, kStates, kOneDecay>(p, cut, dynamic_shared_memory<float>()).run();
 }
 
 }  // namespace vssm

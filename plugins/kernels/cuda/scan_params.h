@@ -10,6 +10,11 @@ namespace vssm {
 /// States that a kernel holds at once; a larger d_state is scanned in groups, one after the other.
 constexpr int kStateGroup = 16;
 
+/// The same of the throughput kernel where all states of a channel share one decay, which takes one
+/// register instead of as many as there are states. By reckoning, not measured: the fewer groups,
+/// the fewer times step sizes are computed anew.
+constexpr int kOneDecayGroup = 32;
+
 /// Directions that one thread takes at once where they share their decays, as PlainMamba's do.
 constexpr int kTogether = 4;
 
@@ -29,9 +34,11 @@ struct ScanParams {
   int32_t u_token, delta_token, B_token, C_token;
   int32_t u_direction, delta_direction, B_direction, C_direction, D_direction;
   int64_t A_direction;
+  int32_t A_channel;  // from one channel to the next: d_state, or 1 for one decay a channel
   int64_t order_image, gap_image;
   int32_t blocks_per_image;
   bool softplus, by_step;
+  bool one_decay;               // whether several states of a channel share one decay
   bool wide_A, wide_B, wide_C;  // whether groups of four states may be loaded at once
 };
 
@@ -60,10 +67,11 @@ VSSM_HOST_DEVICE int32_t channel_threads(int32_t d_inner, int32_t most) {
   return ((warps - 1) / blocks + 1) * 32;
 }
 
-/// Whether the directions share step sizes, A and C, so that they go on together.
+/// Whether the directions share step sizes, A and C, so that they go on together; with one decay
+/// for all states there is hardly an exponential to share.
 VSSM_HOST_DEVICE bool fits_together(const ScanParams& p) {
-  return p.by_step && p.directions == kTogether && p.delta_direction == 0 && p.A_direction == 0 &&
-         p.C_direction == 0;
+  return !p.one_decay && p.by_step && p.directions == kTogether && p.delta_direction == 0 &&
+         p.A_direction == 0 && p.C_direction == 0;
 }
 
 }  // namespace vssm

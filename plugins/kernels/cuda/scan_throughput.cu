@@ -5,7 +5,7 @@
 namespace vssm {
 namespace {
 
-template <typename T, int kStates>
+template <typename T, int kStates, bool kOneDecay>
 Status launch_states(ScanLaunch scan) {
   ScanParams& p = scan.params;
   const int32_t threads = channel_threads(p.d_inner, kThroughputThreads);
@@ -17,7 +17,7 @@ Status launch_states(ScanLaunch scan) {
   const Status status = count_blocks(scan, p.blocks_per_image, &grid);
   if (!status.ok()) return status;
   const size_t shared = 2 * sizeof(float) * ThroughputCut<kStates>::tile_floats(threads);
-  return launch(scan.name, selective_scan_throughput<T, kStates>,
+  return launch(scan.name, selective_scan_throughput<T, kStates, kOneDecay>,
                 {grid, dim3(static_cast<unsigned>(threads)), shared}, scan.stream, p);
 }
 
@@ -32,8 +32,9 @@ int64_t throughput_workspace(const SelectiveScanShape& shape, DType dtype) {
 Status launch_throughput(const ScanLaunch& scan) {
   return with_float_type(scan.name, scan.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    return scan.params.d_state == 1 ? launch_states<T, 1>(scan)
-                                    : launch_states<T, kStateGroup>(scan);
+    if (scan.params.one_decay) return launch_states<T, kOneDecayGroup, true>(scan);
+    return scan.params.d_state == 1 ? launch_states<T, 1, false>(scan)
+                                    : launch_states<T, kStateGroup, false>(scan);
   });
 }
 

@@ -18,7 +18,7 @@ namespace vssm {
 
 constexpr int kThroughputThreads = 128;
 
-/// Sizes of a kernel for kStates states at once: 1, or kStateGroup.
+/// Sizes of a kernel for kStates states at once: 1, kStateGroup or kOneDecayGroup.
 template <int kStates>
 struct ThroughputCut {
   static constexpr int kPack = kStates == 1 ? 1 : 4;  // states that a thread stages
@@ -32,8 +32,8 @@ struct ThroughputCut {
   VSSM_HOST_DEVICE static int tile_floats(int threads) { return tile(threads) * (kRow + 1); }
 };
 
-/// One channel's thread.
-template <typename T, int kStates>
+/// One channel's thread. `kOneDecay`: all its states share one decay.
+template <typename T, int kStates, bool kOneDecay>
 class ThroughputScan {
  public:
   __device__ __forceinline__ ThroughputScan(const ScanParams& p, float* shared)
@@ -87,14 +87,20 @@ class ThroughputScan {
     bias_ = p_.delta_bias[parameter];
     delta0_ = p_.delta0 == nullptr ? 0.0F : p_.delta0[parameter];
     skip_ = group == 0 ? p_.D[int64_t{direction} * p_.D_direction + channel_] : 0.0F;
-    const float* A = p_.A + direction * p_.A_direction + int64_t{channel_} * p_.d_state + first;
+    load_A(p_.A + direction * p_.A_direction + int64_t{channel_} * p_.A_channel, first);
 #pragma unroll
-    for (int n = 0; n < kStates; n += kPack) {
-      const Pack<float, kPack> row = load_states<kPack>(A, n, count_, p_.wide_A);
+    for (int n = 0; n < kStates; ++n) h_[n] = 0.0F;
+  }
+
+  __device__ __forceinline__ void load_A(const float* A, int first) {
+    if constexpr (kOneDecay) {
+      A_[0] = A[0] * kLog2E;
+    } else {
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) {
-        A_[n + i] = row.v[i] * kLog2E;
-        h_[n + i] = 0.0F;
+      for (int n = 0; n < kStates; n += kPack) {
+        const Pack<float, kPack> row = load_states<kPack>(A + first, n, count_, p_.wide_A);
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) A_[n + i] = row.v[i] * kLog2E;
       }
     }
   }
@@ -238,13 +244,15 @@ class ThroughputScan {
   /// h = exp2(span A) h + inject B; returns y + C h.
   __device__ __forceinline__ float step(const float* row, float span, float inject, float y) {
     float odd = 0.0F;  // a second sum shortens the chain of additions
+    const float shared = kOneDecay ? exp2_approx(span * A_[0]) : 0.0F;
 #pragma unroll
     for (int n = 0; n < kStates; n += kPack) {
       const auto B = *reinterpret_cast<const Pack<float, kPack>*>(row + n);
       const auto C = *reinterpret_cast<const Pack<float, kPack>*>(row + kStates + n);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
-        h_[n + i] = fmaf(exp2_approx(span * A_[n + i]), h_[n + i], inject * B.v[i]);
+        const float decay = kOneDecay ? shared : exp2_approx(span * A_[kOneDecay ? 0 : n + i]);
+        h_[n + i] = fmaf(decay, h_[n + i], inject * B.v[i]);
         float& sum = i % 2 == 0 ? y : odd;
         sum = fmaf(C.v[i], h_[n + i], sum);
       }
@@ -280,16 +288,16 @@ class ThroughputScan {
   T u_raw_[kSteps], delta_raw_[kSteps], z_raw_[kSteps];
   float sum_[kSteps];
   int32_t token_[kSteps];
-  float A_[kStates], h_[kStates];
+  float A_[kOneDecay ? 1 : kStates], h_[kStates];
 };
 
 // Three blocks a multiprocessor leave a thread 168 registers, enough for h, A and the loads ahead
 // without spills; each of 12 warps has 16 independent exps in flight. One state waits for memory,
 // not for warps.
-template <typename T, int kStates>
+template <typename T, int kStates, bool kOneDecay>
 __global__ void __launch_bounds__(kThroughputThreads, kStates == 1 ? 2 : 3)
     selective_scan_throughput(const __grid_constant__ ScanParams p) {
-  ThroughputScan<T, kStates>(p, dynamic_shared_memory<float>()).run();
+  ThroughputScan<T, kStates, kOneDecay>(p, dynamic_shared_memory<float>()).run();
 }
 
 }  // namespace vssm

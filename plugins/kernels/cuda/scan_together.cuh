@@ -166,7 +166,7 @@ class TogetherScan {
     const int first = group * kStateGroup;
     const int count = min(kStateGroup, p_.d_state - first);
     stage_.begin(first);
-    const float* A = p_.A + int64_t{channel_} * p_.d_state + first;
+    const float* A = p_.A + int64_t{channel_} * p_.A_channel + first;
 #pragma unroll
     for (int n = 0; n < kStateGroup; n += kPack) {
       const Pack<float, kPack> row = load_states<kPack>(A, n, count, p_.wide_A);

@@ -141,6 +141,11 @@ struct Tensor {
     }
   }
 
+  void copy(int64_t from, int64_t to) {
+    std::memcpy(data() + static_cast<size_t>(to) * width(),
+                data() + static_cast<size_t>(from) * width(), width());
+  }
+
   int32_t* ints() const { return reinterpret_cast<int32_t*>(data()); }
 
   bool poisoned(size_t first, size_t size) const {
@@ -174,7 +179,7 @@ struct Scan {
   static constexpr const char* kNames[] = {"SelectiveScan", "GatedSelectiveScan",
                                            "SelectiveScanConstantGap"};
   Kind kind;
-  int64_t batch, seqlen, K, d_inner, d_state;
+  int64_t batch, seqlen, K, d_inner, d_state, decays;
   int32_t dtype;
   bool special;
   vssm_scan_attributes attributes;
@@ -187,6 +192,7 @@ struct Scan {
         K(1 + random.below(5)),
         d_inner(random.of({1, 2, 5, 15, 16, 17, 31, 33, 48, 70})),
         d_state(random.of({1, 1, 2, 3, 8, 16, 16, 17, 64})),
+        decays(random.one_in(4) ? 1 : d_state),
         dtype(type),
         special(random.one_in(6)) {
     attributes = {random.below(4) != 0, random.below(2), random.one_in(2) ? 1.0F : 0.5F, 0};
@@ -196,7 +202,7 @@ struct Scan {
     const int64_t Kd = axis(together), Ka = axis(together);
     add(random, dtype, {batch, seqlen, axis(false), d_inner}, -1, 1);
     add(random, dtype, {batch, seqlen, Kd, d_inner}, -3, attributes.delta_softplus ? 3 : -2);
-    add(random, VSSM_FLOAT32, {Ka, d_inner, d_state}, -8, -0.01F);
+    add(random, VSSM_FLOAT32, {Ka, d_inner, decays}, -8, -0.01F);
     add(random, dtype, {batch, seqlen, axis(false), d_state}, -1, 1);
     add(random, dtype, {batch, seqlen, axis(together), d_state}, -1, 1);
     add(random, VSSM_FLOAT32, {axis(false), d_inner}, -1, 1);
@@ -204,6 +210,16 @@ struct Scan {
     tables(random);
     if (kind == kGated) add(random, dtype, {batch, seqlen, d_inner}, -4, 4);
     if (kind == kConstant) add(random, VSSM_FLOAT32, {Kd, d_inner}, 0.01F, 1);
+    if (decays == 1 && random.one_in(2)) make_head();
+  }
+
+  /// One step size and one A for all channels.
+  void make_head() {
+    for (const size_t input : {1, 2, 6, 9}) {
+      if (input >= inputs.size() || (input == 9 && kind != kConstant)) continue;
+      Tensor& tensor = inputs[input];
+      for (int64_t i = 0; i < tensor.count(); ++i) tensor.copy(i / d_inner * d_inner, i);
+    }
   }
 
   void add(Random& random, int32_t type, std::vector<int64_t> dims, float low, float high) {
@@ -267,7 +283,7 @@ void Scan::expect(int64_t image, int64_t c, std::vector<double>* y,
       double sum = skip, more = std::fabs(skip);
       for (int64_t n = 0; n < d_state; ++n) {
         const int64_t ka = A.dims[0] == 1 ? 0 : k;
-        const double argument = span * A.at((ka * d_inner + c) * d_state + n);
+        const double argument = span * A.at((ka * d_inner + c) * decays + (decays == 1 ? 0 : n));
         const double decay = std::exp(argument), b = value(3, owner, k, n),
                      d = value(4, owner, k, n);
         auto& state = h[static_cast<size_t>(n)];
@@ -322,7 +338,8 @@ bool breach(Random& random, Scan& scan, std::vector<vssm_tensor>* given) {
       tensor.dtype = static_cast<int32_t>(random.of({4, -1, 99}));
       return true;
     case 2:
-      tensor.dims[tensor.rank - 1] += 1;
+      // Not by one: an A of one decay and two states would only have another form.
+      tensor.dims[tensor.rank - 1] += scan.d_state + 1;
       return true;
     case 3:
       tensor.dims[random.below(tensor.rank)] = -1;

@@ -87,10 +87,10 @@ STATES = [1, 2, 3, 16, 17, 64, 256]
 
 @each_variant
 @pytest.mark.parametrize("seqlen", LENGTHS)
-@pytest.mark.parametrize("d_state", [1, 16])
-def test_scan_of_every_length(backend, seqlen, d_state, variant):
-    case = scan_case(seqlen=seqlen, d_inner=3, d_state=d_state, dtype=torch.float16, seed=seqlen)
-    check(backend, case, variant=variant)
+@pytest.mark.parametrize(("d_state", "decay"), [(1, "state"), (16, "state"), (20, "channel")])
+def test_scan_of_every_length(backend, seqlen, d_state, decay, variant):
+    sizes = {"seqlen": seqlen, "d_inner": 3, "d_state": d_state, "decay": decay}
+    check(backend, scan_case(**sizes, dtype=torch.float16, seed=seqlen), variant=variant)
 
 
 @each_variant
@@ -111,11 +111,11 @@ def test_scan_of_every_width(backend, d_inner, together, variant):
 
 @each_variant
 @pytest.mark.parametrize("d_state", STATES)
+@pytest.mark.parametrize("decay", ["state", "channel"])
 @pytest.mark.parametrize("together", [False, True])
-def test_scan_of_every_number_of_states(backend, d_state, together, variant):
-    case = scan_case(
-        seqlen=18, d_inner=7, d_state=d_state, batch=2, **(TOGETHER if together else {})
-    )
+def test_scan_of_every_number_of_states(backend, d_state, together, decay, variant):
+    sizes = {"seqlen": 18, "d_inner": 7, "d_state": d_state, "batch": 2, "decay": decay}
+    case = scan_case(**sizes, **(TOGETHER if together else {}))
     check(backend, case, variant=variant, params_by_step=int(together))
 
 

@@ -226,6 +226,7 @@ SCANS = [
     {"seqlen": 37, "d_inner": 19, "d_state": 16, "directions": 2, "batch": 3, "per_image": True},
     {"seqlen": 40, "d_inner": 16, "d_state": 5, "directions": 4, "shared": "udACD"},
     {"seqlen": 65, "d_inner": 8, "d_state": 1, "directions": 4, "shared": "u", "batch": 2},
+    {"seqlen": 21, "d_inner": 24, "d_state": 40, "directions": 2, "decay": "head", "batch": 2},
 ]
 TACTICS = (0, 1, 2)  # what the kernel takes by itself, and its variants
 MODES = [

@@ -318,7 +318,7 @@ def _run(scan: _Scan) -> Tensor:
             scan_node(
                 own(u, 2, own_heads * width, g),
                 _to_channels(own(dt, 2, own_heads, g), width),
-                A[:, None].expand(-1, B.shape[3]),
+                A[:, None],  # one decay for all states
                 B[:, :, g],
                 C[:, :, g],
                 None if D is None else D.flatten(),
