@@ -1,11 +1,14 @@
-"""Detectors against the official code: keys, numbers up to the dense head, pruning, refusals."""
+"""Detectors against the official code: keys, numbers, boxes, pruning, refusals."""
 
 from __future__ import annotations
 
+import math
+
 import fill
+import numpy as np
 import pytest
 import torch
-from official_data import filled_model, manifest
+from official_data import filled_model, fixture, manifest
 from official_dense import detector_cases, detector_images, errors, micro_detector
 from torch.nn import functional
 
@@ -16,6 +19,7 @@ from vssm.models.catalogue import MODELS
 from vssm.models.cost import count
 from vssm.models.dense.adapter import DeformableAttention, centres
 from vssm.models.dense.detector import Detector
+from vssm.models.dense.regions import DetectionRules, best_boxes, read_regions
 from vssm.onnx.options import OUTPUTS
 
 NAMES = [name for name, card in MODELS.items() if card.task == "detection"]
@@ -107,8 +111,19 @@ def test_deformable_attention_by_hand():
 
 
 def test_centres():
-    assert centres((1, 2)).tolist() == [[[-0.5, 0], [0.5, 0]]]
-    assert centres((2, 1)).tolist() == [[[0, -0.5], [0, 0.5]]]
+    like = torch.zeros((), dtype=torch.float64)
+    assert centres((1, 2), like).tolist() == [[[-0.5, 0], [0.5, 0]]]
+    assert centres((2, 1), like).tolist() == [[[0, -0.5], [0, 0.5]]]
+
+
+def test_a_model_that_was_in_float32_is_exact_again():
+    """Nothing but weights is stored, so `float` and then `double` loses nothing."""
+    model = micro_detector(*ADAPTER)
+    x = detector_images(*ADAPTER)
+    with torch.no_grad():
+        found = model.float().double().forward_details(x).tensors
+    worst = errors("dense/micro_plain_mamba_det", f"{ADAPTER[1]}/", found)
+    assert max(worst.values()) < EXACT
 
 
 @pytest.mark.parametrize("injector", ["all", "kept"])
@@ -153,6 +168,122 @@ def test_a_vim_detectors_map_shows_what_left():
     gone = torch.ones_like(last, dtype=torch.bool).scatter(2, kept, False)
     assert last[gone].all()
     assert not empty[gone].any()
+
+
+RULES = {"level_proposals": 120, "proposals": 60, "most": 20}
+
+
+def _sizes(family, case, model):
+    if family == "plain_mamba":
+        return [model.image_size] * 2
+    return [tuple(image["shape"][1:]) for image in detector_cases(family)[case]["images"]]
+
+
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_official_boxes(family, case):
+    """The same boxes in the same order: to 3e-11 pixels, scores to 4e-13, masks to 1e-12."""
+    numbers = fixture(f"dense/micro_{family}_det")
+    model = micro_detector(family, case).double()
+    rules = DetectionRules(score=0.5 if "retinanet" in case else 0.2, **RULES)
+    with torch.no_grad():
+        found = model.detect(
+            detector_images(family, case), _sizes(family, case, model), rules=rules
+        )
+    for i, got in enumerate(found):
+        key = f"{case}/{{}}{i}".format
+        if family == "vim":
+            boxes, scores = numbers[key("boxes") + ".f64"], numbers[key("scores") + ".f64"]
+            labels, masks = numbers[key("classes")], got.masks[:, None]
+        else:
+            boxes, scores = np.split(numbers[key("dets") + ".f64"], [4], axis=1)
+            labels, masks = numbers[key("labels")], got.masks
+        assert np.array_equal(got.labels, labels)
+        np.testing.assert_allclose(got.boxes, boxes, rtol=0, atol=1e-8)
+        np.testing.assert_allclose(got.scores, scores.ravel(), rtol=0, atol=1e-9)
+        if masks is None:
+            assert "retinanet" in case
+            continue
+        # mmdetection's numbers are in front of the sigmoid.
+        masks = masks if family == "vim" else masks.logit()
+        assert (
+            errors(f"dense/micro_{family}_det", f"{case}/", {f"masks{i}": masks})[f"masks{i}"]
+            < 1e-9
+        )
+
+
+@pytest.mark.parametrize(("family", "case"), [c for c in CASES if "retinanet" not in c[1]])
+def test_official_proposals(family, case):
+    numbers = fixture(f"dense/micro_{family}_det")
+    model, found = _details(family, case)
+    least = None if family == "vim" else -math.log(1000 / 16)
+    for i, size in enumerate(_sizes(family, case, model)):
+        dense = [found.tensors[name][i] for name in model.dense_names]
+        pairs = list(zip(dense[::2], dense[1::2], strict=True))
+        with torch.no_grad():
+            boxes, logits = model._proposals(pairs, size, DetectionRules(**RULES), least)
+        scores = logits if family == "vim" else logits.sigmoid()
+        want = numbers[f"{case}/proposals{i}.f64"]
+        assert len(boxes) == len(want)
+        np.testing.assert_allclose(boxes, want[:, :4], rtol=0, atol=1e-8)
+        np.testing.assert_allclose(scores, want[:, 4], rtol=0, atol=1e-9)
+
+
+def test_official_heads_on_given_regions():
+    """What RoIAlign reads of regions, with parts that lie outside, and what the heads say of it."""
+    numbers, case = fixture("dense/micro_plain_mamba_det"), "maskrcnn_64x96"
+    model, found = _details("plain_mamba", case)
+    rois = torch.from_numpy(numbers[f"{case}/rois"]).double()
+    read = {}
+    for side in (7, 14):
+        parts = []
+        for image in (0, 1):
+            levels = [found.tensors[name][image] for name in model.feature_names]
+            parts.append(model.read(levels, rois[rois[:, 0] == image, 1:], side))
+        read[side] = torch.cat(parts)
+    with torch.no_grad():
+        classes, deltas = model.roi_head.bbox_head(read[7])
+        tensors = {"roi.feats": read[7], "roi.cls": classes, "roi.reg": deltas}
+        tensors["roi.mask"] = model.roi_head.mask_head(read[14])
+    worst = errors("dense/micro_plain_mamba_det", f"{case}/", tensors)
+    assert set(worst) == set(tensors)
+    assert max(worst.values()) < EXACT
+
+
+def test_overlaps_by_hand():
+    boxes = torch.tensor([[0, 0, 4, 4], [0, 0, 4, 3], [0, 0, 4, 2], [9, 9, 9, 9.0]])
+    scores, one = torch.tensor([0.5, 0.9, 0.7, 0.1]), torch.zeros(4, dtype=torch.int64)
+    # Best first: 1, then 2, whose overlap with 1 is 8 / 12, and 0, whose is 12 / 16.
+    assert best_boxes(boxes, scores, one, 0.7).tolist() == [1, 2, 3]
+    assert best_boxes(boxes, scores, one, 0.5).tolist() == [1, 3]
+    assert best_boxes(boxes, scores, torch.tensor([0, 1, 2, 2]), 0.1).tolist() == [1, 2, 0, 3]
+    assert best_boxes(boxes[:0], scores[:0], one[:0], 0.5).tolist() == []
+
+
+def test_a_region_without_extent_reads_nothing():
+    level = torch.ones(2, 5, 5)
+    boxes = torch.tensor([[2.0, 2, 2, 2], [-40, -40, -20, -20], [0, 0, 5, 5]])
+    found = read_regions([level], [1], boxes, 2, torch.zeros(3, dtype=torch.int64))
+    assert not found[:2].any()
+    assert found[2].tolist() == torch.ones(2, 2, 2).tolist()
+
+
+def test_nothing_found():
+    model = micro_detector("vim", "rope_64")
+    with torch.no_grad():
+        (found,) = model.detect(torch.zeros(1, 3, 64, 64), rules=DetectionRules(score=1.0))
+    assert found.boxes.shape == (0, 4)
+    assert found.masks.shape == (0, 28, 28)
+
+
+def test_what_detect_refuses():
+    model = micro_detector("vim", "rope_64")
+    for sizes in ([(64, 64), (1, 1)], [(65, 64)], [(64, 0)]):
+        with pytest.raises(ValueError, match=r"sizes=.* give the height and width of each"):
+            model.detect(torch.zeros(1, 3, 64, 64), sizes)
+    with pytest.raises(ValueError, match=r"overlap=1\.5 is outside \[0, 1\]"):
+        DetectionRules(overlap=1.5)
+    with pytest.raises(ValueError, match="most=0 is below 1"):
+        DetectionRules(most=0)
 
 
 def test_region_heads():

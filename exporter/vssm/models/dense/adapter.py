@@ -95,9 +95,15 @@ class DeformableAttention(nn.Module):
         )
 
 
-def centres(size: Size) -> Tensor:
-    """(1, height * width, 2): x and y of every place's centre, the map from -1 to 1, float64."""
-    rows, columns = ((2 * torch.arange(n, dtype=torch.float64) + 1) / n - 1 for n in size)
+def centres(size: Size, like: Tensor) -> Tensor:
+    """(1, height * width, 2): x and y of every place's centre, the map from -1 to 1.
+
+    Made in each pass in the dtype and on the device of `like`: a stored table would stay as coarse
+    as float32 once the model was in it.
+    """
+    rows, columns = (
+        (2 * torch.arange(n, dtype=like.dtype, device=like.device) + 1) / n - 1 for n in size
+    )
     return torch.stack([columns.repeat(size[0]), rows.repeat_interleave(size[1])], dim=1)[None]
 
 

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vssm.models.dense.detector import RATIOS, REGION, conv_weights
+from vssm.models.dense.detector import ANCHORS, REGION, conv_weights
 from vssm.models.dense.heads import Size
 from vssm.models.layers import LayerNorm, Linear, wide
 
 _EPS: Final = 1e-6
-STAGES: Final = 3
+# What the deltas of each stage are divided by.
+CASCADE_WEIGHTS: Final = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))
+STAGES: Final = len(CASCADE_WEIGHTS)
 
 
 class MapNorm(LayerNorm):
@@ -134,8 +136,8 @@ class ProposalHead(nn.Module):
         self.conv = nn.ModuleDict(
             {f"conv{i}": nn.Conv2d(width, width, 3, padding=1) for i in range(2)}
         )
-        self.objectness_logits = nn.Conv2d(width, RATIOS, 1)
-        self.anchor_deltas = nn.Conv2d(width, 4 * RATIOS, 1)
+        self.objectness_logits = nn.Conv2d(width, ANCHORS, 1)
+        self.anchor_deltas = nn.Conv2d(width, 4 * ANCHORS, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A level to logits (batch, anchors, ...) and deltas (batch, 4 * anchors, ...)."""

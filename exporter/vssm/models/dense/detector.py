@@ -19,10 +19,23 @@ from torch.nn import functional
 from vssm.models.base import ForwardDetails, details
 from vssm.models.dense.base import DenseModel
 from vssm.models.dense.heads import ConvNorm, Size
+from vssm.models.dense.regions import (
+    RATIOS,
+    DetectionRules,
+    Detections,
+    anchors,
+    best_boxes,
+    clipped,
+    filled,
+    moved,
+    read_regions,
+)
 from vssm.models.layers import Linear, wide
 
 DETECTION: Final = "detection"
-RATIOS: Final = 3  # shapes of the anchors at a place
+ANCHORS: Final = len(RATIOS)  # at a place
+STRIDES: Final = (4, 8, 16, 32, 64)  # of the levels that proposals are made from
+ANCHOR: Final = 8  # side of a proposal's square anchor, in strides
 SCALES: Final = 3  # sizes of each, in RetinaNet
 REGION: Final = 7  # side of what the box head reads of a region
 
@@ -41,7 +54,7 @@ class Detector(DenseModel):
 
     task = DETECTION
     dense_names: tuple[str, ...]
-    anchors = RATIOS
+    anchors = ANCHORS
 
     @property
     def output_groups(self) -> Mapping[str, tuple[str, ...]]:  # type: ignore[override]
@@ -69,12 +82,107 @@ class Detector(DenseModel):
         classes = maps.shape[1] // self.anchors
         return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, classes)
 
+    def detect(
+        self,
+        images: Tensor,
+        sizes: Sequence[Size] | None = None,
+        *,
+        rules: DetectionRules | None = None,
+    ) -> list[Detections]:
+        """What is in images (batch, 3, height, width), normalised and padded.
+
+        In PyTorch: an exported file ends at the dense head.
+
+        Args:
+            images: as for `forward`.
+            sizes: (height, width) of each image before it was padded; None if none was.
+            rules: which boxes are kept; None for the official ones.
+
+        Raises:
+            ValueError: there is not one size for each image, or one is larger than the images.
+        """
+        rules = rules or DetectionRules()
+        sizes = [self.image_size] * len(images) if sizes is None else list(sizes)
+        height, width = self.image_size
+        if len(sizes) != len(images) or any(
+            not (0 < h <= height and 0 < w <= width) for h, w in sizes
+        ):
+            raise ValueError(
+                f"sizes={sizes} for {len(images)} images of {height} x {width}: give the height "
+                "and width of each before it was padded"
+            )
+        tensors = self.forward_details(images).tensors
+        found = []
+        for image, size in enumerate(sizes):
+            levels = [tensors[name][image] for name in self.feature_names]
+            dense = [tensors[name][image] for name in self.dense_names]
+            found.append(
+                self._detect(levels, list(zip(dense[::2], dense[1::2], strict=True)), size, rules)
+            )
+        return found
+
+    @abstractmethod
+    def _detect(
+        self,
+        levels: Sequence[Tensor],
+        dense: Sequence[tuple[Tensor, Tensor]],
+        size: Size,
+        rules: DetectionRules,
+    ) -> Detections:
+        """What is in one image of `size`: its levels, and their logits and deltas."""
+
+    def _proposals(
+        self,
+        dense: Sequence[tuple[Tensor, Tensor]],
+        size: Size,
+        rules: DetectionRules,
+        least: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Boxes (n, 4) that may hold something, and their logits (n,), best first."""
+        boxes, logits, level = [], [], []
+        for number, (maps, deltas) in enumerate(dense):
+            stride = STRIDES[number]
+            places = anchors((maps.shape[1], maps.shape[2]), stride, [ANCHOR * stride], maps)
+            scores = by_anchor(maps, 1)[:, 0]
+            best = scores.argsort(descending=True, stable=True)[: rules.level_proposals]
+            moves = by_anchor(deltas, 4)[best]
+            boxes.append(clipped(moved(places[best], moves, least=least), size))
+            logits.append(scores[best])
+            level.append(torch.full_like(best, number))
+        box, score, group = torch.cat(boxes), torch.cat(logits), torch.cat(level)
+        some = filled(box)
+        box, score, group = box[some], score[some], group[some]
+        keep = best_boxes(box, score, group, rules.proposal_overlap)[: rules.proposals]
+        return box[keep], score[keep]
+
     def preprocessing(self) -> None:
         """None: images are resized with their ratio kept and padded, which nothing here does."""
 
     def head_cost(self) -> int:
         """Multiply-adds of the dense head, without the heads that read regions."""
         return sum(map(math.prod, self.level_sizes)) * conv_weights(self.dense_head)
+
+
+def by_anchor(maps: Tensor, width: int) -> Tensor:
+    """A level's (anchors * width, height, width) as (anchors of all places, width)."""
+    return maps.permute(1, 2, 0).reshape(-1, width)
+
+
+def final(
+    boxes: Tensor, scores: Tensor, rules: DetectionRules
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The boxes that are told: indices of their regions, boxes, scores and classes, best first.
+
+    Args:
+        boxes: (regions, classes or 1, 4), inside the image.
+        scores: (regions, classes).
+        rules: which are kept.
+    """
+    region, label = (scores > rules.score).nonzero(as_tuple=True)
+    box = boxes.expand(-1, scores.shape[1], -1)[region, label]
+    score = scores[region, label]
+    keep = best_boxes(box, score, label, rules.overlap)[: rules.most]
+    return region[keep], box[keep], score[keep], label[keep]
 
 
 class Conv(nn.Module):
@@ -157,8 +265,8 @@ class ProposalHead(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.rpn_conv = nn.Conv2d(width, width, 3, padding=1)
-        self.rpn_cls = nn.Conv2d(width, RATIOS, 1)
-        self.rpn_reg = nn.Conv2d(width, 4 * RATIOS, 1)
+        self.rpn_cls = nn.Conv2d(width, ANCHORS, 1)
+        self.rpn_reg = nn.Conv2d(width, 4 * ANCHORS, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A level to logits (batch, anchors, ...) and deltas (batch, 4 * anchors, ...)."""
@@ -270,7 +378,7 @@ class CocoDetector(Detector):
     ) -> None:
         """Five levels of the backbone's maps, and RetinaNet's head."""
         self.neck = FeaturePyramid(widths, width, norm=True, strided=True)
-        self.anchors = RATIOS * SCALES
+        self.anchors = ANCHORS * SCALES
         self.bbox_head = RetinaHead(width, depth, self.anchors, self.num_classes)
         self._name(sizes, 2, "head")
 
@@ -292,3 +400,55 @@ class CocoDetector(Detector):
     def neck_cost(self) -> int:
         """Multiply-adds of the feature pyramid."""
         return self.neck.cost(self._read)
+
+    def _detect(
+        self,
+        levels: Sequence[Tensor],
+        dense: Sequence[tuple[Tensor, Tensor]],
+        size: Size,
+        rules: DetectionRules,
+    ) -> Detections:
+        if not hasattr(self, "roi_head"):
+            return self._retinanet(dense, size, rules)
+        least = -math.log(1000 / 16)
+        regions, _ = self._proposals(dense, size, rules, least)
+        classes, deltas = self.roi_head.bbox_head(self.read(levels, regions, REGION))
+        deltas = deltas.reshape(len(regions), -1, 4)
+        boxes = clipped(moved(regions, deltas, least=least, weights=(10, 10, 5, 5)), size)
+        _, box, score, label = final(boxes, classes.softmax(1)[:, :-1], rules)
+        masks = self.roi_head.mask_head(self.read(levels, box, 2 * REGION)).sigmoid()
+        return Detections(box, score, label, masks[torch.arange(len(label)), label])
+
+    def _retinanet(
+        self, dense: Sequence[tuple[Tensor, Tensor]], size: Size, rules: DetectionRules
+    ) -> Detections:
+        boxes, scores, labels = [], [], []
+        for number, (logits, deltas) in enumerate(dense):
+            stride = 2 * STRIDES[number]
+            # Three sides to a doubling.
+            sides = [ANCHOR / 2 * 2 ** (i / SCALES) * stride for i in range(SCALES)]
+            places = anchors((logits.shape[1], logits.shape[2]), stride, sides, logits)
+            shares = by_anchor(logits, self.num_classes).sigmoid()
+            anchor, label = (shares > rules.score).nonzero(as_tuple=True)
+            score = shares[anchor, label]
+            best = score.argsort(descending=True, stable=True)[: rules.level_proposals]
+            moves, least = by_anchor(deltas, 4)[anchor[best]], -math.log(1000 / 16)
+            boxes.append(clipped(moved(places[anchor[best]], moves, least=least), size))
+            scores.append(score[best])
+            labels.append(label[best])
+        box, share, kind = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
+        # Unlike proposals, boxes without an area count here, as in the official code.
+        keep = best_boxes(box, share, kind, rules.overlap)[: rules.most]
+        return Detections(box[keep], share[keep], kind[keep])
+
+    def read(self, levels: Sequence[Tensor], boxes: Tensor, side: int) -> Tensor:
+        """What the region heads read of boxes (n, 4): (n, channels, side, side).
+
+        Args:
+            levels: the first four or more of one image, (channels, height, width).
+            boxes: in pixels of the image.
+            side: 7 for the box head, 14 for the mask head.
+        """
+        lengths = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+        index = (lengths / 56 + 1e-6).log2().floor().clamp(0, 3).long()
+        return read_regions(levels[:4], STRIDES[:4], boxes, side, index)

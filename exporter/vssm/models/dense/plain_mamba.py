@@ -299,9 +299,6 @@ _STRIDE = 32
 class PlainMambaAdapter(PlainMambaTrunk):
     """The trunk in four groups, and the pyramid that trades with it before and after each."""
 
-    places: Tensor
-    pyramid_places: Tensor
-
     def __init__(self, config: PlainMambaDetectorConfig) -> None:
         super().__init__(config)
         self.groups, self.kept_only = config.groups, config.injector == "kept"
@@ -318,16 +315,13 @@ class PlainMambaAdapter(PlainMambaTrunk):
         self.up = nn.ConvTranspose2d(width, width, 2, 2)
         for level in range(1, 5):
             self.add_module(f"ad_norm{level}", BatchNorm2d(width))
-        # Not persistent: the maps' sizes alone determine them.
-        pyramid = torch.cat([centres(size) for size in self.sizes[1:]], dim=1)
-        self.register_buffer("places", centres(self.grid), persistent=False)
-        self.register_buffer("pyramid_places", pyramid, persistent=False)
 
     def trade(self, model: DenseModel, images: Tensor, tokens: Tokens, with_blocks: bool) -> Levels:
         """Four maps `backbone{i}`, and what there was on the way, by official names."""
         finest, *maps = self.spm(images)
         parts = [to_tokens(x) + wide(self.level_embed)[i] for i, x in enumerate(maps)]
         pyramid = torch.cat(parts, dim=1)
+        places = torch.cat([centres(size, pyramid) for size in self.sizes[1:]], dim=1)
         tensors = {"spm.c1": finest}
         tensors |= {f"spm.c{i}": to_tokens(x) for i, x in enumerate(maps, start=2)}
         x = self.patch_embed(images) + self.positions()
@@ -340,7 +334,7 @@ class PlainMambaAdapter(PlainMambaTrunk):
             x = self._inject(trade, x, tokens, pyramid)
             x, tokens, results = self._run(model, slice(first, last), x, tokens, blocks)
             chosen += results
-            pyramid = trade.extract(pyramid, self.pyramid_places, self.sizes[1:], x, self.grid)
+            pyramid = trade.extract(pyramid, places, self.sizes[1:], x, self.grid)
             tensors |= {f"interaction{group}.x": x, f"interaction{group}.c": pyramid}
             first = last
         outputs = self._outputs(finest, pyramid, x)
@@ -349,10 +343,10 @@ class PlainMambaAdapter(PlainMambaTrunk):
 
     def _inject(self, trade: Interaction, x: Tensor, tokens: Tokens, pyramid: Tensor) -> Tensor:
         """The tokens at all positions, with what they take from the pyramid."""
-        sizes = self.sizes[1:]
+        sizes, places = self.sizes[1:], centres(self.grid, x)
         if not self.kept_only or tokens.complete:
-            return trade.inject(x, self.places, pyramid, sizes)
-        places = self.places[0][tokens.position.long()]
+            return trade.inject(x, places, pyramid, sizes)
+        places = places[0][tokens.position.long()]
         return tokens.onto(x, trade.inject(tokens.from_positions(x), places, pyramid, sizes))
 
     def _run(

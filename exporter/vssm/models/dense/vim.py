@@ -25,9 +25,21 @@ from vssm.models.dense.base import (
     check_taps,
     only_pruning,
 )
-from vssm.models.dense.cascade import CascadeHeads, ProposalHead, SimpleFeaturePyramid
-from vssm.models.dense.detector import Detector, halved
+from vssm.models.dense.cascade import (
+    CASCADE_WEIGHTS,
+    CascadeHeads,
+    ProposalHead,
+    SimpleFeaturePyramid,
+)
+from vssm.models.dense.detector import REGION, STRIDES, Detector, final, halved
 from vssm.models.dense.heads import Size
+from vssm.models.dense.regions import (
+    DetectionRules,
+    Detections,
+    clipped,
+    moved,
+    read_regions,
+)
 from vssm.models.dense.segmenter import Segmenter
 from vssm.models.layers import RMSNorm, fold_batch_norm, resize_grid, to_map, wide
 from vssm.models.vim import (
@@ -440,6 +452,38 @@ class VimDetector(Detector):
     def dense_head(self) -> nn.Module:
         """The region proposals' head."""
         return self.proposal_generator["rpn_head"]
+
+    def _detect(
+        self,
+        levels: Sequence[Tensor],
+        dense: Sequence[tuple[Tensor, Tensor]],
+        size: Size,
+        rules: DetectionRules,
+    ) -> Detections:
+        boxes, _ = self._proposals(dense, size, rules, None)
+        heads = self.roi_heads
+        scores = boxes.new_zeros(len(boxes), self.num_classes + 1)
+        for stage, weights in enumerate(CASCADE_WEIGHTS):
+            features = heads.box_head[stage](self.read(levels, boxes, REGION))
+            classes, deltas = heads.box_predictor[stage](features)
+            # Each stage moves the boxes that the one before it gave.
+            boxes = clipped(moved(boxes, deltas, least=None, weights=weights), size)
+            scores = scores + classes.softmax(1) / len(CASCADE_WEIGHTS)
+        _, box, score, label = final(boxes[:, None], scores[:, :-1], rules)
+        masks = heads.mask_head(self.read(levels, box, 2 * REGION)).sigmoid()
+        return Detections(box, score, label, masks[torch.arange(len(label)), label])
+
+    def read(self, levels: Sequence[Tensor], boxes: Tensor, side: int) -> Tensor:
+        """What the region heads read of boxes (n, 4): (n, channels, side, side).
+
+        Args:
+            levels: the first four or more of one image, (channels, height, width).
+            boxes: in pixels of the image.
+            side: 7 for the box head, 14 for the mask head.
+        """
+        lengths = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+        index = (4 + (lengths / 224 + 1e-8).log2()).floor().clamp(2, 5).long() - 2
+        return read_regions(levels[:4], STRIDES[:4], boxes, side, index)
 
     def neck_cost(self) -> int:
         """Multiply-adds of the pyramid."""

@@ -1,0 +1,199 @@
+"""Boxes: anchors, deltas, overlaps, and what a head reads of a region. Plain PyTorch, one image.
+
+Boxes are (n, 4): x and y of the top left corner, then of the bottom right one, in pixels of the
+image. Sources: Ren et al., arXiv:1506.01497; He et al., arXiv:1703.06870.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from vssm.models.dense.heads import Size
+
+RATIOS: Final = (0.5, 1.0, 2.0)  # height over width of the anchors at a place
+_AT_ONCE: Final = 32  # regions read together, which bounds the memory
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best first.
+
+    Attributes:
+        boxes: (n, 4) in pixels of the model's input.
+        scores: (n,) in [0, 1].
+        labels: (n,) int64, indices of classes.
+        masks: (n, 28, 28), the probability that a part of its box belongs to the object; None for
+            detectors without masks.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DetectionRules:
+    """How many boxes are kept, and of which; the defaults are those of the official tests.
+
+    Attributes:
+        score: boxes of lower scores are left out.
+        overlap: of two boxes of one class that overlap by more, the worse is left out.
+        most: boxes of an image.
+        level_proposals: best proposals, or RetinaNet's best boxes, that each level gives.
+        proposals: best proposals of all levels.
+        proposal_overlap: as `overlap`, for proposals of one level.
+    """
+
+    score: float = 0.05
+    overlap: float = 0.5
+    most: int = 100
+    level_proposals: int = 1000
+    proposals: int = 1000
+    proposal_overlap: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name in ("score", "overlap", "proposal_overlap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]; give a share")
+        for name in ("most", "level_proposals", "proposals"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is below 1; give a number of boxes")
+
+
+def anchors(size: Size, stride: int, sides: Sequence[float], like: Tensor) -> Tensor:
+    """Anchors (places * ratios * sides, 4) of a level: by row, column, ratio, side.
+
+    Args:
+        size: (height, width) of the level.
+        stride: pixels between places; the first centre is pixel 0.
+        sides: of the square anchors; the others have the same area.
+        like: says device and dtype.
+    """
+    # The sides in float32 whatever the model's dtype, as in the official code.
+    tall = torch.sqrt(torch.tensor(RATIOS))
+    lengths = torch.tensor(sides)
+    widths, heights = (((x[:, None] * lengths) / 2).flatten() for x in (1 / tall, tall))
+    cell = torch.stack([-widths, -heights, widths, heights], dim=1)
+    rows, columns = (torch.arange(n) * stride for n in size)
+    x, y = columns.repeat(size[0]), rows.repeat_interleave(size[1])
+    places = torch.stack([x, y, x, y], dim=1).to(like)
+    return (places[:, None] + cell.to(like)).reshape(-1, 4)
+
+
+def moved(
+    boxes: Tensor, deltas: Tensor, *, least: float | None, weights: Sequence[float] = (1, 1, 1, 1)
+) -> Tensor:
+    """Boxes (n, 4) moved and resized by deltas (n, ..., 4), (n, ..., 4).
+
+    Args:
+        boxes: what the deltas are relative to.
+        deltas: of the centre, over width and height, and the logarithms of the sides' ratios.
+        least: bound of these from below, None for none; from above it is log(1000 / 16).
+        weights: that the deltas are divided by.
+    """
+    boxes = boxes.reshape(-1, *[1] * (deltas.dim() - 2), 4)
+    x, y, log_width, log_height = (
+        part / weight for part, weight in zip(deltas.unbind(-1), weights, strict=True)
+    )
+    most = math.log(1000 / 16)
+    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    x = (boxes[..., 0] + boxes[..., 2]) / 2 + x * width
+    y = (boxes[..., 1] + boxes[..., 3]) / 2 + y * height
+    width = width * log_width.clamp(least, most).exp() / 2
+    height = height * log_height.clamp(least, most).exp() / 2
+    return torch.stack([x - width, y - height, x + width, y + height], dim=-1)
+
+
+def clipped(boxes: Tensor, size: Size) -> Tensor:
+    """Boxes (..., 4) inside an image of (height, width)."""
+    height, width = size
+    x, y = boxes[..., ::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
+    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)
+
+
+def filled(boxes: Tensor) -> Tensor:
+    """(n,) whether a box has an area."""
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+
+def best_boxes(boxes: Tensor, scores: Tensor, group: Tensor, overlap: float) -> Tensor:
+    """Indices of the boxes that no better one of their group overlaps by more, best first.
+
+    Args:
+        boxes: (n, 4).
+        scores: (n,).
+        group: (n,) int64; boxes of different groups do not see each other.
+        overlap: area of the intersection over that of the union.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    left = torch.ones(len(order), dtype=torch.bool, device=boxes.device)
+    for one in group.unique():
+        members = (group[order] == one).nonzero()[:, 0]
+        left[members] = _alone(boxes[order[members]], overlap)
+    return order[left]
+
+
+def _alone(boxes: Tensor, overlap: float) -> Tensor:
+    """(n,) whether a box stays, of boxes best first: those before it win if they stay."""
+    left = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    for i in range(len(boxes)):
+        if not left[i]:
+            continue
+        later = boxes[i + 1 :]
+        width = torch.minimum(boxes[i, 2], later[:, 2]) - torch.maximum(boxes[i, 0], later[:, 0])
+        height = torch.minimum(boxes[i, 3], later[:, 3]) - torch.maximum(boxes[i, 1], later[:, 1])
+        both = width.clamp(0) * height.clamp(0)
+        left[i + 1 :] &= both <= overlap * (area[i] + area[i + 1 :] - both)
+    return left
+
+
+def read_regions(
+    levels: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, side: int, index: Tensor
+) -> Tensor:
+    """RoIAlign: (n, channels, side, side) of levels (channels, height, width), a level a box.
+
+    Sample points are as many as a part of the region has pixels, rounded up, and the map's pixels
+    are centred in their squares ("aligned", sampling ratio 0).
+
+    Args:
+        levels: of one image.
+        strides: of the levels.
+        boxes: (n, 4).
+        side: of what is read.
+        index: (n,) int64, which level each box reads.
+    """
+    found = levels[0].new_zeros(len(boxes), levels[0].shape[0], side, side)
+    for number, (level, stride) in enumerate(zip(levels, strides, strict=True)):
+        for some in (index == number).nonzero()[:, 0].split(_AT_ONCE):
+            # A bilinear read is a product of one along the rows and one along the columns.
+            scaled = boxes[some] / stride - 0.5
+            rows = _reads(scaled[:, 1], scaled[:, 3], side, level.shape[1])
+            columns = _reads(scaled[:, 0], scaled[:, 2], side, level.shape[2])
+            found[some] = torch.einsum("nih,chw,njw->ncij", rows, level, columns)
+    return found
+
+
+def _reads(start: Tensor, end: Tensor, side: int, length: int) -> Tensor:
+    """(n, side, length): how much of each pixel along an axis a part of a region reads."""
+    part = (end - start) / side
+    points = part.ceil().clamp(min=0)  # a region without extent reads nothing
+    most = int(points.max().item()) if len(points) else 0
+    number = torch.arange(most, device=start.device)
+    # Of each part, at the middles of equal pieces.
+    offset = (number + 0.5) / points.clamp(min=1)[:, None]
+    place = torch.arange(side, device=start.device)[:, None] + offset[:, None]
+    point = start[:, None, None] + place * part[:, None, None]
+    # A point that is more than a pixel outside reads zero; nearer, the border's pixel.
+    inside = (number < points[:, None])[:, None] & (point >= -1) & (point <= length)
+    pixel = torch.arange(length, device=start.device)
+    near = 1 - (point.clamp(0, length - 1)[..., None] - pixel).abs()
+    weight = near.clamp(0) * inside[..., None]
+    return weight.sum(2) / points.clamp(min=1)[:, None, None]
