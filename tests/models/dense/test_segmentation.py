@@ -158,6 +158,8 @@ def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
         ("vim_tiny", {"image_size": 8}, "smaller than patch_size=16"),
         ("vim_tiny", {"image_size": 16}, "no place in the coarsest level"),
         ("vim_tiny", {"table_size": 500}, "table_size=500 is not a multiple"),
+        ("vim_tiny", {"patch_size": 0}, "patch_size=0 is below 1"),
+        ("vim_tiny", {"patch_size": 32}, "made for patches of 8 and 16"),
         ("vim_tiny", {"taps": (6, 12, 24)}, "are not four of the blocks"),
         ("vim_tiny", {"taps": (6, 12, 18, 23)}, "the last being 24"),
         ("vim_tiny", {"tap_stream": "stream"}, "is not one of mixer, sum"),

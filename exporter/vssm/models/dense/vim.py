@@ -88,7 +88,8 @@ class VimBackboneConfig(ImageSized):
     def __post_init__(self) -> None:
         if not isinstance(self.image_size, int):  # JSON knows lists only
             object.__setattr__(self, "image_size", tuple(self.image_size))
-        if self.table_size < 1 or self.table_size % self.patch_size:
+        check_positive(self, "table_size", "patch_size")
+        if self.table_size % self.patch_size:
             raise ValueError(
                 f"table_size={self.table_size} is not a multiple of patch_size={self.patch_size}; "
                 "give the side of the images that the checkpoint was trained with"
