@@ -297,3 +297,9 @@ def test_official_preprocessing(size, resize, crop):
     assert (spec.resize, spec.crop, spec.interpolation) == (resize, crop, "bicubic")
     assert spec.mean == (0.485, 0.456, 0.406)
     assert spec.std == (0.229, 0.224, 0.225)
+
+
+def test_a_file_from_before_merging_and_dense_models_is_read() -> None:
+    document = json.loads(manifest_to_json(MANIFEST))
+    del document["merge"], document["schedule"]["restore"]
+    assert manifest_from_json(json.dumps(document)) == MANIFEST

@@ -276,7 +276,8 @@ def _parse(root: Node) -> Manifest:
         versions={n: node.text(_LONGEST_NAME) for n, node in root.at("versions").entries()},
         weights=root.at("weights").choice(WEIGHTS),
         schedule=root.at("schedule").optional(_schedule),
-        merge=root.at("merge").optional(_merge),
+        # Files from before there was merging do not have it.
+        merge=root.at("merge").optional(_merge) if "merge" in root.mapping() else None,
         block_outputs=tuple(_block_output(node) for node in root.at("block_outputs").items()),
         preprocessing=root.at("preprocessing").optional(_preprocessing),
         checkpoint=root.at("checkpoint").optional(_checkpoint),
