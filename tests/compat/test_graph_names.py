@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import vssm
 from vssm.compat import selective_scan_tokens
+from vssm.errors import UnsupportedError
 
 IMAGES = (2, 3, 48, 48)
 STYLES = {
@@ -72,3 +73,11 @@ def test_names_that_are_hard_to_write(tmp_path: Path) -> None:
     assert len(set(names)) == len(names)
     assert all(name.isprintable() and " " not in name for name in [*names, *weights])
     assert {"/shared/MatMul", "/shared/MatMul_1", "/größe/MatMul", "/a_b__/MatMul"} <= set(names)
+
+
+@pytest.mark.parametrize("letter", ['"', "\n", "\r", "\0"])
+def test_names_that_torch_cannot_write_are_refused(tmp_path: Path, letter: str) -> None:
+    model = _Scan().eval()
+    model.shared.add_module(f"a{letter}b", nn.Linear(6, 6))
+    with pytest.raises(UnsupportedError, match="of a module or weight holds a quote or"):
+        _export(tmp_path / "out", model, torch.randn(2, 5, 6))

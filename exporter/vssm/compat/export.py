@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from vssm.compat.passes.regions import RefuseCasts, open_regions
 from vssm.compat.prune import PrunedModule
 from vssm.errors import UnsupportedError, reason
 from vssm.files.atomic import sha256_of
+from vssm.files.text import shown
 from vssm.onnx.describe import describe_schedule, describe_tensor, used_operators
 from vssm.onnx.options import check_opset
 from vssm.onnx.program import (
@@ -54,6 +56,7 @@ from vssm.types import Steps
 
 _PACKAGES: Final = ("torch", "onnx", "onnxscript", "numpy")
 _SEED: Final = 0
+_UNWRITABLE: Final = re.compile(r'["\n\r\0]')  # torch.fx writes names between plain quotes
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,12 @@ def _refuse(model: Any, example: Any, opset: int) -> None:
             "of several inputs in one that takes the first and fixes the others"
         )
     check_opset(opset)
+    for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers()):
+        if _UNWRITABLE.search(name):
+            raise UnsupportedError(
+                f"model: the name {shown(repr(name), limit=80)} of a module or weight holds a "
+                "quote or a line break, which torch.export cannot write; rename it"
+            )
     bad: dict[str, list[str]] = {"not float32": [], "on device meta": [], "not finite": []}
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
