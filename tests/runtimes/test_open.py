@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,23 @@ def test_a_session_serves_several_threads(
             together = [out["logits"] for out in pool.map(session.run, batches)]
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("runtime", ["ort-cpu", "torch"])
+def test_threads_do_not_come_along_to_a_fork(
+    artifact: Artifact, runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run in the fork would wait for them without end, as torch's did."""
+    x = images(micro(), 1)
+    with vssm.open_session(artifact, runtime, threads=2) as session:
+        session.run(x)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with pytest.raises(RuntimeUnavailableError, match=r"with 2 threads .* is a fork .*; open"):
+            session.run(x)
+    monkeypatch.undo()
+    with vssm.open_session(artifact, runtime, threads=1) as session:
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        session.run(x)
 
 
 def test_bad_arguments(artifact: Artifact) -> None:

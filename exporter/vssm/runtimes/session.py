@@ -12,6 +12,7 @@ from typing import NoReturn
 import numpy as np
 
 from vssm.artifact.manifest import BATCH, Manifest
+from vssm.errors import RuntimeUnavailableError
 from vssm.types import Array
 
 BACKENDS = ("kernel", "body")
@@ -94,6 +95,7 @@ class Session(abc.ABC):
     def __init__(self, manifest: Manifest, info: RuntimeInfo) -> None:
         self.manifest = manifest
         self.info = info
+        self._process = os.getpid()
 
     def run(self, images: Array) -> dict[str, Array]:
         """Outputs by name: `logits` (batch, classes) float32, `kept_positions_0` ... int64.
@@ -104,7 +106,16 @@ class Session(abc.ABC):
         Raises:
             TypeError: images is no float32 array.
             ValueError: its shape is not the model's.
+            RuntimeUnavailableError: this process is a fork of the one that opened the session, and
+                the session has threads there.
         """
+        # They are not there in a fork: a run would wait for them without end.
+        if self.info.threads > 1 and self._process != os.getpid():
+            raise RuntimeUnavailableError(
+                f"session: it was opened with {self.info.threads} threads in process "
+                f"{self._process}, of which this one is a fork without them; open one in this "
+                "process, or with threads=1 before the fork"
+            )
         return self._run(self._checked(images))
 
     @property
