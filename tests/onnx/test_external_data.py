@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from command import Run
 from exports import images, micro
 
@@ -90,3 +93,23 @@ def test_force_takes_it_away_again(pair: tuple[Artifact, Artifact], tmp_path: Pa
     vssm.export(micro(), tmp_path / "out", force=True)
     assert not (tmp_path / "out" / EXTERNAL_FILE).exists()
     assert EXTERNAL_FILE not in json.loads((tmp_path / "out/model.json").read_text())["files"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_model_above_2_gib_by_itself(tmp_path: Path) -> None:
+    """560 million weights: a minute, 2.2 GB of disk and 7.3 GB of memory."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    if shutil.disk_usage(tmp_path).free < 5e9 or free < 9e9:
+        pytest.skip("needs 5 GB of disk and 9 GB of memory")
+    sizes = {"image_size": 32, "patch_size": 8, "stride": 8, "depth": 9, "d_model": 3072}
+    schedule = vssm.PruneSchedule({3: 0.7})
+    model = vssm.create_model("vim_tiny", schedule=schedule, num_classes=7, **sizes)
+    artifact = vssm.export(model, tmp_path / "out", weights=False)
+    assert (artifact.directory / EXTERNAL_FILE).stat().st_size > 1 << 31
+    x = images(model, 1)
+    with torch.no_grad():
+        want = model(torch.from_numpy(x)).numpy()
+    with vssm.open_session(artifact, threads=1) as session:
+        # 2.0e-6 of the largest measured.
+        np.testing.assert_allclose(session.run(x)["logits"], want, atol=2e-5, rtol=0)
