@@ -115,6 +115,19 @@ class Places:
             raise _UnknownError("a scan reads more than one value")
         return source, inside
 
+    def sources(self, node: Node) -> set[Node]:
+        """The sources of which a value has any element; none where they are not known."""
+        try:
+            terms = self.of(node)
+        except _UnknownError:
+            return set()
+        return {
+            source
+            for source, start in self._starts.items()
+            for places in terms
+            if bool(((places >= start) & (places < start + _count(source))).any())
+        }
+
     def _find(self, node: Node) -> Any:
         target: Any = node.target
         if node.op == "call_function" and not self._is_root(node):
@@ -325,6 +338,12 @@ def _return(places: Places, node: Node) -> _Return:
                 raise _UnknownError("results of scans are folded together")
             axes.append(moving[0] if moving else None)
         all_axes.add(tuple(axes))
+        held = {
+            role: math.prod(s for s, a in zip(sizes, axes, strict=True) if a == role)
+            for role in parts
+        }
+        if held != {"batch": _BATCH, "tokens": seqlen, "channels": width}:
+            raise _UnknownError("a part of a scan's result is left out")
         flat = index.permute(_apart(axes)).reshape(-1, seqlen, width)
         table = flat[0, :, 0] // width
         again = torch.arange(flat.shape[0])[:, None, None] * seqlen + table[:, None]
@@ -359,7 +378,7 @@ def follow_walks(r: Rewriter) -> None:
             try:
                 returns.append(_return(back, node))
             except _UnknownError as why:
-                left |= _scans_of(node, made)
+                left |= back.sources(node) or _scans_of(node, made)
                 r.report.refuse(str(why))
     walks = _walks(r, scans, returns, left)
     for found in returns:
