@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +45,8 @@ from vssm.files.text import shown
 if TYPE_CHECKING:
     from vssm.artifact.directory import Artifact
     from vssm.artifact.manifest import CheckpointInfo, Preprocessing
+    from vssm.compat.export import DryRun
+    from vssm.compat.packages.context import UpstreamReport
     from vssm.pruning.schedule import PruneSchedule
     from vssm.training.request import ModelSource
     from vssm.types import Steps
@@ -102,14 +105,73 @@ def export_user_module(
     """
     schedule = _check(request)
     check_target(directory, force=force)
+    from vssm.compat.export import export_module
+
+    # Around the export too: it runs the model's forward, which may import only then.
+    with _built(request, schedule, progress) as built:
+        artifact = export_module(
+            built.model,
+            built.example,
+            directory,
+            # The factory's name, without the path of the user's machine.
+            name=request.target.rpartition(":")[2],
+            outputs=request.outputs,
+            opset=request.opset,
+            inline=request.inline,
+            dynamic_batch=not request.static_batch,
+            reference=request.reference,
+            preprocessing=_preprocessing(request),
+            labels=_labels(request, built.model, built.example),
+            checkpoint=built.checkpoint,
+            force=force,
+            progress=progress,
+        )
+    return ModuleExport(artifact, str(built.report), built.loaded)
+
+
+def dry_run_user_module(
+    request: ModuleRequest, *, progress: Steps = lambda *_: None
+) -> tuple[DryRun, str]:
+    """Import, build, load, prune, and run once: what would be exported, and what stood in.
+
+    Raises:
+        ValueError, VssmError: as `export_user_module` does before its trace.
+    """
+    schedule = _check(request)
+    from vssm.compat.export import dry_run
+
+    with _built(request, schedule, progress) as built:
+        found = dry_run(
+            built.model,
+            built.example,
+            outputs=request.outputs,
+            dynamic_batch=not request.static_batch,
+        )
+    return found, str(built.report)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A model of the user's, its example input, and how it came about."""
+
+    model: Any
+    example: Any
+    checkpoint: CheckpointInfo | None
+    loaded: str | None
+    report: UpstreamReport
+
+
+@contextlib.contextmanager
+def _built(
+    request: ModuleRequest, schedule: PruneSchedule | None, progress: Steps
+) -> Iterator[_Built]:
+    """The model that was asked for, while upstream's packages are stood in for."""
     import torch
 
     from vssm.compat import upstream
-    from vssm.compat.export import export_module
     from vssm.compat.factory import build_from, search_path
     from vssm.compat.prune import prune
 
-    # Around the export too: it runs the model's forward, which may import only then.
     with (
         search_path(request.target, request.paths),
         upstream(prefer=request.prefer, scans=request.scans) as report,
@@ -126,24 +188,7 @@ def export_user_module(
                 model, schedule, example, blocks=request.blocks, cls_index=request.cls_index
             )
         progress(f"importing {request.target}", 1, 1)
-        artifact = export_module(
-            model,
-            example,
-            directory,
-            # The factory's name, without the path of the user's machine.
-            name=request.target.rpartition(":")[2],
-            outputs=request.outputs,
-            opset=request.opset,
-            inline=request.inline,
-            dynamic_batch=not request.static_batch,
-            reference=request.reference,
-            preprocessing=_preprocessing(request),
-            labels=_labels(request, model, example),
-            checkpoint=checkpoint,
-            force=force,
-            progress=progress,
-        )
-    return ModuleExport(artifact, str(report), loaded)
+        yield _Built(model, example, checkpoint, loaded, report)
 
 
 def _load(request: ModuleRequest, model: Any) -> tuple[CheckpointInfo | None, str | None]:
@@ -254,6 +299,16 @@ StaticBatch = Annotated[
 NoReference = Annotated[
     bool, typer.Option("--no-reference", help="Leave out the answers that `vssm check` compares.")
 ]
+DryRunOnly = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Import, build and run once; say what would be exported."),
+]
+Survey = Annotated[
+    Path | None,
+    typer.Option(help="Export every model of a JSON file, each in a process of its own."),
+]
+TimeLimit = Annotated[float, typer.Option(help="Seconds for each model of a survey.")]
+OptionalFolder = Annotated[Path | None, typer.Option("-o", "--output", help="Directory to write.")]
 Prefer = Annotated[
     str, typer.Option(help="Functions of upstream's packages: ours, or those installed.")
 ]
@@ -416,8 +471,10 @@ def _print_files(artifact: Artifact) -> None:
 
 
 def export_module(
-    target: Annotated[str, typer.Argument(help="repo/model.py:factory or repo:module.factory.")],
-    output: Folder,
+    target: Annotated[
+        str | None, typer.Argument(help="repo/model.py:factory or repo:module.factory.")
+    ] = None,
+    output: OptionalFolder = None,
     shape: Shape = "1x3x224x224",
     tokens: Tokens = None,
     checkpoint: Weights = None,
@@ -441,10 +498,19 @@ def export_module(
     inline: Inline = False,
     static_batch: StaticBatch = False,
     no_reference: NoReference = False,
+    dry_run: DryRunOnly = False,
+    survey: Survey = None,
+    time_limit: TimeLimit = 600.0,
     force: Force = False,
     json_file: Json = None,
 ) -> None:
     """Export a model of your own repository. This runs the code that you name."""
+    if survey is not None:
+        from vssm.commands.survey import survey_modules
+
+        survey_modules(survey, _needed(output, "-o DIR"), json_file, time_limit=time_limit)
+        return
+    target = _needed(target, "TARGET")
     request = ModuleRequest(
         target=target,
         input_shape=sizes("input", shape),
@@ -471,7 +537,29 @@ def export_module(
         static_batch=static_batch,
         reference=not no_reference,
     )
-    _export_module(request, output, json_file, force=force)
+    if dry_run:
+        _dry_run(request, json_file)
+    else:
+        _export_module(request, _needed(output, "-o DIR"), json_file, force=force)
+
+
+def _needed(value: Any, name: str) -> Any:
+    # typer would ask for these always; a dry run writes nothing, and a survey has many targets.
+    if value is None:
+        raise ValueError(f"{name} is missing; give it, or see --dry-run and --survey in --help")
+    return value
+
+
+def _dry_run(request: ModuleRequest, json_file: Path | None) -> None:
+    with phases() as progress:
+        found, upstream = dry_run_user_module(request, progress=progress)
+    say(f"executed the code of {request.target}; upstream packages: {upstream}")
+    shapes = ", ".join(
+        f"{name} {'x'.join(map(str, shape))}" for name, shape in found.outputs.items()
+    )
+    say(f"would export: {found.scans} selective scans, {found.parameters:,} parameters")
+    say(f"outputs of one image: {shapes}")
+    write_result(json_file, found)
 
 
 def _scans(given: list[str]) -> dict[str, str]:

@@ -57,6 +57,7 @@ from vssm.types import Steps
 _PACKAGES: Final = ("torch", "onnx", "onnxscript", "numpy")
 _SEED: Final = 0
 _UNWRITABLE: Final = re.compile(r'["\n\r\0]')  # torch.fx writes names between plain quotes
+_OPSET: Final = 18
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,44 @@ class _Options:
     opset: int
     dynamic_batch: bool
     outputs: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What an export of a module would hold, from one run of it.
+
+    Attributes:
+        outputs: shape of each output by name, of one image.
+        scans: selective scans that ran; passes may make one node of several.
+        parameters: how many numbers the module learned.
+    """
+
+    outputs: dict[str, tuple[int, ...]]
+    scans: int
+    parameters: int
+
+
+@known_state()
+def dry_run(
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    outputs: Sequence[str] | None = None,
+    dynamic_batch: bool = True,
+) -> DryRun:
+    """Refuse what `export_module` refuses before its trace, and say what it would export.
+
+    Takes what one image takes in PyTorch, and writes nothing; the arguments are those of
+    `export_module`.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: as `export_module` does.
+    """
+    options = _Options(_OPSET, dynamic_batch, None if outputs is None else tuple(outputs))
+    _refuse(model, example_input, _OPSET)
+    found, scans = _run_once(model, example_input.detach().cpu(), options)
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    return DryRun(shapes, scans, sum(p.numel() for p in model.parameters()))
 
 
 @known_state()
@@ -74,7 +113,7 @@ def export_module(
     *,
     name: str | None = None,
     outputs: Sequence[str] | None = None,
-    opset: int = 18,
+    opset: int = _OPSET,
     dynamic_batch: bool = True,
     inline: bool = False,
     reference: bool = True,
@@ -129,7 +168,7 @@ def export_module(
     with staged_export(directory, force=force) as staging:
         options = _Options(opset, dynamic_batch, None if outputs is None else tuple(outputs))
         # Names before the trace: an output that nobody can name is refused before the long part.
-        names = _output_names(model, example, options)
+        names = list(_run_once(model, example, options)[0])
         precision = None
         if reference:  # first, as the trace takes long and this may be refused
             count = 2 if dynamic_batch else len(example)
@@ -182,7 +221,10 @@ def trace_module(
     return proto, reports
 
 
-def _output_names(model: nn.Module, example: Tensor, options: _Options) -> list[str]:
+def _run_once(
+    model: nn.Module, example: Tensor, options: _Options
+) -> tuple[dict[str, Tensor], int]:
+    """The outputs by name, and how many selective scans ran."""
     # One image is enough, but a module that reshapes by its batch runs on the fixed one alone.
     x = example[:1] if options.dynamic_batch else example
     with evaluating(model), torch.inference_mode():
@@ -190,7 +232,7 @@ def _output_names(model: nn.Module, example: Tensor, options: _Options) -> list[
             # The user's line is known here, before the trace; where a `try` of the module's hides
             # this error, `open_regions` finds the cast in the trace.
             with RefuseCasts(), record_backends() as ran:
-                names = list(module_outputs(options.outputs)(model, x))
+                found = module_outputs(options.outputs)(model, x)
         # Torch's own error of a wrong input, which would drown in what torch.export says of it.
         except (RuntimeError, AssertionError, LookupError, TypeError, SystemExit) as error:
             raise UnsupportedError(
@@ -199,7 +241,7 @@ def _output_names(model: nn.Module, example: Tensor, options: _Options) -> list[
             ) from error
     if not ran:
         raise UnsupportedError(_no_scan(model))
-    return names
+    return found, sum(ran.values())
 
 
 class _Wrapper(nn.Module):

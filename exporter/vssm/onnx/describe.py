@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Protocol
 
 import onnx
@@ -133,3 +134,9 @@ def describe_merges(model: Scheduled) -> MergeInfo | None:
     return MergeInfo(
         blocks=tuple(merges), num_keep=tuple(s.num_keep for s in merges.values()), **rules
     )
+
+
+def count_nodes(path: Path) -> tuple[int, int]:
+    """How many nodes of this package's operators a file has, and how many in all."""
+    nodes = onnx.load(str(path), load_external_data=False).graph.node
+    return sum(node.domain == DOMAIN for node in nodes), len(nodes)
