@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
@@ -58,6 +59,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(
         key=lambda item: _FIRST.get(item.path.relative_to(Path(__file__).parent).as_posix(), 99)
     )
+
+
+def pytest_collection_finish() -> None:
+    # What is imported stays, and a trace makes objects by the million: to look through all of them
+    # again and again took a sixth of the time of an export.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 50)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
