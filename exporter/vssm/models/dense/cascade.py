@@ -61,7 +61,7 @@ class Doubled(nn.ConvTranspose2d):
 class SimpleFeaturePyramid(nn.Module):
     """p2 to p6 of one map of stride 16.
 
-    Keys are indices of the official Sequentials, whose GELU and pooling have no weights.
+    Keys are indices of the official sequences, whose GELU and pooling have no weights.
     """
 
     def __init__(self, channels: int, width: int) -> None:
