@@ -12,9 +12,12 @@ import onnx
 import pytest
 import torch
 from exports import exported, images, micro_segmenter
+from PIL import Image
+from typer.testing import CliRunner
 
 import vssm
 from vssm.artifact.directory import Artifact, open_artifact
+from vssm.commands.main import app
 from vssm.models.dense.segmenter import Segmenter
 from vssm.models.dense.vim import VimSegmenter
 from vssm.onnx.export import _cast_copy, build_proto
@@ -166,3 +169,24 @@ def test_whole_images_are_not_classified(whole: tuple[Segmenter, Artifact, str])
     if outputs == "labels":
         with pytest.raises(ValueError, match="cannot be classified by it; run it by vssm"):
             _ = artifact.manifest.num_classes
+
+
+def test_run_writes_label_maps(whole: tuple[Segmenter, Artifact, str], tmp_path: Path) -> None:
+    model, artifact, outputs = whole
+    if outputs != "labels":
+        pytest.skip("this export has no logits")
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    run = CliRunner().invoke
+    done = run(app, ["run", str(artifact.directory), str(tmp_path / "noise.png")])
+    assert isinstance(done.exception, ValueError)
+    assert "say -o DIR" in str(done.exception)
+    done = run(
+        app,
+        ["run", str(artifact.directory), str(tmp_path / "noise.png"), "-o", str(tmp_path / "out")],
+    )
+    assert done.exit_code == 0, done.exception
+    with Image.open(tmp_path / "out" / "noise.labels.png") as image:
+        assert image.size == (150, 90)
+        assert np.asarray(image).max() < model.num_classes
+    assert (tmp_path / "out" / "noise.overlay.png").is_file()

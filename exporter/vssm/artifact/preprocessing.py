@@ -83,14 +83,22 @@ def preprocess(
     several = images if isinstance(images, list | tuple) else [images]
     if not several:
         raise ValueError("images=[] holds no image; give one at least")
-    mean = np.asarray(spec.mean, np.float32)
-    std = np.asarray(spec.std, np.float32)
     out = np.empty((len(several), 3, *spec.crop), np.float32)
     for i, image in enumerate(several):
-        cropped = _resize_and_crop(open_rgb(image, spec), spec)
-        pixels = np.asarray(cropped, np.float32) / np.float32(255)
-        out[i] = ((pixels - mean) / std).transpose(2, 0, 1)
+        out[i] = _normalised(_cropped(_resized_image(open_rgb(image, spec), spec), spec), spec)
     return out
+
+
+def normalised(image: Image.Image, spec: Preprocessing) -> FloatArray:
+    """A whole RGB image as (3, height, width) float32: resized and normalised, not cropped."""
+    return _normalised(_resized_image(image, spec), spec)
+
+
+def _normalised(image: Image.Image, spec: Preprocessing) -> FloatArray:
+    mean = np.asarray(spec.mean, np.float32)
+    std = np.asarray(spec.std, np.float32)
+    pixels = np.asarray(image, np.float32) / np.float32(255)
+    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
 
 
 def read_labels(
@@ -199,11 +207,15 @@ def _resized(size: tuple[int, int], spec: Preprocessing) -> tuple[int, int]:
     return resized
 
 
-def _resize_and_crop(image: Image.Image, spec: Preprocessing) -> Image.Image:
-    height, width = spec.crop
+def _resized_image(image: Image.Image, spec: Preprocessing) -> Image.Image:
     size = _resized(image.size, spec)
-    if size != image.size:
-        image = image.resize(size, _INTERPOLATION[spec.interpolation])
+    if size == image.size:
+        return image
+    return image.resize(size, _INTERPOLATION[spec.interpolation])
+
+
+def _cropped(image: Image.Image, spec: Preprocessing) -> Image.Image:
+    height, width = spec.crop
     # torchvision's rule: round() to even.
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     return image.crop((left, top, left + width, top + height))

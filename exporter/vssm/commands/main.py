@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +35,7 @@ from vssm.commands.tables import (
     findings_table,
     models_table,
     parity_tables,
+    phases,
     say,
     show,
     table,
@@ -165,11 +167,26 @@ def run(
     trust: Trust = False,
     labels: Labels = None,
     top: Annotated[int, typer.Option(help="Classes to print.")] = 5,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Of a segmenter: directory for label maps, overlays."),
+    ] = None,
     json_file: Json = None,
 ) -> None:
-    """Classify image files; exit code 1 if one of them cannot be read."""
+    """Classify image files, or segment them; exit code 1 if one of them cannot be read."""
+    from vssm.artifact.manifest import read_manifest
     from vssm.evaluation.classify import classify
+    from vssm.evaluation.label_maps import is_segmenter
 
+    if is_segmenter(read_manifest(directory)):
+        options = {"backend": backend, "threads": threads, "trust": trust}
+        _segment(directory, images, runtime, options, labels, top, output, json_file)
+        return
+    if output is not None:
+        raise ValueError(
+            f"output={str(output)!r}: classes are printed, and --json writes them; only a "
+            "segmenter writes images: leave it out"
+        )
     results, info = classify(
         directory,
         images,
@@ -187,12 +204,55 @@ def run(
     )
     show(table(str(info), ("image", "class", "probability"), rows))
     write_result(json_file, {"runtime": info, "images": results})
+    _tell_unread(results)
+
+
+def _tell_unread(results: Sequence[Mapping[str, Any]]) -> None:
     # At the end, where they are seen: one bad file keeps nobody from the other results.
     unread = [row for row in results if row["error"] is not None]
     for row in unread:
         say(("not read", "bold red"), f": {row['error']}", to=errors)
     if unread:
         raise typer.Exit(1)
+
+
+def _segment(
+    directory: Path,
+    images: list[Path],
+    runtime: str,
+    options: Mapping[str, Any],
+    labels: Path | None,
+    top: int,
+    output: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Label maps and overlays of image files, and the classes by their share of the pixels."""
+    from vssm.artifact.directory import MODEL_FILE, open_artifact
+    from vssm.artifact.preprocessing import read_labels
+    from vssm.evaluation.label_maps import write_label_maps
+    from vssm.runtimes.open import check_runtime, open_session
+
+    if output is None:
+        raise ValueError(
+            "output: a segmenter writes a label map and an overlay of each image; say -o DIR"
+        )
+    check_runtime(runtime, **options)
+    artifact = open_artifact(directory, only=(MODEL_FILE,))
+    names = artifact.manifest.labels
+    if labels is not None:
+        names = read_labels(labels, int(artifact.manifest.main_output.shape[1]))
+    with phases() as progress, open_session(artifact, runtime, **options) as session:
+        results = write_label_maps(session, images, output, names=names, top=top, progress=progress)
+        info = session.info
+    rows = (
+        (r["file"] if i == 0 else "", c["label"], f"{c['share']:.2%}")
+        for r in results
+        for i, c in enumerate(r["classes"])
+    )
+    show(table(str(info), ("image", "class", "share of pixels"), rows))
+    say(f"wrote {2 * sum(r['error'] is None for r in results)} PNG files to {output}")
+    write_result(json_file, {"runtime": info, "images": results})
+    _tell_unread(results)
 
 
 @app.command()
