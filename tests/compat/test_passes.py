@@ -111,6 +111,16 @@ def test_one_form() -> None:
     assert not {ATEN.transpose.int, ATEN.chunk.default, ATEN.view.default} & set(found)
 
 
+def test_size_to_infer_beside_a_symbolic_one_is_a_number() -> None:
+    def packed(x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], 2, -1).view(-1, L, D)
+
+    program, _ = _changed(_Function(packed), _x(), one_form)
+    sizes = [n.args[1] for n in program.graph.nodes if n.target is ATEN.reshape.default]
+    assert sizes[0][1:] == [2, L * D // 2]
+    assert sizes[1] == [-1, L, D]
+
+
 def test_equal_nodes_are_one() -> None:
     program, (_, report) = _changed(
         _Function(lambda x: x.flip(1) * x.flip(1) + x.unsqueeze(1)[:, 0]), _x(), one_form, share

@@ -98,10 +98,11 @@ def one_form(r: Rewriter) -> None:
             else:  # numpy's T turns all axes round
                 order.reverse()
             r.replace(node, r.emit(node, ATEN.permute.default, source, order))
-        elif is_call(
-            node, ATEN.view.default, ATEN._unsafe_view.default
-        ):  # whose operand may have lost its contiguous()
-            r.replace(node, r.emit(node, ATEN.reshape.default, *node.args))
+        elif is_call(node, ATEN.view.default, ATEN._unsafe_view.default, ATEN.reshape.default):
+            sizes = _inferred(node)
+            # A view's operand may have lost its contiguous().
+            if node.target is not ATEN.reshape.default or sizes != list(node.args[1]):
+                r.replace(node, r.emit(node, ATEN.reshape.default, node.args[0], sizes))
         elif is_call(node, ATEN.chunk.default, ATEN.split.Tensor, ATEN.split.sizes):
             source = node.args[0]
             dim = axis(source, argument(node, 2, "dim", 0))
@@ -113,6 +114,19 @@ def one_form(r: Rewriter) -> None:
                     new = r.graph.call_function(target, (source, sizes, dim))
                 new.meta = dict(node.meta)
                 r.replace(node, new)
+
+
+def _inferred(node: Node) -> list[Any]:
+    """The sizes of a reshape, the one that torch is to infer as its number.
+
+    Beside a symbolic size, which exporters write as one to be inferred, it would be a second one.
+    """
+    sizes: Any = node.args[1]
+    found = zip(sizes, node.meta["val"].shape, strict=True)
+    return [
+        n if isinstance(size, int) and size == -1 and isinstance(n, int) else size
+        for size, n in found
+    ]
 
 
 def share(r: Rewriter) -> None:
