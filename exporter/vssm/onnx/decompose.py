@@ -91,7 +91,10 @@ class _Others:
             inner: GraphModule = traced(self._example, *operands)
         _leave_open(inner.graph)
         unknown = any(n.op == "get_attr" or n.target is _NUMBER for n in inner.graph.nodes)
-        return None if unknown else inner
+        # Such as as_strided_, in which a pooling of channels-last maps to one place ends.
+        calls = [n for n in inner.graph.nodes if n.op == "call_function"]
+        writes = not all(map(_is_function, calls))
+        return None if unknown or writes else inner
 
 
 def _leave_open(graph: Graph) -> None:
@@ -99,7 +102,8 @@ def _leave_open(graph: Graph) -> None:
     for node in graph.nodes:
         if node.target in _VIEWS:
             source, sizes = node.args
-            if sum(isinstance(size, Node) for size in sizes) == 1:
+            # Beside one that is to be inferred already, a second one could not be.
+            if sum(isinstance(size, Node) for size in sizes) == 1 and -1 not in sizes:
                 node.args = (source, [-1 if isinstance(size, Node) else size for size in sizes])
     graph.eliminate_dead_code()
 
