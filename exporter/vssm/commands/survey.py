@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from vssm.commands.export import ModuleRequest, export_user_module
 from vssm.commands.options import sizes
 from vssm.commands.tables import say, show, table, write_result
+from vssm.commands.user_module import ModuleRequest, export_user_module
 from vssm.errors import VssmError, reason
 from vssm.files.atomic import atomic_write_bytes, make_directory
 from vssm.files.json import json_text

@@ -1,0 +1,244 @@
+"""A module of the user's own: asked for, checked, built, and exported or only tried."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vssm.artifact.directory import check_target
+from vssm.errors import check_choice
+from vssm.files.atomic import check_files
+from vssm.files.text import shown
+
+if TYPE_CHECKING:
+    from vssm.artifact.directory import Artifact
+    from vssm.artifact.manifest import CheckpointInfo, Preprocessing
+    from vssm.compat.export import DryRun
+    from vssm.compat.packages.context import UpstreamReport
+    from vssm.pruning.schedule import PruneSchedule
+    from vssm.types import Steps
+
+
+@dataclass(frozen=True)
+class ModuleRequest:
+    """What `vssm export-module` was asked for; the fields are its options."""
+
+    target: str
+    input_shape: tuple[int, ...]
+    integers: int | None = None
+    checkpoint: Path | None = None
+    weights: str = "model"
+    key: str | None = None
+    new_head: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    paths: tuple[Path, ...] = ()
+    prefer: str = "ours"
+    scans: Mapping[str, str] = field(default_factory=dict)
+    schedule: str | None = None
+    alignment: str | None = None
+    importance: str | None = None
+    conv: str | None = None
+    blocks: str = "layers"
+    cls_index: int | None = None
+    imagenet: bool = False
+    labels: Path | None = None
+    outputs: tuple[str, ...] | None = None
+    opset: int = 18
+    inline: bool = False
+    static_batch: bool = False
+    reference: bool = True
+
+
+@dataclass(frozen=True)
+class ModuleExport:
+    """The export, what stood in for upstream's packages, and what was loaded, in words."""
+
+    artifact: Artifact
+    upstream: str
+    loaded: str | None
+
+
+def export_user_module(
+    request: ModuleRequest,
+    directory: Path,
+    *,
+    force: bool = False,
+    progress: Steps = lambda *_: None,
+) -> ModuleExport:
+    """Import, build, load, prune, export. It runs the code that the target names.
+
+    Raises:
+        ValueError, VssmError: as `build_from`, `load_checkpoint`, `prune` and `export_module` do.
+    """
+    schedule = _check(request)
+    check_target(directory, force=force)
+    from vssm.compat.export import export_module
+
+    # Around the export too: it runs the model's forward, which may import only then.
+    with _built(request, schedule, progress) as built:
+        artifact = export_module(
+            built.model,
+            built.example,
+            directory,
+            # The factory's name, without the path of the user's machine.
+            name=request.target.rpartition(":")[2],
+            outputs=request.outputs,
+            opset=request.opset,
+            inline=request.inline,
+            dynamic_batch=not request.static_batch,
+            reference=request.reference,
+            preprocessing=_preprocessing(request),
+            labels=_labels(request, built.model, built.example),
+            checkpoint=built.checkpoint,
+            force=force,
+            progress=progress,
+        )
+    return ModuleExport(artifact, str(built.report), built.loaded)
+
+
+def dry_run_user_module(
+    request: ModuleRequest, *, progress: Steps = lambda *_: None
+) -> tuple[DryRun, str]:
+    """Import, build, load, prune, and run once: what would be exported, and what stood in.
+
+    Raises:
+        ValueError, VssmError: as `export_user_module` does before its trace.
+    """
+    schedule = _check(request)
+    from vssm.compat.export import dry_run
+
+    with _built(request, schedule, progress) as built:
+        found = dry_run(
+            built.model,
+            built.example,
+            outputs=request.outputs,
+            dynamic_batch=not request.static_batch,
+        )
+    return found, str(built.report)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A model of the user's, its example input, and how it came about."""
+
+    model: Any
+    example: Any
+    checkpoint: CheckpointInfo | None
+    loaded: str | None
+    report: UpstreamReport
+
+
+@contextlib.contextmanager
+def _built(
+    request: ModuleRequest, schedule: PruneSchedule | None, progress: Steps
+) -> Iterator[_Built]:
+    """The model that was asked for, while upstream's packages are stood in for."""
+    import torch
+
+    from vssm.compat import upstream
+    from vssm.compat.factory import build_from, search_path
+    from vssm.compat.prune import prune
+
+    with (
+        search_path(request.target, request.paths),
+        upstream(prefer=request.prefer, scans=request.scans) as report,
+    ):
+        # A phase, as a repository and what it imports may take long.
+        progress(f"importing {request.target}", 0, 1)
+        # A factory may draw its weights: without a checkpoint two exports are equal all the same.
+        torch.manual_seed(0)
+        model: Any = build_from(request.target, request.options)
+        checkpoint, loaded = _load(request, model)
+        example = _example(request)
+        if schedule is not None:
+            model = prune(
+                model, schedule, example, blocks=request.blocks, cls_index=request.cls_index
+            )
+        progress(f"importing {request.target}", 1, 1)
+        yield _Built(model, example, checkpoint, loaded, report)
+
+
+def _load(request: ModuleRequest, model: Any) -> tuple[CheckpointInfo | None, str | None]:
+    """Load the checkpoint, if there is one: its name and hash, and what was done, in words."""
+    if request.checkpoint is None:
+        return None, None
+    from vssm.artifact.manifest import CheckpointInfo
+    from vssm.checkpoints.load import load_checkpoint
+
+    found = load_checkpoint(
+        model,
+        request.checkpoint,
+        weights=request.weights,
+        key=request.key,
+        new_head=request.new_head,
+    )
+    return CheckpointInfo(shown(request.checkpoint.name), found.sha256), str(found)
+
+
+def _check(request: ModuleRequest) -> PruneSchedule | None:
+    """Refuse what will not do before the user's code runs; the schedule comes back."""
+    from vssm.models.schedules import named_pruning
+    from vssm.onnx.options import check_opset
+    from vssm.training.request import refuse_unused_options
+
+    rules = {name: getattr(request, name) for name in ("alignment", "importance", "conv")}
+    refuse_unused_options(
+        schedule=request.schedule,
+        checkpoint=request.checkpoint,
+        weights=request.weights,
+        key=request.key,
+        new_head=request.new_head,
+        cls_index=request.cls_index,
+        **rules,
+    )
+    check_choice("prefer", request.prefer, ("ours", "installed"))
+    check_opset(request.opset)
+    check_files(checkpoint=request.checkpoint, labels=request.labels)
+    # For its error alone.
+    _preprocessing(request)
+    return named_pruning(request.target, request.schedule, **rules)
+
+
+def _example(request: ModuleRequest) -> Any:
+    import torch
+
+    # Its own generator: what a factory draws, or does not, must not change the example.
+    generator = torch.Generator().manual_seed(0)
+    if request.integers is not None:
+        return torch.randint(request.integers, request.input_shape, generator=generator)
+    return torch.randn(request.input_shape, generator=generator)
+
+
+def _labels(request: ModuleRequest, model: Any, example: Any) -> tuple[str, ...] | None:
+    """As many names as the logits are wide; None where no file has them."""
+    if request.labels is None:
+        return None
+    import torch
+
+    from vssm.artifact.preprocessing import read_labels
+    from vssm.compat.outputs import module_outputs
+
+    # Only a run tells how wide the logits are.
+    with torch.inference_mode():
+        found = module_outputs(request.outputs)(model, example)
+    if "logits" not in found:
+        raise ValueError(
+            f"labels={request.labels}: the outputs are {', '.join(found)}, and none is called "
+            "logits; say --outputs logits=NAME for the one that the labels belong to"
+        )
+    return read_labels(request.labels, int(found["logits"].shape[-1]))
+
+
+def _preprocessing(request: ModuleRequest) -> Preprocessing | None:
+    if not request.imagenet:
+        return None
+    if len(request.input_shape) != 4 or request.input_shape[1] != 3:
+        raise ValueError(
+            f"--imagenet with input {request.input_shape}: images are batch x 3 x height x width"
+        )
+    from vssm.artifact.manifest import Preprocessing
+
+    return Preprocessing.for_image_size((request.input_shape[2], request.input_shape[3]))
