@@ -93,3 +93,8 @@ def test_image_size_as_text() -> None:
     for text in ("224", "224x", "axb", "1x2x3", "-1x2", "²x3"):
         with pytest.raises(ValueError, match=r"image_size='.*' is not height x width"):
             check_options("vim_tiny", {"image_size": text})
+
+
+def test_a_schedule_of_another_kind_is_named() -> None:
+    with pytest.raises(TypeError, match=r"schedule=\{1: 0.7\} is no schedule; write for example"):
+        vssm.create_model("vim_tiny", schedule={1: 0.7})  # type: ignore[arg-type]

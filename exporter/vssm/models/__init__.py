@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vssm.extras import explain_missing
 from vssm.models.catalogue import MODELS, check_name, check_options
+from vssm.pruning.schedule import Schedule
 
 if TYPE_CHECKING:
     from vssm.models.base import VisionModel
-    from vssm.pruning.schedule import Schedule
 
 _SEED: Final = 0
 
@@ -76,7 +76,7 @@ def create_model(
 
     Raises:
         ValueError: the name, an override or the schedule does not fit.
-        TypeError: an override has another type than its field.
+        TypeError: an override has another type than its field, or the schedule is none.
         UnsupportedError: the configuration can be neither pruned nor merged, or not so.
     """
     card = check_name(name)
@@ -90,6 +90,11 @@ def model_from_config(
 ) -> VisionModel:
     """A model from its whole configuration, as model.json holds it; errors as `create_model`'s."""
     checked = check_options(name, config)
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule={schedule!r} is no schedule; write for example "
+            "vssm.PruneSchedule({5: 0.8, 10: 0.8}) or vssm.MergeSchedule(r=5)"
+        )
     build, config_class = families()[MODELS[name].family]
     import torch
 
