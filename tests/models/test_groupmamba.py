@@ -167,7 +167,8 @@ def test_other_image_sizes(size):
 
 def test_a_schedule_is_refused():
     with pytest.raises(
-        UnsupportedError, match=r"schedule='1:0\.5': GroupMamba is hierarchical.*schedule=None"
+        UnsupportedError,
+        match=r"schedule='0\.5 after block 1': GroupMamba is hierarchical.*schedule=None",
     ):
         vssm.create_model("groupmamba_tiny", schedule=PruneSchedule({1: 0.5}))
 

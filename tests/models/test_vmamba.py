@@ -223,7 +223,8 @@ def test_other_image_sizes(case, size):
 
 def test_a_schedule_is_refused():
     with pytest.raises(
-        UnsupportedError, match=r"schedule='5:0\.8': VMamba is hierarchical.*schedule=None"
+        UnsupportedError,
+        match=r"schedule='0\.8 after block 5': VMamba is hierarchical.*schedule=None",
     ):
         vssm.create_model("vmamba_tiny_s1l8", schedule=PruneSchedule({5: 0.8}))
 
