@@ -22,7 +22,7 @@ from vssm.models.dense.segmenter import Segmenter
 from vssm.models.dense.vim import VimSegmenter
 from vssm.onnx.export import _cast_copy, build_proto
 from vssm.parity.compare import TOLERANCES, _compare_labels
-from vssm.runtimes.torch import model_of, oracle
+from vssm.runtimes.torch import model_of, oracle, schedule_of
 
 # The model, its schedule and rules, the outputs, the dtype; what is pruned is read at a tap.
 ASKED: dict[str, tuple[str, str | None, dict[str, Any], str, str]] = {
@@ -136,6 +136,21 @@ def test_labels_that_no_rounding_explains_are_told(whole: tuple[Segmenter, Artif
     found = _compare_labels({"labels": changed}, excused, [0], tolerance)
     assert found is not None
     assert found.wrong == 0
+
+
+def test_a_merged_segmenter(tmp_path: Path) -> None:
+    """Every position shows its group, with and without the library."""
+    schedule = vssm.MergeSchedule(3, start=1, every=1)
+    artifact = exported(tmp_path, micro_segmenter("vim_small", schedule), outputs="features")
+    assert artifact.manifest.merge is not None
+    assert artifact.manifest.merge.restore == "group"
+    assert schedule_of(open_artifact(artifact.directory)) == schedule
+    for backend in ("kernel", "body"):
+        report = vssm.check_parity(None, artifact, backend=backend)
+        assert report.failures == []
+        assert report.kept_agreement == [1.0, 1.0, 1.0]
+    kinds = {node.op_type for node in onnx.load(artifact.model_path).graph.node}
+    assert not kinds & {*UNWANTED, "ScatterND"}
 
 
 def test_half_precision_is_in_the_matrices() -> None:

@@ -63,7 +63,10 @@ MICRO_SEGMENTERS: dict[str, dict[str, Any]] = {
 
 
 def micro_segmenter(
-    name: str, schedule: str | None, rules: dict[str, Any] | None = None, **changes: Any
+    name: str,
+    schedule: str | vssm.MergeSchedule | None,
+    rules: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Any:
     """A micro segmenter, such as "vim_tiny" with the name of its data set left out."""
     family = name.rpartition("_")[0]

@@ -97,7 +97,8 @@ class ScheduleInfo:
 class MergeInfo:
     """What was merged where; the rules are `MergeSchedule`'s.
 
-    `blocks` are 1-based, `num_keep` has the tokens after each of them, class token included.
+    `blocks` are 1-based, `num_keep` has the tokens after each of them, class token included;
+    `restore` belongs to dense heads.
     """
 
     blocks: tuple[int, ...]
@@ -113,6 +114,7 @@ class MergeInfo:
     mode: str
     alignment: str
     final_tokens: int | None = None
+    restore: str = "group"
 
 
 @dataclass(frozen=True)
@@ -368,6 +370,8 @@ def _merge(node: Node) -> MergeInfo:
         mode=node.at("mode").text(),
         alignment=node.at("alignment").text(),
         final_tokens=node.at("final_tokens").optional(lambda n: n.integer(1)),
+        # Files from before dense models could merge do not have it.
+        restore=node.at("restore").text() if "restore" in node.mapping() else "group",
     )
 
 

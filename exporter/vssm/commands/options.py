@@ -126,8 +126,9 @@ Conv = Annotated[
 Restore = Annotated[
     str | None,
     typer.Option(
-        help="What a dense head sees at pruned positions: frozen (the default), zero or nearest.",
-        **_words("frozen", "zero", "nearest"),
+        help="What a dense head sees where tokens are gone: frozen (pruning's default), zero, "
+        "nearest, or group (merging's default).",
+        **_words("frozen", "zero", "nearest", "group"),
     ),
 ]
 NumClasses = Annotated[

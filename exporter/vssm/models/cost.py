@@ -55,7 +55,8 @@ def count(model: VisionModel) -> Cost:
     fixed, schedule = model.fixed_cost(), model.schedule
     total = {"published": fixed, "true": fixed, "gemm": fixed, "exps": 0}
     total |= {"alignment": 0, "merging": 0}
-    if isinstance(schedule, MergeSchedule):
+    # Merged models with a dense head have no published figure.
+    if isinstance(schedule, MergeSchedule) and model.task == "classification":
         total["published"] += _counted_beside(model)
     left: int | None = None  # tokens after the last stage
     aligned = schedule is not None and schedule.alignment in {"gap", "constant", "size"}
@@ -117,7 +118,7 @@ def merging_of_equal_cost(model: VisionModel, schedule: PruneSchedule) -> MergeS
 
 def _merge_cost(model: VisionModel, stage: MergeStage) -> dict[str, int]:
     config = model.config
-    widths = {"B": config.d_state, "C": config.d_state, "delta": config.mixer.d_inner}
+    widths = {"B": config.d_state, "C": config.d_state, "delta": config.expand * config.d_model}
     width, gone = widths.get(stage.schedule.metric, config.d_model), stage.seqlen - stage.num_keep
     seqlen = stage.seqlen
     # The published rule: 6 N C for normalising, 2 C (N / 2)^2 for comparing, r C for adding.

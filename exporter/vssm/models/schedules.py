@@ -28,7 +28,8 @@ def named_schedule(
         schedule: BLOCK:RATIO,..., "default", or None where nothing is pruned; one that is made
             already comes back.
         merge: what `MergeSchedule.parse` takes; None where nothing is merged.
-        rules: alignment, importance and conv where given, for a text; None for their defaults.
+        rules: alignment, importance, conv and restore where given, for a text; None for their
+            defaults.
 
     Raises:
         ValueError: the text is none, a rule does not fit, or the model has no default.
@@ -36,8 +37,8 @@ def named_schedule(
     given: dict[str, Any] = {rule: value for rule, value in rules.items() if value is not None}
     if merge is not None:
         pruned = named_pruning(name, schedule, **rules)
-        alignment = given.get("alignment", MergeSchedule.alignment)
-        return MergeSchedule.parse(merge, alignment=alignment, prune=pruned)
+        own = {rule: given[rule] for rule in ("alignment", "restore") if rule in given}
+        return MergeSchedule.parse(merge, **own, prune=pruned)
     if isinstance(schedule, MergeSchedule):
         return schedule
     return named_pruning(name, schedule, **rules)

@@ -99,7 +99,11 @@ def merge(
     position = _pick(tokens.position, index)
     left = joined[..., 0].gather(1, index)
     after = replace(
-        tokens, position=position, size=left, steps=_steps(stage, tokens, position, left)
+        tokens,
+        position=position,
+        size=left,
+        steps=_steps(stage, tokens, position, left),
+        owner=_owner(stage, tokens, pairs),
     )
     return after, rows, MergeResult(position, similarity, pairs, left, sources, destinations)
 
@@ -195,6 +199,17 @@ def _steps(stage: MergeStage, tokens: Tokens, position: Tensor, size: Tensor) ->
     # By step: the size of the token that the step handles.
     gap = size.to(steps.gap.dtype).index_select(1, steps.order.flatten())
     return replace(steps, gap=gap.reshape(-1, *steps.order.shape[1:]))
+
+
+def _owner(stage: MergeStage, tokens: Tokens, pairs: Tensor) -> Tensor | None:
+    """`Tokens.owner` after a merge, for the heads that read every position."""
+    if not stage.layout.restores or stage.schedule.restore != "group":
+        return None
+    joining, joined = (_pick(tokens.position, index).long() for index in pairs.unbind(-1))
+    every = torch.arange(tokens.full_seqlen, device=pairs.device).expand(pairs.shape[0], -1)
+    # No token that others join leaves in the same merge, so that one step finds it.
+    moved = every.scatter(1, joining, joined)
+    return moved if tokens.owner is None else moved.gather(1, tokens.owner)
 
 
 def _pick(index: Tensor, chosen: Tensor) -> Tensor:

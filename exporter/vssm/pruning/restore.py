@@ -1,7 +1,7 @@
-"""Full maps of a pruned model's tokens, for the heads that read every position.
+"""Full maps of a pruned or merged model's tokens, for the heads that read every position.
 
-A pruned token never returns to the scan; only a tap shows something at its position. Source of the
-rule "frozen": the public code of SViT (Liu et al., arXiv:2306.07050) and of DyVM.
+A token that is gone never returns to the scan; only a tap shows something at its position. Source
+of the rule "frozen": the public code of SViT (Liu et al., arXiv:2306.07050) and of DyVM.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from vssm.pruning.select import Tokens
 
 
 class Restoration:
-    """What a tap shows at pruned positions, for one forward pass.
+    """What a tap shows at positions whose tokens are gone, for one forward pass.
 
     Args:
-        restore: the rule of `PruneSchedule`: "frozen", what the token was when it left; "zero";
-            or "nearest", what the nearest kept token is, of two the one before.
+        restore: the rule of the schedule: "frozen", what the token was when it left; "zero";
+            "nearest", what the nearest token is, of two the one before; or "group", what the
+            token is that it has joined.
     """
 
     def __init__(self, restore: str) -> None:
@@ -32,8 +33,8 @@ class Restoration:
             return list(streams)
         if self._restore == "zero":
             return [tokens.to_positions(x) for x in streams]
-        if self._restore == "nearest":
-            index = _nearest(tokens)
+        if self._restore in {"nearest", "group"}:
+            index = _nearest(tokens) if self._restore == "nearest" else _joined(tokens)
             return [x.gather(1, index[..., None].expand(-1, -1, x.shape[2])) for x in streams]
         if self._left is None:
             raise AssertionError("tokens leave by way of `before_stage`")
@@ -51,3 +52,13 @@ def _nearest(tokens: Tokens) -> Tensor:
     ahead = tokens.position[:, None] - place[:, None]
     # Doubled, with one more for a token behind the position: no two tokens are equally near.
     return (2 * ahead.abs() + (ahead > 0)).argmin(2)
+
+
+def _joined(tokens: Tokens) -> Tensor:
+    """(batch, full_seqlen) int64: the index of the token that each position is part of."""
+    if tokens.owner is None:
+        raise AssertionError("tokens join others by way of `merge`")
+    own = torch.arange(tokens.position.shape[1], device=tokens.owner.device)
+    index = torch.zeros_like(tokens.owner)
+    index = index.scatter(1, tokens.position.long(), own.expand(index.shape[0], -1))
+    return index.gather(1, tokens.owner)

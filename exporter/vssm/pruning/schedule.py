@@ -27,6 +27,7 @@ DISTANCES: Final = ("cosine", "l1", "l2")
 MODES: Final = ("sum", "mean", "amax", "amin", "drop")
 CLASS_TOKENS: Final = ("proportional", "true")
 RESTORES: Final = ("frozen", "zero", "nearest")
+MERGE_RESTORES: Final = ("group", *RESTORES)
 
 Ratio = float | str | Decimal
 
@@ -215,6 +216,8 @@ class MergeSchedule:
             published code's other reductions, in PyTorch alone) or "drop" (the tokens go).
         alignment: what a step of the scan stands for: "none" (one token, as published), "gap" (the
             distance to the token before it, as in pruning) or "size" (the tokens in it).
+        restore: what a dense head sees at the position of a token that has joined another: "group"
+            (that other token), or one of `PruneSchedule`'s.
         prune: stages of pruning between the merges; None for merging alone.
 
     Raises:
@@ -232,6 +235,7 @@ class MergeSchedule:
     choose: int = 1
     mode: str = "sum"
     alignment: str = "none"
+    restore: str = "group"
     prune: PruneSchedule | None = None
 
     def __post_init__(self) -> None:
@@ -248,6 +252,7 @@ class MergeSchedule:
         check_choice("class_token", self.class_token, CLASS_TOKENS)
         check_choice("mode", self.mode, MODES)
         check_choice("alignment", self.alignment, MERGE_ALIGNMENTS)
+        check_choice("restore", self.restore, MERGE_RESTORES)
         if not isinstance(self.order, bool):
             raise TypeError(f"order={self.order!r} is not true or false; give one of these")
         if self.final_tokens is not None and self.r == 0:
@@ -291,7 +296,12 @@ class MergeSchedule:
 
     @classmethod
     def parse(
-        cls, text: str, *, alignment: str = "none", prune: PruneSchedule | None = None
+        cls,
+        text: str,
+        *,
+        alignment: str = "none",
+        restore: str = "group",
+        prune: PruneSchedule | None = None,
     ) -> MergeSchedule:
         """Read "5", or "5,final_tokens=76,class_token=true", as the command line takes them.
 
@@ -310,7 +320,7 @@ class MergeSchedule:
                 hint = did_you_mean(key, kinds) or f"; the options are {', '.join(kinds)}"
                 raise ValueError(f"merge={text!r}: {pair!r} is not KEY=VALUE, each once{hint}")
             given[key] = _option(f"merge={text!r}: {key}", value, kinds[key])
-        return cls(int(r), alignment=alignment, prune=prune, **given)
+        return cls(int(r), alignment=alignment, restore=restore, prune=prune, **given)
 
     def changed(self, **rules: Any) -> MergeSchedule:
         """This schedule with other rules, such as alignment="size"."""
@@ -432,7 +442,7 @@ def plan_stages(
         return {}
     merging = schedule if isinstance(schedule, MergeSchedule) else None
     pruning = schedule.prune if isinstance(schedule, MergeSchedule) else schedule
-    merges = range(0) if merging is None else _merging_blocks(merging, depth)
+    merges = range(0) if merging is None else _merging_blocks(merging, layout, depth)
     ratios = {} if pruning is None else _pruning_blocks(pruning, layout, depth)
     if both := sorted(set(ratios) & set(merges)):
         raise ValueError(
@@ -460,7 +470,8 @@ def plan_stages(
     return stages
 
 
-def _merging_blocks(schedule: MergeSchedule, depth: int) -> range:
+def _merging_blocks(schedule: MergeSchedule, layout: TokenLayout, depth: int) -> range:
+    _refuse_restoring(schedule.restore, layout, usual=MergeSchedule.restore)
     blocks = schedule.blocks(depth)
     if schedule.r and not blocks:
         raise ValueError(
@@ -478,11 +489,7 @@ def _pruning_blocks(
             f"score_direction={schedule.score_direction!r}: this model has no forward and "
             "backward scan; use score_direction='sum'"
         )
-    if schedule.restore != "frozen" and not layout.restores:
-        raise UnsupportedError(
-            f"restore={schedule.restore!r} says what a dense head sees at pruned positions, and "
-            "this model has none; leave it out"
-        )
+    _refuse_restoring(schedule.restore, layout, usual="frozen")
     if schedule.importance == "as_released" and layout.cls_index is None:
         raise UnsupportedError(
             "importance='as_released' re-centres the class token, and this model has none; "
@@ -494,6 +501,14 @@ def _pruning_blocks(
             "a schedule names the block after which tokens go, counted from 1"
         )
     return schedule.ratios
+
+
+def _refuse_restoring(restore: str, layout: TokenLayout, *, usual: str) -> None:
+    if restore != usual and not layout.restores:
+        raise UnsupportedError(
+            f"restore={restore!r} says what a dense head sees at positions whose tokens "
+            "are gone, and this model has none; leave it out"
+        )
 
 
 def _num_keep(schedule: PruneSchedule, layout: TokenLayout, seqlen: int, block: int) -> int:

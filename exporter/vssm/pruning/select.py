@@ -37,6 +37,8 @@ class Tokens:
         kept: indices (batch, n) that still count, where pruned tokens stay in place (masked).
         size: (batch, seqlen) float32 or wider, how many original tokens each stands for; None
             where none have been merged.
+        owner: (batch, full_seqlen) int64, the original position of the token that each original
+            position is now part of; None where nobody asks, or none have been merged.
     """
 
     position: Tensor
@@ -48,6 +50,7 @@ class Tokens:
     full_parameters: bool = False
     kept: Tensor | None = None
     size: Tensor | None = None
+    owner: Tensor | None = None
 
     @classmethod
     def dense(cls, walks: Walks, seqlen: int, device: torch.device) -> Tokens:

@@ -46,8 +46,8 @@ def refuse_unused_options(
         ValueError: one of them is given without what it belongs to, or by a wrong name.
     """
     for option, value in rules.items():
-        if option == "alignment" and merge is not None:
-            continue  # merging has one of its own
+        if option in {"alignment", "restore"} and merge is not None:
+            continue  # merging has its own
         # Refused, not ignored: the model would be dense, and whoever asked would not notice.
         if value is not None and schedule is None:
             raise ValueError(
@@ -88,7 +88,8 @@ class ModelSource:
             for `MergeSchedule`.
         importance: as for `PruneSchedule`, beside a text; None for "clip".
         conv: as for `PruneSchedule`, beside a text; None for "compact".
-        restore: as for `PruneSchedule`, beside a text; None for "frozen".
+        restore: as for `PruneSchedule`, beside a text, or for `MergeSchedule`; None for "frozen",
+            or "group" where tokens merge.
         tokens: what training does with pruned tokens. "gather": as deployed; "masked": they stay
             as zeros in their places (Vim only), whatever alignment the weights are deployed with;
             "fused": plain removal with one fused leftover token, the EViT-style baseline.

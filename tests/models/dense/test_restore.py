@@ -10,10 +10,10 @@ from official_data import filled_model, fixture, manifest
 from official_dense import OTHERS, case_images, errors, micro_segmenter
 
 import vssm
-from vssm import PruneSchedule
+from vssm import MergeSchedule, PruneSchedule
 from vssm.errors import UnsupportedError
 from vssm.pruning.restore import Restoration
-from vssm.pruning.schedule import RESTORES
+from vssm.pruning.schedule import MERGE_RESTORES, RESTORES
 from vssm.pruning.select import Tokens
 from vssm.pruning.walks import LineWalks
 
@@ -131,14 +131,86 @@ def test_frozen_keeps_what_was_last_there():
     assert full.flatten().tolist() == [100, 2, 30, 400]
 
 
+def _groups(found, image, merges, seqlen):
+    """The members of each token, in original positions, after so many merges."""
+    groups = [[position] for position in range(seqlen)]
+    for sources, joined in found.merged[:merges]:
+        for source, other in zip(sources[image].tolist(), joined[image].tolist(), strict=True):
+            groups[other] = groups[other] + groups[source]
+        gone = set(sources[image].tolist())
+        groups = [group for i, group in enumerate(groups) if i not in gone]
+    return groups
+
+
+def test_a_merged_position_shows_its_group():
+    model = micro_segmenter("vim", "mixer_taps_64", MergeSchedule(3, start=1, every=1)).double()
+    x = case_images("vim", "mixer_taps_64").double()
+    with torch.no_grad():
+        found = model.forward_details(x, with_blocks=True)
+    seqlen = found.blocks[0][0].shape[1]
+    for level, block in enumerate(model.config.taps):
+        tap = found.tensors[f"tap{level}"].flatten(2).transpose(1, 2)
+        for image, hidden in enumerate(found.blocks[block - 1][0]):
+            groups = _groups(found, image, min(block - 1, len(found.merged)), seqlen)
+            assert sum(map(len, groups)) == seqlen
+            for group, value in zip(groups, hidden, strict=True):
+                assert torch.equal(tap[image, group], value.expand(len(group), -1))
+
+
+@pytest.mark.parametrize("restore", MERGE_RESTORES)
+def test_rules_of_merging_change_joined_positions_alone(restore):
+    x = case_images("vim", "mixer_taps_64").double()
+    taps = {}
+    for rule in ("group", restore):
+        schedule = MergeSchedule(4, start=1, restore=rule)
+        model = micro_segmenter("vim", "mixer_taps_64", schedule).double()
+        with torch.no_grad():
+            found = model.forward_details(x)
+        taps[rule] = found.tensors["tap3"].flatten(2)
+    kept = found.kept_positions[-1][:, None].expand(-1, taps[restore].shape[1], -1)
+    assert torch.equal(taps["group"].gather(2, kept), taps[restore].gather(2, kept))
+    assert torch.equal(taps["group"], taps[restore]) == (restore == "group")
+
+
+def test_no_merge_is_the_dense_model():
+    x = case_images("vim", "deep_taps_64").double()
+    with torch.no_grad():
+        merged = micro_segmenter("vim", "deep_taps_64", MergeSchedule(0)).double()(x)
+        dense = micro_segmenter("vim", "deep_taps_64").double()(x)
+    torch.testing.assert_close(merged, dense, rtol=0, atol=0)
+
+
 def test_a_classifier_restores_nothing():
     with pytest.raises(UnsupportedError, match="restore='zero' says what a dense head sees"):
         vssm.create_model("vim_tiny", depth=2, schedule=PruneSchedule({1: 0.5}, restore="zero"))
+    with pytest.raises(UnsupportedError, match="restore='zero' says what a dense head sees"):
+        vssm.create_model("vim_tiny", depth=3, schedule=MergeSchedule(restore="zero"))
+
+
+def test_a_commands_rule_reaches_both_parts_of_a_schedule():
+    name = "vim_tiny_upernet_ade20k"
+    assert vssm.ModelSource(name, merge="57", restore="zero").checked().restore == "zero"
+    assert vssm.ModelSource(name, merge="57").checked().restore == "group"
+    text = "57,class_token=true"
+    both = vssm.ModelSource(name, schedule="3:0.8", merge=text, alignment="gap", restore="zero")
+    assert both.checked().restore == both.checked().prune.restore == "zero"
 
 
 def test_what_dense_models_refuse():
     with pytest.raises(ValueError, match="restore='last' is not one of frozen, zero, nearest"):
         PruneSchedule({1: 0.5}, restore="last")
+    with pytest.raises(ValueError, match="restore='last' is not one of group, frozen"):
+        MergeSchedule(restore="last")
+    with pytest.raises(UnsupportedError, match="place of every token in its grid"):
+        micro_segmenter("plain_mamba", "square_64", MergeSchedule(3))
+    prune = PruneSchedule({1: 0.8}, alignment="none")
+    both = MergeSchedule(3, class_token="true", prune=prune)
+    for alone in (both, MergeSchedule(3, mode="drop")):
+        with pytest.raises(UnsupportedError, match="join no other, by prune or mode='drop'"):
+            micro_segmenter("vim", "nodiv_64", alone)
+    with pytest.raises(ValueError, match=r"with prune\.restore='frozen'"):
+        micro_segmenter("vim", "nodiv_64", both.changed(restore="zero"))
+    micro_segmenter("vim", "nodiv_64", both.changed(restore="frozen"))
     masked = PruneSchedule({1: 0.5}, alignment="masked")
     for family, case in (("vim", "nodiv_64"), ("plain_mamba", "square_64")):
         with pytest.raises(UnsupportedError, match="masked"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vssm.errors import UnsupportedError
 from vssm.models.base import VisionModel, refuse_merging
 from vssm.models.dense.heads import ConvNorm, Size
-from vssm.pruning.schedule import PruneSchedule, Schedule, Stage
+from vssm.pruning.schedule import MergeStage, PruneSchedule, Schedule, Stage
 from vssm.pruning.select import StageResult
 
 
@@ -39,8 +39,7 @@ class DenseModel(VisionModel):
         level_sizes: their (height, width).
     """
 
-    schedule: PruneSchedule | None  # none of them merges
-    stages: dict[int, Stage]
+    stages: Mapping[int, Stage | MergeStage]
     feature_names: tuple[str, ...]
     level_sizes: tuple[Size, ...]
 
@@ -81,18 +80,41 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name}={getattr(config, name)} is below 1; give a positive size")
 
 
-def only_pruning(schedule: Schedule | None) -> PruneSchedule | None:
-    """The schedule of a dense model, whose tokens leave.
+def check_restoring(schedule: Schedule | None) -> None:
+    """Refuse a schedule after which a dense head would have nothing to read at some position.
 
     Raises:
-        UnsupportedError: they merge, or stay in the sequence as zeros.
+        UnsupportedError: tokens stay in the sequence as zeros, or some of those that are gone have
+            joined no other and are to show it.
+        ValueError: two rules say what they show.
     """
-    pruning = refuse_merging(
-        "a dense head needs the place of every token, and a merged one has none", schedule
-    )
-    if pruning is not None and pruning.alignment == "masked":
+    if schedule is None:
+        return
+    if schedule.alignment == "masked":
         raise UnsupportedError(
             "alignment='masked' keeps every token in its place, so there is nothing for a dense "
             "head to restore; use alignment='gap', 'constant' or 'none'"
         )
+    if isinstance(schedule, PruneSchedule):
+        return
+    if schedule.restore == "group" and (schedule.prune is not None or schedule.mode == "drop"):
+        raise UnsupportedError(
+            "restore='group' with tokens that go and join no other, by prune or mode='drop'; use "
+            "restore='frozen', 'zero' or 'nearest'"
+        )
+    if schedule.prune is not None and schedule.prune.restore != schedule.restore:
+        raise ValueError(
+            f"restore={schedule.restore!r} with prune.restore={schedule.prune.restore!r}: one "
+            "head reads both; give the same to both"
+        )
+
+
+def only_pruning(schedule: Schedule | None) -> PruneSchedule | None:
+    """The schedule of a PlainMamba with a dense head.
+
+    Raises:
+        UnsupportedError: its tokens merge, or stay in the sequence as zeros.
+    """
+    pruning = refuse_merging("PlainMamba needs the place of every token in its grid", schedule)
+    check_restoring(pruning)
     return pruning

@@ -17,7 +17,6 @@ from vssm.errors import UnsupportedError, check_choice
 from vssm.models.base import BlockCost, ImageSized
 from vssm.models.dense.adapter import Interaction, SpatialPrior, centres
 from vssm.models.dense.base import (
-    DenseModel,
     Levels,
     check_positive,
     check_taps,
@@ -40,7 +39,7 @@ from vssm.models.plain_mamba import (
     stem_cost,
 )
 from vssm.pruning.restore import Restoration
-from vssm.pruning.schedule import PruneSchedule, Schedule, TokenLayout, plan_stages
+from vssm.pruning.schedule import PruneSchedule, Schedule, Stage, TokenLayout, plan_stages
 from vssm.pruning.select import StageResult, Tokens
 
 
@@ -160,6 +159,8 @@ class PlainMambaSegmenter(Segmenter):
     """
 
     config: PlainMambaSegmenterConfig
+    schedule: PruneSchedule | None
+    stages: dict[int, Stage]
     residual_stream = False
     published_directions = DIRECTIONS
     auxiliary_level = 3
@@ -316,7 +317,9 @@ class PlainMambaAdapter(PlainMambaTrunk):
         for level in range(1, 5):
             self.add_module(f"ad_norm{level}", BatchNorm2d(width))
 
-    def trade(self, model: DenseModel, images: Tensor, tokens: Tokens, with_blocks: bool) -> Levels:
+    def trade(
+        self, model: PlainMambaDetector, images: Tensor, tokens: Tokens, with_blocks: bool
+    ) -> Levels:
         """Four maps `backbone{i}`, and what there was on the way, by official names."""
         finest, *maps = self.spm(images)
         parts = [to_tokens(x) + wide(self.level_embed)[i] for i, x in enumerate(maps)]
@@ -351,7 +354,7 @@ class PlainMambaAdapter(PlainMambaTrunk):
 
     def _run(
         self,
-        model: DenseModel,
+        model: PlainMambaDetector,
         group: slice,
         x: Tensor,
         tokens: Tokens,
@@ -417,6 +420,8 @@ class PlainMambaDetector(CocoDetector):
     """
 
     config: PlainMambaDetectorConfig
+    schedule: PruneSchedule | None
+    stages: dict[int, Stage]
     residual_stream = False
     published_directions = DIRECTIONS
 

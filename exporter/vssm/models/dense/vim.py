@@ -22,8 +22,8 @@ from vssm.models.dense.base import (
     DenseModel,
     Levels,
     check_positive,
+    check_restoring,
     check_taps,
-    only_pruning,
 )
 from vssm.models.dense.cascade import (
     CASCADE_WEIGHTS,
@@ -295,12 +295,12 @@ class VimSegmenter(Segmenter):
 
     Args:
         config: architecture.
-        schedule: pruning between blocks, None for the dense model.
+        schedule: pruning or merging between blocks, None for the dense model.
         name: for reports and model.json.
 
     Raises:
         ValueError: a schedule's block lies outside the model.
-        UnsupportedError: the schedule merges, or asks for what this model has not.
+        UnsupportedError: the schedule asks for what this model has not.
     """
 
     config: VimSegmenterConfig
@@ -314,14 +314,14 @@ class VimSegmenter(Segmenter):
         name: str = "vim_segmenter",
     ) -> None:
         super().__init__()
-        pruning = only_pruning(schedule)
-        self.name, self.config, self.schedule = name, config, pruning
+        check_restoring(schedule)
+        self.name, self.config, self.schedule = name, config, schedule
         self.image_size, self.num_classes = config.image_height_width, config.num_classes
         self.traced_blocks = config.depth
-        refuse_schedule(config.vim, pruning)
+        refuse_schedule(config.vim, schedule)
         # Without a class token there is none that would make the count odd.
         self.layout = TokenLayout(config.vim.patches, None, keep_odd=False, restores=True)
-        self.stages = plan_stages(pruning, self.layout, config.depth)
+        self.stages = plan_stages(schedule, self.layout, config.depth)
         self.level_sizes = config.level_sizes
         self.feature_names = tuple(f"neck{i}" for i in range(len(config.taps)))
         self.backbone = VimSegmenterBackbone(config)
@@ -404,12 +404,12 @@ class VimDetector(Detector):
 
     Args:
         config: architecture.
-        schedule: pruning between blocks, None for the dense model.
+        schedule: pruning or merging between blocks, None for the dense model.
         name: for reports and model.json.
 
     Raises:
         ValueError: a schedule's block lies outside the model.
-        UnsupportedError: the schedule merges, or asks for what this model has not.
+        UnsupportedError: the schedule asks for what this model has not.
     """
 
     config: VimDetectorConfig
@@ -424,13 +424,13 @@ class VimDetector(Detector):
         name: str = "vim_detector",
     ) -> None:
         super().__init__()
-        pruning = only_pruning(schedule)
-        self.name, self.config, self.schedule = name, config, pruning
+        check_restoring(schedule)
+        self.name, self.config, self.schedule = name, config, schedule
         self.image_size, self.num_classes = config.image_height_width, config.num_classes
         self.traced_blocks = config.depth
-        refuse_schedule(config.vim, pruning)
+        refuse_schedule(config.vim, schedule)
         self.layout = TokenLayout(config.vim.patches, None, keep_odd=False, restores=True)
-        self.stages = plan_stages(pruning, self.layout, config.depth)
+        self.stages = plan_stages(schedule, self.layout, config.depth)
         rows, columns = config.vim.grid
         finest = tuple((rows * 4 // s, columns * 4 // s) for s in (1, 2, 4, 8))
         self.level_sizes = halved(finest, 1)
