@@ -11,6 +11,7 @@ import pytest
 import torch
 from exports import micro, micro_plain
 from hierarchical_cases import small
+from official_dense import micro_detector
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -94,13 +95,22 @@ def test_the_file_computes_the_function(name: str, second_traces: list[ExportedP
         images = rng.normal(size=(batch, 3, 4, 6)).astype(np.float32)
         wanted = model(torch.from_numpy(images)).numpy()
         np.testing.assert_allclose(session.run(None, {"images": images})[0], wanted, 1e-6, 1e-6)
-    assert bool(second_traces) == (name in {"a constant", "in place", "pooled"})
+    assert bool(second_traces) == (name in {"in place", "pooled"})
+
+
+def detector() -> VisionModel:
+    return micro_detector("plain_mamba", "maskrcnn_64x96", injector="kept")
 
 
 @pytest.mark.parametrize(
     "make",
-    [micro, micro_plain, lambda: small("vmamba_tiny_s1l8"), lambda: small("groupmamba_tiny")],
-    ids=["vim", "plain_mamba", "vmamba", "groupmamba"],
+    [
+        pytest.param(micro, id="vim"),
+        pytest.param(micro_plain, id="plain_mamba", marks=pytest.mark.slow),
+        pytest.param(lambda: small("vmamba_tiny_s1l8"), id="vmamba", marks=pytest.mark.slow),
+        pytest.param(lambda: small("groupmamba_tiny"), id="groupmamba", marks=pytest.mark.slow),
+        pytest.param(detector, id="detector", marks=pytest.mark.slow),
+    ],
 )
 def test_no_model_is_traced_twice(
     make: Callable[[], VisionModel], second_traces: list[ExportedProgram]

@@ -29,6 +29,7 @@ def decompose_in_place(program: ExportedProgram) -> None:
 
     def run(self: ExportedProgram, table: _Table) -> ExportedProgram:
         graph = self.graph_module.graph
+        _open_detached(graph)
         graph.eliminate_dead_code()
         calls = [node for node in graph.nodes if node.op == "call_function"]
         others = _Others(self, table)
@@ -124,6 +125,13 @@ def rename_outputs(program: ExportedProgram) -> None:
     specs = [s for s in program.graph_signature.output_specs if hasattr(s.arg, "name")]
     for spec, value in zip(specs, values, strict=True):
         spec.arg.name = value.name
+
+
+def _open_detached(graph: Graph) -> None:
+    """Read what a constant of the forward pass is made of: detached or not, it has no gradient."""
+    for node in graph.find_nodes(op="call_function", target=_ATEN.detach_.default):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
 
 
 def _is_function(node: Node) -> bool:
