@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import importlib.util
 import os
@@ -69,6 +71,21 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 10, 50)
 
 
+def pytest_sessionstart() -> None:
+    # torch's exporter reads the sources of its 500 translations anew at each export: a sixth of the
+    # time of a small one. Each still gets its own list, to which it adds our operators.
+    from torch.onnx._internal.exporter import _registration
+
+    read = functools.cache(_registration.ONNXRegistry.from_torchlib)
+
+    def from_torchlib(*args: Any, **given: Any) -> Any:
+        registry = copy.copy(read(*args, **given))
+        registry.functions = {target: list(found) for target, found in registry.functions.items()}
+        return registry
+
+    _registration.ONNXRegistry.from_torchlib = staticmethod(from_torchlib)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist
         session.config.workeroutput["gpu"] = session.config.stash.get(_GPU, 0)
@@ -86,6 +103,13 @@ def pytest_terminal_summary(
         terminalreporter.write_line(
             f"left out: {count} tests for an NVIDIA GPU, which this machine or its torch has not"
         )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _exports(tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["VSSM_TEST_EXPORTS"] = str(shared / "exports")  # see tests/support/exports.py
 
 
 @pytest.fixture(autouse=True)

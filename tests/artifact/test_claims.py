@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from command import Run
-from exports import images, micro
+from exports import exported, images, micro
 from onnx.external_data_helper import convert_model_to_external_data
 
 import vssm
@@ -26,7 +26,7 @@ from vssm.files.atomic import sha256_of
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return vssm.export(micro(), tmp_path_factory.mktemp("made") / "out", inline=True)
+    return exported(tmp_path_factory.mktemp("made"), micro(), inline=True)
 
 
 @pytest.fixture

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import random
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from exports import micro, micro_plain
+from exports import exported, micro, micro_plain
 from onnx import TensorProto, helper, numpy_helper
 
-import vssm
 from vssm.artifact.model_file import read_facts
 from vssm.errors import ArtifactError
 from vssm.onnx.describe import describe_tensor, used_operators
@@ -28,8 +26,8 @@ def files(tmp_path_factory):
         ("wide", micro(None), {"dtype": "bfloat16", "opset": 20, "inline": True}),
         ("plain", micro_plain(), {"inline": True}),
     ):
-        out = vssm.export(model, folder / name, **options)
-        made += sorted(Path(out.directory).glob("*.onnx"))
+        out = exported(folder / name, model, **options)
+        made += sorted(out.directory.glob("*.onnx"))
     return made
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command import Run
-from exports import micro
+from exports import exported, micro
 from PIL import Image
 
 import vssm
@@ -47,7 +47,7 @@ NAME = "vim_tiny"
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return vssm.export(micro(), tmp_path_factory.mktemp("bundle") / "out")
+    return exported(tmp_path_factory.mktemp("bundle"), micro())
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +371,7 @@ def test_labels(artifact: Artifact, bundle: Path, tmp_path: Path) -> None:
 
 
 def test_bfloat16_has_no_onnxruntime_variant(tmp_path: Path) -> None:
-    out = vssm.export(micro(None), tmp_path / "out", dtype="bfloat16")
+    out = exported(tmp_path, micro(None), dtype="bfloat16")
     manifest = make_bundle(out, tmp_path / "bundle", BundleRequest())
     assert "bfloat16" in manifest.absent["triton/onnxruntime"]
     assert not (tmp_path / "bundle/triton/onnxruntime").exists()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import MODEL, Run
+from command import MODEL, SHALLOW, Run
+from exports import exported, micro
 
 
 def test_what_cannot_be_written_is_refused_at_once(
@@ -27,8 +28,7 @@ def test_what_cannot_be_written_is_refused_at_once(
 
 
 def test_a_check_shows_its_result_where_it_cannot_be_kept(cli: Run, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert cli("export", *MODEL, "-o", out) == 0
+    out = exported(tmp_path, micro()).directory
     (out / "parity.json").mkdir()  # as on a read-only file system
     assert cli("check", out) == 0
     assert "parity.json was not written" in cli.out
@@ -48,12 +48,11 @@ def test_many_images_run_in_parts_and_names_stay_as_they_are(
         return good(session, x)
 
     monkeypatch.setattr(OrtCpuSession, "run", counted)
-    names = tmp_path / "names.txt"
-    names.write_text("one\n:smile:\n[red]three[/]\nfour\nfive\nsix\nseven\n")
-    out, odd = tmp_path / "out", tmp_path / "[b]ü[" / "nothing].png"
+    names = ["one", ":smile:", "[red]three[/]", "four", "five", "six", "seven"]
+    out = exported(tmp_path, micro(), labels=names).directory
+    odd = tmp_path / "[b]ü[" / "nothing].png"
     odd.parent.mkdir()
     odd.write_bytes(picture.read_bytes())
-    assert cli("export", *MODEL, "--labels", names, "-o", out) == 0
     assert cli("run", out, *[odd] * 20, "--top=7") == 0
     assert sizes == [16, 4]
     assert "[red]three[/]" in cli.out
@@ -68,8 +67,7 @@ def test_logits_that_are_no_numbers_are_no_answer(
 ) -> None:
     from vssm.runtimes.ort import OrtCpuSession
 
-    out = tmp_path / "out"
-    assert cli("export", *MODEL, "-o", out) == 0
+    out = exported(tmp_path, micro(None)).directory
     nothing = {"logits": np.full((1, 7), np.nan, np.float32)}
     monkeypatch.setattr(OrtCpuSession, "run", lambda *_: nothing)
     assert cli("run", out, picture) == 2
@@ -91,11 +89,10 @@ def test_a_fault_is_no_failed_check(cli: Run, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_new_export_takes_the_old_reports_away(cli: Run, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert cli("export", *MODEL, "-o", out) == 0
+    out = exported(tmp_path, micro()).directory
     for report in ("parity.json", "bench.json", "bench.html"):
         (out / report).write_text("of the old export")
-    assert cli("export", *MODEL, "-o", out, "--force") == 0
+    assert cli("export", *SHALLOW, "-o", out, "--force") == 0
     assert {p.name for p in out.iterdir()} == {"model.json", "model.onnx", "weights.safetensors"}
 
 

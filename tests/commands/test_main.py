@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import typer
-from command import MODEL, Run
-from exports import micro
+from command import MODEL, SHALLOW, Run
+from exports import exported, micro
 from PIL import Image
 from rich.console import Console
 
@@ -72,7 +72,7 @@ def test_rules_reach_the_export(cli: Run, tmp_path: Path) -> None:
 
 
 def test_seeded_weights_are_said(cli: Run, tmp_path: Path) -> None:
-    assert cli("export", *MODEL, "-o", tmp_path / "out", "--no-weights") == 0
+    assert cli("export", *SHALLOW, "-o", tmp_path / "out", "--no-weights") == 0
     assert "seeded initial weights" in cli.out
     assert cli("check", tmp_path / "out") == 2
     assert "--no-weights" in cli.out
@@ -83,7 +83,7 @@ def test_a_failed_check_is_exit_code_1(
 ) -> None:
     from vssm.parity import compare as parity
 
-    assert cli("export", *MODEL, "-o", tmp_path / "out") == 0
+    exported(tmp_path, micro())
     strict = parity.Tolerance(logits=1e-12, block=1e-12, margin=0.0)
     monkeypatch.setattr(parity, "TOLERANCES", {"float32": strict})
     assert cli("check", tmp_path / "out") == 1
@@ -220,15 +220,14 @@ def test_bad_outputs(cli: Run, tmp_path: Path) -> None:
     assert "is not a directory" in cli.out
     assert cli("export", *MODEL, "-o", file / "below") == 2
     assert file.read_text() == "mine"
-    assert cli("export", *MODEL, "-o", tmp_path / "out") == 0
-    assert cli("export", *MODEL, "-o", tmp_path / "out") == 2
+    exported(tmp_path, micro())
+    assert cli("export", *SHALLOW, "-o", tmp_path / "out") == 2
     assert "--force" in cli.out
-    assert cli("export", *MODEL, "-o", tmp_path / "out", "--force") == 0
+    assert cli("export", *SHALLOW, "-o", tmp_path / "out", "--force") == 0
 
 
 def test_bad_artifacts_and_images(cli: Run, tmp_path: Path, picture: Path) -> None:
-    out = tmp_path / "out"
-    assert cli("export", *MODEL, "-o", out) == 0
+    out = exported(tmp_path, micro()).directory
     text = tmp_path / "text.png"
     text.write_text("no image")
     assert cli("run", out, text) == 2

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import MODEL, Run
+from command import Run
+from exports import exported, micro
 from rich.console import Console
 
 import vssm
@@ -32,12 +33,9 @@ def _dark(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A micro Vim of seven classes."""
-    out = tmp_path_factory.mktemp("manners") / "out"
-    command = [sys.executable, "-m", "vssm.commands.main", "export", *MODEL, "-o", str(out)]
-    subprocess.run(command, capture_output=True, check=True)
-    return out
+    return exported(tmp_path_factory.mktemp("manners"), micro()).directory
 
 
 @pytest.mark.parametrize("width", [80, 60, 40])
@@ -66,13 +64,13 @@ def test_a_table_is_never_wider_than_its_terminal(
 
 
 def test_good_images_are_answered_and_the_bad_one_is_named(
-    cli: Run, exported: Path, tmp_path: Path, picture: Path
+    cli: Run, out: Path, tmp_path: Path, picture: Path
 ) -> None:
     bad, other = tmp_path / "truncated.png", tmp_path / "other.png"
     bad.write_bytes(picture.read_bytes()[:-2000])
     other.write_bytes(picture.read_bytes())
     found = tmp_path / "run.json"
-    assert cli("run", exported, picture, bad, other, "--json", found) == 1
+    assert cli("run", out, picture, bad, other, "--json", found) == 1
     first, second, third = json.loads(found.read_text())["images"]
     assert len(first["predictions"]) == 5
     assert first["predictions"] == third["predictions"]
@@ -81,11 +79,11 @@ def test_good_images_are_answered_and_the_bad_one_is_named(
     assert "truncated.png cannot be read as an image" in second["error"]
     assert "other.png" in cli.out
     assert f"not read: image={bad} cannot be read" in cli.out
-    assert cli("run", exported, bad, bad) == 2
+    assert cli("run", out, bad, bad) == 2
 
 
-def test_json_of_a_run_on_standard_output(exported: Path, picture: Path) -> None:
-    command = [sys.executable, "-m", "vssm.commands.main", "run", str(exported), str(picture)]
+def test_json_of_a_run_on_standard_output(out: Path, picture: Path) -> None:
+    command = [sys.executable, "-m", "vssm.commands.main", "run", str(out), str(picture)]
     done = subprocess.run([*command, "--json", "-"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["images"][0]["file"] == str(picture)
     assert "probability" in done.stderr
@@ -119,11 +117,8 @@ def test_the_shell_completes_names() -> None:
 
 
 def test_an_export_counts_its_blocks(tmp_path: Path) -> None:
-    from exports import exported as export
-    from exports import micro
-
     told: list[tuple[str, int, int]] = []
-    export(tmp_path, micro(), progress=lambda *step: told.append(step))
+    vssm.export(micro(), tmp_path / "out", progress=lambda *step: told.append(step))
     blocks = [(done, total) for phase, done, total in told if phase == "tracing blocks"]
     assert blocks == [(0, 3), (0, 3), (1, 3), (2, 3), (3, 3)]
     written = [done for phase, done, _ in told if phase == "writing ONNX"]
@@ -171,17 +166,17 @@ def test_an_error_of_another_library_is_one_line() -> None:
     assert len(reason(ValueError("x" * 10_000))) < 400
 
 
-def test_a_session_says_why_it_is_not_pickled(exported: Path) -> None:
-    with vssm.open_session(exported) as session:
+def test_a_session_says_why_it_is_not_pickled(out: Path) -> None:
+    with vssm.open_session(out) as session:
         with pytest.raises(TypeError, match=r"cannot be pickled or copied; .*open_session"):
             pickle.dumps(session)
         with pytest.raises(TypeError, match=r"pickled or copied"):
             copy.copy(session)
 
 
-def test_a_path_that_is_no_utf8_is_named(exported: Path, tmp_path: Path) -> None:
+def test_a_path_that_is_no_utf8_is_named(out: Path, tmp_path: Path) -> None:
     name = os.fsencode(tmp_path) + b"/\xff.png"
-    command = [sys.executable, "-m", "vssm.commands.main", "run", os.fsencode(exported), name]
+    command = [sys.executable, "-m", "vssm.commands.main", "run", os.fsencode(out), name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert r"\udcff.png cannot be read as an image" in " ".join(done.stderr.split())
@@ -231,7 +226,7 @@ _WRONG = [
 @pytest.mark.parametrize(("command", "rest"), _WRONG, ids=str)
 def test_a_wrong_option_is_refused_before_any_work(
     cli: Run,
-    exported: Path,
+    out: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     command: str,
@@ -248,7 +243,7 @@ def test_a_wrong_option_is_refused_before_any_work(
         "vssm.training.run.build_model",
     ):
         monkeypatch.setattr(work, reached)
-    places = {"NEW": tmp_path / "new", "EXPORT": exported, "ABSENT": tmp_path / "absent"}
+    places = {"NEW": tmp_path / "new", "EXPORT": out, "ABSENT": tmp_path / "absent"}
     words = [str(places.get(word, word)) for word in rest.split()]
     words = [word.replace("ABSENT", str(places["ABSENT"])) for word in words]
     assert cli(command, *words) == 2, cli.out

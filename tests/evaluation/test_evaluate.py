@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from checkout import PYTHONPATH, ROOT
 from command import Run
-from exports import micro
+from exports import exported, micro
 from PIL import Image
 
 import vssm
@@ -32,7 +32,7 @@ PER_CLASS = 9
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    return vssm.export(micro(), tmp_path_factory.mktemp("evaluate") / "out")
+    return exported(tmp_path_factory.mktemp("evaluate"), micro())
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +376,7 @@ def test_pictures_of_folders(pictures, tmp_path):
 def test_folders_named_as_labels_are_matched_by_name(pictures, tmp_path):
     """In the order of their names every image would count for another class."""
     labels = [f"n{i:03}" for i in (3, 0, 6, 1, 5, 2, 4)]
-    named = vssm.export(micro(), tmp_path / "named", labels=labels)
+    named = exported(tmp_path, micro(), labels=labels)
     report = _evaluate(named, pictures, tmp_path)
     rows = _rows(tmp_path / "found.csv")
     assert {labels[int(r["class"])] for r in rows if r["image"].startswith("n006/")} == {"n006"}

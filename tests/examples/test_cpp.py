@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from checkout import ROOT
-from exports import micro
+from exports import exported, micro
 from PIL import Image
 
 import vssm
@@ -48,7 +48,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return vssm.export(micro(), tmp_path_factory.mktemp("exported") / "out")
+    return exported(tmp_path_factory.mktemp("exported"), micro())
 
 
 @pytest.fixture

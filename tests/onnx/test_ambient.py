@@ -61,7 +61,7 @@ def _digest(artifact: vssm.artifact.directory.Artifact) -> str:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return micro()
+    return micro("1:0.7", depth=2)
 
 
 @pytest.fixture(scope="module")

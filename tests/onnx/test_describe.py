@@ -13,7 +13,7 @@ from vssm.models.base import VisionModel
 
 
 def spoilt(key: str, value: float) -> VisionModel:
-    model = micro()
+    model = micro(None, depth=2)
     model.state_dict()[key].view(-1)[0] = value
     return model
 
@@ -21,12 +21,12 @@ def spoilt(key: str, value: float) -> VisionModel:
 def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"NaN.* in layers\.1\.mixer\.D \(1 in all\)"):
-            exported(tmp_path, spoilt("layers.1.mixer.D", value))
+            vssm.export(spoilt("layers.1.mixer.D", value), tmp_path / "out")
     large = spoilt("layers.1.mixer.in_proj.weight", 1e6)
     with pytest.raises(ValueError, match=r"beyond torch\.float16 in layers\.1\.mixer\.in_proj"):
-        exported(tmp_path, large, dtype="float16")
+        vssm.export(large, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
-    exported(tmp_path, large, dtype="bfloat16")
+    vssm.export(large, tmp_path / "out", dtype="bfloat16")
 
 
 def test_weights_must_be_those_of_the_configuration(tmp_path: Path) -> None:
@@ -35,20 +35,20 @@ def test_weights_must_be_those_of_the_configuration(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"head\.bias has shape \(3,\), but .* \(7,\); .*num_class"
     ):
-        exported(tmp_path, replaced)
+        vssm.export(replaced, tmp_path / "out")
     with torch.device("meta"):
         empty = vssm.create_model("vim_tiny", depth=1)
     with pytest.raises(ValueError, match=r"device meta, which holds no values"):
-        exported(tmp_path, empty)
+        vssm.export(empty, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_where_weights_come_from_is_said(tmp_path: Path) -> None:
     seeded = vssm.create_model("vim_tiny", depth=1, d_model=16)
-    assert exported(tmp_path, seeded).manifest.weights == "initial"
+    assert vssm.export(seeded, tmp_path / "out").manifest.weights == "initial"
     with torch.no_grad():
         seeded.head.bias += 1
-    assert exported(tmp_path, seeded, force=True).manifest.weights == "custom"
+    assert vssm.export(seeded, tmp_path / "out", force=True).manifest.weights == "custom"
 
 
 def test_ratios_are_plain_decimals(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from command import Run
-from exports import images, micro
+from exports import exported, images, micro
 
 import vssm
 from vssm.artifact.directory import EXTERNAL_FILE, Artifact, open_artifact
@@ -29,7 +29,7 @@ X = images(micro(), 2)
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
     """The same model with its weights inside, and beside."""
     folder, model = tmp_path_factory.mktemp("external"), micro()
-    inside = vssm.export(model, folder / "inside")
+    inside = exported(folder / "inside", model)
     return inside, vssm.export(model, folder / "out", inline=True, external_data_above=0)
 
 
@@ -78,7 +78,7 @@ def test_a_bundle_of_it(pair: tuple[Artifact, Artifact], tmp_path: Path) -> None
 
 
 def test_a_changed_byte_of_it(pair: tuple[Artifact, Artifact], tmp_path: Path) -> None:
-    out = vssm.export(micro(), tmp_path / "out", external_data_above=0)
+    out = exported(tmp_path, micro(), external_data_above=0)
     with (out.directory / EXTERNAL_FILE).open("r+b") as file:
         file.write(b"\1")
     for use in (open_artifact, vssm.open_session):
@@ -89,8 +89,8 @@ def test_a_changed_byte_of_it(pair: tuple[Artifact, Artifact], tmp_path: Path) -
 
 
 def test_force_takes_it_away_again(pair: tuple[Artifact, Artifact], tmp_path: Path) -> None:
-    vssm.export(micro(), tmp_path / "out", external_data_above=0)
-    vssm.export(micro(), tmp_path / "out", force=True)
+    exported(tmp_path, micro(), external_data_above=0)
+    vssm.export(micro(None, depth=1), tmp_path / "out", force=True)
     assert not (tmp_path / "out" / EXTERNAL_FILE).exists()
     assert EXTERNAL_FILE not in json.loads((tmp_path / "out/model.json").read_text())["files"]
 

@@ -37,7 +37,7 @@ def whole(
     return model, exported(tmp_path_factory.mktemp("whole"), model)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=["vmamba_tiny_s1l8", "groupmamba_tiny"])
 def half(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[VisionModel, Artifact]:
@@ -111,7 +111,9 @@ def test_islands_stay_float32(half: tuple[VisionModel, Artifact]) -> None:
     _check_islands(onnx.load(half[1].model_path).graph, onnx.TensorProto.FLOAT16)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["vmamba_tiny_s1l8", pytest.param("groupmamba_tiny", marks=pytest.mark.slow)]
+)
 def test_bfloat16_keeps_its_convolutions_wide(name: str) -> None:
     lists = ("depths", "widths", "mlp_ratios")
     one_stage = {key: value[:1] for key, value in SMALL[name].items() if key in lists}

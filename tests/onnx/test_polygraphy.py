@@ -11,12 +11,11 @@ from pathlib import Path
 import onnx
 import onnxruntime
 import pytest
-from exports import images, micro
+from exports import exported, images, micro
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.comparator import Comparator, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
-import vssm
 from vssm.artifact.directory import Artifact
 from vssm.runtimes.library import find_library
 
@@ -35,7 +34,7 @@ sys.exit(any(node.op_type == "TokenGather" for node in onnx.load(model).graph.no
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return vssm.export(micro(), tmp_path_factory.mktemp("polygraphy") / "out")
+    return exported(tmp_path_factory.mktemp("polygraphy"), micro())
 
 
 def polygraphy(*arguments: object, folder: Path, **environment: str) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import vssm
-from vssm.artifact.directory import Artifact
+from vssm.artifact.directory import Artifact, open_artifact
 from vssm.models.base import VisionModel
 
 # 37 tokens, the class token in the middle; odd widths everywhere.
@@ -100,5 +106,28 @@ def images(model: VisionModel, batch: int = 2, *, seed: int = 0) -> np.ndarray:
 
 
 def exported(tmp_path: Path, model: VisionModel, **options: Any) -> Artifact:
-    """The model's export in a fresh directory below `tmp_path`."""
-    return vssm.export(model, tmp_path / "out", **options)
+    """The model's export in `tmp_path`/out: made once in a run of pytest, by whoever asks first.
+
+    Equal models and options give equal bytes, which tests/onnx proves; a test of the export itself
+    calls vssm.export.
+    """
+    store = Path(os.environ["VSSM_TEST_EXPORTS"])
+    store.mkdir(exist_ok=True)
+    made = store / _key(model, options)
+    with Path(f"{made}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            vssm.export(model, made, **options)
+    tmp_path.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(made, tmp_path / "out")
+    return open_artifact(tmp_path / "out")
+
+
+def _key(model: VisionModel, options: dict[str, Any]) -> str:
+    known = (model.name, asdict(model.config), model.schedule, model.checkpoint, model.loaded)
+    told = repr((*known, model.labels, sorted(options.items())))
+    digest = hashlib.sha256(told.encode())
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]

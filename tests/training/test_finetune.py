@@ -353,7 +353,7 @@ from vssm.training.run import has_run
 
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports what every child would
-data, checkpoint, output = map(Path, sys.argv[2:])
+data, checkpoint, output = map(Path, sys.argv[2:5])
 
 
 def train(folder, crash):
@@ -391,19 +391,21 @@ def child(folder, crash):
 
 
 assert child(output / "whole", 0) == 0
-crash = 1
+crash, every = 1, int(sys.argv[5])
 while (code := child(output / str(crash), crash)) == 9:
     assert child(output / str(crash), 0) == 0, crash
-    crash += 1
+    crash += every
 assert code == 0, (crash, code)
 """
 
 
-def test_a_crash_at_every_change_of_a_file(data, checkpoint, tmp_path):
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_crash_at_every_change_of_a_file(data, checkpoint, tmp_path, every):
     script = tmp_path / "crash.py"
     script.write_text(_CRASHES)
+    given = (ROOT / "tests/support", data, checkpoint, tmp_path / "runs", str(every))
     done = subprocess.run(
-        [sys.executable, script, ROOT / "tests/support", data, checkpoint, tmp_path / "runs"],
+        [sys.executable, script, *given],
         env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -412,7 +414,7 @@ def test_a_crash_at_every_change_of_a_file(data, checkpoint, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     runs = sorted((tmp_path / "runs").iterdir())
-    assert len(runs) > 20
+    assert len(runs) > 20 // every
     for run in runs:
         _same(run, tmp_path / "runs" / "whole")
         assert not list(run.glob(".*"))

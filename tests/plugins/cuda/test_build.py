@@ -58,6 +58,7 @@ def test_local_memory_is_found(tmp_path):
 
 
 @needs_nvcc
+@pytest.mark.slow  # half a minute; that they compile is seen by every set-up with nvcc
 @pytest.mark.parametrize("source", cuda_report.sources(), ids=lambda path: path.name)
 def test_kernels_keep_nothing_in_local_memory(source):
     report = cuda_report.compile_verbosely(NVCC, source, cuda_report.ARCHITECTURES)

@@ -80,10 +80,15 @@ def test_pips_compiler_packages_are_found(tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ((), "vssm: CUDA kernels for 80-real;86-real;87-real;89-real;90 "),
-        ((), "vssm: left out: CUDA kernels for 75-real;100-real;120, unknown to"),
-        (("-DVSSM_CUDA_ARCHITECTURES=86-real;90",), "vssm: CUDA kernels for 86-real;90 "),
-        (("-DVSSM_CUDA_ARCHITECTURES=90;100",), "does not know 100; leave them out, or take"),
+        (
+            (),
+            (
+                "vssm: CUDA kernels for 80-real;86-real;87-real;89-real;90 ",
+                "vssm: left out: CUDA kernels for 75-real;100-real;120, unknown to",
+            ),
+        ),
+        (("-DVSSM_CUDA_ARCHITECTURES=86-real;90",), ("vssm: CUDA kernels for 86-real;90 ",)),
+        (("-DVSSM_CUDA_ARCHITECTURES=90;100",), ("does not know 100; leave them out, or take",)),
     ],
 )
 def test_an_older_compiler_knows_fewer_gpus(tmp_path, options, expected):
@@ -99,8 +104,8 @@ def test_an_older_compiler_knows_fewer_gpus(tmp_path, options, expected):
     )
     nvcc.chmod(0o755)
     status, output = _configure(tmp_path, f"-DCMAKE_CUDA_COMPILER={nvcc}", *options)
-    assert (status == 0) == ("does not know" not in expected), output
-    assert expected in f"{output} "
+    assert (status == 0) == ("does not know" not in expected[0]), output
+    assert all(text in f"{output} " for text in expected)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from typing import Any
 import onnx
 import pytest
 from checkout import ROOT
-from command import MODEL, Run
-from exports import micro, micro_plain
+from command import SHALLOW, Run
+from exports import exported, micro
 
 import vssm
 from vssm.artifact.directory import Artifact
@@ -38,14 +38,15 @@ needs_rtx = pytest.mark.skipif(
 
 @pytest.fixture
 def out(tmp_path: Path) -> Artifact:
-    return vssm.export(micro(), tmp_path / "out")
+    return exported(tmp_path, micro())
 
 
 @needs_rtx
-@pytest.mark.parametrize("schedule", [None, "1:0.7,2:0.8"], ids=["dense", "pruned"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("schedule", "dtype"), [(None, "float32"), ("1:0.7,2:0.8", "float16")], ids=["dense", "pruned"]
+)
 def test_rtx_builds(tmp_path: Path, schedule: str | None, dtype: str) -> None:
-    out = vssm.export(micro(schedule), tmp_path / "out", dtype=dtype)
+    out = exported(tmp_path, micro(schedule), dtype=dtype)
     phases: dict[str, int] = {}
 
     def progress(phase: str, step: int, steps: int) -> None:
@@ -63,27 +64,20 @@ def test_rtx_builds(tmp_path: Path, schedule: str | None, dtype: str) -> None:
 
 
 @needs_rtx
-def test_rtx_builds_plain_mamba(tmp_path: Path) -> None:
-    out = vssm.export(micro_plain("2:0.8"), tmp_path / "out")
-    assert build_engine(out, RTX).layers > 50
-
-
-@needs_rtx
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", [None, {10: 0.8, 16: 0.8}], ids=["dense", "pruned"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_rtx_builds_vim_tiny(tmp_path: Path, schedule: dict[int, float] | None, dtype: str) -> None:
     rules = None if schedule is None else vssm.PruneSchedule(schedule)
     model = vssm.create_model("vim_tiny", schedule=rules)
-    out = vssm.export(model, tmp_path / "out", dtype=dtype)
+    out = exported(tmp_path, model, dtype=dtype)
     info = build_engine(out, dataclasses.replace(RTX, batch=(1, 8, 32)))
     assert info.layers > 8000  # 24 scan bodies
 
 
 @needs_rtx
 def test_the_command_says_what_the_bodies_cost(cli: Run, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert cli("export", *MODEL, "-o", out) == 0
+    out = exported(tmp_path, micro(None)).directory
     command = ("engine", out, "--rtx", "--batch=1,2,3", "--compute-capability=8.6,12.0")
     assert cli(*command, "--json", tmp_path / "engine.json") == 0, cli.out
     assert "no GPU needed, batch 1-2-3, backend: body" in cli.out
@@ -94,7 +88,7 @@ def test_the_command_says_what_the_bodies_cost(cli: Run, tmp_path: Path) -> None
     assert cli("engine", out, "--rtx", "--compute-capability=9.0") == 2
     assert "compute_capability='9.0' is none that TensorRT for RTX" in cli.out
     # A new export takes the engine of the old one away.
-    assert cli("export", *MODEL, "-o", out, "--force") == 0
+    assert cli("export", *SHALLOW, "-o", out, "--force") == 0
     assert not [path.name for path in out.iterdir() if "rtx" in path.name]
 
 

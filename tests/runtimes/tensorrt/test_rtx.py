@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkout import PYTHONPATH
-from exports import images, micro
+from exports import exported, images, micro
 from tensorrt_build import ROOT
 
 import vssm
@@ -62,8 +62,7 @@ def _vssm(*arguments: object) -> None:
 
 @pytest.fixture(scope="module", params=["float32", "float16", "bfloat16"])
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    out = tmp_path_factory.mktemp("engine") / "out"
-    made = vssm.export(micro(), out, dtype=request.param)
+    made = exported(tmp_path_factory.mktemp("engine"), micro(), dtype=request.param)
     build_engine(made, BATCHES)
     return made
 
@@ -97,7 +96,7 @@ def test_a_batch_is_its_images(artifact: Artifact) -> None:
 
 def test_plugins_inside_the_engine(tmp_path: Path) -> None:
     """Built by the command and run in a fresh process, which never loads the library itself."""
-    out = vssm.export(micro(), tmp_path / "out")
+    out = exported(tmp_path, micro())
     _vssm("engine", out.directory, "--batch", "1,1,2", "--serialize-plugins")
     code = (
         "import json, sys\nimport numpy as np\nimport vssm\n"

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 from command import Run
-from exports import images, micro
+from exports import exported, images, micro
 from tensorrt_standin import OUT_OF_MEMORY, FakeCuda
 from tensorrt_standin_engine import FakeTensorRT
 
 import vssm
-from vssm.artifact.directory import Artifact, open_artifact
+from vssm.artifact.directory import Artifact
 from vssm.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError
 from vssm.runtimes.library import TENSORRT_LIBRARY, find_library
 from vssm.runtimes.tensorrt import build as tensorrt_build
@@ -69,15 +69,9 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     return made
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return vssm.export(micro(), tmp_path_factory.mktemp("exported") / "out")
-
-
 @pytest.fixture
-def artifact(exported: Artifact, tmp_path: Path) -> Artifact:
-    shutil.copytree(exported.directory, tmp_path / "out")
-    return open_artifact(tmp_path / "out")
+def artifact(tmp_path: Path) -> Artifact:
+    return exported(tmp_path, micro())
 
 
 def build(artifact: Artifact, **changes: Any) -> Any:
@@ -412,7 +406,7 @@ def test_no_engine(bench: Bench, artifact: Artifact) -> None:
 def test_a_trusted_engine_of_another_model(
     bench: Bench, artifact: Artifact, tmp_path: Path
 ) -> None:
-    other = vssm.export(micro(None), tmp_path / "other")
+    other = exported(tmp_path / "other", micro(None))
     build(other)
     shutil.copy(other.directory / "model.plan", artifact.directory)
     with pytest.raises(ArtifactError, match="it is of another model; build it with"):
