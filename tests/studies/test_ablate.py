@@ -120,6 +120,26 @@ def test_merging_of_equal_cost_is_the_published():
     assert abs(works[1] - wanted) <= abs(works[0] - wanted)
 
 
+@pytest.mark.parametrize(
+    ("own", "other", "label"),
+    [("compact", "position", "by position"), ("position", "compact", "along the list")],
+)
+def test_plan_has_the_other_convolution(own, other, label):
+    schedule = PruneSchedule({1: "0.7"}, conv=own)
+    plan = make_plan(schedule, seeds=1, ratios=[], other_conv=True)
+    found = {v.key: v.schedule for v in plan.variants if v.key.endswith(f"+{other}")}
+    assert [(key, s.alignment, s.conv) for key, s in found.items()] == [
+        (f"none+{other}", "none", other),
+        (f"gap+{other}", "gap", other),
+    ]
+    assert {v.schedule.conv for v in plan.variants if v.schedule and v.key not in found} == {own}
+    assert [line.label for line in plan.lines if line.table == "convolution"] == [
+        f"plain removal, {label}",
+        f"aligned (gap), {label}",
+    ]
+    assert {v.baseline for v in plan.variants if v.key in found} == {"none"}
+
+
 def test_plan():
     schedule = PruneSchedule({1: "0.7", 2: "0.8"}, alignment="constant", importance="l2")
     plan = make_plan(schedule, seeds=2, ratios=["0.5", "0.9"])
@@ -134,17 +154,6 @@ def test_plan():
     assert [found[f"random-{s}"].seed for s in (0, 1)] == [0, 1]
     assert [str(r) for r in found["none@0.5"].ratios.values()] == ["0.5", "0.5"]
     assert {key for line in plan.lines for key in line.keys} == set(found)
-    both = make_plan(schedule, seeds=1, ratios=[], by_position=True)
-    grids = {v.key: v.schedule for v in both.variants if v.key.endswith("+position")}
-    assert [(key, s.alignment, s.conv) for key, s in grids.items()] == [
-        ("none+position", "none", "position"),
-        ("gap+position", "gap", "position"),
-    ]
-    assert [line.label for line in both.lines if line.table == "convolution"] == [
-        "plain removal, by position",
-        "aligned (gap), by position",
-    ]
-    assert {v.baseline for v in both.variants if v.key in grids} == {"none"}
     merging = make_plan(schedule, seeds=1, ratios=[], merging=MergeSchedule(3))
     merged = {v.key: v.schedule for v in merging.variants if v.key not in found}
     assert merged == {"merge": MergeSchedule(3), "merge+size": MergeSchedule(3, alignment="size")}

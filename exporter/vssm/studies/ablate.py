@@ -138,7 +138,7 @@ def _plan(source: LoadedSource, schedule: PruneSchedule, options: AblationOption
         schedule,
         seeds=options.seeds,
         ratios=options.ratios,
-        by_position=is_vim and schedule.conv == "compact",  # PlainMamba's always is
+        other_conv=is_vim,  # PlainMamba's is always by position
         merging=merging,
     )
 

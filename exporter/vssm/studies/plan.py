@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from vssm.errors import check_choice
-from vssm.pruning.schedule import ALIGNMENTS, MergeSchedule, PruneSchedule, Schedule
+from vssm.pruning.schedule import ALIGNMENTS, CONVS, MergeSchedule, PruneSchedule, Schedule
 from vssm.training.recipe import Recipe
 from vssm.training.request import Resources
 
@@ -95,8 +95,8 @@ class AblationOptions:
 METRICS: Final = ("clip", "sum", "l1", "l2")
 METHODS, ALIGNMENT, IMPORTANCE, RATIO = "methods", "alignment", "importance", "keep ratio"
 CONV: Final = "convolution"
-BY_POSITION: Final = "+position"
 
+_CONVS: Final = {"position": "by position", "compact": "along the list"}
 _NAMES: Final = {"none": "plain removal", "gap": "aligned (gap)"}
 _MERGED: Final = {"merge": "merged (R-MeeTo)", "merge+size": "merged, aligned (size)"}
 
@@ -224,7 +224,7 @@ def make_plan(
     *,
     seeds: int,
     ratios: Sequence[str],
-    by_position: bool = False,
+    other_conv: bool = False,
     merging: MergeSchedule | None = None,
 ) -> Plan:
     """The paper's comparisons on one schedule.
@@ -233,8 +233,7 @@ def make_plan(
         schedule: its blocks and ratios; alignment "gap" and importance "clip" are the reference.
         seeds: of the random choice.
         ratios: keep ratios that replace every stage's own, one after the other.
-        by_position: compare with convolutions by position too; for models whose own run along
-            the list of kept tokens.
+        other_conv: compare with the convolution that the schedule does not have, too.
         merging: compare with it too, and with its sizes as gaps.
 
     Raises:
@@ -250,10 +249,9 @@ def make_plan(
     drawn = [
         Variant(f"random-{s}", base.changed(importance="random", seed=s)) for s in range(seeds)
     ]
-    positioned = [
-        Variant(f"{v.alignment}{BY_POSITION}", v.changed(conv="position"))
-        for v in (plain, base)
-        if by_position
+    conv = next(c for c in CONVS if c != base.conv)
+    convolved = [
+        Variant(f"{v.alignment}+{conv}", v.changed(conv=conv)) for v in (plain, base) if other_conv
     ]
     merged = (
         []
@@ -274,13 +272,13 @@ def make_plan(
         *(Line(IMPORTANCE, m, ("gap" if m == "clip" else m,)) for m in METRICS),
         Line(IMPORTANCE, f"random, {seeds} seeds", tuple(v.key for v in drawn)),
         *(
-            Line(CONV, f"{_NAMES[v.key.removesuffix(BY_POSITION)]}, by position", (v.key,))
-            for v in positioned
+            Line(CONV, f"{_NAMES[v.key.removesuffix(f'+{conv}')]}, {_CONVS[conv]}", (v.key,))
+            for v in convolved
         ),
         *(Line(RATIO, _ratio_label(v.key), (v.key,)) for v in swept),
     ]
     first = [Variant("dense", None), Variant("evit", plain, fused=True)]
-    return Plan((*first, *merged, *aligned, *scored, *drawn, *positioned, *swept), tuple(lines))
+    return Plan((*first, *merged, *aligned, *scored, *drawn, *convolved, *swept), tuple(lines))
 
 
 def _at_ratio(ratio: str, base: PruneSchedule, plain: PruneSchedule) -> list[Variant]:

@@ -219,8 +219,9 @@ def markdown(report: AblationReport, plots: Sequence[str]) -> str:
         parts.append(_paired_table(report.rows))
     error = max(row.standard_error for row in report.rows)
     parts.append(
-        "Published figures: Zhan et al., arXiv:2409.18962, on ImageNet; its pruned rows are "
-        "fine-tuned, rows here only where they say so. A difference of top-1 below about "
+        "Published figures, on ImageNet: Zhan et al., arXiv:2409.18962, and of merging Shi et al., "
+        "arXiv:2412.12496; their pruned and merged rows are fine-tuned, rows here only where they "
+        "say so. A difference of top-1 below about "
         f"{200 * error:.2f} points (twice the standard error of one run) may be chance; the pairs "
         "above say more. ± is the standard deviation over runs, their number in brackets."
     )
