@@ -228,7 +228,7 @@ def test_refusals(cli, tmp_path, picture, monkeypatch):
     assert f"output={picture} cannot be made (File exists); name another directory" in cli.out
     with pytest.raises(ValueError, match=r"images=\[\] holds no image"):
         vssm.visualize(vssm.ModelSource("vim_tiny"), [], tmp_path / "out")
-    artifact = exported(tmp_path, micro())
+    artifact = exported(tmp_path / "made", micro())
     assert cli("visualize", artifact.directory, *end[:3], "--num-classes=3") == 2
     assert "--num-classes out" in cli.out
     with pytest.raises(UnsupportedError, match="bidirectional_layers=True: every other"):

@@ -420,8 +420,9 @@ def test_a_crash_at_every_change_of_a_file(data, checkpoint, tmp_path, every):
         assert not list(run.glob(".*"))
 
 
-def test_processes_of_torchrun(data, checkpoint, tmp_path):
-    """Two processes end alike, killed or not, and to rounding as one process does."""
+@pytest.mark.parametrize("twice", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_processes_of_torchrun(data, checkpoint, tmp_path, twice):
+    """Two processes, killed on the way, end to rounding as one does; `twice`: as two not killed."""
     numbers = {"batch": 12, "mixup": 0.0, "cutmix": 0.0}
 
     def start(name):
@@ -430,15 +431,16 @@ def test_processes_of_torchrun(data, checkpoint, tmp_path):
     killed = start("killed")
     killed.stdout.readline()
     _kill(killed, tmp_path)
-    for name in ("killed", "whole"):
+    for name in ("killed", "whole")[: 1 + twice]:
         process = start(name)
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out + err
-    _same(tmp_path / "killed", tmp_path / "whole")
-    header = json.loads((tmp_path / "whole" / "finetune.json").read_text())["run"]
+    if twice:
+        _same(tmp_path / "killed", tmp_path / "whole")
+    header = json.loads((tmp_path / "killed" / "finetune.json").read_text())["run"]
     assert header["processes"] == "2"
     vssm.finetune(request(data, tmp_path / "alone", what=model_source(checkpoint), **numbers))
-    found = np.loadtxt(tmp_path / "whole" / "log.csv", delimiter=",", skiprows=1)
+    found = np.loadtxt(tmp_path / "killed" / "log.csv", delimiter=",", skiprows=1)
     expected = np.loadtxt(tmp_path / "alone" / "log.csv", delimiter=",", skiprows=1)
     assert len(found) == 6
     np.testing.assert_allclose(found, expected, rtol=1e-4)
