@@ -67,9 +67,13 @@ def _repository(folder: Path, monkeypatch: pytest.MonkeyPatch, core: bool) -> nn
 
 
 STYLES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
-    "vim v2": (VimLike, IMAGES, {"GatedSelectiveScan": 3}),
-    "vim v1": (lambda: VimLike(bimamba="v1"), IMAGES, {"GatedSelectiveScan": 3}),
-    "vim none": (lambda: VimLike(bimamba="none", mean=True), IMAGES, {"GatedSelectiveScan": 3}),
+    "vim v2": (lambda: VimLike(depth=2), IMAGES, {"GatedSelectiveScan": 2}),
+    "vim v1": (lambda: VimLike(bimamba="v1", depth=1), IMAGES, {"GatedSelectiveScan": 1}),
+    "vim none": (
+        lambda: VimLike(bimamba="none", mean=True, depth=1),
+        IMAGES,
+        {"GatedSelectiveScan": 1},
+    ),
     "slow path": (SlowPath, (2, 9, 12), {"GatedSelectiveScan": 1}),
     "transformers": (TransformersLike, (2, 9, 12), {"SelectiveScan": 1}),
     "mambavision": (MambaVisionLike, (2, 9, 12), {"SelectiveScan": 1}),
@@ -144,13 +148,13 @@ def test_scan_of_a_hand_written_loop(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_graph_is_hardly_larger_than_our_own_models(tmp_path: Path) -> None:
-    model = built(lambda: VimLike(depth=4))
+    model = built(lambda: VimLike(depth=2))
     ours = vssm.create_model(
         "vim_tiny",
         image_size=48,
         patch_size=8,
         stride=8,
-        depth=4,
+        depth=2,
         d_model=20,
         d_state=5,
         num_classes=7,
