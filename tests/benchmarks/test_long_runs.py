@@ -31,7 +31,7 @@ def _run(runs: int, opens: int, processes: int) -> None:
 
 
 def test_a_few() -> None:
-    _run(800, 20, 4)
+    _run(300, 8, 2)
 
 
 @pytest.mark.slow

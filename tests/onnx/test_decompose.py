@@ -21,14 +21,14 @@ from vssm.onnx.program import program_to_proto
 
 
 class Calls(nn.Module):
-    """One function of images (batch, 3, 4, 6), as a model."""
+    """Functions of images (batch, 3, 4, 6), as a model of as many outputs."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, functions: list[Callable[[Tensor], Tensor]]) -> None:
         super().__init__()
-        self.function = function
+        self.functions = functions
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.function(images)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(function(images) for function in self.functions)
 
 
 def in_place(x: Tensor) -> Tensor:
@@ -60,11 +60,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "axes made one": lambda x: x.flatten(0, 1).unflatten(0, (-1, 3)).narrow(3, 1, 4),
     "by the batch": lambda x: x.transpose(0, 1).reshape(3, x.shape[0] * 4, 6).sum(0),
     "one size open, one to infer": lambda x: x.reshape(x.shape[0], 2, -1),
-    "pooled": pooled,
     "several results": many_results,
     "types": lambda x: (x.to(torch.float64).to(torch.float64) / 3).type_as(x).contiguous(),
     "a constant": constant,
-    "in place": in_place,
     "an output that is an input": lambda x: x.to(torch.float32).reshape(x.shape),
 }
 
@@ -83,19 +81,31 @@ def second_traces(monkeypatch: pytest.MonkeyPatch) -> list[ExportedProgram]:
     return seen
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_file_computes_the_function(name: str, second_traces: list[ExportedProgram]) -> None:
-    model = Calls(FUNCTIONS[name]).eval()
+@pytest.mark.parametrize(
+    ("functions", "again"),
+    [(FUNCTIONS, False), ({"in place": in_place}, True), ({"pooled": pooled}, True)],
+    ids=["once", "in place", "pooled"],
+)
+def test_the_file_computes_the_function(
+    functions: dict[str, Callable[[Tensor], Tensor]],
+    again: bool,
+    second_traces: list[ExportedProgram],
+) -> None:
+    model = Calls(list(functions.values())).eval()
     shapes = {"images": {0: Dim("batch")}}
     program = torch.export.export(model, (torch.zeros(2, 3, 4, 6),), dynamic_shapes=shapes)
-    proto = program_to_proto(program, 18, inputs=["images"], names=["y"], public=1)
+    names = list(functions)
+    proto = program_to_proto(program, 18, inputs=["images"], names=names, public=len(names))
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     rng = np.random.default_rng(7)
     for batch in (1, 5):
         images = rng.normal(size=(batch, 3, 4, 6)).astype(np.float32)
-        wanted = model(torch.from_numpy(images)).numpy()
-        np.testing.assert_allclose(session.run(None, {"images": images})[0], wanted, 1e-6, 1e-6)
-    assert bool(second_traces) == (name in {"in place", "pooled"})
+        wanted = [y.numpy() for y in model(torch.from_numpy(images))]
+        for name, got, want in zip(
+            names, session.run(None, {"images": images}), wanted, strict=True
+        ):
+            np.testing.assert_allclose(got, want, 1e-6, 1e-6, err_msg=name)
+    assert bool(second_traces) == again
 
 
 def detector() -> VisionModel:

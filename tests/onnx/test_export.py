@@ -67,35 +67,32 @@ def test_inlined_file_has_no_functions_and_the_same_numbers(pruned: Artifact) ->
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
-# Every value once; they do not touch each other, so one export holds several.
-RULES = [
-    {"alignment": "none", "importance": "as_released"},
-    {"alignment": "constant", "score_direction": "backward"},
-    {"importance": "random", "seed": 3, "conv": "position"},
-    {"importance": "l2", "gated": True, "score_direction": "forward"},
+# Every value once: a rule of pruning and a configuration do not touch each other, and an export
+# takes seconds.
+CASES: list[tuple[dict[str, object], dict[str, object]]] = [
+    ({"alignment": "none", "importance": "as_released"}, {"class_token": "head"}),
+    (
+        {"alignment": "constant", "score_direction": "backward"},
+        {"class_token": "none", "pool": "mean", "bimamba": "v1"},
+    ),
+    (
+        {"importance": "random", "seed": 3, "conv": "position"},
+        {"class_token": "none", "pool": "max", "image_size": [40, 56], "layer_scale": 0.1},
+    ),
+    (
+        {"importance": "l2", "gated": True, "score_direction": "forward"},
+        {"class_token": "none", "pool": "last", "rope": True, "rope_residual": True}
+        | {"rope_grid": 6},
+    ),
+    ({"alignment": "none"}, {"bimamba": "none", "rms_norm": False}),
 ]
 
 
-@pytest.mark.parametrize("rules", RULES, ids=str)
-def test_every_rule_exports(tmp_path: Path, rules: dict[str, object]) -> None:
-    model = micro(rules=rules)
-    artifact = exported(tmp_path, model)
-    x = images(model, 3)
-    assert relative(run_bodies(artifact.model_path, x)[0], oracle(model, x)) <= FLOAT32
-
-
-CONFIGS = [
-    {"class_token": "head", "image_size": [40, 56]},
-    {"class_token": "none", "pool": "mean", "bimamba": "v1"},
-    {"class_token": "none", "pool": "max", "bimamba": "none", "layer_scale": 0.1},
-    {"class_token": "none", "pool": "last", "rope": True, "rope_residual": True, "rope_grid": 6},
-    {"rms_norm": False},
-]
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_configuration_exports_pruned(tmp_path: Path, config: dict[str, object]) -> None:
-    model = micro(**config)
+@pytest.mark.parametrize(("rules", "config"), CASES, ids=str)
+def test_every_rule_and_configuration_exports(
+    tmp_path: Path, rules: dict[str, object], config: dict[str, object]
+) -> None:
+    model = micro(rules=rules, **config)
     artifact = exported(tmp_path, model)
     x = images(model, 3)
     assert relative(run_bodies(artifact.model_path, x)[0], oracle(model, x)) <= FLOAT32
@@ -115,7 +112,7 @@ def test_configurations_that_cannot_prune_export_dense(
     assert relative(run_bodies(artifact.model_path, x)[0], oracle(model, x)) <= FLOAT32
 
 
-@pytest.mark.parametrize("opset", [18, 19, 20])
+@pytest.mark.parametrize("opset", [18, 20, pytest.param(19, marks=pytest.mark.slow)])
 def test_opsets(tmp_path: Path, opset: int) -> None:
     model = micro()
     artifact = exported(tmp_path, model, opset=opset)

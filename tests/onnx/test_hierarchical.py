@@ -37,7 +37,10 @@ def whole(
     return model, exported(tmp_path_factory.mktemp("whole"), model)
 
 
-@pytest.fixture(scope="module", params=["vmamba_tiny_s1l8", "groupmamba_tiny"])
+@pytest.fixture(
+    scope="module",
+    params=["vmamba_tiny_s1l8", pytest.param("groupmamba_tiny", marks=pytest.mark.slow)],
+)
 def half(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[VisionModel, Artifact]:

@@ -36,7 +36,10 @@ TOLERANCE = {"float32": 1e-5, "float16": 5e-3}
 UNWANTED = {"Loop", "If", "NonZero", "Scan", "AveragePool", "Einsum"}
 
 
-@pytest.fixture(scope="module", params=ASKED)
+@pytest.fixture(
+    scope="module",
+    params=["vim", "vmamba", pytest.param("plain_mamba", marks=pytest.mark.slow)],
+)
 def whole(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Segmenter, Artifact, str]:

@@ -60,8 +60,9 @@ WHOLE = {
     for dtype in ("float32", "float16")
 }
 LONG = pytest.mark.slow
+ENGINES = {"vim dense", "vim pruned float16"}  # test_engine builds them too
 BUILT = [
-    *(pytest.param(*value, id=name) for name, value in SMALL.items()),
+    *(pytest.param(*v, id=n, marks=[LONG] * (n in ENGINES)) for n, v in SMALL.items()),
     *(pytest.param(*v, id=name, marks=LONG) for name, v in {**SMALL_SLOW, **WHOLE}.items()),
 ]
 PROBED = [
