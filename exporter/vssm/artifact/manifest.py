@@ -126,6 +126,55 @@ class CheckpointInfo:
 
 
 @dataclass(frozen=True)
+class CalibrationInfo:
+    """What the ranges of activations were measured on: how, with what seed, and on which files.
+
+    `images` are their SHA-256, so that nobody proves the model on them.
+    """
+
+    method: str
+    seed: int
+    images: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class QuantizationInfo:
+    """How an export was quantised; the words are `QuantizeRequest`'s.
+
+    Attributes:
+        method: "static", "dynamic" or "weights".
+        type: of weights, and with "static" of activations as well.
+        target: the runtime that it is for.
+        nodes: how many matrix products and convolutions are quantised.
+        kept_float: names of those that are not.
+        calibration: None where no images were used.
+    """
+
+    method: str
+    type: str
+    target: str
+    nodes: int
+    kept_float: tuple[str, ...]
+    calibration: CalibrationInfo | None = None
+
+    @property
+    def in_tensorrt(self) -> bool:
+        """Whether TensorRT takes the file: it knows signed pairs around 0 alone."""
+        return self.method == "weights" or self.target != "ort"
+
+    @property
+    def in_ort(self) -> bool:
+        """Whether ONNX Runtime runs the file with its own settings.
+
+        What is made for TensorRT has scales by channel that its integer products refuse.
+        """
+        return self.method == "weights" or self.target != "tensorrt"
+
+    def __str__(self) -> str:
+        return f"{self.type} {self.method} for {self.target}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole of `model.json`.
 
@@ -151,7 +200,13 @@ class Manifest:
     preprocessing: Preprocessing | None = None
     checkpoint: CheckpointInfo | None = None
     labels: tuple[str, ...] | None = None
+    quantization: QuantizationInfo | None = None
     format_version: int = FORMAT_VERSION
+
+    @property
+    def precision(self) -> str:
+        """The type of its numbers in words: "float16", or "float32, int8 static for ort"."""
+        return self.dtype if self.quantization is None else f"{self.dtype}, {self.quantization}"
 
     @property
     def dense(self) -> bool:
@@ -199,6 +254,10 @@ class Manifest:
 INTERPOLATIONS: Final = ("bicubic", "bilinear", "nearest")
 TENSOR_TYPES: Final = (*FLOAT_TYPES, "int64", "int32")
 WEIGHTS: Final = ("checkpoint", "initial", "custom")
+QUANTIZATION_METHODS: Final = ("static", "dynamic", "weights")
+QUANTIZATION_TYPES: Final = ("int8", "fp8")
+QUANTIZATION_TARGETS: Final = ("ort", "tensorrt", "portable")
+CALIBRATIONS: Final = ("minmax", "percentile", "entropy")
 BATCH: Final = "batch"
 _LONGEST_NAME: Final = 256
 _LONGEST_LABEL: Final = 1024
@@ -286,6 +345,7 @@ def _parse(root: Node) -> Manifest:
         labels=root.at("labels").optional(
             lambda n: tuple(i.text(_LONGEST_LABEL) for i in n.items())
         ),
+        quantization=_quantization(root),
         format_version=version,
     )
     _check_together(manifest)
@@ -375,6 +435,30 @@ def _merge(node: Node) -> MergeInfo:
     )
 
 
+def _quantization(root: Node) -> QuantizationInfo | None:
+    # Files from before there was quantisation do not have it.
+    if "quantization" not in root.mapping():
+        return None
+    return root.at("quantization").optional(
+        lambda node: QuantizationInfo(
+            method=node.at("method").choice(QUANTIZATION_METHODS),
+            type=node.at("type").choice(QUANTIZATION_TYPES),
+            target=node.at("target").choice(QUANTIZATION_TARGETS),
+            nodes=node.at("nodes").integer(1),
+            kept_float=tuple(n.text(_LONGEST_NAME) for n in node.at("kept_float").items()),
+            calibration=node.at("calibration").optional(_calibration),
+        )
+    )
+
+
+def _calibration(node: Node) -> CalibrationInfo:
+    return CalibrationInfo(
+        method=node.at("method").choice(CALIBRATIONS),
+        seed=node.at("seed").integer(0),
+        images=tuple(n.sha256() for n in node.at("images").items(at_least=1)),
+    )
+
+
 def _check_together(manifest: Manifest) -> None:
     """Rules that span fields."""
     names = [t.name for t in (*manifest.inputs, *manifest.outputs)]
@@ -384,6 +468,14 @@ def _check_together(manifest: Manifest) -> None:
         raise FieldError(
             f"weights={manifest.weights!r} and checkpoint={manifest.checkpoint} contradict each "
             "other"
+        )
+    quantized = manifest.quantization
+    if quantized is not None and (quantized.method == "static") != (
+        quantized.calibration is not None
+    ):
+        raise FieldError(
+            f"quantization.method={quantized.method!r} and calibration="
+            f"{quantized.calibration is not None} contradict each other"
         )
     main = manifest.main_output
     # Of maps (batch, classes, height, width) the second axis, else the last.

@@ -70,6 +70,7 @@ _DTYPES: Final = {
     11: "float64",
     16: "bfloat16",
 }
+_QUANTIZED: Final = frozenset({b"DequantizeLinear", b"MatMulInteger"})
 _HALVES: Final = ("float16", "bfloat16")
 # Two spellings of one domain.
 _STANDARD: Final = ("", "ai.onnx")
@@ -87,6 +88,7 @@ class ModelFacts:
         operators: names of this package's operators, in the graph and every graph inside it.
         halves: which of float16 and bfloat16 the weights have.
         external: names of the files beside it that hold weights, as the file spells them.
+        quantized: whether a node of the graph reads quantised weights.
     """
 
     inputs: tuple[TensorInfo, ...]
@@ -95,6 +97,7 @@ class ModelFacts:
     operators: frozenset[str]
     halves: frozenset[str]
     external: frozenset[str]
+    quantized: bool
 
 
 def read_facts(data: bytes) -> ModelFacts:
@@ -120,6 +123,7 @@ def read_facts(data: bytes) -> ModelFacts:
         operators=frozenset(map(_text, ours)),
         halves=frozenset(kinds.intersection(_HALVES)),
         external=frozenset(_external(model, graphs)),
+        quantized=any(n.op_type in _QUANTIZED for n in model.graph.node),
     )
 
 
@@ -143,6 +147,9 @@ def differences(manifest: Manifest, facts: ModelFacts, *, inlined: bool = False)
         ("weights of half precision", sorted(halves), sorted(facts.halves)),
         *((f"operators.{name}", claimed, version) for name, claimed in operators.items()),
     ]
+    # A module of the user's may hold such nodes by itself; a claim must be true.
+    if manifest.quantization is not None:
+        claims.append(("quantization", True, facts.quantized))
     found = [
         f"model.json claims {name}={shown(claimed, limit=300)}, but it has "
         f"{shown(actual, limit=300)}"

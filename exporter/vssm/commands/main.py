@@ -28,6 +28,7 @@ from vssm.commands.options import (
     Trust,
     integers,
 )
+from vssm.commands.quantize import quantize
 from vssm.commands.tables import (
     bench_tables,
     console,
@@ -104,6 +105,7 @@ def models(json_file: Json = None) -> None:
 # Help lists commands in the order of these lines, so they are not registered all at once.
 app.command()(export)
 app.command()(export_module)
+app.command()(quantize)
 
 
 @app.command()

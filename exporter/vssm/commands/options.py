@@ -31,7 +31,7 @@ def _json_target(path: Path | None) -> Path | None:
     return path
 
 
-def _words(*known: str) -> dict[str, Any]:
+def words(*known: str) -> dict[str, Any]:
     """What a shell completes."""
     # For completion alone: the functions check values, for callers in Python too.
     return {"autocompletion": lambda incomplete: [w for w in known if w.startswith(incomplete)]}
@@ -51,19 +51,19 @@ _OTHERS = ("ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx")
 Runtime = Annotated[
     str,
     typer.Option(
-        help="ort-cpu, ort-cuda, torch, tensorrt or tensorrt-rtx.", **_words("torch", *_OTHERS)
+        help="ort-cpu, ort-cuda, torch, tensorrt or tensorrt-rtx.", **words("torch", *_OTHERS)
     ),
 ]
 # Where torch is what a runtime is compared with.
 OtherRuntime = Annotated[
-    str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.", **_words(*_OTHERS))
+    str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.", **words(*_OTHERS))
 ]
 # None, as what a runtime has by default, and whether it has a choice, differ.
 Backend = Annotated[
     str | None,
     typer.Option(
         help="kernel (the default) or body; for torch kernel or reference; an engine has its own.",
-        **_words("kernel", "body", "reference"),
+        **words("kernel", "body", "reference"),
     ),
 ]
 Labels = Annotated[Path | None, typer.Option(help="Class names, one a line or JSON.")]
@@ -71,7 +71,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         help="float32, float16 (fp16, half) or bfloat16 (bf16).",
-        **_words("float32", "float16", "bfloat16"),
+        **words("float32", "float16", "bfloat16"),
     ),
 ]
 Opset = Annotated[int, typer.Option(help="18 to 20.")]
@@ -85,7 +85,7 @@ Trust = Annotated[
 ]
 
 # What `vssm export` and `vssm finetune` make a model from.
-Name = Annotated[str, typer.Argument(help="One of `vssm models`.", **_words(*MODELS))]
+Name = Annotated[str, typer.Argument(help="One of `vssm models`.", **words(*MODELS))]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights; the seeded initial ones without.")]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")]
 Key = Annotated[
@@ -109,14 +109,14 @@ Alignment = Annotated[
     str | None,
     typer.Option(
         help="gap (pruning's default), constant or none (merging's default); merging: or size.",
-        **_words("gap", "constant", "none", "size"),
+        **words("gap", "constant", "none", "size"),
     ),
 ]
 Importance = Annotated[
     str | None,
     typer.Option(
         help="clip (the default), sum, l1, l2, as_released or random.",
-        **_words("clip", "sum", "l1", "l2", "as_released", "random"),
+        **words("clip", "sum", "l1", "l2", "as_released", "random"),
     ),
 ]
 Conv = Annotated[
@@ -128,7 +128,7 @@ Restore = Annotated[
     typer.Option(
         help="What a dense head sees where tokens are gone: frozen (pruning's default), zero, "
         "nearest, or group (merging's default).",
-        **_words("frozen", "zero", "nearest", "group"),
+        **words("frozen", "zero", "nearest", "group"),
     ),
 ]
 NumClasses = Annotated[
@@ -153,7 +153,7 @@ Classes = Annotated[
 # A model by its name or as an export, for the commands that prune it in several ways.
 Model = Annotated[
     str,
-    typer.Argument(help="What `vssm export` wrote, or a model's name.", **_words(*MODELS)),
+    typer.Argument(help="What `vssm export` wrote, or a model's name.", **words(*MODELS)),
 ]
 OwnSchedule = Annotated[
     str | None, typer.Option(help="BLOCK:RATIO,..., or default; without it the export's own.")

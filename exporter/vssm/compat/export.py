@@ -43,12 +43,11 @@ from vssm.onnx.describe import describe_schedule, describe_tensor, used_operator
 from vssm.onnx.options import check_opset
 from vssm.onnx.program import (
     BATCH,
-    EXTERNAL_DATA_ABOVE,
     counted_blocks,
     program_to_proto,
     quiet,
-    save_model,
 )
+from vssm.onnx.save import EXTERNAL_DATA_ABOVE, save_model
 from vssm.ops.ambient import known_state
 from vssm.ops.record import record_backends
 from vssm.ops.spec import OPERATOR_VERSION

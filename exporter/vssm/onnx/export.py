@@ -27,12 +27,11 @@ from vssm.onnx.describe import block_outputs, describe_export
 from vssm.onnx.options import check_opset, checked_dtype, checked_outputs
 from vssm.onnx.program import (
     BATCH,
-    EXTERNAL_DATA_ABOVE,
     counted_blocks,
     program_to_proto,
     quiet,
-    save_model,
 )
+from vssm.onnx.save import EXTERNAL_DATA_ABOVE, save_model
 from vssm.onnx.schemas import register_schemas
 from vssm.ops.ambient import known_state
 from vssm.pruning.schedule import MergeSchedule, MergeStage, Schedule

@@ -8,20 +8,17 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 
 import onnx
 import onnx_ir as ir
 import torch
-from onnx import inliner
 from onnx_ir.passes import common
 from onnxscript import values
 from torch import nn
 from torch.export import ExportedProgram
 
 from vssm._version import __version__
-from vssm.artifact.directory import EXTERNAL_FILE, INLINED_FILE, MODEL_FILE
 from vssm.onnx.bodies import build_functions
 from vssm.onnx.decompose import decompose_in_place
 from vssm.onnx.describe import used_operators
@@ -136,32 +133,6 @@ def _drop_value_info_of_weights(proto: onnx.ModelProto) -> None:
 
 
 # Protobuf reads no message above 2 GiB; what is not weights takes a few MB.
-EXTERNAL_DATA_ABOVE: Final = 2_000_000_000
-_SMALL_TENSOR: Final = 1024  # bytes; shapes and the like stay where shape inference sees them
-
-
-def save_model(
-    proto: onnx.ModelProto, folder: Path, *, inline: bool, external_data_above: int
-) -> None:
-    """Write model.onnx, checked, and with `inline` model.inlined.onnx.
-
-    Args:
-        proto: the model; where its weights go beside it, they leave the proto.
-        folder: where to.
-        inline: also write the file without functions.
-        external_data_above: bytes of weights beyond which they go to a file beside the two, which
-            both read.
-    """
-    weights = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
-    beside = {"location": EXTERNAL_FILE, "size_threshold": _SMALL_TENSOR}
-    onnx.save(
-        proto,
-        folder / MODEL_FILE,
-        **({"save_as_external_data": True, **beside} if weights > external_data_above else {}),
-    )
-    onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
-    if inline:
-        onnx.save(inliner.inline_local_functions(proto), folder / INLINED_FILE)
 
 
 def _translate(program: ExportedProgram, opset: int, progress: Steps) -> ir.Model:

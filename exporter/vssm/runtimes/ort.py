@@ -84,6 +84,8 @@ class OrtSession(Session):
         profile: bool = False,
     ) -> None:
         options = _options(target, threads)
+        for key, value in _quantization_options(artifact).items():
+            options.add_session_config_entry(key, value)
         library = _library(artifact) if checked_backend(backend) == "kernel" else None
         if library is not None:
             # Before the file is opened: without a library its operators run as their bodies,
@@ -197,6 +199,17 @@ def _options(target: Target, threads: int | None) -> Any:
     for name, size in target.fixed_sizes.items():
         options.add_free_dimension_override_by_name(name, size)
     return options
+
+
+def _quantization_options(artifact: Artifact) -> dict[str, str]:
+    """What a quantised model needs in ONNX Runtime."""
+    quantization = artifact.manifest.quantization
+    if quantization is None:
+        return {}
+    # Taken literally, what its own products refuse runs in float32; and pairs of weights alone are
+    # folded to float weights when the file is opened, not multiplied out in every run.
+    literal = quantization.method == "weights" or not quantization.in_ort
+    return {"session.disable_quant_qdq": "1"} if literal else {}
 
 
 def checked_backend(backend: str) -> str:

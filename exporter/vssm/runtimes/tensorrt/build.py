@@ -154,6 +154,7 @@ def build_engine(
         ArtifactError: the directory cannot be written, or its model was changed meanwhile.
     """
     check_request(request)
+    _refuse_unsigned(artifact)
     product = request.product
     # What cannot be written is said now, and not after a build that may take hours.
     for name in (product.plan, product.info):
@@ -202,6 +203,16 @@ def build_engine(
         (staging / product.plan).write_bytes(plan.data)
         write_info(staging / product.info, info)
     return info
+
+
+def _refuse_unsigned(artifact: Artifact) -> None:
+    quantization = artifact.manifest.quantization
+    if quantization is not None and not quantization.in_tensorrt:
+        raise UnsupportedError(
+            f"{artifact.directory} is quantised as {quantization}, with unsigned activations or "
+            "ranges measured in every run, which TensorRT has not; quantise the float export with "
+            "--target tensorrt or portable"
+        )
 
 
 def find_gpu(product: api.Product) -> GpuInfo | None:

@@ -1,0 +1,114 @@
+"""Ranges of activations over images, by ONNX Runtime's calibrators."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
+
+from vssm.artifact.manifest import Preprocessing
+from vssm.artifact.preprocessing import preprocess
+from vssm.quantization.products import OPERATORS
+from vssm.runtimes.library import find_library
+from vssm.types import Array, Steps
+
+_METHODS: Final = {
+    "minmax": CalibrationMethod.MinMax,
+    "percentile": CalibrationMethod.Percentile,
+    "entropy": CalibrationMethod.Entropy,
+}
+_OPTIONS: Final = {"percentile": {"percentile": 99.99}}
+_CALIBRATING: Final = "calibrating"
+_CHUNK: Final = 8  # images whose activations are in memory at once
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """The images that ranges are measured on, and the SHA-256 of each file."""
+
+    files: tuple[Path, ...]
+    hashes: tuple[str, ...]
+    images: Array
+
+
+def choose_images(folder: Path, spec: Preprocessing, *, count: int, seed: int) -> CalibrationSet:
+    """`count` images of a folder and the folders in it, chosen by the seed, preprocessed.
+
+    Raises:
+        ValueError: the folder has fewer files, or one of those chosen is no image.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"images={folder} is no folder; give one with images to calibrate on")
+    below = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    files = [p for p in below if not any(q.startswith(".") for q in p.relative_to(folder).parts)]
+    if len(files) < count:
+        raise ValueError(
+            f"images={folder} holds {len(files)} files, fewer than count={count}; give more "
+            "images, or a smaller --count"
+        )
+    order = np.random.default_rng(seed).permutation(len(files))[:count]
+    taken = [files[index] for index in sorted(order)]
+    images = preprocess(taken, spec)
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in taken]
+    return CalibrationSet(tuple(taken), tuple(hashes), images)
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Images one by one, as ONNX Runtime's calibrators read them."""
+
+    def __init__(self, name: str, images: Array) -> None:
+        self._feeds = iter([{name: image[None]} for image in images])
+
+    def get_next(self) -> Mapping[str, Array] | None:
+        """The next image as the model's input; None after the last."""
+        return next(self._feeds, None)
+
+
+def ranges(model: Path, images: Array, *, method: str, name: str, tell: Steps) -> Any:
+    """The range of every operand of a matrix product, as ONNX Runtime's `TensorsData`.
+
+    Args:
+        model: the float model's file, beside which others can be written.
+        images: (count, 3, height, width).
+        method: "minmax", "percentile" or "entropy".
+        name: of the model's input.
+        tell: called with the images done.
+    """
+    augmented = str(model.with_name("augmented.onnx"))
+    # It prints what it does, line by line.
+    with contextlib.redirect_stdout(io.StringIO()):
+        calibrator = create_calibrator(
+            model,
+            list(OPERATORS),
+            augmented_model_path=augmented,
+            calibrate_method=_METHODS[method],
+            extra_options=_OPTIONS.get(method, {}),
+        )
+        calibrator.infer_session = open_file(augmented)
+        tell(_CALIBRATING, 0, len(images))
+        for start in range(0, len(images), _CHUNK):
+            calibrator.collect_data(_Reader(name, images[start : start + _CHUNK]))
+            tell(_CALIBRATING, min(start + _CHUNK, len(images)), len(images))
+        return calibrator.compute_data()
+
+
+def open_file(path: str, config: Mapping[str, str] | None = None) -> Any:
+    """A session of ONNX Runtime with our kernels, which are several times as fast as the bodies.
+
+    Raises:
+        RuntimeUnavailableError: there is no library.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.register_custom_ops_library(str(find_library()))
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

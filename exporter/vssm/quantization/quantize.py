@@ -1,0 +1,177 @@
+"""`vssm.quantize`: the weights, and on request the activations, of matrix products in few bits.
+
+ONNX Runtime's quantiser does it, to the products that `products` chooses and in the form that
+`pairs` gives it; labels, preprocessing and weights go along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import onnx
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from vssm.artifact.directory import (
+    INLINED_FILE,
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    Artifact,
+    check_target,
+    open_artifact,
+    staged_export,
+)
+from vssm.artifact.manifest import CalibrationInfo, QuantizationInfo, write_manifest
+from vssm.artifact.preprocessing import preprocessing_of
+from vssm.artifact.reference import REFERENCE_FILE
+from vssm.files.atomic import sha256_of
+from vssm.onnx.save import EXTERNAL_DATA_ABOVE, save_model
+from vssm.quantization.calibrate import CalibrationSet, choose_images, ranges
+from vssm.quantization.pairs import insert_pairs, silent
+from vssm.quantization.products import Product, chosen, find_products
+from vssm.quantization.request import AUTO, QuantizeRequest, check_request, check_source
+from vssm.quantization.sensitive import layer_sqnr
+from vssm.types import Steps
+
+_QUANTIZING: Final = "quantising"
+SENSITIVE_DB: Final = 30.0  # below this, quantising one layer alone already shows in the logits
+_MEASURED: Final = 16  # images that layers are measured on
+
+
+def quantize(
+    artifact: Artifact | str | os.PathLike[str],
+    images: str | os.PathLike[str] | None,
+    directory: str | os.PathLike[str],
+    request: QuantizeRequest | None = None,
+    *,
+    force: bool = False,
+    progress: Steps = lambda *_: None,
+) -> Artifact:
+    """Write an export whose matrix products are quantised; scans, gathers and norms stay float.
+
+    Args:
+        artifact: a float32 export, or its directory.
+        images: the folder to calibrate on; None for the methods that need none.
+        directory: where the quantised export goes.
+        request: what to do; None for static INT8 for ONNX Runtime.
+        force: replace the export that `directory` holds.
+        progress: called with a phase, its steps done and their number.
+
+    Raises:
+        ValueError: the request contradicts itself, the folder has too few images or a file that is
+            none, or a pattern fits no node.
+        ArtifactError: it is quantised already, was changed, or `directory` cannot be written.
+        UnsupportedError: its precision or opset does not fit.
+        RuntimeUnavailableError: there is no native library.
+    """
+    request = request or QuantizeRequest()
+    check_request(request, images=images is not None)
+    check_target(directory, force=force)
+    source = open_artifact(artifact)
+    check_source(source, request)
+    found: CalibrationSet | None = None
+    if images is not None:
+        spec = preprocessing_of(source)
+        found = choose_images(Path(images), spec, count=request.count, seed=request.seed)
+    proto = onnx.load_from_string(source.read(MODEL_FILE))
+    products = find_products(proto.graph)
+    taken = chosen(products, request)
+    with staged_export(directory, force=force) as staging, _float_file(source) as model:
+        quantized, taken = _quantized(model, taken, request, found, progress=progress)
+        quantized.producer_name = proto.producer_name
+        del quantized.metadata_props[:]  # of ONNX Runtime's steps
+        quantized.metadata_props.extend(proto.metadata_props)
+        inline = INLINED_FILE in source.manifest.files
+        save_model(quantized, staging, inline=inline, external_data_above=EXTERNAL_DATA_ABOVE)
+        for name in (WEIGHTS_FILE, REFERENCE_FILE):
+            if name in source.manifest.files:
+                source.copy(name, staging / name)
+        names = {product.name for product in taken}
+        kept = tuple(p.name for p in products if p.name not in names)
+        manifest = dataclasses.replace(
+            source.manifest,
+            files={path.name: sha256_of(path) for path in sorted(staging.iterdir())},
+            versions={
+                **source.manifest.versions,
+                "onnxruntime": importlib.metadata.version("onnxruntime"),
+            },
+            quantization=_describe(request, len(taken), kept, found),
+        )
+        write_manifest(staging, manifest)
+    return Artifact(Path(directory).absolute(), manifest)
+
+
+def _describe(
+    request: QuantizeRequest, nodes: int, kept: tuple[str, ...], found: CalibrationSet | None
+) -> QuantizationInfo:
+    calibration = None
+    if found is not None:
+        hashes = tuple(sorted(found.hashes))
+        calibration = CalibrationInfo(request.calibration, request.seed, hashes)
+    return QuantizationInfo(request.method, request.type, request.target, nodes, kept, calibration)
+
+
+@contextmanager
+def _float_file(source: Artifact) -> Iterator[Path]:
+    """The float model in a folder of its own, beside which ONNX Runtime writes files."""
+    with tempfile.TemporaryDirectory(prefix="vssm-") as folder:
+        for name in source.model_files():
+            if name != INLINED_FILE:
+                source.copy(name, Path(folder, name))
+        yield Path(folder, MODEL_FILE)
+
+
+def _quantized(
+    model: Path,
+    products: list[Product],
+    request: QuantizeRequest,
+    calibration: CalibrationSet | None,
+    *,
+    progress: Steps,
+) -> tuple[onnx.ModelProto, list[Product]]:
+    """The quantised model, and the products that are quantised in it."""
+    if request.method == "dynamic":
+        return _dynamic(model, products, progress), products
+    proto = onnx.load(str(model))
+    found = None
+    if calibration is not None:
+        images, method = calibration.images, request.calibration
+        found = ranges(model, images, method=method, name=proto.graph.input[0].name, tell=progress)
+    progress(_QUANTIZING, 0, 1)
+    quantized = insert_pairs(proto, products, request, found)
+    if AUTO in request.keep_float and calibration is not None:
+        noise = layer_sqnr(
+            onnx.load(str(model)),
+            quantized,
+            products,
+            calibration.images[:_MEASURED],
+            folder=model.parent,
+            progress=progress,
+        )
+        left = [product for product in products if noise[product.name] >= SENSITIVE_DB]
+        if not left:
+            raise ValueError(
+                f"keep_float='auto': every layer is below {SENSITIVE_DB:g} dB, so all would stay "
+                "float; calibrate on images that the model was made for"
+            )
+        if len(left) < len(products):
+            products = left
+            quantized = insert_pairs(onnx.load(str(model)), products, request, found)
+    progress(_QUANTIZING, 1, 1)
+    return quantized, products
+
+
+def _dynamic(model: Path, products: Sequence[Product], progress: Steps) -> onnx.ModelProto:
+    target = model.with_name("dynamic.onnx")
+    progress(_QUANTIZING, 0, 1)
+    with silent():
+        names = [product.name for product in products]
+        quantize_dynamic(model, target, nodes_to_quantize=names, weight_type=QuantType.QInt8)
+    progress(_QUANTIZING, 1, 1)
+    return onnx.load(str(target))

@@ -1,0 +1,140 @@
+"""What is to be quantised and how, checked before any work; no onnx is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from vssm.artifact.directory import Artifact
+from vssm.artifact.manifest import (
+    CALIBRATIONS,
+    QUANTIZATION_METHODS,
+    QUANTIZATION_TARGETS,
+    QUANTIZATION_TYPES,
+)
+from vssm.errors import ArtifactError, UnsupportedError, check_choice
+
+AUTO: Final = "auto"  # among `keep_float`: find the sensitive layers by measurement
+
+
+@dataclass(frozen=True)
+class Target:
+    """What runtimes differ in.
+
+    Attributes:
+        signed: activations as int8 around 0, not as uint8 with a zero point of their own.
+        per_channel: a scale for each output channel of every weight. False: of those alone whose
+            products ONNX Runtime runs with several scales, which are matrices on the right.
+        methods: how its models can be quantised.
+    """
+
+    signed: bool
+    per_channel: bool
+    methods: tuple[str, ...]
+
+
+TARGETS: Final[Mapping[str, Target]] = {
+    # Unsigned operands do not saturate on processors without VNNI, and are no slower on AMX.
+    "ort": Target(signed=False, per_channel=False, methods=QUANTIZATION_METHODS),
+    "tensorrt": Target(signed=True, per_channel=True, methods=("static", "weights")),
+    "portable": Target(signed=True, per_channel=False, methods=("static", "weights")),
+}
+# The first version of the standard operators in which QuantizeLinear has the type.
+_OPSETS: Final = {"int8": 10, "fp8": 19}
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """What to do with an export.
+
+    Attributes:
+        method: "static", ranges of activations from images; "dynamic", measured in every run;
+            "weights", activations stay float.
+        type: "int8", or "fp8", which is E4M3.
+        target: the runtime that it is for: "ort", "tensorrt" or "portable".
+        calibration: how a range follows from what images give: "minmax", "percentile" (99.99 % of
+            the values) or "entropy".
+        count: images to calibrate with.
+        seed: which of the folder's images these are.
+        keep_float: patterns of node names that stay float, as in a shell; "auto" among them finds
+            sensitive layers by measurement.
+        ends: quantise the first and the last layers too.
+    """
+
+    method: str = "static"
+    type: str = "int8"
+    target: str = "ort"
+    calibration: str = "minmax"
+    count: int = 128
+    seed: int = 0
+    keep_float: tuple[str, ...] = ()
+    ends: bool = False
+
+
+def check_request(request: QuantizeRequest, *, images: bool) -> None:
+    """Refuse what contradicts itself, before any file is read.
+
+    Args:
+        request: what is asked for.
+        images: whether a folder of images is given.
+
+    Raises:
+        ValueError: a value is out of its range, or two contradict each other.
+    """
+    check_choice("method", request.method, QUANTIZATION_METHODS)
+    check_choice("type", request.type, QUANTIZATION_TYPES)
+    check_choice("target", request.target, QUANTIZATION_TARGETS)
+    check_choice("calibration", request.calibration, CALIBRATIONS)
+    if request.count < 1:
+        raise ValueError(f"count={request.count} is below 1; give the number of images")
+    static = request.method == "static"
+    if static != images:
+        raise ValueError(
+            "images: ranges of activations are calibrated on images; give a folder, or "
+            "--dynamic or --weights-only, which need none"
+            if static
+            else f"images are given, but method={request.method!r} uses none; leave them out"
+        )
+    if AUTO in request.keep_float and not static:
+        raise ValueError(
+            f"keep_float='auto' with method={request.method!r}: sensitive layers are found on the "
+            "calibration images; name patterns, or quantise statically"
+        )
+    if request.method not in TARGETS[request.target].methods:
+        raise ValueError(
+            f"target={request.target!r} has no method={request.method!r}: only ONNX Runtime "
+            "measures ranges in every run; use --target ort, or calibrate on images"
+        )
+    # ONNX Runtime's integer kernels have no float8 products; TensorRT's have.
+    if request.type == "fp8" and (request.target != "tensorrt" or not static):
+        raise ValueError(
+            f"type='fp8' with target={request.target!r} and method={request.method!r}: only "
+            "TensorRT multiplies float8, with calibrated ranges; use --target tensorrt and images"
+        )
+
+
+def check_source(artifact: Artifact, request: QuantizeRequest) -> None:
+    """Refuse an export that cannot be quantised so.
+
+    Raises:
+        ArtifactError: it is quantised already.
+        UnsupportedError: its precision or opset does not fit.
+    """
+    manifest = artifact.manifest
+    if manifest.quantization is not None:
+        raise ArtifactError(
+            f"{artifact.directory} is quantised already ({manifest.quantization}); quantise the "
+            "float export that it was made from"
+        )
+    if manifest.dtype != "float32":
+        raise UnsupportedError(
+            f"dtype={manifest.dtype}: what stays float in a quantised file is float32; export with "
+            "--dtype float32 and quantise that"
+        )
+    needed = _OPSETS[request.type]
+    if manifest.opset < needed:
+        raise UnsupportedError(
+            f"type={request.type!r} needs opset {needed}, but the export has {manifest.opset}; "
+            f"export the model again with --opset {needed}"
+        )

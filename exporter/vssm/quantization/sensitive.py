@@ -1,0 +1,92 @@
+"""How much noise quantising one product adds to its own result, everything else being float."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from vssm.quantization.calibrate import open_file
+from vssm.quantization.products import Product
+from vssm.types import Array, Steps
+
+_MEASURING = "measuring layers"
+_SHADOW = ".quantised"
+
+
+def layer_sqnr(
+    proto: onnx.ModelProto,
+    quantized: onnx.ModelProto,
+    products: Sequence[Product],
+    images: Array,
+    *,
+    folder: Path,
+    progress: Steps,
+) -> dict[str, float]:
+    """Signal to quantisation noise of each product's result, in dB.
+
+    All are measured in one run: beside each float product stands its quantised twin, which reads
+    the float activation and whose result nobody reads.
+
+    Args:
+        proto: the float model.
+        quantized: the same with pairs in front of the products.
+        products: those to measure.
+        images: (count, 3, height, width).
+        folder: where a file can be written.
+        progress: called with the images done.
+    """
+    results = _results(proto, products)
+    path = folder / "twins.onnx"
+    onnx.save(_with_twins(proto, quantized, results), path)
+    # Literally, whatever the target: scales by channel too.
+    session = open_file(str(path), {"session.disable_quant_qdq": "1"})
+    signal, noise = np.zeros(len(results)), np.zeros(len(results))
+    for done, image in enumerate(images):
+        progress(_MEASURING, done, len(images))
+        found = session.run(None, {proto.graph.input[0].name: image[None]})
+        for i in range(len(results)):
+            exact, other = found[2 * i].astype(np.float64), found[2 * i + 1]
+            signal[i] += np.square(exact).sum()
+            noise[i] += np.square(exact - other).sum()
+    progress(_MEASURING, len(images), len(images))
+    decibels = 10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30))
+    return dict(zip(results, map(float, decibels), strict=True))
+
+
+def _results(proto: onnx.ModelProto, products: Sequence[Product]) -> dict[str, str]:
+    """The name of each product's result, by the product's own."""
+    names = {product.name for product in products}
+    return {node.name: node.output[0] for node in proto.graph.node if node.name in names}
+
+
+def _with_twins(
+    proto: onnx.ModelProto, quantized: onnx.ModelProto, results: Mapping[str, str]
+) -> onnx.ModelProto:
+    """The graph with float products, and quantised ones that nobody reads, as its outputs."""
+    twins = onnx.ModelProto()
+    twins.CopyFrom(quantized)
+    graph = twins.graph
+    originals = {node.name: node for node in proto.graph.node if node.name in results}
+    values = {value.name: value for value in (*graph.value_info, *graph.output)}
+    nodes = []
+    for node in quantized.graph.node:
+        twin = onnx.NodeProto()
+        twin.CopyFrom(node)
+        nodes.append(twin)
+        if node.name in originals:
+            nodes.append(originals[node.name])
+            twin.output[0] += _SHADOW
+            twin.name += _SHADOW
+    del graph.node[:], graph.output[:]
+    graph.node.extend(nodes)
+    kept = {tensor.name for tensor in graph.initializer}
+    graph.initializer.extend(t for t in proto.graph.initializer if t.name not in kept)
+    for name in results.values():
+        for suffix in ("", _SHADOW):
+            output = graph.output.add()
+            output.CopyFrom(values[name])
+            output.name += suffix
+    return twins
