@@ -68,6 +68,10 @@ def _renamed(size: Any, symbols: set[str], name: str) -> Any:
     """A size in which the symbols are called `name`, such as 37*batch."""
     if isinstance(size, int):
         return size
+    # Sizes of one name are one size to ONNX Runtime, which shares memory by that; what is not known
+    # has no name.
+    if size.value is None:
+        return None
     words = re.split(r"(\w+)", str(size))
     return "".join(name if word in symbols else word for word in words)
 
