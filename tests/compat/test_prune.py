@@ -64,6 +64,31 @@ def test_other_mixers(bimamba: str) -> None:
     torch.testing.assert_close(pruned(x.double()), ours.logits, rtol=1e-10, atol=1e-12)
 
 
+class _Fork(Mamba):
+    """A mixer that goes both ways and calls the attribute that says so otherwise."""
+
+    def __init__(self, width: int, **options: Any) -> None:
+        super().__init__(width, bimamba_type="v2", **options)
+        self.bimamba = True
+        del self.bimamba_type
+
+    def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:
+        self.bimamba_type = "v2"
+        found = super().forward(hidden_states, inference_params)
+        del self.bimamba_type
+        return found
+
+
+def test_mixer_is_known_by_its_weights() -> None:
+    x, theirs = torch.randn(IMAGES), _theirs()
+    want = vssm.prune(theirs, _schedule(), x)(x)
+    for block in theirs.layers:
+        mixer = _Fork(20, d_state=5)
+        mixer.load_state_dict(block.mixer.state_dict())
+        mixer.if_divide_out, block.mixer = True, mixer
+    torch.testing.assert_close(vssm.prune(theirs, _schedule(), x)(x), want)
+
+
 def test_model_stays_as_it_was_and_ratio_one_is_dense() -> None:
     x, model = torch.randn(IMAGES), _theirs()
     model.train()

@@ -256,15 +256,15 @@ def _mixer_config(mixer: nn.Module, number: int) -> VimMixerConfig:
     m: Any = mixer
     # By the weights' shapes, as a fork need not keep the attributes; in_proj makes scan and gate.
     d_inner, d_model = m.in_proj.weight.shape[0] // 2, m.in_proj.weight.shape[1]
-    given = getattr(m, "bimamba_type", "none")
+    # Forks call the attribute otherwise; v1 has an own A for the way back, v2 all weights.
+    bimamba = "v2" if hasattr(m, "conv1d_b") else "v1" if hasattr(m, "A_b_log") else "none"
     return VimMixerConfig(
         d_model=d_model,
         d_inner=d_inner,
         d_state=m.A_log.shape[1],
         d_conv=m.conv1d.weight.shape[-1],
         dt_rank=m.dt_proj.weight.shape[1],
-        # mamba_ssm's own mixer has no such attribute, and goes one way, as Vim's "none" does.
-        bimamba=given if given in {"v1", "v2"} else "none",
+        bimamba=bimamba,
         divide_out=bool(getattr(m, "if_divide_out", False)),
         # Any value: the user's `gamma` takes its place.
         layer_scale=1.0 if getattr(m, "gamma", None) is not None else None,
