@@ -307,3 +307,74 @@ def test_compat_comes_with_its_first_use() -> None:
         "vssm.export_module; vssm.prune"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+COMPILES = """
+from torch.utils.cpp_extension import load
+kernel = load(name="their_kernel", sources=["absent.cpp", "absent.cu"], verbose=True)
+def mix(k, v):
+    return kernel.mix_forward(k.cuda(), v)
+"""
+
+
+def test_cuda_code_that_a_file_compiles_is_no_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils import cpp_extension
+
+    real = cpp_extension.load
+    (tmp_path / "compiles.py").write_text(COMPILES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with upstream() as report:
+        import compiles
+
+        message = r"their_kernel\.mix_forward \(called by compiles, line 5\).*no selective scan"
+        with pytest.raises(UnsupportedError, match=message):
+            compiles.mix(torch.ones(1), torch.ones(1))
+        assert "their_kernel" in report.provided
+        # Plain C++ is compiled, which fails here for want of the file.
+        with pytest.raises((OSError, RuntimeError)):
+            cpp_extension.load(name="plain", sources=[str(tmp_path / "absent.cpp")])
+    assert cpp_extension.load is real
+
+
+class SizesAsNumbers(torch.Tensor):
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(s) for s in super().shape)
+
+
+class Scaled(torch.Tensor):
+    def twice(self) -> torch.Tensor:
+        return self * 2
+
+
+def test_tensors_that_only_spell_their_sizes_otherwise_are_plain() -> None:
+    with upstream() as report:
+        x = torch.ones(2, 3)
+        assert SizesAsNumbers(x) is x
+        assert type(Scaled(x)) is Scaled  # it can do more, which would be lost
+    assert f"{__name__}.SizesAsNumbers.__new__" in report.patched
+    assert f"{__name__}.Scaled.__new__" not in report.patched
+    assert type(SizesAsNumbers(x)) is SizesAsNumbers
+
+
+def test_a_gpu_that_the_code_names_is_the_cpu() -> None:
+    with upstream():
+        assert torch.ones(1).cuda().to("cuda:0").device.type == "cpu"
+        assert torch.zeros(2, device="cuda").add(1).to(torch.device("cuda", 1)).sum() == 2
+        assert torch.nn.Linear(2, 2, device="cuda").cuda().weight.device.type == "cpu"
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.ones(1, device="cuda:99")
+
+
+def test_patches_of_mmcv_have_its_sizes_and_keys() -> None:
+    with upstream():
+        from mmcv.cnn.bricks.transformer import PatchEmbed
+
+        embed = PatchEmbed(3, 8, kernel_size=4, stride=4, input_size=10, norm_cfg={"type": "LN"})
+    tokens, size = embed(torch.randn(2, 3, 10, 10))
+    assert (tokens.shape, size, embed.init_out_size) == ((2, 9, 8), (3, 3), (3, 3))
+    assert {"projection.weight", "projection.bias", "norm.weight"} <= set(embed.state_dict())
+    plain = PatchEmbed(3, 8, kernel_size=3, stride=2, padding=1, input_size=(9, 7))
+    assert plain(torch.randn(1, 3, 9, 7))[1] == plain.init_out_size == (5, 4)

@@ -41,6 +41,7 @@ import vssm
 from vssm.artifact.directory import Artifact
 from vssm.artifact.reference import stored_reference
 from vssm.compat import upstream
+from vssm.compat.export import dry_run
 from vssm.errors import ArtifactError, UnsupportedError
 from vssm.files.atomic import sha256_of
 
@@ -361,6 +362,49 @@ def test_python_of_the_page_runs(tmp_path: Path) -> None:
     )
     assert "provided: mamba_ssm" in done.stdout
     assert done.stdout.endswith("True\n")
+
+
+class _Interleaved(nn.Module):
+    """Two maps, one in the even and one in the odd columns; it names the GPU that it is for."""
+
+    def __init__(self, ending: str = "") -> None:
+        super().__init__()
+        self.mixer = built(SlowPath)
+        self.ending = ending
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.empty(x.shape[0], x.shape[1], 2 * x.shape[2], device="cuda")
+        y[..., ::2], y[..., 1::2] = x, x.flip(1)
+        if self.ending == "exit":
+            sys.exit()
+        if self.ending:
+            return self.no_such_module(y)
+        return self.mixer(y.cuda()[..., 1:13])
+
+
+def test_sizes_that_are_not_known_have_no_name(tmp_path: Path) -> None:
+    artifact = _export(tmp_path, _Interleaved(), torch.randn(2, 9, 8))
+    report = vssm.check_parity(None, artifact)
+    assert report.passed, report.failures
+    sizes = [
+        dim.dim_param
+        for value in onnx.load(str(artifact.model_path)).graph.value_info
+        for dim in value.type.tensor_type.shape.dim
+    ]
+    assert "batch" in sizes
+    assert "None" not in sizes
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        ("exit", r"before any selective scan: it ends the program \(.*test_export\.py:\d+\)"),
+        ("call", r"AttributeError: .*'no_such_module' \(.*test_export\.py:\d+\); give the input"),
+    ],
+)
+def test_what_the_code_of_a_model_raises_is_said_with_its_line(ending: str, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        dry_run(_Interleaved(ending), torch.randn(2, 9, 8))
 
 
 def test_command_refuses(

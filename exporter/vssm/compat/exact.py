@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from vssm.compat.devices import OnTheCpu
 from vssm.compat.passes.graph import SCANS
 from vssm.errors import UnsupportedError, reason
 
@@ -152,12 +153,13 @@ def _is_float32(value: Any) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every module has its own mode back afterwards."""
+    """Eval mode and the CPU for a while; every module has its own mode back afterwards."""
     # Of each module: parts that the user froze in eval mode stay there when the rest trains on.
     modes = {module: module.training for module in model.modules()}
     set_eval(model)
     try:
-        yield
+        with OnTheCpu():
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode

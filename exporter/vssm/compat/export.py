@@ -31,6 +31,7 @@ from vssm.checkpoints.load import save_safetensors
 from vssm.checkpoints.wrapped import refuse_packed, refuse_wrapper
 from vssm.compat.batch import noting_fixed_sizes, symbolic_arithmetic
 from vssm.compat.exact import evaluating, exact_outputs
+from vssm.compat.factory import said
 from vssm.compat.outputs import Outputs, module_outputs
 from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import PassReport, without_mutation
@@ -232,11 +233,15 @@ def _run_once(
             # this error, `open_regions` finds the cast in the trace.
             with RefuseCasts(), record_backends() as ran:
                 found = module_outputs(options.outputs)(model, x)
-        # Torch's own error of a wrong input, which would drown in what torch.export says of it.
-        except (RuntimeError, AssertionError, LookupError, TypeError, SystemExit) as error:
+        except (UnsupportedError, ValueError):
+            raise
+        # The user's code may raise anything, which would drown in what torch.export says of it.
+        except (Exception, SystemExit) as error:
+            before = "" if ran else " and before any selective scan"
             raise UnsupportedError(
                 f"{type(model).__name__} fails on an input of shape {tuple(x.shape)}, "
-                f"{x.dtype}: {reason(error)}; give the input that it is made for"
+                f"{x.dtype}{before}: {said(error)}; give the input that it is made for, or mend "
+                "that line"
             ) from error
     if not ran:
         raise UnsupportedError(_no_scan(model))

@@ -9,16 +9,24 @@ import inspect
 import pkgutil
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import torch
 from torch import nn
 
-from vssm.errors import MissingPackageError, UnsupportedError
+import vssm
+from vssm.errors import MissingPackageError, UnsupportedError, reason
 from vssm.extras import explain_missing
+
+_NOT_THEIRS: Final = tuple(
+    [*(sysconfig.get_paths()[k] for k in ("stdlib", "purelib", "platlib")), "<frozen "]
+    + [str(Path(module.__file__ or "").parent) for module in (torch, vssm)]
+)
 
 
 def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
@@ -52,9 +60,9 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
             _check_place(target, module, folder)
             remedy = "name a factory of that module, as in repo/model.py:build"
             raise ValueError(f"target={target!r}: {error}; {remedy}") from error
-        raise UnsupportedError(f"target={target!r}: importing {module}: {_said(error)}") from error
+        raise UnsupportedError(f"target={target!r}: importing {module}: {said(error)}") from error
     except (Exception, SystemExit) as error:
-        raise UnsupportedError(f"target={target!r}: importing {module}: {_said(error)}") from error
+        raise UnsupportedError(f"target={target!r}: importing {module}: {said(error)}") from error
     _check_place(target, module, folder)
     try:
         model = function(**options)
@@ -65,7 +73,7 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
                 "with --set KEY=VALUE"
             ) from error
         raise UnsupportedError(
-            f"target={target!r} called with {sorted(options)}: {_said(error)}"
+            f"target={target!r} called with {sorted(options)}: {said(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise UnsupportedError(
@@ -123,11 +131,15 @@ def _check_place(target: str, module: str, folder: Path) -> None:
         )
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
     """What the user's code raised, and where."""
-    trace = traceback.extract_tb(error.__traceback__)
-    place = f" ({trace[-1].filename}:{trace[-1].lineno})" if trace else ""
-    return f"{type(error).__name__}: {error}{place}"
+    frames = traceback.extract_tb(error.__traceback__)
+    # Python's `exit`, or torch, raises it; the line that called it is the one to look at.
+    theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
+    place = "".join(f" ({frame.filename}:{frame.lineno})" for frame in (theirs or frames)[-1:])
+    if isinstance(error, SystemExit):
+        return f"it ends the program{place}"
+    return f"{reason(error)}{place}"
 
 
 def _resolve(target: str) -> tuple[Path, str, str]:

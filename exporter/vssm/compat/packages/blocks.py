@@ -30,7 +30,8 @@ def causal_conv1d_fn(
         x: (batch, d_inner, seqlen).
         weight: (d_inner, d_conv).
         bias: (d_inner) or None.
-        older: further positional arguments; their meaning changed between releases: refused.
+        older: further positional arguments, whose meaning changed between releases: an activation
+            as the first, as the older ones have it; else refused.
         activation: None, "silu" or "swish", by keyword.
         states: seq_idx, initial_states, return_final_states, final_states_out: None or False.
 
@@ -40,13 +41,16 @@ def causal_conv1d_fn(
     Raises:
         UnsupportedError: an argument that this form has not is given.
     """
+    # Only the older releases have a text there.
+    if activation is None and older and isinstance(older[0], str):
+        activation, *older = older  # type: ignore[assignment]
     # None and False ask for nothing, wherever they stand, so callers of either release get through.
     given = [repr(value) for value in older if value is not None and value is not False]
     given += [f"{k}={v!r}" for k, v in states.items() if v is not None and v is not False]
     if given:
         raise UnsupportedError(
-            f"causal_conv1d_fn: {', '.join(given)} (states between calls, packed sequences, or "
-            "activation by position) has no exported form; call it with x, weight, bias and "
+            f"causal_conv1d_fn: {', '.join(given)} (states between calls, or packed "
+            "sequences) has no exported form; call it with x, weight, bias and "
             "activation= alone, without a cache"
         )
     if activation not in _ACTIVATIONS:

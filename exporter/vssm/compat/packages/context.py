@@ -7,21 +7,24 @@ import inspect
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import FrameType, FunctionType, ModuleType
 from typing import Any, Final
 
+from torch import Tensor
 from torch.autograd import Function
 
+from vssm.compat.devices import OnTheCpu
 from vssm.compat.packages import signatures
 from vssm.compat.packages.provided import (
     AROUND,
     BY_NAME,
     FUNCTIONS,
     PACKAGES,
+    Compiled,
     Provided,
     compiled,
 )
@@ -107,6 +110,10 @@ _IMPORTERS: Final = frozenset(
 )
 # Upstream packages that repositories carry a copy of inside a package of their own.
 _VENDORED: Final = ("mamba_ssm", "causal_conv1d")
+# Compiles what a file names when it is imported.
+_COMPILER: Final = "torch.utils.cpp_extension"
+# What Python puts into every class.
+_OF_ANY_CLASS: Final = frozenset(vars(type("Any", (Tensor,), {})))
 # Provided packages whose files on disk are used all the same: a fork's mamba_simple.py, or
 # PlainMamba's own mmcls.
 _OWN_PATH: Final = frozenset({"mamba_ssm", "causal_conv1d", "mmcls", "mmcls.models"})
@@ -123,8 +130,8 @@ def upstream(
     and compute, are replaced as its files are imported, or at once where they already are. Modules
     of the user's own mamba_ssm (a fork's `mamba_simple.py`, say) are used as they are, over these
     functions.
-    timm, mmcv, fvcore and triton get stand-ins where they are not installed. Nothing else
-    is touched, and the report says what was.
+    timm, mmcv, fvcore and triton get stand-ins where they are not installed, and a GPU that the
+    code names is the CPU. Nothing else is touched, and the report says what was.
 
     At the end every replaced name of a module that was there before is put back, and the modules
     that were provided are gone; a model made inside keeps the functions that it was made with.
@@ -159,7 +166,7 @@ def upstream(
     # In front, or the path finder would take an installed package before the tables are asked.
     sys.meta_path.insert(0, finder)
     try:
-        with _naming_missed(report):
+        with OnTheCpu() if finder.ours else nullcontext(), _naming_missed(report):
             yield report
         if named:
             raise ValueError(
@@ -180,7 +187,8 @@ def _naming_missed(report: UpstreamReport) -> Iterator[None]:
     except (UnsupportedError, ValueError) as error:
         if report.missed:
             missed = ", ".join(dict.fromkeys(report.missed[-5:]))
-            error.args = (f"{error} (imports that failed before: {missed})", *error.args[1:])
+            told = f"{error} (imports that failed before: {missed}; install what is missing, or "
+            error.args = (f"{told}give its folder with --path)", *error.args[1:])
         raise
 
 
@@ -188,7 +196,7 @@ class _Finder(MetaPathFinder):
     """Finds the modules of the tables, and looks at every other module once it is executed."""
 
     def __init__(self, prefer: str, report: UpstreamReport, scans: dict[str, Signature]) -> None:
-        self._ours = prefer == "ours"
+        self.ours = prefer == "ours"
         self._report = report
         self._scans = scans  # those whose module has not been imported yet
 
@@ -220,7 +228,8 @@ class _Finder(MetaPathFinder):
         if asker is None or _of_an_import_list():
             return
         # Python's own files and installed packages try for what other systems have.
-        if not asker.f_code.co_filename.startswith(_INSTALLED):
+        others = asker.f_code.co_filename.startswith(_INSTALLED) or _package(asker) in _NEIGHBOURS
+        if not others:
             where = f"{asker.f_globals.get('__name__')}, line {asker.f_lineno}"
             self._report.missed.append(f"{fullname} ({where})")
 
@@ -234,7 +243,7 @@ class _Finder(MetaPathFinder):
             and not (real and real.submodule_search_locations)
         ):
             return None
-        if self._ours:
+        if self.ours:
             for table in (FUNCTIONS, AROUND):
                 if name in table:
                     return table[name]
@@ -290,13 +299,16 @@ class _Finder(MetaPathFinder):
             undo: whether it was there before, and gets back what it had.
         """
         name = str(getattr(module, "__name__", "vssm"))
-        theirs = not self._ours and _canonical(name).partition(".")[0] in _ROOTS
+        theirs = not self.ours and _canonical(name).partition(".")[0] in _ROOTS
+        if name == _COMPILER and self.ours:
+            _patch_compiler(module, self._report)
         if name.partition(".")[0] in _NEIGHBOURS | {"vssm"} or theirs:
             return
         for place in [p for p in self._scans if p.partition(":")[0] == name]:
             _patch_named(module, place, self._scans.pop(place), self._report, undo=undo)
         _patch_by_name(module, self._report, undo=undo)
         _patch_scans(module, self._report, undo=undo)
+        _patch_tensor_classes(module, self._report, undo=undo)
 
 
 class _ProvidingLoader(Loader):
@@ -477,6 +489,38 @@ def _patch_methods(owner: type, report: UpstreamReport, *, undo: bool) -> None:
             place = f"{owner.__module__}.{owner.__qualname__}.{name}"
             ours = signatures.proving(method, skip=1, settled=_noting(report, place))
             _replace(report, owner, name, ours, undo=undo)
+
+
+def _patch_tensor_classes(module: ModuleType, report: UpstreamReport, *, undo: bool) -> None:
+    """Let subclasses of Tensor that only spell its properties otherwise give the tensor itself.
+
+    Repositories have them so that `shape` is a tuple of Python's numbers, for Triton. A trace and
+    the reference have tensors of their own kinds, of which torch makes no such subclass.
+    """
+    for found in list(getattr(module, "__dict__", {}).values()):
+        if not isinstance(found, type) or not issubclass(found, Tensor):
+            continue
+        if found.__module__ != module.__name__ or found.__bases__ != (Tensor,):
+            continue
+        own = {name: value for name, value in vars(found).items() if name not in _OF_ANY_CLASS}
+        # What it does beside that would be lost.
+        if all(isinstance(v, property) and hasattr(Tensor, name) for name, v in own.items()):
+            _replace(report, found, "__new__", staticmethod(lambda cls, x: x), undo=undo)
+
+
+def _patch_compiler(module: ModuleType, report: UpstreamReport) -> None:
+    """Let files that compile CUDA code as they are imported load without a compiler for it."""
+    for function in ("load", "load_inline"):
+        real = getattr(module, function)
+
+        def load(name: str, sources: Any = (), *args: Any, real: Any = real, **options: Any) -> Any:
+            files = [str(s) for s in ([sources] if isinstance(sources, str) else sources)]
+            if options.get("cuda_sources") or any(f.endswith((".cu", ".cuh")) for f in files):
+                report.provided.append(name)
+                return Compiled(name)
+            return real(name, sources, *args, **options)
+
+        report.replace(module, function, load)
 
 
 def _noting(report: UpstreamReport, place: str) -> Callable[[bool], None]:

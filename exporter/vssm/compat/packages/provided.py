@@ -47,6 +47,10 @@ _COMPILED_CODE = (
     "it is compiled CUDA code; say which function around it is the selective scan with --scan "
     "MODULE:NAME=channels, or put one of ours in its place with report.replace"
 )
+_COMPILED_HERE = (
+    "it is CUDA code that the repository compiles as it is imported, and no selective scan that "
+    "vssm knows; if the function around it is one, say so with --scan MODULE:NAME=channels"
+)
 
 _SCAN: Final = {
     "selective_scan_fn": scan.selective_scan_fn,
@@ -110,6 +114,19 @@ def compiled(name: str) -> dict[str, Any] | None:
         return None
     calls = ("fwd", "causal_conv1d_fwd")
     return {call: not_supported(f"{name}.{call}", _COMPILED_CODE) for call in calls}
+
+
+class Compiled(ModuleType):
+    """A module that a repository compiles when it is imported: its functions refuse to be called.
+
+    Args:
+        name: that it is compiled under.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return not_supported(f"{self.__name__}.{name}", _COMPILED_HERE)
 
 
 # Files around them that need more packages: ours where `prefer` is "ours".

@@ -39,6 +39,7 @@ _MEANS: Final[dict[str, Any]] = {
 }
 _TRANSFORMER: Final[dict[str, Any]] = {
     "AdaptivePadding": stand_ins.AdaptivePadding,
+    "PatchEmbed": stand_ins.ConvPatchEmbed,
     "build_dropout": stand_ins.build_dropout,
 }
 _UTILS: Final[dict[str, Any]] = {"to_2tuple": stand_ins.to_2tuple, "Registry": Registry}

@@ -193,6 +193,63 @@ class AdaptivePadding(nn.Module):
         return functional.pad(x, (0, columns, 0, rows)) if rows or columns else x
 
 
+class ConvPatchEmbed(BaseModule):
+    """mmcv's patches of an image: a convolution over a map that is padded where it has to be."""
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        embed_dims: int = 768,
+        conv_type: str = "Conv2d",
+        kernel_size: int = 16,
+        stride: int = 16,
+        padding: Any = "corner",
+        dilation: int = 1,
+        bias: bool = True,
+        norm_cfg: dict[str, Any] | None = None,
+        input_size: Any = None,
+        init_cfg: Any = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if conv_type != "Conv2d":
+            raise UnsupportedError(f"conv_type={conv_type!r}: this stand-in knows 'Conv2d'")
+        self.embed_dims = embed_dims
+        pads = isinstance(padding, str)
+        sizes = (kernel_size, stride, dilation)
+        self.adaptive_padding = AdaptivePadding(*sizes, padding=padding) if pads else None
+        self.projection = nn.Conv2d(
+            in_channels,
+            embed_dims,
+            kernel_size,
+            stride,
+            0 if pads else padding,
+            dilation,
+            bias=bias,
+        )
+        self.norm = build_norm_layer(norm_cfg, embed_dims)[1] if norm_cfg else None
+        self.init_input_size = self.init_out_size = None
+        if input_size is not None:
+            self.init_input_size = to_2tuple(input_size)
+            # As a model asks for its number of patches before there is an image.
+            empty = torch.empty(1, in_channels, *self.init_input_size, device="meta")
+            padded = self.adaptive_padding(empty) if self.adaptive_padding else empty
+            reach = [dilation * (k - 1) + 1 for k in self.projection.kernel_size]
+            extra = [2 * int(p) for p in self.projection.padding]
+            self.init_out_size = tuple(
+                (size + e - r) // s + 1
+                for size, e, r, s in zip(
+                    padded.shape[2:], extra, reach, self.projection.stride, strict=True
+                )
+            )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images to tokens (batch, tokens, width), and the height and width of their map."""
+        x = self.projection(self.adaptive_padding(x) if self.adaptive_padding else x)
+        size = (x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2)
+        return (x if self.norm is None else self.norm(x)), size
+
+
 class Registry:
     """The registry of mmcv, mmengine and fvcore: keeps the classes by name."""
 
