@@ -116,6 +116,20 @@ def test_the_shell_completes_names() -> None:
     assert done.stdout.split() == ["vim_tiny", "vim_tiny_stride8", *dense], done.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "policy"), [({}, "passive"), ({"GOMP_SPINCOUNT": "9"}, None)], ids=["unset", "set"]
+)
+def test_waiting_threads_do_not_spin_unless_the_user_says_so(
+    cli: Run, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], policy: str | None
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert cli("--version") == 0
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
 def test_an_export_counts_its_blocks(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     vssm.export(micro(), tmp_path / "out", progress=lambda *step: told.append(step))
