@@ -432,10 +432,13 @@ def test_command(cli, data, checkpoints, tmp_path, whole):
         assert found[label] == list(_rows(whole[1])[label].top1s)
 
 
-def test_refusals(cli, data, checkpoints, tmp_path, monkeypatch):
+def _given(data, tmp_path):
     given = ["vim_tiny", data, "--num-classes=7", *SIZES, "--schedule", SCHEDULE, "--batch=8"]
-    given += ["-o", tmp_path / "out"]
-    train = ["--train", data, "--recipe=batch=6"]
+    return [*given, "-o", tmp_path / "out"], ["--train", data, "--recipe=batch=6"]
+
+
+def test_refusals(cli, data, checkpoints, tmp_path):
+    given, train = _given(data, tmp_path)
     one = tmp_path / "one" / "n0"
     one.mkdir(parents=True)
     (tmp_path / "names.txt").write_text("a\nb\n")
@@ -480,6 +483,11 @@ def test_refusals(cli, data, checkpoints, tmp_path, monkeypatch):
     numbers = [*given[:1], tmp_path / "numbers", *given[2:]]
     assert cli("ablate", *numbers) == 2
     assert "say --classes numeric or --classes text, as the model was trained" in cli.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_refusals_of_what_is_asked_together(cli, data, checkpoints, tmp_path, monkeypatch):
+    given, train = _given(data, tmp_path)
     export = exported(tmp_path / "export", micro())
     files = [f"--checkpoint={file}" for file in checkpoints]
     assert cli("ablate", export.directory, data, "-o", tmp_path / "out", *files) == 2
