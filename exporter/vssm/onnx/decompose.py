@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import MethodType
 from typing import Any, Final
 
@@ -57,7 +58,6 @@ class _Others:
         # eye, must be of the program's kind too.
         nodes = program.graph.nodes
         self._example = next(n.meta["val"] for n in nodes if n.op == "placeholder")
-        self._kept = set(torch.export.default_decompositions())
 
     def needs(self, target: Any) -> bool:
         """Whether an exporter has no translation of an operator and torch a decomposition."""
@@ -66,7 +66,7 @@ class _Others:
         # Composites that torch.export never keeps, such as reshape and to, no exporter knows.
         return (
             isinstance(target, torch._ops.OpOverload)
-            and target not in self._kept
+            and target not in _composites_kept()
             and target.has_kernel_for_dispatch_key(_COMPOSITE)
         )
 
@@ -96,6 +96,11 @@ class _Others:
         calls = [n for n in inner.graph.nodes if n.op == "call_function"]
         writes = not all(map(_is_function, calls))
         return None if unknown or writes else inner
+
+
+@cache
+def _composites_kept() -> frozenset[Any]:
+    return frozenset(torch.export.default_decompositions())
 
 
 def _leave_open(graph: Graph) -> None:
