@@ -21,6 +21,8 @@ from vssm.artifact.directory import Artifact, open_artifact
 from vssm.artifact.manifest import read_manifest, write_manifest
 from vssm.artifact.preprocessing import preprocessing_of
 from vssm.errors import ArtifactError, UnsupportedError
+from vssm.parity.check import held_out_images
+from vssm.parity.compare import QUANTIZED, QuantizedLimits, signal
 from vssm.quantization import quantize as quantizing
 from vssm.quantization.calibrate import choose_images
 from vssm.quantization.products import find_products
@@ -277,6 +279,64 @@ def test_a_claim_of_quantisation_must_be_true(
     (false / "model.json").write_text(json.dumps(text), encoding="utf-8")
     with pytest.raises(ArtifactError, match="contradict each other"):
         read_manifest(false)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("held_out"), 10, seed=7)
+
+
+def test_check_judges_signal_over_noise(
+    made: dict[str, Artifact], held_out: Path, cli: Run
+) -> None:
+    artifact = made["weights"]
+    assert cli("check", artifact.directory, "--image", held_out, "--json", "-") == 0
+    report = json.loads(cli.raw[: cli.raw.rindex("}") + 1])
+    limits = report["limits"]
+    blocks = [name for b in artifact.manifest.block_outputs for name in (b.hidden, b.residual)]
+    assert [s["name"] for s in report["signals"]] == ["logits", *blocks]
+    needed = [limits["logits"], *[limits["block"]] * len(blocks)]
+    assert [s["needed"] for s in report["signals"]] == needed
+    assert all(s["decibels"] > s["needed"] for s in report["signals"])
+    assert min(report["kept_agreement"]) >= limits["kept"]
+    assert report["top1_agreement"] >= limits["top1"]
+    assert "signal over quantisation noise" in cli.out
+    assert "at least 90%" in cli.out
+
+
+def test_check_names_what_is_missing(
+    made: dict[str, Artifact], held_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file whose scales are wrong, and limits that nothing reaches."""
+    images_of = held_out_images([held_out], made["ort"])
+    report = vssm.check_parity(None, made["ort"], images=images_of[:2])
+    assert [s.name for s in report.signals][:2] == ["logits", "block_1.hidden"]
+    assert report.limits == QUANTIZED["static"]
+    never = QuantizedLimits(logits=200.0, block=200.0, top1=1.1, kept=1.1)
+    monkeypatch.setitem(QUANTIZED, "static", never)
+    failures = vssm.check_parity(None, made["ort"], images=images_of[:2]).failures
+    assert [line.partition(":")[0] for line in failures] == [
+        "logits",
+        "block_1.hidden",
+        "top-1 agreement 100.00%, needed 110%",
+        "kept positions agreed in stage 0",
+        "kept positions agreed in stage 1",
+    ]
+
+
+def test_nan_is_no_signal() -> None:
+    x = np.ones((2, 3))
+    assert signal("x", x, x, 15.0).passed
+    assert not signal("x", np.full_like(x, np.nan), x, -1e9).passed
+
+
+def test_check_wants_images_that_prove_something(
+    made: dict[str, Artifact], folder: Path, cli: Run
+) -> None:
+    assert cli("check", made["ort"].directory) == 2
+    assert "noise says nothing about that" in cli.out
+    assert cli("check", made["ort"].directory, "--image", folder) == 2
+    assert "is one that the export was calibrated on" in cli.out
 
 
 def test_command(source: Artifact, folder: Path, tmp_path: Path, cli: Run) -> None:

@@ -10,6 +10,7 @@ import os
 import struct
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
@@ -87,6 +88,12 @@ def preprocess(
     for i, image in enumerate(several):
         out[i] = _normalised(_cropped(_resized_image(open_rgb(image, spec), spec), spec), spec)
     return out
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The files of a folder and of those in it, sorted, without hidden ones."""
+    below = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [p for p in below if not any(q.startswith(".") for q in p.relative_to(folder).parts)]
 
 
 def normalised(image: Image.Image, spec: Preprocessing) -> FloatArray:

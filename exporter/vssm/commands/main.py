@@ -124,7 +124,8 @@ def check(
     threads: Threads = None,
     trust: Trust = False,
     image: Annotated[
-        list[Path] | None, typer.Option(help="Image file, repeatable; noise without.")
+        list[Path] | None,
+        typer.Option(help="Image file, or folder of them, repeatable; noise without."),
     ] = None,
     per_block: Annotated[
         bool, typer.Option("--per-block", help="Compare every block's output.")
@@ -133,7 +134,6 @@ def check(
 ) -> None:
     """Compare a runtime with the float64 oracle; exit code 1 if they differ."""
     from vssm.artifact.directory import open_artifact
-    from vssm.artifact.preprocessing import preprocess
     from vssm.files.json import write_json
     from vssm.runtimes.open import check_runtime
 
@@ -141,9 +141,9 @@ def check(
     check_runtime(runtime, backend=backend, threads=threads, trust=trust)
     with console.status("comparing with the float64 oracle"):
         artifact = open_artifact(directory)
-        images = preprocess(image, artifact) if image else None
-        from vssm.parity.check import check_parity
+        from vssm.parity.check import check_parity, held_out_images
 
+        images = held_out_images(image, artifact) if image else None
         report = check_parity(
             None,
             artifact,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -229,10 +230,14 @@ def parity_tables(report: ParityReport) -> list[ReportTable]:
         some = "" if alike == report.images else f", {alike} images of the same choices"
         free = report.free_logits
         rows.append((f"{free.name}, free-running{some}", f"{free.relative:.1e}", _limit(free)))
+    # Of a quantised export alone these shares are judged.
+    top1, kept = ("", "") if report.limits is None else (report.limits.top1, report.limits.kept)
     for stage, share in enumerate(report.kept_agreement):
-        rows.append((f"kept positions agreed, stage {stage}", f"{share:.2%}", ""))
+        name = f"kept positions agreed, stage {stage}"
+        rows.append((name, f"{share:.2%}", kept and f"at least {kept:.0%}"))
     if report.top1_agreement is not None:
-        rows.append(("top-1 agreement", f"{report.top1_agreement:.0%}", ""))
+        agreed = f"{report.top1_agreement:.0%}"
+        rows.append(("top-1 agreement", agreed, top1 and f"at least {top1:.0%}"))
     if report.labels is not None:
         rows.append(("labels agreed", f"{report.labels.agreement:.4%}", ""))
     title = (
@@ -258,7 +263,15 @@ def parity_tables(report: ParityReport) -> list[ReportTable]:
                 ),
             )
         )
-    if report.blocks:
+    if report.signals:
+        tables.append(
+            table(
+                "signal over quantisation noise, oracle's positions, dB",
+                ("value", "measured", "needed", "passed"),
+                ((s.name, f"{s.decibels:.1f}", f"{s.needed:g}", s.passed) for s in report.signals),
+            )
+        )
+    elif report.blocks:
         tables.append(
             table(
                 "block streams",
@@ -270,7 +283,8 @@ def parity_tables(report: ParityReport) -> list[ReportTable]:
 
 
 def _limit(comparison: Comparison) -> str:
-    return f"{comparison.tolerance:.0e}"
+    # Of a quantised export its signals are judged.
+    return f"{comparison.tolerance:.0e}" if math.isfinite(comparison.tolerance) else ""
 
 
 def bench_tables(report: BenchReport) -> list[ReportTable]:

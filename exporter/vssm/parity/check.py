@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
+from vssm.artifact.preprocessing import image_files, preprocess
 from vssm.artifact.reference import (
     OracleResult,
     is_module,
@@ -17,6 +18,7 @@ from vssm.artifact.reference import (
     refuse_module,
     stored_reference,
 )
+from vssm.files.atomic import sha256_of
 from vssm.parity.compare import ParityReport, compare
 from vssm.runtimes.open import ENGINE_RUNTIMES, check_runtime, open_session, ort_session
 from vssm.runtimes.session import RuntimeInfo, Session
@@ -45,7 +47,8 @@ def check_parity(
         runtime: "ort-cpu", "ort-cuda", or "tensorrt" or "tensorrt-rtx", which build an engine of
             the edited graph for the forced positions.
         images: (batch, 3, height, width) float32, preprocessed, or what else the model takes; None
-            for `sample_images`, or the inputs that the export of a user's module keeps.
+            for `sample_images`, or the inputs that the export of a user's module keeps. A quantised
+            export needs images that it was not calibrated on: `held_out_images`.
         backend: as for `open_session`.
         threads: as for `open_session`.
         trust: as for `open_session`.
@@ -65,6 +68,12 @@ def check_parity(
 
     # The weights beside the graph are looked at only where the oracle must be made from them.
     opened = open_artifact(artifact, only=None if model is None else (MODEL_FILE,))
+    if opened.manifest.quantization is not None and images is None and not is_module(opened):
+        raise ValueError(
+            f"images: {opened.directory} is quantised ({opened.manifest.quantization}), and noise "
+            "says nothing about that: give images of the kind that it is for, but not those of "
+            "the calibration (vssm check --image FILE or FOLDER)"
+        )
     known: OracleResult | None = None
     if model is None and is_module(opened):
         # A user's module cannot be rebuilt from the export, so what it
@@ -98,6 +107,27 @@ def check_parity(
         run_edited=run_edited,
         per_block=per_block,
     )
+
+
+def held_out_images(paths: Sequence[Path], artifact: Artifact) -> Array:
+    """Image files and those of folders, preprocessed; none that the export was calibrated on.
+
+    Raises:
+        ValueError: there is no image, one cannot be read, or one was calibrated on.
+    """
+    files = [file for path in paths for file in (image_files(path) if path.is_dir() else [path])]
+    if not files:
+        raise ValueError(f"image={', '.join(map(str, paths))} holds no file; give images")
+    quantization = artifact.manifest.quantization
+    if quantization is not None and quantization.calibration is not None:
+        known = set(quantization.calibration.images)
+        for file in files:
+            if file.is_file() and sha256_of(file) in known:
+                raise ValueError(
+                    f"image={file} is one that the export was calibrated on, so it proves nothing; "
+                    "give images that were held out"
+                )
+    return preprocess(files, artifact)
 
 
 def _kept_reference(

@@ -57,6 +57,44 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = {
 
 
 @dataclass(frozen=True)
+class QuantizedLimits:
+    """What a quantised export must reach beside the oracle, positions forced but for `kept`.
+
+    Attributes:
+        logits: signal over quantisation noise of the logits, in dB.
+        block: the same of every block's stream.
+        top1: share of the images that get the oracle's class.
+        kept: share of the oracle's kept positions that are kept too, in every stage.
+    """
+
+    logits: float
+    block: float
+    top1: float
+    kept: float
+
+
+# Set from what was measured on trained and on seeded models (docs/quantization.md).
+QUANTIZED: Final[Mapping[str, QuantizedLimits]] = {
+    "static": QuantizedLimits(logits=15.0, block=6.0, top1=0.9, kept=0.9),
+    "dynamic": QuantizedLimits(logits=15.0, block=6.0, top1=0.9, kept=0.9),
+    "weights": QuantizedLimits(logits=30.0, block=25.0, top1=0.9, kept=0.95),
+}
+# Of a quantised export the largest error says little: one logit of a thousand may be far off.
+_LEAST: Final = 1e-30
+_NOT_JUDGED: Final = Tolerance(logits=float("inf"), block=float("inf"), margin=1e300)
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Signal over noise of one value of a quantised export, and what it must reach, in dB."""
+
+    name: str
+    decibels: float
+    needed: float
+    passed: bool
+
+
+@dataclass(frozen=True)
 class Comparison:
     """One compared output: largest absolute error, the same over the oracle's largest value."""
 
@@ -102,7 +140,9 @@ class ParityReport:
 
     `free_logits` is of the images whose tokens were chosen alike; None where there are none.
     `top1_agreement` is None for a module that has no logits; its first output is compared then.
-    `labels` is None where the file gives no class of every pixel.
+    `labels` is None where the file gives no class of every pixel. `signals` are a quantised
+    export's, whose errors are not judged: the logits, then every block's streams; `limits` says
+    what it must reach.
     """
 
     info: RuntimeInfo
@@ -116,6 +156,8 @@ class ParityReport:
     top1_agreement: float | None
     blocks: list[Comparison] = field(default_factory=list)
     labels: LabelComparison | None = None
+    signals: list[Signal] = field(default_factory=list)
+    limits: QuantizedLimits | None = None
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -158,8 +200,12 @@ def compare(
         run_edited: runs a serialized edited graph with given inputs, as `info` says.
         per_block: also compare every block's streams.
     """
+    quantized = artifact.manifest.quantization
     tolerance = TOLERANCES[artifact.manifest.dtype].of_model(artifact.manifest.name)
-    streams = _block_names(artifact) if per_block else []
+    limits = None if quantized is None else QUANTIZED[quantized.method]
+    if limits is not None:
+        tolerance = _NOT_JUDGED
+    streams = _block_names(artifact) if per_block or limits is not None else []
     forced = _run_forced(artifact, images, oracle, run_edited, streams)
     streams += [o.name for o in artifact.manifest.outputs if o.name in oracle.blocks]
     main = artifact.manifest.main_output.name
@@ -171,7 +217,7 @@ def compare(
     alike = sorted(set(range(len(images))) - {d.image for d in disagreements})
     report = ParityReport(
         info=info,
-        dtype=artifact.manifest.dtype,
+        dtype=artifact.manifest.precision,
         weights=artifact.manifest.weights,
         images=len(images),
         forced=logits,
@@ -186,9 +232,42 @@ def compare(
             for name in streams
         ],
         labels=_compare_labels(free, oracle, alike, tolerance),
+        limits=limits,
     )
+    if limits is not None:
+        wanted = {name: oracle.blocks[name] for name in streams}
+        report.signals.append(signal(main, forced[main], oracle.logits, limits.logits))
+        report.signals.extend(
+            signal(name, forced[name], want, limits.block) for name, want in wanted.items()
+        )
+        report.failures.extend(_quantized_failures(report, limits))
     report.failures.extend(_failures(report, tolerance))
     return report
+
+
+def signal(name: str, got: Array, want: Array, needed: float) -> Signal:
+    """Signal over noise of `got`, held against `needed` dB; NaN in one of them does not pass."""
+    noise = np.linalg.norm(got.astype(np.float64) - want)
+    # Without any noise, or any signal, a float32 would still round.
+    ratio = max(float(np.linalg.norm(want)), _LEAST) / max(float(noise), _LEAST)
+    decibels = 20 * float(np.log10(ratio))
+    return Signal(name, decibels, needed, bool(np.isfinite(noise)) and decibels >= needed)
+
+
+def _quantized_failures(report: ParityReport, limits: QuantizedLimits) -> list[str]:
+    failures = [
+        f"{s.name}: {s.decibels:.1f} dB of signal over noise, needed {s.needed:g} dB"
+        for s in report.signals
+        if not s.passed
+    ][:2]  # the logits, or the first block: noise goes on from there
+    if report.top1_agreement is not None and not report.top1_agreement >= limits.top1:
+        failures.append(f"top-1 agreement {report.top1_agreement:.2%}, needed {limits.top1:.0%}")
+    for stage, share in enumerate(report.kept_agreement):
+        if not share >= limits.kept:
+            failures.append(
+                f"kept positions agreed in stage {stage}: {share:.2%}, needed {limits.kept:.0%}"
+            )
+    return failures
 
 
 def _compare_labels(

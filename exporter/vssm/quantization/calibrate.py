@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
 
 from vssm.artifact.manifest import Preprocessing
-from vssm.artifact.preprocessing import preprocess
+from vssm.artifact.preprocessing import image_files, preprocess
+from vssm.files.atomic import sha256_of
 from vssm.quantization.products import OPERATORS
 from vssm.runtimes.library import find_library
 from vssm.types import Array, Steps
@@ -47,8 +47,7 @@ def choose_images(folder: Path, spec: Preprocessing, *, count: int, seed: int) -
     """
     if not folder.is_dir():
         raise ValueError(f"images={folder} is no folder; give one with images to calibrate on")
-    below = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    files = [p for p in below if not any(q.startswith(".") for q in p.relative_to(folder).parts)]
+    files = image_files(folder)
     if len(files) < count:
         raise ValueError(
             f"images={folder} holds {len(files)} files, fewer than count={count}; give more "
@@ -57,8 +56,7 @@ def choose_images(folder: Path, spec: Preprocessing, *, count: int, seed: int) -
     order = np.random.default_rng(seed).permutation(len(files))[:count]
     taken = [files[index] for index in sorted(order)]
     images = preprocess(taken, spec)
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in taken]
-    return CalibrationSet(tuple(taken), tuple(hashes), images)
+    return CalibrationSet(tuple(taken), tuple(map(sha256_of, taken)), images)
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
