@@ -36,6 +36,7 @@ from compat_cases import (
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 import vssm
 from vssm.artifact.directory import Artifact
@@ -393,6 +394,28 @@ def test_sizes_that_are_not_known_have_no_name(tmp_path: Path) -> None:
     ]
     assert "batch" in sizes
     assert "None" not in sizes
+
+
+class _Asks(nn.Module):
+    """Takes another path where it is exported, as far as it can tell."""
+
+    def __init__(self, asks: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.mixer, self.asks = built(SlowPath), asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1) if self.asks(x) else self.mixer(x)
+
+
+def test_what_runs_is_traced(tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 12)
+    artifact = _export(tmp_path, _Asks(lambda _: torch.compiler.is_exporting()), x)
+    assert vssm.check_parity(None, artifact).passed
+    assert _operators(artifact)["GatedSelectiveScan"] == 1
+    with pytest.raises(UnsupportedError, match="runs selective scans, and there is none in"):
+        _export(
+            tmp_path, _Asks(lambda x: isinstance(x, FakeTensor)), x, reference=False, force=True
+        )
 
 
 @pytest.mark.parametrize(

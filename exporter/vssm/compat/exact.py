@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from vssm.compat.devices import OnTheCpu
 from vssm.compat.passes.graph import SCANS
+from vssm.compat.surroundings import OnTheCpu
 from vssm.errors import UnsupportedError, reason
 
 FLOAT64: Final = "float64"

@@ -37,6 +37,7 @@ from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import PassReport, without_mutation
 from vssm.compat.passes.regions import RefuseCasts, open_regions
 from vssm.compat.prune import PrunedModule
+from vssm.compat.surroundings import as_if_run
 from vssm.errors import UnsupportedError, reason
 from vssm.files.atomic import sha256_of
 from vssm.files.text import shown
@@ -50,8 +51,9 @@ from vssm.onnx.program import (
 )
 from vssm.onnx.save import EXTERNAL_DATA_ABOVE, save_model
 from vssm.ops.ambient import known_state
+from vssm.ops.operators import torch_op
 from vssm.ops.record import record_backends
-from vssm.ops.spec import OPERATOR_VERSION
+from vssm.ops.spec import OPERATOR_VERSION, OPERATORS
 from vssm.types import Steps
 
 _PACKAGES: Final = ("torch", "onnx", "onnxscript", "numpy")
@@ -208,6 +210,13 @@ def trace_module(
     with evaluating(wrapper):
         with counted_blocks(model, progress):
             program = _trace(wrapper, example, options.dynamic_batch)
+        scans = {torch_op(spec) for spec in OPERATORS.values()}
+        if not any(node.target in scans for node in program.graph.nodes):
+            raise UnsupportedError(
+                f"{type(model).__name__} runs selective scans, and there is none in its trace: it "
+                "computes them otherwise where it is traced; take that branch out, or set what "
+                "decides on it"
+            )
         reports = simplify(program)
         proto = program_to_proto(
             program,
@@ -331,7 +340,7 @@ def _trace(wrapper: _Wrapper, example: Tensor, dynamic_batch: bool) -> ExportedP
 def _exported(wrapper: _Wrapper, x: Tensor, dynamic_batch: bool) -> ExportedProgram:
     shapes = {"x": {0: torch.export.Dim(BATCH)} if dynamic_batch else None}
     torch.compiler.reset()  # a torch.cond that ran before was compiled, and cannot be traced
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), as_if_run():
         program = torch.export.export(wrapper, (x,), dynamic_shapes=shapes)
         # Regions first: what is written inside one is out of sight until it is opened.
         return without_mutation(open_regions(program))

@@ -17,7 +17,6 @@ from typing import Any, Final
 from torch import Tensor
 from torch.autograd import Function
 
-from vssm.compat.devices import OnTheCpu
 from vssm.compat.packages import signatures
 from vssm.compat.packages.provided import (
     AROUND,
@@ -30,6 +29,7 @@ from vssm.compat.packages.provided import (
 )
 from vssm.compat.packages.signatures import Signature
 from vssm.compat.packages.stand_in_table import ABSENT, SHELLS, STAND_INS
+from vssm.compat.surroundings import OnTheCpu
 from vssm.errors import UnsupportedError
 
 # Marks a name that its owner only inherits: to put it back is to delete ours.

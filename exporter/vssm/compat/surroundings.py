@@ -1,0 +1,63 @@
+"""What the user's code sees of where it runs: no GPU but the CPU, and no trace but a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+_ASKED: Final = ("is_compiling", "is_dynamo_compiling", "is_exporting")
+
+
+class OnTheCpu(TorchFunctionMode):
+    """`x.cuda()`, `x.to("cuda")` and `device="cuda"` in the user's code mean the CPU.
+
+    An export computes on the CPU, and where a number is computed does not change what it is.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Every function of torch goes through here."""
+        if func is Tensor.cuda:
+            return args[0]
+        args, kwargs = tree_map(_here, (tuple(args), kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _here(value: Any) -> Any:
+    if isinstance(value, torch.device) and value.type == "cuda":
+        return torch.device("cpu")
+    is_name = isinstance(value, str) and (value == "cuda" or value.startswith("cuda:"))
+    return "cpu" if is_name else value
+
+
+@contextmanager
+def as_if_run() -> Iterator[None]:
+    """Let user code that asks torch.compiler whether it is traced hear that it is not.
+
+    Such code has another path for traces, with a loop in the place of the scan, since kernels that
+    are called from Python cannot be traced. Ours can.
+    """
+    real = {name: getattr(torch.compiler, name) for name in _ASKED}
+
+    def answer(name: str) -> Any:
+        def asked() -> bool:
+            caller = str(sys._getframe(1).f_globals.get("__name__"))
+            return caller.partition(".")[0] == "torch" and bool(real[name]())
+
+        return asked
+
+    for name in _ASKED:
+        setattr(torch.compiler, name, answer(name))
+    try:
+        yield
+    finally:
+        for name, function in real.items():
+            setattr(torch.compiler, name, function)
