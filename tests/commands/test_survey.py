@@ -69,6 +69,9 @@ def test_survey_tells_every_model_apart(cli: Run, repository: Path, tmp_path: Pa
     good = rows["a scan"]
     assert (good["reached"], good["scans"], good["why_not"]) == ("agrees", 1, None)
     assert good["error"] < 2e-5
+    assert (good["mixers"], good["blocks"]) == (1, 1)
+    assert good["cpu_seconds"] > 0
+    assert good["gigabytes"] > 0
     assert rows["dies"]["reached"] == "imports and builds"
     assert rows["dies"]["why_not"] == "it ended with 7"
     page = (tmp_path / "out" / "survey.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -26,7 +27,10 @@ _KEYS: Final = frozenset(
 )
 # Steps in which a model can fail, by the first phase that comes behind them.
 STEPS: Final = ("imports and builds", "runs", "exports", "agrees")
-COLUMNS: Final = ("model", "commit", "reached", "scans", "nodes", "error", "seconds", "why not")
+COLUMNS: Final = (
+    *("model", "commit", "reached", "scans", "mixers", "nodes", "error", "CPU s", "blocks", "GB"),
+    *("seconds", "why not"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,13 @@ class SurveyRow:
         commit: of the repository that its code is in; None where it is in none.
         reached: the last of `STEPS` that it passed; None where it passed none.
         scans: nodes of this package's operators in its file.
+        mixers: modules of the model that those are in.
         nodes: all nodes of its file.
         error: largest error against the module's exact answers, over their largest value.
-        seconds: wall time.
+        cpu_seconds: CPU time of the export, from the start of Python.
+        blocks: entries of the model's innermost module lists, which its trace goes through.
+        gigabytes: most memory that the process held until then.
+        seconds: wall time, the check and the end of the process included.
         why_not: the error of the step that it did not pass.
     """
 
@@ -48,8 +56,12 @@ class SurveyRow:
     commit: str | None = None
     reached: str | None = None
     scans: int | None = None
+    mixers: int | None = None
     nodes: int | None = None
     error: float | None = None
+    cpu_seconds: float | None = None
+    blocks: int | None = None
+    gigabytes: float | None = None
     seconds: float = 0.0
     why_not: str | None = None
 
@@ -142,7 +154,10 @@ def _in_a_process(
 def _cells(row: SurveyRow) -> list[object]:
     error = None if row.error is None else f"{row.error:.1e}"
     why_not = None if row.why_not is None else " ".join(row.why_not.split()).replace("|", "/")
-    return [row.name, row.commit, row.reached, row.scans, row.nodes, error, row.seconds, why_not]
+    return [
+        *(row.name, row.commit, row.reached, row.scans, row.mixers, row.nodes, error),
+        *(row.cpu_seconds, row.blocks, row.gigabytes, row.seconds, why_not),
+    ]
 
 
 _MARK: Final = "vssm survey row: "
@@ -160,7 +175,7 @@ def _work(entry: Mapping[str, Any], folder: Path, place: Path) -> dict[str, Any]
         if phase.startswith("importing ") and step == steps:
             passed(STEPS[0])
         elif phase.startswith("tracing") and step == 0:
-            passed(STEPS[1])
+            passed(STEPS[1], blocks=steps)
 
     try:
         request = _request(entry, folder)
@@ -168,8 +183,8 @@ def _work(entry: Mapping[str, Any], folder: Path, place: Path) -> dict[str, Any]
         artifact = export_user_module(request, place, force=True, progress=progress).artifact
         from vssm.onnx.describe import count_nodes
 
-        scans, nodes = count_nodes(artifact.model_path)
-        passed(STEPS[2], scans=scans, nodes=nodes)
+        scans, mixers, nodes = count_nodes(artifact.model_path)
+        passed(STEPS[2], scans=scans, mixers=mixers, nodes=nodes, **_spent())
         if request.reference:
             from vssm.parity.check import check_parity
 
@@ -183,6 +198,17 @@ def _work(entry: Mapping[str, Any], folder: Path, place: Path) -> dict[str, Any]
         row["why_not"] = reason(error)
     print(_MARK + json_text(row).replace("\n", " "), flush=True)
     return row
+
+
+def _spent() -> dict[str, float]:
+    """What this process has taken so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    # Linux counts memory in KiB.
+    gigabytes = used.ru_maxrss * 1024 / 1e9
+    return {
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "gigabytes": round(gigabytes, 2),
+    }
 
 
 def _request(entry: Mapping[str, Any], folder: Path) -> ModuleRequest:

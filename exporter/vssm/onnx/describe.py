@@ -136,7 +136,9 @@ def describe_merges(model: Scheduled) -> MergeInfo | None:
     )
 
 
-def count_nodes(path: Path) -> tuple[int, int]:
-    """How many nodes of this package's operators a file has, and how many in all."""
+def count_nodes(path: Path) -> tuple[int, int, int]:
+    """How many of this package's operators a file has, in how many modules, and all its nodes."""
     nodes = onnx.load(str(path), load_external_data=False).graph.node
-    return sum(node.domain == DOMAIN for node in nodes), len(nodes)
+    ours = [node.name for node in nodes if node.domain == DOMAIN]
+    # A node is called after the module that ran it.
+    return len(ours), len({name.rpartition("/")[0] for name in ours}), len(nodes)
