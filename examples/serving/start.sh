@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Starts Triton Inference Server on a bundle; the engine is built first where it is missing.
-#   VARIANT=tensorrt      (the default) or onnxruntime
+#   VARIANT=tensorrt      (the default, where the bundle has it) or onnxruntime
 #   ENGINES=/engines      where the engine is kept; delete it after a change of GPU or version
 #   further arguments     go to tritonserver
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # MODEL, INPUT, SHAPE, MIN_BATCH, OPT_BATCH, MAX_BATCH
 source "$here/bundle.env"
-variant=${VARIANT:-tensorrt}
+variant=tensorrt
+[[ -d $here/triton/tensorrt ]] || variant=onnxruntime  # of a model quantised for ONNX Runtime
+variant=${VARIANT:-$variant}
 engines=${ENGINES:-/engines}
 # trtexec asks a library for its plugins; Triton only opens it, so that it must register itself.
 plugin=$here/lib/libvssm_tensorrt.so

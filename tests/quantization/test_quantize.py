@@ -20,6 +20,9 @@ import vssm
 from vssm.artifact.directory import Artifact, open_artifact
 from vssm.artifact.manifest import read_manifest, write_manifest
 from vssm.artifact.preprocessing import preprocessing_of
+from vssm.bench.subjects import BODY, FLOAT, KERNEL, slower_than_float
+from vssm.bundle.make import BundleRequest, make_bundle
+from vssm.bundle.verify import verify_bundle
 from vssm.errors import ArtifactError, UnsupportedError
 from vssm.parity.check import held_out_images
 from vssm.parity.compare import QUANTIZED, QuantizedLimits, signal
@@ -337,6 +340,48 @@ def test_check_wants_images_that_prove_something(
     assert "noise says nothing about that" in cli.out
     assert cli("check", made["ort"].directory, "--image", folder) == 2
     assert "is one that the export was calibrated on" in cli.out
+
+
+def test_bench_has_the_float_twin(made: dict[str, Artifact], tmp_path: Path) -> None:
+    copy = shutil.copytree(made["ort"].directory, tmp_path / "out")
+    report = vssm.bench_directory(copy, batches=(1,), samples=1, torch_loop=False)
+    assert [row.subject for row in report.rows] == [KERNEL, BODY, FLOAT]
+    slow, fast = (dataclasses.replace(report.row(KERNEL), median_ms=ms) for ms in (9.5, 2.5))
+    twin = dataclasses.replace(report.row(FLOAT), median_ms=7.25)
+    assert slower_than_float([fast, twin]) == []
+    assert slower_than_float([slow, twin]) == [
+        "slower than float32 on this machine: 9.50 against 7.25 ms (batch 1, 1 thread)"
+    ]
+    assert "int8 static for ort" in report.context["model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "variants"),
+    [
+        ("ort", {"onnxruntime"}),
+        ("tensorrt", {"tensorrt"}),
+        ("portable", {"tensorrt", "onnxruntime"}),
+    ],
+)
+def test_a_bundle_has_the_variants_that_run(
+    name: str, variants: set[str], made: dict[str, Artifact], tmp_path: Path
+) -> None:
+    manifest = make_bundle(made[name], tmp_path / "bundle", BundleRequest())
+    assert {p.name for p in (tmp_path / "bundle/triton").iterdir()} == variants
+    assert all(f"triton/{v}" in manifest.absent for v in {"tensorrt", "onnxruntime"} - variants)
+    report = verify_bundle(tmp_path / "bundle")
+    assert report.failures == []
+    assert (report.not_run == "") == ("onnxruntime" in variants)
+
+
+def test_evaluate_and_run_take_it(made: dict[str, Artifact], held_out: Path, cli: Run) -> None:
+    folders = made["portable"].directory
+    classes = held_out.parent / "classes.txt"
+    classes.write_text("\n".join(f"class{i}" for i in range(7)))
+    results = ("--results", held_out.parent / "results.csv", "--batch", 5)
+    assert cli("evaluate", folders, held_out, "--classes", classes, *results) == 0
+    assert "top-1" in cli.out
+    assert cli("run", folders, held_out / "class0/0.png") == 0
 
 
 def test_command(source: Artifact, folder: Path, tmp_path: Path, cli: Run) -> None:

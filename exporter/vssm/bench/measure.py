@@ -139,6 +139,7 @@ class BenchReport:
             on a GPU, where ONNX Runtime times the host's calls alone.
         scan_over_floor: time of our scans over their floor, from `operators`.
         context: machine, versions, dtype, command.
+        notes: what one should know besides, in sentences.
     """
 
     rows: list[Timing]
@@ -146,6 +147,7 @@ class BenchReport:
     operators: dict[str, float]
     scan_over_floor: float | None
     context: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def row(self, subject: str, *, batch: int = 1, threads: int = 1) -> Timing:
         """The row of a subject.

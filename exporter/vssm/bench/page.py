@@ -26,7 +26,7 @@ def page(report: BenchReport) -> str:
     """The page's HTML, without references to other files."""
     how = "Latency of one batch; subjects were run in turn, so compare ratios within this page."
     latency = Table(_COLUMNS, [_cells(row) for row in report.rows], "latency", numbers=True)
-    text = [f"{how} {_floor_sentence(report)}"]
+    text = [f"{how} {_floor_sentence(report)}", *report.notes]
     figures = []
     # A page without its plot is still a report; the measurement must not be lost for it.
     if is_installed("matplotlib"):

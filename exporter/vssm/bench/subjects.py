@@ -22,6 +22,7 @@ from vssm.bench.measure import (
     BenchReport,
     Contender,
     MachineRates,
+    Timing,
     check_arguments,
     machine_rates,
     measure,
@@ -32,7 +33,7 @@ from vssm.onnx.export import export
 from vssm.ops.spec import DOMAIN, SCAN_OPERATORS
 from vssm.runtimes.library import library_info
 from vssm.runtimes.ort import OrtCpuSession, cpu_name
-from vssm.runtimes.session import Session
+from vssm.runtimes.session import Session, plural
 from vssm.runtimes.torch import TorchSession, model_of
 from vssm.types import Array, Progress
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from vssm.runtimes.ort_cuda import DeviceRun, OrtCudaSession
 
 KERNEL, BODY, LOOP, DENSE = "ort kernel", "ort body", "torch loop", "ort kernel, dense"
+FLOAT = "ort kernel, float32"  # beside a quantised export
 RESIDENT = "ort kernel, images on the GPU"
 BENCH_RUNTIMES = ("ort-cpu", "ort-cuda")
 _PROFILE_RUNS = 8
@@ -68,8 +70,8 @@ def bench(
         _cuda(artifact, "kernel", threads[0]).close()  # what is missing is said at once
     progress("measuring the machine")
     rates = machine_rates(threads) if on_cpu else None
-    with _dense_twin(artifact, progress) as dense:
-        subjects = _subjects(artifact, dense, torch_loop, _ort if on_cpu else _cuda)
+    with _twin(artifact, progress) as twin:
+        subjects = _subjects(artifact, twin, torch_loop, _ort if on_cpu else _cuda)
         rows = measure(
             subjects,
             artifact.image_shape,
@@ -92,14 +94,26 @@ def bench(
         operators=operators,
         scan_over_floor=None if rates is None else _scan_over_floor(operators, rates, subjects[0]),
         context={**_context(artifact), "command": command},
+        notes=[] if artifact.manifest.quantization is None else slower_than_float(rows),
     )
+
+
+def slower_than_float(rows: Sequence[Timing]) -> list[str]:
+    """A sentence for each batch and thread count at which a quantised export loses time."""
+    found = {(row.subject, row.batch, row.threads): row.median_ms for row in rows}
+    return [
+        f"slower than float32 on this machine: {ms:.2f} against {found[FLOAT, batch, threads]:.2f} "
+        f"ms (batch {batch}, {plural(threads, 'thread')})"
+        for (subject, batch, threads), ms in found.items()
+        if subject == KERNEL and ms > found.get((FLOAT, batch, threads), float("inf"))
+    ]
 
 
 _Open = Callable[[Artifact, str, int], Session]
 
 
 def _subjects(
-    artifact: Artifact, dense: Artifact | None, torch_loop: bool, ort: _Open
+    artifact: Artifact, twin: Artifact | None, torch_loop: bool, ort: _Open
 ) -> list[Contender]:
     def subject(
         name: str, open_session: Callable[[int], Session], work: Cost, same: str | None
@@ -121,12 +135,15 @@ def _subjects(
     if ort is _cuda:
         # What the copy of the images to the GPU costs shows only beside a session without it.
         subjects.append(subject(RESIDENT, partial(_resident, artifact), work, KERNEL))
+    quantized = artifact.manifest.quantization is not None
     if torch_loop:
-        subjects.append(subject(LOOP, partial(_torch, artifact), work, KERNEL))
-    if dense is not None:
-        dense_work = count(model_of(dense))
+        # Of a quantised export it is the float model, which differs by more than rounding.
+        same = None if quantized else KERNEL
+        subjects.append(subject(LOOP, partial(_torch, artifact), work, same))
+    if twin is not None:
+        name, twin_work = FLOAT if quantized else DENSE, count(model_of(twin))
         # Compared with nothing: it is another model, whose logits differ by right.
-        subjects.append(subject(DENSE, partial(ort, dense, "kernel"), dense_work, None))
+        subjects.append(subject(name, partial(ort, twin, "kernel"), twin_work, None))
     return subjects
 
 
@@ -171,18 +188,20 @@ def _torch(artifact: Artifact, threads: int) -> Session:
 
 
 @contextmanager
-def _dense_twin(artifact: Artifact, progress: Progress) -> Iterator[Artifact | None]:
-    """The same weights without the schedule, exported to a temporary directory."""
-    if artifact.manifest.dense or is_module(artifact):
+def _twin(artifact: Artifact, progress: Progress) -> Iterator[Artifact | None]:
+    """The same weights in a temporary directory: in float32, or without the schedule."""
+    manifest = artifact.manifest
+    quantized = manifest.quantization is not None
+    if is_module(artifact) or (manifest.dense and not quantized):
         yield None
         return
-    progress("exporting the dense twin")
+    progress(f"exporting the {'float32' if quantized else 'dense'} twin")
     with tempfile.TemporaryDirectory() as directory:
         yield export(
-            model_of(artifact, dense=True),
-            Path(directory) / "dense",
-            dtype=artifact.manifest.dtype,
-            opset=artifact.manifest.opset,
+            model_of(artifact, dense=not quantized),
+            Path(directory) / "twin",
+            dtype=manifest.dtype,
+            opset=manifest.opset,
         )
 
 
@@ -208,7 +227,7 @@ def _scan_over_floor(
 def _context(artifact: Artifact) -> dict[str, str]:
     manifest, library = artifact.manifest, library_info()
     return {
-        "model": f"{manifest.name} {manifest.dtype} {manifest.tokens}",
+        "model": f"{manifest.name} {manifest.precision} {manifest.tokens}",
         "weights": manifest.weights,
         "images": "x".join(map(str, artifact.image_shape)) + " float32, after 2 runs to warm up",
         "cpu": cpu_name(),

@@ -154,17 +154,30 @@ def _put_repositories(
     plan_note = (
         "start.sh puts model.plan here: an engine belongs to the GPU that it was built on.\n"
     )
-    tensorrt = root / "triton/tensorrt" / name
-    (tensorrt / "1").mkdir(parents=True)
-    # An empty directory would be in no list of files, and so count as foreign in the check.
-    (tensorrt / "1/README.txt").write_text(plan_note, encoding="utf-8")
-    configs = {tensorrt: tensorrt_config(name, manifest, request.serving)}
-    absent = {
-        f"triton/tensorrt/{name}/1/model.plan": "an engine is built where it runs; see README.md"
-    }
+    quantization = manifest.quantization
+    configs: dict[Path, str] = {}
+    absent: dict[str, str] = {}
+    if quantization is not None and not quantization.in_tensorrt:
+        absent["triton/tensorrt"] = (
+            f"TensorRT does not take {quantization}; quantise with --target tensorrt or portable"
+        )
+    else:
+        tensorrt = root / "triton/tensorrt" / name
+        (tensorrt / "1").mkdir(parents=True)
+        # An empty directory would be in no list of files, and so count as foreign in the check.
+        (tensorrt / "1/README.txt").write_text(plan_note, encoding="utf-8")
+        configs[tensorrt] = tensorrt_config(name, manifest, request.serving)
+        absent[f"triton/tensorrt/{name}/1/model.plan"] = (
+            "an engine is built where it runs; see README.md"
+        )
     if manifest.dtype == "bfloat16":
         absent["triton/onnxruntime"] = (
             "ONNX Runtime's CPU provider has no bfloat16 matrix product; export float32 or float16"
+        )
+    elif quantization is not None and not quantization.in_ort:
+        absent["triton/onnxruntime"] = (
+            f"ONNX Runtime does not run {quantization} by itself; quantise with --target ort or "
+            "portable"
         )
     else:
         ort = root / "triton/onnxruntime" / name

@@ -76,8 +76,12 @@ def verify_bundle(directory: Path) -> BundleReport:
         failures = list(_false_claims(directory, manifest, artifact))
     if failures:
         return BundleReport(manifest.name, files, not_run="files differ", failures=failures)
+    quantization, reason = artifact.manifest.quantization, ""
     if artifact.manifest.dtype == "bfloat16":
         reason = "bfloat16 has no matrix product in ONNX Runtime's CPU provider"
+    elif quantization is not None and not quantization.in_ort:
+        reason = f"ONNX Runtime does not run {quantization} by itself"
+    if reason:
         return BundleReport(manifest.name, files, not_run=reason)
     library = library_copy(directory / _LIBRARY)
     # Hashed once more as it was copied: it may have been replaced since `compare_files`.
@@ -107,7 +111,9 @@ def _false_claims(directory: Path, manifest: BundleManifest, artifact: Artifact)
     exported = {k: v for k, v in artifact.manifest.versions.items() if k != "vssm"}
     if made != exported:
         yield f"{BUNDLE_MANIFEST} says versions {made}, but model/{MANIFEST_NAME} {exported}"
-    config = f"triton/tensorrt/{manifest.name}/config.pbtxt"
+    quantization = artifact.manifest.quantization
+    variant = "tensorrt" if quantization is None or quantization.in_tensorrt else "onnxruntime"
+    config = f"triton/{variant}/{manifest.name}/config.pbtxt"
     if config not in manifest.files:
         yield f"{BUNDLE_MANIFEST} says name {manifest.name}, but there is no {config}"
     elif (served := read_served_name(read_listed(directory, manifest, config).decode())) != (

@@ -301,6 +301,8 @@ def bench(
             progress=tell,
         )
     show(*bench_tables(measured))
+    for note in measured.notes:
+        say(("note", "yellow"), f": {note}")
     write_result(json_file, measured)
     say(f"wrote {report or directory / 'bench.html'}")
 
