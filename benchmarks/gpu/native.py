@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from vssm.ops import kernels as ops_kernels
 from vssm.ops.kernels import Kernels
 from vssm.ops.spec import OPERATORS
 
@@ -24,9 +23,9 @@ class VariantKernels(Kernels):
         op = OPERATORS["GatedSelectiveScan" if "z" in operands else "SelectiveScan"]
         u = operands["u"]
         y = u.new_empty(u.shape[0], u.shape[1], u.shape[3])
-        by_step, number = int(params_by_step), VARIANTS[variant]
-        attributes = ops_kernels.ScanAttributes(1, by_step, 1.0, number)
-        self._run("vssm_selective_scan", op, list(operands.values()), [y], attributes)
+        attributes = {a.name: a.default for a in op.attributes}
+        attributes |= {"params_by_step": int(params_by_step), "variant": VARIANTS[variant]}
+        self.run_into(op, list(operands.values()), [y], attributes)
         return y
 
     def gathered(self, given: Sequence[Tensor], num_keep: int) -> list[Tensor]:
@@ -34,4 +33,4 @@ class VariantKernels(Kernels):
         names = ("score", "position", "x0", "x1")
         named = dict(zip(names, given, strict=True))
         attributes = {"num_keep": num_keep, "protected_position": -1}
-        return list(self.gather(OPERATORS["TokenGather"], {**named, **attributes}))
+        return list(self.run(OPERATORS["TokenGather"], {**named, **attributes}))

@@ -5,6 +5,7 @@
 #include "plugins/c/vssm.h"
 #include "plugins/kernels/op_table.h"
 #include "plugins/kernels/selective_scan.h"
+#include "plugins/kernels/token_conv.h"
 
 namespace vssm::c {
 
@@ -19,6 +20,10 @@ Status read_tensor(const OperatorSpec& spec, std::string_view name, const vssm_t
 Status read_scan(const char* op, const vssm_tensor* inputs, int32_t count,
                  const vssm_scan_attributes* attributes, bool with_data, const OperatorSpec** spec,
                  SelectiveScanArgs* args);
+
+Status read_conv(const char* op, const vssm_tensor* inputs, int32_t count,
+                 const vssm_conv_attributes* attributes, bool with_data, const OperatorSpec** spec,
+                 TokenConvArgs* args);
 
 }  // namespace vssm::c
 

@@ -34,8 +34,9 @@ Status find_operator(const char* name, Family family, const OperatorSpec** found
     *found = &spec;
     return {};
   }
+  constexpr const char* kFamilies[] = {"scan", "gather", "convolution"};
   return Status::error("op=", name == nullptr ? "(null)" : name, " is no ",
-                       family == Family::kSelectiveScan ? "scan" : "gather",
+                       kFamilies[static_cast<int>(family)],
                        " operator; vssm_operator_table() lists them");
 }
 
@@ -121,11 +122,28 @@ Status c::read_scan(const char* op, const vssm_tensor* inputs, int32_t count,
   args->delta_softplus = attributes->delta_softplus;
   args->params_by_step = attributes->params_by_step;
   args->scale = attributes->scale;
+  // 0 is what programs have there that were compiled before it was an attribute.
+  args->direction_axis = attributes->direction_axis == 0 ? 2 : attributes->direction_axis;
   Operand* const operands[] = {&args->u,          &args->delta,
                                &args->A,          &args->B,
                                &args->C,          &args->D,
                                &args->delta_bias, &args->order,
                                &args->gap,        args->gated ? &args->z : &args->delta0};
+  return read_inputs(**spec, inputs, count, with_data, operands);
+}
+
+Status c::read_conv(const char* op, const vssm_tensor* inputs, int32_t count,
+                    const vssm_conv_attributes* attributes, bool with_data,
+                    const OperatorSpec** spec, TokenConvArgs* args) {
+  const Status status = find_operator(op, Family::kTokenConv, spec);
+  if (!status.ok()) return status;
+  if (attributes == nullptr) {
+    return Status::error(op, ": attributes are missing; give their struct");
+  }
+  args->name = (*spec)->name;
+  args->by_position = attributes->by_position;
+  args->activation = attributes->activation;
+  Operand* const operands[] = {&args->x, &args->weight, &args->bias, &args->position};
   return read_inputs(**spec, inputs, count, with_data, operands);
 }
 
@@ -172,6 +190,15 @@ Status gather_on_cuda([[maybe_unused]] const TokenGatherArgs& args,
 #endif
 }
 
+Status conv_on_cuda([[maybe_unused]] const TokenConvArgs& args,
+                    [[maybe_unused]] const vssm_launch& launch) {
+#if defined(VSSM_CUDA)
+  return token_conv_cuda(args, {launch.stream, launch.workspace, launch.workspace_bytes});
+#else
+  return no_cuda(args.name);
+#endif
+}
+
 Status run_scan(const char* op, const vssm_tensor* inputs, int32_t count, const vssm_tensor* y,
                 const vssm_scan_attributes* attributes, const vssm_launch* launch) {
   const OperatorSpec* spec = nullptr;
@@ -213,6 +240,22 @@ Status run_gather(const char* op, const vssm_tensor* inputs, int32_t count,
   return launch != nullptr ? gather_on_cuda(args, *launch) : token_gather_cpu(args, {});
 }
 
+Status run_conv(const char* op, const vssm_tensor* inputs, int32_t count, const vssm_tensor* y,
+                const vssm_conv_attributes* attributes, const vssm_launch* launch) {
+  const OperatorSpec* spec = nullptr;
+  TokenConvArgs args;
+  Status status = c::read_conv(op, inputs, count, attributes, true, &spec, &args);
+  TokenConvShape shape;
+  if (status.ok()) status = check(args, &shape);
+  if (!status.ok()) return status;
+  if (y == nullptr) return Status::error(op, ": y is missing; give its memory");
+  const Operand expected = {
+      nullptr, args.x.dtype, 4, {shape.batch, shape.directions, shape.seqlen, shape.d_inner}};
+  status = read_output(*spec, 0, *y, expected, &args.y);
+  if (!status.ok()) return status;
+  return launch != nullptr ? conv_on_cuda(args, *launch) : token_conv_cpu(args, {});
+}
+
 Status scan_workspace(const char* op, const vssm_tensor* inputs, int32_t count,
                       const vssm_scan_attributes* attributes, int64_t* bytes) {
   const OperatorSpec* spec = nullptr;
@@ -224,6 +267,23 @@ Status scan_workspace(const char* op, const vssm_tensor* inputs, int32_t count,
 #if defined(VSSM_CUDA)
   *bytes = selective_scan_cuda_workspace(shape, args.u.dtype,
                                          static_cast<ScanVariant>(attributes->variant));
+  return {};
+#else
+  *bytes = 0;
+  return no_cuda(op);
+#endif
+}
+
+Status conv_workspace(const char* op, const vssm_tensor* inputs, int32_t count,
+                      const vssm_conv_attributes* attributes, int64_t* bytes) {
+  const OperatorSpec* spec = nullptr;
+  TokenConvArgs args;
+  Status status = c::read_conv(op, inputs, count, attributes, false, &spec, &args);
+  TokenConvShape shape;
+  if (status.ok()) status = check(args, &shape);
+  if (!status.ok()) return status;
+#if defined(VSSM_CUDA)
+  *bytes = token_conv_cuda_workspace(shape);
   return {};
 #else
   *bytes = 0;
@@ -278,6 +338,20 @@ int vssm_token_gather_workspace(const char* op, const vssm_tensor* inputs, int32
                                 const vssm_gather_attributes* attributes, int64_t* bytes,
                                 char* error, size_t error_bytes) {
   return vssm::c::report(vssm::gather_workspace(op, inputs, input_count, attributes, bytes), error,
+                         error_bytes);
+}
+
+int vssm_token_conv(const char* op, const vssm_tensor* inputs, int32_t input_count,
+                    const vssm_tensor* y, const vssm_conv_attributes* attributes,
+                    const vssm_launch* launch, char* error, size_t error_bytes) {
+  return vssm::c::report(vssm::run_conv(op, inputs, input_count, y, attributes, launch), error,
+                         error_bytes);
+}
+
+int vssm_token_conv_workspace(const char* op, const vssm_tensor* inputs, int32_t input_count,
+                              const vssm_conv_attributes* attributes, int64_t* bytes, char* error,
+                              size_t error_bytes) {
+  return vssm::c::report(vssm::conv_workspace(op, inputs, input_count, attributes, bytes), error,
                          error_bytes);
 }
 

@@ -52,7 +52,8 @@ typedef struct vssm_scan_attributes {
   int64_t delta_softplus; /* 1: delta passes through softplus */
   int64_t params_by_step; /* 1: delta, B and C belong to the step, not to the token */
   float scale;            /* of the sum over directions */
-  int32_t variant;        /* CUDA only: 0 chooses, 1 throughput, 2 latency; 0 on the CPU */
+  int16_t variant;        /* CUDA only: 0 chooses, 1 throughput, 2 latency; 0 on the CPU */
+  int16_t direction_axis; /* of u, delta, B and C: 2, which 0 means too; 1: (batch, K, seqlen, .) */
 } vssm_scan_attributes;
 
 /* Attributes of TokenGather and TokenGather1. */
@@ -60,6 +61,12 @@ typedef struct vssm_gather_attributes {
   int64_t num_keep;
   int64_t protected_position; /* -1: none */
 } vssm_gather_attributes;
+
+/* Attributes of TokenConv. */
+typedef struct vssm_conv_attributes {
+  int64_t by_position; /* 1: the taps' distances count positions, 0: tokens of the list */
+  int64_t activation;  /* 1: the sums go through silu */
+} vssm_conv_attributes;
 
 /* Runs the scan operator named `op`: 9 inputs, or 10 for GatedSelectiveScan (z) and
  * SelectiveScanConstantGap (delta0); output y. On the CPU `order` must be permutations and `gap`
@@ -86,6 +93,16 @@ VSSM_API int vssm_token_gather_workspace(const char* op, const vssm_tensor* inpu
                                          int32_t input_count,
                                          const vssm_gather_attributes* attributes, int64_t* bytes,
                                          char* error, size_t error_bytes);
+
+/* Runs TokenConv (inputs x, weight, bias, position; output y). On the CPU positions must ascend
+ * where they count; on CUDA others give meaningless results but touch no other memory. */
+VSSM_API int vssm_token_conv(const char* op, const vssm_tensor* inputs, int32_t input_count,
+                             const vssm_tensor* y, const vssm_conv_attributes* attributes,
+                             const vssm_launch* launch, char* error, size_t error_bytes);
+
+VSSM_API int vssm_token_conv_workspace(const char* op, const vssm_tensor* inputs,
+                                       int32_t input_count, const vssm_conv_attributes* attributes,
+                                       int64_t* bytes, char* error, size_t error_bytes);
 
 /* exp2 evaluations per second of one thread, with the CPU kernels' own code: the floor of a scan's
  * time. `isa`: "baseline", "avx2" or "avx512"; the best of the samples that fit into `seconds`

@@ -44,6 +44,22 @@ Status run_scan(const char* op, const vssm_tensor* inputs, int32_t count, const 
   return status.ok() ? selective_scan_cpu(args, on_threads(&threads)) : status;
 }
 
+Status run_conv(const char* op, const vssm_tensor* inputs, int32_t count, const vssm_tensor* y,
+                const vssm_conv_attributes* attributes, int32_t threads) {
+  const OperatorSpec* spec = nullptr;
+  TokenConvArgs args;
+  Status status = read_conv(op, inputs, count, attributes, true, &spec, &args);
+  TokenConvShape shape;
+  if (status.ok()) status = check(args, &shape);
+  if (status.ok()) status = check_threads(op, threads);
+  if (!status.ok()) return status;
+  if (y == nullptr) return Status::error(op, ": y is missing; give its memory");
+  const Operand like = {
+      nullptr, args.x.dtype, 4, {shape.batch, shape.directions, shape.seqlen, shape.d_inner}};
+  status = read_target(*spec, "y", *y, like, &args.y);
+  return status.ok() ? token_conv_cpu(args, on_threads(&threads)) : status;
+}
+
 /// The places of the gradients, in the inputs' order, and the inputs they belong to.
 int list_gradients(SelectiveScanBackwardArgs* args, float*** places, const Operand** inputs) {
   const SelectiveScanArgs& scan = args->forward;
@@ -118,6 +134,13 @@ int vssm_selective_scan_on_threads(const char* op, const vssm_tensor* inputs, in
                                    const vssm_tensor* y, const vssm_scan_attributes* attributes,
                                    int32_t threads, char* error, size_t error_bytes) {
   return vssm::c::report(vssm::c::run_scan(op, inputs, input_count, y, attributes, threads), error,
+                         error_bytes);
+}
+
+int vssm_token_conv_on_threads(const char* op, const vssm_tensor* inputs, int32_t input_count,
+                               const vssm_tensor* y, const vssm_conv_attributes* attributes,
+                               int32_t threads, char* error, size_t error_bytes) {
+  return vssm::c::report(vssm::c::run_conv(op, inputs, input_count, y, attributes, threads), error,
                          error_bytes);
 }
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "plugins/kernels/selective_scan.h"
+#include "plugins/kernels/token_conv.h"
 #include "plugins/kernels/token_gather.h"
 
 namespace vssm {
@@ -34,6 +35,12 @@ int64_t token_gather_cuda_workspace(const TokenGatherShape&) { return kGatherWor
 
 Status token_gather_cuda(const TokenGatherArgs& args, const CudaLaunch& launch) {
   return answer(launch, args.y[0]);
+}
+
+int64_t token_conv_cuda_workspace(const TokenConvShape&) { return 0; }
+
+Status token_conv_cuda(const TokenConvArgs& args, const CudaLaunch& launch) {
+  return answer(launch, args.y);
 }
 
 }  // namespace vssm

@@ -30,11 +30,12 @@ struct AttributeSpec {
 
 constexpr int kMaxOperands = 10;
 constexpr int kMaxBindings = 5;
+constexpr int kMaxAttributes = 4;
 
 /// The element types of T, or of T0 and T1.
 using TypeBinding = std::array<DType, 2>;
 
-enum class Family { kSelectiveScan, kTokenGather };
+enum class Family { kSelectiveScan, kTokenGather, kTokenConv };
 
 /// One operator; unused tails of the arrays are empty.
 struct OperatorSpec {
@@ -43,7 +44,7 @@ struct OperatorSpec {
   int input_count, output_count, attribute_count, variable_count, binding_count;
   std::array<OperandSpec, kMaxOperands> inputs;
   std::array<OperandSpec, 3> outputs;
-  std::array<AttributeSpec, 3> attributes;
+  std::array<AttributeSpec, kMaxAttributes> attributes;
   std::array<TypeBinding, kMaxBindings> bindings;
 };
 
@@ -53,14 +54,19 @@ constexpr DType kF32 = DType::kFloat32;
 constexpr DType kF16 = DType::kFloat16;
 constexpr DType kBF16 = DType::kBFloat16;
 constexpr std::array<TypeBinding, kMaxBindings> kOneType = {{{kF32}, {kF16}, {kBF16}}};
-constexpr std::array<AttributeSpec, 3> kScanAttributes = {{
+constexpr std::array<AttributeSpec, kMaxAttributes> kScanAttributes = {{
     {"delta_softplus", AttributeKind::kInt, false, 1},
     {"params_by_step", AttributeKind::kInt, false, 0},
     {"scale", AttributeKind::kFloat, false, 1},
+    {"direction_axis", AttributeKind::kInt, false, 2},
 }};
-constexpr std::array<AttributeSpec, 3> kGatherAttributes = {{
+constexpr std::array<AttributeSpec, kMaxAttributes> kGatherAttributes = {{
     {"num_keep", AttributeKind::kInt, true, 0},
     {"protected_position", AttributeKind::kInt, false, -1},
+}};
+constexpr std::array<AttributeSpec, kMaxAttributes> kConvAttributes = {{
+    {"by_position", AttributeKind::kInt, false, 0},
+    {"activation", AttributeKind::kInt, false, 1},
 }};
 constexpr std::array<OperandSpec, 3> kScanOutputs = {{{"y", "T", "batch,seqlen,d_inner"}}};
 
@@ -79,13 +85,13 @@ constexpr std::array<OperandSpec, kMaxOperands> scan_inputs(OperandSpec last = {
 }
 
 constexpr OperatorSpec scan(const char* name, int input_count, OperandSpec last = {}) {
-  return {name,         Family::kSelectiveScan, input_count, 1, 3, 1, 3, scan_inputs(last),
+  return {name,         Family::kSelectiveScan, input_count, 1, 4, 1, 3, scan_inputs(last),
           kScanOutputs, kScanAttributes,        kOneType};
 }
 
 }  // namespace table
 
-inline constexpr std::array<OperatorSpec, 5> kOperators = {{
+inline constexpr std::array<OperatorSpec, 6> kOperators = {{
     table::scan("SelectiveScan", 9),
     table::scan("GatedSelectiveScan", 10, {"z", "T", "batch,seqlen,d_inner"}),
     table::scan("SelectiveScanConstantGap", 10, {"delta0", "float32", "Kd,d_inner"}),
@@ -122,6 +128,20 @@ inline constexpr std::array<OperatorSpec, 5> kOperators = {{
      {{{"kept_position", "int32", "batch,num_keep"}, {"y0", "T0", "batch,num_keep,d0"}}},
      table::kGatherAttributes,
      table::kOneType},
+    {"TokenConv",
+     Family::kTokenConv,
+     4,
+     1,
+     2,
+     1,
+     3,
+     {{{"x", "T", "batch,seqlen,d_inner"},
+       {"weight", "float32", "K,d_inner,width"},
+       {"bias", "float32", "K,d_inner"},
+       {"position", "int32", "1|batch,seqlen"}}},
+     {{{"y", "T", "batch,K,seqlen,d_inner"}}},
+     table::kConvAttributes,
+     table::kOneType},
 }};
 
 /// The element type of an operand under one binding of the type variables.
@@ -154,7 +174,7 @@ inline std::string describe(const OperatorSpec& op) {
   std::string text = op.name;
   text += "(" + list(op.inputs, op.input_count) + ") -> (" + list(op.outputs, op.output_count);
   text += ") {" + list(op.attributes, op.attribute_count) + "} ";
-  text += op.family == Family::kSelectiveScan ? "T" : op.variable_count == 1 ? "T0" : "T0,T1";
+  text += op.variable_count == 2 ? "T0,T1" : op.family == Family::kTokenGather ? "T0" : "T";
   text += " in ";
   for (int b = 0; b < op.binding_count; ++b) {
     text += b == 0 ? "" : " | ";

@@ -1,76 +1,16 @@
 // The rules of the three scan operators; what they compute is in selective_scan.h.
 #include "plugins/kernels/selective_scan.h"
 
-#include <cmath>
 #include <memory>
 #include <new>
+
+#include "plugins/kernels/rules.h"
 
 namespace vssm {
 namespace {
 
-/// Follows the rules from operand to operand and keeps the first message.
-class Rules {
- public:
-  explicit Rules(const char* op) : op_(op) {}
-
-  void rank_and_type(const char* name, const Operand& operand, int rank, DType dtype) {
-    if (!status_.ok()) return;
-    if (operand.rank != rank) {
-      status_ = Status::error(op_, ": rank(", name, ")=", operand.rank, ", but it must be ", rank,
-                              "; give ", name, " the shape that the operator table has");
-    } else if (operand.dtype != dtype) {
-      status_ = Status::error(op_, ": type(", name, ")=", name_of(operand.dtype),
-                              ", but it must be ", name_of(dtype), "; cast ", name);
-    }
-  }
-
-  void size(const char* name, const char* axis, int64_t value, int64_t expected) {
-    if (!status_.ok() || value == expected) return;
-    status_ = Status::error(op_, ": ", axis, "(", name, ")=", value, ", but the other inputs have ",
-                            expected, "; give ", name, " the shape that the operator table has");
-  }
-
-  void shared(const char* name, const char* axis, int64_t value, int64_t full) {
-    if (!status_.ok() || value == full || value == 1) return;
-    status_ = Status::error(op_, ": ", axis, "(", name, ")=", value, " is neither 1 (shared) nor ",
-                            full, "; slice or repeat ", name, " along this axis");
-  }
-
-  void range(const char* name, int64_t value, int64_t low, int64_t high, const char* remedy) {
-    if (!status_.ok() || (value >= low && value <= high)) return;
-    status_ =
-        Status::error(op_, ": ", name, "=", value, " is outside [", low, ", ", high, "]; ", remedy);
-  }
-
-  void fits(const char* name, const Operand& operand) {
-    int64_t count = 8;  // bytes of the widest element
-    for (int i = 0; i < operand.rank; ++i) {
-      if (!status_.ok()) return;
-      if (__builtin_mul_overflow(count, operand.dims[i], &count)) {
-        status_ = Status::error(op_, ": the size of ", name, " overflows; use smaller batches");
-      }
-    }
-  }
-
-  void finite(const char* name, double value) {
-    if (!status_.ok() || std::isfinite(value)) return;
-    status_ = Status::error(op_, ": ", name, "=", value, " is not finite; correct the attribute");
-  }
-
-  const Status& status() const { return status_; }
-  bool ok() const { return status_.ok(); }
-
- private:
-  const char* op_;
-  Status status_;
-};
-
 void check_ranks(const SelectiveScanArgs& args, Rules* rules) {
-  const DType dtype = args.u.dtype;
-  if (dtype != DType::kFloat16 && dtype != DType::kBFloat16) {
-    rules->rank_and_type("u", args.u, 4, DType::kFloat32);
-  }
-  rules->rank_and_type("u", args.u, 4, dtype);
+  const DType dtype = rules->float_type("u", args.u, 4);
   rules->rank_and_type("delta", args.delta, 4, dtype);
   rules->rank_and_type("A", args.A, 3, DType::kFloat32);
   rules->rank_and_type("B", args.B, 4, dtype);
@@ -83,19 +23,24 @@ void check_ranks(const SelectiveScanArgs& args, Rules* rules) {
   if (args.constant_gap) rules->rank_and_type("delta0", args.delta0, 2, DType::kFloat32);
 }
 
+/// Of u, delta, B and C.
+int token_axis(const SelectiveScanArgs& args) { return args.direction_axis == 1 ? 2 : 1; }
+
 SelectiveScanShape read_shape(const SelectiveScanArgs& args) {
   SelectiveScanShape shape = {};
+  const int tokens = token_axis(args), axis = 3 - tokens;
   shape.batch = args.u.dims[0];
-  shape.seqlen = args.u.dims[1];
+  shape.seqlen = args.u.dims[tokens];
+  shape.directions_outside = axis == 1;
   shape.directions = args.order.dims[1];
   shape.d_inner = args.u.dims[3];
   shape.d_state = args.B.dims[3];
   shape.decays = args.A.dims[2];
-  shape.Ku = args.u.dims[2];
-  shape.Kd = args.delta.dims[2];
+  shape.Ku = args.u.dims[axis];
+  shape.Kd = args.delta.dims[axis];
   shape.Ka = args.A.dims[0];
-  shape.Kb = args.B.dims[2];
-  shape.Kc = args.C.dims[2];
+  shape.Kb = args.B.dims[axis];
+  shape.Kc = args.C.dims[axis];
   shape.Ks = args.D.dims[0];
   shape.order_per_image = args.order.dims[0] != 1;
   shape.gap_per_image = args.gap.dims[0] != 1;
@@ -105,6 +50,7 @@ SelectiveScanShape read_shape(const SelectiveScanArgs& args) {
 void check_switches(const SelectiveScanArgs& args, Rules* rules) {
   rules->range("delta_softplus", args.delta_softplus, 0, 1, "it is a switch");
   rules->range("params_by_step", args.params_by_step, 0, 1, "it is a switch");
+  rules->range("direction_axis", args.direction_axis, 1, 2, "it is an axis of u, delta, B and C");
   rules->finite("scale", args.scale);
 }
 
@@ -120,6 +66,7 @@ void check_ranges(const SelectiveScanShape& shape, Rules* rules) {
 }
 
 void check_sizes(const SelectiveScanArgs& args, const SelectiveScanShape& s, Rules* rules) {
+  const int tokens = token_axis(args);
   rules->shared("u", "Ku", s.Ku, s.directions);
   rules->shared("delta", "Kd", s.Kd, s.directions);
   rules->shared("A", "Ka", s.Ka, s.directions);
@@ -127,14 +74,14 @@ void check_sizes(const SelectiveScanArgs& args, const SelectiveScanShape& s, Rul
   rules->shared("C", "Kc", s.Kc, s.directions);
   rules->shared("D", "Ks", s.Ks, s.directions);
   rules->size("delta", "batch", args.delta.dims[0], s.batch);
-  rules->size("delta", "seqlen", args.delta.dims[1], s.seqlen);
+  rules->size("delta", "seqlen", args.delta.dims[tokens], s.seqlen);
   rules->size("delta", "d_inner", args.delta.dims[3], s.d_inner);
   rules->size("A", "d_inner", args.A.dims[1], s.d_inner);
   rules->shared("A", "d_state", s.decays, s.d_state);
   rules->size("B", "batch", args.B.dims[0], s.batch);
-  rules->size("B", "seqlen", args.B.dims[1], s.seqlen);
+  rules->size("B", "seqlen", args.B.dims[tokens], s.seqlen);
   rules->size("C", "batch", args.C.dims[0], s.batch);
-  rules->size("C", "seqlen", args.C.dims[1], s.seqlen);
+  rules->size("C", "seqlen", args.C.dims[tokens], s.seqlen);
   rules->size("C", "d_state", args.C.dims[3], s.d_state);
   rules->size("D", "d_inner", args.D.dims[1], s.d_inner);
   rules->size("delta_bias", "Kd", args.delta_bias.dims[0], s.Kd);

@@ -19,9 +19,10 @@ constexpr int64_t kMaxDState = 256;
 /// A's last axis is d_state or 1: with 1, all states of a channel decay alike (Mamba-2), at one
 /// exponential a channel and step.
 ///
-/// Contiguous, channels last; T is float32, float16 or bfloat16, and state, decay and sums are
-/// float32. Ku, Kd, Ka, Kb, Kc and Ks are each 1 (shared) or `directions`.
-/// Sources: Gu & Dao, arXiv:2312.00752, Algorithm 2; alignment: Zhan et al., arXiv:2409.18962.
+/// Contiguous, channels last; `direction_axis` says whether the directions of u, delta, B and C lie
+/// inside or outside of the tokens. T is float32, float16 or bfloat16, and state, decay and sums
+/// are float32. Ku, Kd, Ka, Kb, Kc and Ks are each 1 (shared) or `directions`. Sources: Gu & Dao,
+/// arXiv:2312.00752, Algorithm 2; alignment: Zhan et al., arXiv:2409.18962.
 struct SelectiveScanArgs {
   const char* name = "SelectiveScan";  // the operator's, for messages
   Operand u;                           // T (batch, seqlen, Ku, d_inner)
@@ -39,6 +40,8 @@ struct SelectiveScanArgs {
   Operand delta0;                      // float32 (Kd, d_inner)
   int64_t delta_softplus = 1;
   int64_t params_by_step = 0;
+  int64_t direction_axis =
+      2;  // of u, delta, B and C; with 1 their shapes are (batch, K, seqlen, .)
   float scale = 1.0F;
   void* y = nullptr;  // T (batch, seqlen, d_inner), overwritten
 };
@@ -49,10 +52,24 @@ struct SelectiveScanShape {
   int64_t Ku, Kd, Ka, Kb, Kc, Ks;
   int64_t decays;  // of a channel at a step, A's last axis: d_state, or 1
   bool order_per_image, gap_per_image;
+  bool directions_outside;  // direction_axis is 1
 
   /// Whether all states of a channel share one decay, where there are several.
   bool one_decay() const { return decays == 1 && d_state > 1; }
 };
+
+/// Elements from one image, one direction and one token of an operand to the next; 0 where they
+/// share it.
+struct Strides {
+  int64_t image, direction, token;
+};
+
+/// Those of u, delta, B or C, which has K directions and rows of `width`.
+inline Strides strides_of(const SelectiveScanShape& shape, int64_t K, int64_t width) {
+  const int64_t image = shape.seqlen * K * width;
+  if (shape.directions_outside) return {image, K == 1 ? 0 : shape.seqlen * width, width};
+  return {image, K == 1 ? 0 : width, K * width};
+}
 
 /// The rules on attributes alone, for who knows no shapes yet.
 Status check_attributes(const SelectiveScanArgs& args);

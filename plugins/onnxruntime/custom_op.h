@@ -27,6 +27,18 @@ struct Implementation {
 
 extern const Implementation kSelectiveScan;
 extern const Implementation kTokenGather;
+extern const Implementation kTokenConv;
+
+[[nodiscard]] inline const Implementation& implementation_of(const OperatorSpec& spec) {
+  switch (spec.family) {
+    case Family::kTokenGather:
+      return kTokenGather;
+    case Family::kTokenConv:
+      return kTokenConv;
+    default:
+      return kSelectiveScan;
+  }
+}
 
 }  // namespace vssm::ort
 

@@ -30,8 +30,7 @@ void* create_kernel_v1(const CustomOp*, const Api*, const KernelInfo*) { return 
 void compute_v1(void*, KernelContext*) {}
 
 BoundOp make_op(const OperatorSpec& spec, const TypeBinding& binding, Provider provider) {
-  const Implementation& implementation =
-      spec.family == Family::kSelectiveScan ? kSelectiveScan : kTokenGather;
+  const Implementation& implementation = implementation_of(spec);
   BoundOp op = {};
   op.spec = &spec;
   op.binding = &binding;

@@ -28,6 +28,9 @@ vssm::Status read_node(const BoundOp& op, const KernelInfo* info, ScanNode* node
     status = read_attribute(info, spec, "params_by_step", &node->args.params_by_step);
   }
   if (status.ok()) status = read_attribute(info, spec, "scale", &node->args.scale);
+  if (status.ok()) {
+    status = read_attribute(info, spec, "direction_axis", &node->args.direction_axis);
+  }
   if (status.ok() && op.provider == Provider::kCuda) status = node->allocator.open(info);
   return status;
 }
@@ -92,6 +95,19 @@ constexpr decltype(Implementation::compute_cuda) compute_cuda = nullptr;
 
 void destroy(void* kernel) { delete static_cast<ScanNode*>(kernel); }
 
+/// Where shapes are inferred; an attribute that is not there is an error of ONNX Runtime's.
+int64_t direction_axis_of(const ShapeContext* context) {
+  const Attribute* attribute = nullptr;
+  int64_t axis = 2;
+  size_t size = 0;
+  ort::Status* status = api().ShapeInferContext_GetAttribute(context, "direction_axis", &attribute);
+  if (status == nullptr) {
+    status = api().ReadOpAttr(attribute, kIntAttribute, &axis, sizeof(axis), &size);
+  }
+  if (status != nullptr) api().ReleaseStatus(status);
+  return axis;
+}
+
 // ONNX Runtime keeps one inference function for all types of an operator: take them from the input.
 ort::Status* infer(const CustomOp*, ShapeContext* context) {
   SymbolicShape u;
@@ -99,7 +115,7 @@ ort::Status* infer(const CustomOp*, ShapeContext* context) {
   SymbolicShape y;
   y.type = u.type;
   y.rank = 3;
-  const size_t axes[] = {0, 1, 3};
+  const size_t axes[] = {0, direction_axis_of(context) == 1 ? size_t{2} : size_t{1}, 3};
   for (size_t i = 0; i < 3; ++i) {
     y.dims[i] = u.dims[axes[i]];
     y.names[i] = u.names[axes[i]];

@@ -36,24 +36,29 @@ IPluginV3* Creator::createPlugin(const AsciiChar* name, const PluginFieldCollect
 namespace {
 
 /// Never destroyed: the registry holds pointers to them, and may use them while a process ends.
-union Creators {
-  Creators()
-      : made{Creator(kOperators[0]), Creator(kOperators[1]), Creator(kOperators[2]),
-             Creator(kOperators[3]), Creator(kOperators[4])} {}
+class Creators {
+ public:
+  Creators() {
+    for (size_t i = 0; i < kOperators.size(); ++i) {
+      list[i] = new (&made[i]) Creator(kOperators[i]);
+    }
+  }
   ~Creators() {}
 
-  Creator made[5];
+  IPluginCreatorInterface* list[kOperators.size()];
+
+ private:
+  union {
+    Creator made[kOperators.size()];
+  };
 };
 
 }  // namespace
 
 IPluginCreatorInterface* const* creators(int32_t* count) {
   static Creators all;
-  static IPluginCreatorInterface* const list[] = {&all.made[0], &all.made[1], &all.made[2],
-                                                  &all.made[3], &all.made[4]};
-  static_assert(sizeof(list) / sizeof(list[0]) == kOperators.size());
   *count = static_cast<int32_t>(kOperators.size());
-  return list;
+  return all.list;
 }
 
 }  // namespace vssm::trt

@@ -22,9 +22,17 @@ struct Kernel {
 
 extern const Kernel kSelectiveScan;
 extern const Kernel kTokenGather;
+extern const Kernel kTokenConv;
 
 [[nodiscard]] inline const Kernel& kernel_of(const OperatorSpec& spec) {
-  return spec.family == Family::kSelectiveScan ? kSelectiveScan : kTokenGather;
+  switch (spec.family) {
+    case Family::kTokenGather:
+      return kTokenGather;
+    case Family::kTokenConv:
+      return kTokenConv;
+    default:
+      return kSelectiveScan;
+  }
 }
 
 }  // namespace vssm::trt

@@ -35,7 +35,8 @@ Status unknown_field(const OperatorSpec& spec, const char* name) {
     return i < spec.attribute_count ? spec.attributes[static_cast<size_t>(i)].name : "";
   };
   return Status::error(spec.name, ": attribute ", printable, " is unknown; known are ", known(0),
-                       " ", known(1), " ", known(2), ", in version 1 of the operator");
+                       " ", known(1), " ", known(2), " ", known(3),
+                       ", in version 1 of the operator");
 }
 
 Status read_field(const OperatorSpec& spec, int i, const PluginField& field, Node* node) {

@@ -11,7 +11,6 @@
 
 namespace vssm::trt {
 
-constexpr int kMaxAttributes = 3;
 constexpr int kMaxOutputs = 3;
 
 /// Values stand in the order of the row's attributes, each in the member of its kind: TensorRT

@@ -146,10 +146,11 @@ Status Plugin::check_static(const DimsExprs* inputs) const {
   return kernel_of(*node_.spec).check_attributes(node_, seqlen);
 }
 
-/// An output's axis is an attribute of the node or the axis of that name of an input.
+/// An output's axis is an attribute of the node or the axis of that name of an input: of the last
+/// one, since a scan's tables come behind the operands whose axes an attribute may exchange.
 const IDimensionExpr* Plugin::output_axis(std::string_view axis, const DimsExprs* inputs,
                                           IExprBuilder& builder) const {
-  for (int i = 0; i < node_.spec->input_count; ++i) {
+  for (int i = node_.spec->input_count - 1; i >= 0; --i) {
     const OperandSpec& operand = node_.spec->inputs[static_cast<size_t>(i)];
     for (int j = 0; j < inputs[i].nbDims; ++j) {
       if (axis_of(operand, j) == axis) return inputs[i].d[j];

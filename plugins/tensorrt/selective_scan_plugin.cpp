@@ -18,6 +18,7 @@ SelectiveScanArgs attributes_of(const Node& node) {
   args.delta_softplus = integer_of(node, "delta_softplus");
   args.params_by_step = integer_of(node, "params_by_step");
   args.scale = real_of(node, "scale");
+  args.direction_axis = integer_of(node, "direction_axis");
   return args;
 }
 

@@ -8,6 +8,7 @@ set(
   plugin.cpp
   plugin_build.cpp
   selective_scan_plugin.cpp
+  token_conv_plugin.cpp
   token_gather_plugin.cpp
 )
 list(TRANSFORM VSSM_TENSORRT_SOURCES PREPEND "${CMAKE_CURRENT_LIST_DIR}/")

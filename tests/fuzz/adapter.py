@@ -19,7 +19,7 @@ sys.path[:0] = [str(SUPPORT), str(SUPPORT.parents[1] / "exporter")]
 
 import native  # noqa: E402
 import torch  # noqa: E402
-from cases import gather_case, scan_case, scan_reference_arguments  # noqa: E402
+from cases import conv_case, gather_case, scan_case, scan_reference_arguments  # noqa: E402
 from tolerances import SCAN_TOLERANCE  # noqa: E402
 
 from vssm.ops import reference  # noqa: E402
@@ -74,6 +74,38 @@ def call_gather(rng: random.Random) -> None:
         raise AssertionError(f"{name} kept {kept.tolist()}")
 
 
+def call_conv(rng: random.Random) -> None:
+    """One convolution, or one whose positions do not ascend."""
+    seqlen = rng.choice((1, 2, 7, 16, 17, 33))
+    dtype = rng.choice((torch.float32, torch.float16, torch.bfloat16))
+    case = conv_case(
+        seqlen=seqlen,
+        d_inner=rng.choice((1, 5, 16, 17, 33, 130)),
+        width=rng.choice((1, 2, 3, 4, 5, 9, 32)),
+        directions=rng.randrange(1, 3),
+        batch=rng.randrange(1, 3),
+        dtype=dtype,
+        kept=rng.choice((0.2, 0.6, 1.0)),
+        per_image=rng.random() < 0.5,
+        seed=rng.randrange(1 << 30),
+    )
+    attributes = {"by_position": rng.randrange(2), "activation": rng.randrange(2)}
+    threads = rng.randrange(1, 4)
+    if seqlen > 1 and rng.random() < 0.1:
+        case["position"] = case["position"].flip(1)
+        attributes["by_position"] = 1
+        try:
+            native.run_operator("TokenConv", case, threads=threads, **attributes)
+        except RuntimeError:
+            return
+        raise AssertionError("TokenConv took positions that do not ascend")
+    got = native.run_operator("TokenConv", case, threads=threads, **attributes)["y"].double()
+    expected = reference.token_conv(**scan_reference_arguments(case), **attributes)
+    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not error <= 8 * SCAN_TOLERANCE[dtype]:
+        raise AssertionError(f"TokenConv: error {error:.1e} of {dtype}")
+
+
 def main(library: Path, calls: int, seconds: float) -> None:
     """Call until either is used up, each call from a seed of its own."""
     native.find_library = lambda: library
@@ -82,7 +114,7 @@ def main(library: Path, calls: int, seconds: float) -> None:
         rng = random.Random(done)
         os.environ["VSSM_CPU_ISA"] = rng.choice(ISAS)
         try:
-            (call_gather if rng.random() < 0.2 else call_scan)(rng)
+            rng.choice((call_gather, call_conv, call_scan, call_scan, call_scan))(rng)
         except BaseException:
             sys.stdout.write(f"adapter: call {done}\n")
             raise

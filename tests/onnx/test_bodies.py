@@ -8,12 +8,20 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from cases import CONV_SIZES, conv_case
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from vssm.onnx.bodies import build_functions
 from vssm.ops import reference
-from vssm.ops.spec import DOMAIN, GATHER_OPERATORS, OPERATORS, PLUGIN_ATTRIBUTES, SCAN_OPERATORS
+from vssm.ops.spec import (
+    DOMAIN,
+    GATHER_OPERATORS,
+    OPERATORS,
+    PLUGIN_ATTRIBUTES,
+    SCAN_OPERATORS,
+    axes_of,
+)
 
 # Largest error over max(1, largest output). Measured in ONNX Runtime, 400 random cases an operator:
 # float32 6.7e-7, float16 4.8e-4, bfloat16 3.8e-3; rounding the output alone costs up to 4.9e-4 and
@@ -114,6 +122,7 @@ def _scan_case(name, seed, dtype="float32", **fixed):
         "delta_softplus": int(rng.integers(2)),
         "params_by_step": int(rng.integers(2)),
         "scale": float(rng.choice([1.0, 0.5, -0.3])),
+        "direction_axis": 2 - seed // 2 % 2,
         **fixed,
     }
     K, batch, seqlen = pick["K"], pick["batch"], pick["seqlen"]
@@ -121,7 +130,8 @@ def _scan_case(name, seed, dtype="float32", **fixed):
     sizes["1|d_state"] = (1, pick["d_state"])[seed % 2]
     inputs = OPERATORS[name].inputs
     floats = [o for o in inputs if o.dtype != "int32"]
-    draws = {o.name: rng.normal(size=[sizes[s] for s in o.shape]) for o in floats}
+    axes = {o.name: axes_of(o, pick["direction_axis"]) for o in floats}
+    draws = {name: rng.normal(size=[sizes[s] for s in axes[name]]) for name in axes}
     draws["delta_bias"] -= 2
     draws["A"] = -np.abs(draws["A"])
     for operand in ("delta0",) if pick["delta_softplus"] else ("delta0", "delta", "delta_bias"):
@@ -162,12 +172,31 @@ def _gather_case(name, seed, types=("float32", "float32"), batch=None, **fixed):
     return _Case(name, arrays, attributes, {"T0": types[0], "T1": types[1]})
 
 
+def _conv_case(name, seed, dtype="float32", **fixed):
+    """One of CONV_SIZES, or what `fixed` says of it."""
+    sizes = CONV_SIZES[seed % len(CONV_SIZES)] | fixed
+    case = conv_case(**sizes, dtype=getattr(torch, dtype), seed=seed)
+    arrays = {n: (t if t.dtype == torch.int32 else t.float()).numpy() for n, t in case.items()}
+    attributes = {"by_position": seed // 2 % 2, "activation": seed % 2}
+    return _Case(name, arrays, attributes, {"T": dtype})
+
+
+_BUILDERS = {
+    **dict.fromkeys(SCANS, _scan_case),
+    **dict.fromkeys(GATHERS, _gather_case),
+    "TokenConv": _conv_case,
+}
+
+
 def _oracle(case):
     """Outputs of the oracle, float64 for the scans and as given for the gathers."""
     tensors = {name: torch.from_numpy(array) for name, array in case.arrays.items()}
     if case.name in SCANS:
         tensors = {n: t if n in ("order", "gap") else t.double() for n, t in tensors.items()}
         return [reference.selective_scan(**tensors, **case.attributes).numpy()]
+    if case.name == "TokenConv":
+        tensors = {n: t if n == "position" else t.double() for n, t in tensors.items()}
+        return [reference.token_conv(**tensors, **case.attributes).numpy()]
     score, position, *xs = tensors.values()
     kept, rows = reference.token_gather(score, position, xs, **case.attributes)
     return [kept.numpy(), *(row.numpy() for row in rows)]
@@ -195,6 +224,12 @@ def test_scan_body_matches_oracle_in_onnxruntime(name, dtype, seed):
     _assert_runs(_scan_case(name, seed, dtype), opset=18 + seed % 3)
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_conv_body_matches_oracle_in_onnxruntime(dtype, seed):
+    _assert_runs(_conv_case("TokenConv", seed, dtype), opset=18 + seed % 3)
+
+
 @pytest.mark.parametrize("types", OPERATORS["TokenGather"].types, ids="-".join)
 def test_gather_body_keeps_types_in_onnxruntime(types):
     for opset in (18, 19, 20):
@@ -214,8 +249,10 @@ def test_gather_body_orders_as_the_oracle(name, seed):
 def test_body_matches_oracle_in_onnx_reference(name, dtype, opset):
     if name in SCANS:
         case = _scan_case(name, opset, dtype, seqlen=5, K=2, d_inner=3, d_state=2)
-    else:
+    elif name in GATHERS:
         case = _gather_case(name, opset, (dtype, dtype))
+    else:
+        case = _conv_case(name, opset, dtype)
     _assert_close(case, ReferenceEvaluator(_model(case, opset)).run(None, case.arrays))
 
 
@@ -259,9 +296,8 @@ def test_softplus_of_the_body_is_exact_over_the_whole_range():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_one_session_serves_every_batch_size(name):
     def case_of(batch):
-        builder = _scan_case if name in SCANS else _gather_case
-        fixed = {} if name in SCANS else {"num_keep": 5, "protected_position": 4}
-        case = builder(name, 7, batch=batch, **fixed)
+        fixed = {"num_keep": 5, "protected_position": 4} if name in GATHERS else {}
+        case = _BUILDERS[name](name, 7, batch=batch, **fixed)
         for key in {"order", "gap", "position"} & case.arrays.keys():
             case.arrays[key] = case.arrays[key][:1]  # shared by the images
         case.symbolic = ("batch",)

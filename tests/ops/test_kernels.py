@@ -148,7 +148,7 @@ def test_operands_on_two_devices_are_refused():
     named = {**scan_case(seqlen=9), "delta_softplus": 1, "params_by_step": 0, "scale": 1.0}
     named["B"] = named["B"].to("meta")
     with pytest.raises(ValueError, match=r"B\.device=meta is not cpu, where u is; move it there"):
-        ops_kernels.kernels().scan(SELECTIVE_SCAN, named)
+        ops_kernels.kernels().run(SELECTIVE_SCAN, named)
 
 
 def test_a_library_without_cuda_is_said(monkeypatch):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import gather_case, scan_case
+from cases import conv_case, gather_case, scan_case, scan_reference_arguments, small_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vssm.ops import operators as ops
 from vssm.ops import reference
-from vssm.ops.spec import GATHER_OPERATORS, OPERATORS, SCAN_OPERATORS
+from vssm.ops.spec import GATHER_OPERATORS, OPERATORS
 
 EXTRA = {
     "SelectiveScan": "",
@@ -136,6 +136,36 @@ def test_gradcheck_gather(op):
     assert torch.autograd.gradcheck(rows, xs, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conv_is_the_oracle(dtype):
+    case = conv_case(dtype=dtype)
+    if dtype == torch.float64:
+        case = scan_reference_arguments(case)
+    for by_position in (False, True):
+        got = ops.token_conv(**case, by_position=by_position, backend="reference")
+        assert torch.equal(got, reference.token_conv(**case, by_position=by_position))
+        assert got.dtype == dtype
+        assert got.is_contiguous()
+
+
+def test_opcheck_conv():
+    case = conv_case(seqlen=5, d_inner=3)
+    for name in ("x", "weight", "bias"):
+        case[name].requires_grad_()
+    arguments = _arguments("TokenConv", case)
+    torch.library.opcheck(ops.torch_op(OPERATORS["TokenConv"]), arguments, test_utils=SCAN_UTILS)
+
+
+@pytest.mark.parametrize("flags", [(0, 0), (0, 1), (1, 1)])
+def test_gradcheck_conv(flags):
+    case = scan_reference_arguments(conv_case(seqlen=4, d_inner=2, width=3, batch=2))
+    inputs = [
+        t.requires_grad_() if t.is_floating_point() else t for t in _arguments("TokenConv", case)
+    ]
+    op = ops.torch_op(OPERATORS["TokenConv"])
+    assert torch.autograd.gradcheck(lambda *x: op(*x, *flags), inputs, atol=1e-7, rtol=1e-6)
+
+
 def test_gradients_where_only_some_are_asked_for():
     case = _scan("SelectiveScan")
     case["B"].requires_grad_()
@@ -157,13 +187,12 @@ def test_batch_of_none():
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_fake_kernel_has_the_shapes_types_and_layout(name):
-    scan = OPERATORS[name] in SCAN_OPERATORS
-    case = _scan(name, torch.float16) if scan else _gather(name, (torch.float16, torch.float32))
-    attributes = (1, 0, 1.0) if scan else (3, -1)
-    real = _call(name, case, *attributes)
+    case, attributes = small_case(name, dtype=torch.float16)
+    real = _call(name, case, *attributes.values())
     with FakeTensorMode() as mode:
-        fake = _call(name, {k: mode.from_tensor(v) for k, v in case.items()}, *attributes)
-    pairs = [(real, fake)] if scan else list(zip(real, fake, strict=True))
+        fake = _call(name, {k: mode.from_tensor(v) for k, v in case.items()}, *attributes.values())
+    several = len(OPERATORS[name].outputs) > 1
+    pairs = list(zip(real, fake, strict=True)) if several else [(real, fake)]
     for one, other in pairs:
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 

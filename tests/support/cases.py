@@ -211,8 +211,79 @@ def gather_case(
     return case
 
 
-def scan_reference_arguments(case: dict[str, Tensor]) -> dict[str, Any]:
-    """A case in float64, as keyword arguments of vssm.ops.reference.selective_scan."""
+# Sizes of convolutions that hurt: 1, primes, an edge of the blocks of 16 channels and one past it,
+# a single tap, the width with a kernel of its own, and the largest.
+CONV_SIZES: list[dict[str, Any]] = [
+    {"seqlen": 1, "d_inner": 1, "width": 1, "directions": 1},
+    {"seqlen": 2, "d_inner": 5, "width": 4, "batch": 2},
+    {"seqlen": 31, "d_inner": 16, "width": 3, "directions": 1, "batch": 2, "kept": 0.5},
+    {"seqlen": 197, "d_inner": 33, "width": 4, "kept": 0.7, "batch": 2},
+    {"seqlen": 64, "d_inner": 48, "width": 4, "kept": 0.8, "batch": 3, "per_image": False},
+    {"seqlen": 33, "d_inner": 17, "width": 32, "kept": 0.3},
+]
+
+
+def conv_case(
+    *,
+    seqlen: int = 40,
+    d_inner: int = 16,
+    width: int = 4,
+    directions: int = 2,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    kept: float = 0.6,
+    per_image: bool = True,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Inputs of TokenConv.
+
+    Args:
+        seqlen: tokens of the list.
+        d_inner: channels.
+        width: taps.
+        directions: 1 looks back, 2 ahead too.
+        batch: images.
+        dtype: of x.
+        kept: the share of original positions that are in the list.
+        per_image: whether positions differ between images.
+        seed: of every number.
+    """
+    make = torch.Generator().manual_seed(seed)
+    full = int(seqlen / kept)
+    rows = [
+        torch.randperm(full, generator=make)[:seqlen].sort().values
+        for _ in range(batch if per_image else 1)
+    ]
     return {
-        name: value if name in {"order", "gap"} else value.double() for name, value in case.items()
+        "x": torch.randn((batch, seqlen, d_inner), generator=make).to(dtype),
+        "weight": torch.randn((directions, d_inner, width), generator=make) / width**0.5,
+        "bias": torch.randn((directions, d_inner), generator=make) / 4,
+        "position": torch.stack(rows).to(torch.int32),
+    }
+
+
+def small_case(
+    name: str, *, batch: int = 2, seqlen: int = 5, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Inputs of any operator, whose images share what they may, and the attributes it must have."""
+    if name == "TokenConv":
+        return conv_case(
+            seqlen=seqlen, d_inner=3, width=3, batch=batch, dtype=dtype, per_image=False
+        ), {}
+    if name.startswith("TokenGather"):
+        dtypes = (dtype, dtype if dtype == torch.float64 else torch.float32)
+        widths = (16, 8) if name == "TokenGather" else (16,)
+        case = gather_case(
+            batch=batch, seqlen=seqlen, widths=widths, dtypes=dtypes, shared_position=True
+        )
+        return case, {"num_keep": 3}
+    extra = {"GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}.get(name, "")
+    sizes = {"d_inner": 3, "d_state": 2, "batch": batch}
+    return scan_case(seqlen=seqlen, extra=extra, dtype=dtype, **sizes), {}
+
+
+def scan_reference_arguments(case: dict[str, Tensor]) -> dict[str, Any]:
+    """A case in float64, as keyword arguments of the operator in vssm.ops.reference."""
+    return {
+        name: value.double() if value.is_floating_point() else value for name, value in case.items()
     }

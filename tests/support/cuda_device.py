@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from guarded import Memory
 from native import output_shapes, output_types
 from torch import Tensor
 
-from vssm.ops.spec import OPERATORS, SCAN_OPERATORS
+from vssm.ops.spec import OPERATORS, SCAN_OPERATORS, TOKEN_CONV
 from vssm.runtimes.library import find_library
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
@@ -52,12 +53,20 @@ class CScanAttributes(ctypes.Structure):
         ("delta_softplus", ctypes.c_int64),
         ("params_by_step", ctypes.c_int64),
         ("scale", ctypes.c_float),
-        ("variant", ctypes.c_int32),
+        ("variant", ctypes.c_int16),
+        ("direction_axis", ctypes.c_int16),
     )
 
 
 class CGatherAttributes(ctypes.Structure):
     _fields_ = (("num_keep", ctypes.c_int64), ("protected_position", ctypes.c_int64))
+
+
+class CConvAttributes(ctypes.Structure):
+    _fields_ = (("by_position", ctypes.c_int64), ("activation", ctypes.c_int64))
+
+
+CAttributes: TypeAlias = CScanAttributes | CGatherAttributes | CConvAttributes
 
 
 class OperatorError(Exception):
@@ -135,7 +144,7 @@ class Call:
     backend: Backend
     device: str
     name: str
-    attributes: CScanAttributes | CGatherAttributes
+    attributes: CAttributes
     inputs: dict[str, Memory]
     outputs: dict[str, Memory]
     copies: dict[str, Tensor]
@@ -154,7 +163,7 @@ class Call:
     def enqueue(self, stream: int | None = None) -> None:
         """Runs it: on the CPU when this returns, on a GPU when the stream gets there."""
         outputs = _array([describe(memory) for memory in self.outputs.values()])
-        count = (ctypes.c_int32(len(outputs)),) if self.name not in _SCANS else ()
+        count = (ctypes.c_int32(len(outputs)),) if self._family == "vssm_token_gather" else ()
         launch = None
         if self.backend.launches:
             launch = ctypes.byref(self._launch(stream))
@@ -180,6 +189,8 @@ class Call:
 
     @property
     def _family(self) -> str:
+        if self.name == TOKEN_CONV.name:
+            return "vssm_token_conv"
         return "vssm_selective_scan" if self.name in _SCANS else "vssm_token_gather"
 
     def _launch(self, stream: int | None) -> CLaunch:
@@ -248,11 +259,11 @@ def run_operator(
     return call.results()
 
 
-def _attributes(name: str, attributes: Mapping[str, float]) -> CScanAttributes | CGatherAttributes:
+def _attributes(name: str, attributes: Mapping[str, float]) -> CAttributes:
     given = {a.name: a.default for a in OPERATORS[name].attributes} | dict(attributes)
     if name in _SCANS:
         return CScanAttributes(**{"variant": 0, **given})
-    return CGatherAttributes(**given)
+    return (CConvAttributes if name == TOKEN_CONV.name else CGatherAttributes)(**given)
 
 
 def _array(items: Sequence[CTensor]) -> ctypes.Array[CTensor]:

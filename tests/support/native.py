@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vssm.errors import RuntimeUnavailableError
 from vssm.onnx.bodies import build_functions
-from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES
+from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES, axes_of
 from vssm.runtimes.library import ISA_NAMES, exp2_rate, find_library
 
 if TYPE_CHECKING:
@@ -116,7 +116,9 @@ def output_shapes(
     sizes = {
         symbol: size
         for o in spec.inputs
-        for symbol, size in zip(o.shape, inputs[o.name].shape, strict=False)
+        for symbol, size in zip(
+            axes_of(o, int(attributes.get("direction_axis", 2))), inputs[o.name].shape, strict=False
+        )
     }
     sizes["num_keep"] = int(attributes.get("num_keep", 0))
     return {o.name: tuple(sizes[symbol] for symbol in o.shape) for o in spec.outputs}

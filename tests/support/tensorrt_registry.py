@@ -104,6 +104,12 @@ def check_refusals() -> None:
             [field("num_keep", 3)],
         ],
     }
+    bad["TokenConv"] = [
+        [field("by_position", 2)],
+        [field("activation", -1)],
+        [field("activation", 1, FLOAT32, np.float32)],
+        [field("width", 4)],
+    ]
     same = {"TokenGather1": "TokenGather", "GatedSelectiveScan": "SelectiveScan"}
     same["SelectiveScanConstantGap"] = "SelectiveScan"
     for name in OPERATORS:

@@ -121,6 +121,8 @@ Case small_case(const OperatorSpec& spec, const TypeBinding& binding, int64_t ba
   made.spec = &spec;
   if (spec.family == Family::kTokenGather) {
     made.attributes = {{"num_keep", 1}, {"protected_position", 2}};
+  } else if (spec.family == Family::kTokenConv) {
+    made.attributes = {{"by_position", 1}, {"activation", 0}};  // not the defaults
   } else {
     made.attributes = {{"params_by_step", 1}, {"scale", 0.75}};  // not the defaults
   }

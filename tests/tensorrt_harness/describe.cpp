@@ -22,8 +22,12 @@ const OperandSpec& operand_at(const Case& given, size_t i) {
 }
 
 /// Whether an axis changes from call to call: 0 no, 1 the batch, 2 the sequence.
-int64_t changing(const OperandSpec& operand, const Tensor& tensor, int axis) {
-  const std::string_view name = trt::axis_of(operand, axis);
+int64_t changing(const Case& given, const OperandSpec& operand, const Tensor& tensor, int axis) {
+  // With directions outside of the tokens the two axes are exchanged.
+  const auto found = given.attributes.find("direction_axis");
+  const bool outside = found != given.attributes.end() && found->second == 1;
+  const bool exchanged = outside && tensor.dims.size() == 4 && (axis == 1 || axis == 2);
+  const std::string_view name = trt::axis_of(operand, exchanged ? 3 - axis : axis);
   if (name == "batch" || (name == "1|batch" && tensor.dims[static_cast<size_t>(axis)] > 1)) {
     return 1;
   }
@@ -90,7 +94,7 @@ std::vector<trt::DynamicPluginTensorDesc> profile_of(const Case& given) {
     trt::DynamicPluginTensorDesc one = {descriptions[i], descriptions[i].dims, descriptions[i].dims,
                                         descriptions[i].dims};
     for (int axis = 0; axis < one.desc.dims.nbDims; ++axis) {
-      if (changing(operand_at(given, i), tensor_at(given, i), axis) == 0) continue;
+      if (changing(given, operand_at(given, i), tensor_at(given, i), axis) == 0) continue;
       one.desc.dims.d[axis] = -1;
       one.min.d[axis] = 1;
       one.max.d[axis] *= 2;
@@ -113,7 +117,7 @@ std::vector<trt::DimsExprs> expressions_of(const Case& given, bool dynamic, Buil
     trt::DimsExprs one = {};
     one.nbDims = static_cast<int32_t>(tensor.dims.size());
     for (int axis = 0; axis < one.nbDims; ++axis) {
-      const int64_t id = dynamic ? changing(given.spec->inputs[i], tensor, axis) : 0;
+      const int64_t id = dynamic ? changing(given, given.spec->inputs[i], tensor, axis) : 0;
       const int64_t size = tensor.dims[static_cast<size_t>(axis)];
       one.d[axis] = id != 0 ? builder->dynamic(id) : builder->fixed(size);
     }

@@ -1,9 +1,10 @@
 // Launchers that check and write which they are and what they write to, byte by byte, so that the
 // adapters run where there is no CUDA: for the harness's checks, for what an enqueue costs the
-// host, and for sanitizers. Mark 64 + variant is a scan's, 80 + index that of a gather's output.
+// host, and for sanitizers. Mark 64 + variant is a scan's, 80 + index another's.
 #include <cstring>
 
 #include "plugins/kernels/selective_scan.h"
+#include "plugins/kernels/token_conv.h"
 #include "plugins/kernels/token_gather.h"
 
 namespace vssm {
@@ -25,6 +26,21 @@ Status selective_scan_cuda(const SelectiveScanArgs& args, ScanVariant variant,
   const int64_t count = shape.batch * shape.seqlen * shape.d_inner;
   std::memset(args.y, 64 + static_cast<int>(variant),
               static_cast<size_t>(count * size_of(args.u.dtype)));
+  return {};
+}
+
+int64_t token_conv_cuda_workspace(const TokenConvShape& shape) { return 8 * shape.batch; }
+
+Status token_conv_cuda(const TokenConvArgs& args, const CudaLaunch& launch) {
+  TokenConvShape shape;
+  const Status status = check(args, &shape);
+  if (!status.ok()) return status;
+  if (launch.workspace_bytes != token_conv_cuda_workspace(shape)) {
+    return Status::error(args.name, ": workspace_bytes=", launch.workspace_bytes,
+                         " is not asked for");
+  }
+  const int64_t count = shape.batch * shape.directions * shape.seqlen * shape.d_inner;
+  std::memset(args.y, 80, static_cast<size_t>(count * size_of(args.x.dtype)));
   return {};
 }
 

@@ -248,6 +248,7 @@ void live(const Library& library, const Life& life, Case* given) {
   Case neighbour = *given;  // alive beside it: what is serialised is each plugin's own
   neighbour.attributes["scale"] = 1234;
   neighbour.attributes["protected_position"] = 1234;
+  neighbour.attributes["activation"] = 1;
   const PluginPointer other = create(library, neighbour, trt::TensorRTPhase::kBUILD);
   const std::string timings = faces.build.getTimingCacheID();
   expect(other != nullptr && timings != Faces(*other).build.getTimingCacheID(), "another node");

@@ -37,6 +37,9 @@ void refuse_values(const Library& library) {
       {"SelectiveScan", "delta_softplus", 2, "delta_softplus=2 is outside [0, 1]"},
       {"SelectiveScan", "delta_softplus", -1, "delta_softplus=-1 is outside [0, 1]"},
       {"GatedSelectiveScan", "params_by_step", 7, "params_by_step=7 is outside [0, 1]"},
+      {"TokenConv", "by_position", 2, "by_position=2 is outside [0, 1]"},
+      {"TokenConv", "activation", -1, "activation=-1 is outside [0, 1]"},
+      {"SelectiveScan", "direction_axis", 3, "direction_axis=3 is outside [1, 2]"},
       {"SelectiveScanConstantGap", "scale", NAN, "scale=nan is not finite"},
       {"SelectiveScan", "scale", INFINITY, "scale=inf is not finite"},
   };

@@ -30,7 +30,7 @@ from vssm.bench.measure import (
 from vssm.errors import UnsupportedError, check_choice
 from vssm.models.cost import Cost, count
 from vssm.onnx.export import export
-from vssm.ops.spec import DOMAIN, SCAN_OPERATORS
+from vssm.ops.spec import DOMAIN, SCAN_OPERATORS, TOKEN_CONV
 from vssm.runtimes.library import library_info
 from vssm.runtimes.ort import OrtCpuSession, cpu_name
 from vssm.runtimes.session import Session, plural
@@ -264,6 +264,9 @@ def count_graph(path: Path) -> tuple[int, int, int]:
             exps += steps * A[2]
             # Of a state and step: decay h, dt u B and C h.
             products += 3 * steps * B[3] if A[2] < B[3] else 0
+        elif node.domain == DOMAIN and node.op_type == TOKEN_CONV.name:
+            x, weight = shapes[node.input[0]], shapes[node.input[1]]
+            gemm += math.prod(x[:2]) * math.prod(weight)
         elif node.domain == "" and node.op_type in _PRODUCTS:
             gemm += _product(node, shapes)
     return exps, gemm, products

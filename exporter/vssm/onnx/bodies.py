@@ -1,8 +1,8 @@
-"""Fallback body of the three scan operators in standard ONNX operators.
+"""Fallback bodies of the operators in standard ONNX operators.
 
-The recurrence and its letters are those of `reference.selective_scan`. Every operand becomes rows
-(seqlen, batch, K, width) in the order of the steps by one Gather on its flattened form, which also
-spreads a shared direction axis; a Scan runs over the steps; a ScatterND brings the rows home.
+A scan's recurrence and its letters are those of `reference.selective_scan`. Every operand becomes
+rows (seqlen, batch, K, width) in the order of the steps by one Gather on its flattened form, which
+also spreads a shared direction axis; a Scan runs over the steps; a ScatterND brings the rows home.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from onnx import TensorProto, helper
 
 from vssm.onnx.body_builder import BodyBuilder, NodeList
 from vssm.onnx.options import SUPPORTED_OPSETS
-from vssm.ops.spec import OPERATORS, SCAN_OPERATORS, OperatorSpec
+from vssm.ops.spec import (
+    GATHER_OPERATORS,
+    OPERATORS,
+    SCAN_OPERATORS,
+    TOKEN_CONV,
+    OperatorSpec,
+)
 
 
 @dataclass(frozen=True)
@@ -27,9 +33,13 @@ class _Frame:
     seqlen: str
     directions: str
     direction: str  # (K,): 0 .. K - 1
+    axis: str  # direction_axis, one element
+    outside: str  # bool: direction_axis is 1
+    by_direction: str  # one element: rows of an operand from a direction to the next
+    image: str  # (b, 1): 0, seqlen, .. (b - 1) seqlen
     step: str  # (L, 1, 1): 0 .. L - 1
-    token_row: str  # (L, b, K): b * seqlen + the token of the step
-    param_row: str  # (L, b, 1 or K): the same for the token that delta, B and C belong to
+    token: str  # (L, 1 or b, K): the token of each step
+    owner: str  # (L, 1 or b, 1 or K): the token that delta, B and C belong to
 
 
 def scan_function(spec: OperatorSpec, opset: int) -> onnx.FunctionProto:
@@ -42,8 +52,8 @@ def scan_function(spec: OperatorSpec, opset: int) -> onnx.FunctionProto:
     body = BodyBuilder(spec)
     x = body.inputs
     frame = _frame(body, x["u"], x["order"])
-    u = _rows(body, frame, x["u"], frame.token_row)
-    raw = body.op("Add", _rows(body, frame, x["delta"], frame.param_row), x["delta_bias"])
+    u = _rows(body, frame, x["u"], frame.token)
+    raw = body.op("Add", _rows(body, frame, x["delta"], frame.owner), x["delta_bias"])
     dt = body.op(
         "Where",
         body.cast(body.attribute("delta_softplus"), "BOOL"),
@@ -55,8 +65,8 @@ def scan_function(spec: OperatorSpec, opset: int) -> onnx.FunctionProto:
         span=_span(body, frame, x, dt),
         inject=body.op("Mul", dt, u),
         A=x["A"],
-        B=_rows(body, frame, x["B"], frame.param_row),
-        C=_rows(body, frame, x["C"], frame.param_row),
+        B=_rows(body, frame, x["B"], frame.owner),
+        C=_rows(body, frame, x["C"], frame.owner),
     )
     # The skip joins before the sum over directions: each direction adds its own.
     y = _sum_directions(body, frame, body.op("Add", y, body.op("Mul", x["D"], u)), x["u"])
@@ -67,29 +77,36 @@ def scan_function(spec: OperatorSpec, opset: int) -> onnx.FunctionProto:
 
 
 def _frame(body: BodyBuilder, u: str, order: str) -> _Frame:
-    batch, seqlen, directions = body.size(u, 0), body.size(u, 1), body.size(order, 1)
-    image = body.op("Mul", body.count_to(batch), seqlen)
-    image = body.op("Unsqueeze", image, body.integers(1))  # (b, 1): first row of each image
+    batch, seqlen, directions = body.size(u, 0), body.size(order, 2), body.size(order, 1)
     step = body.op("Unsqueeze", body.count_to(seqlen), body.integers(1, 2))
     token = body.op("Transpose", body.cast(order, "INT64"), perm=[2, 0, 1])  # (L, 1 or b, K)
-    token_row = body.op("Add", token, image)
     by_step = body.cast(body.attribute("params_by_step"), "BOOL")
+    axis = body.op("Unsqueeze", body.attribute("direction_axis"), body.integers(0))
+    outside = body.op("Equal", axis, body.integers(1))
+    image = body.op("Mul", body.count_to(batch), seqlen)
     return _Frame(
         batch=batch,
         seqlen=seqlen,
         directions=directions,
         direction=body.count_to(directions),
+        axis=axis,
+        outside=outside,
+        by_direction=body.op("Where", outside, seqlen, body.integers(1)),
+        image=body.op("Unsqueeze", image, body.integers(1)),
         step=step,
-        token_row=token_row,
-        param_row=body.op("Where", by_step, body.op("Add", step, image), token_row),
+        token=token,
+        owner=body.op("Where", by_step, step, token),
     )
 
 
-def _rows(body: BodyBuilder, frame: _Frame, operand: str, row: str) -> str:
-    """(L, b, K, width) float32 of an operand (b, L, 1 or K, width): row `row`, direction k or 0."""
-    shared = body.size(operand, 2)
-    offset = body.op("Mod", frame.direction, shared)
-    index = body.op("Add", body.op("Mul", row, shared), offset)
+def _rows(body: BodyBuilder, frame: _Frame, operand: str, token: str) -> str:
+    """(L, b, K, width) float32 of an operand (b, L, 1 or K, width) or (b, 1 or K, L, width)."""
+    shared = body.op("Gather", body.op("Shape", operand), frame.axis, axis=0)
+    by_token = body.op("Where", frame.outside, body.integers(1), shared)
+    direction = body.op("Mod", frame.direction, shared)
+    image = body.op("Mul", frame.image, shared)
+    index = body.op("Add", body.op("Mul", token, by_token), image)
+    index = body.op("Add", index, body.op("Mul", direction, frame.by_direction))
     table = body.op("Flatten", body.cast(operand, "FLOAT"), axis=3)
     return body.op("Gather", table, index, axis=0)
 
@@ -163,7 +180,8 @@ def _step() -> onnx.GraphProto:
 def _sum_directions(body: BodyBuilder, frame: _Frame, y: str, u: str) -> str:
     """(b, L, d_inner) of y (L, b, K, d_inner): rows back in token order, summed over K."""
     d_inner = body.size(u, 3)
-    home = body.op("Mul", frame.token_row, frame.directions)
+    home = body.op("Add", frame.token, frame.image)
+    home = body.op("Mul", home, frame.directions)
     home = body.op("Add", home, frame.direction)
     shape = body.op("Concat", frame.batch, frame.seqlen, frame.directions, d_inner, axis=0)
     zero = helper.make_tensor("value", TensorProto.FLOAT, [1], [0.0])
@@ -250,6 +268,81 @@ def _ascending_slots(body: BodyBuilder, keep: str, seqlen: str, num_keep: str) -
     return body.ops("TopK", key, num_keep, outputs=2, axis=1, largest=1, sorted=1)[1]
 
 
+def conv_function(spec: OperatorSpec, opset: int) -> onnx.FunctionProto:
+    """Body of `TokenConv`: every tap's rows by one Gather, of zeros where there is no token.
+
+    Not the Conv operator: its number of groups is an attribute, and a body does not know d_inner.
+
+    Args:
+        spec: row of the operator table.
+        opset: version of the standard operators that the model imports, 18 to 20.
+    """
+    body = BodyBuilder(spec)
+    x, weight = body.inputs["x"], body.inputs["weight"]
+    batch, seqlen, width = body.size(x, 0), body.size(x, 1), body.size(weight, 2)
+    slot = _tap_slots(body, seqlen, width)  # (1 or b, K, L, width)
+    image = body.op("Mul", body.count_to(batch), seqlen)
+    row = body.op("Add", slot, body.op("Unsqueeze", image, body.integers(1, 2, 3)))
+    nothing = body.op("Mul", batch, seqlen)  # the row of zeros behind all tokens
+    row = body.op("Where", body.op("Less", slot, body.integer(0)), nothing, row)
+    zero = helper.make_tensor("value", TensorProto.FLOAT, [1], [0.0])
+    zeros = body.op("Concat", body.integers(1), body.size(x, 2), axis=0)
+    table = body.op(
+        "Concat",
+        body.op("Flatten", body.cast(x, "FLOAT"), axis=2),
+        body.op("ConstantOfShape", zeros, value=zero),
+        axis=0,
+    )
+    taps = body.op("Transpose", weight, perm=[0, 2, 1])
+    products = body.op(
+        "Mul",
+        body.op("Gather", table, row, axis=0),  # (b, K, L, width, d_inner)
+        body.op("Unsqueeze", taps, body.integers(1)),
+    )
+    y = body.op("ReduceSum", products, body.integers(3), keepdims=0)
+    y = body.op("Add", y, body.op("Unsqueeze", body.inputs["bias"], body.integers(1)))
+    active = body.cast(body.attribute("activation"), "BOOL")
+    return body.function(
+        [body.op("CastLike", body.op("Where", active, _silu(body, y), y), x)], opset
+    )
+
+
+def _tap_slots(body: BodyBuilder, seqlen: str, width: str) -> str:
+    """(1 or b, K, L, width) int64: the slot that each tap of each token reads; -1 for none."""
+    position = body.cast(body.inputs["position"], "INT64")
+    images = body.size(position, 0)
+    # Places along a line: the slots, or the positions with distances beyond the taps' reach cut.
+    front = body.op("Slice", position, body.integers(0), body.integers(-1), body.integers(1))
+    back = body.op("Slice", position, body.integers(1), seqlen, body.integers(1))
+    by_position = body.cast(body.attribute("by_position"), "BOOL")
+    apart = body.op("Min", body.op("Sub", back, front), width)
+    apart = body.op("Where", by_position, apart, body.integer(1))
+    # The first place is `width`, so that no tap leaves the line.
+    first = body.op("Expand", width, body.op("Concat", images, body.integers(1), axis=0))
+    place = body.op("CumSum", body.op("Concat", first, apart, axis=1), body.integer(1))
+    line = body.op("Mul", body.op("Add", seqlen, body.integers(2)), width)
+    image = body.op("Mul", body.count_to(images), line)
+    place = body.op("Add", place, body.op("Unsqueeze", image, body.integers(1)))
+    minus_one = helper.make_tensor("value", TensorProto.INT64, [1], [-1])
+    table = body.op("ConstantOfShape", body.op("Mul", images, line), value=minus_one)
+    slots = body.op("Expand", body.count_to(seqlen), body.op("Shape", place))
+    table = body.op("ScatterND", table, body.op("Unsqueeze", place, body.integers(2)), slots)
+    # Taps -(width - 1) .. 0 of the look back; the look ahead has them with the other sign.
+    offset = body.op("Sub", body.count_to(width), body.op("Sub", width, body.integers(1)))
+    sides = body.op("Unsqueeze", body.integers(1, -1), body.integers(1))
+    sides = body.op("Gather", sides, body.count_to(body.size(body.inputs["weight"], 0)), axis=0)
+    offset = body.op("Unsqueeze", body.op("Mul", sides, offset), body.integers(1))  # (K, 1, width)
+    tap = body.op("Add", body.op("Unsqueeze", place, body.integers(1, 3)), offset)
+    return body.op("Gather", table, tap, axis=0)
+
+
+_FUNCTIONS = {
+    **dict.fromkeys((spec.name for spec in SCAN_OPERATORS), scan_function),
+    **dict.fromkeys((spec.name for spec in GATHER_OPERATORS), gather_function),
+    TOKEN_CONV.name: conv_function,
+}
+
+
 def build_functions(names: Iterable[str], opset: int) -> list[onnx.FunctionProto]:
     """Bodies of the operators that a model uses.
 
@@ -277,8 +370,4 @@ def build_functions(names: Iterable[str], opset: int) -> list[onnx.FunctionProto
             f"opset={opset} has no fallback body; export with one of "
             f"{', '.join(map(str, SUPPORTED_OPSETS))}"
         )
-    return [
-        (scan_function if spec in SCAN_OPERATORS else gather_function)(spec, opset)
-        for name, spec in OPERATORS.items()
-        if name in wanted
-    ]
+    return [_FUNCTIONS[name](spec, opset) for name, spec in OPERATORS.items() if name in wanted]

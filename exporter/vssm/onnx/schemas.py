@@ -14,7 +14,7 @@ from onnx import TensorProto, TypeProto, helper
 
 from vssm.ops.spec import (
     DOMAIN,
-    MAX_D_STATE,
+    FLAGS,
     OPERATOR_VERSION,
     OPERATORS,
     PLUGIN_ATTRIBUTES,
@@ -22,6 +22,7 @@ from vssm.ops.spec import (
     AttributeSpec,
     OperandSpec,
     OperatorSpec,
+    axes_of,
 )
 
 _Size: TypeAlias = int | str | None  # known, symbolic, unknown
@@ -31,7 +32,6 @@ _ELEMENT_TYPES = {
     "bfloat16": (TensorProto.BFLOAT16, "tensor(bfloat16)"),
     "int32": (TensorProto.INT32, "tensor(int32)"),
 }
-_FLAGS = ("delta_softplus", "params_by_step")
 
 
 def register_schemas() -> None:
@@ -103,6 +103,7 @@ class _Node:
         self.context = context
         self.sizes: dict[str, _Size] = {}
         self.types: dict[str, str] = {}
+        self.direction_axis = 2
         self._named_by: dict[str, str] = {}  # symbol -> operand that gave its size
         self._shared: list[tuple[str, str, int]] = []  # operand, symbol and size of "1|symbol" axes
 
@@ -112,8 +113,12 @@ class _Node:
             value = self._attribute(attribute)
             if value is None:
                 continue
-            if attribute.name in _FLAGS and value not in {0, 1}:
+            if attribute.name in FLAGS and value not in {0, 1}:
                 raise ValueError(f"{attribute.name}={value} must be 0 or 1")
+            if attribute.name == "direction_axis":
+                if value not in {1, 2}:
+                    raise ValueError(f"direction_axis={value} must be 1 or 2")
+                self.direction_axis = int(value)
             if attribute.name == "scale" and not math.isfinite(value):
                 raise ValueError(f"scale={value} must be finite")
             if attribute.name == "protected_position" and value < -1:
@@ -148,12 +153,13 @@ class _Node:
                 raise ValueError(
                     f"{name} has {symbol} {size}, must be 1 (shared) or {symbol}={full}"
                 )
-        d_state = sizes.get("d_state")
-        if isinstance(d_state, int) and d_state > MAX_D_STATE:
-            raise ValueError(
-                f"d_state={d_state} is outside [1, {MAX_D_STATE}], what the kernels hold; "
-                "use a model with a smaller state"
-            )
+        for symbol, most in self.spec.limits:
+            size = sizes.get(symbol)
+            if isinstance(size, int) and size > most:
+                raise ValueError(
+                    f"{symbol}={size} is outside [1, {most}], what the kernels hold; "
+                    "use a model with a smaller one"
+                )
         num_keep, seqlen = sizes.get("num_keep"), sizes.get("seqlen")
         limit = seqlen if isinstance(seqlen, int) else None
         if isinstance(num_keep, int) and (num_keep < 1 or (limit and num_keep > limit)):
@@ -204,12 +210,13 @@ class _Node:
         self.types = bound
 
     def _bind_shape(self, operand: OperandSpec, shape: list[_Size]) -> None:
-        if len(shape) != len(operand.shape):
+        symbols = axes_of(operand, self.direction_axis)
+        if len(shape) != len(symbols):
             raise ValueError(
                 f"{operand.name} has shape {_text(shape)} of rank {len(shape)}, must be "
-                f"({', '.join(operand.shape)})"
+                f"({', '.join(symbols)})"
             )
-        for symbol, size in zip(operand.shape, shape, strict=True):
+        for symbol, size in zip(symbols, shape, strict=True):
             if symbol.startswith(SHARED):
                 whole = symbol.removeprefix(SHARED)
                 self._shared += [(operand.name, whole, size)] if isinstance(size, int) else []

@@ -2,8 +2,9 @@
 
 On CUDA tensors the kernels run on torch's current stream of their device, with a workspace from
 torch's own allocator: nothing waits and nothing else allocates, so a call may be captured in a CUDA
-graph. The values of `order` and `gap` are then not looked at. On CPU tensors the CPU kernels run,
-the scans on as many threads as torch uses, and refuse bad values. float64 has the oracle alone.
+graph. The values of `order`, `gap` and `position` are then not looked at. On CPU tensors the CPU
+kernels run, scans and convolutions on as many threads as torch uses, and refuse bad values. float64
+has the oracle alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,8 +23,8 @@ from torch import Tensor
 
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
 from vssm.native_library import find_library, load_library
-from vssm.ops.rules import check_operands
-from vssm.ops.spec import GATHER_OPERATORS, OperatorSpec
+from vssm.ops.rules import empty_outputs
+from vssm.ops.spec import GATHER_OPERATORS, SCAN_OPERATORS, TOKEN_CONV, OperatorSpec
 
 LIBRARY: Final = "vssm"
 _CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
@@ -58,12 +60,50 @@ class ScanAttributes(ctypes.Structure):
         ("delta_softplus", ctypes.c_int64),
         ("params_by_step", ctypes.c_int64),
         ("scale", ctypes.c_float),
-        ("variant", ctypes.c_int32),
+        ("variant", ctypes.c_int16),
+        ("direction_axis", ctypes.c_int16),
     )
 
 
 class _GatherAttributes(ctypes.Structure):
     _fields_ = (("num_keep", ctypes.c_int64), ("protected_position", ctypes.c_int64))
+
+
+class _ConvAttributes(ctypes.Structure):
+    _fields_ = (("by_position", ctypes.c_int64), ("activation", ctypes.c_int64))
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Operators that share a function of the library.
+
+    Attributes:
+        function: its name; with `_workspace`, and `_on_threads` where it is `threaded`, others'.
+        attributes: the struct that it takes.
+        counted: whether it takes an array of outputs and their number, instead of one output.
+        threaded: whether the CPU kernel runs on several threads.
+    """
+
+    function: str
+    attributes: type[ctypes.Structure]
+    counted: bool = False
+    threaded: bool = True
+
+    def attributes_of(self, named: Mapping[str, Any]) -> ctypes.Structure:
+        """The struct with the attributes of that name; what it has besides is 0."""
+        fields = (field[0] for field in self.attributes._fields_)
+        return self.attributes(**{name: named[name] for name in fields if name in named})
+
+
+_SCAN_FAMILY = _Family("vssm_selective_scan", ScanAttributes)
+_FAMILIES = {
+    **dict.fromkeys((op.name for op in SCAN_OPERATORS), _SCAN_FAMILY),
+    **dict.fromkeys(
+        (op.name for op in GATHER_OPERATORS),
+        _Family("vssm_token_gather", _GatherAttributes, counted=True, threaded=False),
+    ),
+    TOKEN_CONV.name: _Family("vssm_token_conv", _ConvAttributes),
+}
 
 
 class Kernels:
@@ -85,68 +125,50 @@ class Kernels:
         """Whether the CUDA kernels take tensors of this device, with a stream and a workspace."""
         return device.type == "cuda"
 
-    def scan(self, op: OperatorSpec, named: Mapping[str, Any]) -> Tensor:
-        """Run a scan operator on tensors and attributes by name; y (batch, seqlen, d_inner).
+    def run(self, op: OperatorSpec, named: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """Run an operator on tensors and attributes by name; its outputs.
 
         Raises:
             ValueError: an operand breaks the contract, or is on another device than the first.
             RuntimeUnavailableError: the tensors are on a device that this build has no kernels for.
             UnsupportedError: the CUDA kernels refuse the sizes, or CUDA the launch.
         """
-        check_operands(op, named)
-        operands = [named[o.name] for o in op.inputs]
-        u: Tensor = named["u"]
-        y = u.new_empty(u.shape[0], u.shape[1], u.shape[3])
-        attributes = ScanAttributes(
-            named["delta_softplus"], named["params_by_step"], named["scale"], 0
-        )
-        self._run("vssm_selective_scan", op, operands, [y], attributes)
-        return y
+        outputs = empty_outputs(op, named)
+        self.run_into(op, [named[o.name] for o in op.inputs], outputs, named)
+        return outputs
 
-    def gather(self, op: OperatorSpec, named: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """Run a gather operator likewise; kept_position (batch, num_keep) and the kept rows."""
-        check_operands(op, named)
-        operands = [named[o.name] for o in op.inputs]
-        batch, keep = operands[0].shape[0], named["num_keep"]
-        outputs = [operands[1].new_empty(batch, keep)]
-        outputs += [x.new_empty(batch, keep, x.shape[2]) for x in operands[2:]]
-        attributes = _GatherAttributes(named["num_keep"], named["protected_position"])
-        self._run("vssm_token_gather", op, operands, outputs, attributes)
-        return tuple(outputs)
-
-    def _run(
+    def run_into(
         self,
-        function: str,
         op: OperatorSpec,
         operands: Sequence[Tensor],
         outputs: Sequence[Tensor],
-        attributes: ctypes.Structure,
+        attributes: Mapping[str, Any],
     ) -> None:
+        """The same on operands in the table's order, which have been checked, into `outputs`."""
         device = _one_device(op, operands)
         self.require(device)
+        family = _FAMILIES[op.name]
         kept = [t.contiguous() for t in operands]  # alive until the call returns
-        inputs, results = describe(kept), describe(outputs)
-        counted = [results]
-        if op in GATHER_OPERATORS:
-            counted.append(ctypes.c_int32(len(results)))
+        inputs = describe(kept)
         given = (op.name.encode(), inputs, ctypes.c_int32(len(inputs)))
+        results = (describe(outputs), *([ctypes.c_int32(len(outputs))] if family.counted else []))
+        struct = ctypes.byref(family.attributes_of(attributes))
         with _on(device):
             if not self.launches_on(device):
-                on_threads, last = function, None
-                if op not in GATHER_OPERATORS:
-                    on_threads += "_on_threads"
+                function, last = family.function, None
+                if family.threaded:
+                    function += "_on_threads"
                     last = ctypes.c_int32(torch.get_num_threads())
-                arguments = (*given, *counted, ctypes.byref(attributes), last)
-                failure = self.call(on_threads, *arguments)
+                failure = self.call(function, *given, *results, struct, last)
                 if failure is not None:
                     raise ValueError(failure)
                 return
             size = ctypes.c_int64(0)
-            query = f"{function}_workspace"
-            failure = self.call(query, *given, ctypes.byref(attributes), ctypes.byref(size))
+            query = f"{family.function}_workspace"
+            failure = self.call(query, *given, struct, ctypes.byref(size))
             if failure is None:
                 launch, _workspace = _launch(device, size.value)
-                failure = self.call(function, *given, *counted, ctypes.byref(attributes), launch)
+                failure = self.call(family.function, *given, *results, struct, launch)
             if failure is not None:
                 raise UnsupportedError(failure)
 
@@ -321,7 +343,7 @@ def _call(
 ) -> None:
     """`given`: the inputs, then what the function takes before the attributes; `last`: after."""
     inputs, *results = given
-    attributes = ScanAttributes(named["delta_softplus"], named["params_by_step"], named["scale"], 0)
+    attributes = _SCAN_FAMILY.attributes_of(named)
     failure = kernels().call(
         function,
         op.name.encode(),

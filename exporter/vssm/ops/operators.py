@@ -1,7 +1,7 @@
 """torch.library operators `vssm::*`: what models call and what the exporter turns into ONNX nodes.
 
 Schemas come from the operator table in `spec`. Every operator has a fake kernel, autograd (the
-gathers through the oracle, the scans as `ops_gradients` says), and three overloads:
+scans as `ops_gradients` says, the others through the oracle), and three overloads:
 
 - `default` ("auto"): the native kernels wherever they run, see `kernels.runs_on_kernels`; the
   oracle for float64 and on devices without kernels.
@@ -14,7 +14,7 @@ What ran is counted, see `record`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,14 +23,16 @@ from vssm.ops import gradients as ops_gradients
 from vssm.ops import reference
 from vssm.ops.kernels import kernels, runs_on_kernels
 from vssm.ops.record import note_run
-from vssm.ops.rules import check_operands, check_scan_values
+from vssm.ops.rules import check_operands, check_values, empty_outputs
 from vssm.ops.spec import (
+    FLAGS,
     GATED_SELECTIVE_SCAN,
     GATHER_OPERATORS,
     OPERATORS,
     SCAN_OPERATORS,
     SELECTIVE_SCAN,
     SELECTIVE_SCAN_CONSTANT_GAP,
+    TOKEN_CONV,
     OperatorSpec,
 )
 
@@ -41,6 +43,7 @@ _TORCH_NAMES = {
     "SelectiveScanConstantGap": "selective_scan_constant_gap",
     "TokenGather": "token_gather",
     "TokenGather1": "token_gather1",
+    "TokenConv": "token_conv",
 }
 
 
@@ -81,6 +84,7 @@ def selective_scan(
     delta_softplus: bool = True,
     params_by_step: bool = False,
     scale: float = 1.0,
+    direction_axis: int = 2,
     backend: str = "auto",
 ) -> Tensor:
     """One `vssm` scan node: the arguments and result of `reference.selective_scan`.
@@ -102,7 +106,8 @@ def selective_scan(
     elif delta0 is not None:
         op, operands = SELECTIVE_SCAN_CONSTANT_GAP, [*operands, delta0]
     run = torch_op(op, backend)
-    result: Tensor = run(*operands, int(delta_softplus), int(params_by_step), scale)
+    attributes = (int(delta_softplus), int(params_by_step), scale, direction_axis)
+    result: Tensor = run(*operands, *attributes)
     return result
 
 
@@ -130,6 +135,28 @@ def token_gather(
     return kept, rows
 
 
+def token_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    *,
+    by_position: bool = False,
+    activation: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """One `vssm` convolution node: the arguments and result of `reference.token_conv`.
+
+    What computes it is `backend`: "auto", "reference" or "kernel".
+
+    Raises:
+        ValueError: a shape or value breaks the contract.
+    """
+    run = torch_op(TOKEN_CONV, backend)
+    result: Tensor = run(x, weight, bias, position, int(by_position), int(activation))
+    return result
+
+
 def _schema(op: OperatorSpec, overload: str) -> str:
     arguments = [f"Tensor {o.name}" for o in op.inputs]
     for a in op.attributes:
@@ -152,60 +179,41 @@ def _named(op: OperatorSpec, args: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(names, given, strict=True))
 
 
-def _scan_reference(op: OperatorSpec, args: Sequence[Any]) -> Tensor:
-    named = _named(op, args)
-    named["delta_softplus"] = bool(named["delta_softplus"])
-    named["params_by_step"] = bool(named["params_by_step"])
-    return reference.selective_scan(**named)
+_Outputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
-def _gather_reference(op: OperatorSpec, args: Sequence[Any]) -> tuple[Tensor, ...]:
+def _reference(op: OperatorSpec, args: Sequence[Any]) -> _Outputs:
+    """The oracle's outputs: a tensor, or a tuple where the operator has several."""
     named = _named(op, args)
+    for flag in FLAGS & named.keys():
+        named[flag] = bool(named[flag])
+    if op in SCAN_OPERATORS:
+        return reference.selective_scan(**named)
+    if op is TOKEN_CONV:
+        return reference.token_conv(**named)
     xs = [named.pop(o.name) for o in op.inputs if o.name.startswith("x")]
     kept, rows = reference.token_gather(**named, xs=xs)
     return (kept, *rows)
 
 
-def _scan_oracle(op: OperatorSpec) -> Callable[..., Tensor]:
-    def run(*args: Any) -> Tensor:
+def _oracle(op: OperatorSpec) -> Callable[..., _Outputs]:
+    def run(*args: Any) -> _Outputs:
         named = _named(op, args)
         check_operands(op, named)
-        check_scan_values(op, named)
-        y = _scan_reference(op, args).contiguous()
+        check_values(op, named)
+        found = _reference(op, args)
         note_run(op.name, "reference")
-        return y
+        if isinstance(found, Tensor):
+            return found.contiguous()
+        return tuple(t.contiguous() for t in found)
 
     return run
 
 
-def _scan_fake(op: OperatorSpec) -> Callable[..., Tensor]:
-    def fake(*args: Any) -> Tensor:
-        named = _named(op, args)
-        check_operands(op, named)
-        u: Tensor = named["u"]
-        return u.new_empty(u.shape[0], u.shape[1], u.shape[3])
-
-    return fake
-
-
-def _gather_oracle(op: OperatorSpec) -> Callable[..., tuple[Tensor, ...]]:
-    def run(*args: Any) -> tuple[Tensor, ...]:
-        check_operands(op, _named(op, args))
-        found = tuple(t.contiguous() for t in _gather_reference(op, args))
-        note_run(op.name, "reference")
-        return found
-
-    return run
-
-
-def _gather_fake(op: OperatorSpec) -> Callable[..., tuple[Tensor, ...]]:
-    def fake(*args: Any) -> tuple[Tensor, ...]:
-        named = _named(op, args)
-        check_operands(op, named)
-        batch, keep = named["score"].shape[0], named["num_keep"]
-        rows = [named[o.name] for o in op.inputs if o.name.startswith("x")]
-        kept = named["position"].new_empty(batch, keep)
-        return (kept, *(x.new_empty(batch, keep, x.shape[2]) for x in rows))
+def _fake(op: OperatorSpec) -> Callable[..., _Outputs]:
+    def fake(*args: Any) -> _Outputs:
+        found = empty_outputs(op, _named(op, args))
+        return found if len(found) > 1 else found[0]
 
     return fake
 
@@ -213,10 +221,9 @@ def _gather_fake(op: OperatorSpec) -> Callable[..., tuple[Tensor, ...]]:
 def _native(op: OperatorSpec) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         named = _named(op, args)
-        run_kernel = kernels().scan if op in SCAN_OPERATORS else kernels().gather
-        found = run_kernel(op, named)
+        found = kernels().run(op, named)
         note_run(op.name, "kernel")
-        return found
+        return found if len(found) > 1 else found[0]
 
     return run
 
@@ -230,7 +237,7 @@ def _auto(op: OperatorSpec, oracle: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _register_autograd(op: OperatorSpec, overload: str, forward: Callable[..., Any]) -> None:
+def _register_autograd(op: OperatorSpec, overload: str) -> None:
     """Backward by running the oracle again under autograd: exact, and slow."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -244,7 +251,7 @@ def _register_autograd(op: OperatorSpec, overload: str, forward: Callable[..., A
                 t.detach().requires_grad_(needed)
                 for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
             ]
-            outputs = forward(op, [*leaves, *ctx.attributes])
+            outputs = _reference(op, [*leaves, *ctx.attributes])
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             pairs = [
                 (o, g)
@@ -266,12 +273,8 @@ def _register_autograd(op: OperatorSpec, overload: str, forward: Callable[..., A
     )
 
 
-def _register(
-    op: OperatorSpec,
-    oracle: Callable[..., Any],
-    fake: Callable[..., Any],
-    forward: Callable[..., Any],
-) -> None:
+def _register(op: OperatorSpec) -> None:
+    oracle, fake = _oracle(op), _fake(op)
     functions = {"default": _auto(op, oracle), "reference": oracle, "kernel": _native(op)}
     for overload, function in functions.items():
         _LIBRARY.define(_schema(op, overload), tags=(torch.Tag.pt2_compliant_tag,))
@@ -279,14 +282,13 @@ def _register(
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vssm::{name}", fake, lib=_LIBRARY)
         if op not in SCAN_OPERATORS or overload == "reference":
-            _register_autograd(op, overload, forward)
+            _register_autograd(op, overload)
         else:
             ops_gradients.register_autograd(_LIBRARY, op, name)
 
 
 for _op in SCAN_OPERATORS:
     ops_gradients.define(_LIBRARY, _op, _TORCH_NAMES[_op.name])
-    _register(_op, _scan_oracle(_op), _scan_fake(_op), _scan_reference)
-for _op in GATHER_OPERATORS:
-    _register(_op, _gather_oracle(_op), _gather_fake(_op), _gather_reference)
+for _op in OPERATORS.values():
+    _register(_op)
 assert set(_TORCH_NAMES) == set(OPERATORS)

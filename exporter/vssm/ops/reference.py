@@ -33,6 +33,7 @@ def selective_scan(
     delta_softplus: bool = True,
     params_by_step: bool = False,
     scale: float = 1.0,
+    direction_axis: int = 2,
 ) -> Tensor:
     """All directions of a layer, summed in token order.
 
@@ -59,10 +60,13 @@ def selective_scan(
         delta_softplus: whether dt is softplus(delta + bias) or the sum itself.
         params_by_step: whether delta, B, C of step t are those of token t instead of token q.
         scale: factor of the sum over directions.
+        direction_axis: 1 where u, delta, B and C are (batch, 1 or K, seqlen, ...).
 
     Returns:
         y (batch, seqlen, d_inner), dtype of `u`.
     """
+    if direction_axis == 1:
+        u, delta, B, C = (x.transpose(1, 2) for x in (u, delta, B, C))
     compute = torch.promote_types(u.dtype, torch.float32)
     directions = order.shape[1]
     token = order.long().expand(u.shape[0], -1, -1)
@@ -161,6 +165,53 @@ def token_gather(
     return positions.gather(1, kept), rows
 
 
+def token_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    *,
+    by_position: bool = False,
+    activation: bool = True,
+) -> Tensor:
+    """Each direction's depthwise convolution over a list of tokens.
+
+    The first direction looks back: tap `o` behind the last one (`weight[0, :, width - 1 - o]`)
+    reads the token `o` before. The second looks ahead: its tap reads the token `o` after.
+
+    Args:
+        x: (batch, seqlen, d_inner).
+        weight: (1 or 2, d_inner, width), the taps as `torch.nn.Conv1d` has them.
+        bias: (1 or 2, d_inner).
+        position: (1 or batch, seqlen) integers, ascending: original positions.
+        by_position: whether `o` counts original positions, of which the pruned ones are zeros, or
+            the tokens of the list.
+        activation: whether y goes through silu.
+
+    Returns:
+        y (batch, 1 or 2, seqlen, d_inner), dtype of `x`.
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    width = weight.shape[2]
+    rows = x.to(compute).transpose(1, 2)
+    index = None
+    if by_position:
+        # Further apart than the taps reach is as good as any distance: it bounds the memory.
+        apart = position.long().diff(dim=1).clamp(max=width)
+        index = functional.pad(apart.cumsum(1), (1, 0))[:, None].expand_as(rows)
+        full = width * x.shape[1]
+        rows = rows.new_zeros(*rows.shape[:2], full).scatter(2, index, rows)
+    outputs = []
+    for k, (row, shift) in enumerate(zip(weight.to(compute), bias.to(compute), strict=True)):
+        pad, taps = ((width - 1, 0), row) if k == 0 else ((0, width - 1), row.flip(-1))
+        padded = functional.pad(rows, pad)
+        outputs.append(functional.conv1d(padded, taps[:, None], shift, groups=x.shape[2]))
+    y = torch.stack(outputs, 1)
+    if index is not None:
+        y = y.gather(3, index[:, None].expand(-1, len(outputs), -1, -1))
+    return (functional.silu(y) if activation else y).transpose(2, 3).to(x.dtype)
+
+
 def selective_scan_backward(
     dy: Tensor,
     u: Tensor,
@@ -178,6 +229,7 @@ def selective_scan_backward(
     delta_softplus: bool = True,
     params_by_step: bool = False,
     scale: float = 1.0,
+    direction_axis: int = 2,
 ) -> dict[str, Tensor]:
     """The gradients of a loss by every floating-point input of `reference.selective_scan`.
 
@@ -197,10 +249,14 @@ def selective_scan_backward(
         delta_softplus: likewise.
         params_by_step: likewise.
         scale: likewise.
+        direction_axis: likewise.
 
     Returns:
         By the name of the input its gradient, of its shape, in float32 or wider.
     """
+    outside = direction_axis == 1
+    if outside:
+        u, delta, B, C = (x.transpose(1, 2) for x in (u, delta, B, C))
     compute = torch.promote_types(u.dtype, torch.float32)
     dy, u, delta, A, B, C, D = (x.to(compute) for x in (dy, u, delta, A, B, C, D))
     token = order.long().expand(u.shape[0], -1, -1).transpose(1, 2)[..., None]
@@ -232,6 +288,8 @@ def selective_scan_backward(
     gradients["delta_bias"] = _total(v, delta_bias)
     if delta0 is not None:
         gradients["delta0"] = _total(f * more, delta0)
+    for name in ("u", "delta", "B", "C") if outside else ():
+        gradients[name] = gradients[name].transpose(1, 2)
     return gradients
 
 

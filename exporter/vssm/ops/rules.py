@@ -8,17 +8,24 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from vssm.ops.spec import MAX_D_STATE, SHARED, OperatorSpec
+from vssm.ops.spec import FLAGS, SHARED, OperatorSpec, axes_of
 
-_FLAGS: Final = ("delta_softplus", "params_by_step")
+_REMEDIES: Final = {
+    "d_state": "split the state over several scans",
+    "width": "use a narrower convolution",
+    "K": "give a row to the look back, and one to the look ahead where there is one",
+}
 
 
-def check_operands(op: OperatorSpec, named: Mapping[str, Any]) -> None:
+def check_operands(op: OperatorSpec, named: Mapping[str, Any]) -> dict[str, int]:
     """Every rule that shapes, dtypes and attributes can show, on fake tensors too.
 
     Args:
         op: the operator.
         named: its tensors and attributes by name.
+
+    Returns:
+        The size of each symbol of the operator table.
 
     Raises:
         ValueError: one breaks the operator's contract.
@@ -26,6 +33,37 @@ def check_operands(op: OperatorSpec, named: Mapping[str, Any]) -> None:
     _check_types(op, named)
     sizes = _check_sizes(op, named)
     _check_attributes(op, named, sizes)
+    return sizes
+
+
+def empty_outputs(op: OperatorSpec, named: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The outputs, of the shapes, types and device that the operands give them; uninitialised.
+
+    Raises:
+        ValueError: an operand breaks the operator's contract.
+    """
+    sizes = check_operands(op, named)
+    of_type = {o.dtype: named[o.name] for o in op.inputs}
+    sizes["num_keep"] = named.get("num_keep", 0)
+    return tuple(of_type[o.dtype].new_empty([sizes[s] for s in o.shape]) for o in op.outputs)
+
+
+def check_values(op: OperatorSpec, named: Mapping[str, Any]) -> None:
+    """The rules that only a run can see: of a scan's `order` and `gap`, of a convolution's places.
+
+    Raises:
+        ValueError: one is broken.
+    """
+    if "order" in named:
+        check_scan_values(op, named)
+    if named.get("by_position"):
+        position = named["position"]
+        _require(
+            bool((position.long().diff(dim=1) >= 1).all()),
+            f"{op.name} position with values {_span(position)}",
+            "must ascend from token to token of every image",
+            "sort the tokens by position, or use by_position=0",
+        )
 
 
 def check_scan_values(op: OperatorSpec, named: Mapping[str, Any]) -> None:
@@ -81,10 +119,11 @@ def _check_sizes(op: OperatorSpec, named: Mapping[str, Any]) -> dict[str, int]:
     shared: list[tuple[str, int, str, str]] = []  # looked at when every symbol has its size
     for operand in op.inputs:
         shape = named[operand.name].shape
+        symbols = axes_of(operand, named.get("direction_axis", 2))
         value = f"{op.name} {operand.name}.shape={tuple(shape)}"
-        axes = f"its axes are ({', '.join(operand.shape)})"
-        _require(len(shape) == len(operand.shape), value, "has another rank than the table", axes)
-        for symbol, size in zip(operand.shape, shape, strict=True):
+        axes = f"its axes are ({', '.join(symbols)})"
+        _require(len(shape) == len(symbols), value, "has another rank than the table", axes)
+        for symbol, size in zip(symbols, shape, strict=True):
             if symbol.startswith(SHARED):
                 shared.append((symbol.removeprefix(SHARED), size, value, axes))
                 continue
@@ -104,20 +143,23 @@ def _check_sizes(op: OperatorSpec, named: Mapping[str, Any]) -> dict[str, int]:
                 f"is neither 1 nor K={sizes['K']}, the directions of order",
                 "give one row for all directions or one each",
             )
-    _require(
-        sizes.get("d_state", 1) <= MAX_D_STATE,
-        f"{op.name} d_state={sizes.get('d_state')}",
-        f"is outside [1, {MAX_D_STATE}]",
-        "split the state over several scans",
-    )
+    for symbol, limit in op.limits:
+        value, rule = f"{op.name} {symbol}={sizes[symbol]}", f"is outside [1, {limit}]"
+        _require(sizes[symbol] <= limit, value, rule, _REMEDIES[symbol])
     return sizes
 
 
 def _check_attributes(op: OperatorSpec, named: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-    for flag in _FLAGS:
+    for flag in sorted(FLAGS):
         _require(
             named.get(flag, 0) in {0, 1}, f"{flag}={named.get(flag)}", "must be 0 or 1", "0 is no"
         )
+    _require(
+        named.get("direction_axis", 2) in {1, 2},
+        f"direction_axis={named.get('direction_axis')}",
+        "must be 1 or 2",
+        "it is an axis of u, delta, B and C",
+    )
     scale = named.get("scale", 1.0)
     _require(math.isfinite(scale), f"scale={scale}", "must be finite", "1.0 is the default")
     if "num_keep" not in named:

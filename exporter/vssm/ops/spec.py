@@ -13,7 +13,10 @@ from typing import Final
 DOMAIN: Final = "vssm"
 OPERATOR_VERSION: Final = 1
 MAX_D_STATE: Final = 256
+MAX_CONV_WIDTH: Final = 32
 FLOAT_TYPES: Final = ("float32", "float16", "bfloat16")
+# Attributes that are switches: 0 or 1.
+FLAGS: Final = frozenset({"delta_softplus", "params_by_step", "by_position", "activation"})
 # Begins an axis that is either 1, for all, or as large as the symbol behind it.
 SHARED: Final = "1|"
 # What every node carries: TensorRT's parser finds the plugin by the node, not by the schema.
@@ -51,13 +54,18 @@ class AttributeSpec:
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """One operator. `types` lists the allowed bindings of the type variables, sorted by name."""
+    """One operator.
+
+    `types` lists the allowed bindings of the type variables, sorted by name; `limits` the largest
+    size of a symbol, where what the kernels hold sets one.
+    """
 
     name: str
     inputs: tuple[OperandSpec, ...]
     outputs: tuple[OperandSpec, ...]
     attributes: tuple[AttributeSpec, ...]
     types: tuple[tuple[str, ...], ...]
+    limits: tuple[tuple[str, int], ...] = ()
 
     @property
     def type_variables(self) -> tuple[str, ...]:
@@ -90,8 +98,11 @@ _SCAN_ATTRIBUTES = (
     AttributeSpec("delta_softplus", int, 1),
     AttributeSpec("params_by_step", int, 0),
     AttributeSpec("scale", float, 1.0),
+    # 1 puts the directions of u, delta, B and C outside of the tokens, see `axes_of`.
+    AttributeSpec("direction_axis", int, 2),
 )
-_SCAN_TYPES = tuple((t,) for t in FLOAT_TYPES)
+_ONE_TYPE = tuple((t,) for t in FLOAT_TYPES)
+_SCAN_LIMITS = (("d_state", MAX_D_STATE),)
 _GATHER_ATTRIBUTES = (
     AttributeSpec("num_keep", int, None),
     AttributeSpec("protected_position", int, -1),
@@ -110,21 +121,23 @@ def _y(i: int) -> OperandSpec:
 
 
 SELECTIVE_SCAN: Final = OperatorSpec(
-    "SelectiveScan", _SCAN_INPUTS, _SCAN_OUTPUTS, _SCAN_ATTRIBUTES, _SCAN_TYPES
+    "SelectiveScan", _SCAN_INPUTS, _SCAN_OUTPUTS, _SCAN_ATTRIBUTES, _ONE_TYPE, _SCAN_LIMITS
 )
 GATED_SELECTIVE_SCAN: Final = OperatorSpec(
     "GatedSelectiveScan",
     (*_SCAN_INPUTS, OperandSpec("z", "T", ("batch", "seqlen", "d_inner"))),
     _SCAN_OUTPUTS,
     _SCAN_ATTRIBUTES,
-    _SCAN_TYPES,
+    _ONE_TYPE,
+    _SCAN_LIMITS,
 )
 SELECTIVE_SCAN_CONSTANT_GAP: Final = OperatorSpec(
     "SelectiveScanConstantGap",
     (*_SCAN_INPUTS, OperandSpec("delta0", "float32", ("Kd", "d_inner"))),
     _SCAN_OUTPUTS,
     _SCAN_ATTRIBUTES,
-    _SCAN_TYPES,
+    _ONE_TYPE,
+    _SCAN_LIMITS,
 )
 TOKEN_GATHER: Final = OperatorSpec(
     "TokenGather",
@@ -144,12 +157,39 @@ TOKEN_GATHER1: Final = OperatorSpec(
     (_SCORE, _POSITION, _x(0)),
     (_KEPT, _y(0)),
     _GATHER_ATTRIBUTES,
-    tuple((t,) for t in FLOAT_TYPES),
+    _ONE_TYPE,
+)
+TOKEN_CONV: Final = OperatorSpec(
+    "TokenConv",
+    (
+        OperandSpec("x", "T", ("batch", "seqlen", "d_inner")),
+        OperandSpec("weight", "float32", ("K", "d_inner", "width")),
+        OperandSpec("bias", "float32", ("K", "d_inner")),
+        _POSITION,
+    ),
+    # Directions outside of the tokens: a matrix product with a weight for each takes it as it is.
+    (OperandSpec("y", "T", ("batch", "K", "seqlen", "d_inner")),),
+    (AttributeSpec("by_position", int, 0), AttributeSpec("activation", int, 1)),
+    _ONE_TYPE,
+    # The first direction looks back, the second ahead.
+    (("K", 2), ("width", MAX_CONV_WIDTH)),
 )
 
 SCAN_OPERATORS: Final = (SELECTIVE_SCAN, GATED_SELECTIVE_SCAN, SELECTIVE_SCAN_CONSTANT_GAP)
 GATHER_OPERATORS: Final = (TOKEN_GATHER, TOKEN_GATHER1)
-OPERATORS: Final = {op.name: op for op in (*SCAN_OPERATORS, *GATHER_OPERATORS)}
+OPERATORS: Final = {op.name: op for op in (*SCAN_OPERATORS, *GATHER_OPERATORS, TOKEN_CONV)}
+
+
+def axes_of(operand: OperandSpec, direction_axis: int) -> tuple[str, ...]:
+    """The symbols of an operand's axes in a node whose `direction_axis` is this; 2 as in the table.
+
+    With 1, what has directions and tokens, (batch, seqlen, K, width), is (batch, K, seqlen, width):
+    so it comes out of a matrix product with a weight for each direction, which then is not copied.
+    """
+    axes = operand.shape
+    if direction_axis != 1 or len(axes) != 4 or not axes[2].startswith("K"):
+        return axes
+    return axes[0], axes[2], axes[1], axes[3]
 
 
 def describe_table() -> str:

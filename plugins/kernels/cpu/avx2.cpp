@@ -1,6 +1,7 @@
 // AVX2, FMA and F16C: 8 channels in a vector; the states stay in the first-level cache.
 #include <immintrin.h>
 
+#include "plugins/kernels/cpu/conv_impl.h"
 #include "plugins/kernels/cpu/pieces.h"
 #include "plugins/kernels/cpu/scan_backward_impl.h"
 #include "plugins/kernels/cpu/scan_impl.h"
@@ -170,6 +171,7 @@ const CpuKernels kAvx2Kernels = {
     "avx2",
     scan_unit<Avx2>,
     backward_unit<Avx2>,
+    conv_token<Avx2>,
     widen<Avx2>,
     decay_values<Avx2>,
     softplus_values<Avx2>,

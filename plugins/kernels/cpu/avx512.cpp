@@ -1,6 +1,7 @@
 // AVX-512 (F, BW, DQ, VL): 16 channels in a vector, up to 16 states in registers.
 #include <immintrin.h>
 
+#include "plugins/kernels/cpu/conv_impl.h"
 #include "plugins/kernels/cpu/pieces.h"
 #include "plugins/kernels/cpu/scan_backward_impl.h"
 #include "plugins/kernels/cpu/scan_impl.h"
@@ -282,6 +283,7 @@ const CpuKernels kAvx512Kernels = {
     "avx512",
     scan_unit<Avx512>,
     backward_unit<Avx512>,
+    conv_token<Avx512>,
     widen<Avx512>,
     decay_values<Avx512>,
     softplus_values<Avx512>,

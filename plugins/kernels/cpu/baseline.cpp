@@ -1,5 +1,6 @@
 // Portable vectors of four floats (GCC and Clang vector extensions): SSE2 on any x86-64, NEON on
 // aarch64, plain code elsewhere.
+#include "plugins/kernels/cpu/conv_impl.h"
 #include "plugins/kernels/cpu/pieces.h"
 #include "plugins/kernels/cpu/scan_backward_impl.h"
 #include "plugins/kernels/cpu/scan_impl.h"
@@ -202,6 +203,7 @@ const CpuKernels kBaselineKernels = {
     "baseline",
     scan_unit<Baseline>,
     backward_unit<Baseline>,
+    conv_token<Baseline>,
     widen<Baseline>,
     decay_values<Baseline>,
     softplus_values<Baseline>,

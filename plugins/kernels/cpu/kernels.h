@@ -24,6 +24,11 @@ constexpr int64_t kMaxStates = 256;
 struct ScanPlan {
   int64_t batch, seqlen, directions, d_inner, d_state;
   int64_t Ku, Kd, Ka, Kb, Kc, Ks;
+  // Elements from one image, one direction and one token to the next; 0 where they share it.
+  struct Steps {
+    int64_t image, direction, token;
+  };
+  Steps u_steps, delta_steps, B_steps, C_steps;
   int64_t decays;           // of a channel at a step: d_state, or 1
   int64_t blocks_per_unit;  // of kChannels channels; 1 to kWidest
   DType dtype;              // of u, delta, z and y
@@ -67,6 +72,20 @@ struct BackwardPlan {
   int64_t starts, carry, sums_of_A, sums, decays, states, lanes_of_B, lanes_of_C, scratch;
 };
 
+/// A checked convolution, as its kernel sees it. Shapes as in token_conv.h.
+struct ConvPlan {
+  int64_t d_inner;
+  DType dtype;  // of x and y
+  bool activation;
+};
+
+/// A tap that reads a token: the token's row of x, and the tap of every channel, padded to whole
+/// blocks of kChannels.
+struct ConvTap {
+  const void* x;
+  const float* weight;
+};
+
 /// One instruction set's kernels.
 struct CpuKernels {
   const char* name;
@@ -74,6 +93,9 @@ struct CpuKernels {
   void (*scan_unit)(const ScanPlan& plan, int64_t image, int64_t unit);
   /// The gradients of one image and one group of blocks.
   void (*backward_unit)(const BackwardPlan& plan, int64_t image, int64_t group, float* scratch);
+  /// The row y of one token in one direction, from `count` taps. `bias` is padded as the taps are.
+  void (*conv_token)(const ConvPlan& plan, const ConvTap* taps, int64_t count, const float* bias,
+                     void* y);
   /// float16 or bfloat16 to float32, exact.
   void (*widen)(const void* source, DType dtype, float* target, int64_t count);
   /// Pieces for tests and for the floor of a benchmark; `count` is a multiple of kChannels.

@@ -61,6 +61,14 @@ ScanPlan plan_from(const SelectiveScanArgs& args, const SelectiveScanShape& shap
   plan.Kb = shape.Kb;
   plan.Kc = shape.Kc;
   plan.Ks = shape.Ks;
+  const auto steps = [&shape](int64_t K, int64_t width) {
+    const Strides strides = strides_of(shape, K, width);
+    return ScanPlan::Steps{strides.image, strides.direction, strides.token};
+  };
+  plan.u_steps = steps(shape.Ku, shape.d_inner);
+  plan.delta_steps = steps(shape.Kd, shape.d_inner);
+  plan.B_steps = steps(shape.Kb, shape.d_state);
+  plan.C_steps = steps(shape.Kc, shape.d_state);
   plan.decays = shape.decays;
   plan.dtype = args.u.dtype;
   plan.u = args.u.data;
@@ -72,9 +80,9 @@ ScanPlan plan_from(const SelectiveScanArgs& args, const SelectiveScanShape& shap
   plan.delta_bias = static_cast<const float*>(args.delta_bias.data);
   plan.order = static_cast<const int32_t*>(args.order.data);
   plan.gap = static_cast<const int32_t*>(args.gap.data);
-  const int64_t steps = shape.directions * shape.seqlen;
-  plan.order_stride = shape.order_per_image ? steps : 0;
-  plan.gap_stride = shape.gap_per_image ? steps : 0;
+  const int64_t table = shape.directions * shape.seqlen;
+  plan.order_stride = shape.order_per_image ? table : 0;
+  plan.gap_stride = shape.gap_per_image ? table : 0;
   plan.z = args.gated ? args.z.data : nullptr;
   plan.delta0 = args.constant_gap ? static_cast<const float*>(args.delta0.data) : nullptr;
   plan.delta_softplus = args.delta_softplus != 0;

@@ -36,16 +36,18 @@ class BackwardBlock {
     const ScanPlan& s = scan_;
     const int64_t channel = block * kChannels;
     const int64_t token = image * s.seqlen;
-    const int64_t ku = s.Ku == 1 ? 0 : k;
     const int64_t kd = s.Kd == 1 ? 0 : k;
-    u_at_ = (token * s.Ku + ku) * s.d_inner + channel;
-    delta_at_ = (token * s.Kd + kd) * s.d_inner + channel;
+    const auto first = [image, k](const ScanPlan::Steps& steps) {
+      return image * steps.image + k * steps.direction;
+    };
+    u_at_ = first(s.u_steps) + channel;
+    delta_at_ = first(s.delta_steps) + channel;
     y_at_ = token * s.d_inner + channel;
     add_u_ = s.Ku == 1 && k > 0;
     add_delta_ = s.Kd == 1 && k > 0;
     add_y_ = k > 0;
-    B_ = s.B + (token * s.Kb + (s.Kb == 1 ? 0 : k)) * states();
-    C_ = s.C + (token * s.Kc + (s.Kc == 1 ? 0 : k)) * states();
+    B_ = s.B + first(s.B_steps);
+    C_ = s.C + first(s.C_steps);
     order_ = s.order + image * s.order_stride + k * s.seqlen;
     gap_ = s.gap + image * s.gap_stride + k * s.seqlen;
     bias_ = load(s.delta_bias + kd * s.d_inner + channel);
@@ -121,9 +123,9 @@ class BackwardBlock {
       step.q = order_[t];
       step.s = scan.params_by_step ? t : step.q;
       step.gap = static_cast<float>(t == 0 ? 1 : gap_[t]);
-      step.x = load(static_cast<const float*>(scan.u) + u_at_ + step.q * (scan.Ku * scan.d_inner));
-      const Row delta = load(static_cast<const float*>(scan.delta) + delta_at_ +
-                             step.s * (scan.Kd * scan.d_inner));
+      step.x = load(static_cast<const float*>(scan.u) + u_at_ + step.q * scan.u_steps.token);
+      const Row delta =
+          load(static_cast<const float*>(scan.delta) + delta_at_ + step.s * scan.delta_steps.token);
       for (int v = 0; v < kVectors; ++v) {
         const Vec x = delta.v[v] + bias_.v[v];
         const Vec dt = kSoftplus ? functions.softplus(x) : x;
@@ -152,8 +154,8 @@ class BackwardBlock {
     if (t >= scan_.seqlen) return;
     const ScanPlan& scan = scan_;
     const int64_t q = order_[t], s = scan.params_by_step ? t : q;
-    const int64_t u = u_at_ + q * (scan.Ku * scan.d_inner), y = y_at_ + q * scan.d_inner;
-    const int64_t delta = delta_at_ + s * (scan.Kd * scan.d_inner);
+    const int64_t u = u_at_ + q * scan.u_steps.token, y = y_at_ + q * scan.d_inner;
+    const int64_t delta = delta_at_ + s * scan.delta_steps.token;
     __builtin_prefetch(static_cast<const float*>(scan.u) + u);
     __builtin_prefetch(static_cast<const float*>(scan.delta) + delta);
     if constexpr (kGradients) {
@@ -172,8 +174,8 @@ class BackwardBlock {
   VSSM_INLINE void advance(const Step& step, const float* h, float* next, float* decays,
                            Row* y = nullptr) const {
     const typename Isa::Decay decay;
-    const float* B = B_ + step.s * (scan_.Kb * states());
-    const float* C = C_ + step.s * (scan_.Kc * states());
+    const float* B = B_ + step.s * scan_.B_steps.token;
+    const float* C = C_ + step.s * scan_.C_steps.token;
     const int64_t N = states();
 #pragma GCC unroll 1
     for (int v = 0; v < kVectors; ++v) {
@@ -222,8 +224,8 @@ class BackwardBlock {
         dbias.v[v] = dbias.v[v] + ddelta.v[v];
         ddelta0.v[v] = Isa::fma(f, more, ddelta0.v[v]);
       }
-      store(plan_.du + u_at_ + step.q * (scan_.Ku * scan_.d_inner), add_u_, du);
-      store(plan_.ddelta + delta_at_ + step.s * (scan_.Kd * scan_.d_inner), add_delta_, ddelta);
+      store(plan_.du + u_at_ + step.q * scan_.u_steps.token, add_u_, du);
+      store(plan_.ddelta + delta_at_ + step.s * scan_.delta_steps.token, add_delta_, ddelta);
     }
     L::store(chunk.sums, dD);
     L::store(chunk.sums + kChannels, dbias);
@@ -234,8 +236,8 @@ class BackwardBlock {
   VSSM_INLINE void retreat_states(const BackwardChunk& chunk, int64_t i, int v, Vec* w,
                                   Vec* f) const {
     const Step& step = steps_[i];
-    const float* B = B_ + step.s * (scan_.Kb * states());
-    const float* C = C_ + step.s * (scan_.Kc * states());
+    const float* B = B_ + step.s * scan_.B_steps.token;
+    const float* C = C_ + step.s * scan_.C_steps.token;
     const int64_t N = states(), size = N * kChannels, column = v * Isa::kLanes;
     const float *h = chunk.states + i * size + column, *decays = chunk.decays + i * size + column;
     float* lanes_of_B = chunk.lanes_of_B + i * size + column;

@@ -89,8 +89,8 @@ class BackwardUnit {
       copy(start(index, i), chunk.states);
       Block(plan_, image_, k, first_ + i).run(chunk);
     }
-    add_lanes(k, chunk, chunk.lanes_of_B, row(plan_.dB, group_), scan_.Kb);
-    add_lanes(k, chunk, chunk.lanes_of_C, row(plan_.dC, group_), scan_.Kc);
+    add_lanes(k, chunk, chunk.lanes_of_B, row(plan_.dB, group_), scan_.B_steps);
+    add_lanes(k, chunk, chunk.lanes_of_C, row(plan_.dC, group_), scan_.C_steps);
   }
 
   static VSSM_INLINE float* row(const BackwardPlan::Rows& rows, int64_t index) {
@@ -99,13 +99,13 @@ class BackwardUnit {
 
   /// The lanes of each state, added up, to the token whose B or C it was.
   VSSM_INLINE void add_lanes(int64_t k, const BackwardChunk& chunk, const float* lanes,
-                             float* target, int64_t K) const {
-    const bool add = K == 1 && k > 0;
-    const int64_t N = scan_.d_state, direction = K == 1 ? 0 : k;
+                             float* target, const ScanPlan::Steps& steps) const {
+    const bool add = steps.direction == 0 && k > 0;
+    const int64_t N = scan_.d_state;
     const int32_t* order = scan_.order + image_ * scan_.order_stride + k * scan_.seqlen;
     for (int64_t i = 0; i < chunk.count; ++i) {
       const int64_t s = scan_.params_by_step ? chunk.first + i : order[chunk.first + i];
-      float* place = target + ((image_ * scan_.seqlen + s) * K + direction) * N;
+      float* place = target + image_ * steps.image + k * steps.direction + s * steps.token;
       for (int64_t n = 0; n < N; ++n) {
         const float sum = add_up(lanes + i * size_ + n * kChannels);
         place[n] = add ? place[n] + sum : sum;

@@ -73,17 +73,18 @@ class DirectionScan {
         first_(direction == 0),
         last_(direction + 1 == plan.directions),
         part_(plan.d_inner - block * kChannels),
-        u_stride_(plan.Ku * plan.d_inner),
-        delta_stride_(plan.Kd * plan.d_inner) {
+        u_stride_(plan.u_steps.token),
+        delta_stride_(plan.delta_steps.token) {
     const int64_t channel = block * kChannels;
     const int64_t token = image * plan.seqlen;
     const int64_t kd = plan.Kd == 1 ? 0 : direction;
-    const int64_t ku = plan.Ku == 1 ? 0 : direction;
-    u_ = static_cast<const Element*>(plan.u) + (token * plan.Ku + ku) * plan.d_inner + channel;
-    delta_ =
-        static_cast<const Element*>(plan.delta) + (token * plan.Kd + kd) * plan.d_inner + channel;
-    B_ = plan.B + (token * plan.Kb + (plan.Kb == 1 ? 0 : direction)) * states();
-    C_ = plan.C + (token * plan.Kc + (plan.Kc == 1 ? 0 : direction)) * states();
+    const auto first = [image, direction](const ScanPlan::Steps& steps) {
+      return image * steps.image + direction * steps.direction;
+    };
+    u_ = static_cast<const Element*>(plan.u) + first(plan.u_steps) + channel;
+    delta_ = static_cast<const Element*>(plan.delta) + first(plan.delta_steps) + channel;
+    B_ = plan.B + first(plan.B_steps);
+    C_ = plan.C + first(plan.C_steps);
     order_ = plan.order + image * plan.order_stride + direction * plan.seqlen;
     gap_ = plan.gap + image * plan.gap_stride + direction * plan.seqlen;
     sums_ = plan.sums + token * plan.d_inner + channel;
@@ -220,8 +221,8 @@ class DirectionScan {
 
   VSSM_INLINE Row recur(const typename Isa::Decay& decay, bool fast, Row* h,
                         const Step& step) const {
-    const float* B = B_ + step.params * (plan_.Kb * states());
-    const float* C = C_ + step.params * (plan_.Kc * states());
+    const float* B = B_ + step.params * plan_.B_steps.token;
+    const float* C = C_ + step.params * plan_.C_steps.token;
     Row y = step.y;
     if (__builtin_expect(fast, 1)) {
       advance<true>(decay, step.span, step.inject, B, C, h, &y);
@@ -368,7 +369,7 @@ class DirectionScan {
   VSSM_NOINLINE void advance_tile(int64_t n, int64_t count, Step* steps, Row* h) const {
     using Vec = typename Isa::Vec;
     constexpr int kSums = kTile >= 8 ? kTile / 4 : 1;
-    const int64_t B_stride = plan_.Kb * states(), C_stride = plan_.Kc * states();
+    const int64_t B_stride = plan_.B_steps.token, C_stride = plan_.C_steps.token;
     const float *rows_of_B = B_ + n, *rows_of_C = C_ + n;
     for (int v = 0; v < kVectors; ++v) {
       Vec state[kTile];

@@ -32,7 +32,7 @@ class SharedScan {
     const int64_t token = image * plan.seqlen;
     const int64_t N = plan.d_state;
     delta_ = static_cast<const Element*>(plan.delta) + token * plan.d_inner + channel;
-    B_ = plan.B + token * plan.Kb * N;
+    B_ = plan.B + image * plan.B_steps.image;
     C_ = plan.C + token * N;
     sums_ = plan.sums + token * plan.d_inner + channel;
     y_ = static_cast<Element*>(plan.y) + token * plan.d_inner + channel;
@@ -44,8 +44,8 @@ class SharedScan {
     tile_.fill(plan.A + channel * N, N, N, part_.width);
     for (int64_t k = 0; k < plan.directions; ++k) {
       Direction& d = directions_[k];
-      d.u = static_cast<const Element*>(plan.u) +
-            (token * plan.Ku + (plan.Ku == 1 ? 0 : k)) * plan.d_inner + channel;
+      d.u = static_cast<const Element*>(plan.u) + image * plan.u_steps.image +
+            k * plan.u_steps.direction + channel;
       d.order = plan.order + image * plan.order_stride + k * plan.seqlen;
       d.gap = plan.gap + image * plan.gap_stride + k * plan.seqlen;
     }
@@ -106,7 +106,7 @@ class SharedScan {
   }
 
   VSSM_INLINE Row load_u(int64_t k, int64_t q) const {
-    return L::template load_part<kType>(directions_[k].u + q * (plan_.Ku * plan_.d_inner), part_);
+    return L::template load_part<kType>(directions_[k].u + q * plan_.u_steps.token, part_);
   }
 
   /// Not inlined, so that its constants do not compete with others for registers.
@@ -133,7 +133,7 @@ class SharedScan {
     __builtin_prefetch(delta_ + t * plan_.d_inner);
     for (int64_t k = 0; k < plan_.directions; ++k) {
       const int64_t q = directions_[k].order[t];
-      __builtin_prefetch(directions_[k].u + q * plan_.Ku * plan_.d_inner);
+      __builtin_prefetch(directions_[k].u + q * plan_.u_steps.token);
       __builtin_prefetch(sums_ + q * plan_.d_inner, 1);
     }
   }
@@ -196,7 +196,7 @@ class SharedScan {
     for (int i = 0; i < kTogether; ++i) {
       const int k = kTogether == 4 ? i : members[i];  // four are all there are
       const int64_t q = directions_[k].order[t];
-      B[i] = B_ + (t * plan_.Kb + (plan_.Kb == 1 ? 0 : k)) * N;
+      B[i] = B_ + t * plan_.B_steps.token + k * plan_.B_steps.direction;
       h[i] = h_ + k * kChannels;
       target[i] = sums_ + q * plan_.d_inner;
       const Row x = load_u(k, q);

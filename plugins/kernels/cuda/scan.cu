@@ -35,15 +35,19 @@ Status check_strides(const char* name, const SelectiveScanShape& shape) {
 void set_strides(const SelectiveScanShape& shape, ScanParams* p) {
   const auto width = static_cast<int32_t>(shape.d_inner);
   const auto states = static_cast<int32_t>(shape.d_state);
-  p->u_token = static_cast<int32_t>(shape.Ku) * width;
-  p->delta_token = static_cast<int32_t>(shape.Kd) * width;
-  p->B_token = static_cast<int32_t>(shape.Kb) * states;
-  p->C_token = static_cast<int32_t>(shape.Kc) * states;
-  p->u_direction = shape.Ku == 1 ? 0 : width;
-  p->delta_direction = shape.Kd == 1 ? 0 : width;
-  p->B_direction = shape.Kb == 1 ? 0 : states;
-  p->C_direction = shape.Kc == 1 ? 0 : states;
+  const auto set = [&shape](int64_t K, int64_t row, int32_t* token, int64_t* direction,
+                            int64_t* image) {
+    const Strides strides = strides_of(shape, K, row);
+    *token = static_cast<int32_t>(strides.token);
+    *direction = strides.direction;
+    *image = strides.image;
+  };
+  set(shape.Ku, width, &p->u_token, &p->u_direction, &p->u_image);
+  set(shape.Kd, width, &p->delta_token, &p->delta_direction, &p->delta_image);
+  set(shape.Kb, states, &p->B_token, &p->B_direction, &p->B_image);
+  set(shape.Kc, states, &p->C_token, &p->C_direction, &p->C_image);
   p->D_direction = shape.Ks == 1 ? 0 : width;
+  p->bias_direction = shape.Kd == 1 ? 0 : width;
   p->A_direction = shape.Ka == 1 ? 0 : shape.d_inner * shape.decays;
   p->A_channel = static_cast<int32_t>(shape.decays);
   const int64_t steps = shape.directions * shape.seqlen;

@@ -64,8 +64,8 @@ class LatencyStage {
     for (int k = 0; k < directions; ++k) {
       const int32_t* order =
           p_.order + block_.image * p_.order_image + int64_t{set + k} * p_.seqlen;
-      const T* B = image_of<T>(p_.B, p_, block_.image, p_.B_token) + (set + k) * p_.B_direction;
-      const T* C = image_of<T>(p_.C, p_, block_.image, p_.C_token) + (set + k) * p_.C_direction;
+      const T* B = image_of<T>(p_.B, block_.image, p_.B_image) + (set + k) * p_.B_direction;
+      const T* C = image_of<T>(p_.C, block_.image, p_.C_image) + (set + k) * p_.C_direction;
       float* target = block_.shared + block_.at.rows + k * cut_.steps * 2 * kWidth;
 #pragma unroll 2
       for (int i = block_.thread; i < cut_.steps * kPacks; i += block_.threads) {
@@ -92,9 +92,9 @@ class LatencyStage {
     const int64_t steps = int64_t{direction} * p_.seqlen;
     const int32_t* order = p_.order + block_.image * p_.order_image + steps;
     const int32_t* gap = p_.gap + block_.image * p_.gap_image + steps;
-    const T* u = image_of<T>(p_.u, p_, block_.image, p_.u_token) + direction * p_.u_direction;
+    const T* u = image_of<T>(p_.u, block_.image, p_.u_image) + direction * p_.u_direction;
     const T* delta =
-        image_of<T>(p_.delta, p_, block_.image, p_.delta_token) + direction * p_.delta_direction;
+        image_of<T>(p_.delta, block_.image, p_.delta_image) + direction * p_.delta_direction;
     int32_t token[kBatch];
     float extra[kBatch], x[kBatch], dt[kBatch];
 #pragma unroll
@@ -132,7 +132,7 @@ class LatencyStage {
     const bool named = here && is_token(token, p_.seqlen);
     Pair pair = {};
     if (here) {
-      const int64_t parameter = int64_t{direction} * p_.delta_direction + channel;
+      const int64_t parameter = int64_t{direction} * p_.bias_direction + channel;
       float dt = delta + p_.delta_bias[parameter];
       if (p_.softplus) dt = softplus(dt);
       pair.v[0] = fmaf(extra, p_.delta0 != nullptr ? p_.delta0[parameter] : dt, dt);

@@ -30,9 +30,11 @@ struct ScanParams {
   float scale;
   int32_t seqlen, directions, d_inner, d_state;
   int32_t groups;  // of states
-  // From one token to the next, and from one direction to the next.
+  // From one token to the next, from one direction to the next, and from one image to the next.
   int32_t u_token, delta_token, B_token, C_token;
-  int32_t u_direction, delta_direction, B_direction, C_direction, D_direction;
+  int64_t u_direction, delta_direction, B_direction, C_direction;
+  int64_t u_image, delta_image, B_image, C_image;
+  int32_t D_direction, bias_direction;  // the latter of delta0, too
   int64_t A_direction;
   int32_t A_channel;  // from one channel to the next: d_state, or 1 for one decay a channel
   int64_t order_image, gap_image;
@@ -44,9 +46,8 @@ struct ScanParams {
 
 /// The operands of an image; `operand` is T's first element.
 template <typename T>
-VSSM_HOST_DEVICE const T* image_of(const void* operand, const ScanParams& p, int64_t image,
-                                   int32_t token_stride) {
-  return static_cast<const T*>(operand) + image * p.seqlen * token_stride;
+VSSM_HOST_DEVICE const T* image_of(const void* operand, int64_t image, int64_t image_stride) {
+  return static_cast<const T*>(operand) + image * image_stride;
 }
 
 /// Whether a token of `order` is one: another is read as zero and not written.

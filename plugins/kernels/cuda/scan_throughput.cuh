@@ -75,15 +75,15 @@ class ThroughputScan {
   __device__ __forceinline__ void begin(int direction, int group) {
     const int first = group * kStates;
     count_ = min(kStates, p_.d_state - first);
-    u_ = settled(image_of<T>(p_.u, p_, image_, p_.u_token) + direction * p_.u_direction + channel_);
-    delta_ = settled(image_of<T>(p_.delta, p_, image_, p_.delta_token) +
+    u_ = settled(image_of<T>(p_.u, image_, p_.u_image) + direction * p_.u_direction + channel_);
+    delta_ = settled(image_of<T>(p_.delta, image_, p_.delta_image) +
                      direction * p_.delta_direction + channel_);
-    B_ = image_of<T>(p_.B, p_, image_, p_.B_token) + direction * p_.B_direction + first;
-    C_ = image_of<T>(p_.C, p_, image_, p_.C_token) + direction * p_.C_direction + first;
+    B_ = image_of<T>(p_.B, image_, p_.B_image) + direction * p_.B_direction + first;
+    C_ = image_of<T>(p_.C, image_, p_.C_image) + direction * p_.C_direction + first;
     const int64_t steps = int64_t{direction} * p_.seqlen;
     order_ = settled(p_.order + image_ * p_.order_image + steps);
     gap_ = p_.gap + image_ * p_.gap_image + steps;
-    const int64_t parameter = int64_t{direction} * p_.delta_direction + channel_;
+    const int64_t parameter = int64_t{direction} * p_.bias_direction + channel_;
     bias_ = p_.delta_bias[parameter];
     delta0_ = p_.delta0 == nullptr ? 0.0F : p_.delta0[parameter];
     skip_ = group == 0 ? p_.D[int64_t{direction} * p_.D_direction + channel_] : 0.0F;

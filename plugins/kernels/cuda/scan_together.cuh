@@ -44,8 +44,8 @@ class TogetherStage {
   /// Enters a group of states.
   __device__ __forceinline__ void begin(int first) {
     count_ = min(kStateGroup, p_.d_state - first);
-    B_ = image_of<T>(p_.B, p_, image_, p_.B_token) + first;
-    C_ = image_of<T>(p_.C, p_, image_, p_.C_token) + first;
+    B_ = image_of<T>(p_.B, image_, p_.B_image) + first;
+    C_ = image_of<T>(p_.C, image_, p_.C_image) + first;
   }
 
   __device__ __forceinline__ void load(int start) {
@@ -126,10 +126,10 @@ class TogetherScan {
     delta_stride_ = p.delta_token * kSize;
     adds_ = in_shared || writes_;
     order_ = settled(p.order + image_ * p.order_image);
-    delta_ = settled(image_of<T>(p.delta, p, image_, p.delta_token) + channel_);
+    delta_ = settled(image_of<T>(p.delta, image_, p.delta_image) + channel_);
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
-      const T* u = image_of<T>(p.u, p, image_, p.u_token) + k * p.u_direction;
+      const T* u = image_of<T>(p.u, image_, p.u_image) + k * p.u_direction;
       u_[k] = settled(u + channel_);
     }
     bias_ = p.delta_bias[channel_];

@@ -195,22 +195,29 @@ struct Scan {
         decays(random.one_in(4) ? 1 : d_state),
         dtype(type),
         special(random.one_in(6)) {
-    attributes = {random.below(4) != 0, random.below(2), random.one_in(2) ? 1.0F : 0.5F, 0};
+    attributes = {random.below(4) != 0, random.below(2), random.one_in(2) ? 1.0F : 0.5F, 0,
+                  static_cast<int16_t>(1 + random.below(2))};
     const bool together = random.one_in(4);
     if (together) attributes.params_by_step = 1;
     const auto axis = [&](bool shared) { return shared || random.one_in(3) ? int64_t{1} : K; };
     const int64_t Kd = axis(together), Ka = axis(together);
-    add(random, dtype, {batch, seqlen, axis(false), d_inner}, -1, 1);
-    add(random, dtype, {batch, seqlen, Kd, d_inner}, -3, attributes.delta_softplus ? 3 : -2);
+    add(random, dtype, shape_of(axis(false), d_inner), -1, 1);
+    add(random, dtype, shape_of(Kd, d_inner), -3, attributes.delta_softplus ? 3 : -2);
     add(random, VSSM_FLOAT32, {Ka, d_inner, decays}, -8, -0.01F);
-    add(random, dtype, {batch, seqlen, axis(false), d_state}, -1, 1);
-    add(random, dtype, {batch, seqlen, axis(together), d_state}, -1, 1);
+    add(random, dtype, shape_of(axis(false), d_state), -1, 1);
+    add(random, dtype, shape_of(axis(together), d_state), -1, 1);
     add(random, VSSM_FLOAT32, {axis(false), d_inner}, -1, 1);
     add(random, VSSM_FLOAT32, {Kd, d_inner}, 3, 4);
     tables(random);
     if (kind == kGated) add(random, dtype, {batch, seqlen, d_inner}, -4, 4);
     if (kind == kConstant) add(random, VSSM_FLOAT32, {Kd, d_inner}, 0.01F, 1);
     if (decays == 1 && random.one_in(2)) make_head();
+  }
+
+  /// The shape of an operand with directions and tokens, in the order that the attribute says.
+  std::vector<int64_t> shape_of(int64_t directions, int64_t width) const {
+    if (attributes.direction_axis == 1) return {batch, directions, seqlen, width};
+    return {batch, seqlen, directions, width};
   }
 
   /// One step size and one A for all channels.
@@ -252,6 +259,11 @@ struct Scan {
 
   double value(int input, int64_t row, int64_t k, int64_t column) const {
     const auto& dims = inputs[input].dims;
+    if (dims.size() == 4 && attributes.direction_axis == 1) {
+      const int64_t image = row / seqlen, direction = dims[1] == 1 ? 0 : k;
+      return inputs[input].at(((image * dims[1] + direction) * seqlen + row % seqlen) * dims[3] +
+                              column);
+    }
     const int64_t axis = dims[dims.size() - 2], width = dims.back();
     return inputs[input].at((row * axis + (axis == 1 ? 0 : k)) * width + column);
   }
@@ -330,7 +342,7 @@ bool breach(Random& random, Scan& scan, std::vector<vssm_tensor>* given) {
   if (!random.one_in(8)) return false;
   vssm_tensor& tensor =
       (*given)[static_cast<size_t>(random.below(static_cast<int64_t>(given->size())))];
-  switch (random.below(7)) {
+  switch (random.below(8)) {
     case 0:
       tensor.rank += random.one_in(2) ? 1 : -1;
       return true;
@@ -352,6 +364,9 @@ bool breach(Random& random, Scan& scan, std::vector<vssm_tensor>* given) {
     case 5:
       if (scan.seqlen < 2 || scan.inputs[8].count() == 0) return false;
       scan.inputs[8].ints()[1] = static_cast<int32_t>(random.of({0, -1, INT32_MIN}));
+      return true;
+    case 6:
+      scan.attributes.direction_axis = static_cast<int16_t>(random.of({-1, 3}));
       return true;
     default:
       scan.attributes.delta_softplus = 2;
@@ -481,6 +496,66 @@ void call_gather(Random& random) {
   }
 }
 
+/// A convolution against a sum over all pairs of tokens, in float64.
+void call_conv(Random& random) {
+  const int64_t batch = random.below(4), seqlen = random.of({1, 2, 7, 16, 17, 33});
+  const int64_t d_inner = random.of({1, 5, 16, 17, 33, 130}), K = 1 + random.below(2);
+  const int64_t width = random.of({1, 2, 3, 4, 4, 5, 9, 32});
+  const auto dtype = static_cast<int32_t>(random.below(3));
+  const bool special = random.one_in(6);
+  std::vector<Tensor> inputs;
+  inputs.emplace_back(dtype, std::vector<int64_t>{batch, seqlen, d_inner});
+  inputs.emplace_back(VSSM_FLOAT32, std::vector<int64_t>{K, d_inner, width});
+  inputs.emplace_back(VSSM_FLOAT32, std::vector<int64_t>{K, d_inner});
+  for (Tensor& tensor : inputs) fill(random, tensor, -1, 1, special);
+  inputs.emplace_back(VSSM_INT32, std::vector<int64_t>{random.one_in(2) ? 1 : batch, seqlen});
+  int32_t* position = inputs[3].ints();
+  Random steps = random.many();
+  for (int64_t i = 0; i < inputs[3].count(); ++i) {
+    const auto step = static_cast<int32_t>(steps.one_in(3) ? 1 + steps.below(40) : 1);
+    position[i] = i % seqlen == 0 ? -3 : position[i - 1] + step;
+  }
+  vssm_conv_attributes attributes = {random.below(2), random.below(2)};
+  std::vector<vssm_tensor> given;
+  for (const Tensor& tensor : inputs) given.push_back(tensor.describe());
+  const bool broken = random.one_in(8);
+  if (broken && seqlen > 1 && inputs[3].count() > 0 && random.one_in(2)) {
+    attributes.by_position = 1;
+    position[1] = static_cast<int32_t>(random.of({-3, INT32_MIN}));
+  } else if (broken) {
+    given[static_cast<size_t>(random.below(4))].rank -= 1;
+  }
+  const Tensor y(dtype, {batch, K, seqlen, d_inner});
+  const vssm_tensor result = y.describe();
+  char error[512] = "";
+  const auto threads = static_cast<int32_t>(1 + random.below(4));
+  const int failed = vssm_token_conv_on_threads("TokenConv", given.data(), 4, &result, &attributes,
+                                                threads, error, sizeof(error));
+  y.check("y of a convolution");
+  if (broken != (failed != 0)) fail(broken ? "a breach of the contract was taken" : error);
+  if (failed != 0 && !y.untouched()) fail("a refused convolution wrote");
+  if (failed != 0 || special || batch == 0) return;
+  const int64_t image = random.below(batch), c = random.below(d_inner), k = random.below(K);
+  const int32_t* row = position + (inputs[3].dims[0] > 1 ? image * seqlen : 0);
+  for (int64_t t = 0; t < seqlen; ++t) {
+    double sum = inputs[2].at(k * d_inner + c), terms = std::fabs(sum);
+    for (int64_t s = 0; s < seqlen; ++s) {
+      const int64_t ahead = attributes.by_position != 0 ? int64_t{row[s]} - row[t] : s - t;
+      const int64_t away = k == 0 ? -ahead : ahead;
+      if (away < 0 || away >= width) continue;
+      const double term = inputs[1].at((k * d_inner + c) * width + width - 1 - away) *
+                          inputs[0].at((image * seqlen + s) * d_inner + c);
+      sum += term;
+      terms += std::fabs(term);
+    }
+    if (attributes.activation != 0) sum /= 1 + std::exp(-sum);
+    const double tolerance = dtype == VSSM_FLOAT32 ? 2e-6 : dtype == VSSM_FLOAT16 ? 6e-4 : 4.5e-3;
+    const double got = y.at(((image * K + k) * seqlen + t) * d_inner + c);
+    if (std::fabs(got - sum) <= tolerance * terms + 1e-7) continue;
+    fail("y of a convolution is " + std::to_string(got) + ", not " + std::to_string(sum));
+  }
+}
+
 /// Instruction sets that this processor and this build have; VSSM_CPU_ISA's alone where it is set.
 std::vector<std::string> instruction_sets() {
   if (const char* wanted = std::getenv("VSSM_CPU_ISA")) return {wanted};
@@ -509,7 +584,8 @@ void call_any(Random& random) {
   const auto& isas = known_instruction_sets();
   const int64_t isa = random.below(static_cast<int64_t>(isas.size()));
   setenv("VSSM_CPU_ISA", isas[static_cast<size_t>(isa)].c_str(), 1);
-  random.one_in(6) ? call_gather(random) : call_scan(random);
+  if (random.one_in(6)) return call_gather(random);
+  random.one_in(5) ? call_conv(random) : call_scan(random);
 }
 
 }  // namespace

@@ -13,7 +13,14 @@ import sys
 
 import pytest
 import torch
-from cases import SCAN_SIZES, TOGETHER_SIZES, gather_case, scan_case, scan_reference_arguments
+from cases import (
+    SCAN_SIZES,
+    TOGETHER_SIZES,
+    conv_case,
+    gather_case,
+    scan_case,
+    scan_reference_arguments,
+)
 from checkout import PYTHONPATH
 from ort_host import Host, HostError
 from tolerances import SCAN_TOLERANCE
@@ -126,6 +133,15 @@ def test_gather_is_the_oracle(host, name, dtypes):
     assert torch.equal(kept, want)
     for row, row_wanted in zip(rows, rows_wanted, strict=True):
         assert torch.equal(row, row_wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conv_matches_the_oracle(host, dtype):
+    case = conv_case(batch=2, d_inner=20, dtype=dtype)
+    for attributes in ({}, {"by_position": 1, "activation": 0}):
+        (y,) = _run(host, "TokenConv", case, **attributes)
+        want = reference.token_conv(**scan_reference_arguments(case), **attributes)
+        assert float((y.double() - want).abs().max() / want.abs().max()) <= SCAN_TOLERANCE[dtype]
 
 
 def test_defaults_of_attributes_are_the_tables(host):

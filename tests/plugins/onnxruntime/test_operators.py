@@ -14,6 +14,7 @@ from cases import (
     gather_case,
     scan_case,
     scan_reference_arguments,
+    small_case,
 )
 from native import ONNX_TYPES, isa_parameters, make_session, run_operator
 from tolerances import HALF_FACTOR, SCAN_TOLERANCE
@@ -159,11 +160,7 @@ def test_runs_of_kernels_are_counted():
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_empty_batch_gives_empty_outputs(name):
-    if name in SCANS:
-        case, attributes = scan_case(seqlen=5, extra=EXTRA[name], batch=1), {}
-    else:
-        widths = (16, 8)[: len(OPERATORS[name].outputs) - 1]
-        case, attributes = gather_case(batch=1, seqlen=5, widths=widths), {"num_keep": 3}
+    case, attributes = small_case(name, batch=1)
     batched = {o.name for o in OPERATORS[name].inputs if o.shape[0] == "batch"}
     case = {n: t[:0] if n in batched else t for n, t in case.items()}
     for output in run_operator(name, case, **attributes).values():

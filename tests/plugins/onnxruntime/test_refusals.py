@@ -25,6 +25,13 @@ def test_shapes_are_inferred():
     shapes = {"u": ["n", 197, 2, 384], "score": ["n", 197], "x0": ["n", 197, 384]}
     scan = make_session("SelectiveScan", _types("SelectiveScan"), shapes=shapes)
     assert scan.get_outputs()[0].shape == ["n", 197, 384]
+    outside = make_session(
+        "SelectiveScan",
+        _types("SelectiveScan"),
+        (("direction_axis", 1),),
+        shapes={"u": ["n", 2, 197, 384]},
+    )
+    assert outside.get_outputs()[0].shape == ["n", 197, 384]
     gather = make_session("TokenGather1", _types("TokenGather1"), (("num_keep", 9),), shapes=shapes)
     assert [o.shape for o in gather.get_outputs()] == [["n", 9], ["n", 9, 384]]
 

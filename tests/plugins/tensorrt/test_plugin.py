@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import gather_case, scan_case, scan_reference_arguments
+from cases import conv_case, gather_case, scan_case, scan_reference_arguments
 from native import output_shapes, output_types
 from tensorrt_build import ROOT, VERSIONS, build_harness, harness, real_library
 from tolerances import GPU_SCAN_TOLERANCE, SCAN_TOLERANCE
@@ -255,6 +255,31 @@ def test_scans_match_the_oracle(name, dtype, device, mode, tmp_path):
             got = _read_outputs(tmp_path / str(i), name, case, attributes[i], tactic)["y"].double()
             error = (got - expected).abs().max() / expected.abs().max()
             assert float(error) <= tolerance, (SCANS[i], tactic)
+
+
+@pytest.mark.parametrize(("device", "mode"), MODES)
+@pytest.mark.parametrize("dtype", SCAN_TOLERANCE, ids=str)
+def test_convolutions_match_the_oracle(dtype, device, mode, tmp_path):
+    case = conv_case(seqlen=37, d_inner=20, batch=3, dtype=dtype)
+    attributes = {"by_position": 1, "activation": 0}
+    file = _write_case(tmp_path / "case", "TokenConv", case, attributes)
+    harness().run(_library_with_kernels(device), "run", device, mode, str(file))
+    got = _read_outputs(tmp_path / "case", "TokenConv", case, attributes)["y"].double()
+    want = reference.token_conv(**scan_reference_arguments(case), **attributes)
+    assert float((got - want).abs().max() / want.abs().max()) <= SCAN_TOLERANCE[dtype]
+
+
+def test_scans_with_directions_outside(tmp_path):
+    case = scan_case(seqlen=21, d_inner=8, directions=4, batch=2)
+    want = reference.selective_scan(**scan_reference_arguments(case))
+    for name in ("u", "delta", "B", "C"):
+        case[name] = case[name].transpose(1, 2).contiguous()
+    attributes = {"direction_axis": 1}
+    file = _write_case(tmp_path / "case", "SelectiveScan", case, attributes)
+    harness().run(_emulated(), "run", "host", "stream", str(file))
+    for tactic in TACTICS:
+        got = _read_outputs(tmp_path / "case", "SelectiveScan", case, attributes, tactic)["y"]
+        assert float((got.double() - want).abs().max() / want.abs().max()) <= 6e-7
 
 
 GATHERS = [
