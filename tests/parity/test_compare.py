@@ -78,7 +78,7 @@ def broken(artifact: Artifact, tmp_path: Path, name: str, factor: float) -> Arti
 
 
 def test_a_wrong_weight_fails_and_its_block_is_named(artifact: Artifact, tmp_path: Path) -> None:
-    bad = broken(artifact, tmp_path, "layers.2.mixer.conv1d.bias", 1.01)
+    bad = broken(artifact, tmp_path, "layers.2.mixer.conv1d.bias+conv1d_b.bias.Concat", 1.01)
     report = vssm.check_parity(None, bad, per_block=True)
     assert not report.passed
     assert report.first_bad_block == "block_3.hidden"
@@ -88,7 +88,7 @@ def test_a_wrong_weight_fails_and_its_block_is_named(artifact: Artifact, tmp_pat
 
 def test_other_choices_are_listed_with_their_margin(artifact: Artifact, tmp_path: Path) -> None:
     """Forced positions still compare the numbers; the free run shows the different choices."""
-    bad = broken(artifact, tmp_path, "layers.0.mixer.conv1d.bias", -3.0)
+    bad = broken(artifact, tmp_path, "layers.0.mixer.conv1d.bias+conv1d_b.bias.Concat", -3.0)
     report = vssm.check_parity(None, bad)
     assert report.kept_agreement[0] < 1.0
     first = [d for d in report.disagreements if d.stage == 0]
@@ -99,7 +99,7 @@ def test_other_choices_are_listed_with_their_margin(artifact: Artifact, tmp_path
 
 
 def test_margin_is_the_oracles(artifact: Artifact, tmp_path: Path) -> None:
-    bad = broken(artifact, tmp_path, "layers.0.mixer.conv1d.bias", -3.0)
+    bad = broken(artifact, tmp_path, "layers.0.mixer.conv1d.bias+conv1d_b.bias.Concat", -3.0)
     x = images(micro(), 2)
     report = vssm.check_parity(None, bad, images=x)
     found = next(d for d in report.disagreements if d.stage == 0)

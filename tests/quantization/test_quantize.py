@@ -126,7 +126,7 @@ def test_targets_differ_in_types_and_scales(source: Artifact, made: dict[str, Ar
             assert scale.shape == (weight.shape[product.axis],)
             # ONNX Runtime multiplies by several scales only where the weight is a right matrix.
             assert name == "tensorrt" or (product.right and product.rank == 2)
-        assert several == {"ort": 6, "portable": 6, "tensorrt": INNER}[name]
+        assert several == {"ort": 9, "portable": 9, "tensorrt": INNER}[name]
 
 
 def test_what_was_done_is_recorded_and_what_belongs_to_it_goes_along(

@@ -61,17 +61,13 @@ def count(model: VisionModel) -> Cost:
     left: int | None = None  # tokens after the last stage
     aligned = schedule is not None and schedule.alignment in {"gap", "constant", "size"}
     masked = schedule is not None and schedule.alignment == "masked"
-    by_position = isinstance(schedule, PruneSchedule) and schedule.conv == "position"
     for block, (full, cost) in enumerate(model.block_costs(), start=1):
         seqlen = full if left is None else left
         scan = 9 * seqlen * cost.states + seqlen * cost.per_token
         # Every pruned position costs its decay in every later layer,
         # not only in the stage that took it.
         once = 2 * cost.states * (full - seqlen) if aligned else 0
-        branch = (
-            seqlen * cost.branch
-            + (full if by_position or cost.on_grid else seqlen) * cost.convolution
-        )
+        branch = seqlen * cost.branch + (full if cost.on_grid else seqlen) * cost.convolution
         linear = seqlen * cost.shared + cost.branches * branch
         gate = seqlen * cost.gate
         # For Vim the published figures leave out the whole second branch, its projections included.

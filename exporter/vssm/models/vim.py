@@ -1,7 +1,7 @@
 """Vision Mamba (Vim): the official architecture and state_dict, written token-major.
 
 Source: Zhu et al., "Vision Mamba", arXiv:2401.09417, and the numbers of its public code. The
-backward direction is a convolution with flipped weight and a scan in reverse `order`: nothing is
+backward direction is a convolution that looks ahead and a scan in reverse `order`: nothing is
 flipped at run time. The mixer's output stays apart from the residual stream until the next
 block's norm, and pruning gathers both with the same indices.
 """
@@ -274,7 +274,7 @@ class VimMixerConfig:
 
 @dataclass(frozen=True)
 class ScanOperands:
-    """Inputs of the scan nodes in operator layout: (batch, seqlen, Kx, width) and (Kx, ...)."""
+    """Inputs of the scan nodes in operator layout: (batch, Kx, seqlen, width) and (Kx, ...)."""
 
     u: Tensor
     delta: Tensor
@@ -291,7 +291,7 @@ class ScanOperands:
             # v1 has one u, delta, B and C for both directions: an axis of 1 serves any k.
             return x if x.shape[axis] == 1 else x.narrow(axis, k, 1)
 
-        streams = {n: pick(getattr(self, n), 2) for n in ("u", "delta", "B", "C")}
+        streams = {n: pick(getattr(self, n), 1) for n in ("u", "delta", "B", "C")}
         weights = {n: pick(getattr(self, n), 0) for n in ("A", "D", "delta_bias")}
         return ScanOperands(**streams, **weights)
 
@@ -352,8 +352,7 @@ class VimMixer(nn.Module):
         """Mixed (batch, seqlen, d_model), and the score or metric if there is a rule."""
         inner = self.config.d_inner
         x_weight, z_weight = self.in_proj.weight[:inner], self.in_proj.weight[inner:]
-        # Channel-major for the convolution: weight @ x^T, which needs no transpose of its result.
-        operands = self._operands(self._convolve(x_weight @ x.transpose(1, 2), tokens))
+        operands = self._operands(self._convolve(functional.linear(x, x_weight), tokens))
         z = functional.linear(x, z_weight)
         if isinstance(rule, MetricRule):
             measured = {"B": operands.B, "C": operands.C, "delta": operands.delta}
@@ -367,52 +366,39 @@ class VimMixer(nn.Module):
         return out, score
 
     def _convolve(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """Each branch's convolution and silu of x (batch, d_inner, seqlen).
-
-        The backward branch is causal in reversed order: its weight flipped, padded behind.
-
-        Returns:
-            (batch, branches, d_inner, seqlen).
-        """
-        index = tokens.position.long()[:, None].expand_as(x) if tokens.conv_on_grid else None
-        if index is not None:
-            # Neighbours that were pruned are zeros here; compact lists
-            # would put strangers side by side.
-            x = x.new_zeros(*x.shape[:2], tokens.full_seqlen).scatter(2, index, x)
-        dtype = x.dtype
-        # Two-dimensional with height 1: runtimes have faster depthwise kernels for it.
-        x = to_dtype(x[:, :, None], self.conv1d.weight.dtype)
-        pad = self.config.d_conv - 1
-        outputs = []
-        for suffix in self._branches():
-            conv: nn.Conv1d = getattr(self, f"conv1d{suffix}")
-            # Flipping four taps once a call stands for flipping the whole sequence there and back.
-            weight = conv.weight.flip(-1) if suffix else conv.weight
-            padded = functional.pad(x, (0, pad) if suffix else (pad, 0))
-            outputs.append(
-                functional.conv2d(padded, weight[:, :, None], conv.bias, groups=self.config.d_inner)
-            )
-        # Back to the projections' dtype: in bfloat16 the convolution is a float32 island.
-        y = functional.silu(to_dtype(torch.cat(outputs, dim=1), dtype))
-        y = y.reshape(y.shape[0], len(outputs), self.config.d_inner, y.shape[-1])
-        return y if index is None else y.gather(3, index[:, None].expand(-1, len(outputs), -1, -1))
+        """Each branch's convolution and silu (batch, branches, seqlen, d_inner) of x."""
+        position, home = tokens.position, None
+        if tokens.conv_on_grid and not tokens.ascending:
+            position, order = position.sort(dim=1, stable=True)
+            home = order.sort(dim=1, stable=True).indices
+            x = x.gather(1, order[..., None].expand_as(x))
+        y = ops.token_conv(
+            x,
+            wide(self._stack("conv1d{b}.weight"))[:, :, 0],
+            wide(self._stack("conv1d{b}.bias")),
+            position,
+            # Neighbours that were pruned are zeros then; a list puts strangers side by side.
+            by_position=tokens.conv_on_grid,
+            backend=self.backend,
+        )
+        return y if home is None else y.gather(2, home[:, None, :, None].expand_as(y))
 
     def _operands(self, u: Tensor) -> ScanOperands:
-        """The scan's inputs from u (batch, branches, d_inner, seqlen)."""
+        """The scan's inputs from u (batch, branches, seqlen, d_inner)."""
         c = self.config
-        q = self._stack("x_proj{b}.weight") @ u
-        dt, B, C = q.split([c.dt_rank, c.d_state, c.d_state], dim=2)
+        q = u @ self._stack("x_proj{b}.weight").transpose(1, 2)
+        dt, B, C = q.split([c.dt_rank, c.d_state, c.d_state], dim=3)
         # Without dt_proj's bias: the scan adds it in float32, before the softplus.
-        delta = dt.transpose(2, 3) @ self._stack("dt_proj{b}.weight").transpose(1, 2)
+        delta = dt @ self._stack("dt_proj{b}.weight").transpose(1, 2)
         A_log: list[Tensor] = [self.A_log] if c.bimamba == "none" else [self.A_log, self.A_b_log]
         # A list of one is shared by the directions; v1 has two decays but one skip.
         D: list[Tensor] = [self.D] if c.bimamba != "v2" else [self.D, self.D_b]
         return ScanOperands(
-            u=u.permute(0, 3, 1, 2),
-            delta=delta.transpose(1, 2),
+            u=u,
+            delta=delta,
             A=-torch.exp(wide(torch.stack(A_log))),
-            B=B.permute(0, 3, 1, 2),
-            C=C.permute(0, 3, 1, 2),
+            B=B,
+            C=C,
             D=wide(torch.stack(D)),
             delta_bias=wide(self._stack("dt_proj{b}.bias")),
         )
@@ -467,6 +453,7 @@ class VimMixer(nn.Module):
             z=z,
             delta0=delta0,
             scale=self.config.scale,
+            direction_axis=1,
             backend=self.backend,
         )
 
@@ -486,6 +473,10 @@ _WIDE_PARAMETERS = (
     "A_b_log",
     "mixer.D",
     "mixer.D_b",
+    "conv1d.weight",
+    "conv1d.bias",
+    "conv1d_b.weight",
+    "conv1d_b.bias",
     "dt_proj.bias",
     "dt_proj_b.bias",
     "pos_embed",

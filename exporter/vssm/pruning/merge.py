@@ -47,12 +47,12 @@ class MetricRule:
     metric: str
 
     def measure(self, parts: dict[str, Tensor], *, scale: float) -> Tensor:
-        """(batch, seqlen, width) from B, C and delta (batch, seqlen, branches, width).
+        """(batch, seqlen, width) from B, C and delta (batch, branches, seqlen, width).
 
         As published, the backward branch's is in the order of its own steps, and turned round
         along its last axis too.
         """
-        ahead, *behind = parts[self.metric].unbind(2)
+        ahead, *behind = parts[self.metric].unbind(1)
         return ahead if not behind else (ahead + behind[0].flip(1, 2)) * scale
 
 

@@ -33,6 +33,7 @@ class Tokens:
         full_seqlen: tokens before any pruning.
         constant_gap: pruned positions decay by delta0 instead of the kept token's step.
         conv_on_grid: convolutions see the full list, with zeros at pruned positions.
+        ascending: positions rise from token to token; as_released moves the class token.
         full_parameters: a step has delta, B and C of its position in the full list.
         kept: indices (batch, n) that still count, where pruned tokens stay in place (masked).
         size: (batch, seqlen) float32 or wider, how many original tokens each stands for; None
@@ -47,6 +48,7 @@ class Tokens:
     full_seqlen: int
     constant_gap: bool = False
     conv_on_grid: bool = False
+    ascending: bool = True
     full_parameters: bool = False
     kept: Tensor | None = None
     size: Tensor | None = None
@@ -215,6 +217,7 @@ def _after(stage: Stage, tokens: Tokens, kept: Tensor) -> Tokens:
         size=size,
         constant_gap=schedule.alignment == "constant",
         conv_on_grid=schedule.conv == "position",
+        ascending=schedule.importance != "as_released",
         full_parameters=schedule.step_parameters == "full",
     )
 
