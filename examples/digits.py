@@ -81,21 +81,42 @@ def write_test_images(directory: Path, count: int | None = None) -> list[tuple[P
         ValueError: `count` is not in [1, 450].
     """
     split = load_digits_split()
-    total = len(split.test_labels)
-    count = total if count is None else count
-    if not 1 <= count <= total:
-        raise ValueError(f"count={count} is outside [1, {total}], the held-out images; use fewer")
-    directory.mkdir(parents=True, exist_ok=True)
-    written = []
-    for index, label in enumerate(split.test_labels[:count].tolist()):
-        path = directory / f"digit_{index:03d}_is_{label}.png"
-        margin = ((_FILE_MARGIN,) * 2, (_FILE_MARGIN,) * 2, (0, 0))
-        Image.fromarray(np.pad(split.test_images[index], margin)).save(path)
-        written.append((path, label))
+    written = _write(directory, split.test_images, split.test_labels, count)
     with (directory / "labels.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "label"])
         writer.writerows((path.name, label) for path, label in written)
+    return written
+
+
+def write_train_images(directory: Path, count: int) -> Path:
+    """Write the first `count` training images in the same form, and return their folder.
+
+    Raises:
+        ValueError: `count` is not in [1, 1347].
+    """
+    split = load_digits_split()
+    _write(directory, split.train_images, split.train_labels, count)
+    return directory
+
+
+def _write(
+    directory: Path,
+    images: npt.NDArray[np.uint8],
+    labels: npt.NDArray[np.int64],
+    count: int | None,
+) -> list[tuple[Path, int]]:
+    total = len(labels)
+    count = total if count is None else count
+    if not 1 <= count <= total:
+        raise ValueError(f"count={count} is outside [1, {total}], the images of the split")
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for index, label in enumerate(labels[:count].tolist()):
+        path = directory / f"digit_{index:03d}_is_{label}.png"
+        margin = ((_FILE_MARGIN,) * 2, (_FILE_MARGIN,) * 2, (0, 0))
+        Image.fromarray(np.pad(images[index], margin)).save(path)
+        written.append((path, label))
     return written
 
 
