@@ -162,6 +162,9 @@ def _scan(schema: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Scan:
     named |= dict(zip(named, args, strict=False)) | given
     # Not every scan operator has this operand.
     named["delta0"] = named.get("delta0")
+    # A view: tokens first, as the formula has them.
+    if named["direction_axis"] == 1:
+        named |= {name: named[name].transpose(1, 2) for name in ("u", "delta", "B", "C")}
     values: dict[str, Any] = {}
     for name in (f.name for f in fields(Scan)):
         value = named[name]  # some are parameters
@@ -198,7 +201,10 @@ def _grids(model: VisionModel) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan node without its gate: the operands of `ops.selective_scan`, by the same names."""
+    """One scan node without its gate: the operands of `ops.selective_scan`, by the same names.
+
+    The directions of u, delta, B and C are behind their tokens.
+    """
 
     u: Tensor
     delta: Tensor
