@@ -270,7 +270,7 @@ def make_plan(
         *(Line(ALIGNMENT, a, (a,)) for a in ALIGNMENTS),
         # clip is the reference, which runs under the key "gap".
         *(Line(IMPORTANCE, m, ("gap" if m == "clip" else m,)) for m in METRICS),
-        Line(IMPORTANCE, f"random, {seeds} seeds", tuple(v.key for v in drawn)),
+        Line(IMPORTANCE, f"random, {seeds} seed{'s' * (seeds > 1)}", tuple(v.key for v in drawn)),
         *(
             Line(CONV, f"{_NAMES[v.key.removesuffix(f'+{conv}')]}, {_CONVS[conv]}", (v.key,))
             for v in convolved
