@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from vssm.artifact.manifest import Manifest, TensorInfo
-from vssm.bench.measure import BenchReport, Contender, MachineRates, machine_rates, measure
+from vssm.bench.measure import (
+    BenchReport,
+    Contender,
+    MachineRates,
+    machine_rates,
+    measure,
+    moved_rates,
+)
 from vssm.bench.page import page
 from vssm.commands.tables import bench_tables
 from vssm.runtimes.session import RuntimeInfo, Session
@@ -84,6 +91,15 @@ def test_rows_hold_times_rates_and_floor() -> None:
     assert all(s.closed for s in (*slow, *fast))
     with pytest.raises(KeyError, match=r"batch=3"):
         report.row("slow", batch=3)
+
+
+def test_floors_that_moved_are_said() -> None:
+    same = MachineRates(exp2=1.09e9, products=0.92e9, macs={1: 1.09e10, 2: 1.9e10})
+    assert moved_rates(RATES, same) == []
+    busy = MachineRates(exp2=0.8e9, products=1e9, macs={1: 1e10, 2: 2.3e10})
+    (sentence,) = moved_rates(RATES, busy)
+    assert "exp2 -20%, matrix products (2 threads) +15% at the end" in sentence
+    assert "measure again" in sentence
 
 
 def test_wrong_numbers_are_not_timed() -> None:

@@ -20,6 +20,7 @@ from vssm.types import Array, Progress
 # Large enough that a matrix product is bound by arithmetic, small enough for tens of milliseconds.
 _SIDE = 1024
 _SAMPLES = 9
+_MOVED = 0.1  # a limit that is off by more is another machine's
 
 
 def machine_rates(threads: Sequence[int]) -> MachineRates:
@@ -28,6 +29,32 @@ def machine_rates(threads: Sequence[int]) -> MachineRates:
     isa = library_info().cpu_isa
     macs = {count: _macs(count) for count in set(threads)}
     return MachineRates(exp2=exp2_rate(isa), products=product_rate(isa), macs=macs)
+
+
+def moved_rates(before: MachineRates, after: MachineRates) -> list[str]:
+    """A sentence if a limit at the end of a run is more than a tenth off the one at its start.
+
+    Floors are then those of another machine than the one that was timed: other work came or went.
+    """
+    pairs = {
+        "exp2": (before.exp2, after.exp2),
+        "products": (before.products, after.products),
+        **{
+            f"matrix products ({plural(count, 'thread')})": (rate, after.macs[count])
+            for count, rate in before.macs.items()
+        },
+    }
+    moved = [
+        f"{name} {new / old - 1:+.0%}"
+        for name, (old, new) in pairs.items()
+        if abs(new / old - 1) > _MOVED
+    ]
+    if not moved:
+        return []
+    return [
+        f"the floors moved while this was measured ({', '.join(moved)} at the end): other work ran "
+        "on the machine, so do not quote times over the floor; measure again"
+    ]
 
 
 def _macs(threads: int) -> float:

@@ -26,6 +26,7 @@ from vssm.bench.measure import (
     check_arguments,
     machine_rates,
     measure,
+    moved_rates,
 )
 from vssm.errors import UnsupportedError, check_choice
 from vssm.models.cost import Cost, count
@@ -88,13 +89,16 @@ def bench(
     )
     progress("profiling")
     operators = _profile(artifact) if on_cpu else {}
+    notes = [] if rates is None else moved_rates(rates, machine_rates(threads))
+    if artifact.manifest.quantization is not None:
+        notes += slower_than_float(rows)
     return BenchReport(
         rows=rows,
         rates=rates,
         operators=operators,
         scan_over_floor=None if rates is None else _scan_over_floor(operators, rates, subjects[0]),
         context={**_context(artifact), "command": command},
-        notes=[] if artifact.manifest.quantization is None else slower_than_float(rows),
+        notes=notes,
     )
 
 
