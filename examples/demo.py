@@ -172,7 +172,8 @@ def full_size(report: Report, output: Path, *, quick: bool) -> None:
 
 def parsed(schedule: str | None) -> vssm.PruneSchedule | None:
     """The schedule of a text like "2:0.75,4:0.75"; None for a dense model."""
-    return None if schedule is None else vssm.PruneSchedule.parse(schedule)
+    # The convolution that the checkpoint was trained with.
+    return None if schedule is None else vssm.PruneSchedule.parse(schedule, conv="compact")
 
 
 def classes(session: vssm.Session, images: np.ndarray) -> np.ndarray:

@@ -204,6 +204,19 @@ def test_pruning_and_merging_in_one_schedule(alignment):
     assert found.merges[0].size.sum(1).tolist() == [27.0] * 3
 
 
+@pytest.mark.parametrize("conv", ["compact", "position"])
+def test_one_convolution_where_tokens_are_pruned_too(conv):
+    prune = PruneSchedule({2: 0.7}, alignment="none", conv=conv)
+    model = micro(MergeSchedule(4, start=1, every=9, class_token="true", prune=prune), depth=4)
+    seen = []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda m, args: seen.append(args[2].conv_on_grid))
+    with torch.no_grad():
+        model(torch.randn(2, 3, 48, 48))
+    # After the merge as after the pruning; before both there is nothing to be in place of.
+    assert seen == [False, *[conv == "position"] * 3]
+
+
 def test_pruning_after_a_merge_takes_sizes_along():
     prune = PruneSchedule({2: 0.7}, alignment="none")
     schedule = MergeSchedule(4, start=1, every=9, class_token="true", prune=prune)

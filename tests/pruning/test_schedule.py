@@ -234,3 +234,10 @@ def test_changed_replaces_rules_and_keeps_the_rest():
     assert list(schedule.ratios) == [2]
     with pytest.raises(ValueError, match=r"alignment='all' is not one of"):
         schedule.changed(alignment="all")
+
+
+def test_the_released_code_convolves_the_list():
+    released = {"alignment": "none", "importance": "as_released"}
+    assert PruneSchedule({5: 0.8}).conv == PruneSchedule.parse("5:0.8").conv == "position"
+    assert PruneSchedule({5: 0.8}, **released).conv == "compact"
+    assert PruneSchedule({5: 0.8}, **released, conv="position").conv == "position"

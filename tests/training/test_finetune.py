@@ -562,13 +562,13 @@ def test_a_whole_schedule_is_trained_as_it_is(data, checkpoint, tmp_path):
     options = model_source(checkpoint, alignment="none", importance="l1")
     whole = vssm.PruneSchedule.parse(SCHEDULE, alignment="none", importance="l1")
     same = model_source(checkpoint, schedule=whole)
-    grid = model_source(checkpoint, schedule=whole.changed(conv="position"))
+    listed = model_source(checkpoint, schedule=whole.changed(conv="compact"))
     found = {}
-    for name, what in (("options", options), ("same", same), ("grid", grid)):
+    for name, what in (("options", options), ("same", same), ("listed", listed)):
         report = vssm.finetune(request(data, tmp_path / name, what=what, **numbers))
         found[name] = report.sha256
-    assert found["options"] == found["same"] != found["grid"]
-    assert "conv='position'" in report.run["schedule"]
+    assert found["options"] == found["same"] != found["listed"]
+    assert "conv='compact'" in report.run["schedule"]
 
 
 def test_a_new_head_on_weights_under_a_key(data, tmp_path):

@@ -121,7 +121,7 @@ Importance = Annotated[
 ]
 Conv = Annotated[
     str | None,
-    typer.Option(help="Vim's convolution: compact, over kept tokens (the default), or position."),
+    typer.Option(help="Vim's convolution: by position (the default) or compact, over kept tokens."),
 ]
 Restore = Annotated[
     str | None,

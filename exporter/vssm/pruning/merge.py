@@ -98,12 +98,16 @@ def merge(
         rows.append(_rows((_joined(stage, weighed, pairs) / joined).to(x.dtype), index))
     position = _pick(tokens.position, index)
     left = joined[..., 0].gather(1, index)
+    prune = stage.schedule.prune
     after = replace(
         tokens,
         position=position,
         size=left,
         steps=_steps(stage, tokens, position, left),
         owner=_owner(stage, tokens, pairs),
+        # As published a merged list is convolved as it stands; where tokens are pruned too, as
+        # pruning says, a merged token at its own position.
+        conv_on_grid=prune is not None and prune.conv == "position",
     )
     return after, rows, MergeResult(position, similarity, pairs, left, sources, destinations)
 

@@ -47,8 +47,10 @@ class PruneSchedule:
             "as_released" (the authors' code; needs alignment "none").
         score_direction: the scan directions that y sums: "sum" (all), "forward" or "backward".
         gated: whether y is multiplied by silu(z) before it is scored.
-        conv: the convolution before the scan runs over the kept tokens ("compact") or over the
-            full list with zeros at pruned positions ("position").
+        conv: the convolution before the scan reads the neighbours by position, nothing where one
+            was pruned ("position"), or along the list of kept tokens ("compact"). None, the
+            default, becomes "position", or "compact" for importance "as_released", whose code has
+            it so.
         step_parameters: PlainMamba's choice of delta, B, C for a kept step: "rank" or "full".
         restore: what a dense head sees at a pruned position: "frozen" (the token as it was when it
             left), "zero", or "nearest" (the nearest kept token; of two, the one before).
@@ -73,7 +75,7 @@ class PruneSchedule:
         importance: str = "clip",
         score_direction: str = "sum",
         gated: bool = False,
-        conv: str = "compact",
+        conv: str | None = None,
         step_parameters: str = "rank",
         restore: str = "frozen",
         seed: int = 0,
@@ -81,6 +83,7 @@ class PruneSchedule:
         check_choice("alignment", alignment, ALIGNMENTS)
         check_choice("importance", importance, IMPORTANCES)
         check_choice("score_direction", score_direction, SCORE_DIRECTIONS)
+        conv = conv or ("compact" if importance == "as_released" else "position")
         check_choice("conv", conv, CONVS)
         check_choice("step_parameters", step_parameters, STEP_PARAMETERS)
         check_choice("restore", restore, RESTORES)
@@ -119,7 +122,7 @@ class PruneSchedule:
         importance: str = "clip",
         score_direction: str = "sum",
         gated: bool = False,
-        conv: str = "compact",
+        conv: str | None = None,
         step_parameters: str = "rank",
         restore: str = "frozen",
     ) -> PruneSchedule:
@@ -288,10 +291,10 @@ class MergeSchedule:
                 f"alignment={self.alignment!r} with prune.alignment={prune.alignment!r}: one scan "
                 "counts its missing positions in one way; use 'gap' for both, or 'none' for both"
             )
-        if prune.importance == "as_released" or prune.conv != "compact":
+        if prune.importance == "as_released":
             raise ValueError(
-                f"prune with importance={prune.importance!r}, conv={prune.conv!r}: merged tokens "
-                "have no place of their own; use another importance and conv='compact'"
+                "prune with importance='as_released', which moves the class token; use another "
+                "importance"
             )
 
     @classmethod

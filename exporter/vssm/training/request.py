@@ -87,7 +87,7 @@ class ModelSource:
         alignment: as for `PruneSchedule`, beside a text; None for "gap", or without a schedule as
             for `MergeSchedule`.
         importance: as for `PruneSchedule`, beside a text; None for "clip".
-        conv: as for `PruneSchedule`, beside a text; None for "compact".
+        conv: as for `PruneSchedule`, beside a text; None for its default.
         restore: as for `PruneSchedule`, beside a text, or for `MergeSchedule`; None for "frozen",
             or "group" where tokens merge.
         tokens: what training does with pruned tokens. "gather": as deployed; "masked": they stay
