@@ -99,7 +99,7 @@ def test_verify_runs_the_model(cli: Run, bundle: Path, tmp_path: Path) -> None:
     moved = bundle.rename(tmp_path / "moved")
     assert cli("bundle", "--verify", moved, "--json", tmp_path / "report.json") == 0, cli.out
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["kernels"] == 5  # three scans and two gathers
+    assert report["kernels"] == 8  # three scans and convolutions, two gathers
     assert 0 < report["difference"] < 1e-4
     assert report["failures"] == []
     assert "passed" in cli.out
@@ -230,7 +230,7 @@ def test_what_was_hashed_is_what_runs(bundle: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bundle_verify, "run_once", exchanging)
     report = verify_bundle(bundle)
     assert report.passed
-    assert report.kernels == 5
+    assert report.kernels == 8
 
 
 @pytest.mark.parametrize("name", ["lib/libvssm_onnxruntime.so", "model/model.json"])

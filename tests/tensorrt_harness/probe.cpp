@@ -52,12 +52,12 @@ class Probe final : public IPluginCreatorV3One {
 VSSM_EXPORT void setLoggerFinder(void*) {}
 
 VSSM_EXPORT vssm::trt::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  using vssm::kOperators;
   using vssm::trt::Probe;
-  static Probe made[] = {Probe(kOperators[0]), Probe(kOperators[1]), Probe(kOperators[2]),
-                         Probe(kOperators[3]), Probe(kOperators[4])};
-  static vssm::trt::IPluginCreatorInterface* const list[] = {&made[0], &made[1], &made[2], &made[3],
-                                                             &made[4]};
-  count = 5;
+  // Never deleted: the registry holds pointers to them, and may use them while a process ends.
+  static vssm::trt::IPluginCreatorInterface* list[vssm::kOperators.size()] = {};
+  for (size_t i = 0; i < vssm::kOperators.size(); ++i) {
+    if (list[i] == nullptr) list[i] = new Probe(vssm::kOperators[i]);
+  }
+  count = static_cast<int32_t>(vssm::kOperators.size());
   return list;
 }
