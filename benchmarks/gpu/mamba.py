@@ -192,7 +192,8 @@ def scan(extension: Any) -> Any:
         dense = gap.shape[0] == 1
         total: Any = 0
         for k in range(order.shape[1]):
-            # Our models are channel-major up to the scan: these transposes cost nothing.
+            # The extension wants channels outside: its time holds copies that a model made for it
+            # would not need.
             x, dt = (turn(t[:, :, k % t.shape[2]].transpose(1, 2), k) for t in (u, delta))
             groups = [turn(t[:, :, k % t.shape[2]].transpose(1, 2), k)[:, None] for t in (B, C)]
             bias, skip = delta_bias[k % len(delta_bias)], D[k % len(D)]

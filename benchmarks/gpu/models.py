@@ -152,10 +152,23 @@ def _forward(
         with torch.no_grad():
             if scan is None:
                 return model(images)
-            with mock.patch.object(ops, "selective_scan", scan):
+            with mock.patch.object(ops, "selective_scan", _directions_inside(scan)):
                 return model(images)
 
     return call
+
+
+def _directions_inside(scan: Scan) -> Scan:
+    """A scan of (batch, seqlen, K, ...) for a model whose streams are (batch, K, seqlen, ...)."""
+
+    def called(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, **others: Any) -> Tensor:
+        streams = (u, delta, B, C)
+        if others.pop("direction_axis", 2) == 1:
+            streams = tuple(t.transpose(1, 2) for t in streams)
+        u, delta, B, C = streams
+        return scan(u, delta, A, B, C, **others)
+
+    return called
 
 
 def in_dtype(model: VisionModel, dtype: torch.dtype) -> VisionModel:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from compat_cases import SlowPath, built
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import vssm
 from vssm.compat.exact import FLOAT64, FLOAT64_SCANS, _close, exact_outputs
@@ -89,7 +90,7 @@ def test_the_rest_in_float32_and_the_scans_in_float64(tmp_path) -> None:
     """What reads memory cannot be fed a float64 that calls itself float32."""
 
     def reads_memory(y: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
+        if not isinstance(y, FakeTensor):  # not in the trace
             y.numpy()
         return y
 

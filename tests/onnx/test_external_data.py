@@ -74,7 +74,7 @@ def test_a_bundle_of_it(pair: tuple[Artifact, Artifact], tmp_path: Path) -> None
     assert f"triton/onnxruntime/vim_tiny/1/{EXTERNAL_FILE}" in manifest.files
     report = verify_bundle(bundle)
     assert report.passed, report.failures
-    assert report.kernels == 5
+    assert report.kernels == 8
 
 
 def test_a_changed_byte_of_it(pair: tuple[Artifact, Artifact], tmp_path: Path) -> None:
