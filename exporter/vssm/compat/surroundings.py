@@ -50,9 +50,13 @@ def as_if_run() -> Iterator[None]:
     def answer(name: str) -> Any:
         def asked() -> bool:
             caller = str(sys._getframe(1).f_globals.get("__name__"))
+            if caller.startswith("torch._dynamo.") and name != "is_exporting":
+                return True
             return caller.partition(".")[0] == "torch" and bool(real[name]())
 
-        return asked
+        # Dynamo, which traces the branches of a cond, cannot look into frames: it asks us itself,
+        # for torch's own code in them.
+        return torch.compiler.assume_constant_result(asked)
 
     for name in _ASKED:
         setattr(torch.compiler, name, answer(name))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import FrameType, FunctionType, ModuleType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from torch import Tensor
 from torch.autograd import Function
@@ -410,7 +410,7 @@ def _patch_by_name(module: ModuleType, report: UpstreamReport, *, undo: bool) ->
         if found is None or getattr(found, "__module__", None) != module.__name__:
             continue
         # Another class of that name: its `apply` has nothing to do with autograd.
-        if method and not (isinstance(found, type) and issubclass(found, Function)):
+        if method and not _is_class(found, Function):
             continue
         # `apply` itself takes anything; what it passes on is forward's arguments behind ctx.
         given = signatures.parameters(found.forward if method else found)[bool(method) :]
@@ -435,7 +435,7 @@ def _patch_named(
             f"scans={place!r}: {module.__name__} defines no such function; name what its file "
             "defines, such as models.block:selective_scan or models.block:Mixer.scan"
         )
-    if isinstance(found, type) and issubclass(found, Function):
+    if _is_class(found, Function):
         ours = signature.adapt(found.forward, skip=1)
         _replace_everywhere(found, module, "apply", ours, report, undo=undo)
     elif isinstance(owner, type):
@@ -450,7 +450,7 @@ def _patch_scans(module: ModuleType, report: UpstreamReport, *, undo: bool) -> N
     for name, found in list(getattr(module, "__dict__", {}).items()):
         if getattr(found, "__module__", None) != getattr(module, "__name__", None):
             continue
-        if isinstance(found, type) and issubclass(found, Function):
+        if _is_class(found, Function):
             # Behind `ctx`; torch gives every Function the same `apply`.
             _patch_function(found, module, "apply", report, undo=undo)
         elif isinstance(found, type):
@@ -491,6 +491,11 @@ def _patch_methods(owner: type, report: UpstreamReport, *, undo: bool) -> None:
             _replace(report, owner, name, ours, undo=undo)
 
 
+def _is_class(found: object, base: type) -> bool:
+    # list[int] says of itself that it is a type, and issubclass then refuses it.
+    return issubclass(type(found), type) and issubclass(cast(type, found), base)
+
+
 def _patch_tensor_classes(module: ModuleType, report: UpstreamReport, *, undo: bool) -> None:
     """Let subclasses of Tensor that only spell its properties otherwise give the tensor itself.
 
@@ -498,7 +503,7 @@ def _patch_tensor_classes(module: ModuleType, report: UpstreamReport, *, undo: b
     the reference have tensors of their own kinds, of which torch makes no such subclass.
     """
     for found in list(getattr(module, "__dict__", {}).values()):
-        if not isinstance(found, type) or not issubclass(found, Tensor):
+        if not _is_class(found, Tensor):
             continue
         if found.__module__ != module.__name__ or found.__bases__ != (Tensor,):
             continue
