@@ -1,6 +1,6 @@
 """Unmodified upstream model files, from clones below VSSM_UPSTREAM: the official numbers, exports.
 
-VSSM_UPSTREAM/{Vim, PlainMamba, VMamba, GroupMamba, mamba, MambaVision, mamba-minimal}
+VSSM_UPSTREAM/{Vim, PlainMamba, VMamba, GroupMamba, mamba, MambaVision, mamba-minimal, VideoMamba}
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from vssm.compat import selective_scan_tokens, upstream
 from vssm.compat.exact import exact_outputs, set_eval
 from vssm.compat.outputs import module_outputs
 from vssm.compat.packages.context import UpstreamReport
+from vssm.errors import UnsupportedError
 
 ROOT = Path(os.environ.get("VSSM_UPSTREAM", ""))
 VIM = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
@@ -158,6 +159,22 @@ def test_pruned_vim_is_ours(name: str) -> None:
     found = exact_outputs(pruned, x, module_outputs(scores=True))[0]
     assert relative_error(found["logits"], torch.from_numpy(data["logits"])[:1]) < 1e-9
     assert found["kept_positions_0"].tolist() == data["kept0"][:1].tolist()
+
+
+def test_pruned_videomamba(tmp_path: Path) -> None:
+    with _repository("VideoMamba/videomamba/image_sm/models", "VideoMamba/mamba"):
+        from videomamba import VisionMamba
+
+        torch.manual_seed(0)
+        model = VisionMamba(img_size=64, depth=3, embed_dim=32, num_classes=10).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with pytest.raises(UnsupportedError, match=r"if_cls_token.*cls_index"):
+        vssm.prune(model, vssm.PruneSchedule({1: 0.7}), x)
+    pruned = vssm.prune(model, vssm.PruneSchedule({1: 0.7, 2: 0.8}), x, cls_index=0)
+    artifact = vssm.export_module(pruned, x, tmp_path / "out")
+    assert vssm.check_parity(None, artifact).passed
+    kept = pruned.forward_details(x).kept_positions
+    assert [k.shape[1] for k in kept] == [13, 11]
 
 
 def test_state_spaces_language_model(tmp_path: Path) -> None:
