@@ -23,6 +23,7 @@ THREADS = 1
 SEED = 0
 _GPU = pytest.StashKey[int]()
 _LONG = (
+    "project/test_docs",
     "onnx/test_export",
     "training/test_finetune",
     "compat/test_export",
