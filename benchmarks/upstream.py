@@ -3,7 +3,8 @@
     VSSM_UPSTREAM=/path/to/clones python benchmarks/upstream.py -o surveyed/ [NAME...]
 
 `upstream.json` says which models and with which options; its folders are below VSSM_UPSTREAM, and
-`packages` there is a folder with what some of them need (`pip install --target`). Each model is
+`packages` and `packages-torchvision` there are folders with what some of them need (`pip install
+--target`), and `packages-dwconv2d` holds a compiled convolution in PyTorch. Each model is
 exported and checked as by `vssm export-module --survey`. Then its file is run beside the model in
 PyTorch over a plain loop in float64, which shares no code with this package's operators.
 """
