@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -52,15 +53,19 @@ def build_harness(folder: Path, *options: str) -> Harness:
     """The harness with other options, in a folder of its own."""
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, "PATH": tools}
-    for command in (
-        ["cmake", "-S", SOURCES, "-B", folder, "-G", "Ninja", *options],
-        ["cmake", "--build", folder],
-    ):
-        done = subprocess.run(
-            [*map(str, command)], env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            pytest.fail(f"{done.stdout[-6000:]}{done.stderr[-2000:]}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Test files of two processes want it at once, and ninja would write over what the other runs.
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            ["cmake", "-S", SOURCES, "-B", folder, "-G", "Ninja", *options],
+            ["cmake", "--build", folder],
+        ):
+            done = subprocess.run(
+                [*map(str, command)], env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode != 0:
+                pytest.fail(f"{done.stdout[-6000:]}{done.stderr[-2000:]}")
     return Harness(folder / "vssm_tensorrt_harness", folder / "libvssm_tensorrt_stub.so")
 
 
