@@ -53,7 +53,7 @@ from vssm.onnx.save import EXTERNAL_DATA_ABOVE, save_model
 from vssm.ops.ambient import known_state
 from vssm.ops.operators import torch_op
 from vssm.ops.record import record_backends
-from vssm.ops.spec import OPERATOR_VERSION, OPERATORS
+from vssm.ops.spec import OPERATOR_VERSION, SCAN_OPERATORS
 from vssm.types import Steps
 
 _PACKAGES: Final = ("torch", "onnx", "onnxscript", "numpy")
@@ -210,7 +210,7 @@ def trace_module(
     with evaluating(wrapper):
         with counted_blocks(model, progress):
             program = _trace(wrapper, example, options.dynamic_batch)
-        scans = {torch_op(spec) for spec in OPERATORS.values()}
+        scans = {torch_op(spec) for spec in SCAN_OPERATORS}
         if not any(node.target in scans for node in program.graph.nodes):
             raise UnsupportedError(
                 f"{type(model).__name__} runs selective scans, and there is none in its trace: it "
