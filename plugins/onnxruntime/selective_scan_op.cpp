@@ -1,7 +1,5 @@
 // SelectiveScan, GatedSelectiveScan and SelectiveScanConstantGap on ONNX Runtime's CPU and CUDA
 // providers.
-#include <new>
-
 #include "plugins/kernels/selective_scan.h"
 #include "plugins/onnxruntime/cuda_host.h"
 #include "plugins/onnxruntime/custom_op.h"
@@ -33,18 +31,6 @@ vssm::Status read_node(const BoundOp& op, const KernelInfo* info, ScanNode* node
   }
   if (status.ok() && op.provider == Provider::kCuda) status = node->allocator.open(info);
   return status;
-}
-
-ort::Status* create(const CustomOp* op, const Api*, const KernelInfo* info, void** kernel) {
-  auto* node = new (std::nothrow) ScanNode;
-  if (node == nullptr) return api().CreateStatus(kFail, "no memory for a kernel");
-  const vssm::Status status = read_node(*static_cast<const BoundOp*>(op), info, node);
-  if (!status.ok()) {
-    delete node;
-    return to_ort(status);
-  }
-  *kernel = node;
-  return nullptr;
 }
 
 /// Everything but the computing: operands, their check, memory of the output.
@@ -93,8 +79,6 @@ ort::Status* compute_cuda(void* kernel, KernelContext* context) {
 constexpr decltype(Implementation::compute_cuda) compute_cuda = nullptr;
 #endif
 
-void destroy(void* kernel) { delete static_cast<ScanNode*>(kernel); }
-
 /// Where shapes are inferred; an attribute that is not there is an error of ONNX Runtime's.
 int64_t direction_axis_of(const ShapeContext* context) {
   const Attribute* attribute = nullptr;
@@ -125,6 +109,7 @@ ort::Status* infer(const CustomOp*, ShapeContext* context) {
 
 }  // namespace
 
-const Implementation kSelectiveScan = {create, compute, compute_cuda, destroy, infer};
+const Implementation kSelectiveScan = {create_node<ScanNode, read_node>, compute, compute_cuda,
+                                       destroy_node<ScanNode>, infer};
 
 }  // namespace vssm::ort

@@ -1,6 +1,4 @@
 // TokenConv on ONNX Runtime's CPU and CUDA providers.
-#include <new>
-
 #include "plugins/kernels/token_conv.h"
 #include "plugins/onnxruntime/cuda_host.h"
 #include "plugins/onnxruntime/custom_op.h"
@@ -22,18 +20,6 @@ vssm::Status read_node(const BoundOp& op, const KernelInfo* info, ConvNode* node
   if (status.ok()) status = read_attribute(info, spec, "activation", &node->args.activation);
   if (status.ok() && op.provider == Provider::kCuda) status = node->allocator.open(info);
   return status;
-}
-
-ort::Status* create(const CustomOp* op, const Api*, const KernelInfo* info, void** kernel) {
-  auto* node = new (std::nothrow) ConvNode;
-  if (node == nullptr) return api().CreateStatus(kFail, "no memory for a kernel");
-  const vssm::Status status = read_node(*static_cast<const BoundOp*>(op), info, node);
-  if (!status.ok()) {
-    delete node;
-    return to_ort(status);
-  }
-  *kernel = node;
-  return nullptr;
 }
 
 /// Everything but the computing: operands, their check, memory of the output.
@@ -75,8 +61,6 @@ ort::Status* compute_cuda(void* kernel, KernelContext* context) {
 constexpr decltype(Implementation::compute_cuda) compute_cuda = nullptr;
 #endif
 
-void destroy(void* kernel) { delete static_cast<ConvNode*>(kernel); }
-
 ort::Status* infer(const CustomOp*, ShapeContext* context) {
   SymbolicShape x, weight, y;
   if (!read_shape(context, 0, 3, &x) || !read_shape(context, 1, 3, &weight)) return nullptr;
@@ -93,6 +77,7 @@ ort::Status* infer(const CustomOp*, ShapeContext* context) {
 
 }  // namespace
 
-const Implementation kTokenConv = {create, compute, compute_cuda, destroy, infer};
+const Implementation kTokenConv = {create_node<ConvNode, read_node>, compute, compute_cuda,
+                                   destroy_node<ConvNode>, infer};
 
 }  // namespace vssm::ort

@@ -1,6 +1,4 @@
 // TokenGather and TokenGather1 on ONNX Runtime's CPU and CUDA providers.
-#include <new>
-
 #include "plugins/kernels/token_gather.h"
 #include "plugins/onnxruntime/cuda_host.h"
 #include "plugins/onnxruntime/custom_op.h"
@@ -28,18 +26,6 @@ vssm::Status read_node(const BoundOp& op, const KernelInfo* info, GatherNode* no
   if (status.ok()) status = check_num_keep(args, static_size(info, 0, 1));
   if (status.ok() && op.provider == Provider::kCuda) status = node->allocator.open(info);
   return status;
-}
-
-ort::Status* create(const CustomOp* op, const Api*, const KernelInfo* info, void** kernel) {
-  auto* node = new (std::nothrow) GatherNode;
-  if (node == nullptr) return api().CreateStatus(kFail, "no memory for a kernel");
-  const vssm::Status status = read_node(*static_cast<const BoundOp*>(op), info, node);
-  if (!status.ok()) {
-    delete node;
-    return to_ort(status);
-  }
-  *kernel = node;
-  return nullptr;
 }
 
 vssm::Status make_outputs(KernelContext* context, const TokenGatherShape& shape,
@@ -95,8 +81,6 @@ ort::Status* compute_cuda(void* kernel, KernelContext* context) {
 constexpr decltype(Implementation::compute_cuda) compute_cuda = nullptr;
 #endif
 
-void destroy(void* kernel) { delete static_cast<GatherNode*>(kernel); }
-
 ort::Status* infer(const CustomOp* op, ShapeContext* context) {
   // One function serves all types of an operator: only its row of the table counts here.
   const OperatorSpec& spec = *static_cast<const BoundOp*>(op)->spec;
@@ -125,6 +109,7 @@ ort::Status* infer(const CustomOp* op, ShapeContext* context) {
 
 }  // namespace
 
-const Implementation kTokenGather = {create, compute, compute_cuda, destroy, infer};
+const Implementation kTokenGather = {create_node<GatherNode, read_node>, compute, compute_cuda,
+                                     destroy_node<GatherNode>, infer};
 
 }  // namespace vssm::ort
