@@ -136,9 +136,6 @@ def _drop_value_info_of_weights(proto: onnx.ModelProto) -> None:
     proto.graph.value_info.extend(kept)
 
 
-# Protobuf reads no message above 2 GiB; what is not weights takes a few MB.
-
-
 def _translate(program: ExportedProgram, opset: int, progress: Steps) -> ir.Model:
     table = {ops.torch_op(spec): spec for spec in OPERATORS.values()}
     total = max(1, sum(node.target in table for node in program.graph.nodes))

@@ -10,6 +10,7 @@ from onnx import inliner
 
 from vssm.artifact.directory import EXTERNAL_FILE, INLINED_FILE, MODEL_FILE
 
+# Protobuf reads no message above 2 GiB; what is not weights takes a few MB.
 EXTERNAL_DATA_ABOVE: Final = 2_000_000_000
 _SMALL_TENSOR: Final = 1024  # bytes; shapes and the like stay where shape inference sees them
 
