@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vssm.artifact.data_sets import ADE20K
 from vssm.artifact.manifest import Preprocessing, TensorInfo
 from vssm.evaluation.label_maps import colours, is_segmenter, write_label_maps
 
@@ -59,6 +60,34 @@ def test_label_map_and_overlay(tmp_path):
         # Half of the image, half of the class's colour.
         assert image.getpixel((0, 0)) == (127, 64, 0)
         assert image.getpixel((23, 15)) == (0, 0, 0)
+
+
+class _Sky(_ByColour):
+    """Of ADE20K's 150 classes the third, sky, everywhere."""
+
+    manifest = SimpleNamespace(
+        **{
+            **vars(_ByColour.manifest),
+            "outputs": [TensorInfo("logits", "float32", ("batch", 150, 8, 8))],
+            "main_output": TensorInfo("logits", "float32", ("batch", 150, 8, 8)),
+        }
+    )
+
+    def run(self, images):
+        logits = np.zeros((len(images), 150, 8, 8), np.float32)
+        logits[:, 2] = 1
+        return {"logits": logits}
+
+
+@pytest.mark.parametrize(
+    ("names", "colour"), [(ADE20K, (6, 230, 230)), ([str(i) for i in range(150)], (0, 128, 0))]
+)
+def test_colours_go_by_the_names(tmp_path, names, colour):
+    file = _picture(tmp_path / "black.png")
+    (row,) = write_label_maps(_Sky(), [file], tmp_path / "out", names=names)
+    assert row["classes"] == [{"class": 2, "label": names[2], "share": 1.0}]
+    with Image.open(row["overlay"]) as image:
+        assert image.getpixel((23, 15)) == tuple(part // 2 for part in colour)
 
 
 def test_a_file_that_is_no_image(tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vssm
+from vssm.artifact.data_sets import ADE20K
 from vssm.artifact.directory import Artifact, open_artifact
 from vssm.commands.main import app
 from vssm.models.dense.segmenter import Segmenter
@@ -44,7 +45,8 @@ def whole(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Segmenter, Artifact, str]:
     name, schedule, rules, outputs, dtype = ASKED[request.param]
-    model = micro_segmenter(name, schedule, rules)
+    classes = 150 if request.param == "vmamba" else 7
+    model = micro_segmenter(name, schedule, rules, num_classes=classes)
     folder = tmp_path_factory.mktemp(request.param)
     return model, exported(folder, model, outputs=outputs, dtype=dtype), outputs
 
@@ -120,6 +122,11 @@ def test_model_json_makes_the_model_again(whole: tuple[Segmenter, Artifact, str]
     again = model_of(open_artifact(artifact.directory))
     assert again.schedule == model.schedule
     assert again.config == model.config
+
+
+def test_names_are_those_of_the_data_set(whole: tuple[Segmenter, Artifact, str]) -> None:
+    model, artifact, _ = whole
+    assert artifact.manifest.labels == (ADE20K if model.num_classes == 150 else None)
 
 
 def test_labels_that_no_rounding_explains_are_told(whole: tuple[Segmenter, Artifact, str]) -> None:

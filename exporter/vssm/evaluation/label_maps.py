@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
+from vssm.artifact.data_sets import colours_of
 from vssm.artifact.manifest import LOGITS, Manifest
 from vssm.artifact.preprocessing import normalised, open_rgb, preprocessing_of
 from vssm.evaluation.segment import segment
@@ -38,7 +39,7 @@ def write_label_maps(
     """Write NAME.labels.png and NAME.overlay.png for each image file, of the image's own size.
 
     The image is resized as the model was evaluated, its shorter side to the model's, and seen in
-    sliding windows.
+    sliding windows. Classes by ADE20K's names have ADE20K's colours, others PASCAL VOC's.
 
     Args:
         session: of a segmenter's export.
@@ -58,6 +59,8 @@ def write_label_maps(
     """
     classes = _refuse(session.manifest, files, top)
     spec = preprocessing_of(session.manifest)
+    usual = colours_of(names)
+    palette = colours(_MOST) if usual is None else np.array(usual, np.uint8)
     make_directory(output)
     rows: list[dict[str, Any]] = []
     for file in files:
@@ -75,7 +78,7 @@ def write_label_maps(
         labels = logits[0].argmax(0).astype(np.uint8)
         paths = {kind: output / f"{file.stem}.{kind}.png" for kind in ("labels", "overlay")}
         atomic_write_bytes(paths["labels"], _png(Image.fromarray(labels)))
-        atomic_write_bytes(paths["overlay"], _png(_overlay(image, labels)))
+        atomic_write_bytes(paths["overlay"], _png(_overlay(image, palette[labels])))
         found = {kind: str(path) for kind, path in paths.items()}
         shares = _shares(labels, classes, names, top)
         rows.append({"file": str(file), **found, "classes": shares, "error": None})
@@ -127,9 +130,8 @@ def _shares(
     ]
 
 
-def _overlay(image: Image.Image, labels: Array) -> Image.Image:
-    painted = Image.fromarray(colours(_MOST)[labels])
-    return Image.blend(image, painted, _OPACITY)
+def _overlay(image: Image.Image, painted: Array) -> Image.Image:
+    return Image.blend(image, Image.fromarray(painted), _OPACITY)
 
 
 def _png(image: Image.Image) -> bytes:

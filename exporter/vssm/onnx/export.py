@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from vssm.artifact.data_sets import names_of
 from vssm.artifact.directory import WEIGHTS_FILE, Artifact, staged_export
 from vssm.artifact.manifest import MERGED_PAIRS, Preprocessing, write_manifest
 from vssm.checkpoints.load import save_safetensors
@@ -77,7 +78,8 @@ def export(
         inline: also write model.inlined.onnx, without functions, for runtimes that read none.
         weights: also write weights.safetensors, the oracle of `vssm check`.
         preprocessing: how images become inputs; None for the official evaluation at this size.
-        labels: a name for every class; None for those that came with the checkpoint, if any.
+        labels: a name for every class; None for those that came with the checkpoint, else those of
+            the data set that the model's name ends with, if it has that many classes.
         external_data_above: bytes of weights beyond which they go to model.onnx.data, as protobuf
             reads no file above 2 GiB.
         force: replace the export that `directory` holds.
@@ -95,6 +97,8 @@ def export(
     dtype = checked_dtype(dtype)
     given, labels = labels, getattr(model, "labels", None) if labels is None else labels
     _refuse(model, opset, labels)
+    if labels is None:
+        labels = names_of(model.name, model.num_classes)
     outputs = checked_outputs(model.task, outputs)
     if "logits" not in model.output_groups[outputs]:
         if given:
@@ -102,7 +106,7 @@ def export(
                 f"labels={len(given)} names with outputs={outputs!r}, which has no logits that "
                 "they could name; leave the labels out"
             )
-        labels = None  # those of the checkpoint
+        labels = None  # those of the checkpoint, or of the data set
     initial = _initial_weights(model)
     with staged_export(directory, force=force) as staging:
         proto = build_proto(model, dtype=dtype, opset=opset, outputs=outputs, progress=progress)
