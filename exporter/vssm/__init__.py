@@ -35,6 +35,7 @@ _PUBLIC = {
     "list_models": "vssm.models",
     "load_checkpoint": "vssm.checkpoints.load",
     "open_session": "vssm.runtimes.open",
+    "predict": "vssm.evaluation.predict",
     "preprocess": "vssm.artifact.preprocessing",
     "prune": "vssm.compat.prune",
     "quantize": "vssm.quantization.quantize",

@@ -25,6 +25,7 @@ PACKAGES: Final[Mapping[str, tuple[str, str]]] = {
     "jinja2": ("reports", "reports as pages"),
     "matplotlib": ("reports", "plots and figures"),
     "einops": ("compat", "model code that imports einops"),
+    "pyarrow": ("predict", "predictions as Parquet"),
 }
 
 

@@ -227,6 +227,8 @@ _WRONG = [
     ("bundle", "EXPORT -o NEW --batch 1,2"),
     ("evaluate", "EXPORT . --runtime ort"),
     ("evaluate", "EXPORT . --workers -1"),
+    ("predict", "EXPORT . -o NEW.parquet --runtime ort"),
+    ("predict", "EXPORT . -o NEW.csv"),
     ("finetune", "vim_tinny --data . -o NEW"),
     ("finetune", "vim_tiny --data . -o NEW --set imagesize=3"),
     ("finetune", "vim_tiny --data . -o NEW --recipe speed=3"),

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vssm.artifact.directory import Artifact
 from vssm.artifact.manifest import MAX_CROP, Manifest, Preprocessing, read_manifest
@@ -253,11 +253,26 @@ def open_rgb(image: ImageInput, spec: Preprocessing | None = None) -> Image.Imag
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{name} cannot be read as an image ({reason}); {_REMEDY}") from error
+    with file:
+        return decode_rgb(file, name, spec)
+
+
+def decode_rgb(file: BinaryIO, name: str, spec: Preprocessing | None = None) -> Image.Image:
+    """The image in an open file, or in bytes in memory, as RGB of 8 bits a channel.
+
+    Args:
+        file: can be sought in; at its beginning.
+        name: what errors call the image.
+        spec: as for `open_rgb`.
+
+    Raises:
+        ValueError: it cannot be read or is too large.
+    """
     # Formats are known only once their plugins are loaded. AVIF came with Pillow 11.3, and to
     # name one that Pillow does not have is a KeyError.
     Image.init()
     try:
-        with file, Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as opened:
+        with Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as opened:
             _check_pixels(opened, name)
             _check_effort(opened, name, file)
             if spec is not None:
@@ -266,6 +281,11 @@ def open_rgb(image: ImageInput, spec: Preprocessing | None = None) -> Image.Imag
     # The warning is an error only where the caller has made warnings errors.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} is too large to decode safely ({error}); {_REMEDY}") from error
+    except UnidentifiedImageError as error:
+        # Pillow's text has the address of the file's object, another one in each run.
+        raise ValueError(
+            f"{name} cannot be read as an image (its format is none that is known here); {_REMEDY}"
+        ) from error
     except _DAMAGED as error:
         # Our own refusals, which name the image already.
         if isinstance(error, ValueError) and str(error).startswith((name, "image of ")):
@@ -286,7 +306,9 @@ def _check_pixels(image: Image.Image, name: str) -> None:
 
 def _check_effort(image: Image.Image, name: str, file: BinaryIO) -> None:
     """Refuse what a few bytes make slow: they cost by the pixel, not by the byte."""
-    pixels, size = image.width * image.height, os.fstat(file.fileno()).st_size
+    pixels, at = image.width * image.height, file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(at)
     if image.format == "JPEG2000" and pixels > _MAX_PIXELS_JPEG2000:
         raise ValueError(
             f"{name} has {image.width}x{image.height} pixels, more than {_MAX_PIXELS_JPEG2000}, "

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vssm.commands.options import Backend, Classes, Directory, Images, Json, Runtime, Threads
-from vssm.commands.tables import say, say_folders, show, table, telling, write_result
+from vssm.commands.tables import (
+    say,
+    say_folders,
+    say_unreadable,
+    show,
+    table,
+    telling,
+    write_result,
+)
 
 if TYPE_CHECKING:
     from vssm.evaluation.evaluate import EvaluationReport
-
-_SHOWN = 20  # unreadable images; the results file has them all
 
 
 def evaluate(
@@ -73,8 +79,5 @@ def _print(report: EvaluationReport) -> None:
         rows.insert(4, ("images of the run that was stopped", f"{report.resumed:,}"))
     show(table(str(report.info), ("", "measured"), rows))
     say_folders(report.classes, report.notes)
-    for path, error in report.unreadable[:_SHOWN]:
-        say(("not read", "yellow"), f": {path}: {error}")
-    if len(report.unreadable) > _SHOWN:
-        say(f"and {len(report.unreadable) - _SHOWN:,} more, in {report.results}")
+    say_unreadable(report.unreadable, report.results)
     say(f"wrote {report.results}")

@@ -29,6 +29,7 @@ from vssm.commands.options import (
     Trust,
     integers,
 )
+from vssm.commands.predict import predict
 from vssm.commands.quantize import quantize
 from vssm.commands.tables import (
     bench_tables,
@@ -310,6 +311,7 @@ def bench(
 app.command()(engine)
 app.command()(bundle)
 app.command()(evaluate)
+app.command()(predict)
 app.command()(finetune)
 app.command()(ablate)
 app.command()(visualize)

@@ -33,6 +33,7 @@ console = Terminal(quiet=os.environ.get("RANK", "0") != "0")
 errors = Terminal(stderr=True)
 STDOUT: Final = Path("-")
 _SECONDS: Final = 30.0
+_SHOWN: Final = 20  # images that cannot be read
 
 
 def say(*parts: str | tuple[str, str], to: Console | None = None) -> None:
@@ -47,6 +48,14 @@ def say_folders(rule: str, notes: Sequence[str]) -> None:
     say(("classes", "bold"), f": {rule}")
     for note in notes:
         say(("note", "yellow"), f": {note}")
+
+
+def say_unreadable(images: Sequence[tuple[str, str]], results: str) -> None:
+    """Name the images that cannot be read; the results have them all."""
+    for name, error in images[:_SHOWN]:
+        say(("not read", "yellow"), f": {name}: {error}")
+    if len(images) > _SHOWN:
+        say(f"and {len(images) - _SHOWN:,} more, in {results}")
 
 
 def show(*tables: RenderableType) -> None:

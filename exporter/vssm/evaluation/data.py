@@ -14,9 +14,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from vssm.artifact.manifest import Preprocessing
 from vssm.artifact.preprocessing import FloatArray, preprocess
@@ -225,13 +226,24 @@ class _Walk:
             )
 
 
-def load(files: Sequence[str], spec: Preprocessing) -> Loaded:
+class StoredImage(Protocol):
+    """An image that is a part of a file, such as a member of an archive."""
+
+    def decoded(self, spec: Preprocessing) -> Image.Image:
+        """The image in RGB; what `spec` will be done to it.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+
+
+def load(files: Sequence[str | StoredImage], spec: Preprocessing) -> Loaded:
     """Preprocess each file; one that cannot be read gives an error in place of an image."""
     arrays: list[FloatArray] = []
     errors: list[str | None] = []
     for file in files:
         try:
-            arrays.append(preprocess(file, spec))
+            arrays.append(preprocess(file if isinstance(file, str) else file.decoded(spec), spec))
         except ValueError as error:
             errors.append(str(error))
         else:
@@ -242,7 +254,7 @@ def load(files: Sequence[str], spec: Preprocessing) -> Loaded:
 
 
 def load_in_order(
-    batches: Sequence[Sequence[str]], spec: Preprocessing, *, workers: int
+    batches: Sequence[Sequence[str | StoredImage]], spec: Preprocessing, *, workers: int
 ) -> Iterator[Loaded]:
     """Each batch of files, loaded by `workers` processes; by this one where that is 0.
 

@@ -1,0 +1,260 @@
+"""`vssm predict` as a function: an export, images without classes, a Parquet row for each."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
+from vssm.artifact.manifest import LOGITS, MANIFEST_NAME, Manifest
+from vssm.artifact.preprocessing import preprocessing_of
+from vssm.evaluation.blocks import BlockFiles, ImageBlock, cut, held_folder, scored
+from vssm.evaluation.classify import class_probabilities
+from vssm.evaluation.data import Loaded, worker_count
+from vssm.evaluation.sources import open_source
+from vssm.extras import require
+from vssm.files.atomic import check_writable, discard_unfinished, sha256_of
+from vssm.runtimes.open import check_runtime, open_session
+from vssm.runtimes.session import RuntimeInfo, Session
+from vssm.types import Array, Progress
+
+SUFFIX: Final = ".parquet"
+_OWN: Final = ("image", "classes", "probabilities", "error")
+_KEPT: Final = "kept_positions_"  # before the number of a stage
+
+
+@dataclass(frozen=True)
+class PredictionReport:
+    """What a prediction did.
+
+    Attributes:
+        info: what ran.
+        source: what the images came from: "folder", "list", "tar" or "parquet".
+        notes: what else was there, and was passed over.
+        images: rows.
+        unreadable: of these, the ones that are no readable images: name and error.
+        resumed: rows that an interrupted run before had left.
+        seconds: spent on the others, loading included.
+        images_per_s: over these seconds; None where nothing was left to do.
+        batch: images of a run.
+        block: images of a row group, which are written at once.
+        workers: processes that loaded images.
+        output: the Parquet file.
+    """
+
+    info: RuntimeInfo
+    source: str
+    notes: tuple[str, ...]
+    images: int
+    unreadable: tuple[tuple[str, str], ...]
+    resumed: int
+    seconds: float
+    images_per_s: float | None
+    batch: int
+    block: int
+    workers: int
+    output: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a row has beside the name of its image.
+
+    Attributes:
+        top: classes, the most likely first, and their probabilities.
+        kept: names of the outputs with the positions that each stage kept.
+        tensors: names of further outputs.
+    """
+
+    top: int
+    kept: tuple[str, ...]
+    tensors: tuple[str, ...]
+
+    def schema(self) -> Any:
+        """Of the Parquet file. All but `image` is null where there is an error."""
+        import pyarrow
+
+        numbers, reals = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float32())
+        return pyarrow.schema(
+            [
+                ("image", pyarrow.string()),
+                ("classes", numbers),
+                ("probabilities", reals),
+                *((name, numbers) for name in self.kept),
+                *((name, reals) for name in self.tensors),
+                ("error", pyarrow.string()),
+            ]
+        )
+
+    def table(self, session: Session, names: Sequence[str], loaded: Loaded) -> Any:
+        """The rows of one batch; what cannot be read takes no part in the run.
+
+        Raises:
+            ValueError: logits are not finite.
+        """
+        import pyarrow
+
+        outputs = session.run(loaded.images) if len(loaded.images) else {}
+        readable = [i for i, error in enumerate(loaded.errors) if error is None]
+        rows: list[dict[str, Any]] = [
+            {"image": name, "error": error}
+            for name, error in zip(names, loaded.errors, strict=True)
+        ]
+        for position, i in enumerate(readable):
+            rows[i] |= self._row(names[i], {k: v[position] for k, v in outputs.items()})
+        return pyarrow.Table.from_pylist(rows, schema=self.schema())
+
+    def _row(self, name: str, outputs: dict[str, Array]) -> dict[str, Any]:
+        shares = class_probabilities(outputs[LOGITS], name)
+        # By logits, not by shares, which may round to 0 for several classes. Stable: the lower
+        # class comes first, as argmax has it.
+        top = np.argsort(-outputs[LOGITS], kind="stable")[: self.top]
+        return {
+            "classes": top,
+            "probabilities": shares[top].astype(np.float32),
+            **{kept: outputs[kept] for kept in self.kept},
+            **{tensor: outputs[tensor].ravel().astype(np.float32) for tensor in self.tensors},
+        }
+
+
+def predict(
+    artifact: Artifact | str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    runtime: str = "ort-cpu",
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    batch: int = 32,
+    block: int = 1024,
+    workers: int | None = None,
+    top: int = 5,
+    tensors: Sequence[str] = (),
+    column: str | None = None,
+    restart: bool = False,
+    progress: Progress = lambda _: None,
+) -> PredictionReport:
+    """Classify many images: a Parquet row for each, in the order of the source.
+
+    A row has the name of the image, its most likely classes with their probabilities, and what each
+    pruning stage kept; or the reason why the image cannot be read. An interrupted prediction, a
+    killed one too, goes on at its next call behind the last block that it wrote.
+
+    Args:
+        artifact: the export, or its directory.
+        source: a folder of images; a list of files; a .tar or .parquet file, or a folder of such.
+        output: the Parquet file; its blocks are in OUTPUT.blocks until all are there.
+        runtime: as for `open_session`.
+        backend: as for `open_session`.
+        threads: as for `open_session`.
+        batch: images of one run.
+        block: images that are written at once; what a stopped prediction loses at most.
+        workers: processes that load images; 0 for this one alone; None for up to four, by the
+            cores.
+        top: classes of a row.
+        tensors: further outputs of the model to write, such as "features", flattened.
+        column: of a Parquet source, where several hold bytes.
+        restart: begin anew, whatever an interrupted prediction has left.
+        progress: called with a line of text after every block.
+
+    Raises:
+        ValueError: an argument does not fit, or no image can be read; their rows are written then.
+        ArtifactError: the export was changed, a file cannot be written, or what an interrupted
+            prediction left is of another one.
+        MissingPackageError: pyarrow is not installed.
+        RuntimeUnavailableError, UnsupportedError: as for `open_session`.
+    """
+    for name, value in (("batch", batch), ("block", block), ("top", top)):
+        if value < 1:
+            raise ValueError(f"{name}={value} is below 1; give a number from 1")
+    check_runtime(runtime, backend=backend, threads=threads)
+    workers, target = worker_count(workers), Path(output)
+    require("pyarrow")
+    _check_target(target)
+    opened = open_artifact(artifact, only=(MODEL_FILE,))
+    columns = _columns(opened.manifest, top, tensors)
+    spec = preprocessing_of(opened)
+    found = open_source(Path(source), column=column)
+    images = cut(found.names, found.places, block)
+    files = BlockFiles(target.with_name(f"{target.name}.blocks"), images, columns.schema())
+    with open_session(opened, runtime, backend=backend, threads=threads) as session:
+        # All that the rows depend on; blocks under another header are refused.
+        header = {
+            **{key: str(value) for key, value in asdict(session.info).items()},
+            "model": sha256_of(opened.directory / MANIFEST_NAME),
+            "images": found.fingerprint(),
+            "columns": str(columns),
+            "batch": str(batch),
+            "block": str(block),
+        }
+        with held_folder(files.folder, header, restart=restart):
+            # Only now: whoever holds the folder's lock is the only one that writes the results.
+            discard_unfinished(target)
+            left = files.left()
+            run = functools.partial(columns.table, session)
+            tables = scored(left, run, spec, batch=batch, workers=workers)
+            seconds = _write(files, tables, left, progress)
+            unreadable = files.join(target)
+    todo = sum(len(one.names) for one in left)
+    if len(unreadable) == len(found.names):
+        raise ValueError(
+            f"none of the {len(unreadable)} images can be read; the first: {unreadable[0][1]}"
+        )
+    return PredictionReport(
+        info=session.info,
+        source=found.kind,
+        notes=found.notes,
+        images=len(found.names),
+        unreadable=tuple(unreadable),
+        resumed=len(found.names) - todo,
+        seconds=seconds,
+        images_per_s=todo / seconds if todo else None,
+        batch=batch,
+        block=block,
+        workers=workers,
+        output=str(target),
+    )
+
+
+def _write(
+    files: BlockFiles,
+    tables: Iterable[tuple[ImageBlock, Any]],
+    left: Sequence[ImageBlock],
+    progress: Progress,
+) -> float:
+    """Write each block as it comes; gives the seconds that all of them took."""
+    todo, done, start = sum(len(block.names) for block in left), 0, time.perf_counter()
+    for block, table in tables:
+        files.write(block, table)
+        done += len(block.names)
+        speed = done / (time.perf_counter() - start)
+        progress(f"{done:,} of {todo:,} images, {speed:.1f} images/s")
+    return time.perf_counter() - start
+
+
+def _columns(manifest: Manifest, top: int, tensors: Sequence[str]) -> Columns:
+    if top > manifest.num_classes:
+        raise ValueError(f"top={top} is above {manifest.num_classes}, the classes of the model")
+    names = [tensor.name for tensor in manifest.outputs]
+    kept = tuple(name for name in names if name.startswith(_KEPT))
+    for i, name in enumerate(tensors):
+        if name not in names:
+            raise ValueError(
+                f"tensors={name!r} is no output of this export; it has {', '.join(names)}"
+            )
+        if name in {*kept, *tensors[:i], *_OWN}:
+            raise ValueError(f"tensors={name!r} is the name of another column: leave it out")
+    return Columns(top, kept, tuple(tensors))
+
+
+def _check_target(target: Path) -> None:
+    if target.suffix != SUFFIX:
+        raise ValueError(f"output={target} is to be a Parquet file; give a name in {SUFFIX}")
+    check_writable(target)
