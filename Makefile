@@ -20,8 +20,9 @@ INSTALLED := $(VENV)/.installed-stamp
 TENSORRT := $(VENV)/.tensorrt-stamp
 TENSORRT_WHEELS := $(addprefix tests/tensorrt_harness/wheels/,rtx.txt tools.txt lean-10.txt lean-11.txt)
 SETUP_LOG := build/setup.log
-# A process a core; each has whole files, so that what a file's tests share is made once.
-PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+# A process a core; each has whole files, so that what a file's tests share is made once. Bytecode is
+# kept, also where the environment says otherwise: many tests begin processes that import everything.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 CXX_FILES := $(shell find plugins benchmarks examples -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 CXX_TESTS := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
