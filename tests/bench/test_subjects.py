@@ -50,3 +50,24 @@ def test_bench_of_a_module(tmp_path: Path) -> None:
     artifact = vssm.export_module(model, torch.randn(2, 3, 48, 48), tmp_path / "out")
     report = vssm.bench_directory(artifact.directory, batches=(1,), samples=2)
     assert {row.subject for row in report.rows} == {"ort kernel", "ort body"}
+
+
+def test_other_exports_in_the_same_run(tmp_path: Path) -> None:
+    pruned = exported(tmp_path / "pruned", micro())
+    half = exported(tmp_path / "half", micro(None), dtype="float16")
+    report = vssm.bench_directory(
+        pruned.directory, batches=(1,), samples=1, torch_loop=False, beside=[half.directory]
+    )
+    name = f"ort kernel, {half.directory.name}"
+    assert [row.subject for row in report.rows] == ["ort kernel", "ort body", name]
+    assert report.context["command"].endswith(f" --beside {half.directory}")
+    work = count(micro(None))
+    assert report.row(name).floor_ms > report.row("ort kernel").floor_ms, "each has its own work"
+    assert work.exps > count(micro()).exps
+    with pytest.raises(ValueError, match="two have one last part"):
+        vssm.bench_directory(pruned.directory, beside=[half.directory, half.directory])
+    with pytest.raises(ValueError, match="an engine is measured beside its export"):
+        vssm.bench_directory(pruned.directory, runtime="tensorrt", beside=[half.directory])
+    other = exported(tmp_path / "other", micro(None, image_size=64))
+    with pytest.raises(ValueError, match="measure exports of one image size together"):
+        vssm.bench_directory(pruned.directory, beside=[other.directory])

@@ -22,11 +22,29 @@ def bench_directory(
     samples: int = 21,
     torch_loop: bool = True,
     runtime: str = "ort-cpu",
+    beside: Sequence[Path] = (),
     trust: bool = False,
     page: Path | None = None,
     progress: Progress = lambda _: None,
 ) -> BenchReport:
-    """Measure an export and, where it is pruned, its dense twin; writes bench.json and a page."""
+    """Measure an export beside others; writes bench.json and a page into its directory.
+
+    Args:
+        directory: of the export.
+        batches: batch sizes.
+        threads: thread counts.
+        samples: timed runs of each subject.
+        torch_loop: time the reference in PyTorch too.
+        runtime: "ort-cpu", "ort-cuda", or one that runs an engine.
+        beside: directories of other exports, in place of a dense or float32 twin made for this.
+        trust: run an engine that is not of this machine, or was changed.
+        page: where to write the page; bench.html in the directory by default.
+        progress: called with a line a step.
+
+    Raises:
+        ValueError: an argument is none that can be measured.
+        ArtifactError, RuntimeUnavailableError, UnsupportedError: as for the sessions.
+    """
     from vssm.bench.page import write_page
     from vssm.bench.subjects import bench
 
@@ -38,6 +56,11 @@ def bench_directory(
     for path in (page, artifact.directory / "bench.json"):
         check_writable(path)
     if runtime in ENGINE_RUNTIMES:
+        if beside:
+            raise ValueError(
+                f"beside={[str(other) for other in beside]}: with runtime={runtime!r} an engine is "
+                "measured beside its export and a dense engine alone; leave it out"
+            )
         from vssm.bench.engine import bench_engine
 
         # 1 is the default of the option, so it cannot be told from having given none.
@@ -58,6 +81,7 @@ def bench_directory(
             samples=samples,
             torch_loop=torch_loop,
             runtime=runtime,
+            beside=[open_artifact(other) for other in beside],
             progress=progress,
         )
     write_json(artifact.directory / "bench.json", report)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from vssm.bench.measure import (
     moved_rates,
 )
 from vssm.errors import UnsupportedError, check_choice
-from vssm.models.cost import Cost, count
+from vssm.models.cost import count
 from vssm.onnx.export import export
 from vssm.ops.spec import DOMAIN, SCAN_OPERATORS, TOKEN_CONV
 from vssm.runtimes.library import library_info
@@ -57,8 +57,9 @@ def bench(
     torch_loop: bool,
     progress: Progress,
     runtime: str = "ort-cpu",
+    beside: Sequence[Artifact] = (),
 ) -> BenchReport:
-    """Everything in one run, interleaved; arguments as for `benchmark.measure`.
+    """Everything in one run, interleaved; arguments as for `measure`, `beside` as verified exports.
 
     Raises:
         ValueError: an argument is none that can be measured.
@@ -66,13 +67,14 @@ def bench(
     """
     check_arguments(batches, threads, samples)
     check_choice("runtime", runtime, BENCH_RUNTIMES)
+    _check_beside(artifact, beside)
     on_cpu = runtime == "ort-cpu"
     if not on_cpu:
         _cuda(artifact, "kernel", threads[0]).close()  # what is missing is said at once
     progress("measuring the machine")
     rates = machine_rates(threads) if on_cpu else None
-    with _twin(artifact, progress) as twin:
-        subjects = _subjects(artifact, twin, torch_loop, _ort if on_cpu else _cuda)
+    with nullcontext(_named(beside)) if beside else _twin(artifact, progress) as others:
+        subjects = _subjects(artifact, others, torch_loop, _ort if on_cpu else _cuda)
         rows = measure(
             subjects,
             artifact.image_shape,
@@ -86,12 +88,14 @@ def bench(
         f"vssm bench {artifact.directory} --batch {','.join(map(str, batches))} --threads "
         f"{','.join(map(str, threads))} --samples {samples}{'' if torch_loop else ' --no-torch'}"
         f"{'' if on_cpu else f' --runtime {runtime}'}"
+        f"{''.join(f' --beside {other.directory}' for other in beside)}"
     )
     progress("profiling")
     operators = _profile(artifact) if on_cpu else {}
     notes = [] if rates is None else moved_rates(rates, machine_rates(threads))
     if artifact.manifest.quantization is not None:
-        notes += slower_than_float(rows)
+        floats = {n for n, other in others.items() if other.manifest.precision == "float32"}
+        notes += slower_than_float(rows, floats)
     return BenchReport(
         rows=rows,
         rates=rates,
@@ -102,53 +106,71 @@ def bench(
     )
 
 
-def slower_than_float(rows: Sequence[Timing]) -> list[str]:
-    """A sentence for each batch and thread count at which a quantised export loses time."""
-    found = {(row.subject, row.batch, row.threads): row.median_ms for row in rows}
+def slower_than_float(rows: Sequence[Timing], floats: Collection[str]) -> list[str]:
+    """A sentence for each float32 subject, batch and threads where it is faster."""
+    own = {(row.batch, row.threads): row.median_ms for row in rows if row.subject == KERNEL}
     return [
-        f"slower than float32 on this machine: {ms:.2f} against {found[FLOAT, batch, threads]:.2f} "
-        f"ms (batch {batch}, {plural(threads, 'thread')})"
-        for (subject, batch, threads), ms in found.items()
-        if subject == KERNEL and ms > found.get((FLOAT, batch, threads), float("inf"))
+        f"slower than {row.subject} on this machine: {ms:.2f} against {row.median_ms:.2f} ms "
+        f"(batch {row.batch}, {plural(row.threads, 'thread')})"
+        for row in rows
+        if row.subject in floats and (ms := own[row.batch, row.threads]) > row.median_ms
     ]
+
+
+def _check_beside(artifact: Artifact, beside: Sequence[Artifact]) -> None:
+    shape = artifact.image_shape
+    for other in beside:
+        if other.image_shape != shape:
+            raise ValueError(
+                f"beside={str(other.directory)!r} takes images of {other.image_shape}, not "
+                f"{shape}; measure exports of one image size together"
+            )
+    if len(_named(beside)) < len(beside):
+        names = [str(other.directory) for other in beside]
+        raise ValueError(f"beside={names}: two have one last part, their name in the table")
+
+
+def _named(beside: Sequence[Artifact]) -> dict[str, Artifact]:
+    return {f"{KERNEL}, {other.directory.resolve().name}": other for other in beside}
 
 
 _Open = Callable[[Artifact, str, int], Session]
 
 
 def _subjects(
-    artifact: Artifact, twin: Artifact | None, torch_loop: bool, ort: _Open
+    artifact: Artifact, others: Mapping[str, Artifact], torch_loop: bool, ort: _Open
 ) -> list[Contender]:
     def subject(
-        name: str, open_session: Callable[[int], Session], work: Cost, same: str | None
+        name: str,
+        open_session: Callable[[int], Session],
+        same: str | None = None,
+        of: Artifact = artifact,
     ) -> Contender:
-        return Contender(name, open_session, work.exps, work.gemm, same)
+        exps, gemm, products = _work(of)
+        return Contender(name, open_session, exps, gemm, same, products)
 
-    if is_module(artifact):
-        # No model of ours stands behind it, whose work `count` knows and whose loop could be run.
-        exps, gemm, products = count_graph(artifact.model_path)
-        return [
-            Contender(KERNEL, partial(_ort, artifact, "kernel"), exps, gemm, None, products),
-            Contender(BODY, partial(_ort, artifact, "body"), exps, gemm, KERNEL, products),
-        ]
-    work = count(model_of(artifact))
     subjects = [
-        subject(KERNEL, partial(ort, artifact, "kernel"), work, None),
-        subject(BODY, partial(ort, artifact, "body"), work, KERNEL),
+        subject(KERNEL, partial(ort, artifact, "kernel")),
+        subject(BODY, partial(ort, artifact, "body"), KERNEL),
     ]
     if ort is _cuda:
         # What the copy of the images to the GPU costs shows only beside a session without it.
-        subjects.append(subject(RESIDENT, partial(_resident, artifact), work, KERNEL))
-    quantized = artifact.manifest.quantization is not None
-    if torch_loop:
+        subjects.append(subject(RESIDENT, partial(_resident, artifact), KERNEL))
+    if torch_loop and not is_module(artifact):  # of a module there is no code here to run
         # Of a quantised export it is the float model, which differs by more than rounding.
-        same = None if quantized else KERNEL
-        subjects.append(subject(LOOP, partial(_torch, artifact), work, same))
-    if twin is not None:
-        name, twin_work = FLOAT if quantized else DENSE, count(model_of(twin))
-        # Compared with nothing: it is another model, whose logits differ by right.
-        subjects.append(subject(name, partial(ort, twin, "kernel"), twin_work, None))
+        same = None if artifact.manifest.quantization is not None else KERNEL
+        subjects.append(subject(LOOP, partial(_torch, artifact), same))
+    # Compared with nothing: they are other models, whose logits differ by right.
+    subjects += [subject(n, partial(ort, other, "kernel"), of=other) for n, other in others.items()]
     return subjects
+
+
+def _work(artifact: Artifact) -> tuple[int, int, int]:
+    """What `count_graph` gives; of our own models by their formulas, which need no shapes."""
+    if is_module(artifact):
+        return count_graph(artifact.model_path)
+    work = count(model_of(artifact))
+    return work.exps, work.gemm, 0
 
 
 def _ort(artifact: Artifact, backend: str, threads: int) -> Session:
@@ -192,21 +214,23 @@ def _torch(artifact: Artifact, threads: int) -> Session:
 
 
 @contextmanager
-def _twin(artifact: Artifact, progress: Progress) -> Iterator[Artifact | None]:
+def _twin(artifact: Artifact, progress: Progress) -> Iterator[dict[str, Artifact]]:
     """The same weights in a temporary directory: in float32, or without the schedule."""
     manifest = artifact.manifest
     quantized = manifest.quantization is not None
     if is_module(artifact) or (manifest.dense and not quantized):
-        yield None
+        yield {}
         return
     progress(f"exporting the {'float32' if quantized else 'dense'} twin")
     with tempfile.TemporaryDirectory() as directory:
-        yield export(
-            model_of(artifact, dense=not quantized),
-            Path(directory) / "twin",
-            dtype=manifest.dtype,
-            opset=manifest.opset,
-        )
+        yield {
+            FLOAT if quantized else DENSE: export(
+                model_of(artifact, dense=not quantized),
+                Path(directory) / "twin",
+                dtype=manifest.dtype,
+                opset=manifest.opset,
+            )
+        }
 
 
 def _profile(artifact: Artifact) -> dict[str, float]:

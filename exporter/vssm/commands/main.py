@@ -276,6 +276,10 @@ def bench(
     torch_loop: Annotated[
         bool, typer.Option("--torch/--no-torch", help="Time the PyTorch loop too.")
     ] = True,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another export to measure, in place of the dense one made for this."),
+    ] = None,
     trust: Trust = False,
     report: Annotated[
         Path | None, typer.Option(help="HTML page; DIR/bench.html by default.")
@@ -297,6 +301,7 @@ def bench(
             samples=samples,
             torch_loop=torch_loop,
             runtime=runtime,
+            beside=beside or (),
             trust=trust,
             page=report,
             progress=tell,
