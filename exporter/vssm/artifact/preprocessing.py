@@ -9,9 +9,9 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from vssm.files.text import is_plain, shown
 
 ImageInput = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
+_Taken = TypeVar("_Taken")
 MAX_PIXELS: Final = 89_478_485  # PIL's own warning level: 256 MiB of RGB
 _MAX_SIDE: Final = 65_535  # as JPEG's; a strip of one pixel's width costs as much by the row
 _MAX_BYTES: Final = 1 << 30  # twice the largest image that is not compressed
@@ -248,12 +249,7 @@ def open_rgb(image: ImageInput, spec: Preprocessing | None = None) -> Image.Imag
             f"image={type(image).__name__} is no path, PIL image or uint8 array; pass one of these"
         )
     name = f"image={os.fspath(image)}"
-    try:
-        file = open_regular(image, limit=_MAX_BYTES)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{name} cannot be read as an image ({reason}); {_REMEDY}") from error
-    with file:
+    with _open(image, name) as file:
         return decode_rgb(file, name, spec)
 
 
@@ -268,6 +264,35 @@ def decode_rgb(file: BinaryIO, name: str, spec: Preprocessing | None = None) -> 
     Raises:
         ValueError: it cannot be read or is too large.
     """
+    return _decoded(file, name, _to_rgb, spec)
+
+
+def open_classes(path: str | os.PathLike[str]) -> npt.NDArray[Any]:
+    """The numbers (height, width) in an annotation of one channel, those of a palette unchanged.
+
+    Raises:
+        ValueError: it cannot be read, is too large or has several channels.
+    """
+    name = f"annotation={os.fspath(path)}"
+    with _open(path, name) as file:
+        return _decoded(file, name, _numbers, None)
+
+
+def _open(path: str | os.PathLike[str], name: str) -> BinaryIO:
+    try:
+        return open_regular(path, limit=_MAX_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name} cannot be read as an image ({reason}); {_REMEDY}") from error
+
+
+def _decoded(
+    file: BinaryIO,
+    name: str,
+    take: Callable[[Image.Image, str], _Taken],
+    spec: Preprocessing | None,
+) -> _Taken:
+    """What `take` makes of an image file, which is looked at before it is decoded."""
     # Formats are known only once their plugins are loaded. AVIF came with Pillow 11.3, and to
     # name one that Pillow does not have is a KeyError.
     Image.init()
@@ -277,7 +302,7 @@ def decode_rgb(file: BinaryIO, name: str, spec: Preprocessing | None = None) -> 
             _check_effort(opened, name, file)
             if spec is not None:
                 _resized(opened.size, spec)
-            return _to_rgb(opened, name)
+            return take(opened, name)
     # The warning is an error only where the caller has made warnings errors.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} is too large to decode safely ({error}); {_REMEDY}") from error
@@ -291,6 +316,17 @@ def decode_rgb(file: BinaryIO, name: str, spec: Preprocessing | None = None) -> 
         if isinstance(error, ValueError) and str(error).startswith((name, "image of ")):
             raise
         raise ValueError(f"{name} cannot be read as an image ({error}); {_REMEDY}") from error
+
+
+def _numbers(image: Image.Image, name: str) -> npt.NDArray[Any]:
+    if image.mode not in {"1", "L", "P"} and not image.mode.startswith("I"):
+        raise ValueError(
+            f"{name} has pixels of mode {image.mode}, not one number each; save it as PNG with one "
+            "channel of 8 bits"
+        )
+    # "1" would be a map of true and false.
+    numbers: npt.NDArray[Any] = np.array(image.convert("L") if image.mode == "1" else image)
+    return numbers
 
 
 def _check_pixels(image: Image.Image, name: str) -> None:

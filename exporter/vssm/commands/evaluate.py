@@ -19,7 +19,8 @@ from vssm.commands.tables import (
 )
 
 if TYPE_CHECKING:
-    from vssm.evaluation.evaluate import EvaluationReport
+    from vssm.evaluation.evaluate import EvaluationReport, Report
+    from vssm.evaluation.segmentation import SegmentationReport
 
 
 def evaluate(
@@ -29,12 +30,18 @@ def evaluate(
     runtime: Runtime = "ort-cpu",
     backend: Backend = None,
     threads: Threads = None,
-    batch: Annotated[int, typer.Option(help="Images a batch.")] = 32,
+    batch: Annotated[
+        int | None, typer.Option(help="Images a batch, 32 by default; a segmenter sees one.")
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(help="Processes that load images; by default none to four, by the cores."),
     ] = None,
     classes: Classes = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Of a segmenter: folder in images/ and annotations/; validation."),
+    ] = None,
     results: Annotated[
         Path | None, typer.Option(help="CSV file, a row an image; DIR/evaluate.csv by default.")
     ] = None,
@@ -43,7 +50,7 @@ def evaluate(
     ] = False,
     json_file: Json = None,
 ) -> None:
-    """Measure top-1 and top-5 over a folder of images; goes on where a stopped run ended."""
+    """Measure accuracy or mIoU over a folder of images; goes on where a stopped run ended."""
     from vssm.evaluation.evaluate import evaluate as evaluate_export
 
     # It checks the options itself, before any work.
@@ -57,6 +64,7 @@ def evaluate(
             batch=batch,
             workers=workers,
             classes=classes,
+            split=split,
             results=results,
             restart=restart,
             progress=tell,
@@ -65,19 +73,47 @@ def evaluate(
     write_result(json_file, report)
 
 
-def _print(report: EvaluationReport) -> None:
-    readable = report.images - len(report.unreadable)
-    speed = "-" if report.images_per_s is None else f"{report.images_per_s:.1f}"
-    rows = [
-        ("top-1", f"{report.top1:.2%}"),
-        ("top-5", f"{report.top5:.2%}"),
-        ("images", f"{readable:,}"),
-        ("images that cannot be read", f"{len(report.unreadable):,}"),
-        ("images/s, loading included", speed),
-    ]
-    if report.resumed:
-        rows.insert(4, ("images of the run that was stopped", f"{report.resumed:,}"))
-    show(table(str(report.info), ("", "measured"), rows))
-    say_folders(report.classes, report.notes)
+def _print(report: Report) -> None:
+    from vssm.evaluation.segmentation import SegmentationReport
+
+    if isinstance(report, SegmentationReport):
+        _print_segmentation(report)
+    else:
+        _print_classification(report)
     say_unreadable(report.unreadable, report.results)
     say(f"wrote {report.results}")
+
+
+def _print_classification(report: EvaluationReport) -> None:
+    scores = [("top-1", f"{report.top1:.2%}"), ("top-5", f"{report.top5:.2%}")]
+    show(table(str(report.info), ("", "measured"), scores + _images(report)))
+    say_folders(report.classes, report.notes)
+
+
+def _print_segmentation(report: SegmentationReport) -> None:
+    scores = [
+        ("mIoU", f"{report.miou:.2%}"),
+        ("mAcc", f"{report.macc:.2%}"),
+        ("aAcc", f"{report.aacc:.2%}"),
+    ]
+    classes = (
+        (score.name, *(None if s is None else f"{s:.2%}" for s in (score.iou, score.accuracy)))
+        for score in report.classes
+    )
+    show(
+        table("classes", ("class", "IoU", "accuracy"), classes),
+        table(str(report.info), ("", "measured"), scores + _images(report)),
+    )
+    for note in report.notes:
+        say(("note", "yellow"), f": {note}")
+
+
+def _images(report: Report) -> list[tuple[str, str]]:
+    speed = "-" if report.images_per_s is None else f"{report.images_per_s:.1f}"
+    stopped = ("images of the run that was stopped", f"{report.resumed:,}")
+    return [
+        ("images", f"{report.images - len(report.unreadable):,}"),
+        ("images that cannot be read", f"{len(report.unreadable):,}"),
+        *([stopped] if report.resumed else []),
+        ("images/s, loading included", speed),
+    ]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,13 +24,17 @@ from vssm.evaluation.data import (
 )
 from vssm.evaluation.folders import ClassesGiven
 from vssm.evaluation.journal import ImageResult, Journal
+from vssm.evaluation.label_maps import is_segmenter
+from vssm.evaluation.segmentation import Segmentation, SegmentationReport
 from vssm.files.atomic import (
     atomic_write_bytes,
     check_writable,
     discard_unfinished,
     sha256_of,
 )
+from vssm.files.journal import JsonJournal
 from vssm.files.json import write_json
+from vssm.files.table import table_bytes
 from vssm.runtimes.open import check_runtime, open_session
 from vssm.runtimes.session import RuntimeInfo, Session
 from vssm.types import Array, Progress
@@ -79,56 +82,81 @@ class EvaluationReport:
     results: str
 
 
-def evaluate_session(
-    session: Session,
-    folder: ImageFolder,
-    *,
-    spec: Preprocessing,
-    journal: Journal,
-    batch: int,
-    workers: int,
-    results: Path,
-    progress: Progress = lambda _: None,
-) -> EvaluationReport:
-    """Run the batches that the journal lacks, then write the results.
+@dataclass(frozen=True)
+class Classification:
+    """One evaluation of a classifier: what is measured, and on what.
 
-    Raises:
-        ValueError: logits are not finite, or no image can be read.
-        ArtifactError: a file cannot be written.
+    Attributes:
+        folder: the pictures.
+        spec: how images are prepared.
+        batch: images of a run.
+        workers: processes that load images.
     """
-    pictures = folder.pictures
-    batches = [pictures[i : i + batch] for i in range(0, len(pictures), batch)]
-    tally = _Tally()
-    # Not strict: an interrupted run's journal is shorter than the list of batches.
-    for some, rows in zip(batches, journal.done, strict=False):
-        tally.add(some, rows)
-    left, resumed = batches[len(journal.done) :], tally.images
-    start = time.perf_counter()
-    files = [[str(folder.root / p.path) for p in some] for some in left]
-    for some, loaded in zip(left, load_in_order(files, spec, workers=workers), strict=True):
-        # Before it is counted: what the journal holds is done, whatever happens next.
-        journal.append(rows := list(_rows(session, some, loaded)))
-        tally.add(some, rows)
-        speed = (tally.images - resumed) / (time.perf_counter() - start)
-        progress(f"{tally.images:,} of {len(pictures):,} images, {speed:.1f} images/s{tally}")
-    seconds = time.perf_counter() - start
-    _write(results, pictures, [row for done in journal.done for row in done])
-    first, five = tally.shares()
-    return EvaluationReport(
-        info=session.info,
-        classes=folder.rule,
-        notes=folder.notes,
-        images=tally.images,
-        unreadable=tuple(tally.unreadable),
-        top1=first,
-        top5=five,
-        resumed=resumed,
-        seconds=seconds,
-        images_per_s=(tally.images - resumed) / seconds if left else None,
-        batch=batch,
-        workers=workers,
-        results=str(results),
-    )
+
+    folder: ImageFolder
+    spec: Preprocessing
+    batch: int
+    workers: int
+
+    journal = Journal
+
+    @property
+    def header(self) -> dict[str, str]:
+        """What the results depend on beside the model and its runtime."""
+        folder = self.folder
+        return {
+            "images": folder.fingerprint(),
+            "classes": folder.rule,
+            "batch": str(self.batch),
+        }
+
+    def run(
+        self, session: Session, journal: Journal, results: Path, progress: Progress
+    ) -> EvaluationReport:
+        """Run the batches that the journal lacks, then write the results.
+
+        Raises:
+            ValueError: logits are not finite, or no image can be read.
+            ArtifactError: a file cannot be written.
+        """
+        folder, batch, workers = self.folder, self.batch, self.workers
+        pictures = folder.pictures
+        batches = [pictures[i : i + batch] for i in range(0, len(pictures), batch)]
+        tally = _Tally()
+        # Not strict: an interrupted run's journal is shorter than the list of batches.
+        for some, rows in zip(batches, journal.done, strict=False):
+            tally.add(some, rows)
+        left, resumed = batches[len(journal.done) :], tally.images
+        start = time.perf_counter()
+        files = [[str(folder.root / p.path) for p in some] for some in left]
+        for some, loaded in zip(
+            left, load_in_order(files, self.spec, workers=workers), strict=True
+        ):
+            # Before it is counted: what the journal holds is done, whatever happens next.
+            journal.append(rows := list(_rows(session, some, loaded)))
+            tally.add(some, rows)
+            speed = (tally.images - resumed) / (time.perf_counter() - start)
+            progress(f"{tally.images:,} of {len(pictures):,} images, {speed:.1f} images/s{tally}")
+        seconds = time.perf_counter() - start
+        done = (row for entry in journal.done for row in entry)
+        rows_of_all = (_columns(*pair) for pair in zip(pictures, done, strict=True))
+        atomic_write_bytes(results, table_bytes(COLUMNS, rows_of_all))
+        first, five = tally.shares()
+        return EvaluationReport(
+            info=session.info,
+            classes=folder.rule,
+            notes=folder.notes,
+            images=tally.images,
+            unreadable=tuple(tally.unreadable),
+            top1=first,
+            top5=five,
+            resumed=resumed,
+            seconds=seconds,
+            images_per_s=(tally.images - resumed) / seconds if left else None,
+            batch=batch,
+            workers=workers,
+            results=str(results),
+        )
 
 
 class _Tally:
@@ -176,26 +204,33 @@ def _row(picture: Picture, logits: Array) -> ImageResult:
     return ImageResult(tuple(map(int, top)), float(shares[top[0]]), float(shares[picture.target]))
 
 
-def _write(path: Path, pictures: Sequence[Picture], rows: Sequence[ImageResult]) -> None:
-    text = io.StringIO(newline="")
-    plain = csv.writer(text, lineterminator="\n")
-    # Python before 3.13 leaves a lone "\r" unquoted, which readers take for the end of a row.
-    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    plain.writerow(COLUMNS)
-    for picture, row in zip(pictures, rows, strict=True):
-        writer = quoted if "\r" in f"{picture.path}{row.error}" else plain
-        if row.error is not None:
-            writer.writerow((picture.path, picture.target, "", "", "", "", "", "", row.error))
-            continue
-        right, among = picture.target == row.top[0], picture.target in row.top
-        chances = f"{row.best:.6f}", f"{row.target:.6f}"
-        top = " ".join(map(str, row.top))
-        start = (picture.path, picture.target, row.top[0], top)
-        writer.writerow((*start, int(right), int(among), *chances, ""))
-    atomic_write_bytes(path, text.getvalue().encode())
+def _columns(picture: Picture, row: ImageResult) -> tuple[object, ...]:
+    if row.error is not None:
+        return picture.path, picture.target, "", "", "", "", "", "", row.error
+    right, among = picture.target == row.top[0], picture.target in row.top
+    chances = f"{row.best:.6f}", f"{row.target:.6f}"
+    top = " ".join(map(str, row.top))
+    return picture.path, picture.target, row.top[0], top, int(right), int(among), *chances, ""
 
 
 RESULTS_FILE = "evaluate.csv"
+_BATCH = 32
+_SPLIT = "validation"
+Report = EvaluationReport | SegmentationReport
+
+
+class _Measure(Protocol):
+    """What is measured, and on what; each has entries of its own in its journal."""
+
+    @property
+    def journal(self) -> type[JsonJournal[Any]]: ...
+
+    @property
+    def header(self) -> dict[str, str]: ...
+
+    def run(self, session: Session, journal: Any, results: Path, progress: Progress) -> Report: ...
+
+
 _OWN_FILES = (RESULTS_FILE, "evaluate.json")
 
 
@@ -206,80 +241,102 @@ def evaluate(
     *,
     backend: str | None = None,
     threads: int | None = None,
-    batch: int = 32,
+    batch: int | None = None,
     workers: int | None = None,
     classes: ClassesGiven = None,
+    split: str | None = None,
     results: str | os.PathLike[str] | None = None,
     restart: bool = False,
     progress: Progress = lambda _: None,
-) -> EvaluationReport:
-    """Top-1 and top-5 accuracy of an export over a folder that holds one folder a class.
+) -> Report:
+    """How good an export is, over a folder of images: a classifier, or a segmenter.
+
+    Of a classifier top-1 and top-5 accuracy, over a folder that holds one folder a class. Of a
+    segmenter intersection over union and accuracy of its classes, over a folder that holds
+    images/SPLIT and annotations/SPLIT, as ADE20K does.
 
     An interrupted evaluation, a killed one too, goes on at its next call where it ended, and ends
     with the same results file. The report is written beside that, as JSON.
 
     Args:
         artifact: the export, or its directory.
-        images: the folder, laid out as ImageNet's validation set.
+        images: the folder, laid out as ImageNet's validation set or as ADE20K.
         runtime: as for `open_session`.
         backend: as for `open_session`.
         threads: as for `open_session`.
-        batch: images of one run.
+        batch: images of one run; None for 32. A segmenter sees one image at a time.
         workers: processes that load images; 0 for this one alone; None for up to four,
             by the cores.
         classes: file that names the folder of each class, as `read_labels` takes it; "numeric" or
             "text": the order of their names; None: by the export's labels, else by name, where
-            that is certain (docs/evaluate.md).
+            that is certain (docs/evaluate.md). Not for a segmenter.
+        split: for a segmenter alone, the folder in images and annotations; None for "validation",
+            "." where there is none between.
         results: CSV file with a row for each image; None for evaluate.csv in the export.
         restart: begin anew, whatever an interrupted evaluation has left.
         progress: called with a line of text after every batch.
 
     Raises:
-        ValueError: an argument is out of its range, it is not certain which folder is
-            which class, or no image can be read.
+        ValueError: an argument is out of its range or of no use to the model, it is not certain
+            which folder is which class, an annotation does not fit, or no image can be read.
         ArtifactError: the export was changed, a file cannot be written, or what an interrupted
             evaluation left is of another one.
         RuntimeUnavailableError, UnsupportedError: as for `open_session`.
     """
-    if batch < 1:
-        raise ValueError(f"batch={batch} is below 1; give the number of images of a run")
     check_runtime(runtime, backend=backend, threads=threads)
     workers = worker_count(workers)
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch={batch} is below 1; give the number of images of a run")
     opened = open_artifact(artifact, only=(MODEL_FILE,))
-    spec = _preprocessing(opened)
     target = opened.directory / RESULTS_FILE if results is None else Path(results)
     summary = _summary_of(target, opened)
-    num_classes = opened.manifest.num_classes
-    labels = opened.manifest.labels
-    folder = open_images(Path(images), num_classes, labels=labels, classes=classes)
+    what = _measure_of(
+        opened, Path(images), batch=batch, workers=workers, classes=classes, split=split
+    )
     with open_session(opened, runtime, backend=backend, threads=threads) as session:
         # All that the bytes of the results depend on; a journal under another header is refused.
         header = {
             **{key: str(value) for key, value in asdict(session.info).items()},
             "model": sha256_of(opened.directory / MANIFEST_NAME),
-            "images": folder.fingerprint(),
-            "classes": folder.rule,
-            "batch": str(batch),
+            **what.header,
         }
         path = target.with_name(f"{target.name}.journal")
-        with Journal(path, header, restart=restart) as journal:
+        with what.journal(path, header, restart=restart) as journal:
             # Only now: whoever holds the journal's lock is the only run that writes beside these.
             for file in (target, summary):
                 discard_unfinished(file)
-            report = evaluate_session(
-                session,
-                folder,
-                spec=spec,
-                journal=journal,
-                batch=batch,
-                workers=workers,
-                results=target,
-                progress=progress,
-            )
+            report = what.run(session, journal, target, progress)
             write_json(summary, report)
             # Last: killed at any point before, the next call still finds what was done.
             journal.remove()
     return report
+
+
+def _refuse(model: str, **options: object) -> None:
+    """Refuse what the model has no use for, rather than leave it out."""
+    for option, value in options.items():
+        if value is not None:
+            raise ValueError(f"{option}={value} is nothing that {model} takes; leave it out")
+
+
+def _measure_of(
+    artifact: Artifact,
+    root: Path,
+    *,
+    batch: int | None,
+    workers: int,
+    classes: ClassesGiven,
+    split: str | None,
+) -> _Measure:
+    """What the model's task asks for."""
+    manifest = artifact.manifest
+    if is_segmenter(manifest):
+        _refuse("a segmenter", batch=batch, classes=classes)
+        return Segmentation.of(manifest, root, split or _SPLIT, workers)
+    _refuse("a classifier", split=split)
+    spec = _preprocessing(artifact)
+    folder = open_images(root, manifest.num_classes, labels=manifest.labels, classes=classes)
+    return Classification(folder, spec, batch or _BATCH, workers)
 
 
 def _summary_of(results: Path, artifact: Artifact) -> Path:

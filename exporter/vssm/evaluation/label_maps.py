@@ -13,7 +13,7 @@ from PIL import Image
 from vssm.artifact.data_sets import colours_of
 from vssm.artifact.manifest import LOGITS, Manifest
 from vssm.artifact.preprocessing import normalised, open_rgb, preprocessing_of
-from vssm.evaluation.segment import segment
+from vssm.evaluation.segment import best_classes, segment
 from vssm.files.atomic import atomic_write_bytes, make_directory
 from vssm.runtimes.session import Session
 from vssm.types import Array, Steps
@@ -66,16 +66,11 @@ def write_label_maps(
     for file in files:
         try:
             image = open_rgb(file, spec)
-            logits = segment(
-                session,
-                normalised(image, spec)[None],
-                size=(image.height, image.width),
-                progress=progress,
-            )
+            logits = segment(session, normalised(image, spec)[None], progress=progress)
         except ValueError as error:
             rows.append({"file": str(file), "classes": [], "error": str(error)})
             continue
-        labels = logits[0].argmax(0).astype(np.uint8)
+        labels = best_classes(logits, (image.height, image.width)).astype(np.uint8)
         paths = {kind: output / f"{file.stem}.{kind}.png" for kind in ("labels", "overlay")}
         atomic_write_bytes(paths["labels"], _png(Image.fromarray(labels)))
         atomic_write_bytes(paths["overlay"], _png(_overlay(image, palette[labels])))

@@ -17,6 +17,7 @@ from vssm.types import Array, Steps
 
 MODES: Final = ("slide", "whole")
 _PHASE: Final = "segmenting windows"
+_STRIP: Final = 64  # rows whose logits are resized at once
 
 Size = tuple[int, int]
 Run = Callable[[Array], Array]
@@ -139,6 +140,23 @@ def resize(x: Array, size: Size) -> Array:
     rows, columns = (_linear(o, n).astype(x.dtype) for o, n in zip(x.shape[2:], size, strict=True))
     resized: Array = rows @ x @ columns.T
     return resized
+
+
+def best_classes(logits: Array, size: Size) -> Array:
+    """The best class (height, width) of every pixel of one image, int64.
+
+    Args:
+        logits: (1, classes, ...) of any size, which is resized to `size`.
+        size: (height, width).
+    """
+    rows, columns = (_linear(o, n) for o, n in zip(logits.shape[2:], size, strict=True))
+    rows, columns = rows.astype(logits.dtype), columns.astype(logits.dtype).T
+    best = np.empty(size, np.int64)
+    # In strips: all classes of a large photograph would take gigabytes.
+    for top in range(0, size[0], _STRIP):
+        some = slice(top, top + _STRIP)
+        best[some] = (rows[some] @ logits[0] @ columns).argmax(0)
+    return best
 
 
 def softmax(logits: Array) -> Array:
