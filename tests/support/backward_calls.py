@@ -10,9 +10,10 @@ import torch
 from cases import scan_case, scan_reference_arguments
 from cuda_device import CScanAttributes, CTensor, OperatorError, describe
 from guarded import Memory
+from native import found_library
 from torch import Tensor
 
-from vssm.native_library import find_library, load_library
+from vssm.native_library import load_library
 from vssm.ops import reference
 from vssm.ops.kernels import LIBRARY, differentiable
 from vssm.ops.spec import OPERATORS
@@ -86,7 +87,7 @@ def call_backward(
     """
     given = {a.name: a.default for a in OPERATORS[name].attributes} | attributes
     error = ctypes.create_string_buffer(512)
-    failed = load_library(find_library(LIBRARY)).vssm_selective_scan_backward(
+    failed = load_library(found_library(LIBRARY)).vssm_selective_scan_backward(
         name.encode(),
         (CTensor * len(inputs))(*inputs),
         ctypes.c_int32(len(inputs)),

@@ -18,11 +18,10 @@ from typing import TypeAlias
 import pytest
 import torch
 from guarded import Memory
-from native import output_shapes, output_types
+from native import found_library, output_shapes, output_types
 from torch import Tensor
 
 from vssm.ops.spec import OPERATORS, SCAN_OPERATORS, TOKEN_CONV
-from vssm.runtimes.library import find_library
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
 VARIANTS = {"auto": 0, "throughput": 1, "latency": 2}
@@ -87,7 +86,7 @@ class Backend:
 
     def load(self) -> ctypes.CDLL:
         override = os.environ.get("VSSM_EMULATED_LIBRARY") if self.name == "emulated" else None
-        return _load(Path(override) if override else find_library(self.library))
+        return _load(Path(override) if override else found_library(self.library))
 
     @contextmanager
     def seed(self, value: int) -> Iterator[None]:

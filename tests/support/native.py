@@ -31,6 +31,10 @@ _GUARD = 64  # elements before and after an output
 _NOTHING = torch.empty(1)
 
 
+# A search of build/ takes a millisecond, as a call of a kernel does.
+found_library = functools.cache(find_library)
+
+
 def available_isas() -> list[str]:
     """The instruction sets that this processor and this build have."""
     found = []
@@ -95,7 +99,7 @@ def make_session(
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     if not body:
-        options.register_custom_ops_library(str(find_library()))
+        options.register_custom_ops_library(str(found_library()))
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
