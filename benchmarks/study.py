@@ -26,7 +26,7 @@ from scipy import stats
 
 import vssm
 from vssm.checkpoints.load import save_safetensors
-from vssm.models import families
+from vssm.models.registry import families
 from vssm.training.run import REPORT_FILE, WEIGHTS_FILE, has_run
 
 _MODEL: Final = "vim_tiny"
@@ -110,7 +110,7 @@ def _train_dense(options: argparse.Namespace, seed: int, say: Any) -> Path:
     if not (output / REPORT_FILE).exists():
         output.mkdir(parents=True, exist_ok=True)
         sizes = {**_SIZES, "image_size": options.image_size}
-        build, config = families()["vim"]
+        build, config = families()["vim"].classes()
         torch.manual_seed(seed)
         initial = output / "initial.safetensors"
         save_safetensors(build(config(**sizes), None, name=_MODEL).state_dict(), initial)

@@ -20,7 +20,7 @@ from benchmarks.gpu.timing import Clock, Subject, relative_error
 from torch import Tensor
 
 import vssm
-from vssm.models.schedules import DEFAULT_SCHEDULES
+from vssm.models.schedules import default_schedules
 from vssm.runtimes.tensorrt import api
 from vssm.runtimes.tensorrt.build import EngineRequest, build_plan
 
@@ -32,7 +32,7 @@ def cases() -> Iterator[Case]:
     for name in ("vim_small", "vim_tiny"):
         yield Case(name, None, 128, "float16")
     for name in ("vim_small", "vim_tiny"):
-        yield Case(name, DEFAULT_SCHEDULES[name], 128, "float16")
+        yield Case(name, default_schedules()[name], 128, "float16")
         yield Case(name, None, 1, "float16")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import vssm
 from vssm.models.base import VisionModel
-from vssm.models.schedules import DEFAULT_SCHEDULES
+from vssm.models.schedules import default_schedules
 from vssm.ops import operators as ops
 
 OURS = "vssm"
@@ -59,7 +59,7 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Those of the targets first, those that compile a model last."""
-    schedules = {name: DEFAULT_SCHEDULES[name] for name in ("vim_tiny", "vim_small")}
+    schedules = {name: default_schedules()[name] for name in ("vim_tiny", "vim_small")}
     first = [Case(n, s, 128, "float16") for n in schedules for s in (None, schedules[n])]
     first += [Case(name, None, 1, "float16") for name in schedules]
     yield from first

@@ -21,7 +21,7 @@ from benchmarks.gpu.timing import SAMPLES, WARM_UPS, Clock, Times, relative_erro
 
 import vssm
 from vssm.artifact.directory import MODEL_FILE, open_artifact
-from vssm.models.schedules import DEFAULT_SCHEDULES
+from vssm.models.schedules import default_schedules
 from vssm.runtimes.ort_cuda import OrtCudaSession
 
 SUBJECT = "ort-cuda"
@@ -44,7 +44,7 @@ class Export:
 def exports() -> Iterator[Export]:
     """The target's first."""
     for name in ("vim_small", "vim_tiny"):
-        for schedule in (None, DEFAULT_SCHEDULES[name]):
+        for schedule in (None, default_schedules()[name]):
             yield Export(name, schedule, "float16")
     yield Export("vim_tiny", None, "float32")
 

@@ -16,6 +16,8 @@ _PUBLIC = {
     "AblationTraining": "vssm.studies.plan",
     "FinetuneRequest": "vssm.training.request",
     "ForwardDetails": "vssm.models.base",
+    "ModelCard": "vssm.models.family",
+    "ModelFamily": "vssm.models.family",
     "PruneSchedule": "vssm.pruning.schedule",
     "Recipe": "vssm.training.recipe",
     "Session": "vssm.runtimes.session",
@@ -40,6 +42,7 @@ _PUBLIC = {
     "prune": "vssm.compat.prune",
     "quantize": "vssm.quantization.quantize",
     "record_backends": "vssm.ops.record",
+    "register_family": "vssm.models.registry",
     "segment": "vssm.evaluation.segment",
     "visualize": "vssm.studies.visualize",
 }

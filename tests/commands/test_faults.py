@@ -82,7 +82,7 @@ def test_a_fault_is_no_failed_check(cli: Run, monkeypatch: pytest.MonkeyPatch) -
     def fault() -> None:
         raise RuntimeError("loose screw")
 
-    monkeypatch.setattr("vssm.models.catalogue.describe_models", fault)
+    monkeypatch.setattr("vssm.models.describe_models", fault)
     assert cli("models") == 3
     assert "loose screw" in cli.out
     assert "please report it" in cli.out

@@ -21,7 +21,7 @@ from vssm.commands import tables
 from vssm.commands.main import app
 from vssm.errors import reason
 from vssm.evaluation import data
-from vssm.models.catalogue import MODELS
+from vssm.models.registry import cards
 
 pytestmark = pytest.mark.usefixtures("_dark")
 
@@ -45,7 +45,7 @@ def test_no_name_is_split_on_a_narrow_terminal(
     monkeypatch.setattr(tables.console, "width", width)
     assert cli("models") == 0
     words = cli.out.split()
-    assert [name for name in MODELS if name not in words] == []
+    assert [name for name in cards() if name not in words] == []
     assert cli("doctor") == 0
     assert {"tensorrt-rtx-cu13", "onnxruntime", "torch"} <= set(cli.out.split())
 

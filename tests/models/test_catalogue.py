@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 from typing import Any, get_type_hints
 
 import pytest
-import torch
 
 import vssm
-from vssm.models import families, model_from_config
-from vssm.models.catalogue import MODELS, OPTIONS, check_options
-from vssm.models.cost import count
+from vssm.models import model_from_config
+from vssm.models.cost import figures_of
+from vssm.models.registry import cards, check_options, families
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", cards())
 def test_figures_are_those_of_the_built_model(name: str) -> None:
-    card = MODELS[name]
-    with torch.device("meta"):
-        model = vssm.create_model(name)
-    cost = count(model)
-    assert card.parameters == sum(p.numel() for p in model.parameters())
-    assert card.image_size == model.image_size
-    tokens = [tokens for tokens, _ in model.block_costs()]
-    assert list(card.stage_tokens) == [n for n, _ in itertools.groupby(tokens)]
-    assert (card.flops_published, card.flops_true) == (cost.published, cost.true)
+    assert cards()[name].figures == figures_of(name)
 
 
-def test_options_are_the_configurations_fields() -> None:
-    assert {name: get_type_hints(config) for name, (_, config) in families().items()} == OPTIONS
+@pytest.mark.parametrize("name", families())
+def test_options_are_the_configurations_fields(name: str) -> None:
+    family = families()[name]
+    assert family.fields() == get_type_hints(family.classes()[1])
 
 
 def test_torch_is_not_needed() -> None:
     code = (
-        "import sys; from vssm.models.catalogue import describe_models; describe_models();"
+        "import sys; from vssm.models import describe_models; describe_models();"
         "print(sorted({'torch', 'numpy', 'onnx', 'onnxruntime'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

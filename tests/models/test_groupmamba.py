@@ -18,11 +18,11 @@ from official_hierarchical import (
 import vssm
 from vssm import PruneSchedule
 from vssm.errors import UnsupportedError
-from vssm.models.catalogue import MODELS
 from vssm.models.cost import count
 from vssm.models.groupmamba import GroupMamba, GroupMambaConfig
+from vssm.models.registry import families
 
-NAMES = [name for name, card in MODELS.items() if card.family == "groupmamba"]
+NAMES = list(families()["groupmamba"].cards)
 CASES = manifest("micro_groupmamba")["cases"]
 # Of the largest value. Measured: groupmamba_tiny 6.5e-14 and 4.6e-5, micro 2.3e-14 and 1.0e-5.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-4}

@@ -26,8 +26,8 @@ from vssm import PruneSchedule
 from vssm.checkpoints.load import load_checkpoint, save_safetensors
 from vssm.errors import CheckpointError
 from vssm.models import model_from_config
-from vssm.models.catalogue import MODELS
 from vssm.models.plain_mamba import PlainMamba, PlainMambaConfig, grid_walks
+from vssm.models.registry import families
 
 # Of the largest value. Measured: float64 9e-15 on plain_mamba_l1, 2e-14 on the micro models;
 # float32 3e-6 and 1e-6.
@@ -44,12 +44,14 @@ def _wanted_shapes(document):
     return {key: tuple(entry["shape"]) for key, entry in document["keys"].items()}
 
 
-@pytest.mark.parametrize("name", [n for n, card in MODELS.items() if card.family == "plain_mamba"])
+@pytest.mark.parametrize("name", families()["plain_mamba"].cards)
 @pytest.mark.parametrize("schedule", [None, PruneSchedule({5: 0.8})], ids=["dense", "pruned"])
 def test_official_keys_and_shapes(name, schedule):
     document = manifest(name)
     with torch.device("meta"):
-        model = PlainMamba(PlainMambaConfig(**MODELS[name].changes), schedule)
+        model = PlainMamba(
+            PlainMambaConfig(**families()["plain_mamba"].cards[name].changes), schedule
+        )
     assert _shapes(model.state_dict()) == _wanted_shapes(document)
     assert sum(p.numel() for p in model.parameters()) == document["n_params"]
     assert all(fill.rule(k, e["shape"]) == e["fill"] for k, e in document["keys"].items())

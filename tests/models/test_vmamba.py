@@ -19,12 +19,12 @@ from official_hierarchical import (
 import vssm
 from vssm import PruneSchedule
 from vssm.errors import CheckpointError, UnsupportedError
-from vssm.models.catalogue import MODELS
 from vssm.models.cost import count
 from vssm.models.cross_scan import walk_order
+from vssm.models.registry import families
 from vssm.models.vmamba import VMamba, VMambaConfig
 
-NAMES = [name for name, card in MODELS.items() if card.family == "vmamba"]
+NAMES = list(families()["vmamba"].cards)
 CASES = manifest("micro_vmamba")["cases"]
 # Of the largest value. Measured: vmamba_tiny_s1l8 1.4e-15 and 7.2e-7, micro 2.3e-15 and 1.1e-6.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

@@ -15,10 +15,11 @@ import vssm
 from vssm import MergeSchedule, PruneSchedule
 from vssm.models import standard_config
 from vssm.models.cost import count, merging_of_equal_cost
+from vssm.models.family import Published
 from vssm.models.fused_tokens import fuse_leftovers
-from vssm.models.schedules import DEFAULT_SCHEDULES
+from vssm.models.schedules import default_schedules
 from vssm.studies.measure import Outcome, prepare
-from vssm.studies.plan import Published, Run, make_plan, published
+from vssm.studies.plan import Run, make_plan, published
 from vssm.studies.report import COLUMNS, Measured, cells, make_row
 
 PLAIN = {"alignment": "none"}
@@ -53,7 +54,7 @@ def pictures(tmp_path_factory):
 )
 def test_flops_column_reproduces_the_published(name, variant, printed, figure):
     """Within 0.5 %; PlainMamba's pruned figure is the one without alignment's part."""
-    schedule = PruneSchedule.parse(DEFAULT_SCHEDULES[name])
+    schedule = PruneSchedule.parse(default_schedules()[name])
     with torch.device("meta"):
         dense = vssm.create_model(name)
     merging = merging_of_equal_cost(dense, schedule) if "vim" in name else None
@@ -77,7 +78,7 @@ def test_flops_column_reproduces_the_published(name, variant, printed, figure):
 
 @pytest.mark.parametrize("name", ["vim_small", "plain_mamba_l1"])
 def test_without_alignments_part_is_plain_removal(name):
-    schedule = PruneSchedule.parse(DEFAULT_SCHEDULES[name])
+    schedule = PruneSchedule.parse(default_schedules()[name])
     costs = {}
     for variant in make_plan(schedule, seeds=1, ratios=[]).variants:
         if variant.key in {"gap", "none"}:
@@ -108,7 +109,7 @@ def test_merging_of_equal_cost_is_the_published():
     for name, r in (("vim_tiny", 5), ("vim_small", 11)):
         with torch.device("meta"):
             dense = vssm.create_model(name)
-        schedule = PruneSchedule.parse(DEFAULT_SCHEDULES[name])
+        schedule = PruneSchedule.parse(default_schedules()[name])
         assert merging_of_equal_cost(dense, schedule) == MergeSchedule(r)
         assert dense.schedule is None  # left as it was
         assert not dense.stages

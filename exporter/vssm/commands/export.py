@@ -186,7 +186,7 @@ def _export(
     force: bool,
 ) -> tuple[Artifact, str | None]:
     """The export, and what was loaded, in words."""
-    from vssm.models.catalogue import check_name
+    from vssm.models.registry import check_name
     from vssm.onnx.options import check_opset, checked_dtype, checked_outputs
 
     dtype = checked_dtype(dtype)

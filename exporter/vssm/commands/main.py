@@ -104,7 +104,7 @@ def _version(
 def models(json_file: Json = None) -> None:
     """List the models with their size and cost."""
     # Every command imports what it runs by itself, so that no other one waits for it.
-    from vssm.models.catalogue import describe_models
+    from vssm.models import describe_models
 
     rows = describe_models()
     show(models_table(rows))

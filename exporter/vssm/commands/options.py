@@ -14,7 +14,7 @@ import typer
 
 from vssm.commands.tables import STDOUT, console
 from vssm.files.atomic import check_writable
-from vssm.models.catalogue import MODELS
+from vssm.models.registry import cards
 from vssm.training.request import ModelSource
 
 
@@ -35,6 +35,11 @@ def words(*known: str) -> dict[str, Any]:
     """What a shell completes."""
     # For completion alone: the functions check values, for callers in Python too.
     return {"autocompletion": lambda incomplete: [w for w in known if w.startswith(incomplete)]}
+
+
+def _models(incomplete: str) -> list[str]:
+    """The models whose names begin so; asked for by a shell alone, as packages may add some."""
+    return [name for name in cards() if name.startswith(incomplete)]
 
 
 Directory = Annotated[Path, typer.Argument(help="What `vssm export` wrote.")]
@@ -85,7 +90,7 @@ Trust = Annotated[
 ]
 
 # What `vssm export` and `vssm finetune` make a model from.
-Name = Annotated[str, typer.Argument(help="One of `vssm models`.", **words(*MODELS))]
+Name = Annotated[str, typer.Argument(help="One of `vssm models`.", autocompletion=_models)]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights; the seeded initial ones without.")]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")]
 Key = Annotated[
@@ -153,7 +158,7 @@ Classes = Annotated[
 # A model by its name or as an export, for the commands that prune it in several ways.
 Model = Annotated[
     str,
-    typer.Argument(help="What `vssm export` wrote, or a model's name.", **words(*MODELS)),
+    typer.Argument(help="What `vssm export` wrote, or a model's name.", autocompletion=_models),
 ]
 OwnSchedule = Annotated[
     str | None, typer.Option(help="BLOCK:RATIO,..., or default; without it the export's own.")

@@ -2,55 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from vssm.extras import explain_missing
-from vssm.models.catalogue import MODELS, check_name, check_options
+from vssm.models.registry import cards, check_name, check_options, family_of
 from vssm.pruning.schedule import Schedule
 
 if TYPE_CHECKING:
     from vssm.models.base import VisionModel
+    from vssm.models.family import Figures
 
 _SEED: Final = 0
 
 
-def families() -> dict[str, tuple[Callable[..., VisionModel], Any]]:
-    """The class of each family's models, and that of its configuration.
-
-    Raises:
-        MissingPackageError: torch is not installed.
-    """
-    with explain_missing():
-        from vssm.models.dense import plain_mamba, vim, vmamba
-        from vssm.models.groupmamba import GroupMamba, GroupMambaConfig
-        from vssm.models.plain_mamba import PlainMamba, PlainMambaConfig
-        from vssm.models.vim import Vim, VimConfig
-        from vssm.models.vmamba import VMamba, VMambaConfig
-    return {
-        "vim": (Vim, VimConfig),
-        "plain_mamba": (PlainMamba, PlainMambaConfig),
-        "vmamba": (VMamba, VMambaConfig),
-        "groupmamba": (GroupMamba, GroupMambaConfig),
-        "vim_segmenter": (vim.VimSegmenter, vim.VimSegmenterConfig),
-        "plain_mamba_segmenter": (
-            plain_mamba.PlainMambaSegmenter,
-            plain_mamba.PlainMambaSegmenterConfig,
-        ),
-        "vmamba_segmenter": (vmamba.VMambaSegmenter, vmamba.VMambaSegmenterConfig),
-        "vim_detector": (vim.VimDetector, vim.VimDetectorConfig),
-        "plain_mamba_detector": (
-            plain_mamba.PlainMambaDetector,
-            plain_mamba.PlainMambaDetectorConfig,
-        ),
-        "vmamba_detector": (vmamba.VMambaDetector, vmamba.VMambaDetectorConfig),
-    }
-
-
 def list_models() -> list[str]:
     """Names that `create_model` takes."""
-    return list(MODELS)
+    return list(cards())
+
+
+def describe_models() -> list[dict[str, Any]]:
+    """Name, task, parameters, image size, tokens and cost of every model.
+
+    "tokens" are those of the first block, "stage_tokens" those of all, repeats left out.
+    """
+    rows = []
+    for name, card in cards().items():
+        figures = card.figures or _counted(name)
+        rows.append(
+            {
+                "name": name,
+                "task": card.task,
+                "parameters": figures.parameters,
+                "image_size": figures.image_size,
+                "tokens": figures.stage_tokens[0],
+                "stage_tokens": figures.stage_tokens,
+                "flops_published": figures.flops_published,
+                "flops_true": figures.flops_true,
+            }
+        )
+    return rows
+
+
+def _counted(name: str) -> Figures:
+    with explain_missing():
+        from vssm.models.cost import figures_of
+    return figures_of(name)
 
 
 def create_model(
@@ -95,8 +93,9 @@ def model_from_config(
             f"schedule={schedule!r} is no schedule; write for example "
             "vssm.PruneSchedule({5: 0.8, 10: 0.8}) or vssm.MergeSchedule(r=5)"
         )
-    build, config_class = families()[MODELS[name].family]
-    import torch
+    build, config_class = family_of(name).classes()
+    with explain_missing():
+        import torch
 
     # Without the empty list torch would save and restore the generator of every GPU as well.
     with torch.random.fork_rng(devices=[]):
@@ -106,5 +105,5 @@ def model_from_config(
 
 def standard_config(name: str) -> dict[str, Any]:
     """The configuration of a model without overrides, as `asdict` gives it."""
-    _, config_class = families()[check_name(name).family]
-    return asdict(config_class(**MODELS[name].changes))
+    _, config_class = family_of(name).classes()
+    return asdict(config_class(**check_name(name).changes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +104,11 @@ class VisionModel(nn.Module):
         output_groups: what an export can be asked for, as names of outputs.
         published_directions: scan directions that the published FLOPs count.
         backend: what computes the custom operators, see `use_backend`.
+        class_positions: of class tokens in the unpruned sequence; the rest are patches.
+        scans_per_block: scan nodes that are a block's own, before those that only score.
+        merges: whether its tokens can be merged, by configurations that have a block's d_model,
+            d_state and expand.
+        list_convolution: whether a schedule's `conv` changes what it computes.
         pruner: what makes a stage; an ablation may set another of the same form on a model.
     """
 
@@ -123,6 +128,10 @@ class VisionModel(nn.Module):
     task = "classification"
     output_groups: Mapping[str, tuple[str, ...]] = {"logits": ("logits",)}
     backend = "auto"
+    class_positions: tuple[int, ...] = ()
+    scans_per_block = 1
+    merges = False
+    list_convolution = False
     # A plain function as a class attribute would become a method and be given the model.
     pruner = staticmethod(prune)
 
@@ -178,6 +187,18 @@ class VisionModel(nn.Module):
                 vars(module)["backend"] = backend
         return self
 
+    def blocks_on_maps(self) -> list[tuple[nn.Module, tuple[int, int]]]:
+        """Every block in order, and the rows and columns of its patches, for pictures of its scans.
+
+        Raises:
+            UnsupportedError: the family does not say, or no map shows where the tokens are.
+        """
+        raise UnsupportedError(
+            f"model={type(self).__name__} does not say where the tokens of its blocks are in the "
+            "image, so no map can show them; its class needs a method blocks_on_maps "
+            "(docs/add_a_family.md)"
+        )
+
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's tensors made to fit this model, such as a resized position table."""
         return state
@@ -208,8 +229,12 @@ class VisionModel(nn.Module):
         return [(self.layout.seqlen, self.block_cost())] * self.config.depth
 
     def stays_wide(self, name: str) -> bool:
-        """Whether a parameter stays float32 in a half-precision export (an island)."""
-        raise NotImplementedError
+        """Whether a parameter stays float32 in a half-precision export (an island).
+
+        Here all but the weights and biases of linear layers and convolutions do.
+        """
+        module, _, _ = name.rpartition(".")
+        return not isinstance(self.get_submodule(module), nn.Linear | nn.Conv1d | nn.Conv2d)
 
 
 def details(
@@ -228,6 +253,18 @@ def details(
         [c for c in chosen if isinstance(c, MergeResult)],
         tensors or {},
     )
+
+
+def blocks_of_stages(
+    model: VisionModel,
+    kind: type[nn.Module],
+    grids: Sequence[tuple[int, int]],
+    depths: Sequence[int],
+) -> list[tuple[nn.Module, tuple[int, int]]]:
+    """What `blocks_on_maps` gives of a hierarchical model, whose blocks are of one class."""
+    blocks = [module for module in model.modules() if isinstance(module, kind)]
+    of_blocks = [grid for grid, depth in zip(grids, depths, strict=True) for _ in range(depth)]
+    return list(zip(blocks, of_blocks, strict=True))
 
 
 def refuse_schedule(family: str, schedule: Schedule | None) -> None:

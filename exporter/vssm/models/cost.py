@@ -13,9 +13,14 @@ arXiv:2409.18962, and Shi et al., arXiv:2412.12496, checked against their tables
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 
+import torch
+
+from vssm.models import create_model
 from vssm.models.base import VisionModel
+from vssm.models.family import Figures
 from vssm.pruning.schedule import (
     MergeSchedule,
     MergeStage,
@@ -87,6 +92,21 @@ def count(model: VisionModel) -> Cost:
             for part, work in _merge_cost(model, stage).items():
                 total[part] += work
     return Cost(**total, neck=model.neck_cost(), head=model.head_cost())
+
+
+def figures_of(name: str) -> Figures:
+    """The figures of a model at its standard configuration, built without memory for weights."""
+    with torch.device("meta"):
+        model = create_model(name)
+    cost = count(model)
+    tokens = [seqlen for seqlen, _ in model.block_costs()]
+    return Figures(
+        sum(p.numel() for p in model.parameters()),
+        tuple(seqlen for seqlen, _ in itertools.groupby(tokens)),
+        cost.published,
+        cost.true,
+        model.image_size,
+    )
 
 
 def merging_of_equal_cost(model: VisionModel, schedule: PruneSchedule) -> MergeSchedule:

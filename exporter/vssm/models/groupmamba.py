@@ -20,6 +20,7 @@ from vssm.models.base import (
     ForwardDetails,
     ImageSized,
     VisionModel,
+    blocks_of_stages,
     details,
     refuse_schedule,
 )
@@ -276,6 +277,7 @@ class GroupMamba(VisionModel):
 
     config: GroupMambaConfig
     published_directions = GROUPS
+    scans_per_block = GROUPS
     residual_stream = False
 
     def __init__(
@@ -311,6 +313,10 @@ class GroupMamba(VisionModel):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
+
+    def blocks_on_maps(self) -> list[tuple[nn.Module, tuple[int, int]]]:
+        """The blocks of every stage on the grid of that stage."""
+        return blocks_of_stages(self, GroupMambaBlock, self.config.grids, self.config.depths)
 
     def stays_wide(self, name: str) -> bool:
         """Norms, and what the scan takes as float32."""

@@ -548,11 +548,17 @@ class PlainMamba(VisionModel):
                 "alignment='gap', 'constant' or 'none'"
             )
         # No class token to protect, and four walks of which none is "forward" or "backward".
-        self.layout = TokenLayout(config.seqlen, None, keep_odd=False, directional=False)
+        self.layout = TokenLayout(
+            config.seqlen, None, keep_odd=False, directional=False, full_parameters=True
+        )
         self.stages = plan_stages(pruning, self.layout, config.depth)
         self.backbone = Backbone(config)
         self.head = Head(config)
         self.walks = GridWalks(config.grid)
+
+    def blocks_on_maps(self) -> list[tuple[nn.Module, tuple[int, int]]]:
+        """Every block on the grid of patches."""
+        return [(layer, self.config.grid) for layer in self.backbone.layers]
 
     def stays_wide(self, name: str) -> bool:
         """Norms, positions, the convolutions folded with norms, and the scan's float32 inputs."""

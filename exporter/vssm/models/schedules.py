@@ -1,21 +1,11 @@
-"""Default schedules: the published ones of Vim, and ours for PlainMamba."""
+"""What a command's schedule means for a model, and the models' default schedules."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
+from vssm.models.registry import cards
 from vssm.pruning.schedule import MergeSchedule, PruneSchedule, Schedule
-
-# Vim: those of Zhan et al., arXiv:2409.18962. PlainMamba: ours. That paper prints FLOPs for L3 and
-# no blocks; these blocks reach them (docs/plain_mamba.md). L1 and L2 have the same relative depths.
-_PLAIN_24: Final = "4:0.8,7:0.8,9:0.8,12:0.8,15:0.8,17:0.8,20:0.8,23:0.8"
-DEFAULT_SCHEDULES: Final = {
-    "vim_tiny": "10:0.8",
-    "vim_small": "5:0.8,10:0.8,15:0.8",
-    "plain_mamba_l1": _PLAIN_24,
-    "plain_mamba_l2": _PLAIN_24,
-    "plain_mamba_l3": "6:0.8,10:0.8,14:0.8,18:0.8,22:0.8,26:0.8,30:0.8,34:0.8",
-}
 
 
 def named_schedule(
@@ -58,6 +48,11 @@ def named_pruning(
     return PruneSchedule.parse(schedule, **given)
 
 
+def default_schedules() -> dict[str, str]:
+    """The default schedules of the models that have one, as text."""
+    return {name: card.schedule for name, card in cards().items() if card.schedule is not None}
+
+
 def default_schedule(name: str, **rules: Any) -> PruneSchedule:
     """The schedule of a model that `vssm export NAME --schedule default` takes.
 
@@ -68,10 +63,11 @@ def default_schedule(name: str, **rules: Any) -> PruneSchedule:
     Raises:
         ValueError: the model has none, or a rule does not fit.
     """
-    if name not in DEFAULT_SCHEDULES:
+    known = default_schedules()
+    if name not in known:
         raise ValueError(
-            f"name={name!r} has no default schedule, only {', '.join(DEFAULT_SCHEDULES)} have; "
+            f"name={name!r} has no default schedule, only {', '.join(known)} have; "
             "name the blocks and ratios, such as 5:0.8,10:0.8, of a vim_* or plain_mamba_* model; "
             "the others cannot be pruned"
         )
-    return PruneSchedule.parse(DEFAULT_SCHEDULES[name], **rules)
+    return PruneSchedule.parse(known[name], **rules)

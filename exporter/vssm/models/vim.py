@@ -549,11 +549,6 @@ def refuse_schedule(config: VimConfig, schedule: Schedule | None) -> None:
         if schedule.prune is None:
             return
         schedule = schedule.prune
-    if schedule.step_parameters != "rank":
-        raise UnsupportedError(
-            f"step_parameters={schedule.step_parameters!r} is PlainMamba's choice; Vim's "
-            "steps have the parameters of their own tokens: leave it out"
-        )
     backward = schedule.score_direction == "backward" or schedule.importance == "as_released"
     if config.bimamba == "none" and backward:
         raise UnsupportedError(
@@ -639,6 +634,8 @@ class Vim(VisionModel):
     """
 
     config: VimConfig
+    merges = True
+    list_convolution = True
 
     def __init__(
         self, config: VimConfig, schedule: Schedule | None = None, *, name: str = "vim"
@@ -650,7 +647,7 @@ class Vim(VisionModel):
         self.traced_blocks = 0 if config.bidirectional_layers else config.depth
         # Before any parameter is made: a large model would take its time only to be refused.
         refuse_schedule(config, schedule)
-        positions = config.class_positions
+        self.class_positions = positions = config.class_positions
         self.layout = TokenLayout(config.seqlen, positions[0] if positions else None, keep_odd=True)
         self.stages = plan_stages(schedule, self.layout, config.depth)
         self.patch_embed = PatchEmbed(config)
@@ -678,6 +675,19 @@ class Vim(VisionModel):
     def stays_wide(self, name: str) -> bool:
         """Norms, embeddings and what the scan takes as float32."""
         return stays_wide(name)
+
+    def blocks_on_maps(self) -> list[tuple[nn.Module, tuple[int, int]]]:
+        """Every block on the grid of patches.
+
+        Raises:
+            UnsupportedError: the layers work in pairs.
+        """
+        if self.config.bidirectional_layers:
+            raise UnsupportedError(
+                "bidirectional_layers=True: every other layer runs on the reversed sequence, which "
+                "no map here shows; use a model without it"
+            )
+        return [(layer, self.config.grid) for layer in self.layers]
 
     def _embed(self, images: Tensor) -> Tensor:
         """Tokens (batch, seqlen, d_model), class tokens in their positions, positions added."""

@@ -22,6 +22,7 @@ from vssm.models.base import (
     ForwardDetails,
     ImageSized,
     VisionModel,
+    blocks_of_stages,
     details,
     refuse_schedule,
 )
@@ -367,6 +368,10 @@ class VMamba(VisionModel):
                     nn.init.zeros_(module.bias)
         if self.config.pos_embed:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def blocks_on_maps(self) -> list[tuple[nn.Module, tuple[int, int]]]:
+        """The blocks of every stage on the grid of that stage."""
+        return blocks_of_stages(self, VMambaBlock, self.config.grids, self.config.depths)
 
     def stays_wide(self, name: str) -> bool:
         """Norms, positions and what the scan takes as float32."""

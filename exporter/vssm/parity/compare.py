@@ -19,13 +19,10 @@ from polygraphy.logger import G_LOGGER
 from vssm.artifact.directory import MODEL_FILE, Artifact
 from vssm.artifact.manifest import LOGITS, MERGED_PAIRS
 from vssm.artifact.reference import OracleMerge, OracleResult
+from vssm.models.registry import magnifies
 from vssm.runtimes.graph_edit import FORCED_PAIRS, expose, force_pairs, force_positions
 from vssm.runtimes.session import RuntimeInfo
 from vssm.types import Array
-
-# GroupMamba multiplies tokens with their mixed selves before a norm, block after block: rounding
-# grows tenfold over the other families (docs/groupmamba.md has the measurements).
-_SENSITIVE: Final = {"groupmamba": 10.0}
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Tolerance:
 
     def of_model(self, name: str) -> Tolerance:
         """The tolerance of a model, wider for a family that magnifies rounding."""
-        factor = _SENSITIVE.get(name.lower().partition("_")[0], 1.0)
+        factor = magnifies(name)
         return Tolerance(factor * self.logits, factor * self.block, self.margin)
 
 

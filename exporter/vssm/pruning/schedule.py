@@ -362,7 +362,8 @@ class TokenLayout:
     """A model's tokens before pruning: how many, where the class token is, the counting rule.
 
     `directional` models have a forward and a backward scan to take scores from; `restores` says
-    that heads read every position.
+    that heads read every position, `full_parameters` that a kept step may have delta, B and C of
+    its number in the full list.
     """
 
     seqlen: int
@@ -370,6 +371,7 @@ class TokenLayout:
     keep_odd: bool
     directional: bool = True
     restores: bool = False
+    full_parameters: bool = False
 
 
 @dataclass(frozen=True)
@@ -438,8 +440,9 @@ def plan_stages(
     Raises:
         ValueError: a block lies outside the model or has two stages, or the last merge does not
             find `final_tokens`.
-        UnsupportedError: the model has no such scan direction or no head that reads pruned
-            positions, or as_released finds no class token to re-centre or keeps no patch beside it.
+        UnsupportedError: the model has no such scan direction, step parameters or head that reads
+            pruned positions, or as_released finds no class token to re-centre or keeps no patch
+            beside it.
     """
     if schedule is None:
         return {}
@@ -491,6 +494,11 @@ def _pruning_blocks(
         raise UnsupportedError(
             f"score_direction={schedule.score_direction!r}: this model has no forward and "
             "backward scan; use score_direction='sum'"
+        )
+    if schedule.step_parameters != "rank" and not layout.full_parameters:
+        raise UnsupportedError(
+            f"step_parameters={schedule.step_parameters!r} is PlainMamba's choice; this model's "
+            "steps have the parameters of their own tokens: leave it out"
         )
     _refuse_restoring(schedule.restore, layout, usual="frozen")
     if schedule.importance == "as_released" and layout.cls_index is None:

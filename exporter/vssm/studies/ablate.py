@@ -131,14 +131,14 @@ def _plan(source: LoadedSource, schedule: PruneSchedule, options: AblationOption
     from vssm.models.cost import merging_of_equal_cost
     from vssm.studies.plan import make_plan
 
-    is_vim = source.name.startswith("vim")
+    dense = source.variant(None)
     # The other families refuse it, and the report says why.
-    merging = merging_of_equal_cost(source.variant(None), schedule) if is_vim else MergeSchedule()
+    merging = merging_of_equal_cost(dense, schedule) if dense.merges else MergeSchedule()
     return make_plan(
         schedule,
         seeds=options.seeds,
         ratios=options.ratios,
-        other_conv=is_vim,  # PlainMamba's is always by position
+        other_conv=dense.list_convolution,
         merging=merging,
     )
 
@@ -234,7 +234,8 @@ def _rows(
     measured: Measured,
     weights: str,
 ) -> list[VariantRow]:
-    from vssm.studies.plan import Published, published
+    from vssm.models.family import Published
+    from vssm.studies.plan import published
     from vssm.studies.report import make_row
 
     standard = _is_standard(source)  # of other sizes of a model nothing is published
@@ -243,7 +244,7 @@ def _rows(
     for line in plan.lines:
         key = line.keys[0]
         known = published(source.name, key, schedules[key])
-        printed = known if standard else Published(None, None)
+        printed = known if standard else Published()
         for tuned in (False, True):
             row = make_row(line, measured, tuned=tuned, weights=weights, published=printed)
             rows += [] if row is None else [row]

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from vssm.errors import check_choice
+from vssm.models.family import Published
+from vssm.models.registry import check_name
 from vssm.pruning.schedule import ALIGNMENTS, CONVS, MergeSchedule, PruneSchedule, Schedule
 from vssm.training.recipe import Recipe
 from vssm.training.request import Resources
@@ -163,60 +165,17 @@ class Plan:
     lines: tuple[Line, ...]
 
 
-@dataclass(frozen=True)
-class Published:
-    """Figures that the paper prints: GFLOPs and top-1 in percent, None where it prints none."""
-
-    gflops: float | None
-    top1: float | None
-
-
-# Zhan et al., arXiv:2409.18962, and of merging Shi et al., arXiv:2412.12496. All of their rows but
-# the dense are fine-tuned.
-PUBLISHED: Final = {
-    "vim_tiny": {
-        "dense": Published(1.45, 76.1),
-        "evit": Published(None, 71.3),
-        "gap": Published(1.29, 75.1),
-        "merge": Published(1.28, 75.3),
-    },
-    "vim_small": {
-        "dense": Published(5.08, 80.5),
-        "evit": Published(None, 74.8),
-        "none": Published(None, 75.4),
-        "gap": Published(3.60, 78.8),
-        "merge": Published(3.58, 79.9),
-    },
-    "vim_base": {"merge": Published(13.21, 81.3)},
-    "plain_mamba_l1": {"dense": Published(3.0, 77.9)},
-    "plain_mamba_l2": {"dense": Published(8.1, 81.6)},
-    "plain_mamba_l3": {
-        "dense": Published(14.4, 82.3),
-        "none": Published(None, 79.3),
-        "gap": Published(8.44, 81.7),
-    },
-}
-
-
-MERGED: Final = {  # what those figures of merging are of
-    "vim_tiny": MergeSchedule(5),
-    "vim_small": MergeSchedule(11),
-    "vim_base": MergeSchedule(11),
-}
-
-
 def published(name: str, key: str, schedule: Schedule | None) -> Published:
     """What the papers print for a variant of a model of its size; nothing for other schedules."""
-    from vssm.models.schedules import DEFAULT_SCHEDULES  # torch comes with the models
-
-    if isinstance(schedule, MergeSchedule) and schedule != MERGED.get(name):
-        return Published(None, None)
+    card = check_name(name)
+    if isinstance(schedule, MergeSchedule) and schedule != card.merged:
+        return Published()
     # The dense figures are true whatever the schedule.
     if isinstance(schedule, PruneSchedule) and key != "dense":
-        default = DEFAULT_SCHEDULES.get(name)
+        default = card.schedule
         if default is None or PruneSchedule.parse(default).ratios != schedule.ratios:
-            return Published(None, None)
-    return PUBLISHED.get(name, {}).get(key, Published(None, None))
+            return Published()
+    return card.published.get(key, Published())
 
 
 def make_plan(

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from vssm.models.family import Published
 from vssm.studies.measure import Outcome, VariantCost
-from vssm.studies.plan import Line, Published, Run
+from vssm.studies.plan import Line, Run
 
 
 @dataclass(frozen=True)

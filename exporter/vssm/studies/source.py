@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vssm.artifact.directory import open_artifact
 from vssm.artifact.manifest import Preprocessing
-from vssm.models.catalogue import check_task
+from vssm.models.registry import check_task
 from vssm.training.request import ModelSource
 
 if TYPE_CHECKING:

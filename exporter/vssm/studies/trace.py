@@ -13,14 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vssm.errors import UnsupportedError
 from vssm.models.base import ForwardDetails, VisionModel
-from vssm.models.groupmamba import GroupMamba, GroupMambaBlock
-from vssm.models.plain_mamba import PlainMamba, PlainMambaBlock
-from vssm.models.vim import Vim, VimBlock
-from vssm.models.vmamba import VMamba, VMambaBlock
 from vssm.ops import operators as ops
 from vssm.pruning.select import ScanOutputs, ScoreRule
 
-_BLOCKS = (VimBlock, PlainMambaBlock, VMambaBlock, GroupMambaBlock)
 # Whatever rule the schedule has, so that maps of all blocks and variants compare.
 _RULE = ScoreRule("clip", "sum", gated=False)
 
@@ -92,9 +87,9 @@ def trace(model: VisionModel, images: Tensor) -> Trace:
         UnsupportedError: the model's blocks cannot be told apart, or its tokens are not where the
             maps would show them.
     """
-    _refuse(model)
+    _refuse_masked(model)
     recorder = _Recorder()
-    blocks = [module for module in model.modules() if isinstance(module, _BLOCKS)]
+    blocks = [block for block, _ in model.blocks_on_maps()]
     hooks = [block.register_forward_pre_hook(recorder.enter(i)) for i, block in enumerate(blocks)]
     hooks += [block.register_forward_hook(recorder.leave) for block in blocks]
     try:
@@ -106,17 +101,7 @@ def trace(model: VisionModel, images: Tensor) -> Trace:
     return Trace(details, _blocks(model, details, recorder.scans, len(images)))
 
 
-def _refuse(model: VisionModel) -> None:
-    if not isinstance(model, Vim | PlainMamba | VMamba | GroupMamba):
-        raise UnsupportedError(
-            f"model={type(model).__name__} is of no family whose blocks are known here; use a "
-            "Vim, PlainMamba, VMamba or GroupMamba"
-        )
-    if isinstance(model, Vim) and model.config.bidirectional_layers:
-        raise UnsupportedError(
-            "bidirectional_layers=True: every other layer runs on the reversed sequence, which no "
-            "map here shows; use a model without it"
-        )
+def _refuse_masked(model: VisionModel) -> None:
     if model.schedule is not None and model.schedule.alignment == "masked":
         raise UnsupportedError(
             "alignment='masked' leaves pruned tokens in every scan, so there is nothing to lay "
@@ -177,26 +162,17 @@ def _blocks(
 ) -> list[Block]:
     found = []
     position: Tensor | None = None
-    positions = tuple(model.config.class_positions) if isinstance(model, Vim) else ()
-    for i, grid in enumerate(_grids(model)):
+    for i, (_, grid) in enumerate(model.blocks_on_maps()):
         seqlen = scans[i][0].order.shape[2]
         if position is None or model.layout is None:
             position = torch.arange(seqlen).expand(batch, -1)
-        # The first node is the layer's own; Vim scans a direction once more to score it alone.
-        nodes = scans[i][:1] if isinstance(model, Vim) else scans[i]
-        found.append(Block(i + 1, grid, positions, position, tuple(nodes)))
+        # Behind a layer's own nodes: Vim scans a direction once more to score it alone.
+        nodes = tuple(scans[i][: model.scans_per_block])
+        found.append(Block(i + 1, grid, model.class_positions, position, nodes))
         stage = model.stages.get(i + 1) if model.layout is not None else None
         if stage is not None:
             position = details.kept_positions[stage.index]
     return found
-
-
-def _grids(model: VisionModel) -> list[tuple[int, int]]:
-    """Rows and columns of the patches of every block."""
-    config = model.config
-    if isinstance(model, Vim | PlainMamba):
-        return [config.grid] * config.depth
-    return [g for g, depth in zip(config.grids, config.depths, strict=True) for _ in range(depth)]
 
 
 @dataclass(frozen=True)

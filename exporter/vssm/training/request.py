@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from vssm.errors import check_choice, did_you_mean
 from vssm.files.atomic import check_files
-from vssm.models.catalogue import MODELS, check_options, check_task
+from vssm.models.registry import cards, check_options, check_task
 from vssm.models.schedules import named_schedule
 from vssm.pruning.schedule import MergeSchedule, PruneSchedule, Schedule
 from vssm.training.recipe import Recipe
@@ -155,9 +155,9 @@ class ModelSource:
             ValueError, TypeError: the name, an option or the schedule does not fit.
         """
         # A model's name wins over a directory of that name; ./NAME is the directory.
-        if exports and self.name not in MODELS:
+        if exports and self.name not in (known := cards()):
             if not Path(self.name).is_dir():
-                hint = did_you_mean(self.name, MODELS)
+                hint = did_you_mean(self.name, known)
                 raise ValueError(
                     f"model={self.name!r} is neither a model nor the directory of an export{hint}; "
                     "see `vssm models`, or write one with `vssm export`"

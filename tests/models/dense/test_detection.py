@@ -15,14 +15,14 @@ from torch.nn import functional
 import vssm
 from vssm import PruneSchedule
 from vssm.errors import UnsupportedError
-from vssm.models.catalogue import MODELS
 from vssm.models.cost import count
 from vssm.models.dense.adapter import DeformableAttention, centres
 from vssm.models.dense.detector import Detector
 from vssm.models.dense.regions import DetectionRules, best_boxes, read_regions
+from vssm.models.registry import cards
 from vssm.onnx.options import OUTPUTS
 
-NAMES = [name for name, card in MODELS.items() if card.task == "detection"]
+NAMES = [name for name, card in cards().items() if card.task == "detection"]
 CASES = [(family, case) for family in ("vim", "plain_mamba") for case in detector_cases(family)]
 # Of the largest value. Measured 1.7e-14, and 6.4e-15 on vmamba_tiny.
 EXACT = 1e-9

@@ -11,14 +11,14 @@ from torch.nn import functional
 
 import vssm
 from vssm.errors import CheckpointError, UnsupportedError
-from vssm.models.catalogue import MODELS
 from vssm.models.cost import count
 from vssm.models.dense.heads import average_pool, upsample
 from vssm.models.dense.segmenter import Segmenter
 from vssm.models.layers import resize_grid
+from vssm.models.registry import cards
 from vssm.onnx.options import OUTPUTS
 
-NAMES = [name for name, card in MODELS.items() if card.task == "segmentation"]
+NAMES = [name for name, card in cards().items() if card.task == "segmentation"]
 CASES = [(family, case) for family in FAMILIES for case in cases(family)]
 # Of the largest value. Measured: micro 1.4e-14; vim_tiny 4.5e-15, plain_mamba_l1 2.7e-14, and in
 # float32 3.0e-6 and 1.2e-5.

@@ -179,7 +179,12 @@ class PlainMambaSegmenter(Segmenter):
         self.traced_blocks = config.depth
         _refuse_late_convolutions(config, pruning)
         self.layout = TokenLayout(
-            config.plain_mamba.seqlen, None, keep_odd=False, directional=False, restores=True
+            config.plain_mamba.seqlen,
+            None,
+            keep_odd=False,
+            directional=False,
+            restores=True,
+            full_parameters=True,
         )
         self.stages = plan_stages(pruning, self.layout, config.depth)
         self.feature_names = tuple(f"level{i}" for i in range(len(config.taps)))
@@ -444,7 +449,12 @@ class PlainMambaDetector(CocoDetector):
                 "stand as they were; use restore='frozen'"
             )
         self.layout = TokenLayout(
-            config.plain_mamba.seqlen, None, keep_odd=False, directional=False, restores=True
+            config.plain_mamba.seqlen,
+            None,
+            keep_odd=False,
+            directional=False,
+            restores=True,
+            full_parameters=True,
         )
         self.stages = plan_stages(pruning, self.layout, config.depth)
         self.backbone = PlainMambaAdapter(config)
