@@ -93,7 +93,7 @@ def test_recipes_are_checked():
     for value in (1.5, True, "4"):
         with pytest.raises(TypeError, match=r"epochs=.* is not of type int"):
             Recipe.of({"epochs": value})
-    assert Recipe.of({"mixup": 1, "lr": 1e-4}).named()["mixup"] == "1.0"
+    assert isinstance(Recipe.of({"mixup": 1}).mixup, float)
     with pytest.raises(ValueError, match="batch=512 is more than the 42 images"):
         Recipe().steps(42)
 

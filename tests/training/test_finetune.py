@@ -489,7 +489,9 @@ def test_the_weights_export(data, whole, tmp_path, cli: Run):
     report = json.loads((whole / "finetune.json").read_text())
     assert manifest["weights"] == "checkpoint"
     assert manifest["checkpoint"] == {"file": "finetuned.safetensors", "sha256": report["sha256"]}
-    assert report["run"]["lr"] == "0.001"
+    # Numbers as numbers, so that a script can compare runs.
+    assert (report["run"]["lr"], report["run"]["batch"], report["run"]["flip"]) == (0.001, 6, 0.5)
+    assert report["run"]["config"]["depth"] == OPTIONS["depth"]
     assert len(report["run"]["checkpoint"]) == 64
     assert weights.stat().st_mode & 0o777 == (whole / "log.csv").stat().st_mode & 0o777
 
@@ -497,7 +499,7 @@ def test_the_weights_export(data, whole, tmp_path, cli: Run):
 def test_command(data, checkpoint, tmp_path, cli: Run):
     given = ["--data", data, "--checkpoint", checkpoint, "--schedule", SCHEDULE]
     given += ["-o", tmp_path / "out", "--epochs=1", "--batch=6", "--workers=0", "--lr=1e-3"]
-    assert cli("finetune", *MODEL, *given, "--recipe=ema=0.5", "--recipe", "seed=3") == 0, cli.out
+    assert cli("finetune", *MODEL, *given, "--recipe=ema=0.5", "--seed=3") == 0, cli.out
     assert "finetuned_ema.safetensors (averaged)" in cli.out
     assert ("no TensorBoard log" in cli.out) == (not is_installed("tensorboard"))
     assert cli("finetune", *MODEL, *given) == 2
@@ -578,7 +580,7 @@ def test_a_new_head_on_weights_under_a_key(data, tmp_path):
     report = vssm.finetune(request(data, tmp_path / "out", what=source, epochs=1))
     assert "under 'student.net'" in report.loaded
     assert "head.weight (7, 20) stays the model's own, the file has (20, 20)" in report.loaded
-    assert report.run["new_head"] == "True"
+    assert report.run["new_head"] is True
 
 
 def test_distillation(data, checkpoint, tmp_path, whole):

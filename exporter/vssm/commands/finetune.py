@@ -42,6 +42,7 @@ Tokens = Annotated[
 Epochs = Annotated[int, typer.Option(help="Passes over the images.")]
 Batch = Annotated[int, typer.Option(help="Images a step, all processes together.")]
 Rate = Annotated[float, typer.Option(help="Learning rate after the warm-up.")]
+Seed = Annotated[int, typer.Option(help="Of everything random: order, augmentation, mixing.")]
 Numbers = Annotated[
     list[str] | None,
     typer.Option("--recipe", help="KEY=VALUE of docs/finetune.md's table, repeatable."),
@@ -82,6 +83,7 @@ def finetune(
     epochs: Epochs = Recipe.epochs,
     batch: Batch = Recipe.batch,
     lr: Rate = Recipe.lr,
+    seed: Seed = Recipe.seed,
     numbers: Numbers = None,
     classes: Classes = None,
     resume: Resume = False,
@@ -108,7 +110,8 @@ def finetune(
         num_classes=num_classes,
         option=option,
     )
-    recipe = _recipe(numbers or [], {"epochs": epochs, "batch": batch, "lr": lr})
+    named = {"epochs": epochs, "batch": batch, "lr": lr, "seed": seed}
+    recipe = _recipe(numbers or [], named)
     resources = Resources(workers, micro_batch, save_every, device, threads)
     _run(FinetuneRequest(source, data, output, recipe, classes, resume, resources), json_file)
 

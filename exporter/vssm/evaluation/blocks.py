@@ -87,6 +87,10 @@ class _Header(JsonJournal[None]):
         """There are no entries."""
         raise ValueError(f"it holds {document!r}, which is no header")
 
+    def begun(self) -> bool:
+        """Whether there is a block that another run would lose."""
+        return any(self.path.parent.glob("[0-9]*.parquet"))
+
 
 @dataclass(frozen=True)
 class BlockFiles:

@@ -24,7 +24,8 @@ _Journal = TypeVar("_Journal", bound="JsonJournal[Any]")
 class JsonJournal(ABC, Generic[Entry]):
     """The journal of one run; a context manager that holds it against other processes.
 
-    A subclass says what an entry is, and for messages what runs and which option moves it.
+    A subclass says what an entry is, and for messages what runs and which option moves it. A file
+    in which nothing was done yet is nobody's: a run with another header takes it over.
 
     Args:
         path: the file; made where it is not there.
@@ -82,6 +83,10 @@ class JsonJournal(ABC, Generic[Entry]):
     ) -> None:
         os.close(self._file)
 
+    def begun(self) -> bool:
+        """Whether there is work that another run would lose."""
+        return bool(self.done)
+
     def append(self, entry: Entry) -> None:
         """The next batch."""
         self._write(self.to_json(entry))
@@ -120,6 +125,10 @@ class JsonJournal(ABC, Generic[Entry]):
             raise ArtifactError(
                 f"path={self.path} is damaged ({error}); begin anew with --restart"
             ) from error
+        if found != header and not self.begun():
+            os.ftruncate(self._file, 0)
+            self._write(header)
+            return
         # Over the keys of both: one that an older version did not write is a difference too.
         for key in {**header, **found}:
             if found.get(key) != header.get(key):

@@ -131,7 +131,7 @@ class TrainingRun:
     recipe: Recipe
     folder: ImageFolder
     directory: Path
-    header: Mapping[str, str]
+    header: Mapping[str, Any]
     workers: int
     micro_batch: int | None
     save_every: int
@@ -231,18 +231,13 @@ def train(
 
 def _batches(run: TrainingRun, group: Group, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Classes and inputs of this process's share of every step from `first` on."""
-    load = functools.partial(load_batch, recipe=run.recipe, size=_size(run))
+    load = functools.partial(load_batch, recipe=run.recipe, size=tuple(run.header["image_size"]))
     # Made as they are needed: all epochs of a large data set would not fit into memory.
     shares, ahead = itertools.tee(_shares(run, group, first))
     batches = ([example for example, _ in share] for share in ahead)
     for share, pixels in zip(shares, in_order(load, batches, workers=run.workers), strict=True):
         classes = torch.tensor([target for _, target in share])
         yield classes.to(group.device), torch.from_numpy(pixels).to(group.device)
-
-
-def _size(run: TrainingRun) -> tuple[int, int]:
-    height, width = run.header["image_size"].split("x")
-    return int(height), int(width)
 
 
 def _shares(run: TrainingRun, group: Group, first: int) -> Iterator[list[tuple[Example, int]]]:
@@ -273,8 +268,7 @@ def _gradients(
     model, recipe, (classes, images) = state.model, run.recipe, batch
     # By rank: each process mixes the images that it has.
     rng = recipe.generator(Draw.MIX, state.step, group.rank)
-    num_classes = int(run.header["num_classes"])
-    images, targets = mix(images, classes, num_classes, recipe, rng)
+    images, targets = mix(images, classes, run.header["num_classes"], recipe, rng)
     # float64, so that the passes of a step add no rounding of their own to the loss.
     total = torch.zeros((), dtype=torch.float64, device=group.device)
     size = run.micro_batch or len(images)

@@ -9,7 +9,7 @@ a run that goes on after a stop draws what it would have drawn.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -123,10 +123,6 @@ class Recipe:
                     f"recipe: {name}={value!r} is not of type {kind.__name__}; give one"
                 )
         return cls(**{name: kinds[name](value) for name, value in values.items()})
-
-    def named(self) -> dict[str, str]:
-        """Every number by its name, as text."""
-        return {name: repr(value) for name, value in asdict(self).items()}
 
     def learning_rate(self, epoch: int) -> float:
         """Of an epoch, counted from 0: timm's cosine, stepped once an epoch as DeiT does.

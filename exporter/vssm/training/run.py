@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -66,30 +67,31 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Trai
         )
     header = {
         "model": request.source.name,
-        "config": repr(model.config),
-        "num_classes": str(model.num_classes),
-        "image_size": "x".join(map(str, model.image_size)),
+        "config": asdict(model.config),
+        "num_classes": model.num_classes,
+        "image_size": list(model.image_size),
         "schedule": repr(model.schedule),
         "tokens": request.source.tokens,
-        "checkpoint": "none" if model.checkpoint is None else model.checkpoint.sha256,
+        "checkpoint": None if model.checkpoint is None else model.checkpoint.sha256,
         "weights": request.source.weights,
-        "key": str(request.source.key),
-        "new_head": str(request.source.new_head),
+        "key": request.source.key,
+        "new_head": request.source.new_head,
         "images": folder.fingerprint(),
         "classes": folder.rule,
-        "processes": str(group.world),
+        "processes": group.world,
         "device": group.device.type,
-        "threads": str(torch.get_num_threads()),
-        "micro_batch": str(resources.micro_batch),
+        "threads": torch.get_num_threads(),
+        "micro_batch": resources.micro_batch,
         "torch": torch.__version__,
         "vssm": __version__,
-        **recipe.named(),
+        **asdict(recipe),
     }
     return TrainingRun(
         recipe=recipe,
         folder=folder,
         directory=request.output,
-        header=header,
+        # As the state has it when it is read again, tuples as lists.
+        header=json.loads(json.dumps(header)),
         workers=worker_count(resources.workers),
         micro_batch=resources.micro_batch,
         save_every=resources.save_every,
@@ -158,7 +160,7 @@ class FinetuneReport:
     ema: str
     ema_sha256: str
     trained: Trained
-    run: Mapping[str, str]
+    run: Mapping[str, Any]
     classes: tuple[str, ...]
     loaded: str
     notes: tuple[str, ...]

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -25,7 +26,7 @@ from vssm.files.atomic import atomic_path
 from vssm.files.regular import WEIGHTS, read_regular
 from vssm.training.recipe import Recipe
 
-_FORMAT = "vssm-finetune-2"
+_FORMAT = "vssm-finetune-3"
 _KINDS = ("model", "ema", "optimizer")
 
 
@@ -65,7 +66,7 @@ class State:
                 self.ema[key].copy_(value)
         self.step += 1
 
-    def save(self, path: Path, header: Mapping[str, str]) -> None:
+    def save(self, path: Path, header: Mapping[str, Any]) -> None:
         """Write it to `path`, whole or not at all; equal states give equal bytes.
 
         Raises:
@@ -85,7 +86,7 @@ class State:
             metadata = {"vssm": json.dumps(document, sort_keys=True)}
             temporary.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
 
-    def load(self, path: Path, header: Mapping[str, str]) -> None:
+    def load(self, path: Path, header: Mapping[str, Any]) -> None:
         """Go back to where `save` was.
 
         Raises:
@@ -137,7 +138,7 @@ def _digest(document: Mapping[str, object], tensors: Mapping[str, Tensor]) -> st
     return hashlib.sha256(f"{text}\n{state_digest(tensors)}".encode()).hexdigest()
 
 
-def _check_header(path: Path, document: Mapping[str, object], header: Mapping[str, str]) -> None:
+def _check_header(path: Path, document: Mapping[str, object], header: Mapping[str, Any]) -> None:
     found = document["header"]
     if document["format"] != _FORMAT or not isinstance(found, dict):
         raise ValueError(f"format={document['format']!r} is not {_FORMAT}")
