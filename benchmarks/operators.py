@@ -8,7 +8,8 @@ second its own inputs in them ("warm", what the median, the percentiles and the 
 of). The floor is the scan's exponentials at the exp2 rate of one thread with the kernel's own code
 for that instruction set: the median of samples taken in the same rounds, so at the same clock. Of a
 Mamba-2 scan, which has one decay for all states, it is the three multiplications of a state and
-step at the rate of the vector units.
+step at the rate of the vector units. "Both" is the multiple of that and of the softplus of every
+step size, at the rate of the kernel's own: with one state it is the larger part.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ from vssm.errors import RuntimeUnavailableError
 from vssm.files.atomic import atomic_write_bytes
 from vssm.onnx.bodies import build_functions
 from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES
-from vssm.runtimes.library import ISA_NAMES, exp2_rate, find_library, product_rate
+from vssm.runtimes.library import (
+    ISA_NAMES,
+    exp2_rate,
+    find_library,
+    product_rate,
+    softplus_rate,
+)
 from vssm.runtimes.ort import cpu_name
 
 _ISA = "VSSM_CPU_ISA"  # read by the library at every run
@@ -57,10 +64,17 @@ class Shape:
     @property
     def work(self) -> int:
         """Evaluations of exp, those that directions may share counted once; or products."""
-        alone = self.separate or self.headdim or max(self.axis("delta"), self.axis("A")) > 1
-        scans = self.directions if alone else 1
-        states = self.batch * scans * self.seqlen * self.d_inner * self.d_state
+        alone = self.headdim or max(self.axis("delta"), self.axis("A")) > 1
+        states = self._steps(alone=bool(alone)) * self.d_inner * self.d_state
         return 3 * states if self.headdim else states
+
+    @property
+    def step_sizes(self) -> int:
+        """Evaluations of softplus, those that directions or channels may share counted once."""
+        return self._steps(alone=self.axis("delta") > 1) * self.d_inner // (self.headdim or 1)
+
+    def _steps(self, *, alone: bool) -> int:
+        return self.batch * self.seqlen * (self.directions if alone or self.separate else 1)
 
     def rate(self, isa: str) -> float:
         """How many of these one thread can do in a second."""
@@ -80,6 +94,8 @@ class Timing:
     cold_ms: float
     floor_ms: float | None
     over_floor: float | None
+    softplus_ms: float | None
+    over_both: float | None
 
 
 _PLAIN_MAMBA = "u delta A C D"
@@ -113,8 +129,21 @@ def main() -> None:
     for shape in SHAPES:
         measured = time_shape(shape, list(rates), threads, options.samples)
         timings += measured
-        rows = [tuple(_cell(v) for v in list(asdict(t).values())[1:]) for t in measured]
-        columns = ("variant", "threads", "median ms", "p5", "p95", "cold", "floor ms", "over floor")
+        columns = (
+            "variant",
+            "threads",
+            "median ms",
+            "p5",
+            "cold",
+            "floor ms",
+            "over floor",
+            "both",
+        )
+        kept = ("variant", "threads", "median_ms", "p5_ms", "cold_ms", "floor_ms", "over_floor")
+        rows = [
+            tuple(_cell(getattr(timing, name)) for name in (*kept, "over_both"))
+            for timing in measured
+        ]
         console.print(table(f"{shape.name}: {shape}", columns, rows))
     if options.json:
         document = {"cpu": cpu_name(), "exp2": rates, "timings": [asdict(t) for t in timings]}
@@ -146,11 +175,11 @@ def time_shape(shape: Shape, isas: list[str], threads: list[int], samples: int) 
     variants.append(("body", 1))
     sessions.append(open_session(model, 1, library=False))
     times: list[list[tuple[float, float]]] = [[] for _ in variants]
-    rates: dict[str, list[float]] = {isa: [] for isa in isas}
+    rates: dict[str, list[tuple[float, float]]] = {isa: [] for isa in isas}
     want = None
     for sample in range(samples + 1):
         for isa in isas:
-            rates[isa].append(shape.rate(isa))
+            rates[isa].append((shape.rate(isa), softplus_rate(isa, seconds=0.0)))
         for (isa, _), session, taken in zip(variants, sessions, times, strict=True):
             if isa in isas:
                 os.environ[_ISA] = isa
@@ -174,11 +203,14 @@ def time_shape(shape: Shape, isas: list[str], threads: list[int], samples: int) 
 
 
 def _timing(
-    shape: Shape, variant: tuple[str, int], taken: np.ndarray, rates: list[float]
+    shape: Shape, variant: tuple[str, int], taken: np.ndarray, rates: list[tuple[float, float]]
 ) -> Timing:
     cold, warm = taken.T
     median = float(np.median(warm))
-    floor = 1e3 * shape.work / (float(np.median(rates)) * variant[1]) if rates else None
+    floor = softplus = None
+    if rates:
+        work, step_sizes = 1e3 * np.array([shape.work, shape.step_sizes]) / np.median(rates, axis=0)
+        floor, softplus = float(work / variant[1]), float(step_sizes / variant[1])
     return Timing(
         shape.name,
         *variant,
@@ -188,6 +220,8 @@ def _timing(
         cold_ms=float(np.median(cold)),
         floor_ms=floor,
         over_floor=None if floor is None else median / floor,
+        softplus_ms=softplus,
+        over_both=None if floor is None or softplus is None else median / (floor + softplus),
     )
 
 

@@ -38,3 +38,7 @@ double vssm_exp2_rate(const char* isa, double seconds) {
 double vssm_product_rate(const char* isa, double seconds) {
   return rate(isa, seconds, &vssm::CpuKernels::product_rounds);
 }
+
+double vssm_softplus_rate(const char* isa, double seconds) {
+  return rate(isa, seconds, &vssm::CpuKernels::softplus_rounds);
+}

@@ -113,6 +113,10 @@ VSSM_API double vssm_exp2_rate(const char* isa, double seconds);
  * decay for all states. Otherwise like vssm_exp2_rate. */
 VSSM_API double vssm_product_rate(const char* isa, double seconds);
 
+/* softplus evaluations per second of one thread, one for each step of a channel: in a scan of one
+ * state they take longer than its exponentials. Otherwise like vssm_exp2_rate. */
+VSSM_API double vssm_softplus_rate(const char* isa, double seconds);
+
 /* 1 where the CUDA kernels are in this library, 0 where it was built without; whether the machine
  * has a GPU is another question. */
 VSSM_API int vssm_has_cuda(void);

@@ -9,7 +9,13 @@ import pytest
 from native import isa_parameters
 from tolerances import DECAY_TOLERANCE, ONE_MINUS_DECAY_TOLERANCE, SOFTPLUS_TOLERANCE
 
-from vssm.runtimes.library import ISA_NAMES, exp2_rate, find_library
+from vssm.runtimes.library import (
+    ISA_NAMES,
+    exp2_rate,
+    find_library,
+    product_rate,
+    softplus_rate,
+)
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _TINY = np.finfo(np.float32).tiny
@@ -92,5 +98,6 @@ def test_exp2_rate_names_what_it_does_not_know():
 
 
 @pytest.mark.parametrize("isa", isa_parameters())
-def test_exp2_rate_is_plausible(isa):
-    assert 1e7 < exp2_rate(isa, seconds=0.01) < 1e12
+@pytest.mark.parametrize("rate", [exp2_rate, product_rate, softplus_rate])
+def test_rates_are_plausible(isa, rate):
+    assert 1e7 < rate(isa, seconds=0.01) < 1e12

@@ -135,6 +135,14 @@ def product_rate(isa: str | None = None, seconds: float = 0.2) -> float:
     return _rate("vssm_product_rate", isa, seconds)
 
 
+def softplus_rate(isa: str | None = None, seconds: float = 0.2) -> float:
+    """Evaluations per second of one thread of the kernels' softplus; otherwise as `exp2_rate`.
+
+    A scan takes one for each step of a channel, whatever its states.
+    """
+    return _rate("vssm_softplus_rate", isa, seconds)
+
+
 def _rate(function: str, isa: str | None, seconds: float) -> float:
     isa = isa or library_info().cpu_isa
     if isa not in ISA_NAMES:

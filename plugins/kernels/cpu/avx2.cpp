@@ -177,6 +177,7 @@ const CpuKernels kAvx2Kernels = {
     softplus_values<Avx2>,
     decay_rounds<Avx2>,
     product_rounds<Avx2>,
+    softplus_rounds<Avx2>,
 };
 
 }  // namespace vssm

@@ -289,6 +289,7 @@ const CpuKernels kAvx512Kernels = {
     softplus_values<Avx512>,
     decay_rounds<Avx512>,
     product_rounds<Avx512>,
+    softplus_rounds<Avx512>,
 };
 
 }  // namespace vssm

@@ -209,6 +209,7 @@ const CpuKernels kBaselineKernels = {
     softplus_values<Baseline>,
     decay_rounds<Baseline>,
     product_rounds<Baseline>,
+    softplus_rounds<Baseline>,
 };
 
 }  // namespace vssm

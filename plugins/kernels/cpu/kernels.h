@@ -105,6 +105,8 @@ struct CpuKernels {
   float (*decay_rounds)(int64_t rounds);
   /// As many multiplications, each with an addition, from registers alone.
   float (*product_rounds)(int64_t rounds);
+  /// As many values of softplus, likewise.
+  float (*softplus_rounds)(int64_t rounds);
 };
 
 extern const CpuKernels kBaselineKernels;
