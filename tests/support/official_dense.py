@@ -201,3 +201,24 @@ def detector_images(family: str, case: str) -> Tensor:
             torch.from_numpy(pixels.astype(np.float32)).double() - mean.double()
         ) / std.double()
     return padded
+
+
+def detector_sizes(family: str, case: str) -> list[tuple[int, int]]:
+    """(height, width) of the images of a case before they were padded."""
+    document = detector_cases(family)[case]
+    if family == "vim":
+        return [tuple(image["shape"][1:]) for image in document["images"]]
+    batch, _, height, width = document["input"]["shape"]
+    return [(height, width)] * batch
+
+
+def official_boxes(
+    family: str, case: str, numbers: Mapping[str, np.ndarray], image: int
+) -> dict[str, np.ndarray]:
+    """Boxes, scores and labels of one image in float64, best first."""
+    if family == "vim":
+        names = {"boxes": "boxes{}.f64", "scores": "scores{}.f64", "labels": "classes{}"}
+        return {k: numbers[f"{case}/{name.format(image)}"] for k, name in names.items()}
+    boxes, scores = np.split(numbers[f"{case}/dets{image}.f64"], [4], axis=1)
+    labels = numbers[f"{case}/labels{image}"]
+    return {"boxes": boxes, "scores": scores.ravel(), "labels": labels}

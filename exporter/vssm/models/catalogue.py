@@ -79,7 +79,17 @@ _PLAIN_24: Final = "4:0.8,7:0.8,9:0.8,12:0.8,15:0.8,17:0.8,20:0.8,23:0.8"
 _SIZE: Final = int | tuple[int, int]
 _SIZES: Final = tuple[int, ...]
 _HEADS: Final[dict[str, Any]] = {"head_width": int, "auxiliary_width": int, "num_classes": int}
-_REGIONS: Final[dict[str, Any]] = {"neck_width": int, "region_width": int, "num_classes": int}
+_REGIONS: Final[dict[str, Any]] = {
+    "neck_width": int,
+    "region_width": int,
+    "num_classes": int,
+    "score": float,
+    "overlap": float,
+    "most": int,
+    "level_proposals": int,
+    "proposals": int,
+    "proposal_overlap": float,
+}
 # Classes by name, so that only those of a model that is made bring torch; then the models, and the
 # fields of the configuration with their types.
 FAMILIES: Final = (

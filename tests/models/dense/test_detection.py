@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 from official_data import filled_model, fixture, manifest
-from official_dense import detector_cases, detector_images, errors, micro_detector
+from official_dense import (
+    detector_cases,
+    detector_images,
+    detector_sizes,
+    errors,
+    micro_detector,
+    official_boxes,
+)
 from torch.nn import functional
 
 import vssm
@@ -18,7 +25,7 @@ from vssm.errors import UnsupportedError
 from vssm.models.cost import count
 from vssm.models.dense.adapter import DeformableAttention, centres
 from vssm.models.dense.detector import Detector
-from vssm.models.dense.regions import DetectionRules, best_boxes, read_regions
+from vssm.models.dense.regions import DetectionRules, best_boxes, corner, read_regions
 from vssm.models.registry import cards
 from vssm.onnx.options import OUTPUTS
 
@@ -174,12 +181,6 @@ def test_a_vim_detectors_map_shows_what_left():
 RULES = {"level_proposals": 120, "proposals": 60, "most": 20}
 
 
-def _sizes(family, case, model):
-    if family == "plain_mamba":
-        return [model.image_size] * 2
-    return [tuple(image["shape"][1:]) for image in detector_cases(family)[case]["images"]]
-
-
 @pytest.mark.parametrize(("family", "case"), CASES)
 def test_official_boxes(family, case):
     """The same boxes in the same order: to 3e-11 pixels, scores to 4e-13, masks to 1e-12."""
@@ -188,24 +189,19 @@ def test_official_boxes(family, case):
     rules = DetectionRules(score=0.5 if "retinanet" in case else 0.2, **RULES)
     with torch.no_grad():
         found = model.detect(
-            detector_images(family, case), _sizes(family, case, model), rules=rules
+            detector_images(family, case), detector_sizes(family, case), rules=rules
         )
     for i, got in enumerate(found):
-        key = f"{case}/{{}}{i}".format
-        if family == "vim":
-            boxes, scores = numbers[key("boxes") + ".f64"], numbers[key("scores") + ".f64"]
-            labels, masks = numbers[key("classes")], got.masks[:, None]
-        else:
-            boxes, scores = np.split(numbers[key("dets") + ".f64"], [4], axis=1)
-            labels, masks = numbers[key("labels")], got.masks
-        assert np.array_equal(got.labels, labels)
-        np.testing.assert_allclose(got.boxes, boxes, rtol=0, atol=1e-8)
-        np.testing.assert_allclose(got.scores, scores.ravel(), rtol=0, atol=1e-9)
+        want = official_boxes(family, case, numbers, i)
+        assert np.array_equal(got.labels, want["labels"])
+        np.testing.assert_allclose(got.boxes, want["boxes"], rtol=0, atol=1e-8)
+        np.testing.assert_allclose(got.scores, want["scores"], rtol=0, atol=1e-9)
+        masks = got.masks
         if masks is None:
             assert "retinanet" in case
             continue
         # mmdetection's numbers are in front of the sigmoid.
-        masks = masks if family == "vim" else masks.logit()
+        masks = masks[:, None] if family == "vim" else masks.logit()
         assert (
             errors(f"dense/micro_{family}_det", f"{case}/", {f"masks{i}": masks})[f"masks{i}"]
             < 1e-9
@@ -217,11 +213,12 @@ def test_official_proposals(family, case):
     numbers = fixture(f"dense/micro_{family}_det")
     model, found = _details(family, case)
     least = None if family == "vim" else -math.log(1000 / 16)
-    for i, size in enumerate(_sizes(family, case, model)):
+    for i, size in enumerate(detector_sizes(family, case)):
         dense = [found.tensors[name][i] for name in model.dense_names]
         pairs = list(zip(dense[::2], dense[1::2], strict=True))
         with torch.no_grad():
-            boxes, logits = model._proposals(pairs, size, DetectionRules(**RULES), least)
+            limits = corner(torch.tensor(size, dtype=torch.float64))
+            boxes, logits = model._proposals(pairs, limits, DetectionRules(**RULES), least)
         scores = logits if family == "vim" else logits.sigmoid()
         want = numbers[f"{case}/proposals{i}.f64"]
         assert len(boxes) == len(want)
@@ -254,10 +251,20 @@ def test_overlaps_by_hand():
     boxes = torch.tensor([[0, 0, 4, 4], [0, 0, 4, 3], [0, 0, 4, 2], [9, 9, 9, 9.0]])
     scores, one = torch.tensor([0.5, 0.9, 0.7, 0.1]), torch.zeros(4, dtype=torch.int64)
     # Best first: 1, then 2, whose overlap with 1 is 8 / 12, and 0, whose is 12 / 16.
-    assert best_boxes(boxes, scores, one, 0.7).tolist() == [1, 2, 3]
-    assert best_boxes(boxes, scores, one, 0.5).tolist() == [1, 3]
-    assert best_boxes(boxes, scores, torch.tensor([0, 1, 2, 2]), 0.1).tolist() == [1, 2, 0, 3]
-    assert best_boxes(boxes[:0], scores[:0], one[:0], 0.5).tolist() == []
+    group = torch.tensor([0, 1, 2, 2])
+
+    def found(some, group, overlap, most=9):
+        kept = best_boxes(boxes[some], scores[some], group[some], overlap, groups=3, most=most)
+        return kept.tolist()
+
+    every = slice(4)
+    assert found(every, one, 0.7) == [1, 2, 3]
+    assert found(every, one, 0.5) == [1, 3]
+    assert found(every, group, 0.1) == [1, 2, 0, 3]
+    assert found(every, group, 0.1, most=2) == [1, 2]
+    assert found(slice(0), one, 0.5) == []
+    scores[1] = -math.inf
+    assert found(every, one, 0.7) == [2, 0, 3]
 
 
 def test_a_region_without_extent_reads_nothing():

@@ -18,8 +18,8 @@ from vssm.models.dense.heads import Size
 from vssm.models.layers import LayerNorm, Linear, wide
 
 _EPS: Final = 1e-6
-# What the deltas of each stage are divided by.
-CASCADE_WEIGHTS: Final = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))
+# What each stage's deltas of the centre, and those of the sides, are divided by.
+CASCADE_WEIGHTS: Final = ((10, 5), (20, 10), (30, 15))
 STAGES: Final = len(CASCADE_WEIGHTS)
 
 

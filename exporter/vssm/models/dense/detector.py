@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -24,8 +25,10 @@ from vssm.models.dense.regions import (
     DetectionRules,
     Detections,
     anchors,
+    best,
     best_boxes,
     clipped,
+    corner,
     filled,
     moved,
     read_regions,
@@ -33,6 +36,7 @@ from vssm.models.dense.regions import (
 from vssm.models.layers import Linear, wide
 
 DETECTION: Final = "detection"
+DETECTIONS: Final = ("boxes", "scores", "labels", "masks")  # fields of `Detections`
 ANCHORS: Final = len(RATIOS)  # at a place
 STRIDES: Final = (4, 8, 16, 32, 64)  # of the levels that proposals are made from
 ANCHOR: Final = 8  # side of a proposal's square anchor, in strides
@@ -50,18 +54,22 @@ class Detector(DenseModel):
     Attributes:
         dense_names: outputs of the dense head, class logits and box deltas of each level in turn.
         anchors: at each place.
+        gives_masks: whether it says which part of a box belongs to the object.
     """
 
     task = DETECTION
+    config: DetectionRules
     dense_names: tuple[str, ...]
     anchors = ANCHORS
+    gives_masks = True
 
     @property
     def output_groups(self) -> Mapping[str, tuple[str, ...]]:  # type: ignore[override]
-        """The levels, or the levels and what the dense head says of them."""
+        """The levels, the levels and what the dense head says of them, or what is in an image."""
         return {
             "features": self.feature_names,
             "dense": (*self.feature_names, *self.dense_names),
+            "boxes": DETECTIONS if self.gives_masks else DETECTIONS[:-1],
         }
 
     @property
@@ -91,17 +99,14 @@ class Detector(DenseModel):
     ) -> list[Detections]:
         """What is in images (batch, 3, height, width), normalised and padded.
 
-        In PyTorch: an exported file ends at the dense head.
-
         Args:
             images: as for `forward`.
             sizes: (height, width) of each image before it was padded; None if none was.
-            rules: which boxes are kept; None for the official ones.
+            rules: which boxes are kept; None for those of the configuration.
 
         Raises:
             ValueError: there is not one size for each image, or one is larger than the images.
         """
-        rules = rules or DetectionRules()
         sizes = [self.image_size] * len(images) if sizes is None else list(sizes)
         height, width = self.image_size
         if len(sizes) != len(images) or any(
@@ -111,48 +116,81 @@ class Detector(DenseModel):
                 f"sizes={sizes} for {len(images)} images of {height} x {width}: give the height "
                 "and width of each before it was padded"
             )
-        tensors = self.forward_details(images).tensors
-        found = []
-        for image, size in enumerate(sizes):
-            levels = [tensors[name][image] for name in self.feature_names]
-            dense = [tensors[name][image] for name in self.dense_names]
-            found.append(
-                self._detect(levels, list(zip(dense[::2], dense[1::2], strict=True)), size, rules)
-            )
-        return found
+        found = self.forward_details(images)
+        return self.told(found, torch.tensor(sizes, device=images.device), rules)
+
+    def told(
+        self, found: ForwardDetails, sizes: Tensor, rules: DetectionRules | None = None
+    ) -> list[Detections]:
+        """What is in each image of a pass.
+
+        Args:
+            found: of that pass.
+            sizes: (batch, 2) int64, height and width before the images were padded.
+            rules: which boxes are kept; None for those of the configuration.
+        """
+        return [
+            self._told(found, image, size, rules or self.config)
+            for image, size in enumerate(sizes.unbind())
+        ]
+
+    def detected(self, found: ForwardDetails, sizes: Tensor) -> ForwardDetails:
+        """A pass of one image with what is in it among the tensors, under `DETECTIONS`.
+
+        Args:
+            found: of that pass.
+            sizes: (1, 2) int64, height and width before the image was padded.
+        """
+        (told,) = self.told(found, sizes)
+        named = {name: getattr(told, name) for name in self.output_groups["boxes"]}
+        return replace(found, tensors={**found.tensors, **named})
+
+    def _told(
+        self, found: ForwardDetails, image: int, size: Tensor, rules: DetectionRules
+    ) -> Detections:
+        levels = [found.tensors[name][image] for name in self.feature_names]
+        dense = [found.tensors[name][image] for name in self.dense_names]
+        limits = corner(size).to(levels[0].dtype)
+        return self._detect(levels, list(zip(dense[::2], dense[1::2], strict=True)), limits, rules)
 
     @abstractmethod
     def _detect(
         self,
         levels: Sequence[Tensor],
         dense: Sequence[tuple[Tensor, Tensor]],
-        size: Size,
+        limits: Tensor,
         rules: DetectionRules,
     ) -> Detections:
-        """What is in one image of `size`: its levels, and their logits and deltas."""
+        """What is in one image: its levels, their logits and deltas, and the `corner` of it."""
 
     def _proposals(
         self,
         dense: Sequence[tuple[Tensor, Tensor]],
-        size: Size,
+        limits: Tensor,
         rules: DetectionRules,
         least: float | None,
     ) -> tuple[Tensor, Tensor]:
         """Boxes (n, 4) that may hold something, and their logits (n,), best first."""
-        boxes, logits, level = [], [], []
+        places, moves, logits, level = [], [], [], []
         for number, (maps, deltas) in enumerate(dense):
             stride = STRIDES[number]
-            places = anchors((maps.shape[1], maps.shape[2]), stride, [ANCHOR * stride], maps)
             scores = by_anchor(maps, 1)[:, 0]
-            best = scores.argsort(descending=True, stable=True)[: rules.level_proposals]
-            moves = by_anchor(deltas, 4)[best]
-            boxes.append(clipped(moved(places[best], moves, least=least), size))
-            logits.append(scores[best])
-            level.append(torch.full_like(best, number))
-        box, score, group = torch.cat(boxes), torch.cat(logits), torch.cat(level)
-        some = filled(box)
-        box, score, group = box[some], score[some], group[some]
-        keep = best_boxes(box, score, group, rules.proposal_overlap)[: rules.proposals]
+            some = best(scores, rules.level_proposals)
+            sizes = maps.shape[1], maps.shape[2]
+            places.append(anchors(sizes, stride, [ANCHOR * stride], maps)[some])
+            moves.append(by_anchor(deltas, 4)[some])
+            logits.append(scores[some])
+            level.append(torch.full_like(some, number))
+        box = clipped(moved(torch.cat(places), torch.cat(moves), least=least), limits)
+        score, group = torch.cat(logits), torch.cat(level)
+        keep = best_boxes(
+            box,
+            torch.where(filled(box), score, -math.inf),
+            group,
+            rules.proposal_overlap,
+            groups=len(dense),
+            most=rules.proposals,
+        )
         return box[keep], score[keep]
 
     def preprocessing(self) -> None:
@@ -168,21 +206,26 @@ def by_anchor(maps: Tensor, width: int) -> Tensor:
     return maps.permute(1, 2, 0).reshape(-1, width)
 
 
-def final(
-    boxes: Tensor, scores: Tensor, rules: DetectionRules
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The boxes that are told: indices of their regions, boxes, scores and classes, best first.
+def final(boxes: Tensor, scores: Tensor, rules: DetectionRules) -> tuple[Tensor, Tensor, Tensor]:
+    """The boxes that are told, their scores and classes, best first.
 
     Args:
         boxes: (regions, classes or 1, 4), inside the image.
         scores: (regions, classes).
         rules: which are kept.
     """
+    classes = scores.shape[1]
     region, label = (scores > rules.score).nonzero(as_tuple=True)
-    box = boxes.expand(-1, scores.shape[1], -1)[region, label]
+    box = boxes.expand(-1, classes, -1)[region, label]
     score = scores[region, label]
-    keep = best_boxes(box, score, label, rules.overlap)[: rules.most]
-    return region[keep], box[keep], score[keep], label[keep]
+    keep = best_boxes(box, score, label, rules.overlap, groups=classes, most=rules.most)
+    return box[keep], score[keep], label[keep]
+
+
+def of_label(masks: Tensor, label: Tensor) -> Tensor:
+    """Masks (n, classes, height, width) of one class each, (n, height, width)."""
+    index = label[:, None, None, None].expand(-1, 1, *masks.shape[2:])
+    return masks.gather(1, index)[:, 0]
 
 
 class Conv(nn.Module):
@@ -378,7 +421,7 @@ class CocoDetector(Detector):
     ) -> None:
         """Five levels of the backbone's maps, and RetinaNet's head."""
         self.neck = FeaturePyramid(widths, width, norm=True, strided=True)
-        self.anchors = ANCHORS * SCALES
+        self.anchors, self.gives_masks = ANCHORS * SCALES, False
         self.bbox_head = RetinaHead(width, depth, self.anchors, self.num_classes)
         self._name(sizes, 2, "head")
 
@@ -405,40 +448,44 @@ class CocoDetector(Detector):
         self,
         levels: Sequence[Tensor],
         dense: Sequence[tuple[Tensor, Tensor]],
-        size: Size,
+        limits: Tensor,
         rules: DetectionRules,
     ) -> Detections:
-        if not hasattr(self, "roi_head"):
-            return self._retinanet(dense, size, rules)
+        if not self.gives_masks:
+            return self._retinanet(dense, limits, rules)
         least = -math.log(1000 / 16)
-        regions, _ = self._proposals(dense, size, rules, least)
+        regions, _ = self._proposals(dense, limits, rules, least)
         classes, deltas = self.roi_head.bbox_head(self.read(levels, regions, REGION))
-        deltas = deltas.reshape(len(regions), -1, 4)
-        boxes = clipped(moved(regions, deltas, least=least, weights=(10, 10, 5, 5)), size)
-        _, box, score, label = final(boxes, classes.softmax(1)[:, :-1], rules)
+        deltas = deltas.unflatten(1, (self.num_classes, 4))
+        boxes = clipped(moved(regions, deltas, least=least, weights=(10, 5)), limits)
+        box, score, label = final(boxes, classes.softmax(1)[:, :-1], rules)
         masks = self.roi_head.mask_head(self.read(levels, box, 2 * REGION)).sigmoid()
-        return Detections(box, score, label, masks[torch.arange(len(label)), label])
+        return Detections(box, score, label, of_label(masks, label))
 
     def _retinanet(
-        self, dense: Sequence[tuple[Tensor, Tensor]], size: Size, rules: DetectionRules
+        self, dense: Sequence[tuple[Tensor, Tensor]], limits: Tensor, rules: DetectionRules
     ) -> Detections:
-        boxes, scores, labels = [], [], []
+        places, moves, scores, labels = [], [], [], []
         for number, (logits, deltas) in enumerate(dense):
             stride = 2 * STRIDES[number]
             # Three sides to a doubling.
             sides = [ANCHOR / 2 * 2 ** (i / SCALES) * stride for i in range(SCALES)]
-            places = anchors((logits.shape[1], logits.shape[2]), stride, sides, logits)
             shares = by_anchor(logits, self.num_classes).sigmoid()
             anchor, label = (shares > rules.score).nonzero(as_tuple=True)
             score = shares[anchor, label]
-            best = score.argsort(descending=True, stable=True)[: rules.level_proposals]
-            moves, least = by_anchor(deltas, 4)[anchor[best]], -math.log(1000 / 16)
-            boxes.append(clipped(moved(places[anchor[best]], moves, least=least), size))
-            scores.append(score[best])
-            labels.append(label[best])
-        box, share, kind = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
+            some = best(score, rules.level_proposals)
+            anchor = anchor[some]
+            places.append(
+                anchors((logits.shape[1], logits.shape[2]), stride, sides, logits)[anchor]
+            )
+            moves.append(by_anchor(deltas, 4)[anchor])
+            scores.append(score[some])
+            labels.append(label[some])
+        least = -math.log(1000 / 16)
+        box = clipped(moved(torch.cat(places), torch.cat(moves), least=least), limits)
+        share, kind = torch.cat(scores), torch.cat(labels)
         # Unlike proposals, boxes without an area count here, as in the official code.
-        keep = best_boxes(box, share, kind, rules.overlap)[: rules.most]
+        keep = best_boxes(box, share, kind, rules.overlap, groups=self.num_classes, most=rules.most)
         return Detections(box[keep], share[keep], kind[keep])
 
     def read(self, levels: Sequence[Tensor], boxes: Tensor, side: int) -> Tensor:

@@ -24,6 +24,7 @@ from vssm.models.dense.base import (
 )
 from vssm.models.dense.detector import BoxHead, CocoDetector
 from vssm.models.dense.heads import Size, upsample
+from vssm.models.dense.regions import DetectionRules
 from vssm.models.dense.segmenter import Segmenter
 from vssm.models.layers import BatchNorm2d, LayerNorm, resize_grid, to_map, to_tokens, wide
 from vssm.models.plain_mamba import (
@@ -253,8 +254,8 @@ INJECTORS = ("all", "kept")
 
 
 @dataclass(frozen=True)
-class PlainMambaDetectorConfig(PlainMambaBackboneConfig):
-    """The backbone, the adapter around it, and the heads.
+class PlainMambaDetectorConfig(PlainMambaBackboneConfig, DetectionRules):
+    """The backbone, the adapter around it, the heads, and what is told.
 
     `groups` are the last blocks, 1-based, of the four groups that the adapter trades around;
     `injector` says which positions take from the pyramid in a pruned model: "all", or the "kept"
@@ -275,6 +276,7 @@ class PlainMambaDetectorConfig(PlainMambaBackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_rules()
         object.__setattr__(self, "groups", tuple(self.groups))  # JSON knows lists only
         check_taps(self.groups, self.depth, "groups")
         names = ("attention_heads", "prior_width", "neck_width", "head_convs", "region_width")

@@ -59,6 +59,14 @@ class DetectionRules:
     proposal_overlap: float = 0.7
 
     def __post_init__(self) -> None:
+        self.check_rules()
+
+    def check_rules(self) -> None:
+        """Refuse numbers that are no shares, or no numbers of boxes.
+
+        Raises:
+            ValueError: there is one.
+        """
         for name in ("score", "overlap", "proposal_overlap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]; give a share")
@@ -88,7 +96,7 @@ def anchors(size: Size, stride: int, sides: Sequence[float], like: Tensor) -> Te
 
 
 def moved(
-    boxes: Tensor, deltas: Tensor, *, least: float | None, weights: Sequence[float] = (1, 1, 1, 1)
+    boxes: Tensor, deltas: Tensor, *, least: float | None, weights: tuple[float, float] = (1, 1)
 ) -> Tensor:
     """Boxes (n, 4) moved and resized by deltas (n, ..., 4), (n, ..., 4).
 
@@ -96,26 +104,25 @@ def moved(
         boxes: what the deltas are relative to.
         deltas: of the centre, over width and height, and the logarithms of the sides' ratios.
         least: bound of these from below, None for none; from above it is log(1000 / 16).
-        weights: that the deltas are divided by.
+        weights: that the deltas of the centre, and those of the sides, are divided by.
     """
     boxes = boxes.reshape(-1, *[1] * (deltas.dim() - 2), 4)
-    x, y, log_width, log_height = (
-        part / weight for part, weight in zip(deltas.unbind(-1), weights, strict=True)
-    )
-    most = math.log(1000 / 16)
-    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
-    x = (boxes[..., 0] + boxes[..., 2]) / 2 + x * width
-    y = (boxes[..., 1] + boxes[..., 3]) / 2 + y * height
-    width = width * log_width.clamp(least, most).exp() / 2
-    height = height * log_height.clamp(least, most).exp() / 2
-    return torch.stack([x - width, y - height, x + width, y + height], dim=-1)
+    first, last = boxes[..., :2], boxes[..., 2:]
+    sides = last - first
+    centre = (first + last) / 2 + deltas[..., :2] / weights[0] * sides
+    ratios = (deltas[..., 2:] / weights[1]).clamp(least, math.log(1000 / 16)).exp()
+    half = sides * ratios / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
 
 
-def clipped(boxes: Tensor, size: Size) -> Tensor:
-    """Boxes (..., 4) inside an image of (height, width)."""
-    height, width = size
-    x, y = boxes[..., ::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
-    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)
+def corner(size: Tensor) -> Tensor:
+    """The largest box (4,) that `clipped` leaves in an image of `size`, (height, width)."""
+    return size.flip(0).repeat(2)
+
+
+def clipped(boxes: Tensor, limits: Tensor) -> Tensor:
+    """Boxes (..., 4) inside an image, whose `corner` is given, in their dtype."""
+    return torch.minimum(boxes.clamp(0), limits)
 
 
 def filled(boxes: Tensor) -> Tensor:
@@ -123,21 +130,63 @@ def filled(boxes: Tensor) -> Tensor:
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 
-def best_boxes(boxes: Tensor, scores: Tensor, group: Tensor, overlap: float) -> Tensor:
+def best(scores: Tensor, most: int) -> Tensor:
+    """Indices of the highest scores (n,), at most so many, best first; of equals the lower one."""
+    found: Tensor = torch.ops.vssm_regions.best(scores, most)
+    return found
+
+
+def best_boxes(
+    boxes: Tensor, scores: Tensor, group: Tensor, overlap: float, *, groups: int, most: int
+) -> Tensor:
     """Indices of the boxes that no better one of their group overlaps by more, best first.
 
     Args:
         boxes: (n, 4).
-        scores: (n,).
+        scores: (n,); a box of -inf is left out.
         group: (n,) int64; boxes of different groups do not see each other.
         overlap: area of the intersection over that of the union.
+        groups: how many there are.
+        most: boxes that are kept.
     """
+    found: Tensor = torch.ops.vssm_regions.best_boxes(
+        boxes, scores, group, overlap=overlap, groups=groups, most=most
+    )
+    return found
+
+
+@torch.library.custom_op("vssm_regions::best", mutates_args=())
+def _best(scores: Tensor, most: int) -> Tensor:
+    # A copy: what an operator returns may not be a part of something larger.
+    return scores.argsort(descending=True, stable=True)[:most].clone()
+
+
+@_best.register_fake
+def _best_of_known_size(scores: Tensor, most: int) -> Tensor:
+    size = scores.shape[0]
+    # How many are above a threshold is known only when the model runs.
+    count = min(size, most) if isinstance(size, int) else torch.library.get_ctx().new_dynamic_size()
+    return scores.new_empty(count, dtype=torch.int64)
+
+
+@torch.library.custom_op("vssm_regions::best_boxes", mutates_args=())
+def _best_boxes(
+    boxes: Tensor, scores: Tensor, group: Tensor, *, overlap: float, groups: int, most: int
+) -> Tensor:
     order = scores.argsort(descending=True, stable=True)
+    order = order[scores[order] > -math.inf]
     left = torch.ones(len(order), dtype=torch.bool, device=boxes.device)
-    for one in group.unique():
+    for one in range(groups):
         members = (group[order] == one).nonzero()[:, 0]
         left[members] = _alone(boxes[order[members]], overlap)
-    return order[left]
+    return order[left][:most].clone()
+
+
+@_best_boxes.register_fake
+def _some_boxes(
+    boxes: Tensor, scores: Tensor, group: Tensor, *, overlap: float, groups: int, most: int
+) -> Tensor:
+    return group.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
 def _alone(boxes: Tensor, overlap: float) -> Tensor:
@@ -170,6 +219,14 @@ def read_regions(
         side: of what is read.
         index: (n,) int64, which level each box reads.
     """
+    found: Tensor = torch.ops.vssm_regions.read(levels, strides, boxes, side, index)
+    return found
+
+
+@torch.library.custom_op("vssm_regions::read", mutates_args=())
+def _read(
+    levels: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, side: int, index: Tensor
+) -> Tensor:
     found = levels[0].new_zeros(len(boxes), levels[0].shape[0], side, side)
     for number, (level, stride) in enumerate(zip(levels, strides, strict=True)):
         for some in (index == number).nonzero()[:, 0].split(_AT_ONCE):
@@ -179,6 +236,13 @@ def read_regions(
             columns = _reads(scaled[:, 0], scaled[:, 2], side, level.shape[2])
             found[some] = torch.einsum("nih,chw,njw->ncij", rows, level, columns)
     return found
+
+
+@_read.register_fake
+def _read_shape(
+    levels: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, side: int, index: Tensor
+) -> Tensor:
+    return levels[0].new_empty(boxes.shape[0], levels[0].shape[0], side, side)
 
 
 def _reads(start: Tensor, end: Tensor, side: int, length: int) -> Tensor:

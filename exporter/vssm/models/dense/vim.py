@@ -31,7 +31,7 @@ from vssm.models.dense.cascade import (
     ProposalHead,
     SimpleFeaturePyramid,
 )
-from vssm.models.dense.detector import REGION, STRIDES, Detector, final, halved
+from vssm.models.dense.detector import REGION, STRIDES, Detector, final, halved, of_label
 from vssm.models.dense.heads import Size
 from vssm.models.dense.regions import (
     DetectionRules,
@@ -367,8 +367,8 @@ class VimSegmenter(Segmenter):
 
 
 @dataclass(frozen=True)
-class VimDetectorConfig(VimBackboneConfig):
-    """The backbone, and the widths of the pyramid and of the heads that read regions.
+class VimDetectorConfig(VimBackboneConfig, DetectionRules):
+    """The backbone, the widths of the pyramid and of the heads that read regions, and what is told.
 
     The official configurations leave if_divide_out out, which was false when they were written.
     """
@@ -383,6 +383,7 @@ class VimDetectorConfig(VimBackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_rules()
         check_positive(self, "neck_width", "region_width", "num_classes")
         if min(self.vim.grid) < 2:
             raise ValueError(
@@ -458,21 +459,22 @@ class VimDetector(Detector):
         self,
         levels: Sequence[Tensor],
         dense: Sequence[tuple[Tensor, Tensor]],
-        size: Size,
+        limits: Tensor,
         rules: DetectionRules,
     ) -> Detections:
-        boxes, _ = self._proposals(dense, size, rules, None)
+        boxes, _ = self._proposals(dense, limits, rules, None)
         heads = self.roi_heads
-        scores = boxes.new_zeros(len(boxes), self.num_classes + 1)
+        shares = []
         for stage, weights in enumerate(CASCADE_WEIGHTS):
             features = heads.box_head[stage](self.read(levels, boxes, REGION))
             classes, deltas = heads.box_predictor[stage](features)
             # Each stage moves the boxes that the one before it gave.
-            boxes = clipped(moved(boxes, deltas, least=None, weights=weights), size)
-            scores = scores + classes.softmax(1) / len(CASCADE_WEIGHTS)
-        _, box, score, label = final(boxes[:, None], scores[:, :-1], rules)
+            boxes = clipped(moved(boxes, deltas, least=None, weights=weights), limits)
+            shares.append(classes.softmax(1)[:, :-1])
+        mean = torch.stack(shares).mean(0)
+        box, score, label = final(boxes[:, None], mean, rules)
         masks = heads.mask_head(self.read(levels, box, 2 * REGION)).sigmoid()
-        return Detections(box, score, label, masks[torch.arange(len(label)), label])
+        return Detections(box, score, label, of_label(masks, label))
 
     def read(self, levels: Sequence[Tensor], boxes: Tensor, side: int) -> Tensor:
         """What the region heads read of boxes (n, 4): (n, channels, side, side).

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vssm.models.base import BlockCost, ImageSized, refuse_schedule
 from vssm.models.dense.base import Levels, check_positive
 from vssm.models.dense.detector import BoxHead, CocoDetector
+from vssm.models.dense.regions import DetectionRules
 from vssm.models.dense.segmenter import Segmenter
 from vssm.models.layers import LayerNorm, to_map
 from vssm.models.vmamba import (
@@ -178,8 +179,8 @@ def adapt_backbone(state: dict[str, Tensor], config: VMambaConfig) -> dict[str, 
 
 
 @dataclass(frozen=True)
-class VMambaDetectorConfig(VMambaBackboneConfig):
-    """The backbone, and the widths of the neck and of the heads that read regions."""
+class VMambaDetectorConfig(VMambaBackboneConfig, DetectionRules):
+    """The backbone, the widths of the neck and of the heads that read regions, and what is told."""
 
     image_size: int | tuple[int, int] = (800, 1344)
     neck_width: int = 256
@@ -188,6 +189,7 @@ class VMambaDetectorConfig(VMambaBackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_rules()
         check_positive(self, "neck_width", "region_width", "num_classes")
 
 
