@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -43,11 +43,11 @@ class Fake(Session):
         super().__init__(MANIFEST, RuntimeInfo("fake", "body", "1", "here", threads))
         self.seconds, self.answer, self.runs, self.closed = seconds, answer, 0, False
 
-    def _run(self, images: Array) -> dict[str, Array]:
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         assert not self.closed
         self.runs += 1
         time.sleep(self.seconds)
-        return {"logits": np.full((len(images), 2), self.answer, np.float32)}
+        return {"logits": np.full((len(feeds["images"]), 2), self.answer, np.float32)}
 
     def close(self) -> None:
         self.closed = True

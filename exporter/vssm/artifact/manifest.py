@@ -26,7 +26,10 @@ _CROP_RATIO: Final = 0.875  # crop over shorter side, of all official evaluation
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One graph input or output; `shape` holds sizes, and "batch" for the dynamic first axis."""
+    """One graph input or output.
+
+    `shape` holds sizes; a first axis of open size is "batch", or "detections": what an image holds.
+    """
 
     name: str
     dtype: str
@@ -232,6 +235,11 @@ class Manifest:
         return next((o for o in self.outputs if o.name == LOGITS), self.outputs[0])
 
     @property
+    def gives_boxes(self) -> bool:
+        """Whether it is a whole detector, from one image to the boxes of what is in it."""
+        return self.main_output.name == BOXES
+
+    @property
     def num_classes(self) -> int:
         """How many classes the logits are of.
 
@@ -259,10 +267,13 @@ QUANTIZATION_TYPES: Final = ("int8", "fp8")
 QUANTIZATION_TARGETS: Final = ("ort", "tensorrt", "portable")
 CALIBRATIONS: Final = ("minmax", "percentile", "entropy")
 BATCH: Final = "batch"
+DETECTIONS: Final = "detections"
 _LONGEST_NAME: Final = 256
 _LONGEST_LABEL: Final = 1024
 MAX_CROP: Final = 4096  # pixels of a side: 192 MiB an image of float32
 LOGITS: Final = "logits"  # the output that images are classified by
+BOXES: Final = "boxes"  # the first output of a whole detector
+SIZES: Final = "sizes"  # its second input: height and width before the image was padded
 MODULE_KEY: Final = "module"  # of the config of a user's module
 MERGED_PAIRS: Final = "merged_pairs_"  # before the number of a merge: the output with its pairs
 _LARGEST: Final = 1e6  # of a mean; float32 holds what is divided by a deviation's least
@@ -355,8 +366,9 @@ def _parse(root: Node) -> Manifest:
 def _tensor(node: Node) -> TensorInfo:
     shape: list[int | str] = []
     for axis, size in enumerate(node.at("shape").items()):
-        # Only the batch is open; every other size was fixed by the export.
-        shape.append(BATCH if axis == 0 and size.value == BATCH else size.integer(1))
+        # Only the first is open; every other size was fixed by the export.
+        is_open = axis == 0 and size.value in (BATCH, DETECTIONS)
+        shape.append(str(size.value) if is_open else size.integer(1))
     return TensorInfo(node.at("name").name(), node.at("dtype").choice(TENSOR_TYPES), tuple(shape))
 
 

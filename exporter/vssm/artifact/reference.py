@@ -6,7 +6,7 @@ inputs and what the float64 module said of them, for `vssm check` to compare wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -85,7 +85,8 @@ class OracleResult:
     """What the float64 model said of some images, as arrays.
 
     Attributes:
-        logits: (batch, classes); of a module without logits, its first output.
+        logits: (batch, classes); of a module without logits, its first output; of a whole detector
+            the first of the dense head's.
         kept_positions: one (batch, num_keep) a stage, original positions in index order.
         scores: the (batch, seqlen) scores that chose them; of a merge the similarity.
         positions: the (batch, seqlen) positions those scores belong to.
@@ -94,6 +95,8 @@ class OracleResult:
         merges: by stage, what those that merge chose.
         labels: the class of every pixel (batch, height, width), of a segmenter that gives it.
         label_margins: how far its best class is from its second, over the largest logit.
+        detections: of a whole detector, its outputs for each image.
+        main: the value that `logits` is, where it is no output; None for the main output.
     """
 
     logits: Array
@@ -104,6 +107,8 @@ class OracleResult:
     merges: Mapping[int, OracleMerge] = field(default_factory=dict)
     labels: Array | None = None
     label_margins: Array | None = None
+    detections: Sequence[Mapping[str, Array]] | None = None
+    main: str | None = None
 
 
 def module_result(outputs: Mapping[str, Array], main: str) -> OracleResult:

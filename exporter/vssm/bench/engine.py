@@ -13,6 +13,7 @@ import numpy as np
 from vssm._version import __version__
 from vssm.artifact.directory import Artifact
 from vssm.bench.measure import BenchReport, Contender, check_arguments, measure
+from vssm.bench.subjects import asked_outputs
 from vssm.models.cost import count
 from vssm.onnx.export import export
 from vssm.runtimes.session import Session
@@ -132,7 +133,9 @@ def _dense_engine(
         progress("exporting the dense twin")
         path = Path(directory) / "dense"
         dtype, opset = manifest.dtype, manifest.opset
-        dense = export(model_of(artifact, dense=True), path, dtype=dtype, opset=opset)
+        model = model_of(artifact, dense=True)
+        outputs = asked_outputs(model, manifest)
+        dense = export(model, path, dtype=dtype, outputs=outputs, opset=opset)
         progress("building the dense twin's engine")
         # MIN, OPT, MAX: one profile for all batches, tuned for the largest.
         sizes = (min(batches), max(batches), max(batches))

@@ -7,7 +7,7 @@ compared in the same run. Times are only comparable inside one report.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -257,7 +257,7 @@ def _alternate(
 ) -> tuple[list[list[float]], list[Array]]:
     """Seconds of `samples` runs of each session, taken in turn, and each session's logits."""
     # The first run allocates and may tune; its outputs are compared, its time is not taken.
-    logits = [session.run(images)[session.manifest.main_output.name] for session in sessions]
+    logits = [_compared(session, session.run(images)) for session in sessions]
     for session in sessions:
         session.run(images)
     times: list[list[float]] = [[] for _ in sessions]
@@ -270,6 +270,16 @@ def _alternate(
     return times, logits
 
 
+def _compared(session: Session, outputs: Mapping[str, Array]) -> Array:
+    """What sessions of one model must agree in: the main output, or the scores of what is found."""
+    if not session.manifest.gives_boxes:
+        return outputs[session.manifest.main_output.name]
+    scores = outputs["scores"]
+    # As many as may be told: a detection at the threshold may be there in one of them alone.
+    most = max(len(scores), int(session.manifest.config["most"]))
+    return np.pad(scores, (0, most - len(scores)))
+
+
 # Far above the error of any dtype: two programs that should be one model, or a broken kernel.
 _SAME = 0.2
 
@@ -279,7 +289,8 @@ def _difference(subjects: Sequence[Contender], logits: Sequence[Array], index: i
     if subject.same_as is None:
         return None
     reference = next(x for s, x in zip(subjects, logits, strict=True) if s.name == subject.same_as)
-    difference = float(np.abs(logits[index] - reference).max() / np.abs(reference).max())
+    largest = float(np.abs(reference).max()) or 1.0  # a detector may find nothing
+    difference = float(np.abs(logits[index] - reference).max() / largest)
     # Not ">": NaN must count as a difference.
     if not difference <= _SAME:
         raise ValueError(

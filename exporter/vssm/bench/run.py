@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vssm.artifact.directory import open_artifact
+from vssm.artifact.directory import Artifact, open_artifact
 from vssm.bench.measure import BenchReport
 from vssm.extras import require
 from vssm.files.atomic import check_writable
@@ -17,7 +17,7 @@ from vssm.types import Progress
 def bench_directory(
     directory: Path,
     *,
-    batches: Sequence[int] = (1, 8),
+    batches: Sequence[int] | None = None,
     threads: Sequence[int] = (1,),
     samples: int = 21,
     torch_loop: bool = True,
@@ -31,7 +31,7 @@ def bench_directory(
 
     Args:
         directory: of the export.
-        batches: batch sizes.
+        batches: batch sizes; None for 1 and 8, and 1 alone where an export takes no other.
         threads: thread counts.
         samples: timed runs of each subject.
         torch_loop: time the reference in PyTorch too.
@@ -51,6 +51,7 @@ def bench_directory(
     # Now, although only the page needs it: after minutes of measuring it would be too late.
     require("jinja2")
     artifact = open_artifact(directory)
+    batches = _batches(artifact, batches)
     page = page or artifact.directory / "bench.html"
     # Tried before the measurement for the same reason.
     for path in (page, artifact.directory / "bench.json"):
@@ -87,3 +88,15 @@ def bench_directory(
     write_json(artifact.directory / "bench.json", report)
     write_page(report, page)
     return report
+
+
+def _batches(artifact: Artifact, asked: Sequence[int] | None) -> Sequence[int]:
+    fixed = artifact.manifest.inputs[0].shape[0]
+    if isinstance(fixed, str):
+        return (1, 8) if asked is None else asked
+    if asked is not None and set(asked) != {fixed}:
+        raise ValueError(
+            f"batches={list(asked)}: {artifact.directory} takes {fixed} at a time; leave the "
+            "batches out"
+        )
+    return (fixed,)

@@ -17,6 +17,7 @@ import torch
 
 from vssm._version import __version__
 from vssm.artifact.directory import Artifact
+from vssm.artifact.manifest import Manifest
 from vssm.artifact.reference import is_module
 from vssm.bench.measure import (
     BenchReport,
@@ -29,6 +30,7 @@ from vssm.bench.measure import (
     moved_rates,
 )
 from vssm.errors import UnsupportedError, check_choice
+from vssm.models.base import VisionModel
 from vssm.models.cost import count
 from vssm.onnx.export import export
 from vssm.ops.spec import DOMAIN, SCAN_OPERATORS, TOKEN_CONV
@@ -153,7 +155,8 @@ def _subjects(
         subject(KERNEL, partial(ort, artifact, "kernel")),
         subject(BODY, partial(ort, artifact, "body"), KERNEL),
     ]
-    if ort is _cuda:
+    # Outputs on the GPU have one size for all images, which detections have not.
+    if ort is _cuda and not artifact.manifest.gives_boxes:
         # What the copy of the images to the GPU costs shows only beside a session without it.
         subjects.append(subject(RESIDENT, partial(_resident, artifact), KERNEL))
     if torch_loop and not is_module(artifact):  # of a module there is no code here to run
@@ -191,7 +194,8 @@ class _Resident(Session):
         self._inner = inner
         self._held: tuple[Array, DeviceRun] | None = None
 
-    def _run(self, images: Array) -> dict[str, Array]:
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        images = feeds[self.manifest.inputs[0].name]
         # By identity: `measure` passes one array for all runs of a batch, and a copy
         # a run is what this session is there to leave out.
         if self._held is None or self._held[0] is not images:
@@ -223,14 +227,24 @@ def _twin(artifact: Artifact, progress: Progress) -> Iterator[dict[str, Artifact
         return
     progress(f"exporting the {'float32' if quantized else 'dense'} twin")
     with tempfile.TemporaryDirectory() as directory:
+        model = model_of(artifact, dense=not quantized)
         yield {
             FLOAT if quantized else DENSE: export(
-                model_of(artifact, dense=not quantized),
+                model,
                 Path(directory) / "twin",
                 dtype=manifest.dtype,
+                outputs=asked_outputs(model, manifest),
                 opset=manifest.opset,
             )
         }
+
+
+def asked_outputs(model: VisionModel, manifest: Manifest) -> str:
+    """What an export of the model was asked for, by what it has."""
+    names = {output.name for output in manifest.outputs}
+    groups = model.output_groups.items()
+    # The largest: the logits are among the outputs of an export with labels, too.
+    return max((len(group), asked) for asked, group in groups if names.issuperset(group))[1]
 
 
 def _profile(artifact: Artifact) -> dict[str, float]:

@@ -17,7 +17,7 @@ from vssm.artifact.manifest import write_manifest
 from vssm.artifact.preprocessing import read_labels
 from vssm.bundle.manifest import BundleManifest, hash_files, staged_bundle, write_bundle_manifest
 from vssm.bundle.triton import ServingOptions, onnxruntime_config, tensorrt_config
-from vssm.errors import RuntimeUnavailableError
+from vssm.errors import RuntimeUnavailableError, UnsupportedError
 from vssm.runtimes.library import ORT_LIBRARY, TENSORRT_LIBRARY, find_library, find_sources
 from vssm.runtimes.tensorrt.engine import check_batch
 
@@ -78,6 +78,12 @@ def make_bundle(artifact: Artifact, output: Path, request: BundleRequest) -> Bun
         UnsupportedError: the model has tensors that no server takes.
     """
     check_request(request)
+    if artifact.manifest.gives_boxes:
+        raise UnsupportedError(
+            f"{artifact.directory} is a whole detector, which takes one image at a time and has "
+            "outputs of another size for each; a bundle's server batches: export it with --outputs "
+            "dense, or run model.onnx in ONNX Runtime"
+        )
     name = _served_name(artifact, request)
     labels = _labels(artifact, request)
     find_library(ORT_LIBRARY)  # said before anything is written

@@ -109,7 +109,8 @@ Outputs = Annotated[
     str | None,
     typer.Option(
         help="Of a segmenter logits (the default), labels (and the class of every pixel) or "
-        "features (the levels that its head reads); of a detector features (the default) or dense."
+        "features (the levels that its head reads); of a detector features (the default), dense "
+        "(and what its head says of every anchor) or boxes (what is in one image)."
     ),
 ]
 

@@ -270,7 +270,10 @@ def _segment(
 def bench(
     directory: Directory,
     runtime: OtherRuntime = "ort-cpu",
-    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
+    batch: Annotated[
+        str | None,
+        typer.Option(help="Batch sizes, separated by commas; 1,8 by default, 1 of a detector."),
+    ] = None,
     threads: Annotated[str, typer.Option(help="Thread counts, separated by commas.")] = "1",
     samples: Annotated[int, typer.Option(help="Timed runs of each subject.")] = 21,
     torch_loop: Annotated[
@@ -290,7 +293,8 @@ def bench(
     from vssm.runtimes.open import check_runtime
 
     check_runtime(runtime, trust=trust)
-    batches, counts = integers("batch", batch), integers("threads", threads)
+    batches = None if batch is None else integers("batch", batch)
+    counts = integers("threads", threads)
     from vssm.bench.run import bench_directory
 
     with telling("measuring") as tell:

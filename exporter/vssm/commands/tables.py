@@ -249,6 +249,10 @@ def parity_tables(report: ParityReport) -> list[ReportTable]:
         rows.append(("top-1 agreement", agreed, top1 and f"at least {top1:.0%}"))
     if report.labels is not None:
         rows.append(("labels agreed", f"{report.labels.agreement:.4%}", ""))
+    for found in report.detections:
+        rows.append((f"detections found, {found.name}", f"{found.found} of {found.clear}", ""))
+        rows.append(("  largest error of a box, pixels", f"{found.boxes:.1e}", ""))
+        rows.append(("  largest error of a score", f"{found.scores:.1e}", ""))
     title = (
         f"{report.info}\n{report.dtype}, {report.weights} weights, {report.images} images, "
         "errors relative to the largest value"

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,14 @@ from torch.export import ExportedProgram
 
 from vssm.artifact.data_sets import names_of
 from vssm.artifact.directory import WEIGHTS_FILE, Artifact, staged_export
-from vssm.artifact.manifest import MERGED_PAIRS, Preprocessing, write_manifest
+from vssm.artifact.manifest import (
+    BOXES,
+    DETECTIONS,
+    MERGED_PAIRS,
+    SIZES,
+    Preprocessing,
+    write_manifest,
+)
 from vssm.checkpoints.load import save_safetensors
 from vssm.checkpoints.wrapped import refuse_packed, refuse_replaced, refuse_wrapper
 from vssm.errors import UnsupportedError
@@ -24,6 +32,7 @@ from vssm.files.atomic import sha256_of
 from vssm.files.text import is_plain, shown
 from vssm.models import model_from_config
 from vssm.models.base import VisionModel
+from vssm.models.dense.detector import Detector
 from vssm.onnx.describe import block_outputs, describe_export
 from vssm.onnx.options import check_opset, checked_dtype, checked_outputs
 from vssm.onnx.program import (
@@ -72,8 +81,9 @@ def export(
             operands; norms, residual, A, D, step-size bias, decay and state are float32 in all of
             them, and so are input and logits.
         outputs: of a segmenter "logits"; "labels", the class of every pixel beside them; or
-            "features", the levels that its head reads, without the head. Of a detector "features",
-            or "dense": with the logits and box deltas of every anchor. None for the first of them.
+            "features", the levels that its head reads, without the head. Of a detector "features";
+            "dense", with the logits and box deltas of every anchor; or "boxes", what is in one
+            image. None for the first of them.
         opset: version of the standard operators, 18 to 20.
         inline: also write model.inlined.onnx, without functions, for runtimes that read none.
         weights: also write weights.safetensors, the oracle of `vssm check`.
@@ -150,14 +160,18 @@ def build_proto(
     traced = _Traced(_cast_copy(model, DTYPES[dtype]), outputs)
     with counted_blocks(traced.model, progress):
         program = _trace(traced, model.image_size)
-    return program_to_proto(
+    proto = program_to_proto(
         program,
         opset,
-        inputs=[INPUT],
+        inputs=[INPUT, SIZES] if traced.whole else [INPUT],
         names=traced.output_names(),
         public=traced.public,
+        dynamic_batch=not traced.whole,
         progress=progress,
     )
+    if traced.whole:
+        _finish_detector(proto, model.image_size)
+    return proto
 
 
 class _Traced(nn.Module):
@@ -166,20 +180,26 @@ class _Traced(nn.Module):
     def __init__(self, model: VisionModel, outputs: str) -> None:
         super().__init__()
         self.model, self.outputs = model, model.output_groups[outputs]
+        # Of a whole detector the dense part has names inside the graph, so that it can be checked.
+        self.whole = isinstance(model, Detector) and outputs == BOXES
+        self.inner = model.output_groups["dense"] if self.whole else ()
         stages = model.stages.values()
         self.kept = [f"kept_positions_{i}" for i in range(len(stages))]
         merges = sum(isinstance(stage, MergeStage) for stage in stages)
         self.pairs = [f"{MERGED_PAIRS}{i}" for i in range(merges)]
         self.public = len(self.outputs) + len(stages) + merges
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
         found = self.model.forward_details(images, with_blocks=True)
+        if isinstance(self.model, Detector) and sizes is not None:
+            found = self.model.detected(found, sizes)
         # Each output its own value: a stage's choice may be an input of the next.
         return (
             *(self.model.output(name, found) for name in self.outputs),
             *(kept.clone() for kept in found.kept_positions),
             # Not copies: a parity check puts other pairs in their place.
             *(merge.pairs for merge in found.merges),
+            *(self.model.output(name, found) for name in self.inner),
             *(stream for block in found.blocks for stream in block if stream is not None),
         )
 
@@ -190,7 +210,7 @@ class _Traced(nn.Module):
             for name in (block.hidden, block.residual)
             if name is not None
         ]
-        return [*self.outputs, *self.kept, *self.pairs, *streams]
+        return [*self.outputs, *self.kept, *self.pairs, *self.inner, *streams]
 
 
 def _refuse(model: VisionModel, opset: int, labels: Sequence[str] | None) -> None:
@@ -280,8 +300,25 @@ def _cast_copy(model: VisionModel, dtype: torch.dtype) -> VisionModel:
 
 
 def _trace(traced: _Traced, image_size: tuple[int, int]) -> ExportedProgram:
-    example = torch.zeros(2, 3, *image_size, dtype=torch.float32, device="cpu")
+    # A batch that may have any size must not be traced with 1, which is a size of its own.
+    batch = 1 if traced.whole else 2
+    example = torch.zeros(batch, 3, *image_size, dtype=torch.float32, device="cpu")
     with torch.no_grad(), quiet():
-        return torch.export.export(
-            traced, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim(BATCH)}}
-        )
+        if traced.whole:
+            return torch.export.export(traced, (example, torch.tensor([image_size])))
+        batches = {INPUT: {0: torch.export.Dim(BATCH)}}
+        return torch.export.export(traced, (example,), dynamic_shapes=batches)
+
+
+def _finish_detector(proto: onnx.ModelProto, image_size: tuple[int, int]) -> None:
+    """Call the open size of what is found "detections", and give the second input a default.
+
+    An initialiser of an input's name is what it holds where it is not fed: a whole image.
+    """
+    found = proto.graph.output[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == found:
+                dim.dim_param = DETECTIONS
+    default = np.array([image_size], np.int64)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(default, SIZES))

@@ -12,7 +12,7 @@ DTYPE_NAMES: Final = ("float32", "float16", "bfloat16")
 OUTPUTS: Final = {
     "classification": ("logits",),
     "segmentation": ("logits", "labels", "features"),
-    "detection": ("features", "dense"),
+    "detection": ("features", "dense", "boxes"),
 }
 _ALIASES: Final = {
     **{"fp32": "float32", "float": "float32", "single": "float32"},

@@ -24,6 +24,7 @@ from vssm.onnx.decompose import decompose_in_place
 from vssm.onnx.describe import used_operators
 from vssm.onnx.fold import fold_weights
 from vssm.onnx.names import name_graph, name_weights
+from vssm.onnx.regions import region_translations
 from vssm.onnx.schemas import register_schemas
 from vssm.ops import operators as ops
 from vssm.ops.spec import DOMAIN, OPERATOR_VERSION, OPERATORS, PLUGIN_ATTRIBUTES, OperatorSpec
@@ -149,6 +150,7 @@ def _translate(program: ExportedProgram, opset: int, progress: Steps) -> ir.Mode
         op: _translation(spec, tell) for op, spec in table.items()
     }
     translations[torch.ops.aten.sort.stable] = _stable_sort(opset)  # torch itself has none
+    translations.update(region_translations(opset))
 
     decompose_in_place(program)
     with torch.no_grad(), quiet():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
+from vssm.artifact.manifest import BOXES, DETECTIONS
 from vssm.artifact.preprocessing import image_files, preprocess
 from vssm.artifact.reference import (
     OracleResult,
@@ -81,7 +82,8 @@ def check_parity(
         images, known = _kept_reference(opened, images, per_block)
     with open_session(opened, runtime, backend=backend, threads=threads, trust=trust) as session:
         images = _default_images(opened, session) if images is None else images
-        free = session.run(images)
+        single = session.batches == (1, 1)
+        free = _joined([session.run(part) for part in _parts(images, single)])
         info = session.info
     if known is None:
         known = oracle(model_of(opened) if model is None else model, opened, images)
@@ -96,7 +98,8 @@ def check_parity(
             opened, backend=info.backend, threads=info.threads, model=graph
         )
         with edited:
-            return edited.run_feeds(feeds)
+            split = zip(*(_parts(value, single) for value in feeds.values()), strict=True)
+            return _joined([edited.run_feeds(dict(zip(feeds, p, strict=True))) for p in split])
 
     return compare(
         opened,
@@ -151,7 +154,21 @@ def _default_images(artifact: Artifact, session: Session) -> Array:
     if is_module(artifact):
         return stored_reference(artifact)[0]
     low, high = session.batches
-    return sample_images(artifact, min(max(low, 4), high))
+    # What takes one image at a time is given several one by one.
+    return sample_images(artifact, 2 if high == 1 else min(max(low, 4), high))
+
+
+def _parts(value: Array, single: bool) -> list[Array]:
+    """The images of a batch, one by one where a session takes no more."""
+    return [value[i : i + 1] for i in range(len(value))] if single else [value]
+
+
+def _joined(runs: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """The outputs of runs, one behind the other, and how many detections each has."""
+    outputs = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+    if BOXES in outputs:
+        outputs[DETECTIONS] = np.array([len(run[BOXES]) for run in runs])
+    return outputs
 
 
 def sample_images(artifact: Artifact, count: int = 4, *, seed: int = 0) -> Array:

@@ -20,6 +20,11 @@ from vssm.artifact.directory import MODEL_FILE, Artifact
 from vssm.artifact.manifest import LOGITS, MERGED_PAIRS
 from vssm.artifact.reference import OracleMerge, OracleResult
 from vssm.models.registry import magnifies
+from vssm.parity.detections import (
+    DETECTION_TOLERANCES,
+    DetectionComparison,
+    compare_detections,
+)
 from vssm.runtimes.graph_edit import FORCED_PAIRS, expose, force_pairs, force_positions
 from vssm.runtimes.session import RuntimeInfo
 from vssm.types import Array
@@ -137,7 +142,8 @@ class ParityReport:
 
     `free_logits` is of the images whose tokens were chosen alike; None where there are none.
     `top1_agreement` is None for a module that has no logits; its first output is compared then.
-    `labels` is None where the file gives no class of every pixel. `signals` are a quantised
+    `labels` is None where the file gives no class of every pixel; `detections` are a whole
+    detector's, with the oracle's positions and free-running. `signals` are a quantised
     export's, whose errors are not judged: the logits, then every block's streams; `limits` says
     what it must reach.
     """
@@ -153,6 +159,7 @@ class ParityReport:
     top1_agreement: float | None
     blocks: list[Comparison] = field(default_factory=list)
     labels: LabelComparison | None = None
+    detections: list[DetectionComparison] = field(default_factory=list)
     signals: list[Signal] = field(default_factory=list)
     limits: QuantizedLimits | None = None
     failures: list[str] = field(default_factory=list)
@@ -203,9 +210,14 @@ def compare(
     if limits is not None:
         tolerance = _NOT_JUDGED
     streams = _block_names(artifact) if per_block or limits is not None else []
-    forced = _run_forced(artifact, images, oracle, run_edited, streams)
-    streams += [o.name for o in artifact.manifest.outputs if o.name in oracle.blocks]
-    main = artifact.manifest.main_output.name
+    outputs = {output.name for output in artifact.manifest.outputs}
+    main = oracle.main or artifact.manifest.main_output.name
+    # Of a whole detector the dense part is inside the graph.
+    blocks = set(_block_names(artifact))
+    others = [name for name in oracle.blocks if name not in blocks]
+    hidden = [name for name in (*others, main) if name not in outputs]
+    forced = _run_forced(artifact, images, oracle, run_edited, [*streams, *hidden])
+    streams += others
     logits = compare_array(main, forced[main], oracle.logits, tolerance.logits)
     kept = [free[f"kept_positions_{i}"] for i in range(len(oracle.kept_positions))]
     pairs = [free[f"{MERGED_PAIRS}{i}"] for i in range(len(oracle.merges))]
@@ -219,7 +231,7 @@ def compare(
         images=len(images),
         forced=logits,
         free_logits=compare_array(main, free[main][alike], oracle.logits[alike], tolerance.logits)
-        if alike
+        if alike and main in free
         else None,
         kept_agreement=list(map(_agreement, kept, oracle.kept_positions)),
         disagreements=disagreements,
@@ -229,6 +241,7 @@ def compare(
             for name in streams
         ],
         labels=_compare_labels(free, oracle, alike, tolerance),
+        detections=_compare_detections(artifact, oracle, forced, free, alike),
         limits=limits,
     )
     if limits is not None:
@@ -278,6 +291,28 @@ def _compare_labels(
     # Either of two logits may be off by the tolerance.
     wrong = int((margins > 2 * tolerance.logits).sum())
     return LabelComparison(1 - float(other.mean()), wrong, float(margins.max(initial=0.0)))
+
+
+def _compare_detections(
+    artifact: Artifact,
+    oracle: OracleResult,
+    forced: Mapping[str, Array],
+    free: Mapping[str, Array],
+    alike: Sequence[int],
+) -> list[DetectionComparison]:
+    """Of a whole detector the detections with the oracle's positions, and free-running."""
+    if oracle.detections is None:
+        return []
+    tolerance = DETECTION_TOLERANCES[artifact.manifest.dtype]
+    every = range(len(oracle.detections))
+    runs = (("oracle's positions", forced, every), ("free-running", free, alike))
+    return [
+        compare_detections(
+            name, got, oracle.detections, artifact.manifest.config, tolerance, images=images
+        )
+        for name, got, images in runs
+        if images
+    ]
 
 
 def _top1_agreement(got: Array, want: Array) -> float:
@@ -449,6 +484,7 @@ def _failures(report: ParityReport, tolerance: Tolerance) -> list[str]:
             f"are up to {report.labels.margin:.1e} of the largest logit apart, and rounding "
             f"explains {2 * tolerance.logits:.0e}"
         )
+    failures += [f"detections, {d.name}: {d}" for d in report.detections if not d.passed]
     margins = [(d.margin, d) for d in report.disagreements if d.margin is not None]
     wide = [pair for pair in margins if not pair[0] <= tolerance.margin]  # NaN counts
     if wide:

@@ -111,8 +111,8 @@ class OrtSession(Session):
         info = _info(target, backend, options.intra_op_num_threads, library)
         super().__init__(artifact.manifest, info)
 
-    def _run(self, images: Array) -> dict[str, Array]:
-        return self.run_feeds({self.manifest.inputs[0].name: images})
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        return self.run_feeds(feeds)
 
     def run_feeds(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name for inputs by name, unchecked: for graphs with further inputs."""

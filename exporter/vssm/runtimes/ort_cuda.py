@@ -114,9 +114,10 @@ class OrtCudaSession(OrtSession):
             stayed = f"{plural(elsewhere.total(), 'node')} on the CPU ({names})"
             self.info = replace(self.info, device=f"{self.info.device}, {stayed}")
 
-    def _run(self, images: Array) -> dict[str, Array]:
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         if self._graph_batch is None:
-            return super()._run(images)
+            return super()._run(feeds)
+        images = feeds[self.manifest.inputs[0].name]
         # One set of buffers: a second thread would put its images over those of the first.
         with self._lock:
             if self._graph_run is None:
@@ -238,6 +239,11 @@ def _fixed_sizes(manifest: Manifest, batch: int | None) -> dict[str, int]:
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(
             f"cuda_graph_batch={batch!r} is no batch size; give one from 1, or None for no graph"
+        )
+    if manifest.gives_boxes:
+        raise UnsupportedError(
+            f"cuda_graph_batch={batch} with a whole detector, whose outputs have another size for "
+            "every image, so that no CUDA graph can hold them; leave it out"
         )
     # Settled at load, shapes are constants, and no arithmetic of shapes is left for the CPU.
     return {str(manifest.inputs[0].shape[0]): batch}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn
 
 import numpy as np
 
-from vssm.artifact.manifest import BATCH, Manifest
+from vssm.artifact.manifest import BATCH, SIZES, Manifest
 from vssm.errors import RuntimeUnavailableError
 from vssm.types import Array
 
@@ -97,15 +98,17 @@ class Session(abc.ABC):
         self.info = info
         self._process = os.getpid()
 
-    def run(self, images: Array) -> dict[str, Array]:
+    def run(self, images: Array, *, sizes: Array | None = None) -> dict[str, Array]:
         """Outputs by name: `logits` (batch, classes) float32, `kept_positions_0` ... int64.
 
         Args:
             images: (batch, 3, height, width) float32, preprocessed.
+            sizes: of a detector that gives boxes, (1, 2) int64: height and width of the image
+                before it was padded; None if it was not.
 
         Raises:
             TypeError: images is no float32 array.
-            ValueError: its shape is not the model's.
+            ValueError: its shape is not the model's, or the sizes do not fit.
             RuntimeUnavailableError: this process is a fork of the one that opened the session, and
                 the session has threads there.
         """
@@ -116,15 +119,36 @@ class Session(abc.ABC):
                 f"{self._process}, of which this one is a fork without them; open one in this "
                 "process, or with threads=1 before the fork"
             )
-        return self._run(self._checked(images))
+        feeds = {self.manifest.inputs[0].name: self._checked(images)}
+        if sizes is not None:
+            feeds[SIZES] = self._checked_sizes(sizes)
+        return self._run(feeds)
 
     @property
     def batches(self) -> tuple[int, int]:
-        """The smallest and largest batch that it takes; only an engine has bounds."""
-        return 1, sys.maxsize
+        """The smallest and largest batch that it takes; engines and whole detectors have bounds."""
+        batch = self.manifest.inputs[0].shape[0]
+        return (1, sys.maxsize) if isinstance(batch, str) else (batch, batch)
 
     @abc.abstractmethod
-    def _run(self, images: Array) -> dict[str, Array]: ...
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name for inputs by name, which are checked."""
+
+    def _checked_sizes(self, sizes: Array) -> Array:
+        if all(spec.name != SIZES for spec in self.manifest.inputs):
+            raise ValueError(
+                f"sizes={np.asarray(sizes).tolist()}: the export of {self.manifest.name} has no "
+                "such input, only detectors exported with --outputs boxes have; leave it out"
+            )
+        *_, height, width = self.manifest.inputs[0].shape
+        found = np.asarray(sizes)
+        fits = found.shape == (1, 2) and found.dtype.kind in "iu"
+        if not fits or not (1 <= found[0, 0] <= int(height) and 1 <= found[0, 1] <= int(width)):
+            raise ValueError(
+                f"sizes={found.tolist()} is not [[height, width]] of an image in {height} x "
+                f"{width}; give its size before it was padded, in whole pixels"
+            )
+        return found.astype(np.int64)
 
     def _checked(self, images: Array) -> Array:
         spec = self.manifest.inputs[0]

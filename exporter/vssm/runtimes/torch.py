@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vssm.artifact.directory import WEIGHTS_FILE, Artifact
-from vssm.artifact.manifest import MERGED_PAIRS, Manifest
+from vssm.artifact.manifest import BOXES, MERGED_PAIRS, SIZES, Manifest
 from vssm.artifact.reference import (
     OracleMerge,
     OracleResult,
@@ -29,6 +30,7 @@ from vssm.compat.outputs import module_outputs
 from vssm.errors import ArtifactError, check_choice
 from vssm.models import model_from_config
 from vssm.models.base import ForwardDetails, VisionModel
+from vssm.models.dense.detector import Detector
 from vssm.models.dense.heads import upsample
 from vssm.ops.ambient import known_state
 from vssm.ops.kernels import kernels
@@ -154,14 +156,16 @@ class TorchSession(Session):
         super().__init__(artifact.manifest, info)
 
     @known_state()
-    def _run(self, images: Array) -> dict[str, Array]:
-        model = self._model
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        model, images = self._model, feeds[self.manifest.inputs[0].name]
         if model is None:
             raise ValueError(CLOSED)
         with torch.inference_mode():
             # A copy: torch takes no negative strides, as of a BGR view, and warns of read-only
             # arrays.
             found = model.forward_details(torch.from_numpy(np.array(images)))
+            if isinstance(model, Detector) and self.manifest.gives_boxes:
+                found = model.detected(found, _sizes(model, feeds.get(SIZES)))
         kept = {f"{_KEPT}{i}": k.numpy() for i, k in enumerate(found.kept_positions)}
         pairs = {f"{MERGED_PAIRS}{i}": m.pairs.numpy() for i, m in enumerate(found.merges)}
         return {**_outputs(model, found, self.manifest), **kept, **pairs}
@@ -177,6 +181,10 @@ def _outputs(model: VisionModel, found: ForwardDetails, manifest: Manifest) -> d
     """The export's outputs by name, but for what the stages chose."""
     names = [o.name for o in manifest.outputs if not o.name.startswith((_KEPT, MERGED_PAIRS))]
     return {name: model.output(name, found).numpy() for name in names}
+
+
+def _sizes(model: Detector, given: Array | None) -> Tensor:
+    return torch.tensor([model.image_size]) if given is None else torch.from_numpy(given)
 
 
 def _library(backend: str) -> Path | None:
@@ -202,22 +210,27 @@ def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
     _refuse_another(model, artifact)
     # A copy, so that the caller's model stays float32; kernels have no float64.
     exact = copy.deepcopy(model).cpu().eval().double().use_backend("reference")
-    names = artifact.manifest.block_outputs
+    streams = artifact.manifest.block_outputs
     with torch.inference_mode():
         found = exact.forward_details(
-            torch.from_numpy(np.array(images)).double(), with_blocks=bool(names)
+            torch.from_numpy(np.array(images)).double(), with_blocks=bool(streams)
         )
     blocks: dict[str, Array] = {}
-    for name, (hidden, residual) in zip(names, found.blocks, strict=True):
+    for name, (hidden, residual) in zip(streams, found.blocks, strict=True):
         blocks[name.hidden] = hidden.numpy()
         if name.residual is not None and residual is not None:
             blocks[name.residual] = residual.numpy()
     kept = [k.numpy() for k in found.kept_positions]
-    outputs = _outputs(exact, found, artifact.manifest)
+    detector = exact if isinstance(exact, Detector) and artifact.manifest.gives_boxes else None
+    if detector is None:
+        main = artifact.manifest.main_output.name
+        outputs = _outputs(exact, found, artifact.manifest)
+    else:
+        main, names = detector.dense_names[0], detector.output_groups["dense"]
+        outputs = {name: detector.output(name, found).numpy() for name in names}
     labels = outputs.pop("labels", None)
-    logits = outputs.pop(artifact.manifest.main_output.name)
     return OracleResult(
-        logits=logits,
+        logits=outputs.pop(main),
         kept_positions=kept,
         scores=[s.numpy() for s in found.scores],
         # Stage i chooses among what stage i - 1 kept.
@@ -226,7 +239,18 @@ def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
         merges=_merges(exact, found),
         labels=labels,
         label_margins=None if labels is None else _label_margins(exact, found.logits),
+        detections=None if detector is None else _detections(detector, found),
+        main=None if detector is None else main,
     )
+
+
+def _detections(model: Detector, found: ForwardDetails) -> list[dict[str, Array]]:
+    """What is in each image of a pass, none of which was padded."""
+    whole = torch.tensor([model.image_size] * len(found.logits))
+    names = model.output_groups[BOXES]
+    with torch.inference_mode():
+        told = model.told(found, whole)
+    return [{name: getattr(one, name).numpy() for name in names} for one in told]
 
 
 def _merges(model: VisionModel, found: ForwardDetails) -> dict[int, OracleMerge]:

@@ -155,6 +155,7 @@ def build_engine(
     """
     check_request(request)
     _refuse_unsigned(artifact)
+    _refuse_boxes(artifact)
     product = request.product
     # What cannot be written is said now, and not after a build that may take hours.
     for name in (product.plan, product.info):
@@ -212,6 +213,15 @@ def _refuse_unsigned(artifact: Artifact) -> None:
             f"{artifact.directory} is quantised as {quantization}, with unsigned activations or "
             "ranges measured in every run, which TensorRT has not; quantise the float export with "
             "--target tensorrt or portable"
+        )
+
+
+def _refuse_boxes(artifact: Artifact) -> None:
+    if artifact.manifest.gives_boxes:
+        raise UnsupportedError(
+            f"{artifact.directory} is a whole detector, which finds another number of objects in "
+            "every image, and is made for ONNX Runtime; export it with --outputs dense, and find "
+            "boxes in the engine's outputs"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from vssm.artifact.directory import MODEL_FILE, Artifact
@@ -82,8 +83,8 @@ class TensorRtSession(Session):
         """The smallest and largest batch that the engine takes."""
         return self._runner.min_batch, self._runner.max_batch
 
-    def _run(self, images: Array) -> dict[str, Array]:
-        return self._runner.run({self.manifest.inputs[0].name: images})
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        return self._runner.run(feeds)
 
     def close(self) -> None:
         """Free the engine and its memory."""
