@@ -8,8 +8,6 @@
 namespace vssm::c {
 namespace {
 
-constexpr int kMaxGradients = 8;
-
 Status check_threads(const char* op, int32_t threads) {
   if (threads >= 1) return {};
   return Status::error(op, ": threads=", threads, " is below 1; count the calling thread");
@@ -60,41 +58,32 @@ Status run_conv(const char* op, const vssm_tensor* inputs, int32_t count, const 
   return status.ok() ? token_conv_cpu(args, on_threads(&threads)) : status;
 }
 
-/// The places of the gradients, in the inputs' order, and the inputs they belong to.
-int list_gradients(SelectiveScanBackwardArgs* args, float*** places, const Operand** inputs) {
-  const SelectiveScanArgs& scan = args->forward;
-  float** const all_places[] = {
-      &args->du, &args->ddelta, &args->dA,          &args->dB,
-      &args->dC, &args->dD,     &args->ddelta_bias, scan.gated ? &args->dz : &args->ddelta0};
-  const Operand* const all_inputs[] = {
-      &scan.u, &scan.delta, &scan.A,          &scan.B,
-      &scan.C, &scan.D,     &scan.delta_bias, scan.gated ? &scan.z : &scan.delta0};
-  const int count = kMaxGradients - (scan.gated || scan.constant_gap ? 0 : 1);
-  for (int i = 0; i < count; ++i) {
-    places[i] = all_places[i];
-    inputs[i] = all_inputs[i];
-  }
-  return count;
-}
+/// A gradient: the input it belongs to, its row in the operator table, and where it is written.
+struct Gradient {
+  const Operand* input;
+  size_t row;
+  float** place;
+};
 
-Status read_gradients(const OperatorSpec& spec, const vssm_tensor* gradients, int32_t count,
-                      SelectiveScanBackwardArgs* args) {
-  float** places[kMaxGradients];
-  const Operand* inputs[kMaxGradients];
-  const int wanted = list_gradients(args, places, inputs);
-  if (gradients == nullptr || count != wanted) {
-    return Status::error(spec.name, ": gradient_count=", gradients == nullptr ? 0 : count,
-                         ", but it must be ", wanted,
-                         "; give one for each input but order and gap");
+Status read_gradients(const OperatorSpec& spec, const vssm_tensor* given, int32_t count,
+                      const Gradient* gradients, int wanted) {
+  if (given == nullptr || count != wanted) {
+    return Status::error(spec.name, ": gradient_count=", given == nullptr ? 0 : count,
+                         ", but it must be ", wanted, "; give one for each input of floats");
   }
   Status status;
   for (int i = 0; i < count && status.ok(); ++i) {
-    const size_t row = static_cast<size_t>(i < 7 ? i : 9);  // order and gap stand between
     void* data = nullptr;
-    status = read_target(spec, spec.inputs[row].name, gradients[i], *inputs[i], &data);
-    *places[i] = static_cast<float*>(data);
+    status =
+        read_target(spec, spec.inputs[gradients[i].row].name, given[i], *gradients[i].input, &data);
+    *gradients[i].place = static_cast<float*>(data);
   }
   return status;
+}
+
+Status read_dy(const OperatorSpec& spec, const vssm_tensor* dy, Operand* operand) {
+  if (dy == nullptr) return Status::error(spec.name, ": dy is missing; give its memory");
+  return read_tensor(spec, "dy", *dy, true, operand);
 }
 
 Status run_backward(const char* op, const vssm_tensor* inputs, int32_t input_count,
@@ -102,15 +91,46 @@ Status run_backward(const char* op, const vssm_tensor* inputs, int32_t input_cou
                     const vssm_scan_attributes* attributes, int32_t threads) {
   const OperatorSpec* spec = nullptr;
   SelectiveScanBackwardArgs args;
-  Status status = read_scan(op, inputs, input_count, attributes, true, &spec, &args.forward);
-  if (!status.ok()) return status;
-  if (dy == nullptr) return Status::error(op, ": dy is missing; give its memory");
-  status = read_tensor(*spec, "dy", *dy, true, &args.dy);
+  SelectiveScanArgs& scan = args.forward;
+  Status status = read_scan(op, inputs, input_count, attributes, true, &spec, &scan);
+  if (status.ok()) status = read_dy(*spec, dy, &args.dy);
   SelectiveScanShape shape;
   if (status.ok()) status = check(args, &shape);
-  if (status.ok()) status = read_gradients(*spec, gradients, gradient_count, &args);
+  if (!status.ok()) return status;
+  // Order and gap, rows 7 and 8, are integers.
+  const Gradient places[] = {
+      {&scan.u, 0, &args.du},
+      {&scan.delta, 1, &args.ddelta},
+      {&scan.A, 2, &args.dA},
+      {&scan.B, 3, &args.dB},
+      {&scan.C, 4, &args.dC},
+      {&scan.D, 5, &args.dD},
+      {&scan.delta_bias, 6, &args.ddelta_bias},
+      {scan.gated ? &scan.z : &scan.delta0, 9, scan.gated ? &args.dz : &args.ddelta0},
+  };
+  const int wanted = scan.gated || scan.constant_gap ? 8 : 7;
+  status = read_gradients(*spec, gradients, gradient_count, places, wanted);
   if (status.ok()) status = check_threads(op, threads);
   return status.ok() ? selective_scan_backward_cpu(args, on_threads(&threads)) : status;
+}
+
+Status run_conv_backward(const char* op, const vssm_tensor* inputs, int32_t input_count,
+                         const vssm_tensor* dy, const vssm_tensor* gradients,
+                         int32_t gradient_count, const vssm_conv_attributes* attributes,
+                         int32_t threads) {
+  const OperatorSpec* spec = nullptr;
+  TokenConvBackwardArgs args;
+  TokenConvArgs& conv = args.forward;
+  Status status = read_conv(op, inputs, input_count, attributes, true, &spec, &conv);
+  if (status.ok()) status = read_dy(*spec, dy, &args.dy);
+  TokenConvShape shape;
+  if (status.ok()) status = check(args, &shape);
+  if (!status.ok()) return status;
+  const Gradient places[] = {
+      {&conv.x, 0, &args.dx}, {&conv.weight, 1, &args.dweight}, {&conv.bias, 2, &args.dbias}};
+  status = read_gradients(*spec, gradients, gradient_count, places, 3);
+  if (status.ok()) status = check_threads(op, threads);
+  return status.ok() ? token_conv_backward_cpu(args, on_threads(&threads)) : status;
 }
 
 Status measure_backward(const char* op, const vssm_tensor* inputs, int32_t count,
@@ -150,6 +170,15 @@ int vssm_selective_scan_backward(const char* op, const vssm_tensor* inputs, int3
                                  int32_t threads, char* error, size_t error_bytes) {
   return vssm::c::report(vssm::c::run_backward(op, inputs, input_count, dy, gradients,
                                                gradient_count, attributes, threads),
+                         error, error_bytes);
+}
+
+int vssm_token_conv_backward(const char* op, const vssm_tensor* inputs, int32_t input_count,
+                             const vssm_tensor* dy, const vssm_tensor* gradients,
+                             int32_t gradient_count, const vssm_conv_attributes* attributes,
+                             int32_t threads, char* error, size_t error_bytes) {
+  return vssm::c::report(vssm::c::run_conv_backward(op, inputs, input_count, dy, gradients,
+                                                    gradient_count, attributes, threads),
                          error, error_bytes);
 }
 

@@ -50,6 +50,21 @@ Status check(const TokenConvArgs& args, TokenConvShape* shape) {
   return rules.status();
 }
 
+Status check(const TokenConvBackwardArgs& args, TokenConvShape* shape) {
+  const TokenConvArgs& forward = args.forward;
+  Status status = check(forward, shape);
+  if (!status.ok()) return status;
+  Rules rules(forward.name);
+  rules.rank_and_type("x", forward.x, 3, DType::kFloat32);  // cast the inputs
+  rules.rank_and_type("dy", args.dy, 4, DType::kFloat32);
+  if (!rules.ok()) return rules.status();
+  rules.size("dy", "batch", args.dy.dims[0], shape->batch);
+  rules.size("dy", "K", args.dy.dims[1], shape->directions);
+  rules.size("dy", "seqlen", args.dy.dims[2], shape->seqlen);
+  rules.size("dy", "d_inner", args.dy.dims[3], shape->d_inner);
+  return rules.status();
+}
+
 Status check_values(const TokenConvArgs& args, const TokenConvShape& shape) {
   if (args.by_position == 0) return {};
   const auto* position = static_cast<const int32_t*>(args.position.data);

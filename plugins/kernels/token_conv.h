@@ -46,6 +46,27 @@ Status check_values(const TokenConvArgs& args, const TokenConvShape& shape);
 /// Checks, then runs on the fastest instruction set of this processor (or VSSM_CPU_ISA's).
 Status token_conv_cpu(const TokenConvArgs& args, const ParallelFor& parallel_for);
 
+/// The gradients of a loss that reaches the inputs through y alone, from dy, its gradient by y.
+/// With g[b, k, t] = dy[b, k, t] times the slope of silu at the sum of that token, if y is active:
+///
+///   dx[b, s] += weight[k, :, j] g[b, k, t]      for every tap j of every (k, t) that reads s
+///   dweight[k, :, j] += g[b, k, t] x[b, s];     dbias[k] += g[b, k, t]
+///
+/// `position` is integers and has none. Same numbers whatever the number of threads.
+struct TokenConvBackwardArgs {
+  TokenConvArgs forward;     // T is float32; its y is not read
+  Operand dy;                // float32 (batch, directions, seqlen, d_inner)
+  float* dx = nullptr;       // (batch, seqlen, d_inner), overwritten, as are the others
+  float* dweight = nullptr;  // (directions, d_inner, width)
+  float* dbias = nullptr;    // (directions, d_inner)
+};
+
+/// Every rule of the forward pass, and those of dy and of T. Reads no data.
+Status check(const TokenConvBackwardArgs& args, TokenConvShape* shape);
+
+/// Checks, values included, then runs on the instruction set of token_conv_cpu.
+Status token_conv_backward_cpu(const TokenConvBackwardArgs& args, const ParallelFor& parallel_for);
+
 /// Device memory that a launch needs at this shape; never less for larger sizes.
 int64_t token_conv_cuda_workspace(const TokenConvShape& shape);
 

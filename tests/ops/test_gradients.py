@@ -181,7 +181,7 @@ import re, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from cases import scan_case
-from vssm.ops.kernels import backward_memory, differentiable, scan_backward
+from vssm.ops.kernels import backward_memory, differentiable, run_backward
 from vssm.ops.spec import OPERATORS
 from test_gradients import LAYERS, _allowed, _sizes
 
@@ -194,7 +194,7 @@ name = "GatedSelectiveScan"
 op = OPERATORS[name]
 defaults = {a.name: a.default for a in op.attributes}
 small = scan_case(seqlen=2, d_inner=2, extra="z")
-scan_backward(op, defaults | small, torch.randn(1, 2, 2))
+run_backward(op, defaults | small, torch.randn(1, 2, 2))
 case = scan_case(**LAYERS["vim_small"], batch=8, extra="z")
 if sys.argv[2] == "transposed":  # as a convolution over channel-major tokens leaves it
     case["u"] = case["u"].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
@@ -203,7 +203,7 @@ dy = torch.randn(8, 197, 768)
 with open("/proc/self/clear_refs", "w") as control:
     control.write("5")  # the peak begins anew
 before = peak()
-scan_backward(op, defaults | case, dy)
+run_backward(op, defaults | case, dy)
 print(peak() - before, _allowed(name, case), *_sizes(case))
 """
 

@@ -1,8 +1,9 @@
-"""Gradients of the scans: the native kernel on a CPU, the formula in PyTorch for the rest.
+"""Gradients of scans and convolution: the native kernel on a CPU, in PyTorch for the rest.
 
 float32, float16 and bfloat16 on a CPU go through libvssm.so. float64, other devices and a machine
-without the library take `reference.selective_scan_backward`: exact, and slow. The gradients are
-an operator of their own, `vssm::<scan>_backward`, so that a compiled training step has them too.
+without the library take `reference.selective_scan_backward` or `token_conv_backward`: exact, and
+slow. The gradients are an operator of their own, `vssm::<name>_backward`, so that a compiled
+training step has them too.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from vssm.errors import UnsupportedError
-from vssm.ops.kernels import differentiable, runs_on_kernels, scan_backward
+from vssm.ops.kernels import differentiable, run_backward, runs_on_kernels
 from vssm.ops.record import note_run
-from vssm.ops.reference import selective_scan_backward
-from vssm.ops.spec import OperatorSpec
+from vssm.ops.reference import selective_scan_backward, token_conv_backward
+from vssm.ops.spec import FLAGS, TOKEN_CONV, OperatorSpec
 
 
 def define(library: torch.library.Library, op: OperatorSpec, name: str) -> None:
@@ -35,12 +36,12 @@ def define(library: torch.library.Library, op: OperatorSpec, name: str) -> None:
     library.define(f"{name}_backward(Tensor dy, {inputs}, {attributes}) -> ({outputs})")
 
     def run(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        u: Tensor = args[0]
-        native = u.device.type == "cpu" and runs_on_kernels(u)  # no kernel on a GPU yet
+        first: Tensor = args[0]
+        native = first.device.type == "cpu" and runs_on_kernels(first)  # no kernel on a GPU yet
         if native:
-            found = tuple(scan_backward(op, _named(op, args), dy))
+            found = tuple(run_backward(op, _named(op, args), dy))
         else:
-            found = _by_formula(op, _named(op, args), dy)
+            found = _in_pytorch(op, _named(op, args), dy)
         note_run(f"{op.name} backward", "kernel" if native else "reference")
         return found
 
@@ -48,9 +49,17 @@ def define(library: torch.library.Library, op: OperatorSpec, name: str) -> None:
         floats = [t for t in args[:count] if t.is_floating_point()]
         return tuple(torch.empty_like(t) for t in floats)
 
+    oracle = "token_conv" if op is TOKEN_CONV else "selective_scan"
+
+    def refuse_second(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise UnsupportedError(
+            f"vssm: the gradient of {op.name} has no derivative of its own; for a second one call "
+            f"{oracle} of vssm.ops.reference in place of the operator"
+        )
+
     library.impl(f"{name}_backward", run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vssm::{name}_backward", fake, lib=library)
-    torch.library.register_autograd(f"vssm::{name}_backward", _refuse_second, lib=library)
+    torch.library.register_autograd(f"vssm::{name}_backward", refuse_second, lib=library)
 
 
 def register_autograd(library: torch.library.Library, op: OperatorSpec, overload: str) -> None:
@@ -77,20 +86,13 @@ def register_autograd(library: torch.library.Library, op: OperatorSpec, overload
     )
 
 
-def _refuse_second(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise UnsupportedError(
-        "vssm: a scan's gradient has no derivative of its own; for a second one call "
-        "vssm.ops.reference.selective_scan in place of the operator"
-    )
-
-
 def _named(op: OperatorSpec, args: Sequence[Any]) -> dict[str, Any]:
     names = [*(o.name for o in op.inputs), *(a.name for a in op.attributes)]
     return dict(zip(names, args, strict=True))
 
 
-def _by_formula(op: OperatorSpec, named: dict[str, Any], dy: Tensor) -> tuple[Tensor, ...]:
-    flags = {name: bool(named[name]) for name in ("delta_softplus", "params_by_step")}
-    found = selective_scan_backward(dy, **(named | flags))
-    names = differentiable(op)
-    return tuple(torch.empty_like(named[n]).copy_(found[n]) for n in names)
+def _in_pytorch(op: OperatorSpec, named: dict[str, Any], dy: Tensor) -> tuple[Tensor, ...]:
+    named = named | {name: bool(named[name]) for name in FLAGS & named.keys()}
+    formula = token_conv_backward if op is TOKEN_CONV else selective_scan_backward
+    found = formula(dy, **named)
+    return tuple(torch.empty_like(named[n]).copy_(found[n]) for n in differentiable(op))

@@ -95,9 +95,10 @@ class _Family:
         return self.attributes(**{name: named[name] for name in fields if name in named})
 
 
-_SCAN_FAMILY = _Family("vssm_selective_scan", ScanAttributes)
 _FAMILIES = {
-    **dict.fromkeys((op.name for op in SCAN_OPERATORS), _SCAN_FAMILY),
+    **dict.fromkeys(
+        (op.name for op in SCAN_OPERATORS), _Family("vssm_selective_scan", ScanAttributes)
+    ),
     **dict.fromkeys(
         (op.name for op in GATHER_OPERATORS),
         _Family("vssm_token_gather", _GatherAttributes, counted=True, threaded=False),
@@ -278,21 +279,21 @@ def _launch(device: torch.device, size: int) -> tuple[Any, Tensor]:
 
 
 def differentiable(op: OperatorSpec) -> tuple[str, ...]:
-    """The inputs of a scan that have a gradient, in the order of the operator table."""
+    """The inputs of a scan or a convolution that have a gradient, in the operator table's order."""
     return tuple(o.name for o in op.inputs if o.dtype != "int32")
 
 
-def scan_backward(op: OperatorSpec, named: Mapping[str, Any], dy: Tensor) -> list[Tensor]:
-    """Gradients by every input but order and gap, from that by y, on as many threads as torch uses.
+def run_backward(op: OperatorSpec, named: Mapping[str, Any], dy: Tensor) -> list[Tensor]:
+    """Gradients by every input of floats, from that by y, on as many threads as torch uses.
 
     Each has the type and strides of its input: what comes before a transposed input is transposed
     too, and goes through its gradient the faster. Computed in float32: half inputs are converted,
     their gradients rounded once.
 
     Args:
-        op: the operator.
+        op: a scan or TokenConv.
         named: its inputs, on the CPU in float32, float16 or bfloat16, and its attributes, by name.
-        dy: (batch, seqlen, d_inner), the gradient by y.
+        dy: the gradient by y, of its shape.
 
     Raises:
         ValueError: a shape or value breaks the operator's contract.
@@ -305,7 +306,7 @@ def scan_backward(op: OperatorSpec, named: Mapping[str, Any], dy: Tensor) -> lis
     dy = dy.float().contiguous()
     results = (describe([dy]), describe(gradients), ctypes.c_int32(len(gradients)))
     threads = ctypes.c_int32(torch.get_num_threads())
-    _call("vssm_selective_scan_backward", op, named, (list(inputs.values()), *results), threads)
+    _call("backward", op, named, (list(inputs.values()), *results), threads)
     del inputs  # copies, where the inputs are not contiguous
     for i, name in enumerate(floats):
         gradients[i] = _laid_out_as(named[name], gradients[i])
@@ -313,7 +314,7 @@ def scan_backward(op: OperatorSpec, named: Mapping[str, Any], dy: Tensor) -> lis
 
 
 def backward_memory(op: OperatorSpec, named: Mapping[str, Any]) -> tuple[int, int]:
-    """Bytes that the kernel allocates for `scan_backward`: once, and for each thread.
+    """Bytes that the kernel allocates for `run_backward` of a scan: once, and for each thread.
 
     The gradients, and copies of inputs that are not contiguous float32, come on top.
 
@@ -323,7 +324,7 @@ def backward_memory(op: OperatorSpec, named: Mapping[str, Any]) -> tuple[int, in
     """
     inputs = [named[o.name] for o in op.inputs]
     found = (ctypes.c_int64 * 2)()
-    _call("vssm_selective_scan_backward_memory", op, named, (inputs,), found)
+    _call("backward_memory", op, named, (inputs,), found)
     return found[0], found[1]
 
 
@@ -343,9 +344,10 @@ def _call(
 ) -> None:
     """`given`: the inputs, then what the function takes before the attributes; `last`: after."""
     inputs, *results = given
-    attributes = _SCAN_FAMILY.attributes_of(named)
+    family = _FAMILIES[op.name]
+    attributes = family.attributes_of(named)
     failure = kernels().call(
-        function,
+        f"{family.function}_{function}",
         op.name.encode(),
         describe(inputs),
         ctypes.c_int32(len(inputs)),

@@ -1,7 +1,7 @@
 """torch.library operators `vssm::*`: what models call and what the exporter turns into ONNX nodes.
 
 Schemas come from the operator table in `spec`. Every operator has a fake kernel, autograd (the
-scans as `ops_gradients` says, the others through the oracle), and three overloads:
+scans and the convolution as `ops_gradients` says, gathers through the oracle), and three overloads:
 
 - `default` ("auto"): the native kernels wherever they run, see `kernels.runs_on_kernels`; the
   oracle for float64 and on devices without kernels.
@@ -281,13 +281,13 @@ def _register(op: OperatorSpec) -> None:
         name = _qualified(op, overload)
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vssm::{name}", fake, lib=_LIBRARY)
-        if op not in SCAN_OPERATORS or overload == "reference":
+        if op in GATHER_OPERATORS or overload == "reference":
             _register_autograd(op, overload)
         else:
             ops_gradients.register_autograd(_LIBRARY, op, name)
 
 
-for _op in SCAN_OPERATORS:
+for _op in (*SCAN_OPERATORS, TOKEN_CONV):
     ops_gradients.define(_LIBRARY, _op, _TORCH_NAMES[_op.name])
 for _op in OPERATORS.values():
     _register(_op)

@@ -7,7 +7,7 @@ token selection, Zhan et al., arXiv:2409.18962.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -192,24 +192,92 @@ def token_conv(
         y (batch, 1 or 2, seqlen, d_inner), dtype of `x`.
     """
     compute = torch.promote_types(x.dtype, torch.float32)
-    width = weight.shape[2]
-    rows = x.to(compute).transpose(1, 2)
-    index = None
-    if by_position:
-        # Further apart than the taps reach is as good as any distance: it bounds the memory.
-        apart = position.long().diff(dim=1).clamp(max=width)
-        index = functional.pad(apart.cumsum(1), (1, 0))[:, None].expand_as(rows)
-        full = width * x.shape[1]
-        rows = rows.new_zeros(*rows.shape[:2], full).scatter(2, index, rows)
-    outputs = []
-    for k, (row, shift) in enumerate(zip(weight.to(compute), bias.to(compute), strict=True)):
-        pad, taps = ((width - 1, 0), row) if k == 0 else ((0, width - 1), row.flip(-1))
-        padded = functional.pad(rows, pad)
-        outputs.append(functional.conv1d(padded, taps[:, None], shift, groups=x.shape[2]))
-    y = torch.stack(outputs, 1)
+    rows, index = _spread(x.to(compute), position, weight.shape[2] if by_position else 0)
+    y = torch.stack([_sums(*taps) for taps in _both_ways(rows, weight, bias)], 1)
     if index is not None:
-        y = y.gather(3, index[:, None].expand(-1, len(outputs), -1, -1))
+        y = y.gather(3, index[:, None].expand(-1, y.shape[1], -1, -1))
     return (functional.silu(y) if activation else y).transpose(2, 3).to(x.dtype)
+
+
+def token_conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    *,
+    by_position: bool = False,
+    activation: bool = True,
+) -> dict[str, Tensor]:
+    """The gradients of `token_conv` by its x, weight and bias, by name.
+
+    Written out, because inside an operator of its own autograd records nothing.
+
+    Args:
+        dy: (batch, 1 or 2, seqlen, d_inner), the gradient by y.
+        x: as for `token_conv`, like all that follow.
+        weight: (1 or 2, d_inner, width).
+        bias: (1 or 2, d_inner).
+        position: (1 or batch, seqlen).
+        by_position: what the taps count.
+        activation: whether y went through silu.
+
+    Returns:
+        The gradients, each of its input's shape, in float32 or, of float64 inputs, float64.
+    """
+    compute, width = torch.promote_types(x.dtype, torch.float32), weight.shape[2]
+    rows, index = _spread(x.to(compute), position, width if by_position else 0)
+    dx, dweight, dbias = torch.zeros_like(rows), [], []
+    for k, (padded, taps, shift) in enumerate(_both_ways(rows, weight, bias)):
+        g = dy[:, k].to(compute).transpose(1, 2)
+        if index is not None:
+            g = torch.zeros_like(rows).scatter(2, index, g)
+        if activation:
+            sums = _sums(padded, taps, shift)
+            part = sums.sigmoid()
+            g = g * part * (1 + sums * (1 - part))
+        reached = functional.conv_transpose1d(g, taps[:, None], groups=len(taps))
+        dx += reached[..., width - 1 :] if k == 0 else reached[..., : rows.shape[2]]
+        dtaps = torch.einsum("bdt,bdjt->dj", g, padded.unfold(2, rows.shape[2], 1))
+        dweight.append(dtaps if k == 0 else dtaps.flip(-1))
+        dbias.append(g.sum((0, 2)))
+    if index is not None:
+        dx = dx.gather(2, index)
+    found = {"x": dx.transpose(1, 2), "weight": torch.stack(dweight), "bias": torch.stack(dbias)}
+    return {name: gradient.contiguous() for name, gradient in found.items()}
+
+
+def _spread(x: Tensor, position: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+    """Channels first, (batch, d_inner, places), and the place of each token.
+
+    `width` is that of taps which count positions: every token stands at its own then, apart from
+    the others as far as the taps can tell. At 0 they count tokens, which are their own places.
+    """
+    rows = x.transpose(1, 2)
+    if not width:
+        return rows, None
+    # Further apart than the taps reach is as good as any distance: it bounds the memory.
+    apart = position.long().diff(dim=1).clamp(max=width)
+    index = functional.pad(apart.cumsum(1), (1, 0))[:, None].expand_as(rows)
+    return rows.new_zeros(*rows.shape[:2], width * x.shape[1]).scatter(2, index, rows), index
+
+
+def _both_ways(
+    rows: Tensor, weight: Tensor, bias: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each direction's padded rows, its taps in their order along them, and its bias."""
+    reach = weight.shape[2] - 1
+    for k, (taps, shift) in enumerate(zip(weight.to(rows), bias.to(rows), strict=True)):
+        back = k == 0
+        yield (
+            functional.pad(rows, (reach, 0) if back else (0, reach)),
+            taps if back else taps.flip(-1),
+            shift,
+        )
+
+
+def _sums(padded: Tensor, taps: Tensor, shift: Tensor) -> Tensor:
+    return functional.conv1d(padded, taps[:, None], shift, groups=len(taps))
 
 
 def selective_scan_backward(

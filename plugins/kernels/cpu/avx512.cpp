@@ -284,6 +284,7 @@ const CpuKernels kAvx512Kernels = {
     scan_unit<Avx512>,
     backward_unit<Avx512>,
     conv_token<Avx512>,
+    conv_token_backward<Avx512>,
     widen<Avx512>,
     decay_values<Avx512>,
     softplus_values<Avx512>,

@@ -204,6 +204,7 @@ const CpuKernels kBaselineKernels = {
     scan_unit<Baseline>,
     backward_unit<Baseline>,
     conv_token<Baseline>,
+    conv_token_backward<Baseline>,
     widen<Baseline>,
     decay_values<Baseline>,
     softplus_values<Baseline>,

@@ -1,5 +1,5 @@
-// The depthwise convolution of one token in one direction, as a template over an instruction set;
-// lanes.h says how it is kept apart from the other sets.
+// The depthwise convolution of one token in one direction and its gradients, as a template over an
+// instruction set; lanes.h says how it is kept apart from the other sets.
 #ifndef VSSM_PLUGINS_KERNELS_CPU_CONV_IMPL_H_
 #define VSSM_PLUGINS_KERNELS_CPU_CONV_IMPL_H_
 
@@ -94,6 +94,48 @@ void conv_token(const ConvPlan& plan, const ConvTap* taps, int64_t count, const 
       return conv_typed<Isa, DType::kBFloat16>(plan, taps, count, bias, y);
     default:
       return conv_typed<Isa, DType::kFloat32>(plan, taps, count, bias, y);
+  }
+}
+
+/// The sums are computed anew: to keep them from the forward pass would take as much memory as y.
+template <class Isa>
+void conv_token_backward(const ConvPlan& plan, const ConvGradientTap* taps, int64_t count,
+                         const float* bias, const float* dy, float* dbias) {
+  using L = Lanes<Isa>;
+  using Row = typename L::Row;
+  const typename Isa::FlushDenormals flush;
+  const typename FunctionsOf<Isa>::Type functions;
+  for (int64_t c = 0; c < plan.d_inner; c += kChannels) {
+    const typename Isa::Part part(plan.d_inner - c);
+    const auto load = [&part, c](const float* row) __attribute__((always_inline)) {
+      return L::template load_part<DType::kFloat32>(row + c, part);
+    };
+    Row slope = load(dy);
+    if (plan.activation) {
+      Row sum = L::load(bias + c);
+      for (int64_t j = 0; j < count; ++j) {
+        const Row x = load(taps[j].x), weight = L::load(taps[j].weight + c);
+        for (int v = 0; v < L::kVectors; ++v) {
+          sum.v[v] = Isa::fma(weight.v[v], x.v[v], sum.v[v]);
+        }
+      }
+      for (int v = 0; v < L::kVectors; ++v) {
+        slope.v[v] = slope.v[v] * Sigmoid<Isa>::slope(functions, sum.v[v]);
+      }
+    }
+    Row total = L::load(dbias + c);
+    for (int v = 0; v < L::kVectors; ++v) total.v[v] = total.v[v] + slope.v[v];
+    L::store(dbias + c, total);
+    for (int64_t j = 0; j < count; ++j) {
+      const Row x = load(taps[j].x), weight = L::load(taps[j].weight + c);
+      Row dweight = L::load(taps[j].dweight + c), dx = load(taps[j].dx);
+      for (int v = 0; v < L::kVectors; ++v) {
+        dweight.v[v] = Isa::fma(slope.v[v], x.v[v], dweight.v[v]);
+        dx.v[v] = Isa::fma(slope.v[v], weight.v[v], dx.v[v]);
+      }
+      L::store(taps[j].dweight + c, dweight);
+      L::template store_part<DType::kFloat32>(taps[j].dx + c, part, dx);
+    }
   }
 }
 

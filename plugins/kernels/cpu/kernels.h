@@ -86,6 +86,15 @@ struct ConvTap {
   const float* weight;
 };
 
+/// The same tap with where its gradients are added: to the token's row, which ends with the last
+/// channel as x does, and to the tap's, which is padded.
+struct ConvGradientTap {
+  const float* x;
+  const float* weight;
+  float* dx;
+  float* dweight;
+};
+
 /// One instruction set's kernels.
 struct CpuKernels {
   const char* name;
@@ -96,6 +105,9 @@ struct CpuKernels {
   /// The row y of one token in one direction, from `count` taps. `bias` is padded as the taps are.
   void (*conv_token)(const ConvPlan& plan, const ConvTap* taps, int64_t count, const float* bias,
                      void* y);
+  /// Adds the gradients of one token in one direction; all float32. `dbias` is padded.
+  void (*conv_token_backward)(const ConvPlan& plan, const ConvGradientTap* taps, int64_t count,
+                              const float* bias, const float* dy, float* dbias);
   /// float16 or bfloat16 to float32, exact.
   void (*widen)(const void* source, DType dtype, float* target, int64_t count);
   /// Pieces for tests and for the floor of a benchmark; `count` is a multiple of kChannels.

@@ -2,9 +2,8 @@
 // rows of what units share.
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
 
+#include "plugins/kernels/cpu/aligned.h"
 #include "plugins/kernels/cpu/dispatch.h"
 #include "plugins/kernels/cpu/kernels.h"
 #include "plugins/kernels/selective_scan_backward.h"
@@ -15,19 +14,6 @@ namespace {
 // Blocks of a unit: the gradients of B and C are a sum over channels, which costs a unit once a
 // step; but each unit after the first of an image holds a copy of the two.
 constexpr int64_t kGroup = 8;
-constexpr std::align_val_t kLine{64};
-
-struct FreeAligned {
-  void operator()(float* data) const { operator delete[](data, kLine); }
-};
-using Floats = std::unique_ptr<float[], FreeAligned>;
-
-/// Empty when there is no memory.
-Floats allocate(int64_t count) {
-  return Floats(static_cast<float*>(operator new[](static_cast<size_t>(count) * sizeof(float),
-                                                   kLine, std::nothrow)));
-}
-
 void divide(const SelectiveScanShape& shape, BackwardPlan* plan) {
   plan->blocks = (shape.d_inner + kChannels - 1) / kChannels;
   const int64_t most = std::max(kGroup, shape.d_state / 8);

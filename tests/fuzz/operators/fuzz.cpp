@@ -374,6 +374,17 @@ bool breach(Random& random, Scan& scan, std::vector<vssm_tensor>* given) {
   }
 }
 
+/// The gradients of two runs, on one thread and on several.
+void check_equal(const std::vector<std::vector<Tensor>>& results) {
+  for (size_t i = 0; i < results[0].size(); ++i) {
+    results[0][i].check("a gradient");
+    results[1][i].check("a gradient");
+    const bool same =
+        std::memcmp(results[0][i].data(), results[1][i].data(), results[0][i].bytes) == 0;
+    if (!same) fail("a gradient depends on the number of threads");
+  }
+}
+
 void run_backward(Random& random, const Scan& scan, const std::vector<vssm_tensor>& given) {
   Tensor dy(VSSM_FLOAT32, {scan.batch, scan.seqlen, scan.d_inner});
   fill(random, dy, -1, 1, scan.special);
@@ -395,13 +406,7 @@ void run_backward(Random& random, const Scan& scan, const std::vector<vssm_tenso
       fail(error);
     }
   }
-  for (size_t i = 0; i < results[0].size(); ++i) {
-    results[0][i].check("a gradient");
-    results[1][i].check("a gradient");
-    const bool same =
-        std::memcmp(results[0][i].data(), results[1][i].data(), results[0][i].bytes) == 0;
-    if (!same) fail("a gradient depends on the number of threads");
-  }
+  check_equal(results);
 }
 
 void call_scan(Random& random) {
@@ -496,6 +501,31 @@ void call_gather(Random& random) {
   }
 }
 
+/// Gradients of a convolution whose inputs keep the contract, on one thread and on several.
+void run_conv_backward(Random& random, const std::vector<Tensor>& inputs,
+                       const std::vector<vssm_tensor>& given,
+                       const vssm_conv_attributes& attributes) {
+  const std::vector<int64_t>&x = inputs[0].dims, &weight = inputs[1].dims;
+  Tensor dy(VSSM_FLOAT32, {x[0], weight[0], x[1], x[2]});
+  fill(random, dy, -1, 1, false);
+  std::vector<std::vector<Tensor>> results(2);
+  for (int round = 0; round < 2; ++round) {
+    std::vector<vssm_tensor> gradients;
+    for (size_t i = 0; i < 3; ++i) {
+      results[round].emplace_back(VSSM_FLOAT32, inputs[i].dims);
+      gradients.push_back(results[round].back().describe());
+    }
+    char error[512] = "";
+    const vssm_tensor upstream = dy.describe();
+    const auto threads = static_cast<int32_t>(round == 0 ? 1 : 2 + random.below(3));
+    if (vssm_token_conv_backward("TokenConv", given.data(), 4, &upstream, gradients.data(), 3,
+                                 &attributes, threads, error, sizeof(error)) != 0) {
+      fail(error);
+    }
+  }
+  check_equal(results);
+}
+
 /// A convolution against a sum over all pairs of tokens, in float64.
 void call_conv(Random& random) {
   const int64_t batch = random.below(4), seqlen = random.of({1, 2, 7, 16, 17, 33});
@@ -518,6 +548,9 @@ void call_conv(Random& random) {
   vssm_conv_attributes attributes = {random.below(2), random.below(2)};
   std::vector<vssm_tensor> given;
   for (const Tensor& tensor : inputs) given.push_back(tensor.describe());
+  if (dtype == VSSM_FLOAT32 && random.one_in(3)) {
+    return run_conv_backward(random, inputs, given, attributes);
+  }
   const bool broken = random.one_in(8);
   if (broken && seqlen > 1 && inputs[3].count() > 0 && random.one_in(2)) {
     attributes.by_position = 1;
