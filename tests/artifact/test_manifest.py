@@ -183,6 +183,7 @@ def changed(path: str, value) -> str:
             r"config\.a\[0\]\.b is a number that 64 bits cannot",
         ),
         ("preprocessing/mean/0", "0.5", r"preprocessing\.mean\[0\]='0.5' must be a number"),
+        ("preprocessing/fit", "stretch", "preprocessing.fit='stretch' must be one"),
         ("preprocessing/interpolation", "cubic", "preprocessing.interpolation='cubic' must be one"),
         ("schedule/blocks", {}, "schedule.blocks={} must be an object of at least 1"),
         ("schedule/blocks/5", "0", r"schedule\.blocks\.5='0' must be in \(0, 1\]"),

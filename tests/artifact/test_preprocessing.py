@@ -14,7 +14,7 @@ from PIL import Image, features
 
 from vssm.artifact.directory import Artifact
 from vssm.artifact.manifest import Manifest, Preprocessing, TensorInfo, write_manifest
-from vssm.artifact.preprocessing import preprocess, read_labels
+from vssm.artifact.preprocessing import padded, preprocess, read_labels
 from vssm.errors import ArtifactError
 
 SPEC = Preprocessing.for_image_size(224)
@@ -104,6 +104,30 @@ def test_every_way_to_give_an_image(tmp_path, suffix):
     np.testing.assert_array_equal(preprocess(Image.fromarray(loaded), SMALL), want)
     if suffix not in {"jpg", "gif"}:
         np.testing.assert_array_equal(loaded, pixels)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"),
+    # Both sides of the input count, and the longest that is allowed; halves are rounded up.
+    [(200, 100, (20, 40)), (40, 80, (32, 16)), (10, 8, (32, 40)), (45, 20, (18, 40))],
+)
+def test_padding(width, height, size):
+    spec = Preprocessing(40, (32, 44), interpolation="nearest", fit="pad")
+    image = Image.new("RGB", (width, height), (255, 255, 255))
+    whole, found = padded(image, spec)
+    assert found == size
+    assert whole.shape == (3, 32, 44)
+    inside = np.zeros((32, 44), bool)
+    inside[: size[0], : size[1]] = True
+    white = (1 - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)
+    np.testing.assert_array_equal(whole[:, inside], white[:, None].repeat(inside.sum(), 1))
+    assert not whole[:, ~inside].any()
+    np.testing.assert_array_equal(preprocess(image, spec), whole[None])
+
+
+def test_an_image_that_would_vanish_is_refused():
+    with pytest.raises(ValueError, match="image of 1000x1 would be 40x0 after resizing"):
+        preprocess(Image.new("RGB", (1000, 1)), Preprocessing(40, (32, 44), fit="pad"))
 
 
 def test_several_images(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from command import Run
 from exports import exported, images
 from official_data import fixture
 from official_dense import (
@@ -18,10 +20,13 @@ from official_dense import (
     micro_detector,
     official_boxes,
 )
+from PIL import Image
 
 import vssm
 from vssm import PruneSchedule
 from vssm.artifact.directory import Artifact
+from vssm.artifact.manifest import Preprocessing
+from vssm.artifact.preprocessing import padded
 from vssm.bench.run import bench_directory
 from vssm.bundle.make import BundleRequest, make_bundle
 from vssm.errors import UnsupportedError
@@ -224,6 +229,38 @@ def test_what_a_whole_detector_refuses(
         make_bundle(whole[1], tmp_path / "bundle", BundleRequest())
     with pytest.raises(UnsupportedError, match="whole detector, which finds another number"):
         build_engine(whole[1], EngineRequest("tensorrt-rtx"))
+
+
+def test_images_of_any_size(whole: tuple[Detector, Artifact], tmp_path: Path, cli: Run) -> None:
+    """`vssm run` from files: resized, padded, and back in pixels of the image."""
+    model, artifact = whole
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "7.png")
+    assert cli("run", artifact.directory, tmp_path / "7.png", "-o", tmp_path / "seen") == 0
+    assert "wrote 1 PNG files and detections.json to" in cli.out
+    results = json.loads((tmp_path / "seen" / "detections.json").read_text())
+    assert model.preprocessing() == Preprocessing(96, (96, 96), "bilinear", fit="pad")
+    image, size = padded(Image.fromarray(pixels), model.preprocessing())
+    assert size == (64, 96)
+    with torch.no_grad():
+        (want,) = model.detect(torch.from_numpy(image[None]), [size])
+    assert [row["category_id"] for row in results] == (want.labels + 1).tolist()
+    assert len(results) > 0
+    edges = want.boxes.double().numpy() / 1.6
+    edges[:, 2:] -= edges[:, :2]
+    np.testing.assert_allclose([row["bbox"] for row in results], edges, rtol=0, atol=1e-2)
+    for row in results:
+        assert row["image_id"] == 7
+        assert row["segmentation"]["size"] == [40, 60]
+    assert cli("run", artifact.directory, tmp_path / "7.png") == 2
+    assert "a detector writes a drawing of each image and what it found; say -o DIR" in cli.out
+
+
+def test_preprocessing_of_mmdetections_detectors() -> None:
+    with torch.device("meta"):
+        model = vssm.create_model("vmamba_tiny_maskrcnn_coco")
+    assert model.preprocessing() == Preprocessing(1333, (800, 1344), "bilinear", fit="pad")
 
 
 @pytest.mark.slow

@@ -47,14 +47,17 @@ class BlockOutput:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image file becomes the model's input: resize, centre crop, normalise.
+    """How an image file becomes the model's input: resize, centre crop or pad, normalise.
 
     Attributes:
-        resize: the shorter side in pixels after resizing; at least as long as the crop's sides.
+        resize: the shorter side in pixels after resizing, at least as long as the crop's sides;
+            with fit "pad" the most that the longer side may have.
         crop: (height, width) in pixels, the model's input size.
         interpolation: "bicubic", "bilinear" or "nearest", always PIL's, which antialiases.
         mean: of R, G, B, where the pixels lie in [0, 1].
         std: of R, G, B, likewise.
+        fit: "crop", the middle of the image; or "pad", the whole of it, as large as it fits, with
+            zeros at the bottom and the right.
     """
 
     resize: int
@@ -62,6 +65,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    fit: str = "crop"
 
     @classmethod
     def for_image_size(cls, size: int | tuple[int, int]) -> Preprocessing:
@@ -260,6 +264,7 @@ class Manifest:
 
 
 INTERPOLATIONS: Final = ("bicubic", "bilinear", "nearest")
+FITS: Final = ("crop", "pad")
 TENSOR_TYPES: Final = (*FLOAT_TYPES, "int64", "int32")
 WEIGHTS: Final = ("checkpoint", "initial", "custom")
 QUANTIZATION_METHODS: Final = ("static", "dynamic", "weights")
@@ -383,13 +388,16 @@ def _preprocessing(node: Node) -> Preprocessing:
     std_r, std_g, std_b = (
         n.number(1 / _LARGEST, _LARGEST) for n in node.at("std").items(exactly=3)
     )
+    # Files from before there were whole detectors do not have it.
+    fit = node.at("fit").choice(FITS) if "fit" in node.mapping() else "crop"
     return Preprocessing(
         # A shorter side below the crop's would let the crop reach outside the image.
-        resize=node.at("resize").integer(max(height, width), 2 * MAX_CROP),
+        resize=node.at("resize").integer(1 if fit == "pad" else max(height, width), 2 * MAX_CROP),
         crop=(height, width),
         interpolation=node.at("interpolation").choice(INTERPOLATIONS),
         mean=(r, g, b),
         std=(std_r, std_g, std_b),
+        fit=fit,
     )
 
 
@@ -493,5 +501,7 @@ def _check_together(manifest: Manifest) -> None:
     # Of maps (batch, classes, height, width) the second axis, else the last.
     axis = 1 if len(main.shape) == 4 else -1
     classes = main.shape[axis] if main.shape and main.name == LOGITS else None
+    if manifest.gives_boxes:
+        classes = manifest.config.get("num_classes")
     if manifest.labels is not None and len(manifest.labels) != classes:
         raise FieldError(f"labels has {len(manifest.labels)} names for {classes} classes")

@@ -60,10 +60,11 @@ def preprocess(
     images: ImageInput | Sequence[ImageInput],
     spec: Preprocessing | Manifest | Artifact | str | os.PathLike[str],
 ) -> FloatArray:
-    """Load, resize, crop and normalise images as the model was evaluated.
+    """Load, resize, crop or pad, and normalise images as the model was evaluated.
 
     The steps are torchvision's on PIL images, to the bit: RGB, shorter side to `spec.resize`,
-    centre crop, / 255, minus mean, over std in float32. An EXIF orientation is not applied
+    centre crop, / 255, minus mean, over std in float32; or, for detectors, as large as the input
+    allows, normalised, and padded with zeros. An EXIF orientation is not applied
     (torchvision's loader ignores it, so the published accuracies do too); transparency is dropped;
     of several frames the first is used; 16-bit grey keeps its high byte, as PIL does with 16-bit
     colour.
@@ -87,8 +88,30 @@ def preprocess(
         raise ValueError("images=[] holds no image; give one at least")
     out = np.empty((len(several), 3, *spec.crop), np.float32)
     for i, image in enumerate(several):
-        out[i] = _normalised(_cropped(_resized_image(open_rgb(image, spec), spec), spec), spec)
+        opened = open_rgb(image, spec)
+        out[i] = padded(opened, spec)[0] if spec.fit == "pad" else _middle(opened, spec)
     return out
+
+
+def _middle(image: Image.Image, spec: Preprocessing) -> FloatArray:
+    return _normalised(_cropped(_resized_image(image, spec), spec), spec)
+
+
+def padded(image: Image.Image, spec: Preprocessing) -> tuple[FloatArray, tuple[int, int]]:
+    """A whole RGB image in the input's top left corner, zeros beside and below it.
+
+    Args:
+        image: of any size.
+        spec: with fit "pad".
+
+    Returns:
+        (3, height, width) float32 of the input's size, and (height, width) of the image in it.
+    """
+    part = normalised(image, spec)
+    height, width = part.shape[1:]
+    whole = np.zeros((3, *spec.crop), np.float32)
+    whole[:, :height, :width] = part
+    return whole, (height, width)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -191,7 +214,7 @@ def _check_crop(spec: Preprocessing) -> None:
             f"crop={height}x{width} has a side above {MAX_CROP}, which no model here takes; give "
             "the sizes of the model's input"
         )
-    if spec.resize < max(height, width):
+    if spec.fit == "crop" and spec.resize < max(height, width):
         raise ValueError(
             f"resize={spec.resize} is shorter than the crop {height}x{width}; "
             "make it at least as long"
@@ -202,9 +225,19 @@ def _resized(size: tuple[int, int], spec: Preprocessing) -> tuple[int, int]:
     """Width and height after resizing; torchvision rounds the longer side down.
 
     Raises:
-        ValueError: that would be more pixels than any image may have.
+        ValueError: that would be more pixels than any image may have, or none.
     """
     width, height = size
+    if spec.fit == "pad":
+        scale = min(spec.resize / max(size), spec.crop[0] / height, spec.crop[1] / width)
+        # mmcv's and detectron2's rounding.
+        fitted = int(width * scale + 0.5), int(height * scale + 0.5)
+        if min(fitted) < 1:
+            raise ValueError(
+                f"image of {width}x{height} would be {fitted[0]}x{fitted[1]} after resizing, so "
+                "without a pixel; crop it to a less extreme shape"
+            )
+        return fitted
     longer = int(spec.resize * max(size) / min(size))
     resized = (spec.resize, longer) if width <= height else (longer, spec.resize)
     if longer * spec.resize > MAX_PIXELS:

@@ -177,26 +177,38 @@ def run(
     threads: Threads = None,
     trust: Trust = False,
     labels: Labels = None,
-    top: Annotated[int, typer.Option(help="Classes to print.")] = 5,
+    top: Annotated[int, typer.Option(help="Classes, or detections, to print.")] = 5,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Of a segmenter: directory for label maps, overlays."),
+        typer.Option(
+            "-o", "--output", help="Of a segmenter or a detector: directory for what it draws."
+        ),
+    ] = None,
+    score: Annotated[
+        float | None,
+        typer.Option(help="Of a detector: least score to print and draw; 0.3 by default."),
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Classify image files, or segment them; exit code 1 if one of them cannot be read."""
+    """Classify image files, segment them or find objects; exit code 1 if one cannot be read."""
     from vssm.artifact.manifest import read_manifest
     from vssm.evaluation.classify import classify
     from vssm.evaluation.label_maps import is_segmenter
 
-    if is_segmenter(read_manifest(directory)):
-        options = {"backend": backend, "threads": threads, "trust": trust}
+    manifest = read_manifest(directory)
+    options = {"backend": backend, "threads": threads, "trust": trust}
+    if manifest.gives_boxes:
+        _detect(directory, images, runtime, options, labels, top, score, output, json_file)
+        return
+    if score is not None:
+        raise ValueError(f"score={score}: only detectors have it; leave it out")
+    if is_segmenter(manifest):
         _segment(directory, images, runtime, options, labels, top, output, json_file)
         return
     if output is not None:
         raise ValueError(
-            f"output={str(output)!r}: classes are printed, and --json writes them; only a "
-            "segmenter writes images: leave it out"
+            f"output={str(output)!r}: classes are printed, and --json writes them; only "
+            "segmenters and detectors write images: leave it out"
         )
     results, info = classify(
         directory,
@@ -262,6 +274,55 @@ def _segment(
     )
     show(table(str(info), ("image", "class", "share of pixels"), rows))
     say(f"wrote {2 * sum(r['error'] is None for r in results)} PNG files to {output}")
+    write_result(json_file, {"runtime": info, "images": results})
+    _tell_unread(results)
+
+
+def _detect(
+    directory: Path,
+    images: list[Path],
+    runtime: str,
+    options: Mapping[str, Any],
+    labels: Path | None,
+    top: int,
+    score: float | None,
+    output: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Boxes and masks drawn on image files, and all that was found as COCO's results."""
+    from vssm.artifact.directory import MODEL_FILE, open_artifact
+    from vssm.artifact.preprocessing import read_labels
+    from vssm.evaluation.detect import LEAST_SCORE, RESULTS, write_detections
+    from vssm.runtimes.open import check_runtime, open_session
+
+    if output is None:
+        raise ValueError(
+            "output: a detector writes a drawing of each image and what it found; say -o DIR"
+        )
+    check_runtime(runtime, **options)
+    artifact = open_artifact(directory, only=(MODEL_FILE,))
+    names = artifact.manifest.labels
+    if labels is not None:
+        names = read_labels(labels, int(artifact.manifest.config["num_classes"]))
+    least = LEAST_SCORE if score is None else score
+    with phases() as progress, open_session(artifact, runtime, **options) as session:
+        results = write_detections(
+            session, images, output, names=names, top=top, least=least, progress=progress
+        )
+        info = session.info
+    rows = (
+        (
+            r["file"] if i == 0 else "",
+            d["label"],
+            f"{d['score']:.3f}",
+            ", ".join(f"{edge:.1f}" for edge in d["box"]),
+        )
+        for r in results
+        for i, d in enumerate(r["detections"])
+    )
+    show(table(str(info), ("image", "class", "score", "box: left, top, right, bottom"), rows))
+    drawn = sum(r["error"] is None for r in results)
+    say(f"wrote {drawn} PNG files and {RESULTS} to {output}")
     write_result(json_file, {"runtime": info, "images": results})
     _tell_unread(results)
 

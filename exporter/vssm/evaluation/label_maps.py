@@ -72,8 +72,8 @@ def write_label_maps(
             continue
         labels = best_classes(logits, (image.height, image.width)).astype(np.uint8)
         paths = {kind: output / f"{file.stem}.{kind}.png" for kind in ("labels", "overlay")}
-        atomic_write_bytes(paths["labels"], _png(Image.fromarray(labels)))
-        atomic_write_bytes(paths["overlay"], _png(_overlay(image, palette[labels])))
+        atomic_write_bytes(paths["labels"], png(Image.fromarray(labels)))
+        atomic_write_bytes(paths["overlay"], png(_overlay(image, palette[labels])))
         found = {kind: str(path) for kind, path in paths.items()}
         shares = _shares(labels, classes, names, top)
         rows.append({"file": str(file), **found, "classes": shares, "error": None})
@@ -92,15 +92,24 @@ def colours(classes: int) -> Array:
     return found
 
 
-def _refuse(manifest: Manifest, files: Sequence[Path], top: int) -> int:
-    if top < 1:
-        raise ValueError(f"top={top} is below 1; give the number of classes to print")
+def refuse_same_names(files: Sequence[Path]) -> None:
+    """Refuse images whose results would have one name.
+
+    Raises:
+        ValueError: there are two.
+    """
     twice = sorted({f.stem for f in files if sum(g.stem == f.stem for g in files) > 1})
     if twice:
         raise ValueError(
             f"images: two are called {twice[0]} but for folder and ending, and would write one "
             "file; run them one by one, into a directory each"
         )
+
+
+def _refuse(manifest: Manifest, files: Sequence[Path], top: int) -> int:
+    if top < 1:
+        raise ValueError(f"top={top} is below 1; give the number of classes to print")
+    refuse_same_names(files)
     classes = int(manifest.main_output.shape[1])
     if classes > _MOST:
         raise ValueError(
@@ -129,7 +138,8 @@ def _overlay(image: Image.Image, painted: Array) -> Image.Image:
     return Image.blend(image, Image.fromarray(painted), _OPACITY)
 
 
-def _png(image: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
+    """An image as a PNG file."""
     data = io.BytesIO()
     image.save(data, "PNG")
     return data.getvalue()

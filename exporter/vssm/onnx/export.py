@@ -20,6 +20,7 @@ from vssm.artifact.directory import WEIGHTS_FILE, Artifact, staged_export
 from vssm.artifact.manifest import (
     BOXES,
     DETECTIONS,
+    LOGITS,
     MERGED_PAIRS,
     SIZES,
     Preprocessing,
@@ -110,10 +111,10 @@ def export(
     if labels is None:
         labels = names_of(model.name, model.num_classes)
     outputs = checked_outputs(model.task, outputs)
-    if "logits" not in model.output_groups[outputs]:
+    if not {LOGITS, BOXES}.intersection(model.output_groups[outputs]):
         if given:
             raise ValueError(
-                f"labels={len(given)} names with outputs={outputs!r}, which has no logits that "
+                f"labels={len(given)} names with outputs={outputs!r}, which has no classes that "
                 "they could name; leave the labels out"
             )
         labels = None  # those of the checkpoint, or of the data set

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vssm.artifact.manifest import Preprocessing
 from vssm.models.base import ForwardDetails, details
 from vssm.models.dense.base import DenseModel
 from vssm.models.dense.heads import ConvNorm, Size
@@ -193,8 +194,10 @@ class Detector(DenseModel):
         )
         return box[keep], score[keep]
 
-    def preprocessing(self) -> None:
-        """None: images are resized with their ratio kept and padded, which nothing here does."""
+    def preprocessing(self) -> Preprocessing:
+        """The whole image as large as it fits, bilinear, padded at the bottom and the right."""
+        longest = max(self.image_size)
+        return Preprocessing(longest, self.image_size, interpolation="bilinear", fit="pad")
 
     def head_cost(self) -> int:
         """Multiply-adds of the dense head, without the heads that read regions."""
@@ -405,6 +408,11 @@ class CocoDetector(Detector):
     """Base of the detectors with mmdetection's neck and heads."""
 
     neck: FeaturePyramid
+
+    def preprocessing(self) -> Preprocessing:
+        """As for every detector; 1344 stands for mmdetection's 1333, padded to a multiple of 32."""
+        spec = super().preprocessing()
+        return replace(spec, resize=1333) if spec.resize == 1344 else spec
 
     def _add_mask_rcnn(
         self, widths: Sequence[int], sizes: Sequence[Size], box: BoxHead, *, norm: bool
