@@ -175,7 +175,7 @@ def test_files_of_images(tmp_path: Path) -> None:
     with Image.open(rows[0]["picture"]) as picture:
         assert picture.size == (30, 20)
         # Half of the image, half of the class's colour, which is also the box's.
-        assert picture.getpixel((28, 10)) == (128, 128, 0)
+        assert picture.getpixel((15, 19)) == (128, 128, 0)
         assert picture.getpixel((15, 17)) == (164, 114, 0)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "000139.detections.png",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from vssm.artifact.data_sets import COCO, COCO_CATEGORIES
 from vssm.artifact.manifest import BOXES
@@ -235,14 +235,17 @@ def drawn(
             part[inside] = (part[inside] + palette[found.labels[i] % 255].astype(int)) // 2
     picture = Image.fromarray(pixels)
     canvas = ImageDraw.Draw(picture)
+    # To be read on a large image too.
+    font, width = ImageFont.load_default(max(11, image.height // 45)), max(2, image.height // 300)
     for i in some[::-1]:
         colour = tuple(palette[found.labels[i] % 255].tolist())
         left, top, right, bottom = found.boxes[i].tolist()
-        canvas.rectangle((left, top, right, bottom), outline=colour, width=2)
+        canvas.rectangle((left, top, right, bottom), outline=colour, width=width)
         told = _told(found, i, names)
         text = f"{told['label']} {told['score']:.2f}"
-        canvas.rectangle(canvas.textbbox((left + 2, top + 2), text), fill=colour)
-        canvas.text((left + 2, top + 2), text, fill=(255, 255, 255))
+        corner = (left + width, top + width)
+        canvas.rectangle(canvas.textbbox(corner, text, font), fill=colour)
+        canvas.text(corner, text, (255, 255, 255), font)
     return picture
 
 
