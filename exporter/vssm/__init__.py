@@ -20,6 +20,7 @@ _PUBLIC = {
     "ModelFamily": "vssm.models.family",
     "PruneSchedule": "vssm.pruning.schedule",
     "Recipe": "vssm.training.recipe",
+    "SceneRecipe": "vssm.training.scene_recipe",
     "Session": "vssm.runtimes.session",
     "MergeSchedule": "vssm.pruning.schedule",
     "QuantizeRequest": "vssm.quantization.request",

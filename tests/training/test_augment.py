@@ -88,7 +88,7 @@ def test_recipes_are_checked():
             Recipe(**{name: value})
     with pytest.raises(ValueError, match="batch=3 is odd, but mixup and cutmix pair"):
         Recipe(batch=3)
-    with pytest.raises(ValueError, match="recipe='rate' is not one of epochs, batch"):
+    with pytest.raises(ValueError, match="recipe='rate' is not one of batch, seed, epochs"):
         Recipe.of({"rate": 1})
     for value in (1.5, True, "4"):
         with pytest.raises(TypeError, match=r"epochs=.* is not of type int"):

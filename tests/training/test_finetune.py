@@ -438,7 +438,7 @@ def test_processes_of_torchrun(data, checkpoint, tmp_path, twice):
     if twice:
         _same(tmp_path / "killed", tmp_path / "whole")
     header = json.loads((tmp_path / "killed" / "finetune.json").read_text())["run"]
-    assert header["processes"] == "2"
+    assert header["processes"] == 2
     vssm.finetune(request(data, tmp_path / "alone", what=model_source(checkpoint), **numbers))
     found = np.loadtxt(tmp_path / "killed" / "log.csv", delimiter=",", skiprows=1)
     expected = np.loadtxt(tmp_path / "alone" / "log.csv", delimiter=",", skiprows=1)
@@ -695,7 +695,7 @@ def test_weights_bring_the_names_of_their_classes(data, checkpoint, whole, tmp_p
         model = _model(weights)
         assert model.labels == tuple(names)
     again = request(data, tmp_path / "two", what=model_source(Path(report.weights)), **PLAIN)
-    assert plan_run(again, model, Group("cpu")).folder.classes == tuple(names)
+    assert plan_run(again, model, Group("cpu")).lesson.labels == tuple(names)
     artifact = vssm.export(model, tmp_path / "out")
     assert artifact.manifest.labels == tuple(names)
     kept = vssm.create_model("vim_tiny", num_classes=CLASSES, **finetune_cases.OPTIONS)

@@ -24,7 +24,8 @@ _EMA: Final = "ema_"  # mmcv's hook copies every parameter under such a name
 # Counters that stand among the weights: AveragedModel's, thop's, and what loops save beside them.
 _COUNTERS: Final = frozenset({"n_averaged", "total_ops", "total_params"})
 _LOOP_COUNTERS: Final = frozenset({"epoch", "step", "global_step", "iteration", "iter"})
-_HEADS: Final = frozenset({"head", "dist_head", "head_dist"})  # GroupMamba's, DeiT's
+# GroupMamba's and DeiT's too; a segmenter's classifiers of pixels.
+_HEADS: Final = frozenset({"head", "dist_head", "head_dist", "conv_seg"})
 _DEPTH: Final = 4
 _GROUPS: Final = 8
 # A file with more tensors than this is not tried: a teacher, averages and mmcv's copies are four.

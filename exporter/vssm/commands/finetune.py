@@ -20,6 +20,7 @@ from vssm.commands.options import (
     Name,
     NewHead,
     NumClasses,
+    Restore,
     Schedule,
     Switches,
     model_source,
@@ -28,20 +29,37 @@ from vssm.commands.options import (
 from vssm.commands.tables import say, say_folders, show, table, telling, write_result
 from vssm.extras import install_command
 from vssm.training.recipe import Recipe
-from vssm.training.request import FinetuneRequest, Resources
+from vssm.training.request import FinetuneRequest, Resources, is_segmenter
+from vssm.training.scene_recipe import SceneRecipe
 
 if TYPE_CHECKING:
     from vssm.training.run import FinetuneReport
 
-Data = Annotated[Path, typer.Option(help="Folder with a folder of images for each class.")]
+Data = Annotated[
+    Path,
+    typer.Option(help="Folder with a folder of images for each class; of a segmenter as ADE20K."),
+]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory for all that is written.")]
 Tokens = Annotated[
     str,
     typer.Option(help="gather: as deployed; masked: as published, Vim only; fused: EViT-style."),
 ]
-Epochs = Annotated[int, typer.Option(help="Passes over the images.")]
-Batch = Annotated[int, typer.Option(help="Images a step, all processes together.")]
-Rate = Annotated[float, typer.Option(help="Learning rate after the warm-up.")]
+# None, as a segmenter's are those of its own recipe. The help has the published numbers.
+Epochs = Annotated[
+    int | None,
+    typer.Option(help=f"Passes over the images, {Recipe.epochs} by default; not of a segmenter."),
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(help=f"Images a step, {Recipe.batch} by default; of a segmenter as published."),
+]
+Rate = Annotated[
+    float | None,
+    typer.Option(
+        help=f"Learning rate after the warm-up, {Recipe.lr:g} by default; of a segmenter as "
+        "published."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of everything random: order, augmentation, mixing.")]
 Numbers = Annotated[
     list[str] | None,
@@ -76,16 +94,19 @@ def finetune(
     alignment: Alignment = None,
     importance: Importance = None,
     conv: Conv = None,
+    restore: Restore = None,
     tokens: Tokens = "gather",
     num_classes: NumClasses = None,
     option: Switches = None,
-    # The recipe's own defaults, so that --help shows the published numbers.
-    epochs: Epochs = Recipe.epochs,
-    batch: Batch = Recipe.batch,
-    lr: Rate = Recipe.lr,
+    epochs: Epochs = None,
+    batch: Batch = None,
+    lr: Rate = None,
     seed: Seed = Recipe.seed,
     numbers: Numbers = None,
     classes: Classes = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a segmenter's data: the part; training by default.")
+    ] = None,
     resume: Resume = False,
     workers: Workers = None,
     micro_batch: MicroBatch = None,
@@ -106,14 +127,16 @@ def finetune(
         alignment=alignment,
         importance=importance,
         conv=conv,
+        restore=restore,
         tokens=tokens,
         num_classes=num_classes,
         option=option,
     )
     named = {"epochs": epochs, "batch": batch, "lr": lr, "seed": seed}
-    recipe = _recipe(numbers or [], named)
+    recipe = _recipe(name, numbers or [], named)
     resources = Resources(workers, micro_batch, save_every, device, threads)
-    _run(FinetuneRequest(source, data, output, recipe, classes, resume, resources), json_file)
+    request = FinetuneRequest(source, data, output, recipe, classes, resume, resources, split)
+    _run(request, json_file)
 
 
 def _run(request: FinetuneRequest, json_file: Path | None) -> None:
@@ -132,13 +155,21 @@ def _run(request: FinetuneRequest, json_file: Path | None) -> None:
         write_result(json_file, report)
 
 
-def _recipe(pairs: list[str], named: dict[str, Any]) -> Recipe:
+def _recipe(name: str, pairs: list[str], named: dict[str, Any]) -> Recipe | SceneRecipe:
     """The recipe from KEY=VALUE pairs, and the numbers that have options of their own."""
     given = options(pairs, "--recipe")
     # Neither could win without the other being ignored.
     if twice := sorted(set(given) & set(named)):
         raise ValueError(f"--recipe {twice[0]}: this number has an option of its own; --{twice[0]}")
-    return Recipe.of({**named, **given})
+    values = {**{key: value for key, value in named.items() if value is not None}, **given}
+    if not is_segmenter(name):
+        return Recipe.of(values)
+    if "epochs" in values:
+        raise ValueError(
+            f"epochs={values['epochs']} for {name!r}: a segmenter's run is counted in steps; give "
+            "--recipe iterations=N"
+        )
+    return SceneRecipe.published(name, values)
 
 
 def _print(report: FinetuneReport) -> None:

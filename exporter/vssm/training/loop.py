@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import itertools
 import math
 import os
@@ -13,17 +13,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from typing_extensions import Self
 
 from vssm.errors import RuntimeUnavailableError, VssmError
-from vssm.evaluation.data import ImageFolder, in_order
+from vssm.evaluation.data import in_order
 from vssm.models.base import VisionModel
-from vssm.training.augment import Example, load_batch
+from vssm.training.lessons import Lesson
 from vssm.training.log import LogRow, RunLog
-from vssm.training.mix import loss_of, mix
-from vssm.training.recipe import Draw, Recipe
+from vssm.training.recipe import Draw
 from vssm.training.state import State
 from vssm.types import Progress
 
@@ -71,7 +71,7 @@ class Group:
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Replace each by its sum over the processes, in place."""
-        if self.world == 1:
+        if self.world == 1 or not gradients:
             return
         # One reduction: one for each of hundreds of tensors would wait for the others as often.
         flat = torch.cat([g.flatten() for g in gradients])
@@ -80,6 +80,12 @@ class Group:
         for gradient in gradients:
             gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
             start += gradient.numel()
+
+    def average(self, buffers: Sequence[Tensor]) -> None:
+        """Replace each by its mean over the processes, in place."""
+        self.sum_gradients(buffers)
+        for buffer in buffers if self.world > 1 else ():
+            buffer.div_(self.world)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a number over the processes."""
@@ -115,11 +121,10 @@ LOG_FILE = "log.csv"
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What is trained on what, and how the work is laid out; only `recipe` changes numbers.
+    """What is trained on what, and how the work is laid out; only `lesson` changes numbers.
 
     Attributes:
-        recipe: the numbers.
-        folder: the images and their classes.
+        lesson: the numbers, the images and what is taught about them.
         directory: for the state and the log.
         header: what must be the same when the run goes on.
         workers: processes that load images, for each process that trains.
@@ -128,8 +133,7 @@ class TrainingRun:
         save_every: steps between states, beside the one at the end of each epoch.
     """
 
-    recipe: Recipe
-    folder: ImageFolder
+    lesson: Lesson
     directory: Path
     header: Mapping[str, Any]
     workers: int
@@ -139,12 +143,12 @@ class TrainingRun:
     @property
     def steps_per_epoch(self) -> int:
         """Steps of an epoch."""
-        return self.recipe.steps(len(self.folder.pictures))
+        return self.lesson.recipe.steps(self.lesson.images)
 
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
-        return self.recipe.epochs * self.steps_per_epoch
+        return self.lesson.recipe.total(self.lesson.images)
 
 
 @dataclass(frozen=True)
@@ -192,8 +196,10 @@ def train(
         ValueError: an image cannot be read.
         VssmError: the loss is not finite, or a worker was killed.
     """
+    lesson, recipe = run.lesson, run.lesson.recipe
+    lesson.prepare(model)
     model.train()
-    state, path = State.begin(model, run.recipe), run.directory / STATE_FILE
+    state, path = State.begin(model, recipe), run.directory / STATE_FILE
     if path.exists():
         state.load(path, run.header)
     # A process that sees another state, or none, would make other steps and be waited for.
@@ -203,12 +209,13 @@ def train(
         log.begin(resumed)
     for batch in _batches(run, group, first=resumed):
         epoch = state.step // run.steps_per_epoch
-        lr = run.recipe.learning_rate(epoch)
+        lr = recipe.rate_at(state.step, lesson.images)
         loss = _gradients(state, batch, run, group, teacher)
-        state.advance(lr, run.recipe.ema)
+        state.advance(lr, recipe.ema)
         if log is not None:
             log.add(LogRow(state.step, epoch + 1, lr, loss))
-            if state.step % run.save_every == 0 or state.step % run.steps_per_epoch == 0:
+            ends = state.step % run.steps_per_epoch == 0 or state.step == run.steps
+            if state.step % run.save_every == 0 or ends:
                 # The rows first: `begin` refuses a state that has more steps than the log has rows.
                 log.sync()
                 state.save(path, run.header)
@@ -220,41 +227,34 @@ def train(
     losses = [math.nan] if log is None else log.losses(run.steps_per_epoch)
     done = state.step - resumed
     return state, Trained(
-        images=len(run.folder.pictures),
+        images=lesson.images,
         steps=run.steps,
         resumed=resumed,
         loss=sum(losses) / len(losses),
         seconds=seconds,
-        images_per_s=done * run.recipe.batch / seconds if done else None,
+        images_per_s=done * recipe.batch / seconds if done else None,
     )
 
 
 def _batches(run: TrainingRun, group: Group, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Classes and inputs of this process's share of every step from `first` on."""
-    load = functools.partial(load_batch, recipe=run.recipe, size=tuple(run.header["image_size"]))
+    """Inputs and targets of this process's share of every step from `first` on."""
     # Made as they are needed: all epochs of a large data set would not fit into memory.
-    shares, ahead = itertools.tee(_shares(run, group, first))
-    batches = ([example for example, _ in share] for share in ahead)
-    for share, pixels in zip(shares, in_order(load, batches, workers=run.workers), strict=True):
-        classes = torch.tensor([target for _, target in share])
-        yield classes.to(group.device), torch.from_numpy(pixels).to(group.device)
+    shares = itertools.islice(_shares(run, group, first), run.steps - first)
+    for pixels, targets in in_order(run.lesson.loader(), shares, workers=run.workers):
+        yield torch.from_numpy(pixels).to(group.device), torch.from_numpy(targets).to(group.device)
 
 
-def _shares(run: TrainingRun, group: Group, first: int) -> Iterator[list[tuple[Example, int]]]:
-    """The images that this process has of every step, with their classes."""
-    per_epoch, batch = run.steps_per_epoch, run.recipe.batch
-    for epoch in range(first // per_epoch, run.recipe.epochs):
-        order = run.recipe.order(epoch, len(run.folder.pictures))
+def _shares(run: TrainingRun, group: Group, first: int) -> Iterator[list[Any]]:
+    """The examples that this process has of every step; there is no end to them."""
+    lesson, per_epoch, batch = run.lesson, run.steps_per_epoch, run.lesson.recipe.batch
+    for epoch in itertools.count(first // per_epoch):
+        order = lesson.recipe.order(epoch, lesson.images)
         for step in range(max(0, first - epoch * per_epoch), per_epoch):
             # The place in the whole batch: what an image draws does not depend on the processes.
-            chosen = enumerate(order[step], start=step * batch)
+            chosen = enumerate(order[step].tolist(), start=step * batch)
             # In strides, so that the repeats of an image go to different processes, as DeiT's do.
             mine = list(chosen)[group.rank :: group.world]
-            pictures = [(place, run.folder.pictures[index]) for place, index in mine]
-            yield [
-                (Example(str(run.folder.root / p.path), epoch, place), p.target)
-                for place, p in pictures
-            ]
+            yield [lesson.example(index, epoch, place) for place, index in mine]
 
 
 def _gradients(
@@ -265,25 +265,22 @@ def _gradients(
     teacher: nn.Module | None,
 ) -> float:
     """Leave the gradients of the mean loss over all processes; return that loss."""
-    model, recipe, (classes, images) = state.model, run.recipe, batch
-    # By rank: each process mixes the images that it has.
-    rng = recipe.generator(Draw.MIX, state.step, group.rank)
-    images, targets = mix(images, classes, run.header["num_classes"], recipe, rng)
+    model, lesson, batch_size = state.model, run.lesson, run.lesson.recipe.batch
+    images, targets = lesson.mixed(*batch, state.step, group.rank)
     # float64, so that the passes of a step add no rounding of their own to the loss.
     total = torch.zeros((), dtype=torch.float64, device=group.device)
     size = run.micro_batch or len(images)
-    for some, goals in zip(images.split(size), targets.split(size), strict=True):
-        taught = None
-        if teacher is not None:
-            with torch.no_grad():
-                taught = teacher(some)
-        loss = loss_of(model(some), goals, taught, recipe)
-        # By the whole batch: gradients of passes and processes are then only to be added.
-        (loss / recipe.batch).backward()
-        total += loss.detach()
+    with _drawing(lesson.recipe.generator(Draw.DROPOUT, state.step, group.rank), group.device):
+        for some in zip(images.split(size), targets.split(size), strict=True):
+            loss = lesson.loss(model, some, teacher)
+            # By the whole batch: gradients of passes and processes are then only to be added.
+            (loss / batch_size).backward()
+            total += loss.detach()
     # Which parameters have none is up to the model, so every process leaves out the same.
     group.sum_gradients([p.grad for p in model.parameters() if p.grad is not None])
-    mean = group.sum(total).item() / recipe.batch
+    # What batch norms have seen of this process's share.
+    group.average([b for key, b in model.named_buffers() if ".running_" in key])
+    mean = group.sum(total).item() / batch_size
     if not math.isfinite(mean):
         raise VssmError(
             f"loss={mean} at step {state.step + 1} is not finite; begin again with a smaller lr "
@@ -292,12 +289,22 @@ def _gradients(
     return mean
 
 
+@contextlib.contextmanager
+def _drawing(rng: np.random.Generator, device: torch.device) -> Iterator[None]:
+    """What layers draw in here comes from `rng`; torch's own generators stay as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(rng.integers(1 << 62)))
+        yield
+
+
 def _line(step: int, loss: float, lr: float, run: TrainingRun, since: tuple[float, int]) -> str:
     seconds, resumed = since
     speed = (step - resumed) / seconds
     left = timedelta(seconds=round((run.steps - step) / speed))
     return (
-        f"epoch {(step - 1) // run.steps_per_epoch + 1} of {run.recipe.epochs}, step {step:,} of "
-        f"{run.steps:,}, loss {loss:.4f}, lr {lr:.1e}, {speed * run.recipe.batch:.1f} images/s, "
+        f"epoch {(step - 1) // run.steps_per_epoch + 1} of {-(-run.steps // run.steps_per_epoch)}, "
+        f"step {step:,} of {run.steps:,}, loss {loss:.4f}, lr {lr:.1e}, "
+        f"{speed * run.lesson.recipe.batch:.1f} images/s, "
         f"{left} left"
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vssm.errors import check_choice
 
@@ -26,10 +26,73 @@ class Draw(IntEnum):
     ORDER = 0
     IMAGE = 1
     MIX = 2
+    DROPOUT = 3
+
+
+_Recipe = TypeVar("_Recipe", bound="Numbers")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Numbers:
+    """What every recipe has: a batch, a seed, and what follows from them.
+
+    Attributes:
+        batch: images of a step, of all processes together.
+        seed: of everything that is drawn.
+    """
+
+    batch: int
+    seed: int
+
+    def _check(self, name: str, holds: bool, rule: str) -> None:
+        value = getattr(self, name)
+        if not holds or not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be {rule}; see docs/finetune.md")
+
+    @classmethod
+    def of(cls: type[_Recipe], values: dict[str, Any]) -> _Recipe:
+        """From values by name, as the command line has them; a whole number will do for a float.
+
+        Raises:
+            ValueError: a name is unknown, or a value out of its range.
+            TypeError: a value is of another type.
+        """
+        # By the defaults, as annotations are texts here.
+        kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(cls)}
+        for name in values:
+            check_choice("recipe", name, kinds)
+        for name, value in values.items():
+            kind = kinds[name]
+            # bool is a kind of int, but `lr=true` is a mistake.
+            allowed = (int, float) if kind is float else (kind,)
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                raise TypeError(
+                    f"recipe: {name}={value!r} is not of type {kind.__name__}; give one"
+                )
+        return cls(**{name: kinds[name](value) for name, value in values.items()})
+
+    def generator(self, what: Draw, *where: int) -> np.random.Generator:
+        """The random numbers for one purpose at one place."""
+        import numpy as np
+
+        # numpy hashes the list, so seeds and places that are neighbours give unrelated streams.
+        return np.random.Generator(np.random.PCG64([self.seed, what, *where]))
+
+    def steps(self, images: int) -> int:
+        """Steps of an epoch; what does not fill a batch is left out, other images each time.
+
+        Raises:
+            ValueError: there are fewer images than a batch has.
+        """
+        if images < self.batch:
+            raise ValueError(
+                f"batch={self.batch} is more than the {images} images; give a smaller one"
+            )
+        return images // self.batch
+
+
+@dataclass(frozen=True)
+class Recipe(Numbers):
     """The numbers of a training run; the defaults are the published ones.
 
     Attributes:
@@ -97,33 +160,6 @@ class Recipe:
                 "an even one, or mixup=0 and cutmix=0"
             )
 
-    def _check(self, name: str, holds: bool, rule: str) -> None:
-        value = getattr(self, name)
-        if not holds or not math.isfinite(value):
-            raise ValueError(f"{name}={value} must be {rule}; see docs/finetune.md")
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> Recipe:
-        """From values by name, as the command line has them; a whole number will do for a float.
-
-        Raises:
-            ValueError: a name is unknown, or a value out of its range.
-            TypeError: a value is of another type.
-        """
-        # By the defaults, as annotations are texts here.
-        kinds = {f.name: type(getattr(_DEFAULT, f.name)) for f in fields(cls)}
-        for name in values:
-            check_choice("recipe", name, kinds)
-        for name, value in values.items():
-            kind = kinds[name]
-            # bool is a kind of int, but `lr=true` is a mistake.
-            allowed = (int, float) if kind is float else (kind,)
-            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-                raise TypeError(
-                    f"recipe: {name}={value!r} is not of type {kind.__name__}; give one"
-                )
-        return cls(**{name: kinds[name](value) for name, value in values.items()})
-
     def learning_rate(self, epoch: int) -> float:
         """Of an epoch, counted from 0: timm's cosine, stepped once an epoch as DeiT does.
 
@@ -135,24 +171,17 @@ class Recipe:
         way = 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
         return self.min_lr + (self.lr - self.min_lr) * way
 
-    def generator(self, what: Draw, *where: int) -> np.random.Generator:
-        """The random numbers for one purpose at one place."""
-        import numpy as np
+    def scale(self, key: str, blocks: int) -> float:
+        """What the learning rate of a parameter is multiplied by: all learn alike."""
+        return 1.0
 
-        # numpy hashes the list, so seeds and places that are neighbours give unrelated streams.
-        return np.random.Generator(np.random.PCG64([self.seed, what, *where]))
+    def total(self, images: int) -> int:
+        """Steps of the whole run."""
+        return self.epochs * self.steps(images)
 
-    def steps(self, images: int) -> int:
-        """Steps of an epoch; what does not fill a batch is left out, other images each time.
-
-        Raises:
-            ValueError: there are fewer images than a batch has.
-        """
-        if images < self.batch:
-            raise ValueError(
-                f"batch={self.batch} is more than the {images} images; give a smaller one"
-            )
-        return images // self.batch
+    def rate_at(self, step: int, images: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        return self.learning_rate(step // self.steps(images))
 
     def order(self, epoch: int, images: int) -> npt.NDArray[np.int64]:
         """Images (steps, batch) of an epoch: shuffled, each `repeats` times in a row.
@@ -166,6 +195,3 @@ class Recipe:
         shuffled = self.generator(Draw.ORDER, epoch).permutation(images)
         # Cut to the steps of an epoch: with 3 repeats it sees a third of the images.
         return np.repeat(shuffled, self.repeats)[: steps * self.batch].reshape(steps, self.batch)
-
-
-_DEFAULT = Recipe()

@@ -17,6 +17,7 @@ from vssm.models.registry import cards, check_options, check_task
 from vssm.models.schedules import named_schedule
 from vssm.pruning.schedule import MergeSchedule, PruneSchedule, Schedule
 from vssm.training.recipe import Recipe
+from vssm.training.scene_recipe import SceneRecipe
 
 
 def refuse_unused_options(
@@ -234,28 +235,42 @@ class FinetuneRequest:
 
     Attributes:
         source: the model.
-        data: folder of images, laid out as ImageNet's training set.
+        data: folder of images, laid out as ImageNet's training set; for a segmenter as ADE20K.
         output: directory for the weights, the state and the log.
-        recipe: the numbers.
+        recipe: the numbers; for a segmenter a `SceneRecipe`.
         classes: which folder is which class, as for `evaluate`; None: by the labels that the
-            checkpoint has, else by name, where that is certain.
+            checkpoint has, else by name, where that is certain. Not for a segmenter.
         resume: go on where the stopped run in `output` ended; refused where there is none.
         resources: how it is laid out.
+        split: for a segmenter alone, the folder in images and annotations; None for "training".
 
     Raises:
-        ValueError: the recipe distils, but there is no dense model with weights to distil from.
+        TypeError: the recipe is not of the model's task.
+        ValueError: something is given that the task has no use for, or the recipe distils, but
+            there is no dense model with weights to distil from.
     """
 
     source: ModelSource
     data: Path
     output: Path
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Recipe | SceneRecipe = field(default_factory=Recipe)
     classes: str | os.PathLike[str] | None = None
     resume: bool = False
     resources: Resources = field(default_factory=Resources)
+    split: str | None = None
 
     def __post_init__(self) -> None:
+        if is_segmenter(self.source.name):
+            self._check_scenes()
+            return
         check_task(self.source.name, "classification", "training on folders of classes")
+        if not isinstance(self.recipe, Recipe):
+            raise TypeError(
+                f"recipe={type(self.recipe).__name__} for {self.source.name!r}, which gives an "
+                "image one class; give a Recipe"
+            )
+        if self.split is not None:
+            raise ValueError(f"split={self.split!r} is nothing that a classifier's folder has")
         thinned = self.source.schedule is not None or self.source.merge is not None
         missing = not thinned or self.source.checkpoint is None
         if self.recipe.distil > 0 and missing:
@@ -269,3 +284,28 @@ class FinetuneRequest:
                 f"distil={self.recipe.distil} with new_head=True: the teacher's head would be "
                 "untrained too; give distil=0"
             )
+
+    def _check_scenes(self) -> None:
+        """A segmenter's run: what belongs to classifiers is refused."""
+        name = self.source.name
+        if not isinstance(self.recipe, SceneRecipe):
+            raise TypeError(
+                f"recipe={type(self.recipe).__name__} for {name!r}, which gives every pixel a "
+                f"class; give SceneRecipe.published({name!r})"
+            )
+        if self.classes is not None:
+            raise ValueError(
+                f"classes={self.classes} for {name!r}: annotations have numbers, and no folders; "
+                "leave it out"
+            )
+        if self.source.tokens != "gather":
+            raise ValueError(
+                f"tokens={self.source.tokens!r} for {name!r}: a dense head needs what stands at "
+                "pruned positions; use tokens='gather'"
+            )
+
+
+def is_segmenter(name: str) -> bool:
+    """Whether a model's name is that of a segmenter."""
+    card = cards().get(name)
+    return card is not None and card.task == "segmentation"

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from vssm._version import __version__
+from vssm.artifact.data_sets import names_of
 from vssm.checkpoints.load import load_checkpoint
 from vssm.errors import ArtifactError
 from vssm.evaluation.data import open_images, worker_count
+from vssm.evaluation.scenes import check_class_count, open_scenes
 from vssm.extras import is_installed
 from vssm.files.atomic import make_directory, sha256_of
 from vssm.files.json import write_json
@@ -23,8 +25,11 @@ from vssm.models.base import VisionModel
 from vssm.models.fused_tokens import fuse_leftovers
 from vssm.models.schedules import named_schedule
 from vssm.pruning.schedule import Schedule
+from vssm.training.lessons import Pictures, Scenes
 from vssm.training.loop import Group, TrainingRun
+from vssm.training.recipe import Recipe
 from vssm.training.request import FinetuneRequest, ModelSource
+from vssm.training.scene_recipe import SceneRecipe
 from vssm.types import Progress
 
 if TYPE_CHECKING:
@@ -40,7 +45,7 @@ def build_models(request: FinetuneRequest, group: Group) -> tuple[VisionModel, V
     model = build_model(source, _schedule(source)).to(group.device)
     if source.tokens == "fused":
         fuse_leftovers(model)
-    if request.recipe.distil == 0:
+    if isinstance(request.recipe, SceneRecipe) or request.recipe.distil == 0:
         return model, None
     # The student trains on the kernels by itself; without gradients "auto" is the slow oracle.
     return model, build_model(source, None).use_backend("kernel").to(group.device)
@@ -55,16 +60,9 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Trai
     # All that the numbers depend on is in the header, so that `--resume` can promise the same bits.
     # Workers are not: they load the same images in the same order.
     recipe, resources = request.recipe, request.resources
-    folder = open_images(
-        request.data, model.num_classes, labels=model.labels, classes=request.classes, name="data"
-    )
-    recipe.steps(len(folder.pictures))  # refuses a batch that is larger than the data set
-    pairs = recipe.mixup > 0 or recipe.cutmix > 0
-    if recipe.batch % (group.world * (2 if pairs else 1)):
-        raise ValueError(
-            f"batch={recipe.batch} does not give each of the {group.world} processes the same "
-            "number of images, an even one for mixup and cutmix; give a multiple"
-        )
+    lesson = _lesson(request, model)
+    recipe.steps(lesson.images)  # refuses a batch that is larger than the data set
+    _check_batch(request, group)
     header = {
         "model": request.source.name,
         "config": asdict(model.config),
@@ -76,8 +74,8 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Trai
         "weights": request.source.weights,
         "key": request.source.key,
         "new_head": request.source.new_head,
-        "images": folder.fingerprint(),
-        "classes": folder.rule,
+        "images": lesson.folder.fingerprint(),
+        "classes": lesson.rule,
         "processes": group.world,
         "device": group.device.type,
         "threads": torch.get_num_threads(),
@@ -87,8 +85,7 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Trai
         **asdict(recipe),
     }
     return TrainingRun(
-        recipe=recipe,
-        folder=folder,
+        lesson=lesson,
         directory=request.output,
         # As the state has it when it is read again, tuples as lists.
         header=json.loads(json.dumps(header)),
@@ -96,6 +93,41 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Trai
         micro_batch=resources.micro_batch,
         save_every=resources.save_every,
     )
+
+
+def _lesson(request: FinetuneRequest, model: VisionModel) -> Pictures | Scenes:
+    recipe = request.recipe
+    if isinstance(recipe, Recipe):
+        folder = open_images(
+            request.data,
+            model.num_classes,
+            labels=model.labels,
+            classes=request.classes,
+            name="data",
+        )
+        return Pictures(recipe, folder, model.image_size)
+    check_class_count(model.num_classes)
+    scenes = open_scenes(request.data, request.split or _SPLIT, name="data")
+    labels = names_of(model.name, model.num_classes)
+    return Scenes(recipe, scenes, model.image_size, model.num_classes, labels)
+
+
+def _check_batch(request: FinetuneRequest, group: Group) -> None:
+    """Refuse a batch that the processes, or the passes of one, cannot share out."""
+    recipe, passes = request.recipe, request.resources.micro_batch
+    pairs = isinstance(recipe, Recipe) and (recipe.mixup > 0 or recipe.cutmix > 0)
+    if recipe.batch % (group.world * (2 if pairs else 1)):
+        raise ValueError(
+            f"batch={recipe.batch} does not give each of the {group.world} processes the same "
+            "number of images, an even one for mixup and cutmix; give a multiple"
+        )
+    share = recipe.batch // group.world
+    last = share % passes if passes is not None and passes < share else share
+    if isinstance(recipe, SceneRecipe) and 1 in {share, passes, last}:
+        raise ValueError(
+            f"batch={recipe.batch} with {group.world} processes and micro_batch={passes} leaves "
+            "one image alone, of which a batch norm of one place knows no spread; give others"
+        )
 
 
 def build_model(source: ModelSource, schedule: Schedule | None) -> VisionModel:
@@ -131,6 +163,7 @@ def _schedule(source: ModelSource) -> Schedule | None:
     return found.changed(alignment=forced)
 
 
+_SPLIT: Final = "training"  # ADE20K's name
 WEIGHTS_FILE: Final = "finetuned.safetensors"
 EMA_FILE: Final = "finetuned_ema.safetensors"
 REPORT_FILE: Final = "finetune.json"
@@ -148,8 +181,9 @@ class FinetuneReport:
         trained: steps, loss and speed.
         run: what was trained from what on what: model, schedule, data, recipe, versions, and how
             folders were matched to classes.
-        classes: by class, the folder that its images came from. The files of weights name their
-            classes so, unless the checkpoint had names for them.
+        classes: by class, the folder that its images came from; of a segmenter the names of its
+            data set, or none. The files of weights name their classes so, unless the checkpoint had
+            names for them.
         loaded: what the training began with: the checkpoint's tensors, and what was done to them.
         notes: what else is in the folder: empty classes, files that were passed over.
         tensorboard: whether a TensorBoard log was written; the package is optional.
@@ -171,6 +205,8 @@ def finetune(
     request: FinetuneRequest, *, progress: Progress = lambda _: None
 ) -> FinetuneReport | None:
     """Train a model, pruned or dense, on a folder that holds one folder of images a class.
+
+    A segmenter is trained on a folder that is laid out as ADE20K, with images and annotations.
 
     Under torchrun every process calls this with the same arguments. A run that was stopped, by
     kill -9 too, ends with the same weights and log once it is called again with `resume`.
@@ -240,7 +276,7 @@ def _write(
 
     weights, ema = directory / WEIGHTS_FILE, directory / EMA_FILE
     # Whoever evaluates or trains on matches folders by these names, not by their order.
-    labels = getattr(state.model, "labels", None) or run.folder.classes
+    labels = state.model.labels or run.lesson.labels
     save_safetensors(state.model.state_dict(), weights, labels=labels)
     save_safetensors(state.ema, ema, labels=labels)
     report = FinetuneReport(
@@ -250,9 +286,9 @@ def _write(
         ema_sha256=sha256_of(ema),
         trained=trained,
         run=run.header,
-        classes=run.folder.classes,
-        loaded=getattr(state.model, "loaded", None) or "seeded initial weights",
-        notes=run.folder.notes,
+        classes=run.lesson.labels or (),
+        loaded=state.model.loaded or "seeded initial weights",
+        notes=run.lesson.notes,
         tensorboard=tensorboard,
     )
     write_json(directory / REPORT_FILE, report)

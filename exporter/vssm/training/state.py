@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from vssm.checkpoints.torch_file import MALFORMED
 from vssm.errors import ArtifactError
 from vssm.files.atomic import atomic_path
 from vssm.files.regular import WEIGHTS, read_regular
+from vssm.models.base import VisionModel
 from vssm.training.recipe import Recipe
+from vssm.training.scene_recipe import SceneRecipe
 
 _FORMAT = "vssm-finetune-3"
 _KINDS = ("model", "ema", "optimizer")
@@ -41,21 +44,21 @@ class State:
         step: steps done since the beginning.
     """
 
-    model: nn.Module
+    model: VisionModel
     optimizer: torch.optim.AdamW
     ema: dict[str, Tensor]
     step: int = 0
 
     @classmethod
-    def begin(cls, model: nn.Module, recipe: Recipe) -> State:
+    def begin(cls, model: VisionModel, recipe: Recipe | SceneRecipe) -> State:
         """Before the first step."""
-        optimizer = torch.optim.AdamW(_groups(model, recipe), lr=recipe.learning_rate(0))
+        optimizer = torch.optim.AdamW(_groups(model, recipe), lr=recipe.lr)
         return cls(model, optimizer, {k: v.clone() for k, v in model.state_dict().items()})
 
     def advance(self, lr: float, decay: float) -> None:
         """Make a step with the gradients that are there, and average."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for key, value in self.model.state_dict().items():
@@ -150,15 +153,17 @@ def _check_header(path: Path, document: Mapping[str, object], header: Mapping[st
             )
 
 
-def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]]:
-    """Matrices decay; biases, norms, embeddings and the scan's A and D do not."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+def _groups(model: VisionModel, recipe: Recipe | SceneRecipe) -> list[dict[str, object]]:
+    """Matrices decay; biases, norms, embeddings and the scan's A and D do not.
+
+    A segmenter's blocks may learn more slowly the further they are from the head.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         # VMamba's and GroupMamba's stacks have no module: x_proj_weight, dt_projs_weight.
         matrix = parameter.dim() >= 2 and name.endswith("weight")
-        (decayed if matrix else kept).append(parameter)
+        groups.setdefault((matrix, recipe.scale(name, model.traced_blocks)), []).append(parameter)
     return [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": some, "weight_decay": recipe.weight_decay if matrix else 0.0, "scale": scale}
+        for (matrix, scale), some in sorted(groups.items(), key=itemgetter(0), reverse=True)
     ]

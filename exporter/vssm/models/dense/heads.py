@@ -1,7 +1,8 @@
 """UPerNet's head and the layers of dense heads, in plain PyTorch with the official keys.
 
 Source: Xiao et al., "Unified Perceptual Parsing", arXiv:1807.10221, and the numbers of the public
-code. Batch norms are those of inference: their stored statistics are folded into the convolution.
+code. Batch norms are folded into their convolution with the stored statistics, but in training they
+take those of the batch.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) to (batch, width, ...), in the dtype of `x`."""
+        if self.training:
+            y = self.bn(self.conv(x))
+            return torch.relu(y) if self.relu else y
         weight, bias = (part.to(x.dtype) for part in fold_batch_norm(self.conv, self.bn))
         y = functional.conv2d(x, weight, bias, self.conv.stride, self.conv.padding)
         return torch.relu(y) if self.relu else y
@@ -92,7 +96,12 @@ class UPerHead(nn.Module):
         channels: widths of the levels, finest first.
         width: of everything inside.
         num_classes: of the logits.
+
+    Attributes:
+        dropout: share of the channels in front of the classifier that training leaves out.
     """
+
+    dropout = 0.0
 
     def __init__(self, channels: Sequence[int], width: int, num_classes: int) -> None:
         super().__init__()
@@ -116,7 +125,7 @@ class UPerHead(nn.Module):
         maps[:-1] = [conv(x) for conv, x in zip(self.fpn_convs, maps[:-1], strict=True)]
         size = _size(maps[0])
         fused = self.fpn_bottleneck(torch.cat([upsample(x, size) for x in maps], dim=1))
-        return wide(self.conv_seg(fused))
+        return wide(self.conv_seg(thinned(fused, self)))
 
     def _pooled(self, x: Tensor) -> Tensor:
         pooled = [pooling(x) for pooling in self.psp_modules]
@@ -137,7 +146,12 @@ class AuxiliaryHead(nn.Module):
     """A convolution and a classifier on one level: it helps training, and inference leaves it out.
 
     Its keys belong to the official checkpoints.
+
+    Attributes:
+        dropout: as for `UPerHead`.
     """
+
+    dropout = 0.0
 
     def __init__(self, channels: int, width: int, num_classes: int) -> None:
         super().__init__()
@@ -146,7 +160,14 @@ class AuxiliaryHead(nn.Module):
 
     def forward(self, level: Tensor) -> Tensor:
         """Logits of a level (batch, channels, height, width), of its size."""
-        return wide(self.conv_seg(self.convs[0](level.to(self.conv_seg.weight.dtype))))
+        x = self.convs[0](level.to(self.conv_seg.weight.dtype))
+        return wide(self.conv_seg(thinned(x, self)))
+
+
+def thinned(x: Tensor, head: UPerHead | AuxiliaryHead) -> Tensor:
+    """A map with some channels left out, in training."""
+    # Asked here, not left to dropout2d: an export would have a node that does nothing.
+    return functional.dropout2d(x, head.dropout) if head.training and head.dropout else x
 
 
 def _size(x: Tensor) -> Size:

@@ -42,6 +42,13 @@ class Segmenter(DenseModel):
         tensors = {**found.tensors, "decode_logits": logits}
         return details(logits, found.chosen, found.blocks, tensors)
 
+    def training_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (batch, classes, height, width) of both heads, at the input's size."""
+        found = self.forward_details(images)
+        level = found.tensors[self.feature_names[self.auxiliary_level]]
+        auxiliary = self.auxiliary_head(level)
+        return upsample(found.logits, self.image_size), upsample(auxiliary, self.image_size)
+
     @property
     def output_groups(self) -> Mapping[str, tuple[str, ...]]:  # type: ignore[override]
         """The logits, the labels of every pixel beside them, or the levels alone."""
