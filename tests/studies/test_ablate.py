@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +23,9 @@ from vssm.models.fused_tokens import fuse_leftovers
 from vssm.models.schedules import default_schedules
 from vssm.studies.measure import Outcome, prepare
 from vssm.studies.plan import Run, make_plan, published
-from vssm.studies.report import COLUMNS, Measured, cells, make_row
+from vssm.studies.plot import _STYLES, _kind
+from vssm.studies.report import AblationReport, Measured, Setting, amount, make_row
+from vssm.studies.tables import probability, rule_cells, tables
 
 PLAIN = {"alignment": "none"}
 
@@ -70,10 +75,13 @@ def test_flops_column_reproduces_the_published(name, variant, printed, figure):
     measured = Measured([run], {variant: Outcome("10", [(2, 1.0, True)])}, {variant: cost})
     line = next(line for line in plan.lines if line.keys == (variant,))
     row = make_row(line, measured, tuned=False, weights="", published=beside)
-    shown = dict(zip(COLUMNS, cells(row), strict=True))
-    column = "GFLOPs, published rule" if figure == "published" else "without alignment's part"
-    assert float(shown[column]) == pytest.approx(printed, rel=5e-3)
-    assert float(shown["published GFLOPs"]) == printed
+    report = AblationReport(Setting(name, (224, 224), 7_148_008, 2, "a CPU"), {}, (row,), {}, ())
+    found = tables(report)[0]
+    shown = dict(zip(found.columns, found.rows[0], strict=True))
+    assert (shown["params"], shown["published FLOPs"]) == ("7.15 M", f"{printed:g} G")
+    by_rule = rule_cells(row)[1 if figure == "published" else 2]
+    assert by_rule.endswith(" G")
+    assert float(by_rule[:-2]) == pytest.approx(printed, rel=6e-3)  # of three digits
 
 
 @pytest.mark.parametrize("name", ["vim_small", "plain_mamba_l1"])
@@ -226,9 +234,10 @@ def test_fused_leftovers_refuse():
 def test_throughput_leaves_the_first_batch_out():
     times = [(8, 9.0, True), (8, 2.0, False), (8, 7.0, True), (8, 4.0, False), (4, 0.1, False)]
     outcome = Outcome("1000" * 9, times)
-    assert outcome.images_per_s() == (8 / 3, 2)
+    assert outcome.images_per_s() == pytest.approx(8 / 3)
+    assert len(outcome.seconds_per_image()) == 2
     assert (outcome.images, outcome.top1) == (36, 0.25)
-    assert Outcome("1" * 8, [(8, 2.0, True)]).images_per_s() == (4.0, 1)
+    assert Outcome("1" * 8, [(8, 2.0, True)]).images_per_s() == 4.0
 
 
 def test_command(cli, tmp_path, pictures):
@@ -254,16 +263,74 @@ def test_command(cli, tmp_path, pictures):
     assert random["spread"] is not None
     assert len(rows) == 6 + 4 + 5 + 2 + 2 + 3  # three tables show the fine-tuned gap
     assert report["left_out"] == {}
-    assert "true" in cli.out
+    assert "beside plain removal: vim_tiny, 48 x 48 pixels" in cli.out
+    assert "FLOPs by rule" in cli.out
     assert "published top-1 %" not in cli.out  # of a model of this size nothing is published
     assert [path for path, _ in report["unreadable"]] == ["n3/notes.txt"]
     text = (out / "ablation.md").read_text()
-    assert text.count("\n## ") == 7
+    assert text.count("\n## ") == 8
     assert "| EViT-style, one fused leftover |" in text
-    for name in ("accuracy_flops.png", "accuracy_time.png"):
-        assert f"]({name})" in text
-        with Image.open(out / name) as png:
+    for name in ("accuracy_flops", "accuracy_time"):
+        assert f"]({name}.png)" in text
+        with Image.open(out / f"{name}.png") as png:
             assert np.asarray(png.convert("L")).std() > 5
+        assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        svg = (out / f"{name}.svg").read_text()
+        assert svg[svg.index("<svg") :] in (out / "ablation.html").read_text()
+    _published_as_shown(report, out)
+
+
+def _published_as_shown(report, out):
+    """The other forms have the numbers of the report, and what ran in every caption."""
+    rows = list(csv.DictReader((out / "ablation.csv").read_text().splitlines()))
+    assert [row["variant"] for row in rows] == [row["label"] for row in report["rows"]]
+    for row, found in zip(rows, report["rows"], strict=True):
+        assert float(row["top1"]) == found["top1"]
+        assert float(row["reduction"]) == pytest.approx(
+            1 - found["flops"]["published"] / report["rows"][0]["flops"]["published"]
+        )
+    assert float(rows[0]["speed_up"]) == 1.0
+    labels = [row["variant"] for row in rows]
+    plain, gap = labels.index("plain removal"), labels.index("aligned (gap)")
+    assert (rows[plain]["better"], rows[plain]["p"]) == ("", "")
+    (pair,) = report["rows"][gap]["paired"]["pairs"]
+    assert [rows[gap][k] for k in ("better", "worse", "p")] == [
+        str(pair[k]) for k in ("better", "worse", "p")
+    ]
+    tex, caption = (out / "ablation.tex").read_text(), report["setting"]["ran"]
+    assert tex.count(r"\toprule") == tex.count(r"\bottomrule") == tex.count(r"\end{table}") == 7
+    assert re.search(r"1 thread, float32, torch .*, backend auto, batch 4$", caption)
+    assert tex.count(caption.replace("_", r"\_").replace("%", r"\%")) == 7
+    body = [line for line in tex.splitlines() if line.endswith(r"\\")]
+    columns = [line.count("&") for line in tex.splitlines() if line.startswith("variant &")]
+    assert {line.count("&") for line in body} == set(columns)
+    assert (out / "ablation.md").read_text().count(caption) == 8  # of the facts, and each table
+
+
+def test_every_variant_has_a_mark_and_a_colour_of_its_own():
+    plan = make_plan(
+        PruneSchedule({1: 0.7}),
+        seeds=2,
+        ratios=["0.5", "0.9"],
+        other_conv=True,
+        merging=MergeSchedule(),
+    )
+    kinds = {_kind(SimpleNamespace(variants=line.keys)): line.table for line in plan.lines}
+    assert set(kinds) == set(_STYLES)
+    for styles in zip(*_STYLES.values(), strict=True):
+        assert len(set(styles)) == len(_STYLES)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (950, "950"), (999_700, "1 M"), (1_449_000_000, "1.45 G"), (25_796_584, "25.8 M")],
+)
+def test_amounts(number, text):
+    assert amount(number) == text
+
+
+def test_probabilities():
+    assert [probability(p) for p in (1.0, 0.04567, 0.00099)] == ["1.000", "0.046", "< 0.001"]
 
 
 def test_what_a_family_lacks_is_left_out_by_name(cli, tmp_path, pictures):

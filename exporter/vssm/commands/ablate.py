@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 
 Checkpoints = Annotated[
     list[Path] | None,
-    typer.Option(
-        help="Weights of a named model, repeatable for several seeds; seeded initial without."
-    ),
+    typer.Option(help="Weights of a named model, repeatable; seeded initial ones without."),
 ]
 Seeds = Annotated[int, typer.Option(help="Seeds of the random choice.")]
 Ratios = Annotated[str, typer.Option(help="Keep ratios to compare, in place of every stage's.")]
@@ -64,6 +62,10 @@ Choice = Annotated[
     str, typer.Option(help="auto, kernel or reference (slow), in PyTorch; auto: kernel.")
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Average = Annotated[
+    bool,
+    typer.Option("--average", help="Several checkpoints: their mean, in place of a row for each."),
+]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Measure anew, not where a run was stopped.")
 ]
@@ -92,6 +94,7 @@ def ablate(
     classes: Classes = None,
     backend: Choice = "auto",
     device: Device = "cpu",
+    average: Average = False,
     num_classes: HeadWidth = None,
     option: ModelOptions = None,
     restart: Restart = False,
@@ -113,6 +116,7 @@ def ablate(
         backend=backend,
         device=device,
         checkpoints=more,
+        average=average,
         finetuned=_files(finetuned or []),
         training=training,
         restart=restart,
@@ -202,16 +206,14 @@ def _files(pairs: list[str]) -> dict[str, list[Path]]:
 
 def _print(report: AblationReport, output: Path) -> None:
     from vssm.studies.ablate import TABLES
-    from vssm.studies.report import COLUMNS, cells
+    from vssm.studies.tables import notes, tables
 
     for name, value in report.facts.items():
         say(f"{name}: {value}")
-    # A dict keeps the order of the tables in the files; a set would not.
-    for title in dict.fromkeys(row.table for row in report.rows):
-        rows = [cells(row) for row in report.rows if row.table == title]
-        filled = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in rows)]
-        columns = [COLUMNS[i] for i in filled]  # a terminal is narrow; the files have all
-        show(table(title, columns, ([row[i] for i in filled] for row in rows)))
+    for one in tables(report, narrow=True):  # a terminal is narrow; the files have all columns
+        show(table(f"{one.title}: {one.caption}", one.columns, one.rows))
+    for note in notes(report):
+        say(note)
     for key, reason in report.left_out.items():
         say(("left out", "yellow"), f": {key}: {reason}")
     for path, error in report.unreadable:

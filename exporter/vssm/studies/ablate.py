@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from vssm.pruning.schedule import PruneSchedule
     from vssm.studies.measure import VariantCost
     from vssm.studies.plan import Plan, Run
-    from vssm.studies.report import AblationReport, Measured, VariantRow
+    from vssm.studies.report import AblationReport, Measured, Setting, VariantRow
 
 TABLES, NUMBERS = "ablation.md", "ablation.json"
-PLOTS = {"accuracy_flops.png": "flops", "accuracy_time.png": "time"}
+PLOTS = {"accuracy_flops": "flops", "accuracy_time": "time"}
+FORMATS = ("png", "svg", "pdf")
 
 
 def ablate(
@@ -50,10 +51,11 @@ def ablate(
 ) -> AblationReport:
     """Compare alignments, importances, keep ratios, merging and EViT's way on a data set.
 
-    Every run sees every batch, in PyTorch. Writes `ablation.md`, `ablation.json` and two plots into
-    `output`, over those of a run before, and trained weights into `output`/finetuned. A call that
-    was stopped, by kill -9 too, goes on where it ended once it is called with the same arguments,
-    and ends with the same accuracies; times are of whichever call measured them.
+    Every run sees every batch, in PyTorch. Writes its tables as Markdown, CSV, LaTeX, JSON and a
+    page, and two plots, into `output`, over those of a run before, and trained weights into
+    `output`/finetuned. A call that was stopped, by kill -9 too, goes on where it ended once it is
+    called with the same arguments, and ends with the same accuracies; times are of whichever call
+    measured them.
 
     Args:
         source: the model, by its name or as the directory of an export, and its schedule.
@@ -71,10 +73,11 @@ def ablate(
             call left is of another ablation.
     """
     from vssm.studies.measure import measure
-    from vssm.studies.report import Measured
+    from vssm.studies.report import AblationReport, Measured
 
     options, images, output = options or AblationOptions(), Path(images), Path(output)
-    require("matplotlib")  # before anything is measured: plots are drawn at the end
+    for package in ("matplotlib", "jinja2"):  # before anything is measured: it is drawn at the end
+        require(package)
     opened = open_checkpoints(source, options.checkpoints)
     schedule = _schedule(source, opened)
     plan = _plan(opened[0], schedule, options)
@@ -106,9 +109,12 @@ def ablate(
             progress=progress,
         )
         measured = Measured(runs, outcomes, ready.costs)
-        rows = _rows(plan, opened[0], measured, facts["weights"])
+        rows = _rows(plan, opened, measured, average=options.average)
         unreadable = [pair for step in journal.done for pair in step.unreadable]
-        report = _write(output, facts, rows, ready.left_out, unreadable)
+        setting = _setting(opened[0], options, folder)
+        report = _write(
+            output, AblationReport(setting, facts, tuple(rows), ready.left_out, tuple(unreadable))
+        )
         journal.remove()  # last: until the tables are written, it is all there is
     return report
 
@@ -229,26 +235,61 @@ def _batches(
 
 
 def _rows(
-    plan: Plan,
-    source: LoadedSource,
-    measured: Measured,
-    weights: str,
+    plan: Plan, opened: Sequence[LoadedSource], measured: Measured, *, average: bool
 ) -> list[VariantRow]:
     from vssm.models.family import Published
     from vssm.studies.plan import published
     from vssm.studies.report import make_row
 
-    standard = _is_standard(source)  # of other sizes of a model nothing is published
+    standard = _is_standard(opened[0])  # of other sizes of a model nothing is published
     schedules = {variant.key: variant.schedule for variant in plan.variants}
-    rows = []
+    apart = len(opened) > 1 and not average
+    each = list(enumerate(_names(opened))) if apart else []
+    # Weights that were handed over begin with a checkpoint that nobody knows: one row for all.
+    handed = any(run.tuned and run.checkpoint is None for run in measured.runs)
+    weights, rows = ", ".join(one.weights for one in opened), []
     for line in plan.lines:
         key = line.keys[0]
-        known = published(source.name, key, schedules[key])
-        printed = known if standard else Published()
+        printed = published(opened[0].name, key, schedules[key]) if standard else Published()
         for tuned in (False, True):
-            row = make_row(line, measured, tuned=tuned, weights=weights, published=printed)
-            rows += [] if row is None else [row]
+            kept_apart = [None] if not each or (tuned and handed) else each
+            found = [
+                make_row(
+                    line, measured, tuned=tuned, weights=weights, published=printed, checkpoint=one
+                )
+                for one in kept_apart
+            ]
+            rows += [row for row in found if row is not None]
     return rows
+
+
+def _names(opened: Sequence[LoadedSource]) -> list[str]:
+    """What each checkpoint is called in its rows: the shortest end of its path that is its own."""
+    paths = [Path(one.weights).parts for one in opened]
+    for length in range(1, max(map(len, paths))):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"checkpoint {number + 1}" for number in range(len(opened))]
+
+
+def _setting(source: LoadedSource, options: AblationOptions, folder: ImageFolder) -> Setting:
+    from vssm.studies.report import Setting
+
+    dense = source.variant(None)
+    return Setting(
+        source.name,
+        dense.image_size,
+        sum(p.numel() for p in dense.parameters()),
+        len(folder.pictures),
+        _ran(options),
+    )
+
+
+def _ran(options: AblationOptions) -> str:
+    from vssm.studies.measure import machine
+
+    return f"{machine(options.device)}, backend {options.backend}, batch {options.batch}"
 
 
 def _is_standard(source: LoadedSource) -> bool:
@@ -264,22 +305,27 @@ def _facts(
     options: AblationOptions,
     folder: ImageFolder,
 ) -> dict[str, str]:
-    from vssm.studies.measure import machine
-
     merging = {v.key: v.schedule for v in plan.variants}["merge"]
     # Each sentence once, however many checkpoints it is true of.
     loaded = "; ".join(dict.fromkeys(one.loaded for one in opened if one.loaded is not None))
     return {
         "model": opened[0].name,
         "weights": ", ".join(one.weights for one in opened),
+        **({} if len(opened) == 1 else {"checkpoints": _together(options, len(opened))}),
         **({"loaded": loaded} if loaded else {}),
         "kept": schedule.describe(),
         **({} if merging is None else {"merged": merging.describe()}),
         "images": f"{len(folder.pictures):,} in {folder.root}",
         "classes": "; ".join((folder.rule, *folder.notes)),
-        "ran": f"{machine(options.device)}, backend {options.backend}, batch {options.batch}",
+        "ran": _ran(options),
         "images/s": "median over the full batches but a call's first, model alone, runs in turn",
     }
+
+
+def _together(options: AblationOptions, count: int) -> str:
+    if options.average:
+        return f"{count}, averaged: a row is the mean over them, ± their standard deviation"
+    return f"{count}, apart: a row for each"
 
 
 def _training_facts(
@@ -300,20 +346,27 @@ def _training_facts(
     }
 
 
-def _write(
-    output: Path,
-    facts: dict[str, str],
-    rows: list[VariantRow],
-    left_out: dict[str, str],
-    unreadable: list[tuple[str, str]],
-) -> AblationReport:
-    from vssm.studies.plot import plot
-    from vssm.studies.report import AblationReport, markdown
+def _write(output: Path, report: AblationReport) -> AblationReport:
+    from vssm.studies import tables
+    from vssm.studies.plot import draw, picture
 
-    report = AblationReport(facts, tuple(rows), left_out, tuple(unreadable))
-    # The plots first: the Markdown refers to them.
-    for name, against in PLOTS.items():
-        atomic_write_bytes(output / name, plot(report, against=against))
-    atomic_write_bytes(output / TABLES, markdown(report, list(PLOTS)).encode())
+    figures = {name: draw(report, against=against) for name, against in PLOTS.items()}
+    made = {
+        f"{name}.{kind}": picture(figure, kind)
+        for name, figure in figures.items()
+        for kind in FORMATS
+    }
+    elements = {}
+    for name in PLOTS:
+        text = made[f"{name}.svg"].decode()
+        # HTML takes the element alone, without the XML declaration and doctype in front.
+        elements[report.setting.caption + f" ({name})"] = text[text.index("<svg") :]
+    made["ablation.csv"] = tables.csv(report)
+    made["ablation.tex"] = tables.latex(report).encode()
+    made["ablation.html"] = tables.html(report, elements).encode()
+    # Last, as it refers to the plots.
+    made[TABLES] = tables.markdown(report, [f"{name}.png" for name in PLOTS]).encode()
+    for name, content in made.items():
+        atomic_write_bytes(output / name, content)
     write_json(output / NUMBERS, report)
     return report

@@ -16,6 +16,8 @@ from vssm.files.journal import JsonJournal
 from vssm.models.base import VisionModel
 from vssm.models.cost import count
 from vssm.models.fused_tokens import fuse_leftovers
+from vssm.runtimes.ort import cpu_name
+from vssm.runtimes.session import plural
 from vssm.studies.plan import Variant
 from vssm.types import Progress
 
@@ -91,14 +93,17 @@ class Outcome:
         """Share of the images whose class came first."""
         return self.correct / self.images
 
-    def images_per_s(self) -> tuple[float, int]:
-        """Median over the largest batches but a call's first, where there are others; how many."""
+    def seconds_per_image(self) -> list[float]:
+        """Of the largest batches but a call's first, where there are others."""
         # Smaller batches, the last or those with unreadable files, have another speed.
         size = max(n for n, _, _ in self.batches)
         full = [(seconds, first) for n, seconds, first in self.batches if n == size]
         timed = [seconds for seconds, first in full if not first] or [s for s, _ in full]
-        # The median: a batch that something else held up must not move it.
-        return size / statistics.median(timed), len(timed)
+        return [seconds / size for seconds in timed]
+
+    def images_per_s(self) -> float:
+        """By the median: a batch that something else held up must not move it."""
+        return 1 / statistics.median(self.seconds_per_image())
 
 
 def prepare(
@@ -203,6 +208,6 @@ def _once_a_layer(model: VisionModel) -> int:
 
 def machine(device: str) -> str:
     """What ran, for reports."""
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    threads = "" if device == "cuda" else f", threads: {torch.get_num_threads()}"
-    return f"torch {torch.__version__} on {name}{threads}, float32"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    threads = "" if device == "cuda" else f", {plural(torch.get_num_threads(), 'thread')}"
+    return f"{name}{threads}, float32, torch {torch.__version__}"

@@ -64,8 +64,9 @@ class AblationOptions:
             by name, where that is certain.
         backend: "auto", "reference" or "kernel", as `VisionModel.use_backend` takes it.
         device: "cpu" or "cuda".
-        checkpoints: further checkpoints of the same model, as from other seeds: every row runs
-            with each.
+        checkpoints: further checkpoints of the same model: every variant runs with each.
+        average: show the mean over the checkpoints, as over seeds of one training, in place of a
+            row for each.
         finetuned: by variant, files with weights trained for it, one a seed.
         training: train variants here; None for zero-shot rows and `finetuned` alone.
         restart: measure anew, whatever a stopped ablation has left; trained weights stay.
@@ -82,6 +83,7 @@ class AblationOptions:
     backend: str = "auto"
     device: str = "cpu"
     checkpoints: Sequence[Path] = ()
+    average: bool = False
     finetuned: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     training: AblationTraining | None = None
     restart: bool = False
@@ -134,6 +136,7 @@ class Run:
         tuned: whether the weights were trained with that variant.
         number: of the checkpoint, from 0, or of the fine-tuning; equal numbers are compared.
         weights: their file; None for those of the checkpoint.
+        checkpoint: which one it has or began with, from 0; None where nobody knows.
     """
 
     key: str
@@ -141,6 +144,7 @@ class Run:
     tuned: bool
     number: int
     weights: Path | None = None
+    checkpoint: int | None = None
 
     @property
     def name(self) -> str:

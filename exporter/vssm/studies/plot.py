@@ -3,54 +3,107 @@
 from __future__ import annotations
 
 import io
+import re
+import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
 
-from vssm.studies.plan import ALIGNMENT, CONV, IMPORTANCE, RATIO
-from vssm.studies.report import FINE_TUNED, AblationReport, VariantRow
+from vssm.studies.plan import RATIO
+from vssm.studies.report import AblationReport, VariantRow
 
-# Okabe-Ito colours and two of Tol's, and a mark of its own for whoever sees none.
-_METHODS = {
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# By a variant's key, without the number behind + or @: a colour (Okabe-Ito's and Tol's muted ones)
+# and a mark of its own, which print without colour tells apart.
+_STYLES: Final[dict[str, tuple[str, Any]]] = {
     "dense": ("#000000", "D"),
-    "EViT-style, one fused leftover": ("#cc79a7", "v"),
-    "plain removal": ("#0072b2", "o"),
-    "aligned (gap)": ("#d55e00", "o"),
-    "merged (R-MeeTo)": ("#332288", "h"),
-    "merged, aligned (size)": ("#882255", "h"),
+    "evit": ("#cc79a7", "v"),
+    "none": ("#0072b2", "o"),
+    "gap": ("#d55e00", "s"),
+    "merge": ("#332288", "h"),
+    "merge+size": ("#882255", "p"),
+    "constant": ("#56b4e9", "P"),
+    "masked": ("#aa4499", "X"),
+    "sum": ("#009e73", "^"),
+    "l1": ("#117733", "<"),
+    "l2": ("#44aa99", ">"),
+    "random": ("#999933", "*"),
+    "none+": ("#88ccee", "d"),
+    "gap+": ("#e69f00", (4, 1, 0)),
+    "none@": ("#6699cc", (5, 1, 36)),
+    "gap@": ("#cc6677", (6, 1, 0)),
 }
-_OTHERS = {ALIGNMENT: "#56b4e9", IMPORTANCE: "#009e73", CONV: "#e69f00", RATIO: "#999999"}
-_MARKS = {"constant": "s", "masked": "P", "sum": "^", "l1": "<", "l2": ">"}
-_OTHER_MARK = "X"
-_TUNED_MARK = "*"
+_LINES: Final = {"none@": "--", "gap@": "-"}
+_DRAWN: Final = {"flops": "GFLOPs, published rule", "time": "milliseconds an image, measured"}
 
 
-def plot(report: AblationReport, *, against: str) -> bytes:
-    """Top-1 over "flops" (published rule) or "time" (milliseconds an image), as PNG.
+def draw(report: AblationReport, *, against: str) -> Figure:
+    """Top-1 over "flops" (published rule) or "time" (milliseconds an image).
 
-    Bars are the standard error, or the spread over several runs. Every variant is drawn once, and
-    once more fine-tuned.
+    Every variant is drawn once with a mark and colour of its own, and once more fine-tuned: filled
+    then, and the others hollow. The axes say what their bars are.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
     axes = figure.subplots()
-    for method, (colour, _) in _METHODS.items():
-        rows = [r for r in report.rows if r.table == RATIO and r.label.endswith(method)]
-        xs, ys = [_x(row, against) for row in rows], [100 * row.top1 for row in rows]
-        if rows:  # in the order of the ratios
-            axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.6)
+    tuned = any(row.tuned for row in report.rows)
     for label, rows in _series(report.rows).items():
-        colour, mark = _style(rows[0])
+        kind = _kind(rows[0])
+        colour, mark = _STYLES[kind]
         xs, ys = [_x(row, against) for row in rows], [100 * row.top1 for row in rows]
         bars = [100 * (row.standard_error if row.spread is None else row.spread) for row in rows]
-        axes.errorbar(xs, ys, bars, fmt=mark, color=colour, elinewidth=0.7, label=label)
-    units = {"flops": "GFLOPs, published rule", "time": "milliseconds an image, measured"}
-    axes.set_xlabel(units[against])
-    axes.set_ylabel("top-1 %")
+        axes.errorbar(
+            xs,
+            ys,
+            bars,
+            None if against == "flops" else _spans(rows, xs),
+            color=colour,
+            ecolor=colour,
+            marker=mark,
+            markersize=7,
+            markerfacecolor="white" if tuned and not rows[0].tuned else colour,
+            # A line would run from checkpoint to checkpoint and back.
+            linestyle=_LINES.get(kind, "none") if rows[0].checkpoint is None else "none",
+            linewidth=1,
+            elinewidth=0.7,
+            label=label,
+        )
+    exact = "; exact, so there are no bars"
+    quartiles = "; bars: the middle half of the batches"
+    axes.set_xlabel(_DRAWN[against] + (exact if against == "flops" else quartiles))
+    axes.set_ylabel(textwrap.fill(f"top-1 %; bars: {_bars(report.rows)}", 50))
     axes.grid(alpha=0.3)
+    figure.suptitle(textwrap.fill(report.setting.caption, 110), fontsize=8)
     figure.legend(fontsize=9, loc="outside right upper")
+    return figure
+
+
+def picture(figure: Figure, kind: str) -> bytes:
+    """A figure as "png", "svg" or "pdf", the same bytes every time."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    # Both write the time of day, and SVG random names.
+    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    with rc_context({"svg.hashsalt": "vssm", "pdf.fonttype": 42}):
+        figure.savefig(buffer, format=kind, dpi=150, metadata=dated)
     return buffer.getvalue()
+
+
+def _bars(rows: Sequence[VariantRow]) -> str:
+    kinds = {row.spread is not None for row in rows}
+    if kinds == {True, False}:
+        return "standard deviation over runs, of a single run its standard error"
+    return "standard deviation over runs" if True in kinds else "standard error"
+
+
+def _spans(rows: Sequence[VariantRow], xs: Sequence[float]) -> list[list[float]]:
+    """Bars to the left and to the right."""
+    ends = [row.ms_quartiles or (x, x) for row, x in zip(rows, xs, strict=True)]
+    low = [max(0.0, x - end) for x, (end, _) in zip(xs, ends, strict=True)]
+    return [low, [max(0.0, end - x) for x, (_, end) in zip(xs, ends, strict=True)]]
 
 
 def _series(rows: Sequence[VariantRow]) -> dict[str, list[VariantRow]]:
@@ -61,22 +114,18 @@ def _series(rows: Sequence[VariantRow]) -> dict[str, list[VariantRow]]:
         if row.runs in drawn:
             continue
         drawn.add(row.runs)
-        label = row.label
+        # Checkpoints share a mark: they are points of one variant.
+        label = row.label.removesuffix(f", {row.checkpoint}")
         if row.table == RATIO:
-            label = f"keep ratios, {row.label.partition(', ')[2]}"
+            label = f"keep ratios, {label.partition(', ')[2]}"
         found.setdefault(label, []).append(row)
     return found
 
 
-def _style(row: VariantRow) -> tuple[str, str]:
-    """Colour and mark: the method's where it is one, and a star for weights trained with it."""
-    label = row.label.removesuffix(f", {FINE_TUNED}")
-    for method, (colour, mark) in _METHODS.items():
-        if label == method:
-            return colour, _TUNED_MARK if row.tuned else mark
-        if row.table == RATIO and label.endswith(method):
-            return colour, _TUNED_MARK if row.tuned else "."
-    return _OTHERS[row.table], _TUNED_MARK if row.tuned else _MARKS.get(label, _OTHER_MARK)
+def _kind(row: VariantRow) -> str:
+    """Key of the row's style."""
+    key = row.variants[0]
+    return key if key in _STYLES else re.sub(r"-\d+$|(?<=[+@]).*", "", key)
 
 
 def _x(row: VariantRow, against: str) -> float:

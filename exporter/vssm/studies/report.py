@@ -1,4 +1,4 @@
-"""What an ablation found: rows, and Markdown in the paper's layout."""
+"""What an ablation found: a row for each variant, and its runs beside plain removal's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from vssm.models.family import Published
 from vssm.studies.measure import Outcome, VariantCost
@@ -76,11 +77,16 @@ def join(pairs: Sequence[Pair], images: int) -> Paired:
 
 
 FINE_TUNED = "fine-tuned"
-COLUMNS = (
-    *("", "GFLOPs, published rule", "without alignment's part", "true", "images/s", "top-1 %"),
-    *("published GFLOPs", "published top-1 %"),
-)
-PAIRED_COLUMNS = ("", "difference, points", "better", "worse", "p")
+_UNITS: Final = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def amount(number: float) -> str:
+    """A count with three digits and a unit: 1.45 G."""
+    for scale, unit in _UNITS:
+        if number >= 0.9995 * scale:  # what would be rounded up to the unit is one
+            # "g" alone would write 1e+03 for 999.7.
+            return f"{float(f'{number / scale:.3g}'):g} {unit}"
+    return f"{number:g}"
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ class VariantRow:
         label: what ran.
         weights: where the row's weights come from.
         tuned: whether they were trained with the row's own variant.
+        checkpoint: the one of several that they begin with; None where there is one, or all are
+            averaged.
         variants: keys of the variants behind it; one, or one a seed of the random choice.
         runs: keys of the runs behind it: a run for each variant and checkpoint or training seed.
         top1s: of each run, the share of the images whose class came first.
@@ -100,7 +108,11 @@ class VariantRow:
         standard_error: of one run's top1, from the number of images alone.
         images_per_s: the median's; the mean over the runs.
         timed_batches: behind it.
+        speed_up: over the dense model of the same call.
+        ms_quartiles: milliseconds an image that a quarter and three quarters of the timed batches
+            took at most; None for a single batch.
         flops: multiply-adds of an image.
+        reduction: share of the dense model's FLOPs that is gone, by the published rule.
         published: what the paper prints beside it.
         paired: its runs beside plain removal's of the same number, image by image; None where
             there is none to compare with.
@@ -110,6 +122,7 @@ class VariantRow:
     label: str
     weights: str
     tuned: bool
+    checkpoint: str | None
     variants: tuple[str, ...]
     runs: tuple[str, ...]
     top1s: tuple[float, ...]
@@ -118,15 +131,47 @@ class VariantRow:
     standard_error: float
     images_per_s: float
     timed_batches: int
+    speed_up: float
+    ms_quartiles: tuple[float, float] | None
     flops: VariantCost
+    reduction: float
     published: Published
     paired: Paired | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same in every row, for captions.
+
+    Attributes:
+        model: its name.
+        image_size: (height, width) in pixels.
+        parameters: numbers that are trained.
+        images: files in the folder.
+        ran: processor or GPU, threads, dtype, backend and batch.
+    """
+
+    model: str
+    image_size: tuple[int, int]
+    parameters: int
+    images: int
+    ran: str
+
+    @property
+    def caption(self) -> str:
+        """All of it in words."""
+        size = " x ".join(map(str, self.image_size))
+        return (
+            f"{self.model}, {size} pixels, {amount(self.parameters)} parameters; "
+            f"{self.images:,} images; {self.ran}"
+        )
 
 
 @dataclass(frozen=True)
 class AblationReport:
     """All rows, what ran, what was refused, and the images that could not be read."""
 
+    setting: Setting
     facts: Mapping[str, str]
     rows: tuple[VariantRow, ...]
     left_out: Mapping[str, str]
@@ -141,10 +186,20 @@ class Measured:
     outcomes: Mapping[str, Outcome]
     costs: Mapping[str, VariantCost]
 
-    def of(self, line: Line, *, tuned: bool) -> list[Run]:
-        """The runs of a line; none where one of its variants has none."""
-        some = [run for run in self.runs if run.tuned == tuned and run.variant.key in line.keys]
+    def of(self, line: Line, *, tuned: bool, checkpoint: int | None) -> list[Run]:
+        """The runs of a line, or those of one checkpoint; none where a variant of it has none."""
+        some = [
+            run
+            for run in self.runs
+            if run.tuned == tuned
+            and run.variant.key in line.keys
+            and (checkpoint is None or run.checkpoint == checkpoint)
+        ]
         return some if {run.variant.key for run in some} == set(line.keys) else []
+
+    def speed(self, runs: Sequence[Run]) -> float:
+        """Images/s, the mean over some runs."""
+        return statistics.fmean(self.outcomes[run.key].images_per_s() for run in runs)
 
     def baseline(self, run: Run) -> Run | None:
         """Plain removal of the same ratio, weights and number; None for itself."""
@@ -154,34 +209,64 @@ class Measured:
 
 
 def make_row(
-    line: Line, measured: Measured, *, tuned: bool, weights: str, published: Published
+    line: Line,
+    measured: Measured,
+    *,
+    tuned: bool,
+    weights: str,
+    published: Published,
+    checkpoint: tuple[int, str] | None = None,
 ) -> VariantRow | None:
-    """The row of a line; None where its variants did not all run."""
-    runs = measured.of(line, tuned=tuned)
+    """The row of a line; None where its variants did not all run.
+
+    Args:
+        line: which variants.
+        measured: what all runs did.
+        tuned: whether the runs that were trained with their variant are meant.
+        weights: where the others' weights come from.
+        published: figures to show beside it.
+        checkpoint: number and name of the one whose runs are meant; None for all.
+    """
+    number, name = checkpoint or (None, None)
+    runs = measured.of(line, tuned=tuned, checkpoint=number)
     if not runs:
         return None
     some = [measured.outcomes[run.key] for run in runs]
     shares = [outcome.top1 for outcome in some]
-    speeds = [outcome.images_per_s() for outcome in some]
-    top1 = statistics.fmean(shares)
+    top1, speed = statistics.fmean(shares), measured.speed(runs)
+    dense = [run for run in measured.runs if run.variant.key == "dense" and not run.tuned]
+    # One for all: seeds change choices and weights, not the work.
+    flops, whole = (measured.costs[first[0].key] for first in (runs, dense or runs))
+    times = sorted(1e3 * seconds for outcome in some for seconds in outcome.seconds_per_image())
+    label = f"{line.label}, {FINE_TUNED}" if tuned else line.label
     return VariantRow(
         table=line.table,
-        label=f"{line.label}, {FINE_TUNED}" if tuned else line.label,
-        weights=FINE_TUNED if tuned else weights,
+        label=label if name is None else f"{label}, {name}",
+        weights=FINE_TUNED if tuned else weights if name is None else name,
         tuned=tuned,
+        checkpoint=name,
         variants=line.keys,
         runs=tuple(run.key for run in runs),
         top1s=tuple(shares),
         top1=top1,
         spread=statistics.stdev(shares) if len(shares) > 1 else None,
         standard_error=math.sqrt(top1 * (1 - top1) / some[0].images),
-        images_per_s=statistics.fmean(speed for speed, _ in speeds),
-        timed_batches=min(n for _, n in speeds),
-        # One for all: seeds change choices and weights, not the work.
-        flops=measured.costs[runs[0].key],
+        images_per_s=speed,
+        timed_batches=min(len(outcome.seconds_per_image()) for outcome in some),
+        speed_up=speed / measured.speed(dense or runs),
+        ms_quartiles=_quartiles(times),
+        flops=flops,
+        reduction=1 - flops.published / whole.published,
         published=published,
         paired=_paired(runs, measured),
     )
+
+
+def _quartiles(times: Sequence[float]) -> tuple[float, float] | None:
+    if len(times) < 2:
+        return None
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return low, high
 
 
 def _paired(runs: Sequence[Run], measured: Measured) -> Paired | None:
@@ -192,70 +277,3 @@ def _paired(runs: Sequence[Run], measured: Measured) -> Paired | None:
             one, two = ((r.key, measured.outcomes[r.key].hits) for r in (run, other))
             pairs.append(compare(one, two))
     return join(pairs, measured.outcomes[runs[0].key].images) if pairs else None
-
-
-def cells(row: VariantRow) -> tuple[str, ...]:
-    """A row as the tables show it; beside top-1 the spread and number of runs, where several."""
-    spread = "" if row.spread is None else f" ± {100 * row.spread:.2f} ({len(row.runs)})"
-    flops = (f"{x / 1e9:.4g}" for x in (row.flops.published, row.flops.unaligned, row.flops.true))
-    printed = row.published
-    return (
-        row.label,
-        *flops,
-        f"{row.images_per_s:.1f}",
-        f"{100 * row.top1:.2f}{spread}",
-        "-" if printed.gflops is None else f"{printed.gflops:g}",
-        "-" if printed.top1 is None else f"{printed.top1:g}",
-    )
-
-
-def markdown(report: AblationReport, plots: Sequence[str]) -> str:
-    """The tables as Markdown, with what ran and what did not."""
-    parts = ["# vssm ablate", "\n".join(f"- {k}: {v}" for k, v in report.facts.items())]
-    for table in dict.fromkeys(row.table for row in report.rows):
-        lines = [f"## {table}", "", _line(COLUMNS), _line(["---"] * len(COLUMNS))]
-        lines += [_line(cells(row)) for row in report.rows if row.table == table]
-        parts.append("\n".join(lines))
-    if any(row.paired for row in report.rows):
-        parts.append(_paired_table(report.rows))
-    error = max(row.standard_error for row in report.rows)
-    parts.append(
-        "Published figures, on ImageNet: Zhan et al., arXiv:2409.18962, and of merging Shi et al., "
-        "arXiv:2412.12496; their pruned and merged rows are fine-tuned, rows here only where they "
-        "say so. A difference of top-1 below about "
-        f"{200 * error:.2f} points (twice the standard error of one run) may be chance; the pairs "
-        "above say more. ± is the standard deviation over runs, their number in brackets."
-    )
-    if report.left_out:
-        lines = [f"- {key}: {reason}" for key, reason in report.left_out.items()]
-        parts.append("\n".join(["## left out", "", *lines]))
-    if report.unreadable:
-        lines = [f"- {path}: {error}" for path, error in report.unreadable]
-        parts.append("\n".join(["## images that cannot be read", "", *lines]))
-    parts += [f"![{name}]({name})" for name in plots]
-    return "\n\n".join(parts) + "\n"
-
-
-def _paired_table(rows: Sequence[VariantRow]) -> str:
-    """Every row beside plain removal, once; sums over its pairs, and p of a single one."""
-    lines = ["## beside plain removal, image by image", ""]
-    lines += [_line(PAIRED_COLUMNS), _line(["---"] * len(PAIRED_COLUMNS))]
-    shown: set[tuple[str, ...]] = set()
-    for row in rows:
-        # A variant may stand in several tables; "gap" is in three.
-        if row.paired is None or row.runs in shown:
-            continue
-        shown.add(row.runs)
-        found = row.paired
-        spread = "" if found.spread is None else f" ± {100 * found.spread:.2f}"
-        better, worse = (sum(getattr(p, name) for p in found.pairs) for name in ("better", "worse"))
-        chance = f"{found.pairs[0].p:.2g}" if len(found.pairs) == 1 else "-"
-        difference = f"{100 * found.difference:+.2f}{spread}"
-        lines.append(_line((row.label, difference, str(better), str(worse), chance)))
-    return "\n".join(lines)
-
-
-def _line(columns: Sequence[str]) -> str:
-    # A bar in a text would begin a cell.
-    escaped = (column.replace("|", "\\|") for column in columns)
-    return f"| {' | '.join(escaped)} |"

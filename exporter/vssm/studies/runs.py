@@ -50,7 +50,7 @@ def zero_shot_runs(plan: Plan, checkpoints: int) -> list[Run]:
     from vssm.studies.plan import Run
 
     return [
-        Run(v.key if checkpoints == 1 else f"{v.key}, checkpoint {c}", v, False, c)
+        Run(v.key if checkpoints == 1 else f"{v.key}, checkpoint {c}", v, False, c, checkpoint=c)
         for v in plan.variants
         for c in range(checkpoints)
     ]
@@ -172,7 +172,8 @@ class Trainer:
                     tokens=named[key].tokens,
                 )
                 weights = self._train(f"{key}-{seed}", start, seed, training)
-                found.append(Run(f"{_TUNED}{key}, seed {seed}", named[key], True, seed, weights))
+                name, begun = f"{_TUNED}{key}, seed {seed}", seed % len(starts)
+                found.append(Run(name, named[key], True, seed, weights, begun))
         return found, left_out
 
     def _starts(self) -> list[ModelSource]:
