@@ -10,6 +10,8 @@ from pathlib import Path
 import vssm
 from vssm.errors import RuntimeUnavailableError
 
+ORT_LIBRARY = "vssm_onnxruntime"
+
 
 def find_library(name: str) -> Path:
     """Path of the native library `name`, without prefix and suffix.

@@ -142,6 +142,8 @@ def changed(path: str, value) -> str:
         ("versions/torch", 2, "versions.torch=2 must be a text"),
         ("inputs", [], "inputs has 0 elements instead of at least 1"),
         ("inputs/0/shape/1", 0, r"inputs\[0\]\.shape\[1\]=0 must be at least 1"),
+        ("inputs/0/shape/2", "height//4", r"shape\[2\]='height//4' must be an integer"),
+        ("sizes", {"h": {"example": 8, "multiple": 0, "minimum": 8}}, r"sizes\.h\.multiple=0"),
         ("inputs/0/shape/1", "batch", r"inputs\[0\]\.shape\[1\]='batch' must be an integer"),
         ("inputs/0/dtype", "int8", r"inputs\[0\]\.dtype='int8' must be one of"),
         ("inputs/0/name", "logits", "name a value twice"),

@@ -68,9 +68,11 @@ class Artifact:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(3, height, width) of the input."""
-        _, channels, height, width = self.manifest.inputs[0].shape
-        return int(channels), int(height), int(width)
+        """(3, height, width) of the input; of free sizes those of the example at export."""
+        sizes = self.manifest.sizes
+        _, *shape = self.manifest.inputs[0].shape
+        channels, height, width = (n if isinstance(n, int) else sizes[n].example for n in shape)
+        return channels, height, width
 
     def read(self, name: str) -> bytes:
         """A file's bytes, read once, whose SHA-256 is the one in model.json.

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,11 +30,32 @@ class TensorInfo:
     """One graph input or output.
 
     `shape` holds sizes; a first axis of open size is "batch", or "detections": what an image holds.
+    In a module of the user's, names of free sizes and what is computed from them, such as
+    "height//4".
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class FreeSize:
+    """What a size that an export of a user's module leaves open may be.
+
+    Attributes:
+        example: the size of the example input.
+        multiple: it is a multiple of this.
+        minimum: the smallest.
+    """
+
+    example: int
+    multiple: int
+    minimum: int
+
+    def allows(self, size: int) -> bool:
+        """Whether the file is right at this size."""
+        return size >= self.minimum and size % self.multiple == 0
 
 
 @dataclass(frozen=True)
@@ -208,6 +230,7 @@ class Manifest:
     checkpoint: CheckpointInfo | None = None
     labels: tuple[str, ...] | None = None
     quantization: QuantizationInfo | None = None
+    sizes: Mapping[str, FreeSize] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -274,6 +297,8 @@ CALIBRATIONS: Final = ("minmax", "percentile", "entropy")
 BATCH: Final = "batch"
 DETECTIONS: Final = "detections"
 _LONGEST_NAME: Final = 256
+_WORD: Final = re.compile(r"[^\W\d]\w*")
+_COMPUTED: Final = frozenset({"Max", "Min", "Mod", "floor", "ceiling"})  # as sympy writes them
 _LONGEST_LABEL: Final = 1024
 MAX_CROP: Final = 4096  # pixels of a side: 192 MiB an image of float32
 LOGITS: Final = "logits"  # the output that images are classified by
@@ -340,11 +365,14 @@ def manifest_from_json(text: str) -> Manifest:
 def _parse(root: Node) -> Manifest:
     # First: of a newer format nothing else can be judged.
     version = root.at("format_version").format_version(FORMAT_VERSION)
+    # Files from before sizes could be open do not have them.
+    members = root.at("sizes").entries() if "sizes" in root.mapping() else []
+    sizes = {name: _free_size(node) for name, node in members}
     manifest = Manifest(
         name=root.at("name").text(_LONGEST_NAME),
         config=root.at("config").mapping(),
-        inputs=tuple(_tensor(node) for node in root.at("inputs").items(at_least=1)),
-        outputs=tuple(_tensor(node) for node in root.at("outputs").items(at_least=1)),
+        inputs=tuple(_tensor(node, sizes) for node in root.at("inputs").items(at_least=1)),
+        outputs=tuple(_tensor(node, sizes) for node in root.at("outputs").items(at_least=1)),
         dtype=root.at("dtype").choice(FLOAT_TYPES),
         # 18 is the oldest that `vssm export` writes.
         opset=root.at("opset").integer(18),
@@ -362,19 +390,33 @@ def _parse(root: Node) -> Manifest:
             lambda n: tuple(i.text(_LONGEST_LABEL) for i in n.items())
         ),
         quantization=_quantization(root),
+        sizes=sizes,
         format_version=version,
     )
     _check_together(manifest)
     return manifest
 
 
-def _tensor(node: Node) -> TensorInfo:
+def _tensor(node: Node, sizes: Mapping[str, FreeSize]) -> TensorInfo:
     shape: list[int | str] = []
     for axis, size in enumerate(node.at("shape").items()):
-        # Only the first is open; every other size was fixed by the export.
-        is_open = axis == 0 and size.value in (BATCH, DETECTIONS)
-        shape.append(str(size.value) if is_open else size.integer(1))
+        text = size.value if isinstance(size.value, str) else ""
+        words = set(_WORD.findall(text))
+        # Sizes are the batch and what `sizes` names, or computed from these, such as height//4;
+        # every other size was fixed by the export.
+        computed = words & sizes.keys() and words <= {*sizes, *_COMPUTED, BATCH}
+        counted = axis == 0 and text in {BATCH, DETECTIONS}
+        is_open = counted or (computed and len(text) <= _LONGEST_NAME)
+        shape.append(text if is_open else size.integer(1))
     return TensorInfo(node.at("name").name(), node.at("dtype").choice(TENSOR_TYPES), tuple(shape))
+
+
+def _free_size(node: Node) -> FreeSize:
+    return FreeSize(
+        node.at("example").integer(1),
+        node.at("multiple").integer(1),
+        node.at("minimum").integer(1),
+    )
 
 
 def _block_output(node: Node) -> BlockOutput:

@@ -66,6 +66,12 @@ Scans = Annotated[
         help="A scan that is not known by itself: MODULE:NAME=channels or =tokens, repeatable.",
     ),
 ]
+Dynamic = Annotated[
+    str | None,
+    typer.Option(
+        help="Axes of the input that may have any size: height,width of images, or NAME=AXIS."
+    ),
+]
 StaticBatch = Annotated[
     bool, typer.Option("--static-batch", help="Keep the batch size of --input.")
 ]
@@ -236,6 +242,8 @@ def _print_files(artifact: Artifact) -> None:
     manifest, path = artifact.manifest, artifact.model_path
     if manifest.schedule is not None:
         say(f"tokens kept by stage: {list(manifest.schedule.num_keep)}")
+    for name, size in manifest.sizes.items():
+        say(f"{name}: any multiple of {size.multiple} from {size.minimum} on")
     if manifest.merge is not None:
         say(f"tokens left by each merge: {list(manifest.merge.num_keep)}")
     if manifest.preprocessing is None:
@@ -271,6 +279,7 @@ def export_module(
     opset: Opset = 18,
     inline: Inline = False,
     static_batch: StaticBatch = False,
+    dynamic: Dynamic = None,
     no_reference: NoReference = False,
     dry_run: DryRunOnly = False,
     survey: Survey = None,
@@ -309,6 +318,7 @@ def export_module(
         opset=opset,
         inline=inline,
         static_batch=static_batch,
+        dynamic=() if dynamic is None else tuple(dynamic.split(",")),
         reference=not no_reference,
     )
     if dry_run:

@@ -22,7 +22,7 @@ from vssm.files.json import json_text
 _KEYS: Final = frozenset(
     {
         *("name", "target", "input", "tokens", "set", "path", "prefer", "scan", "outputs"),
-        *("static_batch", "no_reference"),
+        *("static_batch", "dynamic", "no_reference"),
     }
 )
 # Steps in which a model can fail, by the first phase that comes behind them.
@@ -222,6 +222,7 @@ def _request(entry: Mapping[str, Any], folder: Path) -> ModuleRequest:
         prefer=entry.get("prefer", "ours"),
         scans=entry.get("scan", {}),
         outputs=tuple(entry["outputs"]) if "outputs" in entry else None,
+        dynamic=tuple(entry.get("dynamic", ())),
         static_batch=bool(entry.get("static_batch", False)),
         reference=not entry.get("no_reference", False),
     )

@@ -49,6 +49,7 @@ class ModuleRequest:
     opset: int = 18
     inline: bool = False
     static_batch: bool = False
+    dynamic: tuple[str, ...] = ()
     reference: bool = True
 
 
@@ -89,6 +90,7 @@ def export_user_module(
             opset=request.opset,
             inline=request.inline,
             dynamic_batch=not request.static_batch,
+            dynamic=request.dynamic,
             reference=request.reference,
             preprocessing=_preprocessing(request),
             labels=_labels(request, built.model, built.example),
@@ -116,6 +118,7 @@ def dry_run_user_module(
             built.example,
             outputs=request.outputs,
             dynamic_batch=not request.static_batch,
+            dynamic=request.dynamic,
         )
     return found, str(built.report)
 
@@ -197,8 +200,12 @@ def _check(request: ModuleRequest) -> PruneSchedule | None:
     check_choice("prefer", request.prefer, ("ours", "installed"))
     check_opset(request.opset)
     check_files(checkpoint=request.checkpoint, labels=request.labels)
-    # For its error alone.
+    # For their errors alone.
     _preprocessing(request)
+    if request.dynamic:
+        from vssm.compat.sizes import free_axes
+
+        free_axes(request.dynamic, request.input_shape)
     return named_pruning(request.target, request.schedule, **rules)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import linecache
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 # torch's own numbers are symbolic already; these packages' code is not the user's.
 _OTHERS: Final = frozenset({"torch", "vssm", "builtins"})
+_PACKAGE: Final = str(Path(__file__).parents[1])
 
 
 class _Whole(type):
@@ -86,6 +88,17 @@ def _modules_of(model: nn.Module) -> list[ModuleType]:
     ]
 
 
+def user_line() -> str:
+    """The innermost line of the user's code that runs now, if any."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/torch/" not in file and "/sympy/" not in file and not file.startswith(_PACKAGE):
+            return f"{file}:{frame.f_lineno}: {linecache.getline(file, frame.f_lineno).strip()}"
+        frame = frame.f_back
+    return ""
+
+
 @contextmanager
 def noting_fixed_sizes() -> Iterator[list[str]]:
     """Note the lines of the user's code at which torch.export fixes a symbolic size."""
@@ -93,15 +106,8 @@ def noting_fixed_sizes() -> Iterator[list[str]]:
     replace = ShapeEnv._set_replacement
 
     def noting(self: Any, symbol: Any, value: Any, message: str) -> None:
-        if value.is_number:
-            frames = [
-                f
-                for f in traceback.extract_stack()
-                if f.filename != __file__ and "/torch/" not in f.filename
-            ]
-            if frames:
-                last = frames[-1]
-                lines.append(f"{last.filename}:{last.lineno}: {last.line}")
+        if value.is_number and (line := user_line()):
+            lines.append(line)
         replace(self, symbol, value, message)
 
     ShapeEnv._set_replacement = noting  # type: ignore[assignment, method-assign]

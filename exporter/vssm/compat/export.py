@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from vssm._version import __version__
-from vssm.artifact.directory import Artifact, staged_export
+from vssm.artifact.directory import MODEL_FILE, Artifact, staged_export
 from vssm.artifact.manifest import (
     MODULE_KEY,
     CheckpointInfo,
+    FreeSize,
     Manifest,
     Preprocessing,
     ScheduleInfo,
@@ -37,6 +38,18 @@ from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import PassReport, without_mutation
 from vssm.compat.passes.regions import RefuseCasts, open_regions
 from vssm.compat.prune import PrunedModule
+from vssm.compat.sizes import (
+    FreeAxis,
+    SizeRule,
+    free_axes,
+    join_input,
+    joined,
+    noting_conditions,
+    probes,
+    prove,
+    size_rules,
+    split,
+)
 from vssm.compat.surroundings import as_if_run
 from vssm.errors import UnsupportedError, reason
 from vssm.files.atomic import sha256_of
@@ -67,6 +80,13 @@ class _Options:
     opset: int
     dynamic_batch: bool
     outputs: tuple[str, ...] | None
+    axes: tuple[FreeAxis, ...] = ()
+
+    @property
+    def free(self) -> dict[int, str]:
+        """The axes of the input that may have any size, by their names in the file."""
+        batch = {0: BATCH} if self.dynamic_batch else {}
+        return batch | {axis.axis: axis.name for axis in self.axes}
 
 
 @dataclass(frozen=True)
@@ -91,6 +111,7 @@ def dry_run(
     *,
     outputs: Sequence[str] | None = None,
     dynamic_batch: bool = True,
+    dynamic: Sequence[str] = (),
 ) -> DryRun:
     """Refuse what `export_module` refuses before its trace, and say what it would export.
 
@@ -100,8 +121,10 @@ def dry_run(
     Raises:
         TypeError, ValueError, UnsupportedError: as `export_module` does.
     """
-    options = _Options(_OPSET, dynamic_batch, None if outputs is None else tuple(outputs))
     _refuse(model, example_input, _OPSET)
+    axes = _checked_axes(model, example_input, dynamic)
+    named = None if outputs is None else tuple(outputs)
+    options = _Options(_OPSET, dynamic_batch, named, axes)
     found, scans = _run_once(model, example_input.detach().cpu(), options)
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     return DryRun(shapes, scans, sum(p.numel() for p in model.parameters()))
@@ -117,6 +140,7 @@ def export_module(
     outputs: Sequence[str] | None = None,
     opset: int = _OPSET,
     dynamic_batch: bool = True,
+    dynamic: Sequence[str] = (),
     inline: bool = False,
     reference: bool = True,
     preprocessing: Preprocessing | None = None,
@@ -141,6 +165,9 @@ def export_module(
             gives them, one called `logits` first.
         opset: 18 to 20.
         dynamic_batch: whether the first axis may have any size.
+        dynamic: further axes that may have any size that the module's own code allows: "height"
+            and "width" of images, or NAME=AXIS. The file is then held against the module at three
+            sizes; model.json says which sizes are allowed (`config["sizes"]`).
         inline: also write model.inlined.onnx, without functions.
         reference: keep inputs and the module's exact outputs, for `vssm check`; model.json says
             how exact (`config["reference"]`).
@@ -159,16 +186,18 @@ def export_module(
     Raises:
         TypeError: `model` is no module, or a wrapper around one, or `example_input` no tensor.
         ValueError: a weight is not finite or not float32, or an option does not fit.
-        UnsupportedError: torch.export cannot trace the module, no scan is in what it traced, or
-            the module is another function in float64.
+        UnsupportedError: torch.export cannot trace the module, no scan is in what it traced, the
+            module is another function in float64, or a size in `dynamic` is fixed by its code.
         ArtifactError: the directory cannot be written, or holds an export and not `force`.
     """
     # Options first: neither the directory nor the module is touched for what is refused anyway.
     _refuse(model, example_input, opset)
     module_outputs(outputs)  # refuses names that are none
+    axes = _checked_axes(model, example_input, dynamic)
     example = example_input.detach().cpu()
     with staged_export(directory, force=force) as staging:
-        options = _Options(opset, dynamic_batch, None if outputs is None else tuple(outputs))
+        asked = None if outputs is None else tuple(outputs)
+        options = _Options(opset, dynamic_batch, asked, axes)
         # Names before the trace: an output that nobody can name is refused before the long part.
         names = list(_run_once(model, example, options)[0])
         precision = None
@@ -176,8 +205,18 @@ def export_module(
             count = 2 if dynamic_batch else len(example)
             named = module_outputs(outputs, scores=True)
             precision = _write_reference(staging, model, example, count, named)
-        proto, reports = trace_module(model, example, options, names, progress)
+        traced = trace_module(model, example, options, names, progress)
+        proto = traced.proto
         save_model(proto, staging, inline=inline, external_data_above=external_data_above)
+        if axes:
+            prove(
+                model,
+                module_outputs(outputs),
+                staging / MODEL_FILE,
+                example,
+                traced.rules,
+                dynamic_batch=dynamic_batch,
+            )
         manifest = _describe(
             proto,
             name=name or type(model).__name__,
@@ -186,16 +225,26 @@ def export_module(
                 "example_input": list(example.shape),
                 "outputs": None if outputs is None else list(outputs),
                 "reference": precision,
-                "passes": [str(report) for report in reports],
+                "passes": [str(report) for report in traced.reports],
             },
             files={path.name: sha256_of(path) for path in sorted(staging.iterdir())},
             preprocessing=preprocessing,
             checkpoint=checkpoint,
             labels=labels,
             schedule=describe_schedule(model) if isinstance(model, PrunedModule) else None,
+            sizes={rule.name: rule.size for rule in traced.rules},
         )
         write_manifest(staging, manifest)
     return Artifact(Path(directory).absolute(), manifest)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A module's graph, what the passes did, and which sizes its free axes may have."""
+
+    proto: onnx.ModelProto
+    reports: list[PassReport]
+    rules: tuple[SizeRule, ...]
 
 
 def trace_module(
@@ -204,12 +253,12 @@ def trace_module(
     options: _Options,
     names: Sequence[str],
     progress: Steps = lambda *_: None,
-) -> tuple[onnx.ModelProto, list[PassReport]]:
-    """The ModelProto of a module, and what the passes did."""
-    wrapper = _Wrapper(model, options.outputs)
+) -> Traced:
+    """The ModelProto of a module, and what is known of it."""
+    wrapper = _Wrapper(model, options)
     with evaluating(wrapper):
         with counted_blocks(model, progress):
-            program = _trace(wrapper, example, options.dynamic_batch)
+            program, rules = _trace(wrapper, example, options)
         scans = {torch_op(spec) for spec in SCAN_OPERATORS}
         if not any(node.target in scans for node in program.graph.nodes):
             raise UnsupportedError(
@@ -217,17 +266,18 @@ def trace_module(
                 "computes them otherwise where it is traced; take that branch out, or set what "
                 "decides on it"
             )
-        reports = simplify(program)
+        reports = simplify(program, probes(program, rules))
         proto = program_to_proto(
             program,
             options.opset,
             inputs=[_input_name(example)],
             names=names,
             public=len(names),
-            dynamic_batch=options.dynamic_batch,
+            free=options.free,
+            steps={axis.axis: axis.step for axis in options.axes},
             progress=progress,
         )
-    return proto, reports
+    return Traced(proto, reports, rules)
 
 
 def _run_once(
@@ -260,12 +310,13 @@ def _run_once(
 class _Wrapper(nn.Module):
     """Gives the outputs as a tuple of tensors."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...] | None) -> None:
+    def __init__(self, model: nn.Module, options: _Options) -> None:
         super().__init__()
-        self.model = model
-        self.outputs = module_outputs(names)
+        self.model, self.axes = model, options.axes
+        self.outputs = module_outputs(options.outputs)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = joined(x, self.axes)
         # Each its own value: a stage's choice may be an input of the next.
         return tuple(y.clone() for y in self.outputs(self.model, x).values())
 
@@ -306,27 +357,37 @@ def _refuse(model: Any, example: Any, opset: int) -> None:
         )
 
 
-def _trace(wrapper: _Wrapper, example: Tensor, dynamic_batch: bool) -> ExportedProgram:
+def _trace(
+    wrapper: _Wrapper, example: Tensor, options: _Options
+) -> tuple[ExportedProgram, tuple[SizeRule, ...]]:
     """torch.export's program; a batch of one would be taken for a constant."""
+    dynamic_batch = options.dynamic_batch
     pair = torch.cat([example, example])[: max(2, len(example))] if dynamic_batch else example
     with noting_fixed_sizes() as lines:
         try:
-            return _exported(wrapper, pair, dynamic_batch)
-        except UnsupportedError:
-            raise
+            return _exported(wrapper, pair, options)
+        except UnsupportedError as error:
+            # Only sizes that code made numbers of can be had otherwise.
+            if not options.axes:
+                raise
+            failure: Exception = error
         except Exception as error:
             failure = error
-        if dynamic_batch and lines:
+        if options.free and (lines or options.axes):
             # Once more, with the arithmetic of the module's code kept symbolic.
             with contextlib.suppress(Exception), symbolic_arithmetic(wrapper.model):
-                return _exported(wrapper, pair, dynamic_batch)
+                return _exported(wrapper, pair, options)
+    if isinstance(failure, UnsupportedError):
+        raise failure
     name = type(wrapper.model).__name__
     # Only a size that was to be any is fixed by a line; what else fails has another cause.
-    if dynamic_batch and lines and "specialized" in str(failure):
+    if lines and (fixed := _fixed(options, pair, str(failure))):
         raise UnsupportedError(
-            f"{name} computes with the batch in Python, which makes it {len(pair)} for good, at "
-            f"{lines[0]}; use the size of a tensor there as it is (x.shape[0] // n, -1 in "
-            "reshape), or export with dynamic_batch=False (--static-batch)"
+            f"{name} computes with the {' and the '.join(fixed)} in Python, which makes it "
+            f"{' and '.join(map(str, fixed.values()))} for good, at {lines[0]}; use the size of a "
+            "tensor there as it is (x.shape[0] // n, -1 in reshape), or export with "
+            "dynamic_batch=False (--static-batch)"
+            + (" or without dynamic (--dynamic)" if options.axes else "")
         ) from failure
     raise UnsupportedError(
         f"torch.export cannot trace {name}: {reason(failure)}. Trace it "
@@ -337,13 +398,53 @@ def _trace(wrapper: _Wrapper, example: Tensor, dynamic_batch: bool) -> ExportedP
     ) from failure
 
 
-def _exported(wrapper: _Wrapper, x: Tensor, dynamic_batch: bool) -> ExportedProgram:
-    shapes = {"x": {0: torch.export.Dim(BATCH)} if dynamic_batch else None}
+def _fixed(options: _Options, example: Tensor, failure: str) -> dict[str, int]:
+    """The free sizes that torch says it was made to fix, and what they are."""
+    # In the split input an axis stands behind the second halves of those in front of it.
+    names = {
+        at + sum(0 < other < at for other in options.free): name
+        for at, name in options.free.items()
+    }
+    sizes = {name: example.shape[at] for at, name in options.free.items()}
+    found = re.findall(r"marked L\['x'\]\.size\(\)\[(\d+)\] as dynamic but", failure)
+    if "specialized" not in failure:
+        return {}
+    fixed = [names[int(at)] for at in found if int(at) in names] or list(names.values())
+    return {name: sizes[name] for name in fixed}
+
+
+def _exported(
+    wrapper: _Wrapper, x: Tensor, options: _Options
+) -> tuple[ExportedProgram, tuple[SizeRule, ...]]:
+    places = sorted(axis.axis for axis in options.axes)
+    # Sizes behind the batch are symbols without a bound: which ones the code allows is read off.
+    # Each is split in two, which moves those behind it by one.
+    free: dict[int, Any] = {at + i: torch.export.Dim.DYNAMIC for i, at in enumerate(places)}
+    if options.dynamic_batch:
+        free[0] = torch.export.Dim(BATCH)
     torch.compiler.reset()  # a torch.cond that ran before was compiled, and cannot be traced
     with torch.no_grad(), quiet(), as_if_run():
-        program = torch.export.export(wrapper, (x,), dynamic_shapes=shapes)
+        given = (split(x, options.axes),)
+        with noting_conditions() as conditions:
+            program = torch.export.export(wrapper, given, dynamic_shapes={"x": free or None})
+        rules: tuple[SizeRule, ...] = ()
+        if options.axes:
+            join_input(program, options.axes)
+            rules = size_rules(program, options.axes, conditions)
         # Regions first: what is written inside one is out of sight until it is opened.
-        return without_mutation(open_regions(program))
+        return without_mutation(open_regions(program)), rules
+
+
+def _checked_axes(
+    model: nn.Module, example: Tensor, dynamic: Sequence[str]
+) -> tuple[FreeAxis, ...]:
+    axes = free_axes(dynamic, example.shape)
+    if axes and isinstance(model, PrunedModule):
+        raise UnsupportedError(
+            f"dynamic={list(dynamic)} with a pruned module, which keeps a number of tokens that "
+            "was settled by the size of its example input; export it dense, or without dynamic"
+        )
+    return axes
 
 
 def _no_scan(model: nn.Module) -> str:
@@ -393,6 +494,7 @@ def _describe(
     checkpoint: CheckpointInfo | None,
     labels: Sequence[str] | None,
     schedule: ScheduleInfo | None,
+    sizes: dict[str, FreeSize],
 ) -> Manifest:
     return Manifest(
         name=name,
@@ -408,6 +510,7 @@ def _describe(
             **{package: importlib.metadata.version(package) for package in _PACKAGES},
         },
         schedule=schedule,
+        sizes=sizes,
         weights="custom" if checkpoint is None else "checkpoint",
         preprocessing=preprocessing,
         checkpoint=checkpoint,

@@ -167,7 +167,7 @@ def build_proto(
         inputs=[INPUT, SIZES] if traced.whole else [INPUT],
         names=traced.output_names(),
         public=traced.public,
-        dynamic_batch=not traced.whole,
+        free={} if traced.whole else {0: BATCH},
         progress=progress,
     )
     if traced.whole:

@@ -6,8 +6,9 @@ import itertools
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Final
 
 import onnx
@@ -50,23 +51,28 @@ def name_outputs(model: ir.Model, names: Sequence[str], *, public: int) -> None:
         model.graph.outputs.pop()
 
 
-def rename_inputs(model: ir.Model, names: Sequence[str], batch: str | None) -> None:
-    """Name the inputs, and the symbolic first axis of every value `batch`; None: it is fixed."""
+def rename_inputs(
+    model: ir.Model, names: Sequence[str], free: Mapping[int, str], steps: Mapping[int, int]
+) -> None:
+    """Name the inputs, and in every shape the sizes of their axes that are symbolic, by `free`.
+
+    Where `steps` has an axis, its size is that many times a symbol: 4*(height//8) of height.
+    """
+    symbols: dict[str, str] = {}
+    whole: dict[str, str] = {}
     for value, name in zip(model.graph.inputs, names, strict=True):
         value.name = name
-    if batch is None:
-        return
-    symbols = {str(dim) for value in model.graph.inputs for dim in (value.shape or ())[:1]}
-    for node in model.graph:
-        for value in node.outputs:
-            if value.shape is not None:
-                value.shape = ir.Shape([_renamed(d, symbols, batch) for d in value.shape])
-    for value in model.graph.inputs:
-        value.shape = ir.Shape([batch, *(value.shape or ())[1:]])
+        for axis, size in free.items():
+            step, text = steps.get(axis, 1), str((value.shape or ())[axis])
+            whole[text] = size
+            symbols[text.rpartition("*")[2]] = size if step == 1 else f"({size}//{step})"
+    for value in itertools.chain(model.graph.inputs, *(node.outputs for node in model.graph)):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(d, symbols, whole) for d in value.shape])
 
 
-def _renamed(size: Any, symbols: set[str], name: str) -> Any:
-    """A size in which the symbols are called `name`, such as 37*batch."""
+def _renamed(size: Any, symbols: Mapping[str, str], whole: Mapping[str, str]) -> Any:
+    """A size in which the symbols have their names, such as 37*batch."""
     if isinstance(size, int):
         return size
     # Sizes of one name are one size to ONNX Runtime, which shares memory by that; what is not known
@@ -74,7 +80,7 @@ def _renamed(size: Any, symbols: set[str], name: str) -> Any:
     if size.value is None:
         return None
     words = re.split(r"(\w+)", str(size))
-    return "".join(name if word in symbols else word for word in words)
+    return whole.get(str(size)) or "".join(symbols.get(word, word) for word in words)
 
 
 BATCH: Final = "batch"
@@ -91,7 +97,8 @@ def program_to_proto(
     inputs: Sequence[str],
     names: Sequence[str],
     public: int,
-    dynamic_batch: bool = True,
+    free: Mapping[int, str] = MappingProxyType({0: BATCH}),
+    steps: Mapping[int, int] = MappingProxyType({}),
     progress: Steps = lambda *_: None,
 ) -> onnx.ModelProto:
     """A traced module `model` of a wrapper as a ModelProto, custom nodes at top level.
@@ -102,7 +109,8 @@ def program_to_proto(
         inputs: names of the inputs.
         names: names of the outputs.
         public: how many of the outputs stay outputs; the others are named inner values.
-        dynamic_batch: whether the first axis is symbolic.
+        free: names of the axes of every input that are symbolic.
+        steps: of those whose size is a multiple of a symbol, of how much.
         progress: called as our operators are translated, a block's together.
     """
     register_schemas()
@@ -112,7 +120,7 @@ def program_to_proto(
     fold_weights(graph)
     common.TopologicalSortPass()(graph)
     name_graph(graph, weights, reserved=reserved)
-    rename_inputs(graph, inputs, BATCH if dynamic_batch else None)
+    rename_inputs(graph, inputs, free, steps)
     name_outputs(graph, names, public=public)
     common.ClearMetadataAndDocStringPass()(graph)
     graph.ir_version = _IR_VERSION

@@ -9,9 +9,8 @@ from pathlib import Path
 import vssm
 from vssm import native_library
 from vssm.errors import RuntimeUnavailableError
-from vssm.native_library import load_library
+from vssm.native_library import ORT_LIBRARY, load_library
 
-ORT_LIBRARY = "vssm_onnxruntime"
 TENSORRT_LIBRARY = "vssm_tensorrt"
 C_LIBRARY = "vssm"
 ISA_NAMES = ("baseline", "avx2", "avx512")

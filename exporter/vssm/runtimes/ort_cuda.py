@@ -176,11 +176,15 @@ class DeviceRun:
         self._binding.bind_ortvalue_input(self._session.get_inputs()[0].name, self._images)
         self._names = []
         for output, spec in zip(self._session.get_outputs(), session.manifest.outputs, strict=True):
+            self._names.append(output.name)
             shape = [len(images), *spec.shape[1:]]
+            if session.manifest.sizes and not all(isinstance(n, int) for n in shape):
+                # Of a size that follows from the input's: ONNX Runtime makes room for it.
+                self._binding.bind_output(output.name, "cuda", session.device)
+                continue
             kind = _NUMPY_TYPES[output.type]
             value = make.ortvalue_from_shape_and_type(shape, kind, "cuda", session.device)
             self._binding.bind_ortvalue_output(output.name, value)
-            self._names.append(output.name)
 
     def update(self, images: Array) -> None:
         """Copy other images of the same batch size to the GPU, in place."""

@@ -159,11 +159,18 @@ class Session(abc.ABC):
                 f"{spec.name}={kind} is no NumPy array of {spec.dtype}; use vssm.preprocess "
                 "for images, or .astype"
             )
-        fits = images.ndim == len(spec.shape) and images.shape[1:] == spec.shape[1:]
+        fits = images.ndim == len(spec.shape) and all(
+            n == size if isinstance(size, int) else self.manifest.sizes[size].allows(n)
+            for n, size in zip(images.shape[1:], spec.shape[1:], strict=True)
+        )
         if not fits or images.shape[0] < 1 or spec.shape[0] not in {BATCH, images.shape[0]}:
+            rules = "".join(
+                f", {name} a multiple of {size.multiple} from {size.minimum} on"
+                for name, size in self.manifest.sizes.items()
+            )
             raise ValueError(
-                f"images.shape={images.shape} is not {spec.shape}; resize the images, or export "
-                "the model with this image_size"
+                f"images.shape={images.shape} is not {spec.shape}{rules}; resize the images, or "
+                "export the model with this image_size"
             )
         return images
 

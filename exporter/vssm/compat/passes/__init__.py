@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from torch.export import ExportedProgram
 
@@ -37,16 +37,19 @@ PASSES: Final[tuple[tuple[str, Callable[[Rewriter], None]], ...]] = (
 )
 
 
-def simplify(program: ExportedProgram) -> list[PassReport]:
+def simplify(
+    program: ExportedProgram, probes: tuple[Mapping[Any, int], ...] = ({},)
+) -> list[PassReport]:
     """Bring the scans of a program to as few token-major nodes as is provably the same.
 
     Args:
         program: `without_mutation`; changed in place; its inputs, outputs and weights stay.
+        probes: as `Rewriter` has them, of a program with more free sizes than the batch.
 
     Returns:
         What each pass did, and why it did not where it might have.
     """
-    reports = [run_pass(program, name, change) for name, change in PASSES]
+    reports = [run_pass(program, name, change, probes) for name, change in PASSES]
     rename_outputs(program)
     program.graph_module.recompile()
     return reports

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -61,10 +62,15 @@ class PassReport:
 
 @dataclass(frozen=True)
 class Rewriter:
-    """A program under change, and the report of the pass that changes it."""
+    """A program under change, and the report of the pass that changes it.
+
+    `probes` are sizes of the symbols that are free beside the batch: what is to hold for every size
+    is looked at with each of them. A program whose sizes are settled has one probe, of none.
+    """
 
     program: ExportedProgram
     report: PassReport
+    probes: tuple[Mapping[Any, int], ...] = ({},)
 
     @property
     def graph(self) -> Graph:
@@ -110,19 +116,27 @@ class Rewriter:
         self.program.constants[name] = value
         return made
 
+    def constants(self, node: Any) -> list[Tensor] | None:
+        """The value of a small node that depends on no input and no weight, at each probe."""
+        found = [self.constant(node, probe) for probe in self.probes]
+        return None if any(value is None for value in found) else found  # type: ignore[return-value]
+
     # The depth is a bound on time: operands that nodes share are computed again for each of them.
-    def constant(self, node: Any, depth: int = 12) -> Tensor | None:
-        """The value of a small node that depends on no input and no weight."""
+    def constant(self, node: Any, probe: Mapping[Any, int], depth: int = 12) -> Tensor | None:
+        """The value of a small node that depends on no input and no weight, at one probe."""
         if not isinstance(node, Node) or not is_tensor(node) or depth == 0:
             return None
-        size = node.meta["val"].numel()
-        if not isinstance(size, int) or size > _SMALL:
+        sizes = [number(n, probe) for n in node.meta["val"].shape]
+        if any(n is None for n in sizes) or math.prod(sizes) > _SMALL:  # type: ignore[arg-type]
             return None
         if node.op == "placeholder":
             return self._lifted(node.name)
         if node.op != "call_function" or node.target in SCANS:
             return None
-        values = {n: self.constant(n, depth - 1) for n in node.all_input_nodes}
+        values: dict[Node, Any] = {
+            n: number(n.meta["val"], probe) if is_size(n) else self.constant(n, probe, depth - 1)
+            for n in node.all_input_nodes
+        }
         if any(value is None for value in values.values()):
             return None
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n])
@@ -165,10 +179,15 @@ def _writes(node: Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
-def run_pass(program: ExportedProgram, name: str, change: Callable[[Rewriter], None]) -> PassReport:
+def run_pass(
+    program: ExportedProgram,
+    name: str,
+    change: Callable[[Rewriter], None],
+    probes: tuple[Mapping[Any, int], ...] = ({},),
+) -> PassReport:
     """Run one pass, drop what nothing reads, and return its report."""
     report = PassReport(name)
-    change(Rewriter(program, report))
+    change(Rewriter(program, report, probes))
     program.graph.eliminate_dead_code()
     # A node that a pass put behind its user is found here, not by whoever opens the file.
     program.graph.lint()
@@ -178,6 +197,19 @@ def run_pass(program: ExportedProgram, name: str, change: Callable[[Rewriter], N
 def is_tensor(node: Any) -> bool:
     """Whether a node's value is one tensor."""
     return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def is_size(node: Node) -> bool:
+    """Whether a node's value is a size, computed at run time."""
+    return isinstance(node.meta.get("val"), torch.SymInt | int)
+
+
+def number(size: Any, probe: Mapping[Any, int]) -> int | None:
+    """A size as a number at a probe; None if it depends on more."""
+    if isinstance(size, int):
+        return size
+    found = size.node.expr.subs(probe)
+    return int(found) if found.is_number else None
 
 
 def is_integer(node: Any) -> bool:

@@ -272,13 +272,14 @@ def _scan(r: Rewriter, node: Node) -> Node | None:
         others = ", ".join(n for n in streams if n not in flipped)
         r.report.refuse(f"a scan with flipped {', '.join(flipped)}, but not {others}")
         return None
-    seqlen = shape(named["u"])[1]
-    if not isinstance(seqlen, int):
-        r.report.refuse("a flipped scan over a sequence of no fixed length")
-        return None
+    last: Any = named["u"].meta["val"].shape[1]
+    if isinstance(last, int):
+        last -= 1
+    else:
+        last = r.emit(node, operator.sub, r.emit(node, ATEN.sym_size.int, named["u"], 1), 1)
     for name in streams:
         named[name] = named[name].args[0]
     # Token t of the flipped streams is token seqlen - 1 - t of the streams.
-    named["order"] = r.emit(node, ATEN.rsub.Scalar, named["order"], seqlen - 1)
+    named["order"] = r.emit(node, ATEN.rsub.Scalar, named["order"], last)
     inner = scan_call(r, node, node.target, named)
     return r.emit(node, _FLIP, inner, [1])

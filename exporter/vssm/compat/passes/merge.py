@@ -19,6 +19,7 @@ from vssm.compat.passes.graph import (
     axis,
     is_call,
     is_tensor,
+    number,
     rank,
     scan_arguments,
     scan_call,
@@ -200,36 +201,39 @@ def absorb_orders(r: Rewriter) -> None:
 def _why_not_absorbed(
     r: Rewriter, node: Node, named: dict[str, Any], tables: dict[str, Any]
 ) -> str | None:
-    table = tables["u"][2]
-    steps = torch.arange(len(table))
-    # Before anything else: the tables below are compared as permutations of all tokens.
-    if any(t is not None and shape(t[0])[1] != len(table) for t in tables.values()):
-        return "a gathered scan leaves tokens out"
-    order, gap = r.constant(named["order"]), r.constant(named["gap"])
+    order, gap = r.constants(named["order"]), r.constants(named["gap"])
     # The operator's gate belongs to tokens, this one to steps.
     if "z" in named:
         return "a gathered scan has a gate in the order of its steps"
-    if order is None or order.shape[:2] != (1, 1) or not torch.equal(order[0, 0].long(), steps):
-        return "a gathered scan has an order of its own"
-    if gap is None or not bool((gap == 1).all()):
-        return "a gathered scan has gaps"
-    others = [tables[name] for name in ("delta", "B", "C")]
-    alike = [t is not None and torch.equal(t[2], table) for t in others]
-    if any(t is not None for t in others) and not all(alike):
-        return "u, delta, B and C of a scan are gathered by different tables"
-    inverse = torch.argsort(table)
-    # argsort has an answer for any table; only of a permutation it is the inverse.
-    if not torch.equal(table[inverse], steps) or not node.users:
-        return "the table of a gathered scan is no permutation"
-    for user in node.users:
-        back = _index_table(r, user)
-        if back is None or not torch.equal(back[2], inverse):
-            return "a gathered scan is not read back at the inverse of its table"
+    for place, probe in enumerate(r.probes):
+        table = tables["u"][2][place]
+        steps = torch.arange(len(table))
+        # First: the tables below are compared as permutations of all tokens.
+        lengths = [t[0].meta["val"].shape[1] for t in tables.values() if t is not None]
+        if any(number(length, probe) != len(table) for length in lengths):
+            return "a gathered scan leaves tokens out"
+        own = None if order is None else order[place]
+        if own is None or own.shape[:2] != (1, 1) or not torch.equal(own[0, 0].long(), steps):
+            return "a gathered scan has an order of its own"
+        if gap is None or not bool((gap[place] == 1).all()):
+            return "a gathered scan has gaps"
+        others = [tables[name] for name in ("delta", "B", "C")]
+        alike = [t is not None and torch.equal(t[2][place], table) for t in others]
+        if any(t is not None for t in others) and not all(alike):
+            return "u, delta, B and C of a scan are gathered by different tables"
+        inverse = torch.argsort(table)
+        # argsort has an answer for any table; only of a permutation it is the inverse.
+        if not torch.equal(table[inverse], steps) or not node.users:
+            return "the table of a gathered scan is no permutation"
+        for user in node.users:
+            back = _index_table(r, user)
+            if back is None or not torch.equal(back[2][place], inverse):
+                return "a gathered scan is not read back at the inverse of its table"
     return None
 
 
-def _gathered(r: Rewriter, node: Node) -> tuple[Node, Node, torch.Tensor] | None:
-    """(ungathered stream, table node, table) of unsqueeze(x[:, table], 2)."""
+def _gathered(r: Rewriter, node: Node) -> tuple[Node, Node, list[torch.Tensor]] | None:
+    """(ungathered stream, table node, table at each probe) of unsqueeze(x[:, table], 2)."""
     if not is_call(node, ATEN.unsqueeze.default) or node.args[1] != 2:
         return None
     inner: Any = node.args[0]
@@ -243,15 +247,17 @@ def _gathered(r: Rewriter, node: Node) -> tuple[Node, Node, torch.Tensor] | None
     return r.emit(node, ATEN.unsqueeze.default, source, 2), table_node, table
 
 
-def _index_table(r: Rewriter, node: Any, dim: int = 1) -> tuple[Node, Node, torch.Tensor] | None:
-    """(x, table node, table) of a gather of x (batch, ., .) along `dim` by a constant table."""
+def _index_table(
+    r: Rewriter, node: Any, dim: int = 1
+) -> tuple[Node, Node, list[torch.Tensor]] | None:
+    """(x, table node, table at each probe) of a gather of x (batch, ., .) along `dim`."""
     found = gather_table(node)
     if found is None or found[0] != dim or rank(node) != 3:
         return None
-    table = r.constant(found[1])
-    if table is None or table.dim() != 1:
+    tables = r.constants(found[1])
+    if tables is None or any(table.dim() != 1 for table in tables):
         return None
-    return node.args[0], found[1], table.long()
+    return node.args[0], found[1], [table.long() for table in tables]
 
 
 def merge_scans(r: Rewriter) -> None:

@@ -133,9 +133,12 @@ def share(r: Rewriter) -> None:
     """Let equal nodes be one, so that equal operands are seen to be equal."""
     seen: dict[Any, Node] = {}
     for node in list(r.graph.nodes):
-        if not is_call(node, *_PURE):
+        key: Any = (node.target, _key(node.args), _key(tuple(sorted(node.kwargs.items()))))
+        if node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt):
+            # One size, whichever tensor it was read of.
+            key = str(node.meta["val"])
+        elif not is_call(node, *_PURE):
             continue
-        key = (node.target, _key(node.args), _key(tuple(sorted(node.kwargs.items()))))
         # The first in order stays, as it stands before every user of the others.
         known = seen.setdefault(key, node)
         if known is not node:

@@ -11,14 +11,25 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vssm.compat.passes.graph import ATEN, SCANS, Rewriter, is_call, is_tensor, scan_arguments
+from vssm.compat.passes.graph import (
+    ATEN,
+    SCANS,
+    Rewriter,
+    is_call,
+    is_size,
+    is_tensor,
+    rank,
+    scan_arguments,
+    shape,
+)
 
 # Operators that move elements and compute nothing. Their operands are tensors in the first place.
 _VIEWS: Final = (ATEN.reshape.default, ATEN.view.default, ATEN._unsafe_view.default)
@@ -77,14 +88,20 @@ class Places:
 
     Args:
         r: of the program.
+        probe: the sizes with which they are counted.
         sums: the additions that are such sums; any other is a source.
         unfolded: whether a view of a source counts as the source.
     """
 
     def __init__(
-        self, r: Rewriter, *, sums: frozenset[Node] = frozenset(), unfolded: bool = False
+        self,
+        r: Rewriter,
+        probe: Mapping[Any, int],
+        *,
+        sums: frozenset[Node] = frozenset(),
+        unfolded: bool = False,
     ) -> None:
-        self._r, self._sums, self._unfolded = r, sums, unfolded
+        self._r, self.probe, self._sums, self._unfolded = r, probe, sums, unfolded
         self._known: dict[Node, Any] = {}
         self._starts: dict[Node, int] = {}
         self._end = self._held = 0
@@ -92,11 +109,11 @@ class Places:
     def of(self, node: Node) -> list[Tensor]:
         """The places of each term of a node's value."""
         if node not in self._known:
-            if _count(node) > _LARGEST:
+            if _count(node, self.probe) > _LARGEST:
                 raise _UnknownError("a walk is over too large a map")
             found = self._find(node)
             # Found again where it is needed again: all at once would take gigabytes.
-            self._held += _count(node) * len(found)
+            self._held += _count(node, self.probe) * len(found)
             if self._held > _LARGEST:
                 self._known.clear()
                 self._held = 0
@@ -104,14 +121,18 @@ class Places:
         held: list[Tensor] = self._known[node]
         return held
 
+    def shape(self, node: Node) -> tuple[int, ...]:
+        """The shape of a node's value."""
+        return _shape(node, self.probe)
+
     def root(self, places: Tensor) -> tuple[Node, Tensor]:
         """The one source of all places, and their numbers in it."""
         first = int(places.min())
         if first == _NOWHERE:
             raise _UnknownError("a walk leaves the map")
-        source = next(n for n, s in self._starts.items() if s <= first < s + _count(n))
+        source = next(n for n, s in self._starts.items() if s <= first < s + _count(n, self.probe))
         inside = places - self._starts[source]
-        if int(inside.max()) >= _count(source):
+        if int(inside.max()) >= _count(source, self.probe):
             raise _UnknownError("a scan reads more than one value")
         return source, inside
 
@@ -125,14 +146,14 @@ class Places:
             source
             for source, start in self._starts.items()
             for places in terms
-            if bool(((places >= start) & (places < start + _count(source))).any())
+            if bool(((places >= start) & (places < start + _count(source, self.probe))).any())
         }
 
     def _find(self, node: Node) -> Any:
         target: Any = node.target
         if node.op == "call_function" and not self._is_root(node):
             if target in _EMPTY:
-                return [torch.full(_shape(node), _NOWHERE)]
+                return [torch.full(self.shape(node), _NOWHERE)]
             if target in _JOINS:
                 return self._joined(node)
             if target is operator.getitem:
@@ -175,10 +196,10 @@ class Places:
     def _counted(self, node: Node) -> Tensor:
         if not is_tensor(node):
             raise _UnknownError("a walk is made of what is no tensor")
-        count = _count(node)
+        count = _count(node, self.probe)
         start = self._starts.setdefault(node, self._end)
         self._end = max(self._end, start + count)
-        return torch.arange(start, start + count).reshape(_shape(node))
+        return torch.arange(start, start + count).reshape(self.shape(node))
 
     def _joined(self, node: Node) -> list[Tensor]:
         parts = [self.of(part) for part in node.args[0]]  # type: ignore[union-attr, arg-type]
@@ -212,8 +233,8 @@ class Places:
         def number(node: Node) -> Any:
             found = node.meta.get("val")
             if isinstance(found, torch.SymInt | int):
-                return _number(found)
-            table = self._r.constant(node)
+                return _number(found, self.probe)
+            table = self._r.constant(node, self.probe)
             if table is None:
                 raise _UnknownError("a walk depends on the input")
             return table
@@ -221,19 +242,19 @@ class Places:
         return torch.fx.map_arg(value, number)
 
 
-def _number(size: Any) -> int:
+def _number(size: Any, probe: Mapping[Any, int]) -> int:
     if isinstance(size, int):
         return size
-    expression = size.node.expr
+    expression = size.node.expr.subs(probe)
     return int(expression.subs(dict.fromkeys(expression.free_symbols, _BATCH)))
 
 
-def _shape(node: Node) -> tuple[int, ...]:
-    return tuple(map(_number, node.meta["val"].shape))
+def _shape(node: Node, probe: Mapping[Any, int]) -> tuple[int, ...]:
+    return tuple(_number(size, probe) for size in node.meta["val"].shape)
 
 
-def _count(node: Node) -> int:
-    return math.prod(_shape(node)) if is_tensor(node) else 0
+def _count(node: Node, probe: Mapping[Any, int]) -> int:
+    return math.prod(_shape(node, probe)) if is_tensor(node) else 0
 
 
 @dataclass(frozen=True)
@@ -247,7 +268,7 @@ class _Walk:
         tokens: axes that make up a map's tokens.
         channels: axes that make up a token's channels.
         first: the first channel taken.
-        table: the token of each step.
+        tables: the token of each step, at each probe.
     """
 
     source: Node
@@ -256,13 +277,13 @@ class _Walk:
     tokens: tuple[int, ...]
     channels: tuple[int, ...]
     first: int
-    table: Tensor
+    tables: tuple[Tensor, ...]
 
 
 def _walk(places: Places, node: Node) -> _Walk:
     """What a scan operand (batch, seqlen, 1, width) reads."""
     source, index = places.root(places.of(node)[0][:, :, 0])
-    sizes = _shape(source)
+    sizes = places.shape(source)
     roles: dict[str, list[int]] = {"batch": [], "tokens": [], "channels": []}
     picked, rest = [], index
     coordinates = {}
@@ -300,8 +321,16 @@ def _walk(places: Places, node: Node) -> _Walk:
         tuple(roles["tokens"]),
         tuple(roles["channels"]),
         first,
-        tokens[0, :, 0].clone(),
+        (tokens[0, :, 0].clone(),),
     )
+
+
+def _walk_of(everywhere: Sequence[Places], node: Node) -> _Walk:
+    """What a scan operand reads, at every probe."""
+    first, *others = (_walk(places, node) for places in everywhere)
+    if any(replace(other, tables=first.tables) != first for other in others):
+        raise _UnknownError("a walk is another one at another size")
+    return replace(first, tables=tuple(walk.tables[0] for walk in (first, *others)))
 
 
 @dataclass(frozen=True)
@@ -311,21 +340,21 @@ class _Return:
     Attributes:
         node: the value.
         axes: for each axis of it "batch", "tokens" or "channels", or None where it is 1 long.
-        terms: each scan, and the step that each token is read from.
+        terms: each scan, and the step that each token is read from, at each probe.
     """
 
     node: Node
     axes: tuple[str | None, ...]
-    terms: tuple[tuple[Node, Tensor], ...]
+    terms: tuple[tuple[Node, tuple[Tensor, ...]], ...]
 
 
 def _return(places: Places, node: Node) -> _Return:
     """How a value is made of scans alone."""
-    sizes = _shape(node)
+    sizes = places.shape(node)
     terms, all_axes = [], set()
     for each in places.of(node):
         scan, index = places.root(each)
-        _, seqlen, width = _shape(scan)
+        _, seqlen, width = places.shape(scan)
         parts = {
             "batch": index // (seqlen * width),
             "tokens": index // width % seqlen,
@@ -349,10 +378,21 @@ def _return(places: Places, node: Node) -> _Return:
         again = torch.arange(flat.shape[0])[:, None, None] * seqlen + table[:, None]
         if not torch.equal(flat, again * width + torch.arange(width)):
             raise _UnknownError("images or channels of a scan's result are moved")
-        terms.append((scan, table.clone()))
+        terms.append((scan, (table.clone(),)))
     if len(all_axes) > 1:
         raise _UnknownError("results of scans are summed in different layouts")
     return _Return(node, all_axes.pop(), tuple(terms))
+
+
+def _return_of(everywhere: Sequence[Places], node: Node) -> _Return:
+    """How a value is made of scans alone, at every probe."""
+    first, *others = (_return(places, node) for places in everywhere)
+    scans = [scan for scan, _ in first.terms]
+    for other in others:
+        if other.axes != first.axes or [scan for scan, _ in other.terms] != scans:
+            raise _UnknownError("results of scans are put back otherwise at another size")
+    tables = [[table for _, (table,) in found.terms] for found in (first, *others)]
+    return replace(first, terms=tuple(zip(scans, zip(*tables, strict=True), strict=True)))
 
 
 def _apart(axes: list[str | None]) -> list[int]:
@@ -369,24 +409,26 @@ def follow_walks(r: Rewriter) -> None:
     """
     scans = [node for node in r.graph.nodes if node.target in SCANS]
     made = _made_of(r, scans)
-    back = Places(r, sums=frozenset(filter(_is_sum, made)))
+    sums = frozenset(filter(_is_sum, made))
+    back = [Places(r, probe, sums=sums) for probe in r.probes]
     returns: list[_Return] = []
     left: set[Node] = set()
     for node in made:
         # Only what leaves: what it is made of goes with it.
         if any(user not in made for user in node.users):
             try:
-                returns.append(_return(back, node))
+                returns.append(_return_of(back, node))
             except _UnknownError as why:
-                left |= back.sources(node) or _scans_of(node, made)
+                left |= back[0].sources(node) or _scans_of(node, made)
                 r.report.refuse(str(why))
     walks = _walks(r, scans, returns, left)
+    steps = {scan: _steps(r, scan, walk) for scan, walk in walks.items()}
     for found in returns:
         if all(scan in walks for scan, _ in found.terms):
-            _read_back(r, found)
+            _read_back(r, found, {scan: (walks[scan], steps[scan]) for scan, _ in found.terms})
     emitted: dict[Any, Node] = {}
     for scan, walk in walks.items():
-        _read_by_table(r, scan, walk, emitted)
+        _read_by_table(r, scan, walk, (steps[scan], emitted))
 
 
 def _made_of(r: Rewriter, scans: list[Node]) -> dict[Node, None]:
@@ -396,7 +438,7 @@ def _made_of(r: Rewriter, scans: list[Node]) -> dict[Node, None]:
     for node in r.graph.nodes:
         if node.op != "call_function" or node in inside:
             continue
-        tensors = [n for n in node.all_input_nodes if "val" in n.meta and not _is_size(n)]
+        tensors = [n for n in node.all_input_nodes if "val" in n.meta and not is_size(n)]
         from_scans = [n for n in tensors if n in inside]
         others = [n for n in tensors if n not in inside]
         moves = node.target in _MOVES | _JOINS | _WRITES or _is_sum(node)
@@ -407,14 +449,10 @@ def _made_of(r: Rewriter, scans: list[Node]) -> dict[Node, None]:
     return made
 
 
-def _is_size(node: Node) -> bool:
-    return isinstance(node.meta["val"], torch.SymInt | int)
-
-
 def _is_sum(node: Node) -> bool:
     if is_call(node, ATEN.add.Tensor):
         a, b = node.args[:2]
-        return bool(is_tensor(a) and is_tensor(b) and not node.kwargs) and _shape(a) == _shape(b)  # type: ignore[arg-type]
+        return bool(is_tensor(a) and is_tensor(b) and not node.kwargs) and shape(a) == shape(b)  # type: ignore[arg-type]
     if is_call(node, ATEN.sum.dim_IntList):
         return len(node.args) == 2 and len(node.args[1]) == 1 and not node.kwargs  # type: ignore[arg-type]
     return False
@@ -423,7 +461,7 @@ def _is_sum(node: Node) -> bool:
 def _is_aside(r: Rewriter, user: Node, node: Node) -> bool:
     if user.target in _WRITES and node is user.args[0]:
         return node.target in _EMPTY or _is_aside_chain(node)
-    return r.constant(node) is not None
+    return r.constants(node) is not None
 
 
 def _is_aside_chain(node: Node) -> bool:
@@ -449,52 +487,149 @@ def _walks(
     r: Rewriter, scans: list[Node], returns: list[_Return], left: set[Node]
 ) -> dict[Node, _Walk]:
     """The walks of the scans that become gathers: all of what is read back together, or none."""
-    forth, unfolded = Places(r), Places(r, unfolded=True)
+    forth = [Places(r, probe) for probe in r.probes]
+    unfolded = [Places(r, probe, unfolded=True) for probe in r.probes]
     walks: dict[Node, _Walk] = {}
-    tables: dict[Node, list[Tensor]] = {}
+    backs: dict[Node, list[tuple[Tensor, ...]]] = {}
     for found in returns:
-        for scan, table in found.terms:
-            tables.setdefault(scan, []).append(table)
+        for scan, tables in found.terms:
+            backs.setdefault(scan, []).append(tables)
     for scan in scans:
         named = scan_arguments(scan)
-        if scan in left or scan not in tables or "z" in named:
+        if scan in left or scan not in backs or "z" in named:
             continue
         try:
-            walk = _walk(forth, named["u"])
+            walk = _walk_of(forth, named["u"])
         except _UnknownError:
             try:
-                walk = _walk(unfolded, named["u"])
+                walk = _walk_of(unfolded, named["u"])
             except _UnknownError as why:
                 r.report.refuse(str(why))
                 continue
-        inverse = torch.argsort(walk.table)
-        steps = torch.arange(len(walk.table))
+        inverses = [torch.argsort(table) for table in walk.tables]
         # Equal to its own inverse's inverse: a permutation of all tokens of the map.
-        if torch.equal(walk.table[inverse], steps) and all(
-            torch.equal(table, inverse) for table in tables[scan]
-        ):
+        whole = all(
+            torch.equal(table[inverse], torch.arange(len(table)))
+            for table, inverse in zip(walk.tables, inverses, strict=True)
+        )
+        if not whole or not all(_alike(tables, inverses) for tables in backs[scan]):
+            continue
+        if _is_settled(r) or _arithmetic(r, walk) is not None:
             walks[scan] = walk
+        else:
+            r.report.refuse("no arithmetic on height and width is known that makes a walk")
     kept = len(walks) + 1
     while len(walks) < kept:  # what is summed with a scan that stays, stays too
         kept = len(walks)
         for found in returns:
-            if not all(scan in walks for scan, _ in found.terms):
+            if not all(scan in walks for scan, _ in found.terms) or not _is_sized(found, walks):
                 for scan, _ in found.terms:
                     walks.pop(scan, None)
     # In token order already, and summed with none that is not: other passes know that form.
-    moved = {s for s, w in walks.items() if not torch.equal(w.table, torch.arange(len(w.table)))}
+    moved = {s for s, w in walks.items() if not all(map(_is_in_order, w.tables))}
     moved |= {s for f in returns if moved & {s for s, _ in f.terms} for s, _ in f.terms}
     return {scan: walk for scan, walk in walks.items() if scan in moved}
 
 
-def _read_by_table(r: Rewriter, scan: Node, walk: _Walk, emitted: dict[Any, Node]) -> None:
+def _is_sized(found: _Return, walks: Mapping[Node, _Walk]) -> bool:
+    """Whether every open size of a returned map is one of the map that was walked over."""
+    source = walks[found.terms[0][0]]
+    known = [str(shape(source.source)[axis]) for axis in source.tokens]
+    sizes = [s for s, a in zip(shape(found.node), found.axes, strict=True) if a == "tokens"]
+    return len(sizes) == 1 or all(isinstance(size, int) or size in known for size in sizes)
+
+
+def _alike(tables: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(tables, others, strict=True))
+
+
+def _is_in_order(table: Tensor) -> bool:
+    return torch.equal(table, torch.arange(len(table)))
+
+
+def _is_settled(r: Rewriter) -> bool:
+    """Whether the program has one size of map, so that a walk is a table."""
+    return r.probes == ({},)
+
+
+def _steps(r: Rewriter, scan: Node, walk: _Walk) -> Node:
+    """The token of each step of a walk, in front of its scan: a table, or computed from sizes."""
+    if _is_settled(r):
+        return r.table(walk.tables[0])
+    recipe = _arithmetic(r, walk)
+    assert recipe is not None  # or it would be no walk
+
+    def emit(target: Any, *args: Any) -> Any:
+        return r.emit(scan, target, *args)
+
+    sizes = [emit(ATEN.sym_size.int, walk.source, axis) for axis in walk.tokens]
+    return _written_by(emit, sizes, recipe)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A walk over a grid in words: the axes that are flipped, then turned, then by windows."""
+
+    flips: tuple[int, ...]
+    turned: bool = False
+    window: int = 1
+
+
+_RECIPES: Final = tuple(
+    _Recipe(flips, turned, window)
+    for window in range(1, 17)
+    for turned in (False, True)
+    for flips in ((), (0,), (1,), (0, 1))
+)
+
+
+def _arithmetic(r: Rewriter, walk: _Walk) -> _Recipe | None:
+    """The recipe that makes a walk's tables at all probes."""
+
+    def call(target: Any, *args: Any) -> Any:
+        return target(*args)
+
+    grids = [[_shape(walk.source, probe)[axis] for axis in walk.tokens] for probe in r.probes]
+    if any(len(grid) != 2 for grid in grids):
+        fitting = [_Recipe(()), _Recipe((0,))] if all(len(grid) == 1 for grid in grids) else []
+    else:
+        fitting = [x for x in _RECIPES if not any(n % x.window for grid in grids for n in grid)]
+    for recipe in fitting:
+        if all(
+            torch.equal(_written_by(call, grid, recipe), table)
+            for grid, table in zip(grids, walk.tables, strict=True)
+        ):
+            return recipe
+    return None
+
+
+def _written_by(call: Callable[..., Any], sizes: list[Any], recipe: _Recipe) -> Any:
+    """The tokens of a grid in the order of a recipe; `call` computes, or emits nodes."""
+    count = sizes[0] if len(sizes) == 1 else call(operator.mul, *sizes)
+    tokens = call(ATEN.arange.default, count)
+    if len(sizes) > 1:
+        tokens = call(ATEN.reshape.default, tokens, sizes)
+    if recipe.flips:
+        tokens = call(ATEN.flip.default, tokens, list(recipe.flips))
+    if recipe.turned:
+        tokens, sizes = call(ATEN.permute.default, tokens, [1, 0]), sizes[::-1]
+    if (side := recipe.window) > 1:
+        rows, columns = (call(operator.floordiv, size, side) for size in sizes)
+        tokens = call(ATEN.reshape.default, tokens, [rows, side, columns, side])
+        tokens = call(ATEN.permute.default, tokens, [0, 2, 1, 3])
+    return call(ATEN.reshape.default, tokens, [-1]) if len(sizes) > 1 else tokens
+
+
+def _read_by_table(
+    r: Rewriter, scan: Node, walk: _Walk, known: tuple[Node, dict[Any, Node]]
+) -> None:
     """Let a scan read tokens (batch, tokens, width) of the map by a table."""
+    steps, emitted = known
     named = scan_arguments(scan)
     width = named["u"].meta["val"].shape[3]
     key = (walk.source, walk.picked, walk.batch, walk.tokens, walk.channels, walk.first, width)
     if key not in emitted:
         emitted[key] = _token_major(r, scan, walk, width)
-    steps = r.table(walk.table)
     taken = r.emit(scan, ATEN.index_select.default, emitted[key], 1, steps)
     scan.update_arg(0, r.emit(scan, ATEN.unsqueeze.default, taken, 2))
     r.report.applied += 1
@@ -502,7 +637,7 @@ def _read_by_table(r: Rewriter, scan: Node, walk: _Walk, emitted: dict[Any, Node
 
 def _token_major(r: Rewriter, scan: Node, walk: _Walk, width: int) -> Node:
     """The map of a walk as (batch, tokens, width), in front of the first scan that reads it."""
-    node, axes = walk.source, list(range(len(_shape(walk.source))))
+    node, axes = walk.source, list(range(rank(walk.source)))
     anchor = scan
     for place, index in sorted(walk.picked, reverse=True):
         node = r.emit(anchor, ATEN.select.int, node, place, index)
@@ -524,17 +659,17 @@ def _token_major(r: Rewriter, scan: Node, walk: _Walk, width: int) -> Node:
     return node
 
 
-def _read_back(r: Rewriter, found: _Return) -> None:
+def _read_back(r: Rewriter, found: _Return, walks: Mapping[Node, tuple[_Walk, Node]]) -> None:
     """Let a value be the sum of gathers of the scans' results, in its own layout."""
     node = found.node
-    with_tables = [
-        r.emit(node, ATEN.index_select.default, scan, 1, r.table(table))
-        for scan, table in found.terms
-    ]
+    with_tables = []
+    for scan, tables in found.terms:
+        back = r.table(tables[0]) if _is_settled(r) else _inverse(r, node, walks[scan][1])
+        with_tables.append(r.emit(node, ATEN.index_select.default, scan, 1, back))
     total = with_tables[0]
     for other in with_tables[1:]:
         total = r.emit(node, ATEN.add.Tensor, total, other)
-    sizes = _shape(node)
+    sizes = _sizes(r, node, walks[found.terms[0][0]][0])
     for role, dim in (("channels", 2), ("tokens", 1)):
         group = [size for size, axis in zip(sizes, found.axes, strict=True) if axis == role]
         if len(group) > 1:
@@ -549,3 +684,20 @@ def _read_back(r: Rewriter, found: _Return) -> None:
         if axis is None:
             total = r.emit(node, ATEN.unsqueeze.default, total, dim)
     node.replace_all_uses_with(total)
+
+
+def _inverse(r: Rewriter, before: Node, steps: Node) -> Node:
+    """The step of each token, of the token of each step."""
+    counted = r.emit(before, ATEN.arange.default, r.emit(before, ATEN.sym_size.int, steps, 0))
+    nothing = r.emit(before, ATEN.zeros_like.default, steps)
+    return r.emit(before, ATEN.scatter.src, nothing, 0, steps, counted)
+
+
+def _sizes(r: Rewriter, node: Node, walk: _Walk) -> list[Any]:
+    """The sizes of a value, those of the map as what its source has."""
+    found: list[Any] = []
+    for size in node.meta["val"].shape:
+        places = [axis for axis in walk.tokens if str(size) == str(shape(walk.source)[axis])]
+        is_open = not isinstance(size, int) and places
+        found.append(r.emit(node, ATEN.sym_size.int, walk.source, places[0]) if is_open else size)
+    return found
