@@ -10,7 +10,8 @@ from compat_cases import Mamba2Like, SlowPath, VimLike, built
 from exports import exported, micro, micro_plain
 
 import vssm
-from vssm.bench.subjects import _at_batch_one, count_graph
+from vssm.bench.kinds import Work, _at_batch_one, by_kind, count_graph
+from vssm.bench.measure import MachineRates
 from vssm.errors import UnsupportedError
 from vssm.models.base import VisionModel
 from vssm.models.cost import count
@@ -21,21 +22,39 @@ from vssm.models.cost import count
 )
 def test_graph_and_model_agree(model: VisionModel, tmp_path: Path) -> None:
     work = count(model)
-    assert count_graph(exported(tmp_path, model).model_path) == (work.exps, work.gemm, 0)
+    found = count_graph(exported(tmp_path, model).model_path)
+    assert (found.exps, found.macs, found.products) == (work.exps, work.gemm, 0)
 
 
 def test_linear_layers_of_a_module(tmp_path: Path) -> None:
     artifact = vssm.export_module(built(SlowPath), torch.randn(2, 9, 12), tmp_path / "out")
-    exps, gemm, products = count_graph(artifact.model_path)
-    assert (exps, products) == (9 * 24 * 4, 0)
+    work = count_graph(artifact.model_path)
+    assert (work.exps, work.products, work.conv) == (9 * 24 * 4, 0, 0)
     linear = 9 * (12 * 48 + 24 * (2 + 8) + 2 * 24 + 24 * 12)
-    assert gemm == linear + 9 * 24 * 4  # and the convolution of four taps
+    assert (work.gemm, work.taps) == (linear, 9 * 24 * 4)  # a convolution of four taps
 
 
 def test_one_decay_for_all_states(tmp_path: Path) -> None:
     artifact = vssm.export_module(built(Mamba2Like), torch.randn(2, 9, 12), tmp_path / "out")
-    exps, _, products = count_graph(artifact.model_path)
-    assert (exps, products) == (9 * 24, 3 * 9 * 24 * 5)
+    work = count_graph(artifact.model_path)
+    assert (work.exps, work.products) == (9 * 24, 3 * 9 * 24 * 5)
+
+
+def test_time_by_kind_of_work(tmp_path: Path) -> None:
+    path, notes = exported(tmp_path, micro(None)).model_path, list[str]()
+    work = count_graph(path)
+    rates = MachineRates(exp2=1e6, products=2e6, macs={1: 4e6})
+    spent = {"MatMul": 2.0, "Gemm": 1.0, "GatedSelectiveScan": 4.0, "Conv": 0.5, "TokenConv": 0.25}
+    found = {k.kind: k for k in by_kind(spent | {"Split": 0.125, "Add": 8.0}, path, rates, notes)}
+    times = {kind: row.ms for kind, row in found.items()}
+    expected = {"matrix products": 3, "scans": 4, "convolutions": 0.75, "moving data": 0.125}
+    assert times == expected | {"rest": 8}
+    assert found["matrix products"].floor_ms == pytest.approx(work.gemm / 4e3)
+    assert found["scans"].floor_ms == pytest.approx(work.exps / 1e3)
+    assert found["convolutions"].floor_ms == pytest.approx(work.conv / 4e3 + work.taps / 2e3)
+    assert (found["moving data"].floor_ms, found["rest"].floor_ms, notes) == (None, None, [])
+    assert work == Work(work.exps, work.gemm, 0, work.conv, work.taps)
+    assert min(work.gemm, work.conv, work.taps) > 0
 
 
 def test_sizes_at_batch_one() -> None:

@@ -7,7 +7,7 @@ compared in the same run. Times are only comparable inside one report.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,7 +23,7 @@ _SAMPLES = 9
 _MOVED = 0.1  # a limit that is off by more is another machine's
 
 
-def machine_rates(threads: Sequence[int]) -> MachineRates:
+def machine_rates(threads: Collection[int]) -> MachineRates:
     """Measure what the kernels' vectors do on one thread, and multiply-adds by thread count."""
     # The floor takes vectors to scale with the threads; a matrix product is measured at each count.
     isa = library_info().cpu_isa
@@ -156,6 +156,15 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class KindTime:
+    """Milliseconds of one kind of work, and its floor where the arithmetic gives it one."""
+
+    kind: str
+    ms: float
+    floor_ms: float | None
+
+
+@dataclass(frozen=True)
 class BenchReport:
     """Everything one run measured.
 
@@ -165,6 +174,7 @@ class BenchReport:
         operators: milliseconds by operator type of the kernel session, batch 1, one thread; empty
             on a GPU, where ONNX Runtime times the host's calls alone.
         scan_over_floor: time of our scans over their floor, from `operators`.
+        kinds: the same time by kind of work.
         context: machine, versions, dtype, command.
         notes: what one should know besides, in sentences.
     """
@@ -173,6 +183,7 @@ class BenchReport:
     rates: MachineRates | None
     operators: dict[str, float]
     scan_over_floor: float | None
+    kinds: list[KindTime] = field(default_factory=list)
     context: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

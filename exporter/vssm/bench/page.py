@@ -91,7 +91,21 @@ def _operators(report: BenchReport) -> list[Table]:
     total = sum(report.operators.values())
     rows = [(name, f"{ms:.3f}", f"{ms / total:.0%}") for name, ms in report.operators.items()]
     caption = "time by operator, one image, one thread, with kernels"
-    return [Table(("operator", "ms", "share"), rows, caption, numbers=True)]
+    kinds = [
+        (
+            k.kind,
+            f"{k.ms:.3f}",
+            f"{k.ms / total:.0%}",
+            "-" if k.floor_ms is None else f"{k.floor_ms:.3f}",
+            f"{k.ms / k.floor_ms:.2f}" if k.floor_ms else "-",
+        )
+        for k in report.kinds
+    ]
+    columns = ("kind of work", "ms", "share", "floor ms", "over floor")
+    return [
+        Table(columns, kinds, "the same time by kind of work", numbers=True),
+        Table(("operator", "ms", "share"), rows, caption, numbers=True),
+    ]
 
 
 def _plot(rows: Sequence[Timing]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,6 +18,7 @@ from vssm._version import __version__
 from vssm.artifact.directory import Artifact
 from vssm.artifact.manifest import Manifest
 from vssm.artifact.reference import is_module
+from vssm.bench.kinds import Work, by_kind, count_graph
 from vssm.bench.measure import (
     BenchReport,
     Contender,
@@ -29,11 +29,10 @@ from vssm.bench.measure import (
     measure,
     moved_rates,
 )
-from vssm.errors import UnsupportedError, check_choice
+from vssm.errors import check_choice
 from vssm.models.base import VisionModel
 from vssm.models.cost import count
 from vssm.onnx.export import export
-from vssm.ops.spec import DOMAIN, SCAN_OPERATORS, TOKEN_CONV
 from vssm.runtimes.library import library_info
 from vssm.runtimes.ort import OrtCpuSession, cpu_name
 from vssm.runtimes.session import Session, plural
@@ -74,7 +73,8 @@ def bench(
     if not on_cpu:
         _cuda(artifact, "kernel", threads[0]).close()  # what is missing is said at once
     progress("measuring the machine")
-    rates = machine_rates(threads) if on_cpu else None
+    # By one thread as well: the profile is one thread's.
+    rates = machine_rates({1, *threads}) if on_cpu else None
     with nullcontext(_named(beside)) if beside else _twin(artifact, progress) as others:
         subjects = _subjects(artifact, others, torch_loop, _ort if on_cpu else _cuda)
         rows = measure(
@@ -94,7 +94,8 @@ def bench(
     )
     progress("profiling")
     operators = _profile(artifact) if on_cpu else {}
-    notes = [] if rates is None else moved_rates(rates, machine_rates(threads))
+    notes = [] if rates is None else moved_rates(rates, machine_rates({1, *threads}))
+    kinds = [] if rates is None else by_kind(operators, artifact.model_path, rates, notes)
     if artifact.manifest.quantization is not None:
         floats = {n for n, other in others.items() if other.manifest.precision == "float32"}
         notes += slower_than_float(rows, floats)
@@ -103,6 +104,7 @@ def bench(
         rates=rates,
         operators=operators,
         scan_over_floor=None if rates is None else _scan_over_floor(operators, rates, subjects[0]),
+        kinds=kinds,
         context={**_context(artifact), "command": command},
         notes=notes,
     )
@@ -148,8 +150,8 @@ def _subjects(
         same: str | None = None,
         of: Artifact = artifact,
     ) -> Contender:
-        exps, gemm, products = _work(of)
-        return Contender(name, open_session, exps, gemm, same, products)
+        work = _work(of)
+        return Contender(name, open_session, work.exps, work.macs, same, work.products)
 
     subjects = [
         subject(KERNEL, partial(ort, artifact, "kernel")),
@@ -168,12 +170,12 @@ def _subjects(
     return subjects
 
 
-def _work(artifact: Artifact) -> tuple[int, int, int]:
+def _work(artifact: Artifact) -> Work:
     """What `count_graph` gives; of our own models by their formulas, which need no shapes."""
     if is_module(artifact):
         return count_graph(artifact.model_path)
-    work = count(model_of(artifact))
-    return work.exps, work.gemm, 0
+    cost = count(model_of(artifact))
+    return Work(cost.exps, cost.gemm)
 
 
 def _ort(artifact: Artifact, backend: str, threads: int) -> Session:
@@ -279,62 +281,3 @@ def _context(artifact: Artifact) -> dict[str, str]:
         "onnx": onnx.__version__,
         "torch": torch.__version__,
     }
-
-
-_SCANS = tuple(op.name for op in SCAN_OPERATORS)
-_PRODUCTS = ("MatMul", "Gemm", "Conv")
-
-
-def count_graph(path: Path) -> tuple[int, int, int]:
-    """The work of a file, batch 1.
-
-    Returns:
-        Exponentials of the scans; multiply-adds of matrix products and convolutions; products of
-        the scans with one decay for all states.
-    """
-    # Shapes alone are counted, so weights beside the file need not be read.
-    model = onnx.shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False))
-    graph = model.graph
-    shapes = {v.name: _sizes(v) for v in (*graph.input, *graph.value_info, *graph.output)}
-    shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    exps = gemm = products = 0
-    for node in graph.node:
-        if node.domain == DOMAIN and node.op_type in _SCANS:
-            # The inputs `order`, `A` and `B` of every scan operator, see ops/spec.py.
-            order, A, B = (shapes[node.input[i]] for i in (7, 2, 3))
-            steps = order[1] * order[2] * A[1]
-            exps += steps * A[2]
-            # Of a state and step: decay h, dt u B and C h.
-            products += 3 * steps * B[3] if A[2] < B[3] else 0
-        elif node.domain == DOMAIN and node.op_type == TOKEN_CONV.name:
-            x, weight = shapes[node.input[0]], shapes[node.input[1]]
-            gemm += math.prod(x[:2]) * math.prod(weight)
-        elif node.domain == "" and node.op_type in _PRODUCTS:
-            gemm += _product(node, shapes)
-    return exps, gemm, products
-
-
-def _product(node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> int:
-    """Multiply-adds of one node: its result's size times the terms of each element."""
-    result, weight = shapes[node.output[0]], shapes[node.input[1]]
-    if node.op_type == "Conv":
-        # weight[1] is the channels of one group, so depthwise convolutions come out right.
-        return math.prod(result) * math.prod(weight[1:])
-    transposed = any(a.name == "transB" and a.i for a in node.attribute)
-    return math.prod(result) * weight[-1 if transposed else -2 if len(weight) > 1 else 0]
-
-
-def _sizes(value: onnx.ValueInfoProto) -> list[int]:
-    """Sizes of a value; the batch, which has none, counts as 1, also where it is folded in."""
-    return [d.dim_value or _at_batch_one(d.dim_param) for d in value.type.tensor_type.shape.dim]
-
-
-def _at_batch_one(symbol: str) -> int:
-    """A symbolic size, the batch or a multiple of it such as "9*batch", for a batch of 1."""
-    factors = symbol.split("*")
-    if not all(f.isdecimal() or f.isidentifier() for f in factors if symbol):
-        raise UnsupportedError(
-            f"size={symbol!r} in the graph is no multiple of the batch, so its work cannot be "
-            "counted; export with dynamic_batch=False to measure it"
-        )
-    return math.prod(int(f) for f in factors if f.isdecimal())

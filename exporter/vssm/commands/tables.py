@@ -331,13 +331,27 @@ def bench_tables(report: BenchReport) -> list[ReportTable]:
     if not report.operators:
         return measured
     total = sum(report.operators.values())
-    spent = table(
+    kinds = table(
         "one image, one thread, with kernels",
+        ("kind of work", "ms", "share", "floor", "x floor"),
+        (
+            (
+                k.kind,
+                f"{k.ms:.3f}",
+                f"{k.ms / total:.0%}",
+                None if k.floor_ms is None else f"{k.floor_ms:.3f}",
+                f"{k.ms / k.floor_ms:.2f}" if k.floor_ms else None,
+            )
+            for k in report.kinds
+        ),
+    )
+    spent = table(
+        "the same by operator",
         ("operator", "ms", "share"),
         # The largest, as the session sorts them; --json has them all.
         ((k, f"{v:.3f}", f"{v / total:.0%}") for k, v in list(report.operators.items())[:12]),
     )
-    return [*measured, spent]
+    return [*measured, kinds, spent]
 
 
 def findings_table(findings: Sequence[Finding]) -> ReportTable:
