@@ -174,18 +174,18 @@ class BenchReport:
         operators: milliseconds by operator type of the kernel session, batch 1, one thread; empty
             on a GPU, where ONNX Runtime times the host's calls alone.
         scan_over_floor: time of our scans over their floor, from `operators`.
-        kinds: the same time by kind of work.
         context: machine, versions, dtype, command.
         notes: what one should know besides, in sentences.
+        kinds: the time of `operators` by kind of work.
     """
 
     rows: list[Timing]
     rates: MachineRates | None
     operators: dict[str, float]
     scan_over_floor: float | None
-    kinds: list[KindTime] = field(default_factory=list)
     context: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    kinds: list[KindTime] = field(default_factory=list)
 
     def row(self, subject: str, *, batch: int = 1, threads: int = 1) -> Timing:
         """The row of a subject.
