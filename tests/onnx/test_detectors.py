@@ -13,7 +13,7 @@ import pytest
 import torch
 from command import Run
 from exports import exported, images
-from official_data import fixture
+from official_data import fill_weights, fixture
 from official_dense import (
     detector_images,
     detector_sizes,
@@ -277,3 +277,14 @@ def test_other_whole_detectors(tmp_path: Path, case: str, name: str) -> None:
     artifact = exported(tmp_path, model, outputs="boxes")
     _check_boxes("plain_mamba", case, artifact, "kernel")
     assert vssm.check_parity(None, artifact).failures == []
+
+
+@pytest.mark.slow
+def test_a_whole_vmamba(tmp_path: Path) -> None:
+    """There are no official boxes of one here: the oracle alone says what is right."""
+    shape = {"image_size": (64, 96), "depths": (1, 1, 1, 1), "d_model": 16, "neck_width": 32}
+    told = {**TOLD, "score": 0.1, "num_classes": 7, "region_width": 64}
+    model = fill_weights(vssm.create_model("vmamba_tiny_maskrcnn_coco", **shape, **told))
+    report = vssm.check_parity(None, exported(tmp_path, model, outputs="boxes"))
+    assert report.failures == []
+    assert report.detections[0].clear > 4
