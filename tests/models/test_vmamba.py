@@ -243,6 +243,7 @@ def test_ablations_walk_less():
     ("options", "message"),
     [
         ({"image_size": (4, 8, 8)}, r"image_size=\(4, 8, 8\) has not two sides"),
+        ({"image_size": (3, 16)}, r"image_size=\(3, 16\) is smaller than patch_size=4"),
         ({"image_size": 16, "downsample": "v2"}, r"image_size=16 leaves no token in the last of 4"),
         ({"scan": "zigzag"}, r"scan='zigzag' is not one of cross, unidi, bidi"),
         ({"downsample": "v4"}, r"downsample='v4' is not one of v1, v2, v3"),

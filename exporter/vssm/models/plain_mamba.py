@@ -80,8 +80,12 @@ class PlainMambaConfig(ImageSized):
         for name in (*_POSITIVE, *(() if self.dt_rank is None else ("dt_rank",))):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; give a positive size")
-        if min(self.image_height_width) < 1:
-            raise ValueError(f"image_size={self.image_size} has no pixels; give a positive size")
+        # The stem would pad it, and the model see next to nothing.
+        if min(self.image_height_width) < self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
+                "give a larger image"
+            )
         if self.patch_size % 2:
             raise ValueError(
                 f"patch_size={self.patch_size} is odd, but the stem halves the image before it is "

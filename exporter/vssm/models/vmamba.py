@@ -106,6 +106,11 @@ class VMambaConfig(ImageSized):
                 f"patch_size={self.patch_size} with patch_embed={self.patch_embed!r}: v2 halves "
                 "the image twice, v1 takes any size from 1; use 4, or v1"
             )
+        if min(self.image_height_width) < self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
+                "give a larger image"
+            )
         if min(min(grid) for grid in self.grids) < 1:
             raise ValueError(
                 f"image_size={self.image_size} leaves no token in the last of "

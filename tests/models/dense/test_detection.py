@@ -329,6 +329,10 @@ def test_cost_of_the_dense_head():
         ("plain_mamba_adapter_l1_maskrcnn", {"head": "fcos"}, "is not one of mask_rcnn, retina"),
         ("plain_mamba_adapter_l1_maskrcnn", {"injector": "none"}, "is not one of all, kept"),
         ("vmamba_tiny_maskrcnn", {"neck_width": 0}, "neck_width=0 is below 1"),
+        ("vmamba_tiny_maskrcnn", {"image_size": 3}, "smaller than patch_size=4"),
+        ("vim_tiny_cascade_mask_rcnn", {"image_size": 15}, "smaller than patch_size=16"),
+        ("vim_tiny_cascade_mask_rcnn", {"score": 2.0}, r"score=2.0 is outside \[0, 1\]"),
+        ("plain_mamba_adapter_l1_retinanet", {"most": 0}, "most=0 is below 1"),
     ],
 )
 def test_a_wrong_option_is_refused(name, options, message):

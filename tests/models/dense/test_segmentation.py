@@ -156,6 +156,8 @@ def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
     ("name", "options", "message"),
     [
         ("vim_tiny", {"image_size": 8}, "smaller than patch_size=16"),
+        ("plain_mamba_l1", {"image_size": 8}, "smaller than patch_size=16"),
+        ("vmamba_tiny", {"image_size": 3}, "smaller than patch_size=4"),
         ("vim_tiny", {"image_size": 16}, "no place in the coarsest level"),
         ("vim_tiny", {"table_size": 500}, "table_size=500 is not a multiple"),
         ("vim_tiny", {"patch_size": 0}, "patch_size=0 is below 1"),
