@@ -54,7 +54,7 @@ __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the keys are strings
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC and name not in _PACKAGES:
         raise AttributeError(f"module 'vssm' has no attribute {name!r}")
-    with explain_missing():
+    with explain_missing("quantize" if name == "quantize" else None):
         if name in _PACKAGES:
             return importlib.import_module(_PACKAGES[name])
         return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -29,9 +29,14 @@ PACKAGES: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 
-def install_command(package: str) -> str:
-    """The command that installs one of `PACKAGES` with all that it is used with."""
-    return f'pip install "vssm[{PACKAGES[package][0]}]"'
+def install_command(package: str, extra: str | None = None) -> str:
+    """The command that installs one of `PACKAGES` with all that it is used with.
+
+    Args:
+        package: its import name.
+        extra: one that brings less, where that is enough.
+    """
+    return f'pip install "vssm[{extra or PACKAGES[package][0]}]"'
 
 
 def is_installed(package: str) -> bool:
@@ -50,8 +55,11 @@ def require(package: str) -> None:
 
 
 @contextlib.contextmanager
-def explain_missing() -> Iterator[None]:
+def explain_missing(extra: str | None = None) -> Iterator[None]:
     """Let an import that misses one of `PACKAGES` say how to install it; other errors pass.
+
+    Args:
+        extra: one that brings all of the import's packages, if it is not that of `PACKAGES`.
 
     Raises:
         MissingPackageError: one of them is not installed.
@@ -62,13 +70,14 @@ def explain_missing() -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         # A part that an installed package lacks is another fault, which no extra mends.
         if package in PACKAGES and not is_installed(package):
-            raise _missing(package) from error
+            raise _missing(package, extra) from error
         raise
 
 
-def _missing(package: str) -> MissingPackageError:
+def _missing(package: str, extra: str | None = None) -> MissingPackageError:
     purpose = PACKAGES[package][1]
     return MissingPackageError(
-        f"package={package} is not installed; it is for {purpose}: {install_command(package)}",
+        f"package={package} is not installed; it is for {purpose}: "
+        f"{install_command(package, extra)}",
         name=package,
     )

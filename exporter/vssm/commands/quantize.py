@@ -9,6 +9,7 @@ import typer
 
 from vssm.commands.options import Directory, Folder, Force, Json, words
 from vssm.commands.tables import phases, say, write_result
+from vssm.extras import explain_missing
 
 if TYPE_CHECKING:
     from vssm.artifact.directory import Artifact
@@ -76,7 +77,8 @@ def quantize(
         ends=ends,
     )
     check_request(request, images=images is not None)  # before onnx is imported
-    from vssm.quantization.quantize import quantize as quantize_export
+    with explain_missing("quantize"):
+        from vssm.quantization.quantize import quantize as quantize_export
 
     with phases() as progress:
         artifact = quantize_export(
