@@ -92,6 +92,20 @@ def _operators(sanitizers: str, limits: Limits) -> Command:
     return Command((where / "vssm_fuzz", "1", str(calls), str(seconds)))
 
 
+def _operators_on_aarch64(limits: Limits) -> Command:
+    """Cross-compiled, and run in an emulator of that processor."""
+    compiler, emulator = (
+        _find("aarch64-linux-gnu-g++"),
+        _find("qemu-aarch64", "qemu-aarch64-static"),
+    )
+    target = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
+    where = _built("aarch64", "vssm_fuzz", *target, f"-DCMAKE_CXX_COMPILER={compiler}")
+    libc = _run(Command((compiler, "-print-file-name=libc.so.6"))).stdout.strip()
+    calls, seconds = limits.inputs or 1 << 60, limits.seconds or 1 << 30
+    root = Path(libc).resolve().parents[1]
+    return Command((emulator, "-L", root, where / "vssm_fuzz", "1", str(calls), str(seconds)))
+
+
 def _operators_by_coverage(limits: Limits) -> Command:
     compiler = _find("clang++", *(f"clang++-{version}" for version in range(22, 13, -1)))
     options = ("-DVSSM_SANITIZE=address;undefined", "-DVSSM_COVERAGE=ON")
@@ -141,6 +155,7 @@ FUZZERS: dict[str, Callable[[Limits], Command]] = {
     "operators, address and undefined": lambda limits: _operators("address;undefined", limits),
     "operators, thread": lambda limits: _operators("thread", limits),
     "operators, libFuzzer": _operators_by_coverage,
+    "operators, aarch64": _operators_on_aarch64,
     "operators in ONNX Runtime, address and undefined": _adapter,
     **{name: lambda limits, name=name: _reader(name, limits) for name in READERS},
 }

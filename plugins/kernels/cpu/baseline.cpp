@@ -1,5 +1,5 @@
-// Portable vectors of four floats (GCC and Clang vector extensions): SSE2 on any x86-64, NEON on
-// aarch64, plain code elsewhere.
+// Vectors of four floats (GCC and Clang vector extensions): SSE2 on any x86-64, NEON on aarch64,
+// plain code elsewhere.
 #include "plugins/kernels/cpu/conv_impl.h"
 #include "plugins/kernels/cpu/pieces.h"
 #include "plugins/kernels/cpu/scan_backward_impl.h"
@@ -7,6 +7,8 @@
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace vssm {
@@ -55,10 +57,18 @@ struct Baseline {
     return (Vec)_mm_max_epi16((__m128i)a, (__m128i)b);
   }
 #else
-  static VSSM_INLINE Vec max_bits(Vec a, Vec b) { return choose((Int4)a > (Int4)b, a, b); }
+  // NEON's own maximum of floats returns a NaN of either operand, so it takes two instructions.
   static VSSM_INLINE Vec max(Vec a, Vec b) { return choose(a > b, a, b); }
   static VSSM_INLINE Vec min(Vec a, Vec b) { return choose(a < b, a, b); }
+#if defined(__aarch64__)
+  static VSSM_INLINE Vec max_bits(Vec a, Vec b) {
+    return (Vec)vmaxq_s32((int32x4_t)a, (int32x4_t)b);
+  }
+  static VSSM_INLINE bool all(Int4 mask) { return vminvq_u32((uint32x4_t)mask) != 0; }
+#else
+  static VSSM_INLINE Vec max_bits(Vec a, Vec b) { return choose((Int4)a > (Int4)b, a, b); }
   static VSSM_INLINE bool all(Int4 mask) { return (mask[0] & mask[1] & mask[2] & mask[3]) != 0; }
+#endif
 #endif
   static VSSM_INLINE Vec negative_abs(Vec x) { return (Vec)((Int4)x | (Int4)set1(-0.0F)); }
   static VSSM_INLINE bool any_below(Vec x, float limit) { return !all(~(x < set1(limit))); }
@@ -81,6 +91,23 @@ struct Baseline {
     return bits;
   }
 
+#if defined(__aarch64__)
+  static VSSM_INLINE Vec load_float16(const uint16_t* p) {
+    return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+  }
+  static VSSM_INLINE Vec load_bfloat16(const uint16_t* p) {
+    return (Vec)vshll_n_u16(vld1_u16(p), 16);
+  }
+  static VSSM_INLINE void store_float16(uint16_t* p, Vec x) {
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
+  }
+  static VSSM_INLINE void store_bfloat16(uint16_t* p, Vec x) {
+    const Uint4 bits = (Uint4)x;
+    const Uint4 rounded = bits + 0x7FFFU + ((bits >> 16) & 1U);
+    const Vec safe = choose(x == x, (Vec)rounded, (Vec)(bits | (1U << 22)));
+    vst1_u16(p, vshrn_n_u32((uint32x4_t)safe, 16));
+  }
+#else
   static VSSM_INLINE float half_to_float(uint32_t half) {
     const uint32_t sign = (half & 0x8000U) << 16;
     const uint32_t exponent = (half >> 10) & 31U;
@@ -127,6 +154,7 @@ struct Baseline {
       p[i] = static_cast<uint16_t>(rounded >> 16);
     }
   }
+#endif
 
   /// Whether Decay::fast holds for arguments down to this lowest one: all in [-125 octaves, -0].
   /// As integers the bits of negative floats count up from those of -0; positive ones and NaN are
