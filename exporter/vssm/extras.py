@@ -26,6 +26,7 @@ PACKAGES: Final[Mapping[str, tuple[str, str]]] = {
     "matplotlib": ("reports", "plots and figures"),
     "einops": ("compat", "model code that imports einops"),
     "pyarrow": ("predict", "predictions as Parquet"),
+    "pycocotools": ("coco", "average precision of detectors"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ from vssm.commands.tables import (
 )
 
 if TYPE_CHECKING:
+    from vssm.evaluation.detection import DetectionReport
     from vssm.evaluation.evaluate import EvaluationReport, Report
     from vssm.evaluation.segmentation import SegmentationReport
 
@@ -31,7 +33,7 @@ def evaluate(
     backend: Backend = None,
     threads: Threads = None,
     batch: Annotated[
-        int | None, typer.Option(help="Images a batch, 32 by default; a segmenter sees one.")
+        int | None, typer.Option(help="Images a batch of a classifier, 32 by default.")
     ] = None,
     workers: Annotated[
         int | None,
@@ -40,7 +42,7 @@ def evaluate(
     classes: Classes = None,
     split: Annotated[
         str | None,
-        typer.Option(help="Of a segmenter: folder in images/ and annotations/; validation."),
+        typer.Option(help="Part of ADE20K (by default validation) or COCO (val2017)."),
     ] = None,
     results: Annotated[
         Path | None, typer.Option(help="CSV file, a row an image; DIR/evaluate.csv by default.")
@@ -50,7 +52,7 @@ def evaluate(
     ] = False,
     json_file: Json = None,
 ) -> None:
-    """Measure accuracy or mIoU over a folder of images; goes on where a stopped run ended."""
+    """Measure accuracy, mIoU or AP over a folder; goes on where a stopped run ended."""
     from vssm.evaluation.evaluate import evaluate as evaluate_export
 
     # It checks the options itself, before any work.
@@ -74,10 +76,13 @@ def evaluate(
 
 
 def _print(report: Report) -> None:
+    from vssm.evaluation.detection import DetectionReport
     from vssm.evaluation.segmentation import SegmentationReport
 
     if isinstance(report, SegmentationReport):
         _print_segmentation(report)
+    elif isinstance(report, DetectionReport):
+        _print_detection(report)
     else:
         _print_classification(report)
     say_unreadable(report.unreadable, report.results)
@@ -106,6 +111,27 @@ def _print_segmentation(report: SegmentationReport) -> None:
     )
     for note in report.notes:
         say(("note", "yellow"), f": {note}")
+
+
+def _print_detection(report: DetectionReport) -> None:
+    boxes, masks = report.box, report.mask
+    scores = [
+        (name.replace("_", " ").replace("ap", "AP").replace("ar", "AR"), _share(value), shown)
+        for name, value in asdict(boxes).items()
+        for shown in [_share(None if masks is None else getattr(masks, name))]
+    ]
+    classes = ((c.name, _share(c.box_ap), _share(c.mask_ap), c.objects) for c in report.classes)
+    show(
+        table("classes", ("class", "box AP", "mask AP", "objects"), classes),
+        table("COCO's numbers", ("", "boxes", "masks"), scores),
+        table(str(report.info), ("", "measured"), _images(report)),
+    )
+    say_folders(report.rule, report.notes)
+    say(f"wrote {report.detections}")
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1%}"
 
 
 def _images(report: Report) -> list[tuple[str, str]]:

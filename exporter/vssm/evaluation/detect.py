@@ -81,17 +81,33 @@ def detect(session: Session, image: ImageInput) -> ImageDetections:
         )
     spec = preprocessing_of(session.manifest)
     picture = open_rgb(image, spec)
-    whole, (height, width) = padded(picture, spec)
-    found = session.run(whole[None], sizes=np.array([[height, width]]))
+    return detect_padded(session, *padded(picture, spec), (picture.height, picture.width))
+
+
+def detect_padded(
+    session: Session, whole: Array, inside: tuple[int, int], size: tuple[int, int]
+) -> ImageDetections:
+    """What is in one image that `padded` has prepared.
+
+    Args:
+        session: as for `detect`.
+        whole: (3, height, width) float32 of the model's input.
+        inside: (height, width) of the image in there.
+        size: that of the image itself.
+    """
+    found = session.run(whole[None], sizes=np.array([inside]))
     # By side, as rounding to whole pixels makes two scales of one.
-    scale = np.array([picture.width / width, picture.height / height] * 2)
+    scale = np.array([size[1] / inside[1], size[0] / inside[0]] * 2)
     boxes = found[BOXES].astype(np.float64) * scale
-    size = (picture.height, picture.width)
     return ImageDetections(size, boxes, found["scores"], found["labels"], found.get("masks"))
 
 
 def coco_results(
-    found: ImageDetections, image_id: int | str, names: Sequence[str] | None = None
+    found: ImageDetections,
+    image_id: int | str,
+    names: Sequence[str] | None = None,
+    *,
+    numbers: Mapping[int, int] | None = None,
 ) -> list[dict[str, Any]]:
     """The detections of an image in COCO's result format.
 
@@ -99,12 +115,16 @@ def coco_results(
         found: what was found in it.
         image_id: as in the annotations.
         names: of the classes; COCO's own have COCO's numbers, others are counted from 1.
+        numbers: in their place, by class its number; a class that has none is left out.
     """
-    numbers = COCO_CATEGORIES if names is not None and tuple(names) == COCO else None
+    if numbers is None and names is not None and tuple(names) == COCO:
+        numbers = dict(enumerate(COCO_CATEGORIES))
     rows = []
     for i, (box, score, label) in enumerate(
         zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
     ):
+        if numbers is not None and label not in numbers:
+            continue
         row = {
             "image_id": image_id,
             "category_id": label + 1 if numbers is None else numbers[label],

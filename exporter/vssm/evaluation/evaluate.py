@@ -22,6 +22,7 @@ from vssm.evaluation.data import (
     open_images,
     worker_count,
 )
+from vssm.evaluation.detection import Detection, DetectionReport
 from vssm.evaluation.folders import ClassesGiven
 from vssm.evaluation.journal import ImageResult, Journal
 from vssm.evaluation.label_maps import is_segmenter
@@ -215,8 +216,9 @@ def _columns(picture: Picture, row: ImageResult) -> tuple[object, ...]:
 
 RESULTS_FILE = "evaluate.csv"
 _BATCH = 32
-_SPLIT = "validation"
-Report = EvaluationReport | SegmentationReport
+_SPLIT = "validation"  # ADE20K's name
+_COCO_SPLIT = "val2017"
+Report = EvaluationReport | SegmentationReport | DetectionReport
 
 
 class _Measure(Protocol):
@@ -231,7 +233,7 @@ class _Measure(Protocol):
     def run(self, session: Session, journal: Any, results: Path, progress: Progress) -> Report: ...
 
 
-_OWN_FILES = (RESULTS_FILE, "evaluate.json")
+_OWN_FILES = (RESULTS_FILE, "evaluate.json", "evaluate.coco.json")
 
 
 def evaluate(
@@ -249,29 +251,31 @@ def evaluate(
     restart: bool = False,
     progress: Progress = lambda _: None,
 ) -> Report:
-    """How good an export is, over a folder of images: a classifier, or a segmenter.
+    """How good an export is, over a folder of images: a classifier, a segmenter or a detector.
 
     Of a classifier top-1 and top-5 accuracy, over a folder that holds one folder a class. Of a
     segmenter intersection over union and accuracy of its classes, over a folder that holds
-    images/SPLIT and annotations/SPLIT, as ADE20K does.
+    images/SPLIT and annotations/SPLIT, as ADE20K does. Of a detector that gives boxes their average
+    precision, and that of masks, over a folder that holds SPLIT and
+    annotations/instances_SPLIT.json, as COCO does.
 
     An interrupted evaluation, a killed one too, goes on at its next call where it ended, and ends
     with the same results file. The report is written beside that, as JSON.
 
     Args:
         artifact: the export, or its directory.
-        images: the folder, laid out as ImageNet's validation set or as ADE20K.
+        images: the folder, laid out as ImageNet's validation set, ADE20K or COCO.
         runtime: as for `open_session`.
         backend: as for `open_session`.
         threads: as for `open_session`.
-        batch: images of one run; None for 32. A segmenter sees one image at a time.
+        batch: images of one run; None for 32. Others than classifiers see one at a time.
         workers: processes that load images; 0 for this one alone; None for up to four,
             by the cores.
         classes: file that names the folder of each class, as `read_labels` takes it; "numeric" or
             "text": the order of their names; None: by the export's labels, else by name, where
-            that is certain (docs/evaluate.md). Not for a segmenter.
-        split: for a segmenter alone, the folder in images and annotations; None for "validation",
-            "." where there is none between.
+            that is certain (docs/evaluate.md). For classifiers alone.
+        split: of a segmenter's set, the folder in images and annotations, "." where there is none
+            between; of a detector's, the folder of images. None for "validation", or "val2017".
         results: CSV file with a row for each image; None for evaluate.csv in the export.
         restart: begin anew, whatever an interrupted evaluation has left.
         progress: called with a line of text after every batch.
@@ -281,6 +285,7 @@ def evaluate(
             which folder is which class, an annotation does not fit, or no image can be read.
         ArtifactError: the export was changed, a file cannot be written, or what an interrupted
             evaluation left is of another one.
+        MissingPackageError: a detector without pycocotools.
         RuntimeUnavailableError, UnsupportedError: as for `open_session`.
     """
     check_runtime(runtime, backend=backend, threads=threads)
@@ -333,6 +338,9 @@ def _measure_of(
     if is_segmenter(manifest):
         _refuse("a segmenter", batch=batch, classes=classes)
         return Segmentation.of(manifest, root, split or _SPLIT, workers)
+    if manifest.gives_boxes:
+        _refuse("a detector", batch=batch, classes=classes)
+        return Detection.of(manifest, root, split or _COCO_SPLIT, workers)
     _refuse("a classifier", split=split)
     spec = _preprocessing(artifact)
     folder = open_images(root, manifest.num_classes, labels=manifest.labels, classes=classes)

@@ -8,7 +8,6 @@ no intersection over union, one that is not labelled has no accuracy, and means 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from vssm.artifact.manifest import Manifest, Preprocessing
 from vssm.artifact.preprocessing import FloatArray, normalised, open_rgb, preprocessing_of
 from vssm.evaluation.data import in_order
+from vssm.evaluation.pace import refuse_unreadable, take_all
 from vssm.evaluation.scenes import (
     UNLABELLED,
     ClassMap,
@@ -190,25 +190,17 @@ class Segmentation:
             ValueError: an annotation does not fit, or no image can be read.
             ArtifactError: a file cannot be written.
         """
-        scenes = self.folder.scenes
-        resumed, start = len(journal.done), time.perf_counter()
-        tally = Tally(self.num_classes)
-        for entry in journal.done:
+        scenes, tally = self.folder.scenes, Tally(self.num_classes)
+
+        def add(entry: ImageAreas) -> str:
             tally.add(entry)
-        for entry in self._measured(session, scenes[resumed:]):
-            # Before it is counted: what the journal holds is done, whatever happens next.
-            journal.append(entry)
-            tally.add(entry)
-            done = len(journal.done)
-            speed = (done - resumed) / (time.perf_counter() - start)
-            progress(f"{done:,} of {len(scenes):,} images, {speed:.2f} images/s{tally}")
-        seconds, left = time.perf_counter() - start, len(scenes) - resumed
+            return str(tally)
+
+        entries = self._measured(session, scenes[len(journal.done) :])
+        pace = take_all(entries, journal, len(scenes), add, progress)
         rows = list(zip(scenes, journal.done, strict=True))
         unreadable = tuple((s.image, e.error) for s, e in rows if e.error is not None)
-        if len(unreadable) == len(scenes):
-            raise ValueError(
-                f"none of the {len(scenes)} images can be read; the first: {unreadable[0][1]}"
-            )
+        refuse_unreadable(unreadable, len(scenes))
         miou, macc, aacc = tally.means()
         atomic_write_bytes(results, table_bytes(COLUMNS, (_row(*row) for row in rows)))
         return SegmentationReport(
@@ -221,9 +213,9 @@ class Segmentation:
             macc=macc,
             aacc=aacc,
             classes=tally.classes(self.names),
-            resumed=resumed,
-            seconds=seconds,
-            images_per_s=left / seconds if left else None,
+            resumed=pace.resumed,
+            seconds=pace.seconds,
+            images_per_s=pace.images_per_s,
             workers=self.workers,
             results=str(results),
         )
