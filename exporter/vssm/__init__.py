@@ -1,15 +1,26 @@
 """vssm: prune vision state-space models, export them to ONNX, run them with native kernels.
 
 Importing this package needs numpy alone; torch, onnx and onnxruntime come with their first use.
+Where torch is not there yet, its threads will sleep while they wait for one another and not spin,
+unless OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME is set.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import Any
 
 from vssm._version import __version__
 from vssm.extras import explain_missing
+
+# OpenMP reads it once, when torch is loaded. A thread that spins while it waits for others takes
+# the core that they need to go on, where anything else runs beside.
+if "torch" not in sys.modules and not os.environ.keys() & {
+    *("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"),
+}:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 _PUBLIC = {
     "AblationOptions": "vssm.studies.plan",

@@ -265,6 +265,13 @@ def test_every_option_is_explained_and_every_result_can_be_json() -> None:
         assert all(p.help for p in command.params), name
 
 
+def test_every_command_that_computes_has_threads() -> None:
+    commands = typer.main.get_command(app).commands
+    names = ["ablate", "bench", "check", "evaluate", "finetune", "predict", "quantize", "run"]
+    for name in [*names, "visualize"]:
+        assert "threads" in {p.name for p in commands[name].params}, name
+
+
 def test_the_installed_command() -> None:
     command = [sys.executable, "-m", "vssm.commands.main", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -20,8 +20,8 @@ import vssm
 from vssm.commands import tables
 from vssm.commands.main import app
 from vssm.errors import reason
-from vssm.evaluation import data
 from vssm.models.registry import cards
+from vssm.runtimes import session
 
 pytestmark = pytest.mark.usefixtures("_dark")
 
@@ -120,14 +120,29 @@ def test_the_shell_completes_names() -> None:
     ("given", "policy"), [({}, "passive"), ({"GOMP_SPINCOUNT": "9"}, None)], ids=["unset", "set"]
 )
 def test_waiting_threads_do_not_spin_unless_the_user_says_so(
-    cli: Run, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], policy: str | None
+    given: dict[str, str], policy: str | None
 ) -> None:
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    assert cli("--version") == 0
-    assert os.environ.get("OMP_WAIT_POLICY") == policy
+    """In a script of the user's too: the package's import comes before torch is loaded."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    unset = {k: v for k, v in os.environ.items() if k not in names}
+    program = "import os, vssm; print(os.environ.get('OMP_WAIT_POLICY'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**unset, **given},
+    )
+    assert done.stdout == f"{policy}\n"
+
+
+def test_threads_spin_only_where_they_may(out: Path) -> None:
+    """Long runs beside other work turn it off; a server on idle cores is quicker with it."""
+    for spin in (True, False):
+        with vssm.open_session(out, threads=2, spin=spin) as opened:
+            options = vars(opened)["_session"].get_session_options()
+        entry = options.get_session_config_entry("session.intra_op.allow_spinning")
+        assert entry == str(int(spin))
 
 
 def test_an_export_counts_its_blocks(tmp_path: Path) -> None:
@@ -154,13 +169,30 @@ def test_a_log_gets_lines_in_place_of_a_bar(monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
-@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 0), (3, 0), (4, 1), (8, 3), (64, 4)])
-def test_few_cores_load_images_in_one_process(
-    monkeypatch: pytest.MonkeyPatch, cores: int, workers: int
+@pytest.mark.parametrize(
+    ("cores", "threads", "workers", "shared"),
+    [
+        *((1, None, None, (1, 0)), (2, None, None, (2, 0)), (3, None, None, (3, 0))),
+        *((4, None, None, (3, 1)), (8, None, None, (5, 3)), (64, None, None, (60, 4))),
+        # What is given stays, and the other one gets what that leaves.
+        *((8, 8, None, (8, 0)), (8, 7, None, (7, 1)), (2, 1, None, (1, 0)), (8, None, 0, (8, 0))),
+        *((2, None, 2, (1, 2)), (8, None, 6, (2, 6)), (2, 4, 4, (4, 4))),
+    ],
+)
+def test_threads_and_workers_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    threads: int | None,
+    workers: int | None,
+    shared: tuple[int, int],
 ) -> None:
-    monkeypatch.setattr(data, "usable_cores", lambda: cores)
-    assert data.worker_count(None) == workers
-    assert data.worker_count(3) == 3
+    monkeypatch.setattr(session, "usable_cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert session.share_cores(threads, workers) == shared
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert session.share_cores(threads, workers)[0] == (threads or 1)
+    with pytest.raises(ValueError, match="workers=-1 is below 0"):
+        session.share_cores(None, -1)
 
 
 class _TalkativeError(RuntimeError):

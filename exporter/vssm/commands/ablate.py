@@ -19,6 +19,8 @@ from vssm.commands.options import (
     ModelOptions,
     NewHead,
     OwnSchedule,
+    Threads,
+    Workers,
     model_source,
     options,
 )
@@ -57,7 +59,6 @@ MicroBatch = Annotated[
     int | None, typer.Option(help="Images at a time, where a training step needs too much memory.")
 ]
 Batch = Annotated[int, typer.Option(help="Images a batch.")]
-Workers = Annotated[int, typer.Option(help="Processes that load images; 0: this one.")]
 Choice = Annotated[
     str, typer.Option(help="auto, kernel or reference (slow), in PyTorch; auto: kernel.")
 ]
@@ -90,7 +91,8 @@ def ablate(
     recipe: Numbers = None,
     micro_batch: MicroBatch = None,
     batch: Batch = 32,
-    workers: Workers = 0,
+    workers: Workers = None,
+    threads: Threads = None,
     classes: Classes = None,
     backend: Choice = "auto",
     device: Device = "cpu",
@@ -112,6 +114,7 @@ def ablate(
         ratios=_words(ratios),
         batch=batch,
         workers=workers,
+        threads=threads,
         classes=classes,
         backend=backend,
         device=device,

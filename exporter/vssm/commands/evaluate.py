@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vssm.commands.options import Backend, Classes, Directory, Images, Json, Runtime, Threads
+from vssm.commands.options import (
+    Backend,
+    Classes,
+    Directory,
+    Images,
+    Json,
+    Runtime,
+    Threads,
+    Workers,
+)
 from vssm.commands.tables import (
     say,
     say_folders,
@@ -35,10 +44,7 @@ def evaluate(
     batch: Annotated[
         int | None, typer.Option(help="Images a batch of a classifier, 32 by default.")
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Processes that load images; by default none to four, by the cores."),
-    ] = None,
+    workers: Workers = None,
     classes: Classes = None,
     split: Annotated[
         str | None,

@@ -23,6 +23,8 @@ from vssm.commands.options import (
     Restore,
     Schedule,
     Switches,
+    Threads,
+    Workers,
     model_source,
     options,
 )
@@ -66,10 +68,6 @@ Numbers = Annotated[
     typer.Option("--recipe", help="KEY=VALUE of docs/finetune.md's table, repeatable."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run was stopped.")]
-Workers = Annotated[
-    int | None,
-    typer.Option(help="Processes that load images; by default none to four, by the cores."),
-]
 MicroBatch = Annotated[
     int | None, typer.Option(help="Images at a time, where a step needs too much memory.")
 ]
@@ -77,7 +75,6 @@ SaveEvery = Annotated[
     int, typer.Option(help="Steps between saved states; each epoch's end is saved too.")
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of torch; all cores by default.")]
 
 
 def finetune(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 
@@ -59,17 +58,10 @@ app = typer.Typer(
 )
 
 
-_WAITING: Final = frozenset({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"})
-
-
 def main() -> None:
     """Run the command; exit code 0 success, 1 a check failed, 2 bad usage or input, 3 a fault."""
     # By default it ends a process without any `finally`, and leaves what was being written.
     signal.signal(signal.SIGTERM, _terminate)
-    # OpenMP reads it when torch is loaded. A thread that spins while it waits for others takes the
-    # core that they need to go on, where anything else runs beside.
-    if not _WAITING.intersection(os.environ):
-        os.environ["OMP_WAIT_POLICY"] = "passive"
     try:
         with explain_missing():
             app()

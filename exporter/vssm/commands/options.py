@@ -84,7 +84,14 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the export there."
 Inline = Annotated[
     bool, typer.Option("--inline", help="Also write model.inlined.onnx, without functions.")
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads of one run; all cores by default.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Threads of one run; by default one for each core that no worker has."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Processes that load images; by default none to four, by the cores."),
+]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Run an engine that is not of this machine, or was changed.")
 ]

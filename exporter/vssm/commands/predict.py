@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vssm.commands.options import Backend, Directory, Json, Runtime, Threads
+from vssm.commands.options import Backend, Directory, Json, Runtime, Threads, Workers
 from vssm.commands.tables import say, say_unreadable, show, table, telling, write_result
 
 
@@ -26,10 +26,7 @@ def predict(
     threads: Threads = None,
     batch: Annotated[int, typer.Option(help="Images a batch.")] = 32,
     block: Annotated[int, typer.Option(help="Images that are written at once.")] = 1024,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Processes that load images; by default none to four, by the cores."),
-    ] = None,
+    workers: Workers = None,
     top: Annotated[int, typer.Option(help="Classes of a row.")] = 5,
     tensor: Annotated[
         list[str] | None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vssm.commands.options import Directory, Folder, Force, Json, words
+from vssm.commands.options import Directory, Folder, Force, Json, Threads, words
 from vssm.commands.tables import phases, say, write_result
 from vssm.extras import explain_missing
 
@@ -58,6 +58,7 @@ def quantize(
     ends: Annotated[
         bool, typer.Option("--ends", help="Quantise the first and the last layers too.")
     ] = False,
+    threads: Threads = None,
     force: Force = False,
     json_file: Json = None,
 ) -> None:
@@ -75,6 +76,7 @@ def quantize(
         seed=seed,
         keep_float=tuple(keep_float or ()),
         ends=ends,
+        threads=threads,
     )
     check_request(request, images=images is not None)  # before onnx is imported
     with explain_missing("quantize"):

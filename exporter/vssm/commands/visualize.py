@@ -19,6 +19,7 @@ from vssm.commands.options import (
     ModelOptions,
     NewHead,
     OwnSchedule,
+    Threads,
     integers,
     model_source,
 )
@@ -49,6 +50,7 @@ def visualize(
     blocks: Annotated[
         str | None, typer.Option(help="Blocks whose attention is shown, separated by commas.")
     ] = None,
+    threads: Threads = None,
     num_classes: HeadWidth = None,
     option: ModelOptions = None,
     json_file: Json = None,
@@ -74,7 +76,9 @@ def visualize(
     from vssm.studies.visualize import visualize as visualize_images
 
     with telling("tracing") as tell:
-        numbers = visualize_images(source, images, output, blocks=shown, progress=tell)
+        numbers = visualize_images(
+            source, images, output, blocks=shown, threads=threads, progress=tell
+        )
     _print(numbers, output)
     write_result(json_file, numbers)
 

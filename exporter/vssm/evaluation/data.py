@@ -25,7 +25,6 @@ from vssm.errors import VssmError
 from vssm.evaluation.folders import ClassesGiven, match_folders
 
 _AHEAD = 2  # batches a worker may be ahead of the model
-_MAX_WORKERS = 4  # by default: more than a model on a few cores can use
 _SHOWN = 4  # names in a note
 _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
@@ -45,35 +44,6 @@ class Loaded:
 
     images: FloatArray
     errors: tuple[str | None, ...]
-
-
-def worker_count(workers: int | None) -> int:
-    """How many processes load images: as many as asked for, else what the cores leave room for.
-
-    The model runs on every core, so that on fewer than four cores another process takes from it
-    what it gives, and its start besides. From there on every second core past the first two.
-
-    Raises:
-        ValueError: the number is below 0.
-    """
-    if workers is None:
-        # Measured on two busy cores: 40.5 and 51.5 images/s without
-        # workers, 35.7 and 51.7 with two.
-        return min(_MAX_WORKERS, max(0, (usable_cores() - 2) // 2))
-    if workers < 0:
-        raise ValueError(f"workers={workers} is below 0; 0 loads images in this process")
-    return workers
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, a container's share of them included."""
-    # os.cpu_count() counts the machine's cores, not those that this process may use.
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup of version 2, or "max", which limits nothing
-        return cores
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from vssm.evaluation.data import (
     Picture,
     load_in_order,
     open_images,
-    worker_count,
 )
 from vssm.evaluation.detection import Detection, DetectionReport
 from vssm.evaluation.folders import ClassesGiven
@@ -36,8 +35,8 @@ from vssm.files.atomic import (
 from vssm.files.journal import JsonJournal
 from vssm.files.json import write_json
 from vssm.files.table import table_bytes
-from vssm.runtimes.open import check_runtime, open_session
-from vssm.runtimes.session import RuntimeInfo, Session
+from vssm.runtimes.open import ENGINE_RUNTIMES, check_runtime, open_session
+from vssm.runtimes.session import RuntimeInfo, Session, share_cores
 from vssm.types import Array, Progress
 
 TOP = 5
@@ -267,10 +266,10 @@ def evaluate(
         images: the folder, laid out as ImageNet's validation set, ADE20K or COCO.
         runtime: as for `open_session`.
         backend: as for `open_session`.
-        threads: as for `open_session`.
+        threads: as for `open_session`, but None for as many as `workers` leave cores.
         batch: images of one run; None for 32. Others than classifiers see one at a time.
         workers: processes that load images; 0 for this one alone; None for up to four,
-            by the cores.
+            as many as `threads` leave cores.
         classes: file that names the folder of each class, as `read_labels` takes it; "numeric" or
             "text": the order of their names; None: by the export's labels, else by name, where
             that is certain (docs/evaluate.md). For classifiers alone.
@@ -289,7 +288,7 @@ def evaluate(
         RuntimeUnavailableError, UnsupportedError: as for `open_session`.
     """
     check_runtime(runtime, backend=backend, threads=threads)
-    workers = worker_count(workers)
+    cores, workers = share_cores(threads, workers)
     if batch is not None and batch < 1:
         raise ValueError(f"batch={batch} is below 1; give the number of images of a run")
     opened = open_artifact(artifact, only=(MODEL_FILE,))
@@ -298,7 +297,10 @@ def evaluate(
     what = _measure_of(
         opened, Path(images), batch=batch, workers=workers, classes=classes, split=split
     )
-    with open_session(opened, runtime, backend=backend, threads=threads) as session:
+    threads = None if runtime in ENGINE_RUNTIMES else cores
+    # Not spinning: beside other work, image loading too, a thread that spins takes the core that
+    # the others need to come to their end.
+    with open_session(opened, runtime, backend=backend, threads=threads, spin=False) as session:
         # All that the bytes of the results depend on; a journal under another header is refused.
         header = {
             **{key: str(value) for key, value in asdict(session.info).items()},

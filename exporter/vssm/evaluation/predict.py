@@ -17,12 +17,12 @@ from vssm.artifact.manifest import LOGITS, MANIFEST_NAME, Manifest
 from vssm.artifact.preprocessing import preprocessing_of
 from vssm.evaluation.blocks import BlockFiles, ImageBlock, cut, held_folder, scored
 from vssm.evaluation.classify import class_probabilities
-from vssm.evaluation.data import Loaded, worker_count
+from vssm.evaluation.data import Loaded
 from vssm.evaluation.sources import open_source
 from vssm.extras import require
 from vssm.files.atomic import check_writable, discard_unfinished, sha256_of
-from vssm.runtimes.open import check_runtime, open_session
-from vssm.runtimes.session import RuntimeInfo, Session
+from vssm.runtimes.open import ENGINE_RUNTIMES, check_runtime, open_session
+from vssm.runtimes.session import RuntimeInfo, Session, share_cores
 from vssm.types import Array, Progress
 
 SUFFIX: Final = ".parquet"
@@ -153,11 +153,11 @@ def predict(
         output: the Parquet file; its blocks are in OUTPUT.blocks until all are there.
         runtime: as for `open_session`.
         backend: as for `open_session`.
-        threads: as for `open_session`.
+        threads: as for `open_session`, but None for as many as `workers` leave cores.
         batch: images of one run.
         block: images that are written at once; what a stopped prediction loses at most.
-        workers: processes that load images; 0 for this one alone; None for up to four, by the
-            cores.
+        workers: processes that load images; 0 for this one alone; None for up to four, as many as
+            `threads` leave cores.
         top: classes of a row.
         tensors: further outputs of the model to write, such as "features", flattened.
         column: of a Parquet source, where several hold bytes.
@@ -175,7 +175,7 @@ def predict(
         if value < 1:
             raise ValueError(f"{name}={value} is below 1; give a number from 1")
     check_runtime(runtime, backend=backend, threads=threads)
-    workers, target = worker_count(workers), Path(output)
+    (cores, workers), target = share_cores(threads, workers), Path(output)
     require("pyarrow")
     _check_target(target)
     opened = open_artifact(artifact, only=(MODEL_FILE,))
@@ -184,7 +184,8 @@ def predict(
     found = open_source(Path(source), column=column)
     images = cut(found.names, found.places, block)
     files = BlockFiles(target.with_name(f"{target.name}.blocks"), images, columns.schema())
-    with open_session(opened, runtime, backend=backend, threads=threads) as session:
+    threads = None if runtime in ENGINE_RUNTIMES else cores
+    with open_session(opened, runtime, backend=backend, threads=threads, spin=False) as session:
         # All that the rows depend on; blocks under another header are refused.
         header = {
             **{key: str(value) for key, value in asdict(session.info).items()},

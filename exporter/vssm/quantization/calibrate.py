@@ -18,6 +18,7 @@ from vssm.artifact.preprocessing import image_files, preprocess
 from vssm.files.atomic import sha256_of
 from vssm.quantization.products import OPERATORS
 from vssm.runtimes.library import find_library
+from vssm.runtimes.session import checked_threads
 from vssm.types import Array, Steps
 
 _METHODS: Final = {
@@ -70,7 +71,9 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
         return next(self._feeds, None)
 
 
-def ranges(model: Path, images: Array, *, method: str, name: str, tell: Steps) -> Any:
+def ranges(
+    model: Path, images: Array, *, method: str, name: str, threads: int | None, tell: Steps
+) -> Any:
     """The range of every operand of a matrix product, as ONNX Runtime's `TensorsData`.
 
     Args:
@@ -78,6 +81,7 @@ def ranges(model: Path, images: Array, *, method: str, name: str, tell: Steps) -
         images: (count, 3, height, width).
         method: "minmax", "percentile" or "entropy".
         name: of the model's input.
+        threads: of a run.
         tell: called with the images done.
     """
     augmented = str(model.with_name("augmented.onnx"))
@@ -90,7 +94,7 @@ def ranges(model: Path, images: Array, *, method: str, name: str, tell: Steps) -
             calibrate_method=_METHODS[method],
             extra_options=_OPTIONS.get(method, {}),
         )
-        calibrator.infer_session = open_file(augmented)
+        calibrator.infer_session = open_file(augmented, threads=threads)
         tell(_CALIBRATING, 0, len(images))
         for start in range(0, len(images), _CHUNK):
             calibrator.collect_data(_Reader(name, images[start : start + _CHUNK]))
@@ -98,7 +102,9 @@ def ranges(model: Path, images: Array, *, method: str, name: str, tell: Steps) -
         return calibrator.compute_data()
 
 
-def open_file(path: str, config: Mapping[str, str] | None = None) -> Any:
+def open_file(
+    path: str, *, threads: int | None = None, config: Mapping[str, str] | None = None
+) -> Any:
     """A session of ONNX Runtime with our kernels, which are several times as fast as the bodies.
 
     Raises:
@@ -106,6 +112,9 @@ def open_file(path: str, config: Mapping[str, str] | None = None) -> Any:
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = checked_threads(threads)
+    # A thread that spins while it waits takes the core that others need, beside other work.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.register_custom_ops_library(str(find_library()))
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)

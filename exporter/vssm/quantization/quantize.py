@@ -142,7 +142,8 @@ def _quantized(
     found = None
     if calibration is not None:
         images, method = calibration.images, request.calibration
-        found = ranges(model, images, method=method, name=proto.graph.input[0].name, tell=progress)
+        name, threads = proto.graph.input[0].name, request.threads
+        found = ranges(model, images, method=method, name=name, threads=threads, tell=progress)
     progress(_QUANTIZING, 0, 1)
     quantized = insert_pairs(proto, products, request, found)
     if AUTO in request.keep_float and calibration is not None:
@@ -152,6 +153,7 @@ def _quantized(
             products,
             calibration.images[:_MEASURED],
             folder=model.parent,
+            threads=request.threads,
             progress=progress,
         )
         left = [product for product in products if noise[product.name] >= SENSITIVE_DB]

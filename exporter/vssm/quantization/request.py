@@ -60,6 +60,7 @@ class QuantizeRequest:
         keep_float: patterns of node names that stay float, as in a shell; "auto" among them finds
             sensitive layers by measurement.
         ends: quantise the first and the last layers too.
+        threads: of the runs that measure; None for all cores.
     """
 
     method: str = "static"
@@ -70,6 +71,7 @@ class QuantizeRequest:
     seed: int = 0
     keep_float: tuple[str, ...] = ()
     ends: bool = False
+    threads: int | None = None
 
 
 def check_request(request: QuantizeRequest, *, images: bool) -> None:
@@ -86,6 +88,9 @@ def check_request(request: QuantizeRequest, *, images: bool) -> None:
     check_choice("type", request.type, QUANTIZATION_TYPES)
     check_choice("target", request.target, QUANTIZATION_TARGETS)
     check_choice("calibration", request.calibration, CALIBRATIONS)
+    from vssm.runtimes.session import checked_threads  # needs numpy, which --help does not wait for
+
+    checked_threads(request.threads)
     if request.count < 1:
         raise ValueError(f"count={request.count} is below 1; give the number of images")
     static = request.method == "static"

@@ -23,6 +23,7 @@ def layer_sqnr(
     images: Array,
     *,
     folder: Path,
+    threads: int | None,
     progress: Steps,
 ) -> dict[str, float]:
     """Signal to quantisation noise of each product's result, in dB.
@@ -36,13 +37,14 @@ def layer_sqnr(
         products: those to measure.
         images: (count, 3, height, width).
         folder: where a file can be written.
+        threads: of a run.
         progress: called with the images done.
     """
     results = _results(proto, products)
     path = folder / "twins.onnx"
     onnx.save(_with_twins(proto, quantized, results), path)
     # Literally, whatever the target: scales by channel too.
-    session = open_file(str(path), {"session.disable_quant_qdq": "1"})
+    session = open_file(str(path), threads=threads, config={"session.disable_quant_qdq": "1"})
     signal, noise = np.zeros(len(results)), np.zeros(len(results))
     for done, image in enumerate(images):
         progress(_MEASURING, done, len(images))

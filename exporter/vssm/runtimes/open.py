@@ -27,6 +27,7 @@ def open_session(
     device: int | None = None,
     cuda_graph_batch: int | None = None,
     trust: bool = False,
+    spin: bool = True,
 ) -> Session:
     """Open an export in a runtime. torch is imported for runtime "torch" alone.
 
@@ -40,6 +41,9 @@ def open_session(
         trust: load an engine that is foreign or tampered; the session's `info` then says so.
         device: ordinal of the GPU, for "ort-cuda"; None for the first.
         cuda_graph_batch: for "ort-cuda", the one batch size to record a CUDA graph for.
+        spin: whether ONNX Runtime's threads spin while they wait for one another within a run: less
+            time for a small batch on idle cores, more where other work needs them. Other runtimes
+            have no such threads.
 
     Raises:
         ValueError: an argument is not one of these.
@@ -68,7 +72,9 @@ def open_session(
         with explain_missing():
             from vssm.runtimes.torch import TorchSession
         return TorchSession(opened, backend=backend or "kernel", threads=threads)
-    return ort_session(runtime)(opened, backend=backend or "kernel", threads=threads, **on_gpu)
+    return ort_session(runtime)(
+        opened, backend=backend or "kernel", threads=threads, spin=spin, **on_gpu
+    )
 
 
 def ort_session(runtime: str) -> Callable[..., OrtSession]:

@@ -65,6 +65,7 @@ class OrtSession(Session):
         target: where to run.
         backend: "kernel" (the operator library must be there and must run) or "body".
         threads: intra-op threads; None for all cores.
+        spin: whether they spin while they wait for one another within a run.
         model: another graph to run in place of the artifact's file, serialized.
         profile: record a profile, see `profiled_operators`.
 
@@ -80,10 +81,12 @@ class OrtSession(Session):
         *,
         backend: str = "kernel",
         threads: int | None = None,
+        spin: bool = True,
         model: bytes | None = None,
         profile: bool = False,
     ) -> None:
         options = _options(target, threads)
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
         for key, value in _quantization_options(artifact).items():
             options.add_session_config_entry(key, value)
         library = _library(artifact) if checked_backend(backend) == "kernel" else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
@@ -37,11 +38,35 @@ from vssm.ops.kernels import kernels
 from vssm.pruning.schedule import MergeSchedule, MergeStage, PruneSchedule, Schedule
 from vssm.runtimes.library import library_version
 from vssm.runtimes.ort import cpu_name
-from vssm.runtimes.session import CLOSED, TORCH_BACKENDS, RuntimeInfo, Session, checked_threads
+from vssm.runtimes.session import (
+    CLOSED,
+    TORCH_BACKENDS,
+    RuntimeInfo,
+    Session,
+    checked_threads,
+    share_cores,
+)
 from vssm.types import Array
 
 _KEPT: Final = "kept_positions_"
 TorchModule = nn.Module  # for files that name no torch
+
+
+@contextmanager
+def torch_threads(
+    threads: int | None, workers: int | None = 0, *, processes: int = 1
+) -> Iterator[tuple[int, int]]:
+    """Give torch its share of the cores, as `share_cores`; at the end it has what it had before.
+
+    Where `threads` is None, torch has no more of them than before. Gives threads and workers.
+    """
+    before = torch.get_num_threads()
+    share, workers = share_cores(threads, workers, processes=processes)
+    torch.set_num_threads(share if threads is not None else min(share, before))
+    try:
+        yield torch.get_num_threads(), workers
+    finally:
+        torch.set_num_threads(before)
 
 
 @known_state()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory, sha256_of
 from vssm.files.json import write_json
 from vssm.pruning.schedule import MergeSchedule
+from vssm.runtimes.torch import torch_threads
 from vssm.studies.measure import AblationJournal
 from vssm.studies.plan import AblationOptions
 from vssm.studies.runs import (
@@ -29,6 +30,7 @@ from vssm.studies.runs import (
 from vssm.studies.source import LoadedSource
 from vssm.training.recipe import Recipe
 from vssm.training.request import ModelSource
+from vssm.types import Progress
 
 if TYPE_CHECKING:
     from vssm.pruning.schedule import PruneSchedule
@@ -47,7 +49,7 @@ def ablate(
     output: str | os.PathLike[str],
     options: AblationOptions | None = None,
     *,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> AblationReport:
     """Compare alignments, importances, keep ratios, merging and EViT's way on a data set.
 
@@ -72,12 +74,20 @@ def ablate(
         VssmError: matplotlib is missing, a file or checkpoint cannot be used, or what a stopped
             call left is of another ablation.
     """
+    for package in ("matplotlib", "jinja2"):  # before anything is measured: it is drawn at the end
+        require(package)
+    options = options or AblationOptions()
+    with torch_threads(options.threads, options.workers) as (threads, workers):
+        options = replace(options, threads=threads, workers=workers)
+        return _ablate(source, Path(images), Path(output), options, progress)
+
+
+def _ablate(
+    source: ModelSource, images: Path, output: Path, options: AblationOptions, progress: Progress
+) -> AblationReport:
     from vssm.studies.measure import measure
     from vssm.studies.report import AblationReport, Measured
 
-    options, images, output = options or AblationOptions(), Path(images), Path(output)
-    for package in ("matplotlib", "jinja2"):  # before anything is measured: it is drawn at the end
-        require(package)
     opened = open_checkpoints(source, options.checkpoints)
     schedule = _schedule(source, opened)
     plan = _plan(opened[0], schedule, options)
@@ -227,7 +237,7 @@ def _batches(
     # The journal has a line for every batch, of unreadable images too: so many are done.
     batches = [pictures[i : i + size] for i in range(0, len(pictures), size)][done:]
     files = [[str(folder.root / p.path) for p in some] for some in batches]
-    loaded = load_in_order(files, source.preprocessing, workers=options.workers)
+    loaded = load_in_order(files, source.preprocessing, workers=options.workers or 0)
     for some, batch in zip(batches, loaded, strict=True):
         pairs = list(zip(some, batch.errors, strict=True))
         unreadable = [(p.path, error) for p, error in pairs if error is not None]

@@ -59,11 +59,13 @@ class AblationOptions:
         seeds: of the random choice.
         ratios: keep ratios in (0, 1] of the sweep, as text.
         batch: images of a run.
-        workers: processes that load images; 0 for this one alone.
+        workers: processes that load images; 0 for this one alone; None for up to four, as many as
+            `threads` leave cores.
         classes: which folder is which class, as for `evaluate`; None: by the model's labels, else
             by name, where that is certain.
         backend: "auto", "reference" or "kernel", as `VisionModel.use_backend` takes it.
         device: "cpu" or "cuda".
+        threads: of torch on the CPU; None for as many as `workers` leave cores, and torch has.
         checkpoints: further checkpoints of the same model: every variant runs with each.
         average: show the mean over the checkpoints, as over seeds of one training, in place of a
             row for each.
@@ -78,10 +80,11 @@ class AblationOptions:
     seeds: int = 3
     ratios: Sequence[str] = ("0.9", "0.8", "0.7", "0.6", "0.5")
     batch: int = 32
-    workers: int = 0
+    workers: int | None = None
     classes: str | os.PathLike[str] | None = None
     backend: str = "auto"
     device: str = "cpu"
+    threads: int | None = None
     checkpoints: Sequence[Path] = ()
     average: bool = False
     finetuned: Mapping[str, Sequence[Path]] = field(default_factory=dict)
@@ -91,8 +94,9 @@ class AblationOptions:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"batch={self.batch} is below 1; give the number of images of a run")
-        if self.workers < 0:
-            raise ValueError(f"workers={self.workers} is below 0; 0 loads images in this process")
+        from vssm.runtimes.session import share_cores  # needs numpy, which --help does not wait for
+
+        share_cores(self.threads, self.workers)  # which checks both
         check_choice("device", self.device, DEVICES)
 
 

@@ -220,6 +220,7 @@ class Trainer:
                 training.micro_batch,
                 training.save_every,
                 self.options.device,
+                self.options.threads,
             ),
         )
         report = finetune(

@@ -19,6 +19,7 @@ from vssm.files.json import write_json
 from vssm.files.page import Table, render
 from vssm.models.base import VisionModel
 from vssm.pruning.schedule import MergeSchedule, MergeStage, PruneSchedule
+from vssm.runtimes.torch import torch_threads
 from vssm.studies.figures import (
     Walk,
     attention_figure,
@@ -263,6 +264,7 @@ def visualize(
     output: str | os.PathLike[str],
     *,
     blocks: Sequence[int] | None = None,
+    threads: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Draw what a model keeps, scores and attends to: dense, plain removal and aligned.
@@ -275,6 +277,7 @@ def visualize(
         output: directory to write; made where it is missing.
         blocks: whose attention is shown, counted from 1; None for those after each stage, and the
             last.
+        threads: of torch; None leaves their number as it is.
         progress: called with a line of text for every image.
 
     Returns:
@@ -299,7 +302,8 @@ def visualize(
     for number, file in enumerate(files, start=1):
         progress(f"{file}: {number} of {len(files)}")
         array = preprocess(file, opened.preprocessing)
-        result = explain(models, array, _picture(array, opened), blocks)
+        with torch_threads(threads):
+            result = explain(models, array, _picture(array, opened), blocks)
         # Numbered, as two folders may have a file of the same name.
         pngs = {name: f"{number}_{file.stem}_{name}.png" for name in result.figures}
         for name, png in result.figures.items():

@@ -45,6 +45,7 @@ class Group:
         # Without torchrun there is one process, and nothing to set up.
         self.world = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets these
         self.rank = int(os.environ.get("RANK", "0"))
+        self.beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
         self.device = torch.device(device)
         if device == "cuda":
             if not torch.cuda.is_available():

@@ -206,11 +206,11 @@ class Resources:
 
     Attributes:
         workers: processes that load images, for each process that trains; None for up to four,
-            by the cores.
+            as many as `threads` leave cores.
         micro_batch: images of one pass, whose gradients are added up; None for all of a step.
         save_every: steps between states, beside the one at the end of each epoch.
         device: "cpu" or "cuda".
-        threads: of torch on the CPU; None leaves what is set.
+        threads: of torch on the CPU; None for as many as `workers` leave cores, and torch has.
 
     Raises:
         ValueError: a number is out of its range.

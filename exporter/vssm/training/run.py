@@ -15,7 +15,7 @@ from vssm._version import __version__
 from vssm.artifact.data_sets import names_of
 from vssm.checkpoints.load import load_checkpoint
 from vssm.errors import ArtifactError
-from vssm.evaluation.data import open_images, worker_count
+from vssm.evaluation.data import open_images
 from vssm.evaluation.scenes import check_class_count, open_scenes
 from vssm.extras import is_installed
 from vssm.files.atomic import make_directory, sha256_of
@@ -25,6 +25,7 @@ from vssm.models.base import VisionModel
 from vssm.models.fused_tokens import fuse_leftovers
 from vssm.models.schedules import named_schedule
 from vssm.pruning.schedule import Schedule
+from vssm.runtimes.torch import torch_threads
 from vssm.training.lessons import Pictures, Scenes
 from vssm.training.loop import Group, TrainingRun
 from vssm.training.recipe import Recipe
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 def build_models(request: FinetuneRequest, group: Group) -> tuple[VisionModel, VisionModel | None]:
     """The model to train, and the dense one to distil from where the recipe does."""
-    if request.resources.threads is not None:
-        torch.set_num_threads(request.resources.threads)
     source = request.source
     model = build_model(source, _schedule(source)).to(group.device)
     if source.tokens == "fused":
@@ -51,8 +50,10 @@ def build_models(request: FinetuneRequest, group: Group) -> tuple[VisionModel, V
     return model, build_model(source, None).use_backend("kernel").to(group.device)
 
 
-def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> TrainingRun:
-    """What to do, and what must be the same when it goes on.
+def plan_run(
+    request: FinetuneRequest, model: VisionModel, group: Group, workers: int
+) -> TrainingRun:
+    """What to do, by `workers` that load images, and what must be the same when it goes on.
 
     Raises:
         ValueError: it is not certain which folder is which class, or the batch does not fit.
@@ -89,7 +90,7 @@ def plan_run(request: FinetuneRequest, model: VisionModel, group: Group) -> Trai
         directory=request.output,
         # As the state has it when it is read again, tuples as lists.
         header=json.loads(json.dumps(header)),
-        workers=worker_count(resources.workers),
+        workers=workers,
         micro_batch=resources.micro_batch,
         save_every=resources.save_every,
     )
@@ -228,20 +229,23 @@ def finetune(
     # Before models are built, which takes seconds.
     if group.leads:
         _check_output(request)
-    model, teacher = build_models(request, group)
-    run = plan_run(request, model, group)
-    if group.leads:
-        make_directory(request.output)
-    # One process writes, and its lock keeps a second run out of the directory.
-    log = RunLog(request.output / LOG_FILE) if group.leads else None
-    with log or nullcontext(), group:
+    given = request.resources
+    with torch_threads(given.threads, given.workers, processes=group.beside) as (_, workers):
+        model, teacher = build_models(request, group)
+        run = plan_run(request, model, group, workers)
         if group.leads:
-            # Under the lock: what is left is nobody's.
-            remove_leftovers(request.output)
-        state, trained = train(model, run, group, log=log, teacher=teacher, progress=progress)
-        if not group.leads:
-            return None
-        return _write(state, trained, run, request.output, tensorboard=is_installed("tensorboard"))
+            make_directory(request.output)
+        # One process writes, and its lock keeps a second run out of the directory.
+        log = RunLog(request.output / LOG_FILE) if group.leads else None
+        with log or nullcontext(), group:
+            if group.leads:
+                # Under the lock: what is left is nobody's.
+                remove_leftovers(request.output)
+            state, trained = train(model, run, group, log=log, teacher=teacher, progress=progress)
+            if not group.leads:
+                return None
+            board = is_installed("tensorboard")
+            return _write(state, trained, run, request.output, tensorboard=board)
 
 
 def has_run(output: Path) -> bool:
