@@ -25,6 +25,7 @@ if "torch" not in sys.modules and not os.environ.keys() & {
 _PUBLIC = {
     "AblationOptions": "vssm.studies.plan",
     "AblationTraining": "vssm.studies.plan",
+    "CompareOptions": "vssm.studies.compare",
     "FinetuneRequest": "vssm.training.request",
     "ForwardDetails": "vssm.models.base",
     "ModelCard": "vssm.models.family",
@@ -40,6 +41,7 @@ _PUBLIC = {
     "ablate": "vssm.studies.ablate",
     "bench_directory": "vssm.bench.run",
     "check_parity": "vssm.parity.check",
+    "compare": "vssm.studies.compare",
     "create_model": "vssm.models",
     "default_schedule": "vssm.models.schedules",
     "evaluate": "vssm.evaluation.evaluate",

@@ -28,7 +28,7 @@ from vssm.errors import ArtifactError
 from vssm.evaluation.data import load, open_images
 from vssm.models.fused_tokens import fuse_leftovers
 from vssm.studies.measure import AblationJournal, Step
-from vssm.studies.report import Pair, compare, join, mcnemar
+from vssm.studies.paired import Pair, compare, join, mcnemar
 from vssm.training.augment import Example, load_batch
 
 NUMBERS = {**RECIPE, **PLAIN}

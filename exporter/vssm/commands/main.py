@@ -13,6 +13,7 @@ import typer
 
 from vssm._version import __version__
 from vssm.commands.ablate import ablate
+from vssm.commands.compare import compare
 from vssm.commands.deploy import bundle, engine
 from vssm.commands.evaluate import evaluate
 from vssm.commands.export import export, export_module
@@ -376,6 +377,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(finetune)
 app.command()(ablate)
+app.command()(compare)
 app.command()(visualize)
 
 

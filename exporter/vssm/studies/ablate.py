@@ -248,13 +248,14 @@ def _rows(
     plan: Plan, opened: Sequence[LoadedSource], measured: Measured, *, average: bool
 ) -> list[VariantRow]:
     from vssm.models.family import Published
+    from vssm.studies.paired import own_names
     from vssm.studies.plan import published
     from vssm.studies.report import make_row
 
     standard = _is_standard(opened[0])  # of other sizes of a model nothing is published
     schedules = {variant.key: variant.schedule for variant in plan.variants}
     apart = len(opened) > 1 and not average
-    each = list(enumerate(_names(opened))) if apart else []
+    each = list(enumerate(own_names([one.weights for one in opened]))) if apart else []
     # Weights that were handed over begin with a checkpoint that nobody knows: one row for all.
     handed = any(run.tuned and run.checkpoint is None for run in measured.runs)
     weights, rows = ", ".join(one.weights for one in opened), []
@@ -271,16 +272,6 @@ def _rows(
             ]
             rows += [row for row in found if row is not None]
     return rows
-
-
-def _names(opened: Sequence[LoadedSource]) -> list[str]:
-    """What each checkpoint is called in its rows: the shortest end of its path that is its own."""
-    paths = [Path(one.weights).parts for one in opened]
-    for length in range(1, max(map(len, paths))):
-        names = ["/".join(parts[-length:]) for parts in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [f"checkpoint {number + 1}" for number in range(len(opened))]
 
 
 def _setting(source: LoadedSource, options: AblationOptions, folder: ImageFolder) -> Setting:
@@ -358,7 +349,7 @@ def _training_facts(
 
 def _write(output: Path, report: AblationReport) -> AblationReport:
     from vssm.studies import tables
-    from vssm.studies.plot import draw, picture
+    from vssm.studies.plot import draw, element, picture
 
     figures = {name: draw(report, against=against) for name, against in PLOTS.items()}
     made = {
@@ -366,11 +357,7 @@ def _write(output: Path, report: AblationReport) -> AblationReport:
         for name, figure in figures.items()
         for kind in FORMATS
     }
-    elements = {}
-    for name in PLOTS:
-        text = made[f"{name}.svg"].decode()
-        # HTML takes the element alone, without the XML declaration and doctype in front.
-        elements[report.setting.caption + f" ({name})"] = text[text.index("<svg") :]
+    elements = {f"{report.setting.caption} ({name})": element(f) for name, f in figures.items()}
     made["ablation.csv"] = tables.csv(report)
     made["ablation.tex"] = tables.latex(report).encode()
     made["ablation.html"] = tables.html(report, elements).encode()

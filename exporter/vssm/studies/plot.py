@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import textwrap
 from collections.abc import Sequence
@@ -130,3 +131,29 @@ def _kind(row: VariantRow) -> str:
 
 def _x(row: VariantRow, against: str) -> float:
     return row.flops.published / 1e9 if against == "flops" else 1e3 / row.images_per_s
+
+
+def scatter(
+    points: Sequence[tuple[str, float, float, Sequence[float]]], *, x: str, y: str
+) -> Figure:
+    """Points (name, x, y, ends of the bar along y), each with a mark and colour of its own."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    # Round and round where there are more points than styles.
+    for (name, across, up, (low, high)), style in zip(points, itertools.cycle(_STYLES.values())):
+        colour, mark = style
+        bars = [[up - low], [high - up]]
+        axes.errorbar([across], [up], bars, color=colour, marker=mark, linestyle="none", label=name)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize=9, loc="outside lower center")
+    return figure
+
+
+def element(figure: Figure) -> str:
+    """A figure as the SVG element that HTML takes, without the declarations in front."""
+    text = picture(figure, "svg").decode()
+    return text[text.index("<svg") :]

@@ -8,7 +8,8 @@ from typing import Final
 
 from vssm.files.page import Illustration, Section, Table, render
 from vssm.files.table import table_bytes
-from vssm.studies.report import AblationReport, Paired, VariantRow, amount
+from vssm.studies.paired import Paired, probability
+from vssm.studies.report import AblationReport, VariantRow, amount
 
 PAIRED: Final = "beside plain removal"
 RULES: Final = "FLOPs by rule"
@@ -100,11 +101,6 @@ def _paired_cells(found: Paired) -> tuple[str, ...]:
     chance = probability(found.pairs[0].p) if len(found.pairs) == 1 else "-"
     difference = f"{100 * found.difference:+.2f}{_spread(found.spread, len(found.pairs))}"
     return difference, f"{better:,}", f"{worse:,}", chance
-
-
-def probability(p: float) -> str:
-    """A p as papers print it."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def notes(report: AblationReport) -> list[str]:
