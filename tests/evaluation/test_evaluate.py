@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from exports import exported, micro
 from PIL import Image
 
 import vssm
+from vssm.artifact.manifest import TensorInfo
 from vssm.errors import ArtifactError, VssmError
 from vssm.evaluation import data as evaluate_data
 from vssm.evaluation.data import load, load_in_order, open_images
-from vssm.evaluation.evaluate import COLUMNS
+from vssm.evaluation.evaluate import COLUMNS, _refuse_parts
 from vssm.evaluation.journal import ImageResult, Journal
 
 CLASSES = 7
@@ -503,3 +505,16 @@ def test_the_digits_model(tmp_path, monkeypatch):
     assert report.images == 120
     assert report.top1 > 0.9
     assert report.top5 > 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "remedy"),
+    [
+        ("vim_tiny_upernet_ade20k", "neck0", "for segmentation finds, .* --outputs logits"),
+        ("vmamba_tiny_maskrcnn_coco", "fpn0", "for detection finds, .* --outputs boxes"),
+    ],
+)
+def test_a_part_of_a_model_has_nothing_to_judge(name, output, remedy):
+    manifest = SimpleNamespace(name=name, main_output=TensorInfo(output, "float32", ("batch", 8)))
+    with pytest.raises(ValueError, match=f"gives {output}, a part of what a model {remedy}"):
+        _refuse_parts(manifest)

@@ -17,6 +17,7 @@ from vssm.artifact.manifest import IMAGENET_MEAN, IMAGENET_STD
 from vssm.evaluation.scenes import UNLABELLED, open_scenes
 from vssm.models.dense.heads import ConvNorm
 from vssm.training.lessons import Scenes
+from vssm.training.loop import Group
 from vssm.training.scene_augment import augment_scene, distort
 
 NAME = "vim_tiny_upernet_ade20k"
@@ -207,6 +208,16 @@ def test_batch_norms_take_the_batch_in_training_alone():
         layer(x)
     # With the statistics of this very batch both are the same, but for the sample's variance.
     torch.testing.assert_close(layer.eval()(x), torch.relu(y), rtol=0.02, atol=0.02)
+
+
+def test_processes_average_what_batch_norms_have_seen(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    # As if the other process had twice as much.
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat: flat.mul_(3))
+    mean, spread = torch.tensor([2.0, 4.0]), torch.tensor([6.0])
+    Group("cpu").average([mean, spread])
+    assert (mean.tolist(), spread.tolist()) == ([3.0, 6.0], [9.0])
+    Group("cpu").average([])
 
 
 @pytest.fixture(scope="module")

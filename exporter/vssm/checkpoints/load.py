@@ -104,8 +104,8 @@ def load_checkpoint(
         weights: "model", or "ema" for the averaged weights that some training codes save beside.
         key: where the weights are in the file, if under no usual name: a dotted path, or what the
             keys of a flat file begin with, such as "student".
-        new_head: keep the model's own classifier (keys with a part "head") where the file has one
-            of another width, or none.
+        new_head: keep the model's own classifier (keys with a part "head", of a segmenter
+            "conv_seg") where the file has one of another width, or none.
 
     Returns:
         What was read and done, for people to check.

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vssm.artifact.directory import EXPORT_FILES, MODEL_FILE, Artifact, open_artifact
-from vssm.artifact.manifest import MANIFEST_NAME, Preprocessing
+from vssm.artifact.manifest import MANIFEST_NAME, Manifest, Preprocessing
 from vssm.evaluation.classify import class_probabilities
 from vssm.evaluation.data import (
     ImageFolder,
@@ -35,6 +35,7 @@ from vssm.files.atomic import (
 from vssm.files.journal import JsonJournal
 from vssm.files.json import write_json
 from vssm.files.table import table_bytes
+from vssm.models.registry import cards
 from vssm.runtimes.open import ENGINE_RUNTIMES, check_runtime, open_session
 from vssm.runtimes.session import RuntimeInfo, Session, share_cores
 from vssm.types import Array, Progress
@@ -343,10 +344,23 @@ def _measure_of(
     if manifest.gives_boxes:
         _refuse("a detector", batch=batch, classes=classes)
         return Detection.of(manifest, root, split or _COCO_SPLIT, workers)
+    _refuse_parts(manifest)
     _refuse("a classifier", split=split)
     spec = _preprocessing(artifact)
     folder = open_images(root, manifest.num_classes, labels=manifest.labels, classes=classes)
     return Classification(folder, spec, batch or _BATCH, workers)
+
+
+def _refuse_parts(manifest: Manifest) -> None:
+    """Refuse a part of a segmenter or detector, which gives nothing that could be judged."""
+    card = cards().get(manifest.name)
+    if card is not None and card.task != "classification":
+        outputs = "boxes" if card.task == "detection" else "logits"
+        raise ValueError(
+            f"the export of {manifest.name} gives {manifest.main_output.name}, a part of what a "
+            f"model for {card.task} finds, so there is nothing to judge; export it again with "
+            f"--outputs {outputs}"
+        )
 
 
 def _summary_of(results: Path, artifact: Artifact) -> Path:
