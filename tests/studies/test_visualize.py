@@ -18,7 +18,7 @@ import vssm
 from vssm.errors import MissingPackageError, UnsupportedError
 from vssm.studies.figures import _joined, attention_figure, kept_figure
 from vssm.studies.trace import readout_weights, trace
-from vssm.studies.visualize import _owners
+from vssm.studies.visualize import _left, _owners
 
 _EXACT = 1e-12  # float64 sums of about a hundred terms; measured: below 1e-15
 SUBJECTS = {
@@ -208,6 +208,57 @@ def test_groups_have_their_mean_colour_and_an_outline():
     np.testing.assert_array_equal(shown[:4, 7], 1)
     np.testing.assert_array_equal(shown[:4, 8:], picture[:4, 8:])
     assert not np.array_equal(shown[4:, 12:], picture[4:, 12:])  # faded: it went
+
+
+HEADS = {"head_width": 8, "auxiliary_width": 8}
+SEGMENTER = {
+    **HEADS,
+    "image_size": 64,
+    "table_size": 64,
+    "depth": 4,
+    "d_model": 16,
+    "taps": (1, 2, 3, 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "schedule"),
+    [
+        ("vim_tiny", SEGMENTER, {1: 0.75, 3: 0.5}),
+        ("plain_mamba_l1", SEGMENTER, {1: 0.75, 3: 0.5}),
+        ("vmamba_tiny", {**HEADS, "image_size": 64, "depths": (1, 1, 1, 1), "d_model": 8}, None),
+    ],
+)
+def test_where_tokens_of_a_segmenter_left(name, changes, schedule):
+    schedule = None if schedule is None else vssm.PruneSchedule(schedule)
+    model = vssm.create_model(f"{name}_upernet_ade20k", schedule=schedule, **changes)
+    traced = trace(model, torch.from_numpy(images(model, 1)))
+    assert len(traced.blocks) == model.traced_blocks
+    left = _left(model, traced)
+    if schedule is None:
+        assert np.isnan(left).all()
+        return
+    first, last = (set(k[0].tolist()) for k in traced.details.kept_positions)
+    for position, block in enumerate(left.ravel().tolist()):
+        assert (position in last) == np.isnan(block)
+        assert np.isnan(block) or block == (3 if position in first else 1)
+    assert (left == 1).sum() == 4
+    assert (left == 3).sum() == 6
+
+
+@pytest.mark.slow
+def test_page_of_a_segmenter(tmp_path, picture):
+    source = vssm.ModelSource("vim_tiny_upernet_ade20k", schedule="1:0.75", options=SEGMENTER)
+    numbers = vssm.visualize(source, [picture], tmp_path / "out", blocks=[2])
+    (image,) = numbers["images"]
+    assert list(image["figures"])[:2] == ["kept", "importance"]
+    assert "What the head reads where tokens left" in (tmp_path / "out/index.html").read_text()
+    shares = image["variants"]["dense"]["probabilities"]
+    # Of 150 classes: the mean over the places.
+    assert len(shares) == 150
+    assert sum(shares) == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"is for detection, and .* classification and segment"):
+        vssm.visualize(vssm.ModelSource("vmamba_tiny_maskrcnn_coco"), [picture], tmp_path / "other")
 
 
 def test_refusals(cli, tmp_path, picture, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final, Union, get_args, get_origin
 
 from vssm.errors import VssmError, did_you_mean
@@ -175,22 +175,22 @@ def check_name(name: str) -> ModelCard:
     )
 
 
-def check_task(name: str, task: str, what: str) -> None:
+def check_task(name: str, task: str | Collection[str], what: str) -> None:
     """Refuse a model of another task than a command is for.
 
     Args:
         name: a model's name; one that is unknown here passes, as exports of other modules have.
-        task: the one that is needed.
+        task: the one that is needed, or those of which one is.
         what: what the command does, to complete "... is for".
 
     Raises:
         ValueError: the model has another task.
     """
-    card = cards().get(name)
-    if card is not None and card.task != task:
+    card, tasks = cards().get(name), (task,) if isinstance(task, str) else task
+    if card is not None and card.task not in tasks:
         raise ValueError(
-            f"model={name!r} is for {card.task}, and {what} is for {task}; choose a model "
-            "of that task (`vssm models` lists them)"
+            f"model={name!r} is for {card.task}, and {what} is for {' and '.join(tasks)}; choose "
+            "a model of that task (`vssm models` lists them)"
         )
 
 

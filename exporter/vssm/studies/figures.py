@@ -68,6 +68,28 @@ def merged_figure(picture: Array, groups: Sequence[tuple[str, Array]]) -> bytes:
     return _png(figure, "Patches that have become one, outlined, in their mean colour")
 
 
+def left_figure(picture: Array, left: Mapping[str, Array], *, shows: str) -> bytes:
+    """After which block the token of each position left, a map for each variant.
+
+    Args:
+        picture: (height, width, 3) in [0, 1], as the model sees it.
+        left: by variant, the block by position (rows, columns); NaN of what is kept to the end.
+        shows: what a dense head reads at positions that were left.
+    """
+    figure, axes = _panels(1, 1 + len(left))
+    axes[0][0].imshow(picture)
+    axes[0][0].set_title("image", fontsize=9)
+    blocks = sorted({int(b) for values in left.values() for b in values[np.isfinite(values)]})
+    limits = (float(blocks[0]), float(max(blocks[-1], blocks[0] + 1))) if blocks else (0.0, 1.0)
+    for axis, (variant, values) in zip(axes[0][1:], left.items(), strict=True):
+        shown = _heat(axis, picture, values, limits=limits)
+        axis.set_title(f"{variant}: {np.isfinite(values).mean():.0%} left", fontsize=9)
+    bar = figure.colorbar(shown, ax=list(axes[0]), shrink=0.8, pad=0.01, ticks=blocks)
+    bar.set_label("after block", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return _png(figure, f"Positions whose token left; the head reads {shows}; grey: kept")
+
+
 def importance_figure(picture: Array, maps: Sequence[tuple[str, Array]], *, variant: str) -> bytes:
     """Score maps of all blocks of a variant, each on its own scale; NaN where a token is gone."""
     panels = 1 + len(maps)
@@ -278,6 +300,7 @@ def _png(figure: Figure, title: str) -> bytes:
 HEADINGS = {
     "kept": "Kept tokens",
     "merged": "Merged tokens",
+    "left": "What the head reads where tokens left",
     "importance": "Importance",
     "attention": "Effective attention",
     "directions": "Effective attention by direction",
@@ -287,6 +310,8 @@ CAPTIONS = {
     "kept": "Tokens kept after every stage; pruned patches are purple.",
     "merged": "Which patches have become one token, after some of the stages: each group is "
     "outlined and has its mean colour. Patches that went are purple.",
+    "left": "After which block the token of each position left the scan. From there on the levels "
+    "show at such a position what the title says; grey positions kept their token to the end.",
     "importance": "Importance of every token in every block, mean over channels of max(0, y) of "
     "the scan's output before the gate, in the last variant; each map on its own scale. Pruned "
     "positions are grey.",

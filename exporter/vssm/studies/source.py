@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 _WHAT: Final = "this comparison of prunings"
+_IMAGES: Final = ("classification",)
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class LoadedSource:
         return model.eval()
 
 
-def load_source(source: ModelSource) -> LoadedSource:
-    """Find the weights and the schedule.
+def load_source(source: ModelSource, tasks: Sequence[str] = _IMAGES) -> LoadedSource:
+    """Find the weights and the schedule of a model of one of these tasks.
 
     Raises:
         ValueError: the name is neither, or an option does not belong to it.
@@ -71,8 +72,8 @@ def load_source(source: ModelSource) -> LoadedSource:
             f"tokens={source.tokens!r} is a way to train; leave it out, and give it to finetune"
         )
     source.checked(exports=True)
-    check_task(source.name, "classification", _WHAT)
-    return _by_name(source) if source.name in list_models() else _from_export(source)
+    check_task(source.name, tasks, _WHAT)
+    return _by_name(source) if source.name in list_models() else _from_export(source, tasks)
 
 
 def _by_name(source: ModelSource) -> LoadedSource:
@@ -86,13 +87,13 @@ def _by_name(source: ModelSource) -> LoadedSource:
         model.state_dict(),
         "seeded initial weights" if source.checkpoint is None else str(source.checkpoint),
         _schedule(source, source.name),
-        Preprocessing.for_image_size(model.image_size),
+        model.preprocessing() or Preprocessing.for_image_size(model.image_size),
         model.labels,
         model.loaded,
     )
 
 
-def _from_export(source: ModelSource) -> LoadedSource:
+def _from_export(source: ModelSource, tasks: Sequence[str]) -> LoadedSource:
     from vssm.runtimes.torch import model_of, schedule_of
 
     given = {
@@ -113,7 +114,7 @@ def _from_export(source: ModelSource) -> LoadedSource:
             f"model={source.name!r} has no preprocessing in its model.json, so image files "
             "cannot be turned into its input; export the model by its name"
         )
-    check_task(manifest.name, "classification", _WHAT)
+    check_task(manifest.name, tasks, _WHAT)
     model = model_of(artifact, dense=True)
     return LoadedSource(
         manifest.name,

@@ -18,6 +18,7 @@ from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory
 from vssm.files.json import write_json
 from vssm.files.page import Table, render
 from vssm.models.base import VisionModel
+from vssm.models.dense.base import DenseModel
 from vssm.pruning.schedule import MergeSchedule, MergeStage, PruneSchedule
 from vssm.runtimes.torch import torch_threads
 from vssm.studies.figures import (
@@ -25,6 +26,7 @@ from vssm.studies.figures import (
     attention_figure,
     importance_figure,
     kept_figure,
+    left_figure,
     merged_figure,
     section,
     walks_figure,
@@ -36,6 +38,12 @@ from vssm.types import Array
 
 _EVEN = 4  # blocks shown of a model that prunes nothing
 _UNIT = "% of the weight"
+# What a dense head reads at a pruned position, by the schedule's `restore`.
+_SHOWS = {
+    "frozen": "the token as it left (frozen)",
+    "zero": "zero",
+    "nearest": "the nearest kept token",
+}
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,12 @@ class Explanation:
     """The figures of one image, PNG by name, and its numbers.
 
     Attributes:
-        figures: "kept" (pruned models) or "merged" (those that merge), "importance", "attention",
-            "directions", "walks".
+        figures: "kept" (pruned models) or "merged" (those that merge), "left" (pruned segmenters),
+            "importance", "attention", "directions", "walks".
         readout: what attends: "class token" or "mean over tokens".
         blocks: the blocks whose attention is shown.
-        variants: by variant: "probabilities" of all classes, "kept_positions" by stage,
+        variants: by variant: "probabilities" of all classes (of a segmenter, their mean over the
+            places), "kept_positions" by stage,
             "kept_as_last", the share of each stage's choice that the last variant also keeps, and
             "merged", the original positions that are one token at the end, where several are.
     """
@@ -102,6 +111,10 @@ def explain(
     elif last.stages:
         kept = {n: _kept(models[n], t) for n, t in traces.items() if models[n].stages}
         figures = {"kept": kept_figure(picture, kept), **figures}
+        if isinstance(last, DenseModel) and last.schedule is not None:
+            left = {name: _left(models[name], traces[name]) for name in kept}
+            shows = _SHOWS[last.schedule.restore]
+            figures["left"] = left_figure(picture, left, shows=shows)
     numbers = {n: _numbers(models[n], t, told) for n, t in traces.items()}
     return Explanation(figures, readout, shown, numbers)
 
@@ -192,6 +205,19 @@ def _kept(model: VisionModel, told: Trace) -> list[tuple[str, Array]]:
     return found
 
 
+def _left(model: VisionModel, told: Trace) -> Array:
+    """The block after which each patch's token left; NaN where it is kept to the end."""
+    whole = told.blocks[0]
+    left = torch.full(whole.position.shape, torch.nan, dtype=torch.float64)
+    present = torch.ones(whole.position.shape, dtype=torch.bool)
+    for number, stage in model.stages.items():
+        kept = told.details.kept_positions[stage.index]
+        here = torch.zeros_like(present).scatter(1, kept, value=True)
+        left[present & ~here] = number
+        present = here
+    return _map(whole, left)
+
+
 def _owners(model: VisionModel, told: Trace) -> dict[int, Array]:
     """After each stage, of each position the position of the token it is in; -1 where it went."""
     owner = position = told.blocks[0].position[0].numpy()
@@ -245,8 +271,12 @@ def _numbers(model: VisionModel, told: Trace, last: Trace) -> dict[str, Any]:
     groups = (np.flatnonzero(owner == token).tolist() for token in np.unique(owner[owner >= 0]))
     kept = [k[0].tolist() for k in told.details.kept_positions]
     reference = [set(k[0].tolist()) for k in last.details.kept_positions]
+    shares = torch.softmax(told.details.logits[0].double(), 0)
     return {
-        "probabilities": torch.softmax(told.details.logits[0].double(), 0).tolist(),
+        # Of a segmenter, the mean over the places.
+        "probabilities": shares.flatten(1).mean(1).tolist()
+        if shares.dim() > 1
+        else shares.tolist(),
         "kept_positions": kept,
         # Not strict: the dense model has no stages to compare.
         "kept_as_last": [len(r & set(k)) / len(k) for k, r in zip(kept, reference, strict=False)],
@@ -294,7 +324,7 @@ def visualize(
     output, files = Path(output), [Path(file) for file in images]
     if not files:
         raise ValueError("images=[] holds no image; give one at least")
-    opened = load_source(source)
+    opened = load_source(source, ("classification", "segmentation"))
     models = variants(opened)
     make_directory(output)
     check_writable(output / PAGE)

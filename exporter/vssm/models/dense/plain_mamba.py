@@ -201,6 +201,10 @@ class PlainMambaSegmenter(Segmenter):
             return True
         return super().stays_wide(name) or (name.startswith("backbone.") and stays_wide(name))
 
+    def blocks_on_maps(self) -> list[tuple[nn.Module, tuple[int, int]]]:
+        """Every block on the grid of patches."""
+        return [(layer, self.config.plain_mamba.grid) for layer in self.backbone.layers]
+
     def _levels(self, images: Tensor, with_blocks: bool) -> Levels:
         trunk = self.backbone
         patches = trunk.patch_embed(images)

@@ -334,6 +334,10 @@ class VimSegmenter(Segmenter):
         folded = name.startswith("backbone.fpn1.0.") and isinstance(self.backbone.fpn1, Enlarge)
         return folded or stays_wide(name) or super().stays_wide(name)
 
+    def blocks_on_maps(self) -> list[tuple[nn.Module, tuple[int, int]]]:
+        """Every block on the grid of patches."""
+        return [(layer, self.config.vim.grid) for layer in self.backbone.layers]
+
     def _levels(self, images: Tensor, with_blocks: bool) -> Levels:
         tapped, found = self.backbone.tapped(self, images, self.config.taps, with_blocks)
         taps = [

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor, nn
 
-from vssm.models.base import BlockCost, ImageSized, refuse_schedule
+from vssm.models.base import BlockCost, ImageSized, blocks_of_stages, refuse_schedule
 from vssm.models.dense.base import Levels, check_positive
 from vssm.models.dense.detector import BoxHead, CocoDetector
 from vssm.models.dense.regions import DetectionRules
@@ -18,6 +18,7 @@ from vssm.models.dense.segmenter import Segmenter
 from vssm.models.layers import LayerNorm, to_map
 from vssm.models.vmamba import (
     NORM_EPS,
+    VMambaBlock,
     VMambaConfig,
     VMambaStage,
     adapt_keys,
@@ -141,6 +142,10 @@ class VMambaSegmenter(Segmenter):
         self.backbone = VMambaBackbone(sizes)
         widths = tuple(map(sizes.width, range(len(config.depths))))
         self._add_heads(widths, config.head_width, config.auxiliary_width)
+
+    def blocks_on_maps(self) -> list[tuple[nn.Module, tuple[int, int]]]:
+        """The blocks of every stage on the grid of that stage."""
+        return blocks_of_stages(self, VMambaBlock, self.config.vmamba.grids, self.config.depths)
 
     def stays_wide(self, name: str) -> bool:
         """Norms, what the scan takes as float32, and what is folded with a norm."""
