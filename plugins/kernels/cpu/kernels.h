@@ -15,10 +15,12 @@ struct SelectiveScanShape;
 
 // Channels of a block: one AVX-512 vector, two AVX2 vectors, four of SSE2 or NEON.
 constexpr int64_t kChannels = 16;
-// Blocks of a unit of work at most; more than one where a channel has a single state or decay.
+// Blocks of a unit of work at most; more than one where a channel has a single state or decay, or
+// where the list is long.
 constexpr int64_t kWidest = 4;
-// The states of a block and its A lie on the stack of whatever thread runs it: 2 x 16 KiB at most.
+// The states of a unit and its A lie on the stack of whatever thread runs it: 2 x 16 KiB at most.
 constexpr int64_t kMaxStates = 256;
+constexpr int64_t kMaxWideStates = kMaxStates / kWidest;
 
 /// A checked scan, ready to run. Shapes as in selective_scan.h.
 struct ScanPlan {

@@ -21,10 +21,13 @@ struct Job {
   float *B, *C;
 };
 
+constexpr int64_t kLongList = 8192;
+
 /// Wide units where memory counts, as even in number and size as they get; with one decay for all
 /// states as wide as their states leave room.
 int64_t blocks_per_unit(const SelectiveScanShape& shape) {
-  if (shape.decays > 1) return 1;
+  const bool is_long = shape.seqlen >= kLongList && shape.d_state <= kMaxWideStates;
+  if (shape.decays > 1 && !is_long) return 1;
   const int64_t widest = std::clamp<int64_t>(kMaxStates / shape.d_state, 1, kWidest);
   const int64_t blocks = (shape.d_inner + kChannels - 1) / kChannels;
   const int64_t units = 2 * ((blocks + 2 * widest - 1) / (2 * widest));

@@ -61,7 +61,11 @@ struct Tile {
 
 /// The states are the caller's: it may take turns between blocks. `kOneDecay`: all states of a
 /// channel decay alike, and any number of them is taken in tiles that fit in the registers.
-template <class Isa, DType kType, int kStates, bool kOneDecay = false>
+/// `kRows`: of A, for as many states as there may be.
+template <class Isa, DType kType, int kStates, bool kOneDecay = false,
+          int kRows = kOneDecay      ? 1
+                      : kStates == 0 ? static_cast<int>(kMaxStates)
+                                     : kStates>
 class DirectionScan {
  public:
   using L = Lanes<Isa>;
@@ -485,7 +489,7 @@ class DirectionScan {
   Element* y_;
   Row bias_, skip_, delta0_;
   bool uniform_ = false;  // whether all channels have one bias, A and delta0
-  Tile<Isa, kOneDecay ? 1 : kStates == 0 ? kMaxStates : kStates> tile_;
+  Tile<Isa, kRows> tile_;
 };
 
 }  // namespace vssm

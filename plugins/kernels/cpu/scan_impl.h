@@ -26,13 +26,15 @@ void scan_directions(const ScanPlan& plan, int64_t image, int64_t block) {
   }
 }
 
-/// The same for one state or one decay a channel, `count` blocks at a time: with so little to
-/// compute, memory counts, the cache lines of a token lie side by side, and the blocks read B and C
-/// of some steps one after the other. VMamba (L 3136, D 192, K 4, AVX-512) on Zen 5: 1.63 ms one
-/// block at a time, 1.48 three; while others used the third-level cache 5.9, 1.9.
-template <class Isa, DType kType, int kStates>
+/// The same for `count` blocks at a time, in `kRows` rows of states. With one state or one decay a
+/// channel there is so little to compute that memory counts; the cache lines of a token lie side by
+/// side, and the blocks read B and C of some steps one after the other. VMamba (L 3136, D 192, K 4,
+/// AVX-512) on Zen 5: 1.63 ms one block at a time, 1.48 three; while others used the third-level
+/// cache 5.9, 1.9. In a long list each block would go through all pages anew, to read a line of
+/// each: Vim-T with 262,144 tokens on a Xeon (Sapphire Rapids) that other work shared, 8.0 us a
+/// token one block at a time, 4.5 four; of 1,024 tokens 3.5.
+template <class Isa, class Scan, int kRows>
 void scan_wide(const ScanPlan& plan, int64_t image, int64_t first, int64_t count) {
-  using Scan = DirectionScan<Isa, kType, kStates, kStates == 0>;
   const typename Isa::Decay decay;
   const int64_t last = first + count - 1;
   for (int64_t k = 0; k < plan.directions; ++k) {
@@ -42,7 +44,7 @@ void scan_wide(const ScanPlan& plan, int64_t image, int64_t first, int64_t count
         {plan, image, first + 2 < last ? first + 2 : last, k},
         {plan, image, last, k},
     };
-    typename Scan::Row h[kStates == 0 ? kMaxStates : kWidest * kStates];
+    typename Scan::Row h[kRows];
     const int64_t rows = plan.d_state;
     for (int64_t i = 0; i < count; ++i) scans[i].clear(h + i * rows);
     for (int64_t t = 0; t < plan.seqlen; t += Scan::kSteps) {
@@ -67,9 +69,22 @@ void scan_block(const ScanPlan& plan, int64_t image, int64_t block) {
 
 template <class Isa, DType kType>
 void scan_typed(const ScanPlan& plan, int64_t image, int64_t first, int64_t count) {
-  if (plan.one_decay()) return scan_wide<Isa, kType, 0>(plan, image, first, count);
-  if (plan.d_state == 1 && !SharedScan<Isa, kType>::fits(plan)) {
-    return scan_wide<Isa, kType, 1>(plan, image, first, count);
+  if (plan.one_decay()) {
+    using Scan = DirectionScan<Isa, kType, 0, true>;
+    return scan_wide<Isa, Scan, kMaxStates>(plan, image, first, count);
+  }
+  const bool alone = !SharedScan<Isa, kType>::fits(plan);
+  if (alone && plan.d_state == 1) {
+    using Scan = DirectionScan<Isa, kType, 1>;
+    return scan_wide<Isa, Scan, kWidest>(plan, image, first, count);
+  }
+  if (alone && count > 1) {
+    if constexpr (Isa::kStateVectors >= 16) {
+      using Scan = DirectionScan<Isa, kType, 16>;
+      if (plan.d_state == 16) return scan_wide<Isa, Scan, 16 * kWidest>(plan, image, first, count);
+    }
+    using Scan = DirectionScan<Isa, kType, 0, false, kMaxWideStates>;
+    return scan_wide<Isa, Scan, kMaxStates>(plan, image, first, count);
   }
   for (int64_t i = 0; i < count; ++i) scan_block<Isa, kType>(plan, image, first + i);
 }
