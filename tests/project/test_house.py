@@ -92,7 +92,10 @@ def test_header_that_leans_on_another_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("house", "may_include"),
     [
-        ("kernels", r"plugins/(kernels|emulation)/|[a-z_]+$|[ei]mmintrin\.h|arm_neon\.h|cpuid\.h|cuda_"),
+        (
+            "kernels",
+            r"plugins/(kernels|emulation)/|[a-z_]+$|[ei]mmintrin\.h|arm_neon\.h|cpuid\.h|cuda_",
+        ),
         ("onnxruntime", r"plugins/(kernels|onnxruntime)/|[a-z_]+$|onnxruntime_c_api|dlfcn"),
         ("tensorrt", r"plugins/(kernels|tensorrt)/|[a-z_]+$|NvInfer|dlfcn|link\.h|cuda_runtime"),
     ],
