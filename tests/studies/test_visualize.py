@@ -308,3 +308,11 @@ def _purple(png):
     with Image.open(io.BytesIO(png)) as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     return int(((pixels[..., 0] - pixels[..., 1]) > 40).sum())
+
+
+def test_every_image_is_opened_before_the_first_is_drawn(tmp_path, picture):
+    artifact, bad = exported(tmp_path / "export", micro()), tmp_path / "bad.png"
+    bad.write_text("no image")
+    with pytest.raises(ValueError, match=r"bad\.png cannot be read as an image"):
+        vssm.visualize(vssm.ModelSource(str(artifact.directory)), [picture, bad], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -49,12 +49,16 @@ class Section:
 _TEMPLATE: Final = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em }
-table { border-collapse: collapse; margin: 1em 0 } caption { text-align: left; font-weight: 600 }
-th, td { border-bottom: 1px solid #ddd; padding: .25em .8em; text-align: left }
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #ddd }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --line: #444 } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em;
+  color: var(--ink); background: var(--paper); overflow-wrap: anywhere }
+.scroll { overflow-x: auto } table { border-collapse: collapse; margin: 1em 0 }
+caption { text-align: left; font-weight: 600 } th, td { overflow-wrap: normal }
+th, td { border-bottom: 1px solid var(--line); padding: .25em .8em; text-align: left }
 .numbers :is(th, td):not(:first-child) { text-align: right }
-img, svg { max-width: 100%; height: auto; display: block } figure { margin: 1.5em 0 }
-figcaption { max-width: 48em }
+img, svg { max-width: 100%; height: auto; display: block; background: #fff }
+figure { margin: 1.5em 0 } figcaption { max-width: 48em }
 </style></head>
 <body><h1>{{ title }}</h1>
 <ul>{% for name, fact in facts.items() %}<li>{{ name }}: {{ fact }}</li>{% endfor %}</ul>
@@ -62,13 +66,13 @@ figcaption { max-width: 48em }
 {% if section.title %}<h2>{{ section.title }}</h2>{% endif %}
 {% for text in section.paragraphs %}<p>{{ text }}</p>{% endfor %}
 {% for table in section.tables -%}
-<table{% if table.numbers %} class="numbers"{% endif %}>
+<div class="scroll"><table{% if table.numbers %} class="numbers"{% endif %}>
 {%- if table.caption %}<caption>{{ table.caption }}</caption>{% endif %}
 <tr>{% for cell in table.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% for row in table.rows -%}
 <tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor -%}
-</table>
+</table></div>
 {% endfor -%}
 {% for figure in section.figures -%}
 {% if figure.title %}<h3>{{ figure.title }}</h3>{% endif %}

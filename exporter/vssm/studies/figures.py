@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,8 @@ def importance_figure(picture: Array, maps: Sequence[tuple[str, Array]], *, vari
     # Drawn for the last map; "least" and "most" are true of each.
     bar = figure.colorbar(shown, ax=flat, shrink=0.6, pad=0.01, ticks=_limits([values]))
     bar.ax.set_yticklabels(["least", "most"])
-    bar.set_label("importance, each map on its own scale", fontsize=9)
+    inches = 0.6 * figure.get_size_inches()[1]
+    bar.set_label(_wrapped("importance, each map on its own scale", inches, 9), fontsize=9)
     return _png(figure, f"Importance of every token, {variant}{_grey([m for _, m in maps])}")
 
 
@@ -290,8 +292,14 @@ def _grey(maps: Sequence[Array]) -> str:
     return "; grey: pruned" if any(np.isnan(m).any() for m in maps) else ""
 
 
+def _wrapped(text: str, inches: float, size: int) -> str:
+    """A text of so many points broken into lines that fit; breaks of its own stay."""
+    letters = max(8, int(inches * 72 / (0.58 * size)))  # wide letters are a little wider than this
+    return "\n".join(textwrap.fill(line, letters) for line in text.splitlines())
+
+
 def _png(figure: Figure, title: str) -> bytes:
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_wrapped(title, figure.get_size_inches()[0], 11), fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     return buffer.getvalue()

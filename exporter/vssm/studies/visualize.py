@@ -325,13 +325,14 @@ def visualize(
     if not files:
         raise ValueError("images=[] holds no image; give one at least")
     opened = load_source(source, ("classification", "segmentation"))
+    # All of them before the first is drawn: a file that is no image is said at once.
+    arrays = [preprocess(file, opened.preprocessing) for file in files]
     models = variants(opened)
     make_directory(output)
     check_writable(output / PAGE)
     found, sections = [], []
-    for number, file in enumerate(files, start=1):
+    for number, (file, array) in enumerate(zip(files, arrays, strict=True), start=1):
         progress(f"{file}: {number} of {len(files)}")
-        array = preprocess(file, opened.preprocessing)
         with torch_threads(threads):
             result = explain(models, array, _picture(array, opened), blocks)
         # Numbered, as two folders may have a file of the same name.
@@ -402,7 +403,8 @@ def _table(result: Explanation, source: LoadedSource) -> Table:
         # Stable: of equal shares the lower class comes first, in every variant.
         best = np.argsort(-np.asarray(shares), kind="stable")[:_TOP]
         labels = [str(c) if source.labels is None else source.labels[c] for c in best]
-        classes = ", ".join(f"{n} {shares[c]:.1%}" for n, c in zip(labels, best, strict=True))
+        # Names have commas and numbers of their own.
+        classes = "; ".join(f"{n}: {shares[c]:.1%}" for n, c in zip(labels, best, strict=True))
         alike = ", ".join(f"{share:.0%}" for share in numbers["kept_as_last"])
         rows.append([name, classes, alike or "-"])
     return Table(("variant", "best classes", "kept as in the last variant, by stage"), rows)
