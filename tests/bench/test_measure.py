@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -174,3 +175,29 @@ def test_page_shows_rows_and_escapes() -> None:
     assert "<td>75%</td>" in text
     assert "1.40 times their floor" in text
     assert text.count("<svg") == 1
+
+
+def test_detectors_agree_in_their_scores() -> None:
+    """How many there are may differ by one at the threshold; what is found may not."""
+    manifest = replace(
+        MANIFEST,
+        config={"most": 4},
+        inputs=(TensorInfo("images", "float32", (1, 3, 4, 4)),),
+        outputs=(TensorInfo("boxes", "float32", ("detections", 4)),),
+    )
+
+    def opened(*scores: float) -> Callable[[int], Session]:
+        session = Fake(1, 0.0, 0.0)
+        session.manifest = manifest
+        found = {"boxes": np.zeros((len(scores), 4)), "scores": np.array(scores)}
+        session.run = lambda images: found  # type: ignore[method-assign,assignment]
+        return lambda threads: session
+
+    def difference(*scores: float) -> float | None:
+        one = Contender("one", opened(0.9, 0.5), exps=0, macs=0)
+        other = Contender("other", opened(*scores), exps=0, macs=0, same_as="one")
+        return measure([one, other], (3, 4, 4), None, batches=(1,), samples=1)[1].difference
+
+    assert difference(0.9, 0.5, 0.05) == pytest.approx(0.05 / 0.9)
+    with pytest.raises(ValueError, match=r"differ from 'one' by 5\.6e-01"):
+        difference(0.9)

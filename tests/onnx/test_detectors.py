@@ -229,6 +229,8 @@ def test_what_a_whole_detector_refuses(
         make_bundle(whole[1], tmp_path / "bundle", BundleRequest())
     with pytest.raises(UnsupportedError, match="whole detector, which finds another number"):
         build_engine(whole[1], EngineRequest("tensorrt-rtx"))
+    with pytest.raises(UnsupportedError, match="cuda_graph_batch=1 with a whole detector"):
+        vssm.open_session(whole[1], "ort-cuda", cuda_graph_batch=1)
 
 
 def test_images_of_any_size(whole: tuple[Detector, Artifact], tmp_path: Path, cli: Run) -> None:
