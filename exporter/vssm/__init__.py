@@ -31,6 +31,7 @@ _PUBLIC = {
     "ModelCard": "vssm.models.family",
     "ModelFamily": "vssm.models.family",
     "PruneSchedule": "vssm.pruning.schedule",
+    "RayOptions": "vssm.evaluation.scoring",
     "Recipe": "vssm.training.recipe",
     "SceneRecipe": "vssm.training.scene_recipe",
     "Session": "vssm.runtimes.session",

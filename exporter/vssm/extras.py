@@ -27,6 +27,7 @@ PACKAGES: Final[Mapping[str, tuple[str, str]]] = {
     "einops": ("compat", "model code that imports einops"),
     "pyarrow": ("predict", "predictions as Parquet"),
     "pycocotools": ("coco", "average precision of detectors"),
+    "ray": ("scale", "scoring on a cluster"),
 }
 
 

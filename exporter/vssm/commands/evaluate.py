@@ -14,9 +14,13 @@ from vssm.commands.options import (
     Directory,
     Images,
     Json,
+    RayActors,
+    RayAddress,
+    RayGpus,
     Runtime,
     Threads,
     Workers,
+    ray_options,
 )
 from vssm.commands.tables import (
     say,
@@ -53,6 +57,9 @@ def evaluate(
     results: Annotated[
         Path | None, typer.Option(help="CSV file, a row an image; DIR/evaluate.csv by default.")
     ] = None,
+    ray: RayAddress = None,
+    ray_actors: RayActors = None,
+    ray_gpus: RayGpus = 0,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew, not where an evaluation was stopped.")
     ] = False,
@@ -75,6 +82,7 @@ def evaluate(
             split=split,
             results=results,
             restart=restart,
+            ray=ray_options(ray, ray_actors, ray_gpus),
             progress=tell,
         )
     _print(report)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from vssm.commands.tables import STDOUT, console
 from vssm.files.atomic import check_writable
 from vssm.models.registry import cards
 from vssm.training.request import ModelSource
+
+if TYPE_CHECKING:  # it needs numpy
+    from vssm.evaluation.scoring import RayOptions
 
 
 def _json_target(path: Path | None) -> Path | None:
@@ -179,6 +182,37 @@ ModelOptions = Annotated[
     ),
 ]
 Folder = Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")]
+
+
+# Scoring on a Ray cluster.
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="auto|local|HOST:PORT",
+        help="Score on a Ray cluster: the one that this machine is in, one started here, or this.",
+        **words("auto", "local"),
+    ),
+]
+RayActors = Annotated[
+    int | None, typer.Option(help="Sessions on the cluster; as many as it holds by default.")
+]
+RayGpus = Annotated[float, typer.Option(help="GPUs of each session, such as 1 or 0.25.")]
+
+
+def ray_options(address: str | None, actors: int | None, gpus: float) -> RayOptions | None:
+    """The cluster that options describe; None for none.
+
+    Raises:
+        ValueError: there is none to which the others could belong.
+    """
+    if address is None:
+        if actors is not None or gpus:
+            raise ValueError("--ray-actors and --ray-gpus are of a cluster: say which with --ray")
+        return None
+    from vssm.evaluation.scoring import RayOptions
+
+    return RayOptions(address, actors, gpus)
 
 
 def integers(name: str, text: str) -> list[int]:

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from vssm.commands.options import Backend, Directory, Json, Runtime, Threads, Workers
+from vssm.commands.options import (
+    Backend,
+    Directory,
+    Json,
+    RayActors,
+    RayAddress,
+    RayGpus,
+    Runtime,
+    Threads,
+    Workers,
+    ray_options,
+)
 from vssm.commands.tables import say, say_unreadable, show, table, telling, write_result
 
 
@@ -35,6 +46,9 @@ def predict(
     column: Annotated[
         str | None, typer.Option(help="Of a Parquet source, where several hold bytes.")
     ] = None,
+    ray: RayAddress = None,
+    ray_actors: RayActors = None,
+    ray_gpus: RayGpus = 0,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew, not where a prediction was stopped.")
     ] = False,
@@ -58,6 +72,7 @@ def predict(
             top=top,
             tensors=tensor or (),
             column=column,
+            ray=ray_options(ray, ray_actors, ray_gpus),
             restart=restart,
             progress=tell,
         )

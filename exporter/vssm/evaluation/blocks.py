@@ -6,14 +6,12 @@ A block is what is computed, written and, after a stop, found again as a whole.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vssm.artifact.manifest import Preprocessing
 from vssm.errors import ArtifactError
-from vssm.evaluation.data import Loaded, load_in_order
 from vssm.evaluation.sources import Place
 from vssm.files.atomic import atomic_path, make_directory
 from vssm.files.journal import JsonJournal
@@ -37,45 +35,11 @@ def cut(names: Sequence[str], places: Sequence[Place], size: int) -> list[ImageB
     ]
 
 
-def scored(
-    blocks: Sequence[ImageBlock],
-    run: Callable[[Sequence[str], Loaded], Any],
-    spec: Preprocessing,
-    *,
-    batch: int,
-    workers: int,
-) -> Iterator[tuple[ImageBlock, Any]]:
-    """Each block with its table.
+class BlockHeader(JsonJournal[None]):
+    """Says of which run the blocks beside it are, and keeps other processes from them.
 
-    Args:
-        blocks: what to do, in this order.
-        run: the table of a batch, of the names of its images and what was loaded.
-        spec: how images are prepared.
-        batch: images of a batch; none has images of two blocks.
-        workers: processes that load images, ahead of `run`.
-
-    Raises:
-        VssmError: a worker was killed; and whatever `run` raises.
+    A subclass says for messages what runs and which option moves it.
     """
-    import pyarrow
-
-    parts = [
-        (block, slice(i, i + batch)) for block in blocks for i in range(0, len(block.names), batch)
-    ]
-    loading = load_in_order([block.places[part] for block, part in parts], spec, workers=workers)
-    tables: list[Any] = []
-    for (block, part), loaded in zip(parts, loading, strict=True):
-        tables.append(run(block.names[part], loaded))
-        if part.stop >= len(block.names):
-            yield block, pyarrow.concat_tables(tables)
-            tables = []
-
-
-class _Header(JsonJournal[None]):
-    """Says of which run the blocks beside it are, and keeps other processes from them."""
-
-    what = "prediction"
-    option = "--output"
 
     @staticmethod
     def to_json(entry: None) -> Any:
@@ -108,7 +72,7 @@ class BlockFiles:
 
     def path(self, block: ImageBlock) -> Path:
         """The file of a block."""
-        return self.folder / block_file(block.number)
+        return block_file(self.folder, block.number)
 
     def left(self) -> list[ImageBlock]:
         """The blocks that are not on disk, or not whole."""
@@ -127,17 +91,6 @@ class BlockFiles:
         except (OSError, pyarrow.ArrowException):
             return False
         return bool(found == list(block.names))
-
-    def write(self, block: ImageBlock, table: Any) -> None:
-        """Put the results of a block on disk, whole or not at all.
-
-        Raises:
-            ArtifactError: they cannot be written.
-        """
-        import pyarrow.parquet
-
-        with atomic_path(self.path(block)) as temporary:
-            pyarrow.parquet.write_table(table, temporary)
 
     def tables(self) -> Iterator[Any]:
         """The results of all blocks, in order."""
@@ -168,13 +121,27 @@ class BlockFiles:
         return unread
 
 
-def block_file(number: int) -> str:
-    """The name of a block's file."""
-    return f"{number:06}.parquet"
+def block_file(folder: Path, number: int) -> Path:
+    """The file of a block."""
+    return folder / f"{number:06}.parquet"
+
+
+def write_block(folder: Path, number: int, table: Any) -> None:
+    """Put the results of a block on disk, whole or not at all.
+
+    Raises:
+        ArtifactError: they cannot be written.
+    """
+    import pyarrow.parquet
+
+    with atomic_path(block_file(folder, number)) as temporary:
+        pyarrow.parquet.write_table(table, temporary)
 
 
 @contextlib.contextmanager
-def held_folder(folder: Path, header: Mapping[str, str], *, restart: bool) -> Iterator[None]:
+def held_folder(
+    kind: type[BlockHeader], folder: Path, header: Mapping[str, str], *, restart: bool
+) -> Iterator[None]:
     """Hold a folder of blocks for one run; they go at the end of a run that had no error.
 
     Raises:
@@ -188,7 +155,7 @@ def held_folder(folder: Path, header: Mapping[str, str], *, restart: bool) -> It
             f"path={folder} holds files, but not {path.name}, which would say of which run they "
             "are; remove it, or begin anew with --restart"
         )
-    with _Header(path, header, restart=restart) as journal:
+    with kind(path, header, restart=restart) as journal:
         if restart:
             _remove_blocks(folder)
         yield

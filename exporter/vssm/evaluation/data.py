@@ -64,6 +64,11 @@ class ImageFolder:
     rule: str
     notes: tuple[str, ...]
 
+    def places(self, pictures: Sequence[Picture]) -> list[str]:
+        """Where they are; absolute, as another process may have another working directory."""
+        root = self.root.absolute()
+        return [str(root / picture.path) for picture in pictures]
+
     def fingerprint(self) -> str:
         """SHA-256 over paths, classes and sizes in bytes; a link to nothing has size -1."""
         digest = hashlib.sha256()

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from vssm.artifact.directory import EXPORT_FILES, MODEL_FILE, Artifact, open_artifact
 from vssm.artifact.manifest import MANIFEST_NAME, Manifest, Preprocessing
-from vssm.evaluation.classify import class_probabilities
+from vssm.evaluation.blocks import BlockFiles, BlockHeader, cut, held_folder
+from vssm.evaluation.class_rows import ClassRows, image_results, results_of
 from vssm.evaluation.data import (
     ImageFolder,
-    Loaded,
     Picture,
     load_in_order,
     open_images,
@@ -25,6 +23,8 @@ from vssm.evaluation.detection import Detection, DetectionReport
 from vssm.evaluation.folders import ClassesGiven
 from vssm.evaluation.journal import ImageResult, Journal
 from vssm.evaluation.label_maps import is_segmenter
+from vssm.evaluation.scorers import check_ray, open_scorer
+from vssm.evaluation.scoring import RayOptions, Scoring
 from vssm.evaluation.segmentation import Segmentation, SegmentationReport
 from vssm.files.atomic import (
     atomic_write_bytes,
@@ -38,9 +38,8 @@ from vssm.files.table import table_bytes
 from vssm.models.registry import cards
 from vssm.runtimes.open import ENGINE_RUNTIMES, check_runtime, open_session
 from vssm.runtimes.session import RuntimeInfo, Session, share_cores
-from vssm.types import Array, Progress
+from vssm.types import Progress
 
-TOP = 5
 COLUMNS = (
     *("image", "class", "predicted", "top5", "correct", "correct_top5"),
     *("probability", "probability_of_class", "error"),
@@ -65,6 +64,7 @@ class EvaluationReport:
         images_per_s: over these seconds; None where nothing was left to do.
         batch: images of a run.
         workers: processes that loaded images.
+        actors: sessions on a Ray cluster; 0 where this process had the only one.
         results: the CSV file with a row for each image.
     """
 
@@ -80,6 +80,7 @@ class EvaluationReport:
     images_per_s: float | None
     batch: int
     workers: int
+    actors: int
     results: str
 
 
@@ -129,33 +130,55 @@ class Classification:
             tally.add(some, rows)
         left, resumed = batches[len(journal.done) :], tally.images
         start = time.perf_counter()
-        files = [[str(folder.root / p.path) for p in some] for some in left]
+        files = [folder.places(some) for some in left]
         for some, loaded in zip(
             left, load_in_order(files, self.spec, workers=workers), strict=True
         ):
             # Before it is counted: what the journal holds is done, whatever happens next.
-            journal.append(rows := list(_rows(session, some, loaded)))
+            journal.append(rows := list(image_results(session, some, loaded)))
             tally.add(some, rows)
             speed = (tally.images - resumed) / (time.perf_counter() - start)
             progress(f"{tally.images:,} of {len(pictures):,} images, {speed:.1f} images/s{tally}")
         seconds = time.perf_counter() - start
-        done = (row for entry in journal.done for row in entry)
-        rows_of_all = (_columns(*pair) for pair in zip(pictures, done, strict=True))
-        atomic_write_bytes(results, table_bytes(COLUMNS, rows_of_all))
+        done = [row for entry in journal.done for row in entry]
+        return self.report(session.info, done, results, resumed=resumed, seconds=seconds)
+
+    def report(
+        self,
+        info: RuntimeInfo,
+        rows: Sequence[ImageResult],
+        results: Path,
+        *,
+        resumed: int,
+        seconds: float,
+        actors: int = 0,
+    ) -> EvaluationReport:
+        """Write the rows of all pictures, and count them.
+
+        Raises:
+            ValueError: no image can be read.
+            ArtifactError: the file cannot be written.
+        """
+        pictures, tally = self.folder.pictures, _Tally()
+        tally.add(pictures, rows)
+        pairs = zip(pictures, rows, strict=True)
+        atomic_write_bytes(results, table_bytes(COLUMNS, (_columns(*pair) for pair in pairs)))
         first, five = tally.shares()
+        new = len(rows) - resumed
         return EvaluationReport(
-            info=session.info,
-            classes=folder.rule,
-            notes=folder.notes,
-            images=tally.images,
+            info=info,
+            classes=self.folder.rule,
+            notes=self.folder.notes,
+            images=len(rows),
             unreadable=tuple(tally.unreadable),
             top1=first,
             top5=five,
             resumed=resumed,
             seconds=seconds,
-            images_per_s=(tally.images - resumed) / seconds if left else None,
-            batch=batch,
-            workers=workers,
+            images_per_s=new / seconds if new else None,
+            batch=self.batch,
+            workers=self.workers,
+            actors=actors,
             results=str(results),
         )
 
@@ -190,21 +213,6 @@ class _Tally:
         return f", top-1 {self.first / readable:.2%}" if readable else ""
 
 
-def _rows(session: Session, pictures: Sequence[Picture], loaded: Loaded) -> Iterator[ImageResult]:
-    """A row for each picture; what cannot be read takes no part in the run."""
-    scores = iter(session.run(loaded.images)["logits"] if len(loaded.images) else ())
-    for picture, error in zip(pictures, loaded.errors, strict=True):
-        yield ImageResult(error=error) if error is not None else _row(picture, next(scores))
-
-
-def _row(picture: Picture, logits: Array) -> ImageResult:
-    shares = class_probabilities(logits, picture.path)
-    # By logits, not by shares, which may round to 0 for several classes. Stable:
-    # the lower class comes first, as argmax has it.
-    top = np.argsort(-logits, kind="stable")[:TOP]
-    return ImageResult(tuple(map(int, top)), float(shares[top[0]]), float(shares[picture.target]))
-
-
 def _columns(picture: Picture, row: ImageResult) -> tuple[object, ...]:
     if row.error is not None:
         return picture.path, picture.target, "", "", "", "", "", "", row.error
@@ -216,6 +224,7 @@ def _columns(picture: Picture, row: ImageResult) -> tuple[object, ...]:
 
 RESULTS_FILE = "evaluate.csv"
 _BATCH = 32
+_BATCHES_A_BLOCK = 8
 _SPLIT = "validation"  # ADE20K's name
 _COCO_SPLIT = "val2017"
 Report = EvaluationReport | SegmentationReport | DetectionReport
@@ -249,6 +258,7 @@ def evaluate(
     split: str | None = None,
     results: str | os.PathLike[str] | None = None,
     restart: bool = False,
+    ray: RayOptions | None = None,
     progress: Progress = lambda _: None,
 ) -> Report:
     """How good an export is, over a folder of images: a classifier, a segmenter or a detector.
@@ -278,6 +288,8 @@ def evaluate(
             between; of a detector's, the folder of images. None for "validation", or "val2017".
         results: CSV file with a row for each image; None for evaluate.csv in the export.
         restart: begin anew, whatever an interrupted evaluation has left.
+        ray: run a classifier on a Ray cluster, whose nodes see the export, the images and the
+            results under the same paths; None for this process.
         progress: called with a line of text after every batch.
 
     Raises:
@@ -287,9 +299,12 @@ def evaluate(
             evaluation left is of another one.
         MissingPackageError: a detector without pycocotools.
         RuntimeUnavailableError, UnsupportedError: as for `open_session`.
+        MissingPackageError: Ray is not installed.
+        VssmError: the cluster cannot be reached, or cannot hold an actor.
     """
     check_runtime(runtime, backend=backend, threads=threads)
-    cores, workers = share_cores(threads, workers)
+    check_ray(ray, workers)
+    cores, workers = share_cores(threads, 0 if ray is not None else workers)
     if batch is not None and batch < 1:
         raise ValueError(f"batch={batch} is below 1; give the number of images of a run")
     opened = open_artifact(artifact, only=(MODEL_FILE,))
@@ -298,6 +313,13 @@ def evaluate(
     what = _measure_of(
         opened, Path(images), batch=batch, workers=workers, classes=classes, split=split
     )
+    if ray is not None:
+        if not isinstance(what, Classification):
+            raise ValueError(f"ray={ray} is for classifiers alone; leave it out")
+        rows = ClassRows(what.folder.classes)
+        scoring = Scoring(opened, runtime, backend, threads, rows, what.batch)
+        places = target.absolute(), summary
+        return _on_cluster(scoring, what, ray, places, restart=restart, progress=progress)
     threads = None if runtime in ENGINE_RUNTIMES else cores
     # Not spinning: beside other work, image loading too, a thread that spins takes the core that
     # the others need to come to their end.
@@ -317,6 +339,54 @@ def evaluate(
             write_json(summary, report)
             # Last: killed at any point before, the next call still finds what was done.
             journal.remove()
+    return report
+
+
+class _Header(BlockHeader):
+    what = "evaluation"
+    option = "--results"
+
+
+def _on_cluster(
+    scoring: Scoring,
+    what: Classification,
+    ray: RayOptions,
+    results_and_summary: tuple[Path, Path],
+    *,
+    restart: bool,
+    progress: Progress,
+) -> EvaluationReport:
+    """Rows by a cluster, in blocks of whole batches, so that they are those of one process."""
+    results, summary = results_and_summary
+    names = [picture.path for picture in what.folder.pictures]
+    places = what.folder.places(what.folder.pictures)
+    files = BlockFiles(
+        results.with_name(f"{results.name}.blocks"),
+        cut(names, places, _BATCHES_A_BLOCK * what.batch),
+        scoring.rows.schema(),
+    )
+    with open_scorer(scoring, ray, workers=0) as scorer:
+        header = {
+            **{key: str(value) for key, value in asdict(scorer.info).items()},
+            "model": sha256_of(scoring.artifact.directory / MANIFEST_NAME),
+            **what.header,
+        }
+        with held_folder(_Header, files.folder, header, restart=restart):
+            for file in results_and_summary:
+                discard_unfinished(file)
+            left, start = files.left(), time.perf_counter()
+            scorer.score(files, left, progress)
+            seconds = time.perf_counter() - start
+            rows = [row for table in files.tables() for row in results_of(table)]
+            report = what.report(
+                scorer.info,
+                rows,
+                results,
+                resumed=len(rows) - sum(len(block.names) for block in left),
+                seconds=seconds,
+                actors=scorer.actors,
+            )
+            write_json(summary, report)
     return report
 
 

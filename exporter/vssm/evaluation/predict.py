@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,13 +14,15 @@ import numpy as np
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
 from vssm.artifact.manifest import LOGITS, MANIFEST_NAME, Manifest
 from vssm.artifact.preprocessing import preprocessing_of
-from vssm.evaluation.blocks import BlockFiles, ImageBlock, cut, held_folder, scored
+from vssm.evaluation.blocks import BlockFiles, BlockHeader, cut, held_folder
 from vssm.evaluation.classify import class_probabilities
 from vssm.evaluation.data import Loaded
+from vssm.evaluation.scorers import check_ray, open_scorer
+from vssm.evaluation.scoring import RayOptions, Scoring
 from vssm.evaluation.sources import open_source
 from vssm.extras import require
 from vssm.files.atomic import check_writable, discard_unfinished, sha256_of
-from vssm.runtimes.open import ENGINE_RUNTIMES, check_runtime, open_session
+from vssm.runtimes.open import ENGINE_RUNTIMES, check_runtime
 from vssm.runtimes.session import RuntimeInfo, Session, share_cores
 from vssm.types import Array, Progress
 
@@ -46,6 +47,7 @@ class PredictionReport:
         batch: images of a run.
         block: images of a row group, which are written at once.
         workers: processes that loaded images.
+        actors: sessions on a Ray cluster; 0 where this process had the only one.
         output: the Parquet file.
     """
 
@@ -60,7 +62,13 @@ class PredictionReport:
     batch: int
     block: int
     workers: int
+    actors: int
     output: str
+
+
+class _Header(BlockHeader):
+    what = "prediction"
+    option = "--output"
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,7 @@ def predict(
     tensors: Sequence[str] = (),
     column: str | None = None,
     restart: bool = False,
+    ray: RayOptions | None = None,
     progress: Progress = lambda _: None,
 ) -> PredictionReport:
     """Classify many images: a Parquet row for each, in the order of the source.
@@ -162,54 +171,64 @@ def predict(
         tensors: further outputs of the model to write, such as "features", flattened.
         column: of a Parquet source, where several hold bytes.
         restart: begin anew, whatever an interrupted prediction has left.
-        progress: called with a line of text after every block.
+        ray: score on a Ray cluster, whose nodes see the export, the images and the output under
+            the same paths; None for this process.
+        progress: called with a line of text now and then.
 
     Raises:
         ValueError: an argument does not fit, or no image can be read; their rows are written then.
         ArtifactError: the export was changed, a file cannot be written, or what an interrupted
             prediction left is of another one.
-        MissingPackageError: pyarrow is not installed.
+        MissingPackageError: pyarrow, or Ray for a cluster, is not installed.
+        VssmError: the cluster cannot be reached, or cannot hold an actor.
         RuntimeUnavailableError, UnsupportedError: as for `open_session`.
     """
     for name, value in (("batch", batch), ("block", block), ("top", top)):
         if value < 1:
             raise ValueError(f"{name}={value} is below 1; give a number from 1")
     check_runtime(runtime, backend=backend, threads=threads)
-    (cores, workers), target = share_cores(threads, workers), Path(output)
+    check_ray(ray, workers)
+    cores, workers = share_cores(threads, 0 if ray is not None else workers)
+    # Absolute: a node of a cluster has another working directory, and rows are to be the same.
+    source, target = Path(source).absolute(), Path(output).absolute()
     require("pyarrow")
     _check_target(target)
     opened = open_artifact(artifact, only=(MODEL_FILE,))
     columns = _columns(opened.manifest, top, tensors)
-    spec = preprocessing_of(opened)
-    found = open_source(Path(source), column=column)
-    images = cut(found.names, found.places, block)
-    files = BlockFiles(target.with_name(f"{target.name}.blocks"), images, columns.schema())
-    threads = None if runtime in ENGINE_RUNTIMES else cores
-    with open_session(opened, runtime, backend=backend, threads=threads, spin=False) as session:
+    preprocessing_of(opened)  # refused now if it says nothing
+    found = open_source(source, column=column)
+    files = BlockFiles(
+        target.with_name(f"{target.name}.blocks"),
+        cut(found.names, found.places, block),
+        columns.schema(),
+    )
+    if ray is None:
+        threads = None if runtime in ENGINE_RUNTIMES else cores
+    scoring = Scoring(opened, runtime, backend, threads, columns, batch)
+    with open_scorer(scoring, ray, workers=workers) as scorer:
         # All that the rows depend on; blocks under another header are refused.
         header = {
-            **{key: str(value) for key, value in asdict(session.info).items()},
+            **{key: str(value) for key, value in asdict(scorer.info).items()},
             "model": sha256_of(opened.directory / MANIFEST_NAME),
             "images": found.fingerprint(),
             "columns": str(columns),
             "batch": str(batch),
             "block": str(block),
         }
-        with held_folder(files.folder, header, restart=restart):
+        with held_folder(_Header, files.folder, header, restart=restart):
             # Only now: whoever holds the folder's lock is the only one that writes the results.
             discard_unfinished(target)
-            left = files.left()
-            run = functools.partial(columns.table, session)
-            tables = scored(left, run, spec, batch=batch, workers=workers)
-            seconds = _write(files, tables, left, progress)
+            left, start = files.left(), time.perf_counter()
+            scorer.score(files, left, progress)
+            seconds = time.perf_counter() - start
             unreadable = files.join(target)
-    todo = sum(len(one.names) for one in left)
     if len(unreadable) == len(found.names):
         raise ValueError(
             f"none of the {len(unreadable)} images can be read; the first: {unreadable[0][1]}"
         )
+    todo = sum(len(one.names) for one in left)
     return PredictionReport(
-        info=session.info,
+        info=scorer.info,
         source=found.kind,
         notes=found.notes,
         images=len(found.names),
@@ -220,24 +239,9 @@ def predict(
         batch=batch,
         block=block,
         workers=workers,
+        actors=scorer.actors,
         output=str(target),
     )
-
-
-def _write(
-    files: BlockFiles,
-    tables: Iterable[tuple[ImageBlock, Any]],
-    left: Sequence[ImageBlock],
-    progress: Progress,
-) -> float:
-    """Write each block as it comes; gives the seconds that all of them took."""
-    todo, done, start = sum(len(block.names) for block in left), 0, time.perf_counter()
-    for block, table in tables:
-        files.write(block, table)
-        done += len(block.names)
-        speed = done / (time.perf_counter() - start)
-        progress(f"{done:,} of {todo:,} images, {speed:.1f} images/s")
-    return time.perf_counter() - start
 
 
 def _columns(manifest: Manifest, top: int, tensors: Sequence[str]) -> Columns:
