@@ -695,7 +695,7 @@ def test_weights_bring_the_names_of_their_classes(data, checkpoint, whole, tmp_p
         model = _model(weights)
         assert model.labels == tuple(names)
     again = request(data, tmp_path / "two", what=model_source(Path(report.weights)), **PLAIN)
-    assert plan_run(again, model, Group("cpu")).lesson.labels == tuple(names)
+    assert plan_run(again, model, Group("cpu"), 0).lesson.labels == tuple(names)
     artifact = vssm.export(model, tmp_path / "out")
     assert artifact.manifest.labels == tuple(names)
     kept = vssm.create_model("vim_tiny", num_classes=CLASSES, **finetune_cases.OPTIONS)

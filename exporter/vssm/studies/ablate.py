@@ -357,7 +357,9 @@ def _write(output: Path, report: AblationReport) -> AblationReport:
         for name, figure in figures.items()
         for kind in FORMATS
     }
-    elements = {f"{report.setting.caption} ({name})": element(f) for name, f in figures.items()}
+    elements = {
+        f"{report.setting.caption} ({name})": element(made[f"{name}.svg"]) for name in figures
+    }
     made["ablation.csv"] = tables.csv(report)
     made["ablation.tex"] = tables.latex(report).encode()
     made["ablation.html"] = tables.html(report, elements).encode()

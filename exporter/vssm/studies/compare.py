@@ -473,7 +473,7 @@ def _thumbnail(path: Path) -> bytes:
 
 def _plot(report: ComparisonReport) -> str | None:
     """Accuracy against measured time; None where nothing was measured."""
-    from vssm.studies.plot import element, scatter
+    from vssm.studies.plot import element, picture, scatter
 
     measured = [one for one in report.contestants if one.ms_per_image is not None]
     if not measured:
@@ -482,4 +482,5 @@ def _plot(report: ComparisonReport) -> str | None:
         (one.name, one.ms_per_image or 0.0, 100 * one.top1, [100 * end for end in one.interval])
         for one in measured
     ]
-    return element(scatter(points, x="milliseconds an image", y="top-1 %; bars: 95 % interval"))
+    figure = scatter(points, x="milliseconds an image", y="top-1 %; bars: 95 % interval")
+    return element(picture(figure, "svg"))

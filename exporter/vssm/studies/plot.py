@@ -153,7 +153,7 @@ def scatter(
     return figure
 
 
-def element(figure: Figure) -> str:
-    """A figure as the SVG element that HTML takes, without the declarations in front."""
-    text = picture(figure, "svg").decode()
+def element(svg: bytes) -> str:
+    """The element that HTML takes of an SVG `picture`, without the declarations in front."""
+    text = svg.decode()
     return text[text.index("<svg") :]
