@@ -103,7 +103,7 @@ def test_regions_that_change_nothing_are_opened(tmp_path, forward, scans) -> Non
     artifact = vssm.export_module(model, torch.randn(2, 9, 12), tmp_path / "out")
     graph = onnx.load(str(artifact.model_path)).graph
     found = Counter(node.op_type for node in graph.node if node.domain == "vssm")
-    assert sum(found.values()) == scans
+    assert sum(number for name, number in found.items() if "Scan" in name) == scans
     assert artifact.manifest.config["reference"] == "float64"
     report = vssm.check_parity(None, artifact)
     assert report.passed, report.failures

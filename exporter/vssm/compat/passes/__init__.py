@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from torch.export import ExportedProgram
 
+from vssm.compat.passes.convolutions import join_convolutions
 from vssm.compat.passes.graph import PassReport, Rewriter, run_pass
 from vssm.compat.passes.layouts import move_layouts
 from vssm.compat.passes.merge import absorb_orders, fold_scales, merge_scans
@@ -26,6 +27,10 @@ PASSES: Final[tuple[tuple[str, Callable[[Rewriter], None]], ...]] = (
     ("move layouts", move_layouts),
     # Equal operands are found by identity, and only moved layouts make them equal.
     ("share equal nodes", share),
+    # Flips stand behind convolutions now, and permutes in front of them.
+    ("join convolutions", join_convolutions),
+    ("move layouts behind them", move_layouts),
+    ("share what reads them", share),
     # Each scan gets its own order while it is still one direction; then they can merge.
     ("absorb orders", absorb_orders),
     ("share what is equal now", share),

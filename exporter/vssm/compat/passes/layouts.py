@@ -216,7 +216,7 @@ def _axis_operator(r: Rewriter, node: Node, flip: Node) -> Node | None:
     dim = given % (rank(flip) + added)
     dims = _plan(flip)
     if not added and dim in dims:
-        return None
+        return _cut(r, node, flip, dim) if is_call(node, ATEN.slice.Tensor) else None
     if is_call(node, ATEN.squeeze.dim) and rank(node) == rank(flip):
         return None  # of an axis that is not 1: nothing is squeezed
     inner = r.emit(node, node.target, source, dim, *node.args[2:])
@@ -225,6 +225,19 @@ def _axis_operator(r: Rewriter, node: Node, flip: Node) -> Node | None:
     elif not is_call(node, ATEN.slice.Tensor):
         dims = tuple(d - (d > dim) for d in dims)
     return r.emit(node, _FLIP, inner, list(dims))
+
+
+def _cut(r: Rewriter, node: Node, flip: Node, dim: int) -> Node | None:
+    """A slice of a flipped axis: the slice as far from the other end, flipped."""
+    size, width = shape(flip)[dim], shape(node)[dim]
+    start = argument(node, 2, "start") or 0
+    # A negative start counts from the end, a step from the start.
+    fixed = all(isinstance(n, int) for n in (size, width, start))
+    if not fixed or start < 0 or argument(node, 4, "step", 1) != 1:
+        return None
+    end = size - start
+    inner = r.emit(node, ATEN.slice.Tensor, flip.args[0], dim, end - width, end)
+    return r.emit(node, _FLIP, inner, list(_plan(flip)))
 
 
 def _pad(r: Rewriter, node: Node, flip: Node) -> Node | None:
@@ -265,7 +278,8 @@ def _scan(r: Rewriter, node: Node) -> Node | None:
     named = scan_arguments(node)
     streams = [name for name in _STREAMS if name in named]
     flipped = [n for n in streams if is_call(named[n], _FLIP) and _plan(named[n]) == (1,)]
-    if not flipped:
+    # With directions outside of tokens, axis 1 is the directions'.
+    if not flipped or named["direction_axis"] == 1:
         return None
     # A stream that is not flipped would meet other tokens.
     if len(flipped) < len(streams) or named["params_by_step"]:

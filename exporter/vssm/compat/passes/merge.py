@@ -6,6 +6,7 @@ Each changes a graph only where the new node is provably the same function; its 
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -335,13 +336,22 @@ def _merged(r: Rewriter, before: Node, scans: list[Node]) -> Node:
     def all_of(name: str) -> tuple[Node, ...]:
         return tuple(n[name] for n in named)
 
-    # What all scans share stays one: the kernels read a size of 1 for every direction.
-    for name in ("u", "B", "C"):
-        whole[name] = _stream(r, before, stacker, all_of(name))
+    # What all scans share stays one: the kernels read a size of 1 for every direction. Delta and
+    # its bias share an axis.
+    apart = any(len(set(all_of(name))) > 1 for name in ("delta", "delta_bias"))
+    found = {
+        name: _stream(r, before, stacker, all_of(name), force=apart and name == "delta")
+        for name in _STREAMS
+    }
+    # Directions come out of a batched product, or a convolution of all of them, outside of tokens.
+    outside = all(stream.outside for stream in found.values())
+    outside = outside and any(stream.lies_outside for stream in found.values())
+    whole["direction_axis"] = 1 if outside else 2
+    for name, stream in found.items():
+        whole[name] = stream.emit(r, before, outside=outside)
     for name in ("A", "D"):
         whole[name] = _rows(r, before, all_of(name))
-    if any(len(set(all_of(name))) > 1 for name in ("delta", "delta_bias")):  # they share an axis
-        whole["delta"] = _stream(r, before, stacker, all_of("delta"), force=True)
+    if apart:
         whole["delta_bias"] = _rows(r, before, all_of("delta_bias"), force=True)
     for name in _TABLES:
         whole[name] = r.emit(before, ATEN.cat.default, list(all_of(name)), 1)
@@ -355,25 +365,60 @@ def _rows(r: Rewriter, before: Node, nodes: tuple[Node, ...], *, force: bool = F
     return r.emit(before, ATEN.cat.default, list(nodes), 0)
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """An operand of all scans, which may have its directions inside or outside of its tokens.
+
+    Attributes:
+        nodes: the operand of each scan, (batch, seqlen, 1, width).
+        stacked: all as (batch, K, seqlen, width); None where that was not made.
+        shared: whether all scans have the same one.
+    """
+
+    nodes: tuple[Node, ...]
+    stacked: Node | None
+    shared: bool
+
+    @property
+    def outside(self) -> bool:
+        """Whether it can be had with its directions outside without a copy."""
+        return self.stacked is not None or (
+            self.shared and is_call(self.nodes[0], ATEN.unsqueeze.default)
+        )
+
+    @property
+    def lies_outside(self) -> bool:
+        """Whether its directions are outside as it lies, so that else it would be copied."""
+        copies = (ATEN.permute.default, ATEN.cat.default)
+        return self.stacked is not None and not is_call(self.stacked, *copies)
+
+    def emit(self, r: Rewriter, before: Node, *, outside: bool) -> Node:
+        """(batch, K, seqlen, width) with directions outside, else (batch, seqlen, K, width)."""
+        first = self.nodes[0]
+        if self.shared:
+            return r.emit(before, ATEN.unsqueeze.default, first.args[0], 1) if outside else first
+        stacked = self.stacked
+        if outside and stacked is not None:
+            return stacked
+        # What has to be copied is copied once, and straight into the operator's layout.
+        if stacked is None or is_call(stacked, ATEN.cat.default):
+            return r.emit(before, ATEN.cat.default, list(self.nodes), 2)
+        source, plan = stacked, [0, 1, 2, 3]
+        if is_call(stacked, ATEN.permute.default):
+            source, plan = stacked.args  # type: ignore[assignment]
+        return r.emit(before, ATEN.permute.default, source, [plan[0], plan[2], plan[1], plan[3]])
+
+
 def _stream(
     r: Rewriter, before: Node, stacker: Stacker, nodes: tuple[Node, ...], *, force: bool = False
-) -> Node:
-    """Streams (batch, seqlen, 1, width) of every scan as (batch, seqlen, K, width)."""
+) -> _Stream:
+    """The operand of every scan; one for all where they are the same, unless `force`."""
     if len(set(nodes)) == 1 and not force:
-        return nodes[0]
-    inner: Any = tuple(n.args[0] for n in nodes)
+        return _Stream(nodes, None, shared=True)
     if not all(is_call(n, ATEN.unsqueeze.default) and n.args[1] == 2 for n in nodes):
-        return r.emit(before, ATEN.cat.default, list(nodes), 2)
-    stacked = stacker.stack(inner)
-    if is_call(stacked, ATEN.permute.default):
-        plan: Any = stacked.args[1]
-        return r.emit(
-            before, ATEN.permute.default, stacked.args[0], [plan[0], plan[2], plan[1], plan[3]]
-        )
-    # It had to be copied: then once, and straight into the operator's layout.
-    if is_call(stacked, ATEN.cat.default):
-        return r.emit(before, ATEN.cat.default, list(nodes), 2)
-    return r.emit(before, ATEN.permute.default, stacked, [0, 2, 1, 3])
+        return _Stream(nodes, None, shared=False)
+    inner: Any = tuple(n.args[0] for n in nodes)
+    return _Stream(nodes, stacker.stack(inner), shared=False)
 
 
 def fold_scales(r: Rewriter) -> None:
