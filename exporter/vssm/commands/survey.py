@@ -41,7 +41,7 @@ class SurveyRow:
         name: as the survey calls it.
         commit: of the repository that its code is in; None where it is in none.
         reached: the last of `STEPS` that it passed; None where it passed none.
-        scans: nodes of this package's operators in its file.
+        scans: scan nodes in its file.
         mixers: modules of the model that those are in.
         nodes: all nodes of its file.
         error: largest error against the module's exact answers, over their largest value.

@@ -20,7 +20,7 @@ from vssm.artifact.manifest import (
     TensorInfo,
 )
 from vssm.models.base import VisionModel
-from vssm.ops.spec import DOMAIN, OPERATOR_VERSION
+from vssm.ops.spec import DOMAIN, OPERATOR_VERSION, SCAN_OPERATORS
 from vssm.pruning.schedule import MergeSchedule, MergeStage, Schedule, Stage, TokenLayout
 
 
@@ -137,8 +137,9 @@ def describe_merges(model: Scheduled) -> MergeInfo | None:
 
 
 def count_nodes(path: Path) -> tuple[int, int, int]:
-    """How many of this package's operators a file has, in how many modules, and all its nodes."""
+    """How many scans of this package a file has, in how many modules, and all its nodes."""
     nodes = onnx.load(str(path), load_external_data=False).graph.node
-    ours = [node.name for node in nodes if node.domain == DOMAIN]
+    names = {op.name for op in SCAN_OPERATORS}
+    scans = [node.name for node in nodes if node.domain == DOMAIN and node.op_type in names]
     # A node is called after the module that ran it.
-    return len(ours), len({name.rpartition("/")[0] for name in ours}), len(nodes)
+    return len(scans), len({name.rpartition("/")[0] for name in scans}), len(nodes)
