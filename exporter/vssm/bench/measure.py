@@ -163,6 +163,11 @@ class KindTime:
     ms: float
     floor_ms: float | None
 
+    @property
+    def over_floor(self) -> float | None:
+        """Its time over its floor; None without one."""
+        return self.ms / self.floor_ms if self.floor_ms else None
+
 
 @dataclass(frozen=True)
 class BenchReport:

@@ -97,7 +97,7 @@ def _operators(report: BenchReport) -> list[Table]:
             f"{k.ms:.3f}",
             f"{k.ms / total:.0%}",
             "-" if k.floor_ms is None else f"{k.floor_ms:.3f}",
-            f"{k.ms / k.floor_ms:.2f}" if k.floor_ms else "-",
+            "-" if k.over_floor is None else f"{k.over_floor:.2f}",
         )
         for k in report.kinds
     ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -48,6 +49,10 @@ from vssm.commands.tables import (
 from vssm.commands.visualize import visualize
 from vssm.errors import ArtifactError, VssmError
 from vssm.extras import explain_missing
+
+if TYPE_CHECKING:
+    from vssm.runtimes.session import Session
+    from vssm.types import Steps
 
 app = typer.Typer(
     name="vssm",
@@ -232,6 +237,31 @@ def _tell_unread(results: Sequence[Mapping[str, Any]]) -> None:
         raise typer.Exit(1)
 
 
+@contextmanager
+def _to_draw(
+    directory: Path,
+    runtime: str,
+    options: Mapping[str, Any],
+    labels: Path | None,
+    output: Path | None,
+    why: str,
+) -> Iterator[tuple[Session, Sequence[str] | None, Steps, Path]]:
+    """A session, the names of its classes, a progress, and the directory for what is drawn."""
+    from vssm.artifact.directory import MODEL_FILE, open_artifact
+    from vssm.artifact.preprocessing import read_labels
+    from vssm.runtimes.open import check_runtime, open_session
+
+    if output is None:
+        raise ValueError(f"output: {why}; say -o DIR")
+    check_runtime(runtime, **options)
+    artifact = open_artifact(directory, only=(MODEL_FILE,))
+    names = artifact.manifest.labels
+    if labels is not None:
+        names = read_labels(labels, int(artifact.manifest.config["num_classes"]))
+    with phases() as progress, open_session(artifact, runtime, **options) as session:
+        yield session, names, progress, output
+
+
 def _segment(
     directory: Path,
     images: list[Path],
@@ -243,22 +273,11 @@ def _segment(
     json_file: Path | None,
 ) -> None:
     """Label maps and overlays of image files, and the classes by their share of the pixels."""
-    from vssm.artifact.directory import MODEL_FILE, open_artifact
-    from vssm.artifact.preprocessing import read_labels
     from vssm.evaluation.label_maps import write_label_maps
-    from vssm.runtimes.open import check_runtime, open_session
 
-    if output is None:
-        raise ValueError(
-            "output: a segmenter writes a label map and an overlay of each image; say -o DIR"
-        )
-    check_runtime(runtime, **options)
-    artifact = open_artifact(directory, only=(MODEL_FILE,))
-    names = artifact.manifest.labels
-    if labels is not None:
-        names = read_labels(labels, int(artifact.manifest.main_output.shape[1]))
-    with phases() as progress, open_session(artifact, runtime, **options) as session:
-        results = write_label_maps(session, images, output, names=names, top=top, progress=progress)
+    why = "a segmenter writes a label map and an overlay of each image"
+    with _to_draw(directory, runtime, options, labels, output, why) as (session, names, tell, to):
+        results = write_label_maps(session, images, to, names=names, top=top, progress=tell)
         info = session.info
     rows = (
         (r["file"] if i == 0 else "", c["label"], f"{c['share']:.2%}")
@@ -283,24 +302,13 @@ def _detect(
     json_file: Path | None,
 ) -> None:
     """Boxes and masks drawn on image files, and all that was found as COCO's results."""
-    from vssm.artifact.directory import MODEL_FILE, open_artifact
-    from vssm.artifact.preprocessing import read_labels
     from vssm.evaluation.detect import LEAST_SCORE, RESULTS, write_detections
-    from vssm.runtimes.open import check_runtime, open_session
 
-    if output is None:
-        raise ValueError(
-            "output: a detector writes a drawing of each image and what it found; say -o DIR"
-        )
-    check_runtime(runtime, **options)
-    artifact = open_artifact(directory, only=(MODEL_FILE,))
-    names = artifact.manifest.labels
-    if labels is not None:
-        names = read_labels(labels, int(artifact.manifest.config["num_classes"]))
+    why = "a detector writes a drawing of each image and what it found"
     least = LEAST_SCORE if score is None else score
-    with phases() as progress, open_session(artifact, runtime, **options) as session:
+    with _to_draw(directory, runtime, options, labels, output, why) as (session, names, tell, to):
         results = write_detections(
-            session, images, output, names=names, top=top, least=least, progress=progress
+            session, images, to, names=names, top=top, least=least, progress=tell
         )
         info = session.info
     rows = (

@@ -340,7 +340,7 @@ def bench_tables(report: BenchReport) -> list[ReportTable]:
                 f"{k.ms:.3f}",
                 f"{k.ms / total:.0%}",
                 None if k.floor_ms is None else f"{k.floor_ms:.3f}",
-                f"{k.ms / k.floor_ms:.2f}" if k.floor_ms else None,
+                None if k.over_floor is None else f"{k.over_floor:.2f}",
             )
             for k in report.kinds
         ),
