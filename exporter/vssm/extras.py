@@ -25,6 +25,7 @@ PACKAGES: Final[Mapping[str, tuple[str, str]]] = {
     "jinja2": ("reports", "reports as pages"),
     "matplotlib": ("reports", "plots and figures"),
     "einops": ("compat", "model code that imports einops"),
+    "huggingface_hub": ("hub", "checkpoints from a Hugging Face hub"),
     "pyarrow": ("predict", "predictions as Parquet"),
     "pycocotools": ("coco", "average precision of detectors"),
     "ray": ("scale", "scoring on a cluster"),

@@ -99,6 +99,9 @@ def test_models_and_doctor(cli: Run, tmp_path: Path) -> None:
     assert rows["vim_small_stride8"]["tokens"] == 730
     assert rows["vim_tiny"]["stage_tokens"] == [197]
     assert rows["vmamba_tiny_s1l8"]["stage_tokens"] == [3136, 784, 196, 49]
+    address = "hf://hustvl/Vim-tiny-midclstok/vim_t_midclstok_76p1acc.pth"
+    assert rows["vim_tiny"]["checkpoint"]["address"] == address
+    assert address in cli.out
     assert cli("doctor", "--json", tmp_path / "doctor.json") == 0
     findings = {f["part"]: f for f in json.loads((tmp_path / "doctor.json").read_text())}
     assert findings["operator library (ONNX Runtime)"]["found"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import Any, get_type_hints
@@ -9,6 +10,7 @@ from typing import Any, get_type_hints
 import pytest
 
 import vssm
+from vssm.checkpoints.hub import hub_file
 from vssm.models import model_from_config
 from vssm.models.cost import figures_of
 from vssm.models.registry import cards, check_options, families
@@ -23,6 +25,22 @@ def test_figures_are_those_of_the_built_model(name: str) -> None:
 def test_options_are_the_configurations_fields(name: str) -> None:
     family = families()[name]
     assert family.fields() == get_type_hints(family.classes()[1])
+
+
+def test_official_checkpoints_can_be_asked_for() -> None:
+    # Vim's authors publish no segmenter and no detector.
+    found = {name: card.checkpoint for name, card in cards().items()}
+    absent = {name for name, official in found.items() if official is None}
+    assert absent == {n for n in found if n.startswith("vim_") and n.endswith(("ade20k", "coco"))}
+    official = [one for one in found.values() if one is not None]
+    assert len({one.address for one in official}) == len(official)
+    for one in official:
+        assert hub_file(one.address) is not None or one.address.startswith("https://github.com/")
+        assert one.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", one.sha256)
+    # A file holds at least the float32 weights.
+    for name, one in found.items():
+        if one is not None and one.megabytes is not None:
+            assert one.megabytes * 1e6 > 3.98 * cards()[name].figures.parameters  # rounded
 
 
 def test_torch_is_not_needed() -> None:

@@ -148,7 +148,10 @@ class MergeInfo:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """The checkpoint that the weights came from: its file name (no directory) and SHA-256."""
+    """The checkpoint that the weights came from: its file name (no directory) and SHA-256.
+
+    In place of the name a checkpoint from a hub has its address, hf://OWNER/REPO@COMMIT/FILE.
+    """
 
     file: str
     sha256: str

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import safetensors.torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from vssm.artifact.manifest import CheckpointInfo
 from vssm.checkpoints.align import align
 from vssm.checkpoints.formats import read_file
+from vssm.checkpoints.hub import download, hub_file
 from vssm.checkpoints.labels import stored_labels, with_labels
 from vssm.checkpoints.locate import some
 from vssm.checkpoints.wrapped import refuse_wrapper
@@ -32,7 +34,7 @@ class LoadReport:
     """What `load_checkpoint` read and what it did to it.
 
     Attributes:
-        path: the file.
+        path: the file; from a hub its address, with the commit.
         sha256: of the file.
         format: "safetensors" or "torch", or one of them with the number of its shards.
         weights: "model" or "ema".
@@ -63,6 +65,11 @@ class LoadReport:
     casts: tuple[str, ...]
     stubs: tuple[str, ...]
     new_head: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What model.json calls the file: its name alone, or its whole address on a hub."""
+        return shown(self.path if hub_file(self.path) else os.path.basename(self.path))
 
     def __str__(self) -> str:
         parts = [f"{self.num_tensors} tensors from {self.path} ({self.format})"]
@@ -100,7 +107,8 @@ def load_checkpoint(
 
     Args:
         model: left as it was on any error; stays on its device.
-        path: a safetensors file, one that torch.save wrote, or the index or folder of shards.
+        path: a safetensors file, one that torch.save wrote, or the index or folder of shards; or
+            hf://OWNER/REPO[@REVISION][/FILE], which is downloaded (docs/checkpoints.md).
         weights: "model", or "ema" for the averaged weights that some training codes save beside.
         key: where the weights are in the file, if under no usual name: a dotted path, or what the
             keys of a flat file begin with, such as "student".
@@ -117,7 +125,12 @@ def load_checkpoint(
             values not finite; each kind is named in the one message.
     """
     refuse_wrapper(model)
-    raw = read_file(path, weights=weights, key=key)
+    if (wanted := hub_file(path)) is not None:
+        file, found_at = download(wanted)
+        path = str(found_at)
+    else:
+        file = Path(path)
+    raw = read_file(file, weights=weights, key=key)
     try:
         found = align(raw.state, model, new_head=new_head)
     except CheckpointError as error:
@@ -155,7 +168,7 @@ def load_checkpoint(
 def _tell(model: nn.Module, report: LoadReport, labels: tuple[str, ...] | None) -> None:
     """Set those of a model's attributes that say where its weights came from."""
     told = {
-        "checkpoint": CheckpointInfo(shown(os.path.basename(report.path)), report.sha256),
+        "checkpoint": CheckpointInfo(report.name, report.sha256),
         "loaded": str(report),
         "labels": labels,
     }

@@ -37,7 +37,7 @@ from vssm.commands.tables import (
     console,
     errors,
     findings_table,
-    models_table,
+    models_tables,
     parity_tables,
     phases,
     say,
@@ -100,12 +100,12 @@ def _version(
 
 @app.command()
 def models(json_file: Json = None) -> None:
-    """List the models with their size and cost."""
+    """List the models with their size, their cost and their official checkpoints."""
     # Every command imports what it runs by itself, so that no other one waits for it.
     from vssm.models import describe_models
 
     rows = describe_models()
-    show(models_table(rows))
+    show(*models_tables(rows))
     write_result(json_file, rows)
 
 

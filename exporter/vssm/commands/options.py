@@ -101,7 +101,10 @@ Trust = Annotated[
 
 # What `vssm export` and `vssm finetune` make a model from.
 Name = Annotated[str, typer.Argument(help="One of `vssm models`.", autocompletion=_models)]
-Checkpoint = Annotated[Path | None, typer.Option(help="Weights; the seeded initial ones without.")]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="Weights: a file or hf://OWNER/REPO/FILE; the seeded initial ones without."),
+]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")]
 Key = Annotated[
     str | None, typer.Option(help="Where the checkpoint has the weights, such as student or a.b.")

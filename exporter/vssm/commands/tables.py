@@ -203,8 +203,8 @@ def _text(cell: object) -> str:
     return shown(cell)
 
 
-def models_table(models: Iterable[Mapping[str, Any]]) -> ReportTable:
-    """The models with their size and cost."""
+def models_tables(models: Sequence[Mapping[str, Any]]) -> list[ReportTable]:
+    """The models with their size and cost, and where their weights are published."""
     title = (
         "models (tokens of the first block; multiply-adds; the published rule counts one of Vim's "
         "two directions)"
@@ -222,7 +222,20 @@ def models_table(models: Iterable[Mapping[str, Any]]) -> ReportTable:
         )
         for m in models
     )
-    return table(title, columns, rows)
+    published = ((m["name"], m["checkpoint"]) for m in models if m["checkpoint"] is not None)
+    files = (
+        (name, found.megabytes, found.sha256 and f"{found.sha256[:12]}...", found.address)
+        for name, found in published
+    )
+    return [
+        table(title, columns, rows),
+        table(
+            "official checkpoints (--checkpoint takes hf://...; download the others, and give the "
+            "file; --json has the whole sha256)",
+            ("model", "MB", "sha256", "address"),
+            files,
+        ),
+    ]
 
 
 def parity_tables(report: ParityReport) -> list[ReportTable]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vssm.artifact.directory import check_target
+from vssm.checkpoints.hub import check_checkpoint
 from vssm.errors import check_choice
 from vssm.files.atomic import check_files
-from vssm.files.text import shown
 
 if TYPE_CHECKING:
     from vssm.artifact.directory import Artifact
@@ -178,7 +178,7 @@ def _load(request: ModuleRequest, model: Any) -> tuple[CheckpointInfo | None, st
         key=request.key,
         new_head=request.new_head,
     )
-    return CheckpointInfo(shown(request.checkpoint.name), found.sha256), str(found)
+    return CheckpointInfo(found.name, found.sha256), str(found)
 
 
 def _check(request: ModuleRequest) -> PruneSchedule | None:
@@ -199,7 +199,8 @@ def _check(request: ModuleRequest) -> PruneSchedule | None:
     )
     check_choice("prefer", request.prefer, ("ours", "installed"))
     check_opset(request.opset)
-    check_files(checkpoint=request.checkpoint, labels=request.labels)
+    check_checkpoint(request.checkpoint)
+    check_files(labels=request.labels)
     # For their errors alone.
     _preprocessing(request)
     if request.dynamic:

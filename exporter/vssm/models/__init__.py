@@ -23,7 +23,7 @@ def list_models() -> list[str]:
 
 
 def describe_models() -> list[dict[str, Any]]:
-    """Name, task, parameters, image size, tokens and cost of every model.
+    """Name, task, parameters, image size, tokens, cost and official checkpoint of every model.
 
     "tokens" are those of the first block, "stage_tokens" those of all, repeats left out.
     """
@@ -40,6 +40,7 @@ def describe_models() -> list[dict[str, Any]]:
                 "stage_tokens": figures.stage_tokens,
                 "flops_published": figures.flops_published,
                 "flops_true": figures.flops_true,
+                "checkpoint": card.checkpoint,
             }
         )
     return rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from vssm.models.family import Figures, ModelCard, ModelFamily, Published
+from vssm.models.family import Figures, ModelCard, ModelFamily, OfficialCheckpoint, Published
 from vssm.pruning.schedule import MergeSchedule
 
 _VANILLA: Final[dict[str, Any]] = {
@@ -23,6 +23,22 @@ _VANILLA: Final[dict[str, Any]] = {
 _MAPS: Final = (3136, 784, 196, 49)  # of a hierarchical model at 224 pixels
 _MAPS_512: Final = (16384, 4096, 1024, 256)
 _MAPS_COCO: Final = (67200, 16800, 4200, 1050)  # at 800 x 1344
+_VMAMBA_FILES: Final = "https://github.com/MzeroMiko/VMamba/releases/download/%23"
+
+
+# Addresses, sizes and hashes as the READMEs of hustvl/Vim, ChenhongyiYang/PlainMamba,
+# MzeroMiko/VMamba and Amshaker/GroupMamba, and the pages of the hub, give them. Vim's "+" models,
+# whose files end in "ft", are those of stride 8.
+def _on_hub(repo: str, *facts: Any) -> OfficialCheckpoint:
+    return OfficialCheckpoint(f"hf://{repo}", *facts)
+
+
+def _vmamba_file(name: str) -> OfficialCheckpoint:
+    return OfficialCheckpoint(f"{_VMAMBA_FILES}{name}")
+
+
+def _plain_file(name: str, *facts: Any) -> OfficialCheckpoint:
+    return _on_hub(f"ChenhongyiYang/PlainMamba/{name}.pth", *facts)
 
 
 def _vim(changes: dict[str, Any], *figures: int, tokens: int = 197, **paper: Any) -> ModelCard:
@@ -35,13 +51,17 @@ def _plain(changes: dict[str, Any], parameters: int, flops: int, **paper: Any) -
     return ModelCard(changes, Figures(parameters, (196,), flops, flops), **paper)
 
 
-def _vmamba(changes: dict[str, Any], parameters: int, flops: int) -> ModelCard:
-    return ModelCard(changes, Figures(parameters, _MAPS, flops, flops))
+def _vmamba(changes: dict[str, Any], parameters: int, flops: int, file: str) -> ModelCard:
+    figures = Figures(parameters, _MAPS, flops, flops)
+    return ModelCard(changes, figures, checkpoint=_vmamba_file(file))
 
 
-def _group(changes: dict[str, Any], parameters: int, flops: int) -> ModelCard:
+def _group(
+    changes: dict[str, Any], parameters: int, flops: int, official: OfficialCheckpoint
+) -> ModelCard:
     # The class block works on one token.
-    return ModelCard(changes, Figures(parameters, (*_MAPS, 1), flops, flops))
+    figures = Figures(parameters, (*_MAPS, 1), flops, flops)
+    return ModelCard(changes, figures, checkpoint=official)
 
 
 _PLAIN_SIZES: Final[dict[str, dict[str, Any]]] = {
@@ -55,20 +75,24 @@ _L3_ADAPTER: Final = {**_PLAIN_SIZES["l3"], "groups": (9, 18, 27, 36), "attentio
 def _detector(
     changes: dict[str, Any],
     *figures: int,
+    official: OfficialCheckpoint | None = None,
     tokens: tuple[int, ...] = (4200,),
     image_size: tuple[int, int] = (800, 1344),
 ) -> ModelCard:
     parameters, published, true = figures
     counted = Figures(parameters, tokens, published, true, image_size)
-    return ModelCard(changes, counted, task="detection", num_classes=80)
+    return ModelCard(changes, counted, task="detection", num_classes=80, checkpoint=official)
 
 
 def _segmenter(
-    changes: dict[str, Any], *figures: int, tokens: tuple[int, ...] = (1024,)
+    changes: dict[str, Any],
+    *figures: int,
+    official: OfficialCheckpoint | None = None,
+    tokens: tuple[int, ...] = (1024,),
 ) -> ModelCard:
     parameters, published, true = figures
     counted = Figures(parameters, tokens, published, true, image_size=(512, 512))
-    return ModelCard(changes, counted, task="segmentation", num_classes=150)
+    return ModelCard(changes, counted, task="segmentation", num_classes=150, checkpoint=official)
 
 
 # Schedules of Vim: Zhan et al., arXiv:2409.18962. Those of PlainMamba are ours: that paper prints
@@ -111,6 +135,11 @@ FAMILIES: Final = (
                     "merge": Published(1.28, 75.3),
                 },
                 merged=MergeSchedule(5),
+                checkpoint=_on_hub(
+                    "hustvl/Vim-tiny-midclstok/vim_t_midclstok_76p1acc.pth",
+                    115,
+                    "fedb1e60267f3bc7b2a8443f2ddead8d39e019d10247a87252162b3789801fd5",
+                ),
             ),
             "vim_small": _vim(
                 {"d_model": 384},
@@ -126,6 +155,11 @@ FAMILIES: Final = (
                     "merge": Published(3.58, 79.9),
                 },
                 merged=MergeSchedule(11),
+                checkpoint=_on_hub(
+                    "hustvl/Vim-small-midclstok/vim_s_midclstok_80p5acc.pth",
+                    413,
+                    "aae4583e2def6389b66cfaf292cfade47a873182a39adbec19ec55b730ea9fe3",
+                ),
             ),
             "vim_base": _vim(
                 {"d_model": 768},
@@ -134,9 +168,19 @@ FAMILIES: Final = (
                 20_886_288_384,
                 published={"merge": Published(13.21, 81.3)},
                 merged=MergeSchedule(11),
+                checkpoint=_on_hub("hustvl/Vim-base-midclstok"),
             ),
             "vim_tiny_stride8": _vim(
-                {"d_model": 192, "stride": 8}, 7_250_344, 5_368_733_184, 6_754_635_264, tokens=730
+                {"d_model": 192, "stride": 8},
+                7_250_344,
+                5_368_733_184,
+                6_754_635_264,
+                tokens=730,
+                checkpoint=_on_hub(
+                    "hustvl/Vim-tiny-midclstok/vim_t_midclstok_ft_78p3acc.pth",
+                    117,
+                    "9847490c5c3ca36cc38caf8be537b726f326a1b5b15764b0bde650934ac35b54",
+                ),
             ),
             "vim_small_stride8": _vim(
                 {"d_model": 384, "stride": 8},
@@ -144,6 +188,11 @@ FAMILIES: Final = (
                 18_810_682_368,
                 21_905_415_168,
                 tokens=730,
+                checkpoint=_on_hub(
+                    "hustvl/Vim-small-midclstok/vim_s_midclstok_ft_81p6acc.pth",
+                    417,
+                    "fc46ad7cbd7f35021de31aefc618611d9ee75958076fc8168ca47d6d613665e3",
+                ),
             ),
         },
         {
@@ -181,6 +230,7 @@ FAMILIES: Final = (
                 3_014_703_360,
                 schedule=_PLAIN_24,
                 published={"dense": Published(3.0, 77.9)},
+                checkpoint=_plain_file("l1", 30.3),
             ),
             "plain_mamba_l2": _plain(
                 _PLAIN_SIZES["l2"],
@@ -188,6 +238,7 @@ FAMILIES: Final = (
                 8_078_318_592,
                 schedule=_PLAIN_24,
                 published={"dense": Published(8.1, 81.6)},
+                checkpoint=_plain_file("l2", 105),
             ),
             "plain_mamba_l3": _plain(
                 _PLAIN_SIZES["l3"],
@@ -199,6 +250,7 @@ FAMILIES: Final = (
                     "none": Published(None, 79.3),
                     "gap": Published(8.44, 81.7),
                 },
+                checkpoint=_plain_file("l3", 204),
             ),
         },
         {
@@ -221,28 +273,59 @@ FAMILIES: Final = (
         "vssm.models.vmamba:VMamba",
         "vssm.models.vmamba:VMambaConfig",
         {
-            "vmamba_tiny_s1l8": _vmamba({"depths": (2, 2, 8, 2)}, 30_249_064, 4_875_843_072),
+            "vmamba_tiny_s1l8": _vmamba(
+                {"depths": (2, 2, 8, 2)},
+                30_249_064,
+                4_875_843_072,
+                "v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth",
+            ),
             "vmamba_tiny_s2l5": _vmamba(
-                {"depths": (2, 2, 5, 2), "expand": 2.0}, 30_705_832, 4_824_588_288
+                {"depths": (2, 2, 5, 2), "expand": 2.0},
+                30_705_832,
+                4_824_588_288,
+                "v2cls/vssm_tiny_0230_ckpt_epoch_262.pth",
             ),
             "vmamba_small_s2l15": _vmamba(
-                {"depths": (2, 2, 15, 2), "expand": 2.0}, 50_147_752, 8_667_568_128
+                {"depths": (2, 2, 15, 2), "expand": 2.0},
+                50_147_752,
+                8_667_568_128,
+                "v2cls/vssm_small_0229_ckpt_epoch_222.pth",
             ),
-            "vmamba_small_s1l20": _vmamba({"depths": (2, 2, 20, 2)}, 49_012_840, 8_568_897_024),
+            "vmamba_small_s1l20": _vmamba(
+                {"depths": (2, 2, 20, 2)},
+                49_012_840,
+                8_568_897_024,
+                "v2cls/vssm1_small_0229s_ckpt_epoch_240.pth",
+            ),
             "vmamba_base_s2l15": _vmamba(
-                {"depths": (2, 2, 15, 2), "d_model": 128, "expand": 2.0}, 88_557_800, 15_294_668_800
+                {"depths": (2, 2, 15, 2), "d_model": 128, "expand": 2.0},
+                88_557_800,
+                15_294_668_800,
+                "v2cls/vssm_base_0229_ckpt_epoch_237.pth",
             ),
             "vmamba_base_s1l20": _vmamba(
-                {"depths": (2, 2, 20, 2), "d_model": 128}, 86_614_504, 15_163_107_328
+                {"depths": (2, 2, 20, 2), "d_model": 128},
+                86_614_504,
+                15_163_107_328,
+                "v2cls/vssm1_base_0229s_ckpt_epoch_225.pth",
             ),
             "vanilla_vmamba_tiny": _vmamba(
-                {**_VANILLA, "depths": (2, 2, 9, 2)}, 22_893_448, 5_597_700_096
+                {**_VANILLA, "depths": (2, 2, 9, 2)},
+                22_893_448,
+                5_597_700_096,
+                "v0cls/vssmtiny_dp01_ckpt_epoch_292.pth",
             ),
             "vanilla_vmamba_small": _vmamba(
-                {**_VANILLA, "depths": (2, 2, 27, 2)}, 44_417_416, 11_181_987_840
+                {**_VANILLA, "depths": (2, 2, 27, 2)},
+                44_417_416,
+                11_181_987_840,
+                "v0cls/vssmsmall_dp03_ckpt_epoch_238.pth",
             ),
             "vanilla_vmamba_base": _vmamba(
-                {**_VANILLA, "depths": (2, 2, 27, 2), "d_model": 128}, 76_254_056, 17_953_595_392
+                {**_VANILLA, "depths": (2, 2, 27, 2), "d_model": 128},
+                76_254_056,
+                17_953_595_392,
+                "v0cls/vssmbase_dp06_ckpt_epoch_241.pth",
             ),
         },
         {
@@ -269,16 +352,27 @@ FAMILIES: Final = (
         "vssm.models.groupmamba:GroupMamba",
         "vssm.models.groupmamba:GroupMambaConfig",
         {
-            "groupmamba_tiny": _group({}, 23_361_917, 4_665_958_008),
+            "groupmamba_tiny": _group(
+                {},
+                23_361_917,
+                4_665_958_008,
+                _on_hub(
+                    "Abdelrahman-shaker/GroupMamba-Tiny/groupmamba_tiny_ema.pth",
+                    93.9,
+                    "4c8e15f20d476ddd9080efa845be36e6f1e076721e087e88ebd276463e279425",
+                ),
+            ),
             "groupmamba_small": _group(
                 {"stem_width": 64, "widths": (64, 128, 348, 512), "depths": (3, 4, 16, 3)},
                 34_781_555,
                 7_228_916_096,
+                _on_hub("Abdelrahman-shaker/GroupMamba-Small/groupmamba_small_ema.pth", 140),
             ),
             "groupmamba_base": _group(
                 {"stem_width": 64, "widths": (96, 192, 424, 512), "depths": (3, 6, 21, 3)},
                 57_150_838,
                 14_103_612_608,
+                _on_hub("Abdelrahman-shaker/GroupMamba-Base"),
             ),
         },
         {
@@ -342,16 +436,29 @@ FAMILIES: Final = (
         "vssm.models.dense.plain_mamba:PlainMambaSegmenterConfig",
         {
             "plain_mamba_l1_upernet_ade20k": _segmenter(
-                _PLAIN_SIZES["l1"], 35_455_596, 43_615_911_936, 43_615_911_936
+                _PLAIN_SIZES["l1"],
+                35_455_596,
+                43_615_911_936,
+                43_615_911_936,
+                official=_plain_file("segmentation/l1_upernet"),
             ),
             "plain_mamba_l2_upernet_ade20k": _segmenter(
-                _PLAIN_SIZES["l2"], 55_874_156, 71_282_589_696, 71_282_589_696
+                _PLAIN_SIZES["l2"],
+                55_874_156,
+                71_282_589_696,
+                71_282_589_696,
+                official=_plain_file(
+                    "segmentation/l2_upernet",
+                    224,
+                    "aba713e1627ea4b7c7fa94640bd532528c0fbd5fdc442b8cfb4bf59e00299bce",
+                ),
             ),
             "plain_mamba_l3_upernet_ade20k": _segmenter(
                 {**_PLAIN_SIZES["l3"], "taps": (9, 18, 27, 36)},
                 81_292_908,
                 104_919_400_448,
                 104_919_400_448,
+                official=_plain_file("segmentation/l3_upernet"),
             ),
         },
         {
@@ -377,7 +484,14 @@ FAMILIES: Final = (
         "vssm.models.dense.vmamba:VMambaSegmenterConfig",
         {
             "vmamba_tiny_upernet_ade20k": _segmenter(
-                {}, 61_902_572, 236_832_030_720, 236_832_030_720, tokens=_MAPS_512
+                {},
+                61_902_572,
+                236_832_030_720,
+                236_832_030_720,
+                tokens=_MAPS_512,
+                official=_vmamba_file(
+                    "v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_tiny_s_iter_160000.pth"
+                ),
             ),
             "vmamba_small_upernet_ade20k": _segmenter(
                 {"depths": (2, 2, 15, 2), "expand": 2.0},
@@ -385,6 +499,9 @@ FAMILIES: Final = (
                 256_641_859_584,
                 256_641_859_584,
                 tokens=_MAPS_512,
+                official=_vmamba_file(
+                    "v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_small_iter_144000.pth"
+                ),
             ),
             "vmamba_base_upernet_ade20k": _segmenter(
                 {"depths": (2, 2, 15, 2), "d_model": 128, "expand": 2.0},
@@ -392,6 +509,9 @@ FAMILIES: Final = (
                 292_042_047_488,
                 292_042_047_488,
                 tokens=_MAPS_512,
+                official=_vmamba_file(
+                    "v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_base_iter_160000.pth"
+                ),
             ),
         },
         {
@@ -453,31 +573,46 @@ FAMILIES: Final = (
         "vssm.models.dense.plain_mamba:PlainMambaDetectorConfig",
         {
             "plain_mamba_adapter_l1_maskrcnn_coco": _detector(
-                _PLAIN_SIZES["l1"], 31_212_128, 217_524_670_272, 217_524_670_272
+                _PLAIN_SIZES["l1"],
+                31_212_128,
+                217_524_670_272,
+                217_524_670_272,
+                official=_plain_file("detection/maskrcnn/l1_1x"),
             ),
             "plain_mamba_adapter_l1_retinanet_coco": _detector(
                 {**_PLAIN_SIZES["l1"], "head": "retinanet"},
                 19_360_356,
                 266_358_657_600,
                 266_358_657_600,
+                official=_plain_file("detection/retinanet/l1_1x"),
             ),
             "plain_mamba_adapter_l2_maskrcnn_coco": _detector(
-                _PLAIN_SIZES["l2"], 53_202_496, 378_972_300_672, 378_972_300_672
+                _PLAIN_SIZES["l2"],
+                53_202_496,
+                378_972_300_672,
+                378_972_300_672,
+                official=_plain_file("detection/maskrcnn/l2_1x"),
             ),
             "plain_mamba_adapter_l2_retinanet_coco": _detector(
                 {**_PLAIN_SIZES["l2"], "head": "retinanet"},
                 41_301_572,
                 424_503_273_600,
                 424_503_273_600,
+                official=_plain_file("detection/retinanet/l2_1x"),
             ),
             "plain_mamba_adapter_l3_maskrcnn_coco": _detector(
-                _L3_ADAPTER, 79_781_520, 541_376_119_872, 541_376_119_872
+                _L3_ADAPTER,
+                79_781_520,
+                541_376_119_872,
+                541_376_119_872,
+                official=_plain_file("detection/maskrcnn/l3_1x"),
             ),
             "plain_mamba_adapter_l3_retinanet_coco": _detector(
                 {**_L3_ADAPTER, "head": "retinanet"},
                 67_864_212,
                 585_806_088_000,
                 585_806_088_000,
+                official=_plain_file("detection/retinanet/l3_1x"),
             ),
         },
         {
@@ -508,7 +643,12 @@ FAMILIES: Final = (
         "vssm.models.dense.vmamba:VMambaDetectorConfig",
         {
             "vmamba_tiny_maskrcnn_coco": _detector(
-                {}, 49_755_312, 213_350_844_672, 213_350_844_672, tokens=_MAPS_COCO
+                {},
+                49_755_312,
+                213_350_844_672,
+                213_350_844_672,
+                tokens=_MAPS_COCO,
+                official=_vmamba_file("v2det/mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth"),
             ),
             "vmamba_small_maskrcnn_coco": _detector(
                 {"depths": (2, 2, 15, 2), "expand": 2.0},
@@ -516,6 +656,7 @@ FAMILIES: Final = (
                 294_602_095_872,
                 294_602_095_872,
                 tokens=_MAPS_COCO,
+                official=_vmamba_file("v2det/mask_rcnn_vssm_fpn_coco_small_epoch_11.pth"),
             ),
             "vmamba_base_maskrcnn_coco": _detector(
                 {"depths": (2, 2, 15, 2), "d_model": 128, "expand": 2.0},
@@ -523,6 +664,7 @@ FAMILIES: Final = (
                 437_638_102_272,
                 437_638_102_272,
                 tokens=_MAPS_COCO,
+                official=_vmamba_file("v2det/mask_rcnn_vssm_fpn_coco_base_epoch_11.pth"),
             ),
         },
         {

@@ -46,6 +46,22 @@ class Published:
 
 
 @dataclass(frozen=True)
+class OfficialCheckpoint:
+    """Where the authors of a model publish its weights.
+
+    Attributes:
+        address: hf://OWNER/REPO/FILE, which `vssm.load_checkpoint` takes, or an https:// address to
+            download from. Without /FILE the hub's repository holds one file of weights.
+        megabytes: its size in units of 10^6 bytes, as the hub prints it; None where none is known.
+        sha256: of the file, as the hub prints it; None where none is known.
+    """
+
+    address: str
+    megabytes: float | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class ModelCard:
     """One name of a family.
 
@@ -58,6 +74,7 @@ class ModelCard:
         published: figures to show beside an ablation's, by variant: "dense", "none", "gap", ...
             Those of a pruning are of `schedule`.
         merged: what the published figures of merging are of.
+        checkpoint: the official weights; None where none are published.
     """
 
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -67,6 +84,7 @@ class ModelCard:
     schedule: str | None = None
     published: Mapping[str, Published] = field(default_factory=dict)
     merged: MergeSchedule | None = None
+    checkpoint: OfficialCheckpoint | None = None
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)

@@ -17,6 +17,7 @@ import numpy as np
 
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
 from vssm.artifact.preprocessing import open_rgb
+from vssm.checkpoints.hub import check_checkpoint, hub_file
 from vssm.evaluation.evaluate import COLUMNS, evaluate
 from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory
@@ -199,7 +200,9 @@ def _check(paths: Sequence[Path], options: CompareOptions) -> None:
         raise ValueError(f"contestants={twice[0]} is named twice; name each once")
     check_runtime(options.runtime, threads=options.threads)
     for path in paths:
-        if not path.exists():
+        if hub_file(path) is not None:
+            check_checkpoint(path)
+        elif not path.exists():
             raise ValueError(f"contestants={path} is not there; give an export, checkpoint or CSV")
         if path.suffix == ".csv" and path.is_file():
             continue
@@ -208,7 +211,7 @@ def _check(paths: Sequence[Path], options: CompareOptions) -> None:
                 f"contestants={path} has no results yet; give --images IMAGES to evaluate it on, "
                 "or the evaluate.csv of an evaluation"
             )
-        if path.is_file() and options.model is None:
+        if not path.is_dir() and options.model is None:
             raise ValueError(
                 f"contestants={path} is a checkpoint, which does not say of what; give --model NAME"
             )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vssm.artifact.directory import open_artifact
 from vssm.artifact.manifest import Preprocessing
+from vssm.checkpoints.hub import hub_file
 from vssm.models.registry import check_task
 from vssm.training.request import ModelSource
 
@@ -85,12 +87,18 @@ def _by_name(source: ModelSource) -> LoadedSource:
         source.name,
         asdict(model.config),
         model.state_dict(),
-        "seeded initial weights" if source.checkpoint is None else str(source.checkpoint),
+        _weights(source.checkpoint),
         _schedule(source, source.name),
         model.preprocessing() or Preprocessing.for_image_size(model.image_size),
         model.labels,
         model.loaded,
     )
+
+
+def _weights(checkpoint: Path | None) -> str:
+    if checkpoint is None:
+        return "seeded initial weights"
+    return str(hub_file(checkpoint) or checkpoint)  # a Path has one slash of hf://
 
 
 def _from_export(source: ModelSource, tasks: Sequence[str]) -> LoadedSource:

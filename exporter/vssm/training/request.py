@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from vssm.checkpoints.hub import check_checkpoint
 from vssm.errors import check_choice, did_you_mean
-from vssm.files.atomic import check_files
 from vssm.models.registry import cards, check_options, check_task
 from vssm.models.schedules import named_schedule
 from vssm.pruning.schedule import MergeSchedule, PruneSchedule, Schedule
@@ -165,7 +165,7 @@ class ModelSource:
                 )
             return None
         check_options(self.name, self.options)
-        check_files(checkpoint=self.checkpoint)
+        check_checkpoint(self.checkpoint)
         return named_schedule(self.name, self.schedule, merge=self.merge, **self.rules)
 
     def _check_tokens(self) -> None:
