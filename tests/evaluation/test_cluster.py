@@ -26,6 +26,7 @@ from vssm.evaluation.scorers import check_ray
 from vssm.evaluation.scoring import RayOptions
 
 FILES, IMAGES, BLOCK = 20, 300, 2
+ACTOR_S = 1.0  # An actor lives longer than this.
 on_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="the extra `scale` is not installed"
 )
@@ -177,10 +178,19 @@ def test_what_a_cluster_cannot_do_is_said(home, nodes):
 
 @on_ray
 @pytest.mark.slow
-def test_a_killed_actor_and_a_killed_node_lose_nothing(home, nodes):
-    """The last test: one node is left."""
-    run = _predict(home, nodes, "killed.parquet")
-    os.kill(_an_actor(run), signal.SIGKILL)
-    _wait_for_blocks(home, run, "killed.parquet", 20)
-    nodes.tell("kill")
-    _finished(home, run, "killed.parquet")
+@pytest.mark.parametrize("moment", range(10))
+def test_a_killed_actor_or_node_loses_nothing(home, nodes, moment):
+    """An actor after a random time, and a node at a random number of finished blocks, in turn."""
+    make = np.random.default_rng(moment)
+    run = _predict(home, nodes, f"{moment}.parquet")
+    if moment % 2 == 0:
+        # By time: an actor of so small a model is ahead of the blocks on disk.
+        process = _an_actor(run)
+        time.sleep(make.uniform(0, ACTOR_S))
+        os.kill(process, signal.SIGKILL)
+        _finished(home, run, f"{moment}.parquet")
+    else:
+        _wait_for_blocks(home, run, f"{moment}.parquet", make.integers(0, IMAGES // BLOCK))
+        nodes.tell("kill")
+        _finished(home, run, f"{moment}.parquet")
+        nodes.tell("add")

@@ -57,6 +57,9 @@ def _main() -> None:
     for line in sys.stdin:
         if line.strip() == "kill":
             cluster.remove_node(second, allow_graceful=False)
+        elif line.strip() == "add":
+            second = cluster.add_node(wait=False, **node)
+            cluster.wait_for_nodes(timeout=240)
         else:
             cluster.shutdown()
         sys.stdout.write(f"nodes: {line}")
