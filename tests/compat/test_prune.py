@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compat_cases import LanguageModel, MambaVisionLike, VimLike, built
+from compat_cases import LanguageModel, MambaVisionLike, SlowPath, VimLike, built
 from exports import MICRO
 from official_data import fill_weights
 from torch import Tensor, nn
@@ -160,6 +160,65 @@ def test_stacks_that_are_not_plain_are_refused() -> None:
     stack.patch_embed.num_patches = 4
     with pytest.raises(UnsupportedError, match="has no `norm` and `mixer`"):
         vssm.prune(stack, _schedule(), x)
+
+
+class _Windows(nn.Module):
+    """LocalVim's kind: each walk of the map has a convolution and weights of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList(SlowPath(width) for _ in range(3))
+        columns = torch.arange(36).view(6, 6).t().flatten()
+        windows = torch.arange(36).view(2, 3, 2, 3).transpose(1, 2).flatten()
+        self.tables = [torch.arange(36), columns, windows]
+
+    def forward(self, x: Tensor, inference_params: Any = None) -> Tensor:
+        pairs = zip(self.ways, self.tables, strict=True)
+        return sum((way(x[:, table])[:, table.argsort()] for way, table in pairs), x[..., :1])
+
+
+class _Local(VimLike):
+    def __init__(self) -> None:
+        super().__init__(depth=2, mean=True)
+        for layer in self.layers:
+            layer.mixer = _Windows(20)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden, residual = self.patch_embed.proj(images).flatten(2).transpose(1, 2), None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual)
+        return self.head((hidden + residual)[:, 0])
+
+
+def test_walks_that_are_not_known_are_refused() -> None:
+    x, model = torch.randn(IMAGES), built(_Local)
+    message = r"block 1: its mixer \(_Windows\) runs 3 selective scans.*columns or windows.*dense"
+    with pytest.raises(UnsupportedError, match=message):
+        vssm.prune(model, vssm.PruneSchedule({1: 0.5}), x, cls_index=0)
+
+
+class _Video(VimLike):
+    """VideoMamba's kind: no attributes that say so, and the class token in front."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        hidden = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        residual = None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual)
+        return self.head(self.norm_f(hidden + residual)[:, 0])
+
+
+def test_stack_without_attributes_prunes_at_the_place_given() -> None:
+    x, theirs = torch.randn(IMAGES), fill_weights(built(_Video))
+    del theirs.if_cls_token, theirs.use_middle_cls_token
+    with pytest.raises(UnsupportedError, match=r"no if_cls_token .*give cls_index=PLACE"):
+        vssm.prune(theirs, _schedule(), x)
+    options = {**MICRO, "depth": 3, "class_token": "head"}
+    ours = fill_weights(vssm.create_model("vim_tiny", schedule=_schedule(), **options))
+    pruned = vssm.prune(theirs, _schedule(), x, cls_index=0).double()
+    want = ours.double().forward_details(x.double())
+    torch.testing.assert_close(pruned(x.double()), want.logits, rtol=1e-10, atol=1e-12)
 
 
 def test_tokens_that_are_not_classified_by_one_are_refused() -> None:

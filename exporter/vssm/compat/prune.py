@@ -15,6 +15,7 @@ from vssm.errors import UnsupportedError, reason
 from vssm.models.base import ForwardDetails, details
 from vssm.models.vim import VimMixer, VimMixerConfig
 from vssm.ops.ambient import known_state
+from vssm.ops.record import record_backends
 from vssm.pruning.schedule import (
     MergeSchedule,
     PruneSchedule,
@@ -129,7 +130,7 @@ class _Mixer(VimMixer):
     """Our mixer with the parameters of the user's."""
 
     def __init__(self, theirs: nn.Module, number: int) -> None:
-        super().__init__(_mixer_config(theirs, number))
+        super().__init__(_mixer_config(theirs))
         given, own = dict(theirs.named_parameters()), dict(self.named_parameters())
         shapes = [{k: tuple(v.shape) for k, v in p.items()} for p in (given, own)]
         if shapes[0] != shapes[1]:
@@ -161,7 +162,8 @@ class PrunedBlock(nn.Module):
         if not isinstance(norm, nn.Module) or not isinstance(mixer, nn.Module):
             raise UnsupportedError(
                 f"block {number} ({type(block).__name__}) has no `norm` and `mixer`; only "
-                "mamba_ssm's and Vim's blocks can be pruned here: hidden and residual in and out"
+                "mamba_ssm's and Vim's blocks can be pruned here: hidden and residual in and out. "
+                "Export the model dense"
             )
         self.number, self.norm, self.mixer = number, norm, _Mixer(mixer, number)
         _check_same_pruned(block, self)
@@ -246,13 +248,43 @@ def stack_of(model: nn.Module, blocks: str) -> nn.ModuleList:
     return stack
 
 
-def _mixer_config(mixer: nn.Module, number: int) -> VimMixerConfig:
-    """Sizes and kind of a Mamba mixer, read from its weights."""
-    if missing := [key for key in _MIXER_KEYS if not hasattr(mixer, key)]:
+def _refuse_unknown_mixers(model: nn.Module, blocks: str, example: Tensor) -> None:
+    """Refuse scans whose walks are not known, and say how many there are in a block."""
+    for number, block in enumerate(stack_of(model, blocks), start=1):
+        mixer = getattr(block, "mixer", None)
+        missing = [key for key in _MIXER_KEYS if not hasattr(mixer, key)]
+        if mixer is None or not missing:
+            continue
         raise UnsupportedError(
-            f"block {number}: its mixer ({type(mixer).__name__}) has no {', '.join(missing)}; only "
-            "mamba_ssm's Mamba (version 1) and Vim's bidirectional ones are known here"
+            f"block {number}: its mixer ({type(mixer).__name__}) runs "
+            f"{_scans_of(mixer, model, example)} selective scans, and is neither mamba_ssm's Mamba "
+            f"(version 1) nor Vim's, as it has no {', '.join(missing)}. Where tokens are gone, a "
+            "scan has to know how many places of its walk each step stands for; known here are the "
+            "walk along the line and the one back, not those by columns or windows, nor what else "
+            "a mixer does with its neighbours. Export the model dense, or prune one of `vssm "
+            "models`, whose walks are known"
         )
+
+
+def _scans_of(mixer: nn.Module, model: nn.Module, example: Tensor) -> int:
+    """How many selective scans a mixer runs in its first call."""
+    marks: list[int] = []
+    with evaluating(model), torch.inference_mode(), record_backends() as ran:
+        hooks = (
+            mixer.register_forward_pre_hook(lambda *_: marks.append(sum(ran.values()))),
+            mixer.register_forward_hook(lambda *_: marks.append(sum(ran.values()))),
+        )
+        try:
+            model(example)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    # No mark at all of a mixer that the model does not call.
+    return marks[1] - marks[0] if marks else 0
+
+
+def _mixer_config(mixer: nn.Module) -> VimMixerConfig:
+    """Sizes and kind of a Mamba mixer, read from its weights."""
     m: Any = mixer
     # By the weights' shapes, as a fork need not keep the attributes; in_proj makes scan and gate.
     d_inner, d_model = m.in_proj.weight.shape[0] // 2, m.in_proj.weight.shape[1]
@@ -349,9 +381,15 @@ def prune(
         raise UnsupportedError(
             f"step_parameters={schedule.step_parameters!r} is PlainMamba's choice; leave it out"
         )
+    if not isinstance(example_input, Tensor):
+        raise UnsupportedError(
+            f"example_input={type(example_input).__name__}: only a model of one input, whose "
+            "tokens its blocks hand on, is pruned here; give that tensor, or export it dense"
+        )
     # Unpruned first: only then can equal numbers prove that our blocks are the model's. How many
     # tokens there are is known after its first pass, and without stages nobody asks before.
     position = _class_position(model) if cls_index is None else cls_index
+    _refuse_unknown_mixers(model, blocks, example_input)
     dense = PrunedModule(model, blocks, None, TokenLayout(1, None, keep_odd=True))
     with torch.inference_mode():
         seqlen = _check_same(model, dense, example_input, position)
