@@ -106,18 +106,21 @@ def distance_to_naive(entry: Mapping[str, Any], directory: Path) -> float:
     from vssm.artifact.reference import stored_reference
     from vssm.compat.exact import evaluating
     from vssm.compat.factory import build_from, search_path
+    from vssm.compat.inputs import Inputs
     from vssm.compat.outputs import module_outputs
 
     use_naive_scans()
     target, folders = entry["target"], [Path(path) for path in entry.get("path", [])]
-    x = stored_reference(vssm.artifact.directory.open_artifact(directory))[0]
+    artifact = vssm.artifact.directory.open_artifact(directory)
+    x = stored_reference(artifact)[0]
     with vssm.open_session(directory, threads=1) as session:
         got = session.run(x)
     with search_path(target, folders), vssm.compat.upstream(scans=entry.get("scan", {})):
         torch.manual_seed(0)  # the weights of the export
         model = build_from(target, entry.get("set", {}))
         with evaluating(model), torch.no_grad():
-            want = module_outputs(entry.get("outputs"))(model, torch.from_numpy(x))
+            given = Inputs.again(x, artifact.manifest.config)
+            want = module_outputs(entry.get("outputs"))(model, given)
     return max(
         float((torch.from_numpy(got[name]).double() - y.double()).abs().max() / y.abs().max())
         for name, y in want.items()

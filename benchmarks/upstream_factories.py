@@ -1,30 +1,22 @@
-"""Factories of a few lines for public models that need a configuration object, or two inputs."""
+"""Factories of a few lines for public models that need a configuration object, or are a part."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
-class _Around(nn.Module):
-    """A part of a model, behind a stem, or with its further inputs given."""
+class _Boxes(nn.Module):
+    """A detector without the maps that it returns beside its boxes, for its loss."""
 
-    def __init__(self, model: nn.Module, kind: str) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.kind = model, kind
-        self.stem = nn.Conv2d(3, 16, 4, 4) if kind == "stem" else nn.Identity()
+        self.model = model
 
     def forward(self, x: Tensor) -> Any:
-        """The logits, or what the part gives."""
-        if self.kind == "pair":
-            return self.model(x, x.flip(-1))
-        if self.kind == "time":
-            return self.model(x, torch.full((x.shape[0],), 0.5))
-        if self.kind == "detector":
-            return self.model(x)[0]
-        return self.model(self.stem(x))
+        """The decoded boxes and classes."""
+        return self.model(x)[0]
 
 
 def transformers_mamba(**options: Any) -> nn.Module:
@@ -74,20 +66,19 @@ def mamba_py(vision: bool = False) -> nn.Module:
 
 
 def zigma() -> nn.Module:
-    """Zigma at one time step."""
+    """Zigma, of a latent image and a time step."""
     from model_zigma import ZigMa
 
-    model = ZigMa(
+    return ZigMa(
         in_channels=4, embed_dim=32, depth=2, img_dim=8, patch_size=2, scan_type="v2", use_pe=2
     )
-    return _Around(model, "time")
 
 
 def change_mamba(**options: Any) -> nn.Module:
-    """ChangeMamba's binary change detection; the second image is the first, mirrored."""
+    """ChangeMamba's binary change detection, of two images."""
     from changedetection.models.ChangeMambaBCD import ChangeMambaBCD
 
-    return _Around(ChangeMambaBCD(None, **options), "pair")
+    return ChangeMambaBCD(None, **options)
 
 
 def mamba_yolo() -> nn.Module:
@@ -98,7 +89,7 @@ def mamba_yolo() -> nn.Module:
     from ultralytics.nn.tasks import DetectionModel
 
     file = next(Path(ultralytics.__file__).parent.rglob("Mamba-YOLO-T.yaml"))
-    return _Around(DetectionModel(str(file), verbose=False), "detector")
+    return _Boxes(DetectionModel(str(file), verbose=False))
 
 
 def u_mamba(dims: int = 2) -> nn.Module:

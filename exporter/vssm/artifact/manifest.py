@@ -260,6 +260,17 @@ class Manifest:
         return "; ".join(parts) or "dense"
 
     @property
+    def fed(self) -> tuple[TensorInfo, ...]:
+        """The inputs that a caller gives; a whole detector's second one has a default."""
+        return self.inputs[:1] if self.gives_boxes else self.inputs
+
+    @property
+    def batch(self) -> int | str:
+        """How many images the file takes at once: "batch" for any number."""
+        sizes = [tensor.shape[0] for tensor in self.inputs if tensor.shape]
+        return BATCH if BATCH in sizes else next(iter(sizes), 1)
+
+    @property
     def main_output(self) -> TensorInfo:
         """The output that is compared and timed: `logits`, or the first where there are none."""
         return next((o for o in self.outputs if o.name == LOGITS), self.outputs[0])
@@ -267,7 +278,8 @@ class Manifest:
     @property
     def gives_boxes(self) -> bool:
         """Whether it is a whole detector, from one image to the boxes of what is in it."""
-        return self.main_output.name == BOXES
+        # In a module of the user's the name says nothing.
+        return self.main_output.name == BOXES and MODULE_KEY not in self.config
 
     @property
     def num_classes(self) -> int:
@@ -291,7 +303,7 @@ class Manifest:
 
 INTERPOLATIONS: Final = ("bicubic", "bilinear", "nearest")
 FITS: Final = ("crop", "pad")
-TENSOR_TYPES: Final = (*FLOAT_TYPES, "int64", "int32")
+TENSOR_TYPES: Final = (*FLOAT_TYPES, "int64", "int32", "bool")
 WEIGHTS: Final = ("checkpoint", "initial", "custom")
 QUANTIZATION_METHODS: Final = ("static", "dynamic", "weights")
 QUANTIZATION_TYPES: Final = ("int8", "fp8")

@@ -66,6 +66,7 @@ _DTYPES: Final = {
     1: "float32",
     6: "int32",
     7: "int64",
+    9: "bool",
     10: "float16",
     11: "float64",
     16: "bfloat16",

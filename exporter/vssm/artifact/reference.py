@@ -40,8 +40,8 @@ def refuse_module(artifact: Artifact, what: str) -> None:
         )
 
 
-def stored_reference(artifact: Artifact) -> tuple[Array, dict[str, Array]]:
-    """The inputs kept at export, and the float64 outputs of the module by name.
+def stored_reference(artifact: Artifact) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The inputs kept at export, and the float64 outputs of the module, by name.
 
     Raises:
         ArtifactError: they were not kept, or the file is damaged.
@@ -58,9 +58,10 @@ def stored_reference(artifact: Artifact) -> tuple[Array, dict[str, Array]]:
     # A LookupError is a type of numbers that numpy lacks.
     except (SafetensorError, LookupError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); export the module again") from error
-    if "input" not in arrays or len(arrays) < 2:
-        raise ArtifactError(f"{path} lacks the input or the outputs; export the module again")
-    return np.asarray(arrays.pop("input")), arrays
+    names = [tensor.name for tensor in artifact.manifest.inputs]
+    if not arrays.keys() > set(names):
+        raise ArtifactError(f"{path} lacks an input or the outputs; export the module again")
+    return {name: arrays.pop(name) for name in names}, arrays
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from vssm.runtimes.library import exp2_rate, library_info, product_rate
 from vssm.runtimes.session import Session, checked_threads, plural
 from vssm.types import Array, Progress
 
+# The inputs of a batch, as `Session.run` takes them.
+MakeInputs = Callable[[int], Array | Mapping[str, Array]]
 # Large enough that a matrix product is bound by arithmetic, small enough for tens of milliseconds.
 _SIDE = 1024
 _SAMPLES = 9
@@ -221,7 +223,7 @@ def check_arguments(batches: Sequence[int], threads: Sequence[int], samples: int
 
 def measure(
     subjects: Sequence[Contender],
-    image_shape: tuple[int, ...],
+    inputs: tuple[int, ...] | MakeInputs,
     rates: MachineRates | None,
     *,
     batches: Sequence[int] = (1, 8),
@@ -233,7 +235,7 @@ def measure(
 
     Args:
         subjects: what to time; sessions are opened once a thread count.
-        image_shape: (3, height, width).
+        inputs: (3, height, width) of images of noise, or what makes the inputs of a batch.
         rates: from `machine_rates`; None for rows without a floor.
         batches: batch sizes.
         threads: thread counts.
@@ -252,8 +254,7 @@ def measure(
             # open, the first two are closed.
             sessions.extend(subject.open(count) for subject in subjects)
             for batch in batches:
-                shape = (batch, *image_shape)
-                images = np.random.default_rng(batch).standard_normal(shape).astype(np.float32)
+                images = inputs(batch) if callable(inputs) else noise(inputs, batch)
                 progress(f"batch {batch}, {plural(count, 'thread')}")
                 times, logits = _alternate(sessions, images, samples)
                 for i, subject in enumerate(subjects):
@@ -268,8 +269,14 @@ def measure(
     return rows
 
 
+def noise(image_shape: tuple[int, ...], batch: int) -> Array:
+    """Standard normal float32 images, the same for the same shape and batch."""
+    shape = (batch, *image_shape)
+    return np.random.default_rng(batch).standard_normal(shape).astype(np.float32)
+
+
 def _alternate(
-    sessions: Sequence[Session], images: Array, samples: int
+    sessions: Sequence[Session], images: Array | Mapping[str, Array], samples: int
 ) -> tuple[list[list[float]], list[Array]]:
     """Seconds of `samples` runs of each session, taken in turn, and each session's logits."""
     # The first run allocates and may tune; its outputs are compared, its time is not taken.

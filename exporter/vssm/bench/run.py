@@ -91,7 +91,7 @@ def bench_directory(
 
 
 def _batches(artifact: Artifact, asked: Sequence[int] | None) -> Sequence[int]:
-    fixed = artifact.manifest.inputs[0].shape[0]
+    fixed = artifact.manifest.batch
     if isinstance(fixed, str):
         return (1, 8) if asked is None else asked
     if asked is not None and set(asked) != {fixed}:

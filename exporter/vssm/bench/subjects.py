@@ -16,18 +16,20 @@ import torch
 
 from vssm._version import __version__
 from vssm.artifact.directory import Artifact
-from vssm.artifact.manifest import Manifest
-from vssm.artifact.reference import is_module
+from vssm.artifact.manifest import BATCH, Manifest
+from vssm.artifact.reference import is_module, stored_reference
 from vssm.bench.kinds import Work, by_kind, count_graph
 from vssm.bench.measure import (
     BenchReport,
     Contender,
     MachineRates,
+    MakeInputs,
     Timing,
     check_arguments,
     machine_rates,
     measure,
     moved_rates,
+    noise,
 )
 from vssm.errors import check_choice
 from vssm.models.base import VisionModel
@@ -79,7 +81,7 @@ def bench(
         subjects = _subjects(artifact, others, torch_loop, _ort if on_cpu else _cuda)
         rows = measure(
             subjects,
-            artifact.image_shape,
+            inputs_of(artifact),
             rates,
             batches=batches,
             threads=threads,
@@ -121,12 +123,48 @@ def slower_than_float(rows: Sequence[Timing], floats: Collection[str]) -> list[s
     ]
 
 
+def inputs_of(artifact: Artifact) -> MakeInputs:
+    """What makes inputs to time an export with.
+
+    Noise for one input of images; else those that the export of a user's module keeps, over again:
+    only the user knows which numbers are valid.
+
+    Raises:
+        ArtifactError: it keeps none.
+    """
+    if takes_images(artifact):
+        return partial(noise, artifact.image_shape)
+    kept, _ = stored_reference(artifact)
+    open_ones = {t.name for t in artifact.manifest.inputs if t.shape[:1] == (BATCH,)}
+
+    def again(batch: int) -> dict[str, Array]:
+        return {
+            name: array[np.arange(batch) % len(array)] if name in open_ones else array
+            for name, array in kept.items()
+        }
+
+    return again
+
+
+def takes_images(artifact: Artifact) -> bool:
+    """Whether the one input is images, or feature maps, of floats."""
+    first, *further = artifact.manifest.fed
+    return not further and len(first.shape) == 4 and first.dtype == "float32"
+
+
+def _sizes(artifact: Artifact) -> list[tuple[object, ...]]:
+    """The inputs of one image, as far as exports must have the same to be compared."""
+    if takes_images(artifact):
+        return [artifact.image_shape]
+    return [(t.name, t.dtype, *t.shape[1:]) for t in artifact.manifest.fed]
+
+
 def _check_beside(artifact: Artifact, beside: Sequence[Artifact]) -> None:
-    shape = artifact.image_shape
+    shape = _sizes(artifact)
     for other in beside:
-        if other.image_shape != shape:
+        if _sizes(other) != shape:
             raise ValueError(
-                f"beside={str(other.directory)!r} takes images of {other.image_shape}, not "
+                f"beside={str(other.directory)!r} takes images of {_sizes(other)}, not "
                 f"{shape}; measure exports of one image size together"
             )
     if len(_named(beside)) < len(beside):
@@ -158,7 +196,7 @@ def _subjects(
         subject(BODY, partial(ort, artifact, "body"), KERNEL),
     ]
     # Outputs on the GPU have one size for all images, which detections have not.
-    if ort is _cuda and not artifact.manifest.gives_boxes:
+    if ort is _cuda and not artifact.manifest.gives_boxes and len(artifact.manifest.fed) == 1:
         # What the copy of the images to the GPU costs shows only beside a session without it.
         subjects.append(subject(RESIDENT, partial(_resident, artifact), KERNEL))
     if torch_loop and not is_module(artifact):  # of a module there is no code here to run
@@ -250,8 +288,8 @@ def asked_outputs(model: VisionModel, manifest: Manifest) -> str:
 
 
 def _profile(artifact: Artifact) -> dict[str, float]:
-    shape = (1, *artifact.image_shape)
-    images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    batch = artifact.manifest.batch
+    images = inputs_of(artifact)(1 if isinstance(batch, str) else batch)
     # A session of its own, behind the timings: profiling slows every node. One
     # thread, as the floor it is held against is one thread's.
     session = OrtCpuSession(artifact, threads=1, profile=True)
@@ -268,12 +306,20 @@ def _scan_over_floor(
     return scans / rates.scan_floor_ms(subject, 1, 1) if scans else None
 
 
+def _described(artifact: Artifact) -> str:
+    """The inputs of one image, in words."""
+    if takes_images(artifact):
+        return "x".join(map(str, artifact.image_shape)) + " float32"
+    tensors = artifact.manifest.fed
+    return ", ".join(f"{t.name} {'x'.join(map(str, t.shape))} {t.dtype}" for t in tensors)
+
+
 def _context(artifact: Artifact) -> dict[str, str]:
     manifest, library = artifact.manifest, library_info()
     return {
         "model": f"{manifest.name} {manifest.precision} {manifest.tokens}",
         "weights": manifest.weights,
-        "images": "x".join(map(str, artifact.image_shape)) + " float32, after 2 runs to warm up",
+        "images": f"{_described(artifact)}, after 2 runs to warm up",
         "cpu": cpu_name(),
         "kernels": f"{library.path.name} {library.version}, {library.cpu_isa}",
         "vssm": __version__,

@@ -85,6 +85,12 @@ def make_bundle(artifact: Artifact, output: Path, request: BundleRequest) -> Bun
             "outputs of another size for each; a bundle's server batches: export it with --outputs "
             "dense, or run model.onnx in ONNX Runtime"
         )
+    if len(artifact.manifest.inputs) > 1:
+        raise UnsupportedError(
+            f"{artifact.directory} has the inputs "
+            f"{', '.join(spec.name for spec in artifact.manifest.inputs)}; a bundle's server and "
+            "client send one: wrap the module in one of one input, or serve model.onnx yourself"
+        )
     name = _served_name(artifact, request)
     labels = _labels(artifact, request)
     find_library(ORT_LIBRARY)  # said before anything is written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,14 +33,15 @@ from vssm.commands.options import (
     Switches,
     model_source,
     options,
-    sizes,
 )
 from vssm.commands.tables import phases, say, write_result
 from vssm.commands.user_module import (
+    DEFAULT_INPUT,
     ModuleExport,
     ModuleRequest,
     dry_run_user_module,
     export_user_module,
+    read_inputs,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +49,14 @@ if TYPE_CHECKING:
     from vssm.training.request import ModelSource
 
 
-Shape = Annotated[str, typer.Option("--input", help="Sizes of the input, batch first.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        help="Sizes of the input, batch first (1x3x224x224); of several NAME=SIZES each, with :N "
+        "behind it for integers below N, or :bool.",
+    ),
+]
 Tokens = Annotated[int | None, typer.Option(help="The input holds integers below this, no floats.")]
 Options = Annotated[
     list[str] | None, typer.Option("--set", help="Factory argument KEY=VALUE, repeatable.")
@@ -257,7 +266,7 @@ def export_module(
         str | None, typer.Argument(help="repo/model.py:factory or repo:module.factory.")
     ] = None,
     output: OptionalFolder = None,
-    shape: Shape = "1x3x224x224",
+    shapes: Shapes = None,
     tokens: Tokens = None,
     checkpoint: Weights = None,
     ema: Ema = False,
@@ -296,8 +305,7 @@ def export_module(
     target = _needed(target, "TARGET")
     request = ModuleRequest(
         target=target,
-        input_shape=sizes("input", shape),
-        integers=tokens,
+        inputs=read_inputs(shapes or [DEFAULT_INPUT], tokens),
         checkpoint=checkpoint,
         weights="ema" if ema else "model",
         options=options(option or []),
@@ -338,12 +346,17 @@ def _dry_run(request: ModuleRequest, json_file: Path | None) -> None:
     with phases() as progress:
         found, upstream = dry_run_user_module(request, progress=progress)
     say(f"executed the code of {request.target}; upstream packages: {upstream}")
-    shapes = ", ".join(
-        f"{name} {'x'.join(map(str, shape))}" for name, shape in found.outputs.items()
-    )
     say(f"would export: {found.scans} selective scans, {found.parameters:,} parameters")
-    say(f"outputs of one image: {shapes}")
+    say(f"inputs: {_shapes(found.inputs)}")
+    say(f"outputs of one image: {_shapes(found.outputs)}")
     write_result(json_file, found)
+
+
+def _shapes(found: Mapping[str, tuple[int | str, ...]]) -> str:
+    """Sizes by name, as in "images batchx3x224x224"."""
+    return ", ".join(
+        f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in found.items()
+    )
 
 
 def _scans(given: list[str]) -> dict[str, str]:

@@ -12,9 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from vssm.commands.options import sizes
 from vssm.commands.tables import say, show, table, write_result
-from vssm.commands.user_module import ModuleRequest, export_user_module
+from vssm.commands.user_module import (
+    DEFAULT_INPUT,
+    ModuleRequest,
+    export_user_module,
+    read_inputs,
+)
 from vssm.errors import VssmError, reason
 from vssm.files.atomic import atomic_write_bytes, make_directory
 from vssm.files.json import json_text
@@ -213,10 +217,13 @@ def _spent() -> dict[str, float]:
 
 def _request(entry: Mapping[str, Any], folder: Path) -> ModuleRequest:
     place, _, factory = str(entry["target"]).rpartition(":")
+    given = entry.get("input", DEFAULT_INPUT)
     return ModuleRequest(
         target=f"{folder / place}:{factory}",
-        input_shape=sizes("input", str(entry.get("input", "1x3x224x224"))),
-        integers=entry.get("tokens"),
+        inputs=read_inputs(
+            [str(text) for text in (given if isinstance(given, list) else [given])],
+            entry.get("tokens"),
+        ),
         options=entry.get("set", {}),
         paths=tuple(folder / path for path in entry.get("path", [])),
         prefer=entry.get("prefer", "ours"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vssm.artifact.directory import check_target
 from vssm.checkpoints.hub import check_checkpoint
+from vssm.commands.options import sizes
 from vssm.errors import check_choice
 from vssm.files.atomic import check_files
 
@@ -21,14 +22,32 @@ if TYPE_CHECKING:
     from vssm.pruning.schedule import PruneSchedule
     from vssm.types import Steps
 
+DEFAULT_INPUT: Final = "1x3x224x224"
+
+
+@dataclass(frozen=True)
+class InputRequest:
+    """One input of the example.
+
+    Attributes:
+        name: the parameter of `forward`, and below it keys and places; None where it is not said.
+        shape: its sizes, batch first; none of a number alone.
+        below: it holds integers from 0, smaller than this; None for noise.
+        flags: it holds truth values.
+    """
+
+    name: str | None
+    shape: tuple[int, ...]
+    below: int | None = None
+    flags: bool = False
+
 
 @dataclass(frozen=True)
 class ModuleRequest:
     """What `vssm export-module` was asked for; the fields are its options."""
 
     target: str
-    input_shape: tuple[int, ...]
-    integers: int | None = None
+    inputs: tuple[InputRequest, ...]
     checkpoint: Path | None = None
     weights: str = "model"
     key: str | None = None
@@ -60,6 +79,49 @@ class ModuleExport:
     artifact: Artifact
     upstream: str
     loaded: str | None
+
+
+def read_inputs(texts: Sequence[str], tokens: int | None = None) -> tuple[InputRequest, ...]:
+    """What `--input` and `--tokens` say.
+
+    Args:
+        texts: each [NAME=]SIZES, and behind a colon what it holds: N for integers below N, or
+            `bool`; `scalar` in the place of the sizes is a number without an axis.
+        tokens: of one input the same as :N.
+
+    Raises:
+        ValueError: a text is no such thing, or some inputs have names and others do not.
+    """
+    found = []
+    for text in texts:
+        name, equals, rest = text.rpartition("=")
+        size, colon, kind = rest.partition(":")
+        if (equals and not name) or (colon and kind != "bool" and not _counts(kind)):
+            raise ValueError(
+                f"input={text!r} is not [NAME=]SIZES or [NAME=]SIZES:N or [NAME=]SIZES:bool; write "
+                "for example image=1x3x224x224 or tokens=1x64:50280"
+            )
+        shape = () if size == "scalar" else sizes("input", size)
+        below = int(kind) if _counts(kind) else None
+        found.append(InputRequest(name or None, shape, below, flags=kind == "bool"))
+    if tokens is not None:
+        if len(found) > 1 or found[0].below is not None or found[0].flags:
+            raise ValueError(
+                f"tokens={tokens} says what one input holds; of several say it behind each, as in "
+                f"--input tokens=1x64:{tokens}"
+            )
+        found[0] = replace(found[0], below=tokens)
+    unnamed = [text for text, one in zip(texts, found, strict=True) if one.name is None]
+    if len(found) > 1 and unnamed:
+        raise ValueError(
+            f"input={unnamed[0]!r} has no name, and there are several; give each the name of its "
+            "parameter, as in --input image=1x3x224x224 --input mask=1x1x224x224"
+        )
+    return tuple(found)
+
+
+def _counts(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
 
 
 def export_user_module(
@@ -203,21 +265,31 @@ def _check(request: ModuleRequest) -> PruneSchedule | None:
     check_files(labels=request.labels)
     # For their errors alone.
     _preprocessing(request)
-    if request.dynamic:
+    if request.dynamic and len(request.inputs) == 1:
         from vssm.compat.sizes import free_axes
 
-        free_axes(request.dynamic, request.input_shape)
+        free_axes(request.dynamic, request.inputs[0].shape)
     return named_pruning(request.target, request.schedule, **rules)
 
 
 def _example(request: ModuleRequest) -> Any:
     import torch
 
+    from vssm.compat.inputs import nested
+
     # Its own generator: what a factory draws, or does not, must not change the example.
     generator = torch.Generator().manual_seed(0)
-    if request.integers is not None:
-        return torch.randint(request.integers, request.input_shape, generator=generator)
-    return torch.randn(request.input_shape, generator=generator)
+
+    def drawn(one: InputRequest) -> torch.Tensor:
+        if one.below is None and not one.flags:
+            return torch.randn(one.shape, generator=generator)
+        found = torch.randint(one.below or 2, one.shape, generator=generator)
+        return found.bool() if one.flags else found
+
+    drawn_by_name = {one.name: drawn(one) for one in request.inputs}
+    if None in drawn_by_name:
+        return drawn_by_name[None]
+    return nested({str(name): tensor for name, tensor in drawn_by_name.items()})
 
 
 def _labels(request: ModuleRequest, model: Any, example: Any) -> tuple[str, ...] | None:
@@ -243,10 +315,12 @@ def _labels(request: ModuleRequest, model: Any, example: Any) -> tuple[str, ...]
 def _preprocessing(request: ModuleRequest) -> Preprocessing | None:
     if not request.imagenet:
         return None
-    if len(request.input_shape) != 4 or request.input_shape[1] != 3:
+    shapes = [one.shape for one in request.inputs]
+    if len(shapes) > 1 or len(shapes[0]) != 4 or shapes[0][1] != 3:
         raise ValueError(
-            f"--imagenet with input {request.input_shape}: images are batch x 3 x height x width"
+            f"--imagenet with input {', '.join(map(str, shapes))}: it is for one input, images of "
+            "batch x 3 x height x width"
         )
     from vssm.artifact.manifest import Preprocessing
 
-    return Preprocessing.for_image_size((request.input_shape[2], request.input_shape[3]))
+    return Preprocessing.for_image_size((shapes[0][2], shapes[0][3]))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from vssm.compat.inputs import Example, Inputs
 from vssm.compat.passes.graph import SCANS
 from vssm.compat.surroundings import OnTheCpu
 from vssm.errors import UnsupportedError, reason
@@ -20,7 +21,7 @@ FLOAT64: Final = "float64"
 FLOAT64_SCANS: Final = "float32, its scans in float64"
 # Beyond this, the module in float64 is another function than the one exported.
 _SAME: Final = 1e-2
-Outputs = Callable[[nn.Module, Tensor], dict[str, Tensor]]
+Outputs = Callable[[nn.Module, Example | Inputs], dict[str, Tensor]]
 
 
 class _Wide(Tensor):
@@ -171,7 +172,9 @@ def set_eval(model: nn.Module) -> None:
         module.training = False
 
 
-def exact_outputs(model: nn.Module, x: Tensor, outputs: Outputs) -> tuple[dict[str, Tensor], str]:
+def exact_outputs(
+    model: nn.Module, x: Example | Inputs, outputs: Outputs
+) -> tuple[dict[str, Tensor], str]:
     """What the module says of x, as exactly as it can be had, by name.
 
     All of it in float64, where the module bears that; else the module as it is, float32, with its
@@ -179,7 +182,7 @@ def exact_outputs(model: nn.Module, x: Tensor, outputs: Outputs) -> tuple[dict[s
 
     Args:
         model: in eval mode, float32, on the CPU; it stays as it is.
-        x: the input.
+        x: the inputs.
         outputs: what gives the outputs by name.
 
     Returns:
@@ -188,14 +191,15 @@ def exact_outputs(model: nn.Module, x: Tensor, outputs: Outputs) -> tuple[dict[s
     Raises:
         UnsupportedError: it runs in neither way, or is another function in float64.
     """
+    inputs = Inputs.of(model, x)
     with torch.inference_mode():
         # A module that branches on its dtype, or draws random numbers, would otherwise give a
         # reference that no export of it can meet.
-        plain = outputs(model, x)
+        plain = outputs(model, inputs)
         try:
-            exact, precision = _in_float64(model, x, outputs), FLOAT64
+            exact, precision = _in_float64(model, inputs, outputs), FLOAT64
         except Exception:  # the user's code may raise anything where it is fed another tensor
-            exact, precision = _with_exact_scans(model, x, outputs), FLOAT64_SCANS
+            exact, precision = _with_exact_scans(model, inputs, outputs), FLOAT64_SCANS
     for name, value in plain.items():
         alike = value.shape == exact[name].shape
         if value.is_floating_point() and alike and not _close(value.double(), exact[name]):
@@ -207,7 +211,7 @@ def exact_outputs(model: nn.Module, x: Tensor, outputs: Outputs) -> tuple[dict[s
     return exact, precision
 
 
-def _in_float64(model: nn.Module, x: Tensor, outputs: Outputs) -> dict[str, Tensor]:
+def _in_float64(model: nn.Module, x: Inputs, outputs: Outputs) -> dict[str, Tensor]:
     # A copy, since its parameters are exchanged for what is no parameter.
     twin: Any = copy.deepcopy(model).cpu()
     for module in twin.modules():
@@ -215,13 +219,13 @@ def _in_float64(model: nn.Module, x: Tensor, outputs: Outputs) -> dict[str, Tens
             # Into the dicts themselves: a module takes nothing but a Parameter under a parameter's
             # name.
             held.update({k: _Wide(v.double()) for k, v in held.items() if _is_float32(v)})
-    given = _Wide(x.double()) if _is_float32(x) else x
+    given = x.map(lambda tensor: _Wide(tensor.double()) if _is_float32(tensor) else tensor)
     with _Widen():  # type: ignore[no-untyped-call]
         found = outputs(twin, given)
     return {k: value.exact if isinstance(value, _Wide) else value for k, value in found.items()}
 
 
-def _with_exact_scans(model: nn.Module, x: Tensor, outputs: Outputs) -> dict[str, Tensor]:
+def _with_exact_scans(model: nn.Module, x: Inputs, outputs: Outputs) -> dict[str, Tensor]:
     try:
         with _WideScans():  # type: ignore[no-untyped-call]
             return outputs(model, x)

@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +33,8 @@ from vssm.checkpoints.wrapped import refuse_packed, refuse_wrapper
 from vssm.compat.batch import noting_fixed_sizes, symbolic_arithmetic
 from vssm.compat.exact import evaluating, exact_outputs
 from vssm.compat.factory import said
-from vssm.compat.outputs import Outputs, module_outputs
+from vssm.compat.inputs import Example, Inputs
+from vssm.compat.outputs import module_outputs
 from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import PassReport, without_mutation
 from vssm.compat.passes.regions import RefuseCasts, open_regions
@@ -84,7 +85,7 @@ class _Options:
 
     @property
     def free(self) -> dict[int, str]:
-        """The axes of the input that may have any size, by their names in the file."""
+        """The axes of an input that may have any size, by their names in the file."""
         batch = {0: BATCH} if self.dynamic_batch else {}
         return batch | {axis.axis: axis.name for axis in self.axes}
 
@@ -94,11 +95,13 @@ class DryRun:
     """What an export of a module would hold, from one run of it.
 
     Attributes:
+        inputs: sizes of each input by name, "batch" where it is any.
         outputs: shape of each output by name, of one image.
         scans: selective scans that ran; passes may make one node of several.
         parameters: how many numbers the module learned.
     """
 
+    inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int, ...]]
     scans: int
     parameters: int
@@ -107,7 +110,7 @@ class DryRun:
 @known_state()
 def dry_run(
     model: nn.Module,
-    example_input: Tensor,
+    example_input: Example,
     *,
     outputs: Sequence[str] | None = None,
     dynamic_batch: bool = True,
@@ -121,19 +124,23 @@ def dry_run(
     Raises:
         TypeError, ValueError, UnsupportedError: as `export_module` does.
     """
-    _refuse(model, example_input, _OPSET)
-    axes = _checked_axes(model, example_input, dynamic)
+    example = _refuse(model, example_input, _OPSET)
+    axes = _checked_axes(model, example, dynamic)
     named = None if outputs is None else tuple(outputs)
     options = _Options(_OPSET, dynamic_batch, named, axes)
-    found, scans = _run_once(model, example_input.detach().cpu(), options)
+    found, scans = _run_once(model, example, options)
+    sizes: dict[str, tuple[int | str, ...]] = {}
+    for name, tensor in example.tensors.items():
+        free = options.free if name in example.batched else {}
+        sizes[name] = tuple(free.get(axis, size) for axis, size in enumerate(tensor.shape))
     shapes = {name: tuple(value.shape) for name, value in found.items()}
-    return DryRun(shapes, scans, sum(p.numel() for p in model.parameters()))
+    return DryRun(sizes, shapes, scans, sum(p.numel() for p in model.parameters()))
 
 
 @known_state()
 def export_module(
     model: nn.Module,
-    example_input: Tensor,
+    example_input: Example,
     directory: str | os.PathLike[str],
     *,
     name: str | None = None,
@@ -158,7 +165,11 @@ def export_module(
     Args:
         model: left as it was; float32.
         example_input: the one input: images (batch, 3, height, width) float32, tokens
-            (batch, seqlen) int64, ...; its sizes behind the batch are those of the file.
+            (batch, seqlen) int64, ...; its sizes behind the batch are those of the file. Of several
+            inputs a mapping by the parameters of `forward`, or a tuple in their order, in which
+            lists, tuples and mappings of tensors may stand. The file calls them by the parameter,
+            and below it the key or place (`views.0`). Those whose first size is that of the first
+            have the batch there.
         directory: where model.onnx, model.json and reference.safetensors go.
         name: for reports; None for the class's name.
         outputs: names of the outputs, as `module_outputs` takes them; None: those that the module
@@ -184,17 +195,22 @@ def export_module(
         The export; `open_session`, `check_parity` and `vssm check`, `run` and `bench` take it.
 
     Raises:
-        TypeError: `model` is no module, or a wrapper around one, or `example_input` no tensor.
+        TypeError: `model` is no module, or a wrapper around one, or `example_input` no tensor or
+            tuple or mapping of some.
         ValueError: a weight is not finite or not float32, or an option does not fit.
         UnsupportedError: torch.export cannot trace the module, no scan is in what it traced, the
             module is another function in float64, or a size in `dynamic` is fixed by its code.
         ArtifactError: the directory cannot be written, or holds an export and not `force`.
     """
     # Options first: neither the directory nor the module is touched for what is refused anyway.
-    _refuse(model, example_input, opset)
+    example = _refuse(model, example_input, opset)
     module_outputs(outputs)  # refuses names that are none
-    axes = _checked_axes(model, example_input, dynamic)
-    example = example_input.detach().cpu()
+    axes = _checked_axes(model, example, dynamic)
+    if preprocessing is not None and len(example.tensors) > 1:
+        raise ValueError(
+            f"preprocessing with the inputs {', '.join(example.tensors)}: image files become the "
+            "one input of a file; leave it out"
+        )
     with staged_export(directory, force=force) as staging:
         asked = None if outputs is None else tuple(outputs)
         options = _Options(opset, dynamic_batch, asked, axes)
@@ -202,9 +218,11 @@ def export_module(
         names = list(_run_once(model, example, options)[0])
         precision = None
         if reference:  # first, as the trace takes long and this may be refused
-            count = 2 if dynamic_batch else len(example)
-            named = module_outputs(outputs, scores=True)
-            precision = _write_reference(staging, model, example, count, named)
+            given = _reference_inputs(example, dynamic_batch=dynamic_batch)
+            with evaluating(model):
+                named = module_outputs(outputs, scores=True)
+                exact, precision = exact_outputs(model, given, named)
+            save_safetensors({**given.tensors, **exact}, staging / REFERENCE_FILE)
         traced = trace_module(model, example, options, names, progress)
         proto = traced.proto
         save_model(proto, staging, inline=inline, external_data_above=external_data_above)
@@ -213,7 +231,7 @@ def export_module(
                 model,
                 module_outputs(outputs),
                 staging / MODEL_FILE,
-                example,
+                example.only,
                 traced.rules,
                 dynamic_batch=dynamic_batch,
             )
@@ -222,7 +240,7 @@ def export_module(
             name=name or type(model).__name__,
             config={
                 MODULE_KEY: f"{type(model).__module__}.{type(model).__qualname__}",
-                "example_input": list(example.shape),
+                **example.config,
                 "outputs": None if outputs is None else list(outputs),
                 "reference": precision,
                 "passes": [str(report) for report in traced.reports],
@@ -249,13 +267,13 @@ class Traced:
 
 def trace_module(
     model: nn.Module,
-    example: Tensor,
+    example: Inputs,
     options: _Options,
     names: Sequence[str],
     progress: Steps = lambda *_: None,
 ) -> Traced:
     """The ModelProto of a module, and what is known of it."""
-    wrapper = _Wrapper(model, options)
+    wrapper = _Wrapper(model, example, options)
     with evaluating(wrapper):
         with counted_blocks(model, progress):
             program, rules = _trace(wrapper, example, options)
@@ -270,7 +288,7 @@ def trace_module(
         proto = program_to_proto(
             program,
             options.opset,
-            inputs=[_input_name(example)],
+            inputs=list(example.tensors),
             names=names,
             public=len(names),
             free=options.free,
@@ -281,11 +299,11 @@ def trace_module(
 
 
 def _run_once(
-    model: nn.Module, example: Tensor, options: _Options
+    model: nn.Module, example: Inputs, options: _Options
 ) -> tuple[dict[str, Tensor], int]:
     """The outputs by name, and how many selective scans ran."""
     # One image is enough, but a module that reshapes by its batch runs on the fixed one alone.
-    x = example[:1] if options.dynamic_batch else example
+    x = example.map(lambda x: x[:1], batched=True) if options.dynamic_batch else example
     with evaluating(model), torch.inference_mode():
         try:
             # The user's line is known here, before the trace; where a `try` of the module's hides
@@ -298,39 +316,43 @@ def _run_once(
         except (Exception, SystemExit) as error:
             before = "" if ran else " and before any selective scan"
             raise UnsupportedError(
-                f"{type(model).__name__} fails on an input of shape {tuple(x.shape)}, "
-                f"{x.dtype}{before}: {said(error)}; give the input that it is made for, or mend "
-                "that line"
+                f"{type(model).__name__} fails on {x}{before}: {said(error)}; give the input that "
+                "it is made for, or mend that line"
             ) from error
     if not ran:
         raise UnsupportedError(_no_scan(model))
+    if shared := sorted(found.keys() & example.tensors.keys()):
+        raise ValueError(
+            f"outputs: {shared[0]!r} is the name of an input as well, and a file has it once; say "
+            f"outputs=['NEW={shared[0]}', ...] (--outputs)"
+        )
     return found, sum(ran.values())
 
 
 class _Wrapper(nn.Module):
     """Gives the outputs as a tuple of tensors."""
 
-    def __init__(self, model: nn.Module, options: _Options) -> None:
+    def __init__(self, model: nn.Module, example: Inputs, options: _Options) -> None:
         super().__init__()
-        self.model, self.axes = model, options.axes
+        self.model, self.example, self.axes = model, example, options.axes
         self.outputs = module_outputs(options.outputs)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = joined(x, self.axes)
+    def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        whole = (joined(x, self.axes) for x in xs)
+        inputs = replace(self.example, tensors=dict(zip(self.example.tensors, whole, strict=True)))
         # Each its own value: a stage's choice may be an input of the next.
-        return tuple(y.clone() for y in self.outputs(self.model, x).values())
+        return tuple(y.clone() for y in self.outputs(self.model, inputs).values())
 
 
-def _refuse(model: Any, example: Any, opset: int) -> None:
+def _refuse(model: Any, example: Any, opset: int) -> Inputs:
+    """Refuse what is no module to export, or no example of its inputs; those come back."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__} is no torch.nn.Module; give the module")
     refuse_wrapper(model)
     refuse_packed(model)
-    if not isinstance(example, Tensor) or example.dim() < 1:
-        raise TypeError(
-            f"example_input={type(example).__name__} is no tensor with a batch axis; wrap modules "
-            "of several inputs in one that takes the first and fixes the others"
-        )
+    inputs = Inputs.of(model, example).map(lambda x: x.detach().cpu())
+    if not inputs.batched:
+        raise ValueError("example_input: no tensor in it has an axis; give one with a batch axis")
     check_opset(opset)
     for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers()):
         if _UNWRITABLE.search(name):
@@ -355,14 +377,17 @@ def _refuse(model: Any, example: Any, opset: int) -> None:
             f"model: weights {'; '.join(faults)}; load float32 weights on a real device "
             "(model.float()), half precision is for the models of vssm.create_model"
         )
+    return inputs
 
 
 def _trace(
-    wrapper: _Wrapper, example: Tensor, options: _Options
+    wrapper: _Wrapper, example: Inputs, options: _Options
 ) -> tuple[ExportedProgram, tuple[SizeRule, ...]]:
     """torch.export's program; a batch of one would be taken for a constant."""
     dynamic_batch = options.dynamic_batch
-    pair = torch.cat([example, example])[: max(2, len(example))] if dynamic_batch else example
+    pair = example
+    if dynamic_batch:
+        pair = example.map(lambda x: torch.cat([x, x])[: max(2, len(x))], batched=True)
     with noting_fixed_sizes() as lines:
         try:
             return _exported(wrapper, pair, options)
@@ -398,15 +423,17 @@ def _trace(
     ) from failure
 
 
-def _fixed(options: _Options, example: Tensor, failure: str) -> dict[str, int]:
+def _fixed(options: _Options, example: Inputs, failure: str) -> dict[str, int]:
     """The free sizes that torch says it was made to fix, and what they are."""
     # In the split input an axis stands behind the second halves of those in front of it.
     names = {
         at + sum(0 < other < at for other in options.free): name
         for at, name in options.free.items()
     }
-    sizes = {name: example.shape[at] for at, name in options.free.items()}
-    found = re.findall(r"marked L\['x'\]\.size\(\)\[(\d+)\] as dynamic but", failure)
+    # Of several inputs nothing but the batch is free.
+    whole = next(x for name, x in example.tensors.items() if name in example.batched)
+    sizes = {name: whole.shape[at] for at, name in options.free.items()}
+    found = re.findall(r"marked L\['xs'\]\[\d+\]\.size\(\)\[(\d+)\] as dynamic but", failure)
     if "specialized" not in failure:
         return {}
     fixed = [names[int(at)] for at in found if int(at) in names] or list(names.values())
@@ -414,19 +441,20 @@ def _fixed(options: _Options, example: Tensor, failure: str) -> dict[str, int]:
 
 
 def _exported(
-    wrapper: _Wrapper, x: Tensor, options: _Options
+    wrapper: _Wrapper, inputs: Inputs, options: _Options
 ) -> tuple[ExportedProgram, tuple[SizeRule, ...]]:
     places = sorted(axis.axis for axis in options.axes)
     # Sizes behind the batch are symbols without a bound: which ones the code allows is read off.
     # Each is split in two, which moves those behind it by one.
     free: dict[int, Any] = {at + i: torch.export.Dim.DYNAMIC for i, at in enumerate(places)}
-    if options.dynamic_batch:
-        free[0] = torch.export.Dim(BATCH)
+    # One for all inputs: they have the same number of images.
+    batch = {0: torch.export.Dim(BATCH)} if options.dynamic_batch else {}
+    shapes = tuple({**free, **(batch if n in inputs.batched else {})} for n in inputs.tensors)
     torch.compiler.reset()  # a torch.cond that ran before was compiled, and cannot be traced
     with torch.no_grad(), quiet(), as_if_run():
-        given = (split(x, options.axes),)
+        given = tuple(split(x, options.axes) for x in inputs.tensors.values())
         with noting_conditions() as conditions:
-            program = torch.export.export(wrapper, given, dynamic_shapes={"x": free or None})
+            program = torch.export.export(wrapper, given, dynamic_shapes={"xs": shapes})
         rules: tuple[SizeRule, ...] = ()
         if options.axes:
             join_input(program, options.axes)
@@ -436,9 +464,14 @@ def _exported(
 
 
 def _checked_axes(
-    model: nn.Module, example: Tensor, dynamic: Sequence[str]
+    model: nn.Module, example: Inputs, dynamic: Sequence[str]
 ) -> tuple[FreeAxis, ...]:
-    axes = free_axes(dynamic, example.shape)
+    if dynamic and len(example.tensors) > 1:
+        raise UnsupportedError(
+            f"dynamic={list(dynamic)} with the inputs {', '.join(example.tensors)}: sizes can be "
+            "left open where a module has one input alone; leave it out"
+        )
+    axes = free_axes(dynamic, next(iter(example.tensors.values())).shape)
     if axes and isinstance(model, PrunedModule):
         raise UnsupportedError(
             f"dynamic={list(dynamic)} with a pruned module, which keeps a number of tokens that "
@@ -456,32 +489,23 @@ def _no_scan(model: nn.Module) -> str:
     )
 
 
-def _input_name(example: Tensor) -> str:
-    # As a model of this package calls its input, so that image files can be run.
-    is_images = example.dim() == 4 and example.shape[1] == 3 and example.is_floating_point()
-    return "images" if is_images else "input"
-
-
-def _write_reference(
-    staging: Path,
-    model: nn.Module,
-    example: Tensor,
-    count: int,
-    outputs: Outputs,
-) -> str:
-    """Inputs and what the module says of them, and how exact that is.
-
-    `count` times noise of the example's shape, or the example where it holds integers.
-    """
-    x = example
+def _reference_inputs(example: Inputs, *, dynamic_batch: bool) -> Inputs:
+    """What the module's answers are kept for: noise, or the example where that may not be valid."""
+    if len(example.tensors) > 1:
+        if not dynamic_batch:
+            return example
+        # A second image, so that the batch is tried as well: the first mirrored.
+        return example.map(
+            lambda x: torch.cat([x, x.flip(-1) if x.dim() > 1 else x])[: max(2, len(x))],
+            batched=True,
+        )
+    x = example.only
     # Only the user knows which integers are valid, such as those that a vocabulary has.
-    if example.is_floating_point():
-        generator = torch.Generator().manual_seed(_SEED)
-        x = torch.randn((count, *example.shape[1:]), generator=generator)
-    with evaluating(model):
-        exact, precision = exact_outputs(model, x, outputs)
-    save_safetensors({"input": x, **exact}, staging / REFERENCE_FILE)
-    return precision
+    if not x.is_floating_point():
+        return example
+    generator = torch.Generator().manual_seed(_SEED)
+    count = 2 if dynamic_batch else len(x)
+    return example.map(lambda x: torch.randn((count, *x.shape[1:]), generator=generator))
 
 
 def _describe(

@@ -11,6 +11,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from vssm.artifact.manifest import LOGITS
+from vssm.compat.inputs import Example, Inputs
 from vssm.compat.prune import PrunedModule
 from vssm.errors import UnsupportedError
 from vssm.files.json import is_name
@@ -21,11 +22,11 @@ _REMEDY: Final = (
     "say outputs=[...] (--outputs): a name for each in order, or NEW=NAME for the ones to keep; "
     "what is to be classified by is called logits"
 )
-Outputs = Callable[[nn.Module, Tensor], dict[str, Tensor]]
+Outputs = Callable[[nn.Module, Example | Inputs], dict[str, Tensor]]
 
 
 def module_outputs(asked: Sequence[str] | None = None, *, scores: bool = False) -> Outputs:
-    """A function from a module and its input to the outputs by name, in order.
+    """A function from a module and its inputs to the outputs by name, in order.
 
     One tensor is `logits`. Several have the names that a mapping, dataclass or named tuple gives
     them, `logits` first; where none of them is called so, or a plain tuple gives no names, `asked`
@@ -43,10 +44,11 @@ def module_outputs(asked: Sequence[str] | None = None, *, scores: bool = False) 
     """
     pairs = None if asked is None else _read(asked)
 
-    def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    def outputs(model: nn.Module, x: Example | Inputs) -> dict[str, Tensor]:
+        inputs = Inputs.of(model, x)
         if isinstance(model, PrunedModule):
-            return _pruned_outputs(model, x, asked, scores)
-        found = _Found.of(model(x))
+            return _pruned_outputs(model, inputs.only, asked, scores)
+        found = _Found.of(inputs.call(model))
         return found.default() if pairs is None else found.chosen(pairs)
 
     return outputs

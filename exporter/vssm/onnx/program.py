@@ -63,7 +63,12 @@ def rename_inputs(
     for value, name in zip(model.graph.inputs, names, strict=True):
         value.name = name
         for axis, size in free.items():
-            step, text = steps.get(axis, 1), str((value.shape or ())[axis])
+            # An input beside the others may have no batch, or no axis at all.
+            if value.shape is None or axis >= len(value.shape):
+                continue
+            if isinstance(value.shape[axis], int):
+                continue
+            step, text = steps.get(axis, 1), str(value.shape[axis])
             whole[text] = size
             symbols[text.rpartition("*")[2]] = size if step == 1 else f"({size}//{step})"
     for value in itertools.chain(model.graph.inputs, *(node.outputs for node in model.graph)):

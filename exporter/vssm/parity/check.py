@@ -22,7 +22,7 @@ from vssm.artifact.reference import (
 from vssm.files.atomic import sha256_of
 from vssm.parity.compare import ParityReport, compare
 from vssm.runtimes.open import ENGINE_RUNTIMES, check_runtime, open_session, ort_session
-from vssm.runtimes.session import RuntimeInfo, Session
+from vssm.runtimes.session import RuntimeInfo, Session, by_name
 from vssm.types import Array
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def check_parity(
     model: TorchModule | None,
     artifact: Artifact | str | os.PathLike[str],
     runtime: str = "ort-cpu",
-    images: Array | None = None,
+    images: Array | Mapping[str, Array] | None = None,
     *,
     backend: str | None = None,
     threads: int | None = None,
@@ -47,9 +47,10 @@ def check_parity(
         artifact: the export, or its directory.
         runtime: "ort-cpu", "ort-cuda", or "tensorrt" or "tensorrt-rtx", which build an engine of
             the edited graph for the forced positions.
-        images: (batch, 3, height, width) float32, preprocessed, or what else the model takes; None
-            for `sample_images`, or the inputs that the export of a user's module keeps. A quantised
-            export needs images that it was not calibrated on: `held_out_images`.
+        images: (batch, 3, height, width) float32, preprocessed, or what else the model takes, of
+            several inputs by name; None for `sample_images`, or the inputs that the export of a
+            user's module keeps. A quantised export needs images that it was not calibrated on:
+            `held_out_images`.
         backend: as for `open_session`.
         threads: as for `open_session`.
         trust: as for `open_session`.
@@ -82,11 +83,13 @@ def check_parity(
         images, known = _kept_reference(opened, images, per_block)
     with open_session(opened, runtime, backend=backend, threads=threads, trust=trust) as session:
         images = _default_images(opened, session) if images is None else images
-        single = session.batches == (1, 1)
-        free = _joined([session.run(part) for part in _parts(images, single)])
+        feeds = by_name(opened.manifest, images)
+        # A user's module of several inputs may have some without a batch: they stay whole.
+        single = session.batches == (1, 1) and len(opened.manifest.fed) == 1
+        free = _joined([session.run(part) for part in _parts(feeds, single)])
         info = session.info
     if known is None:
-        known = oracle(model_of(opened) if model is None else model, opened, images)
+        known = oracle(model_of(opened) if model is None else model, opened, feeds)
     expected = known
 
     def run_edited(graph: bytes, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -98,12 +101,11 @@ def check_parity(
             opened, backend=info.backend, threads=info.threads, model=graph
         )
         with edited:
-            split = zip(*(_parts(value, single) for value in feeds.values()), strict=True)
-            return _joined([edited.run_feeds(dict(zip(feeds, p, strict=True))) for p in split])
+            return _joined([edited.run_feeds(part) for part in _parts(feeds, single)])
 
     return compare(
         opened,
-        images,
+        feeds,
         expected,
         info=info,
         free=free,
@@ -134,8 +136,8 @@ def held_out_images(paths: Sequence[Path], artifact: Artifact) -> Array:
 
 
 def _kept_reference(
-    artifact: Artifact, images: Array | None, per_block: bool
-) -> tuple[Array, OracleResult]:
+    artifact: Artifact, images: object, per_block: bool
+) -> tuple[dict[str, Array], OracleResult]:
     """The inputs and outputs that the export of a user's module keeps."""
     if per_block:
         refuse_module(artifact, "so its blocks cannot be compared; leave --per-block out")
@@ -149,7 +151,7 @@ def _kept_reference(
     return kept, module_result(outputs, artifact.manifest.main_output.name)
 
 
-def _default_images(artifact: Artifact, session: Session) -> Array:
+def _default_images(artifact: Artifact, session: Session) -> Array | dict[str, Array]:
     """Noise, as many as the session takes, or what the export of a user's module keeps."""
     if is_module(artifact):
         return stored_reference(artifact)[0]
@@ -158,9 +160,12 @@ def _default_images(artifact: Artifact, session: Session) -> Array:
     return sample_images(artifact, 2 if high == 1 else min(max(low, 4), high))
 
 
-def _parts(value: Array, single: bool) -> list[Array]:
+def _parts(feeds: Mapping[str, Array], single: bool) -> list[Mapping[str, Array]]:
     """The images of a batch, one by one where a session takes no more."""
-    return [value[i : i + 1] for i in range(len(value))] if single else [value]
+    if not single:
+        return [feeds]
+    count = len(next(iter(feeds.values())))
+    return [{name: value[i : i + 1] for name, value in feeds.items()} for i in range(count)]
 
 
 def _joined(runs: Sequence[Mapping[str, Array]]) -> dict[str, Array]:

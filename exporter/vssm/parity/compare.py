@@ -185,7 +185,7 @@ RunFeeds = Callable[[bytes, Mapping[str, Array]], dict[str, Array]]
 
 def compare(
     artifact: Artifact,
-    images: Array,
+    feeds: Mapping[str, Array],
     oracle: OracleResult,
     *,
     info: RuntimeInfo,
@@ -197,7 +197,7 @@ def compare(
 
     Args:
         artifact: the export.
-        images: (batch, 3, height, width) float32 that both saw.
+        feeds: the inputs by name that both saw.
         oracle: the float64 model's results.
         info: what ran.
         free: outputs of the unchanged file.
@@ -216,19 +216,20 @@ def compare(
     blocks = set(_block_names(artifact))
     others = [name for name in oracle.blocks if name not in blocks]
     hidden = [name for name in (*others, main) if name not in outputs]
-    forced = _run_forced(artifact, images, oracle, run_edited, [*streams, *hidden])
+    forced = _run_forced(artifact, feeds, oracle, run_edited, [*streams, *hidden])
     streams += others
     logits = compare_array(main, forced[main], oracle.logits, tolerance.logits)
     kept = [free[f"kept_positions_{i}"] for i in range(len(oracle.kept_positions))]
     pairs = [free[f"{MERGED_PAIRS}{i}"] for i in range(len(oracle.merges))]
     disagreements = _disagreements(kept, oracle, _protected(artifact), pairs=pairs)
     # An image whose tokens were chosen otherwise is another computation: its logits may differ.
-    alike = sorted(set(range(len(images))) - {d.image for d in disagreements})
+    count = len(oracle.logits)
+    alike = sorted(set(range(count)) - {d.image for d in disagreements})
     report = ParityReport(
         info=info,
         dtype=artifact.manifest.precision,
         weights=artifact.manifest.weights,
-        images=len(images),
+        images=count,
         forced=logits,
         free_logits=compare_array(main, free[main][alike], oracle.logits[alike], tolerance.logits)
         if alike and main in free
@@ -353,7 +354,7 @@ def _block_names(artifact: Artifact) -> list[str]:
 
 def _run_forced(
     artifact: Artifact,
-    images: Array,
+    given: Mapping[str, Array],
     oracle: OracleResult,
     run_edited: RunFeeds,
     streams: Sequence[str],
@@ -362,7 +363,7 @@ def _run_forced(
     names = force_positions(model)
     force_pairs(model)
     expose(model, streams)
-    feeds: dict[str, Array] = {artifact.manifest.inputs[0].name: images}
+    feeds = dict(given)
     gathers = [i for i in model.graph.input if i.name in names]
     stages = enumerate(zip(oracle.kept_positions, oracle.positions, strict=True))
     # A stage that keeps everything has no gather in the graph, and so no input to feed; one that

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 
 from vssm.artifact.directory import Artifact
-from vssm.artifact.manifest import Manifest
+from vssm.artifact.manifest import Manifest, TensorInfo
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
 from vssm.ops.spec import DOMAIN
 from vssm.runtimes.cuda_driver import find_gpu
@@ -130,8 +130,8 @@ class OrtCudaSession(OrtSession):
             self._graph_run.run()
             return self._graph_run.outputs()
 
-    def _checked(self, images: Array) -> Array:
-        checked = super()._checked(images)
+    def _checked(self, images: Array, spec: TensorInfo) -> Array:
+        checked = super()._checked(images, spec)
         if self._graph_batch not in (None, len(images)):
             raise ValueError(
                 f"images.shape={images.shape} is no batch of cuda_graph_batch={self._graph_batch}, "
@@ -144,8 +144,11 @@ class OrtCudaSession(OrtSession):
 
         Raises:
             TypeError, ValueError: as `run`.
+            UnsupportedError: the file has several inputs.
         """
-        return DeviceRun(self, self._checked(images))
+        _refuse_several(self.manifest, "images on the GPU")
+        (checked,) = self._feeds(images).values()
+        return DeviceRun(self, checked)
 
     def close(self) -> None:
         """Free the session, its stream and its profile."""
@@ -249,8 +252,17 @@ def _fixed_sizes(manifest: Manifest, batch: int | None) -> dict[str, int]:
             f"cuda_graph_batch={batch} with a whole detector, whose outputs have another size for "
             "every image, so that no CUDA graph can hold them; leave it out"
         )
+    _refuse_several(manifest, f"cuda_graph_batch={batch}")
     # Settled at load, shapes are constants, and no arithmetic of shapes is left for the CPU.
     return {str(manifest.inputs[0].shape[0]): batch}
+
+
+def _refuse_several(manifest: Manifest, what: str) -> None:
+    if len(manifest.fed) > 1:
+        raise UnsupportedError(
+            f"{what} with the inputs {', '.join(spec.name for spec in manifest.fed)}: only a file "
+            "of one input keeps its place on the GPU; open a session without it, and call run"
+        )
 
 
 def _require_provider() -> None:

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from vssm.artifact.manifest import BATCH, SIZES, Manifest
+from vssm.artifact.manifest import BATCH, SIZES, Manifest, TensorInfo
 from vssm.errors import RuntimeUnavailableError
 from vssm.types import Array
 
@@ -132,6 +132,23 @@ def share_cores(threads: int | None, workers: int | None, *, processes: int = 1)
     return given or max(1, min(cores - workers, default_threads())), workers
 
 
+def by_name(manifest: Manifest, images: Array | Mapping[str, Array]) -> Mapping[str, Array]:
+    """What `Session.run` takes, by name: an array is the one input.
+
+    Raises:
+        TypeError: an array, and there are several inputs.
+    """
+    if isinstance(images, Mapping):
+        return images
+    names = [spec.name for spec in manifest.fed]
+    if len(names) > 1:
+        raise TypeError(
+            f"images={type(images).__name__}: the export of {manifest.name} has the inputs "
+            f"{', '.join(names)}; give a mapping of these names to arrays"
+        )
+    return {names[0]: images}
+
+
 class Session(abc.ABC):
     """A model that runs. Use it as a context manager, or call `close`.
 
@@ -143,17 +160,20 @@ class Session(abc.ABC):
         self.info = info
         self._process = os.getpid()
 
-    def run(self, images: Array, *, sizes: Array | None = None) -> dict[str, Array]:
+    def run(
+        self, images: Array | Mapping[str, Array], *, sizes: Array | None = None
+    ) -> dict[str, Array]:
         """Outputs by name: `logits` (batch, classes) float32, `kept_positions_0` ... int64.
 
         Args:
-            images: (batch, 3, height, width) float32, preprocessed.
+            images: (batch, 3, height, width) float32, preprocessed; of a module of the user's what
+                it takes, and of several inputs all of them by name.
             sizes: of a detector that gives boxes, (1, 2) int64: height and width of the image
                 before it was padded; None if it was not.
 
         Raises:
-            TypeError: images is no float32 array.
-            ValueError: its shape is not the model's, or the sizes do not fit.
+            TypeError: images is no float32 array, or one where there are several inputs.
+            ValueError: its shape is not the model's, an input is missing, or the sizes do not fit.
             RuntimeUnavailableError: this process is a fork of the one that opened the session, and
                 the session has threads there.
         """
@@ -164,7 +184,7 @@ class Session(abc.ABC):
                 f"{self._process}, of which this one is a fork without them; open one in this "
                 "process, or with threads=1 before the fork"
             )
-        feeds = {self.manifest.inputs[0].name: self._checked(images)}
+        feeds = self._feeds(images)
         if sizes is not None:
             feeds[SIZES] = self._checked_sizes(sizes)
         return self._run(feeds)
@@ -172,15 +192,32 @@ class Session(abc.ABC):
     @property
     def batches(self) -> tuple[int, int]:
         """The smallest and largest batch that it takes; engines and whole detectors have bounds."""
-        batch = self.manifest.inputs[0].shape[0]
+        batch = self.manifest.batch
         return (1, sys.maxsize) if isinstance(batch, str) else (batch, batch)
 
     @abc.abstractmethod
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name for inputs by name, which are checked."""
 
+    def _feeds(self, images: Array | Mapping[str, Array]) -> dict[str, Array]:
+        """What `run` was given by name, checked."""
+        given, specs = by_name(self.manifest, images), {s.name: s for s in self.manifest.fed}
+        if given.keys() != specs.keys():
+            raise ValueError(
+                f"images has {', '.join(sorted(given))}, but the inputs of the export of "
+                f"{self.manifest.name} are {', '.join(specs)}; give each of these"
+            )
+        feeds = {name: self._checked(given[name], spec) for name, spec in specs.items()}
+        batches = {n: len(feeds[n]) for n, spec in specs.items() if spec.shape[:1] == (BATCH,)}
+        if len(set(batches.values())) > 1:
+            raise ValueError(
+                f"images: {', '.join(f'{name} has {n}' for name, n in batches.items())} in its "
+                "first axis, which is one batch; give each input as many"
+            )
+        return feeds
+
     def _checked_sizes(self, sizes: Array) -> Array:
-        if all(spec.name != SIZES for spec in self.manifest.inputs):
+        if self.manifest.fed == self.manifest.inputs:
             raise ValueError(
                 f"sizes={np.asarray(sizes).tolist()}: the export of {self.manifest.name} has no "
                 "such input, only detectors exported with --outputs boxes have; leave it out"
@@ -195,8 +232,7 @@ class Session(abc.ABC):
             )
         return found.astype(np.int64)
 
-    def _checked(self, images: Array) -> Array:
-        spec = self.manifest.inputs[0]
+    def _checked(self, images: Array, spec: TensorInfo) -> Array:
         # No cast: an array of bytes or doubles was most likely never preprocessed.
         if not isinstance(images, np.ndarray) or str(images.dtype) != spec.dtype:
             kind = f"{type(images).__name__} of {getattr(images, 'dtype', 'no dtype')}"
@@ -208,14 +244,15 @@ class Session(abc.ABC):
             n == size if isinstance(size, int) else self.manifest.sizes[size].allows(n)
             for n, size in zip(images.shape[1:], spec.shape[1:], strict=True)
         )
-        if not fits or images.shape[0] < 1 or spec.shape[0] not in {BATCH, images.shape[0]}:
+        first = images.shape[:1]
+        if not fits or 0 in first or spec.shape[:1] not in {(BATCH,), first}:
             rules = "".join(
                 f", {name} a multiple of {size.multiple} from {size.minimum} on"
                 for name, size in self.manifest.sizes.items()
             )
             raise ValueError(
-                f"images.shape={images.shape} is not {spec.shape}{rules}; resize the images, or "
-                "export the model with this image_size"
+                f"{spec.name}.shape={images.shape} is not {spec.shape}{rules}; resize the images, "
+                "or export the model with this image_size"
             )
         return images
 

@@ -27,6 +27,7 @@ from vssm.artifact.reference import (
 from vssm.checkpoints.formats import parse_safetensors
 from vssm.checkpoints.torch_file import MALFORMED
 from vssm.compat.exact import exact_outputs
+from vssm.compat.inputs import Inputs
 from vssm.compat.outputs import module_outputs
 from vssm.errors import ArtifactError, check_choice
 from vssm.models import model_from_config
@@ -43,6 +44,7 @@ from vssm.runtimes.session import (
     TORCH_BACKENDS,
     RuntimeInfo,
     Session,
+    by_name,
     checked_threads,
     share_cores,
 )
@@ -218,21 +220,25 @@ def _library(backend: str) -> Path | None:
 
 
 @known_state()
-def oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
-    """What the model says of images (batch, 3, height, width) in float64; it stays as it is.
+def oracle(
+    model: nn.Module, artifact: Artifact, images: Array | Mapping[str, Array]
+) -> OracleResult:
+    """What the model says of images, or what else it takes, in float64; it stays as it is.
 
     Raises:
         ValueError: it is not the model that was exported, whatever its weights.
         UnsupportedError: it is a module of the user's that does not run in float64.
     """
+    feeds = by_name(artifact.manifest, images)
     if is_module(artifact):
-        return _module_oracle(model, artifact, images)
+        return _module_oracle(model, artifact, feeds)
     if not isinstance(model, VisionModel):
         raise TypeError(
             f"model={type(model).__name__} is not a model of this package, but {artifact.directory}"
             " is the export of one; pass the model that was exported, or None"
         )
     _refuse_another(model, artifact)
+    (images,) = feeds.values()
     # A copy, so that the caller's model stays float32; kernels have no float64.
     exact = copy.deepcopy(model).cpu().eval().double().use_backend("reference")
     streams = artifact.manifest.block_outputs
@@ -298,12 +304,15 @@ def _label_margins(model: VisionModel, logits: Tensor) -> Array:
     return margins
 
 
-def _module_oracle(model: nn.Module, artifact: Artifact, images: Array) -> OracleResult:
+def _module_oracle(
+    model: nn.Module, artifact: Artifact, feeds: Mapping[str, Array]
+) -> OracleResult:
     names = [output.name for output in artifact.manifest.outputs]
     # How they were asked for: of names alone it would not be known which outputs they rename.
     asked = artifact.manifest.config.get("outputs")
     outputs = module_outputs(asked, scores=True)
-    found, _ = exact_outputs(model, torch.from_numpy(np.array(images)), outputs)
+    given = Inputs.again(feeds, artifact.manifest.config)
+    found, _ = exact_outputs(model, given, outputs)
     if not set(names) <= set(found):
         raise ValueError(
             f"model: it returns {sorted(found)}, the export in {artifact.directory} "

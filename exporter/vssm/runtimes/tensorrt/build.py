@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from vssm._version import __version__
 from vssm.artifact.directory import MODEL_FILE, Artifact
+from vssm.artifact.manifest import BATCH
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
 from vssm.files.atomic import atomic_write_bytes, check_writable, sha256_of
 from vssm.files.regular import ENGINE, read_regular
@@ -156,6 +157,7 @@ def build_engine(
     check_request(request)
     _refuse_unsigned(artifact)
     _refuse_boxes(artifact)
+    _refuse_unbatched(artifact)
     product = request.product
     # What cannot be written is said now, and not after a build that may take hours.
     for name in (product.plan, product.info):
@@ -222,6 +224,15 @@ def _refuse_boxes(artifact: Artifact) -> None:
             f"{artifact.directory} is a whole detector, which finds another number of objects in "
             "every image, and is made for ONNX Runtime; export it with --outputs dense, and find "
             "boxes in the engine's outputs"
+        )
+
+
+def _refuse_unbatched(artifact: Artifact) -> None:
+    whole = [spec.name for spec in artifact.manifest.inputs if spec.shape[:1] != (BATCH,)]
+    if whole and len(artifact.manifest.inputs) > 1:
+        raise UnsupportedError(
+            f"{artifact.directory} has inputs without a batch ({', '.join(whole)}), and an engine "
+            "takes every input in batches; give them a first axis of the batch's size in the module"
         )
 
 
