@@ -57,6 +57,9 @@ def main() -> None:
     torch.set_num_threads(1)  # sums in one order: the same weights every time
     start = time.perf_counter()
 
+    def tell(phase: str, done: int, total: int, note: str = "", /) -> None:
+        say(f"{phase}: {done:,} of {total:,} {note}")
+
     def say(line: str) -> None:
         print(f"{time.perf_counter() - start:6.0f} s  {line}", file=sys.stderr, flush=True)
 
@@ -80,7 +83,7 @@ def main() -> None:
         options.folder / "held_out",
         options.output,
         vssm.AblationOptions(seeds=1, ratios=(), checkpoints=dense[1:], training=training),
-        progress=say,
+        progress=tell,
     )
     runs = _runs(json.loads((options.output / "ablation.json").read_text()))
     (options.output / "study.csv").write_text(_csv(runs))
@@ -129,7 +132,7 @@ def _train_dense(options: argparse.Namespace, seed: int, say: Any) -> Path:
                 resume=has_run(output),
                 resources=vssm.Resources(workers=0, save_every=1000),
             ),
-            progress=lambda line: say(f"dense, seed {seed}: {line}"),
+            progress=lambda *step: say(f"dense, seed {seed}: {' '.join(map(str, step))}"),
         )
     return Path(output / WEIGHTS_FILE)
 

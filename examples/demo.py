@@ -203,7 +203,7 @@ def measure(report: Report, directory: Path, *, batches: tuple[int, ...], quick:
         directory,
         batches=batches,
         samples=5 if quick else 21,
-        progress=lambda step: print(f"  {step} ...", flush=True),
+        progress=lambda phase, done, total, note="": print(f"  {phase} {note} ...", flush=True),
     )
     report.table(
         ("what ran, one thread", "batch", "median ms", "images/s", "times the floor"),

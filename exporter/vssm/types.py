@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-Progress = Callable[[str], None]
-Steps = Callable[[str, int, int], None]  # a phase, its steps that are done, and of how many
+
+
+class Steps(Protocol):
+    """Is told how far a work is."""
+
+    def __call__(self, phase: str, done: int, total: int, note: str = "", /) -> None:
+        """Of a phase `done` steps of `total` are done; 0 or 1 where it counts nothing."""

@@ -24,7 +24,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 import vssm
-from vssm.commands.terminal import Terminal
+from vssm.files.terminal import Terminal
 
 # Turns red, clears the screen, sets the title, turns the direction, hides, is no text.
 HOSTILE = "x\x1b[31m\x1b[2J\x1b]0;t\x07\u202etxt\u2066\u200b\x9b1m"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,8 @@ import typer
 from command import MODEL, SHALLOW, Run
 from exports import exported, micro
 from PIL import Image
-from rich.console import Console
 
 from vssm.checkpoints.load import save_safetensors
-from vssm.commands import tables
 from vssm.commands.main import app
 
 
@@ -279,15 +275,3 @@ def test_the_installed_command() -> None:
     command = [sys.executable, "-m", "vssm.commands.main", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("vssm 0.")
-
-
-def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([0.0, 10.0, 31.0, 40.0, 62.0])
-    clock = types.SimpleNamespace(monotonic=lambda: next(seconds))
-    monkeypatch.setattr(tables, "time", clock)
-    log = io.StringIO()
-    monkeypatch.setattr(tables, "console", Console(file=log, markup=False))
-    with tables.telling("training") as tell:
-        for step in ("one", "two", "three", "four [b]"):
-            tell(step)
-    assert log.getvalue().split("\n") == ["two", "four [b]", ""]

@@ -154,19 +154,23 @@ def test_an_export_counts_its_blocks(tmp_path: Path) -> None:
     assert written == sorted(written)
 
 
-def test_a_log_gets_lines_in_place_of_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = io.StringIO()
-    monkeypatch.setattr(tables, "console", Console(file=log, markup=False))
-    monkeypatch.setattr(tables, "_SECONDS", 0.0)
-    with tables.phases() as report:
-        for step in range(3):
-            report("tracing blocks", step, 2)
-    assert log.getvalue().split("\n") == [
-        "tracing blocks",
-        "tracing blocks: 1 of 2",
-        "tracing blocks: 2 of 2",
-        "",
-    ]
+def test_ctrl_c_says_what_it_leaves(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(done: int, error: BaseException) -> None:
+        with tables.working("opening the model", leaves="the same command goes on") as tell:
+            if done:
+                tell("evaluating images", done, 1347)
+            raise error
+
+    def stopped(done: int, error: BaseException) -> str:
+        with pytest.raises(SystemExit) as stop:
+            work(done, error)
+        assert stop.value.code == (143 if isinstance(error, SystemExit) else 130)
+        return capsys.readouterr().err
+
+    said = stopped(636, KeyboardInterrupt())
+    assert said == "stopped at 636 of 1,347 (evaluating images); the same command goes on\n"
+    assert "stopped at 9 of 1,347 (evaluating" in stopped(9, SystemExit(143))
+    assert "stopped before the first step (opening the model)" in stopped(0, KeyboardInterrupt())
 
 
 @pytest.mark.parametrize(

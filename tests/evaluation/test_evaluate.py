@@ -153,13 +153,10 @@ class _StopError(Exception):
 
 
 def _stop_after(batches):
-    count = 0
-
-    def progress(line):
-        nonlocal count
-        count += 1
-        assert " of 63 images, " in line
-        if count == batches:
+    def progress(phase, done, total, note=""):
+        assert (phase, total) == ("evaluating images", 63)
+        assert (done == 0) or note.startswith("top-1 ")
+        if done == 8 * batches:
             raise _StopError
 
     return progress

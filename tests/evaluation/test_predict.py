@@ -134,8 +134,8 @@ class _StopError(Exception):
 
 
 def _stop_after(blocks):
-    def progress(line):
-        if line.startswith(f"{3 * blocks} of {COUNT} images"):
+    def progress(phase, done, total, note=""):
+        if (phase, done, total) == ("scoring images", 3 * blocks, COUNT):
             raise _StopError
 
     return progress

@@ -239,8 +239,8 @@ class _StopError(Exception):
 
 
 def _stop_at(text):
-    def progress(line):
-        if text in line:
+    def progress(phase, done, total, note=""):
+        if text in f"{phase}: {done} of {total}":
             raise _StopError
 
     return progress
@@ -249,14 +249,20 @@ def _stop_at(text):
 def test_a_stopped_ablation_goes_on(data, checkpoints, tmp_path, whole, monkeypatch):
     """In a training, between two, and while measuring; what is done is not done again."""
     asked = (model_source(checkpoints[0]), data, tmp_path, _options(data))
-    for text in ("gap-0: epoch 2 of 2, step 9", "masked-1: epoch 1", "24 of 42 images"):
+    for text in ("gap-0: training, steps: 9 of", "masked-1: training, steps: 1 of", "24 of 42"):
         with pytest.raises(_StopError):
             vssm.ablate(*asked, progress=_stop_at(text))
     with (tmp_path / "ablation.json.journal").open("ab") as file:
         file.write(b'{"unreadable": [], "hi')
-    lines = []
-    vssm.ablate(*asked, progress=lines.append)
-    assert [line.partition(" ")[0] for line in lines] == ["32", "40", "42"]
+    told = []
+    vssm.ablate(*asked, progress=lambda *step: told.append(step))
+    # Before the first batch, a run at a time, and after each batch.
+    seen = [step for step in told if step[0] == "measuring, images"]
+    assert [step[1:] for step in seen if len(step) == 3] == [(n, 42) for n in (24, 32, 40, 42)]
+    runs = {step[3] for step in seen if len(step) == 4}
+    assert len(seen) == 4 + 3 * len(runs)
+    assert [n for _, n, *_ in seen] == sorted(n for _, n, *_ in seen)
+    assert ("building the variants", 0) in {step[:2] for step in told}
     _same(tmp_path, whole[0])
     assert not list(tmp_path.glob("*.journal"))
 
@@ -268,7 +274,7 @@ def test_unreadable_files_survive_a_stop(checkpoints, tmp_path):
     options = AblationOptions(seeds=1, ratios=("0.5",), batch=2)
     asked = (model_source(checkpoints[0]), str(data), str(tmp_path / "out"), options)
     with pytest.raises(_StopError):
-        vssm.ablate(*asked, progress=_stop_at("10 of 44 images"))
+        vssm.ablate(*asked, progress=_stop_at("10 of 44"))
     report = vssm.ablate(*asked)
     assert [path for path, _ in report.unreadable] == ["n0/bad.png", "n3/notes.txt"]
     assert report.rows[0].standard_error > 0
@@ -312,7 +318,7 @@ vssm.ablate(
     data,
     output,
     _options(data),
-    progress=lambda line: print(line, flush=True),
+    progress=lambda phase, done, total, *_: print(f"{phase}: {done} of {total}", flush=True),
 )
 """
 
@@ -323,7 +329,11 @@ def test_kill_and_resume(data, checkpoints, tmp_path, whole):
     """By kill -9: in the second training, in the sixth, and while measuring."""
     script, out = tmp_path / "ablate.py", tmp_path / "out"
     script.write_text(_SCRIPT)
-    for text, delay in (("none-1: epoch 1", 0.02), ("evit-0: epoch 2", 0.0), ("16 of 42", 0.01)):
+    for text, delay in (
+        ("none-1: training, steps: 1 of", 0.02),
+        ("evit-0: training, steps: 8 of", 0.0),
+        ("measuring, images: 16 of 42", 0.01),
+    ):
         process = _start(script, data, checkpoints[0], out)
         assert any(text in line for line in process.stdout)
         time.sleep(delay)
@@ -334,7 +344,7 @@ def test_kill_and_resume(data, checkpoints, tmp_path, whole):
     process = _start(script, data, checkpoints[0], out)
     said, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert "fine-tuning" not in said
+    assert "steps: 1 of" not in said
     _same(out, whole[0])
 
 

@@ -37,6 +37,7 @@ from vssm.training.loop import Group
 from vssm.training.recipe import Recipe
 from vssm.training.run import build_models, plan_run
 from vssm.training.state import State
+from vssm.training.stop import StopBetweenSteps
 
 RESULTS = ("finetuned.safetensors", "finetuned_ema.safetensors", "log.csv", "state.safetensors")
 
@@ -152,11 +153,10 @@ class _StopError(Exception):
 
 
 def _stop_after(steps):
-    left = iter(range(steps - 1))
-
-    def progress(line):
-        assert " of 14, loss " in line
-        if next(left, None) is None:
+    def progress(phase, done, total, note=""):
+        assert (phase, total) == ("training, steps", 14)
+        assert done == 0 or ", loss " in note
+        if done == steps:
             raise _StopError
 
     return progress
@@ -178,6 +178,52 @@ def test_a_stopped_run_goes_on(data, checkpoint, tmp_path, whole, steps, every):
     _same(tmp_path, whole)
     names = {p.name for p in tmp_path.iterdir()} - {"tensorboard"}
     assert names == {*RESULTS, "finetune.json"}
+
+
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as in a terminal: where a shell script starts the tests in the background, Python
+    ignores it, as the script's other children do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_at_the_end_of_the_step(data, checkpoint, tmp_path, whole, ctrl_c):
+    asked = request(data, tmp_path, what=model_source(checkpoint), resources={"save_every": 100})
+
+    def interrupt(phase, done, total, note=""):
+        if done == 3:
+            ctrl_c()
+
+    with pytest.raises(KeyboardInterrupt):
+        vssm.finetune(asked, progress=interrupt)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    report = vssm.finetune(replace(asked, resume=True))
+    assert report.trained.resumed == 4  # the one that had begun is done
+    _same(tmp_path, whole)
+
+
+def test_ctrl_c_between_steps(ctrl_c):
+    """A second one does not wait, what waits at the end is not lost, and what is ignored stays so."""
+    with StopBetweenSteps() as stop:
+        ctrl_c()
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            stop.let_go()
+        assert not stop.asked
+    with pytest.raises(KeyboardInterrupt), StopBetweenSteps():
+        ctrl_c()
+    with pytest.raises(ZeroDivisionError), StopBetweenSteps():  # an error is not hidden
+        ctrl_c()
+        1 / 0  # noqa: B018
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopBetweenSteps() as stop:
+        ctrl_c()
+        assert not stop.asked
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_tensorboard_goes_on_where_the_state_is(data, tmp_path, monkeypatch):
@@ -246,7 +292,8 @@ if __name__ == "__main__":
         resume=has_run(Path(output)),
         **json.loads(numbers),
     )
-    vssm.finetune(asked, progress=lambda line: print(line, flush=True))
+    # A line for every step; the first report, before them, has no note.
+    vssm.finetune(asked, progress=lambda *step: step[3:] and print(*step, flush=True))
 """
 
 

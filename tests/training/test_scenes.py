@@ -267,8 +267,8 @@ def test_what_a_run_leaves(whole):
 
 
 def test_a_stopped_run_ends_alike(data, whole, tmp_path):
-    def stop(line):
-        if "step 3 of 4" in line:
+    def stop(phase, done, total, note=""):
+        if (done, total) == (3, 4):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -20,7 +20,7 @@ from vssm.runtimes.session import Session
 from vssm.runtimes.tensorrt.build import EngineRequest, build_engine
 from vssm.runtimes.tensorrt.session import TensorRtSession
 from vssm.runtimes.torch import TorchSession, model_of
-from vssm.types import Array, Progress
+from vssm.types import Array, Steps
 
 # Far above the error of any dtype: two programs that should be one model, or a broken kernel.
 _SAME = 0.2
@@ -33,7 +33,7 @@ def bench_engine(
     batches: Sequence[int],
     samples: int,
     trust: bool,
-    progress: Progress,
+    progress: Steps,
 ) -> BenchReport:
     """Time the engine beside an export, and an engine of its dense twin, in one run.
 
@@ -60,7 +60,7 @@ def bench_engine(
                 f"batches={list(batches)} leave the engine's [{low}, {high}]; measure others, or "
                 "build it again with --batch MIN,OPT,MAX"
             )
-        progress("comparing with the oracle")
+        progress("comparing with the oracle", 0, 1)
         # Before the dense engine is built and anything is timed: wrong numbers end the run at once.
         _check_logits(session, artifact, batches[0])
         device, version = session.info.device, session.info.version
@@ -122,7 +122,7 @@ def _subjects(
 
 @contextmanager
 def _dense_engine(
-    artifact: Artifact, runtime: str, batches: Sequence[int], progress: Progress
+    artifact: Artifact, runtime: str, batches: Sequence[int], progress: Steps
 ) -> Iterator[Artifact | None]:
     """The same weights without the schedule, exported and built in a temporary directory."""
     manifest = artifact.manifest
@@ -130,13 +130,13 @@ def _dense_engine(
         yield None
         return
     with tempfile.TemporaryDirectory() as directory:
-        progress("exporting the dense twin")
+        progress("exporting the dense twin", 0, 1)
         path = Path(directory) / "dense"
         dtype, opset = manifest.dtype, manifest.opset
         model = model_of(artifact, dense=True)
         outputs = asked_outputs(model, manifest)
         dense = export(model, path, dtype=dtype, outputs=outputs, opset=opset)
-        progress("building the dense twin's engine")
+        progress("building the dense twin's engine", 0, 1)
         # MIN, OPT, MAX: one profile for all batches, tuned for the largest.
         sizes = (min(batches), max(batches), max(batches))
         build_engine(dense, EngineRequest(runtime, batch=sizes))

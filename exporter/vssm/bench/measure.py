@@ -15,7 +15,7 @@ import onnxruntime
 
 from vssm.runtimes.library import exp2_rate, library_info, product_rate
 from vssm.runtimes.session import Session, checked_threads, plural
-from vssm.types import Array, Progress
+from vssm.types import Array, Steps
 
 # The inputs of a batch, as `Session.run` takes them.
 MakeInputs = Callable[[int], Array | Mapping[str, Array]]
@@ -229,7 +229,7 @@ def measure(
     batches: Sequence[int] = (1, 8),
     threads: Sequence[int] = (1,),
     samples: int = 21,
-    progress: Progress = lambda _: None,
+    progress: Steps = lambda *_: None,
 ) -> list[Timing]:
     """Time every subject at every batch size and thread count.
 
@@ -240,7 +240,7 @@ def measure(
         batches: batch sizes.
         threads: thread counts.
         samples: timed runs of each, after two that are not.
-        progress: called with a line a measurement.
+        progress: called before every measurement.
 
     Raises:
         ValueError: an argument is below 1, or outputs that must agree do not.
@@ -255,7 +255,9 @@ def measure(
             sessions.extend(subject.open(count) for subject in subjects)
             for batch in batches:
                 images = inputs(batch) if callable(inputs) else noise(inputs, batch)
-                progress(f"batch {batch}, {plural(count, 'thread')}")
+                done = len(rows) // len(subjects)
+                note = f"batch {batch}, {plural(count, 'thread')}"
+                progress("measuring", done, len(batches) * len(threads), note)
                 times, logits = _alternate(sessions, images, samples)
                 for i, subject in enumerate(subjects):
                     floor = None if rates is None else rates.floor_ms(subject, batch, count)

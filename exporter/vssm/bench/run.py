@@ -10,10 +10,12 @@ from vssm.bench.measure import BenchReport
 from vssm.extras import require
 from vssm.files.atomic import check_writable
 from vssm.files.json import write_json
+from vssm.files.progress import automatic, shows_progress
 from vssm.runtimes.open import ENGINE_RUNTIMES, refuse_threads
-from vssm.types import Progress
+from vssm.types import Steps
 
 
+@shows_progress
 def bench_directory(
     directory: Path,
     *,
@@ -25,7 +27,7 @@ def bench_directory(
     beside: Sequence[Path] = (),
     trust: bool = False,
     page: Path | None = None,
-    progress: Progress = lambda _: None,
+    progress: Steps = automatic,
 ) -> BenchReport:
     """Measure an export beside others; writes bench.json and a page into its directory.
 
@@ -39,7 +41,7 @@ def bench_directory(
         beside: directories of other exports, in place of a dense or float32 twin made for this.
         trust: run an engine that is not of this machine, or was changed.
         page: where to write the page; bench.html in the directory by default.
-        progress: called with a line a step.
+        progress: called with how far it is; a bar in a terminal or a notebook by default.
 
     Raises:
         ValueError: an argument is none that can be measured.

@@ -39,7 +39,7 @@ from vssm.runtimes.library import library_info
 from vssm.runtimes.ort import OrtCpuSession, cpu_name
 from vssm.runtimes.session import Session, plural
 from vssm.runtimes.torch import TorchSession, model_of
-from vssm.types import Array, Progress
+from vssm.types import Array, Steps
 
 if TYPE_CHECKING:
     from vssm.runtimes.ort_cuda import DeviceRun, OrtCudaSession
@@ -58,7 +58,7 @@ def bench(
     threads: Sequence[int],
     samples: int,
     torch_loop: bool,
-    progress: Progress,
+    progress: Steps,
     runtime: str = "ort-cpu",
     beside: Sequence[Artifact] = (),
 ) -> BenchReport:
@@ -74,7 +74,7 @@ def bench(
     on_cpu = runtime == "ort-cpu"
     if not on_cpu:
         _cuda(artifact, "kernel", threads[0]).close()  # what is missing is said at once
-    progress("measuring the machine")
+    progress("measuring the machine", 0, 1)
     # By one thread as well: the profile is one thread's.
     rates = machine_rates({1, *threads}) if on_cpu else None
     with nullcontext(_named(beside)) if beside else _twin(artifact, progress) as others:
@@ -94,7 +94,7 @@ def bench(
         f"{'' if on_cpu else f' --runtime {runtime}'}"
         f"{''.join(f' --beside {other.directory}' for other in beside)}"
     )
-    progress("profiling")
+    progress("profiling", 0, 1)
     operators = _profile(artifact) if on_cpu else {}
     notes = [] if rates is None else moved_rates(rates, machine_rates({1, *threads}))
     kinds = [] if rates is None else by_kind(operators, artifact.model_path, rates, notes)
@@ -258,14 +258,14 @@ def _torch(artifact: Artifact, threads: int) -> Session:
 
 
 @contextmanager
-def _twin(artifact: Artifact, progress: Progress) -> Iterator[dict[str, Artifact]]:
+def _twin(artifact: Artifact, progress: Steps) -> Iterator[dict[str, Artifact]]:
     """The same weights in a temporary directory: in float32, or without the schedule."""
     manifest = artifact.manifest
     quantized = manifest.quantization is not None
     if is_module(artifact) or (manifest.dense and not quantized):
         yield {}
         return
-    progress(f"exporting the {'float32' if quantized else 'dense'} twin")
+    progress(f"exporting the {'float32' if quantized else 'dense'} twin", 0, 1)
     with tempfile.TemporaryDirectory() as directory:
         model = model_of(artifact, dense=not quantized)
         yield {

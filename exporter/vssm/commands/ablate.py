@@ -24,7 +24,7 @@ from vssm.commands.options import (
     model_source,
     options,
 )
-from vssm.commands.tables import say, show, table, telling, write_result
+from vssm.commands.tables import say, show, table, working, write_result
 from vssm.studies.plan import TRAINED, AblationOptions, AblationTraining
 from vssm.training.recipe import Recipe
 
@@ -136,9 +136,9 @@ def _run(
 ) -> None:
     # Before torch is imported, so that a wrong option is answered at once.
     source.checked(exports=True)
-    from vssm.studies.ablate import ablate as ablate_model
+    with working("loading PyTorch", leaves="the same command goes on") as tell:
+        from vssm.studies.ablate import ablate as ablate_model
 
-    with telling("building the variants") as tell:
         report = ablate_model(source, images, output, asked, progress=tell)
     _print(report, output)
     write_result(json_file, report)

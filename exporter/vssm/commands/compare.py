@@ -18,7 +18,7 @@ from vssm.commands.options import (
     Threads,
     model_source,
 )
-from vssm.commands.tables import say, show, table, telling, write_result
+from vssm.commands.tables import say, show, table, working, write_result
 
 
 def compare(
@@ -70,7 +70,7 @@ def compare(
             option=option,
         )
     asked = CompareOptions(images, source, runtime, threads, batch, workers, classes, show_images)
-    with telling("comparing") as tell:
+    with working("opening what is compared", leaves="the same command goes on") as tell:
         report = compare_all(contestants, output, asked, progress=tell)
     for name, value in report.facts.items():
         say(f"{name}: {value}")

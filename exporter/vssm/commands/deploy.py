@@ -9,7 +9,7 @@ import typer
 
 from vssm.artifact.directory import MODEL_FILE, open_artifact
 from vssm.commands.options import Directory, Json, Labels, integers
-from vssm.commands.tables import phases, say, write_result
+from vssm.commands.tables import say, working, write_result
 
 if TYPE_CHECKING:
     from vssm.runtimes.tensorrt.engine import EngineInfo
@@ -71,7 +71,7 @@ def engine(
     )
     check_request(request)  # before the export is read and hashed
     artifact = open_artifact(directory, only=(MODEL_FILE,))  # all that an engine is made from
-    with phases() as progress:
+    with working("opening the model") as progress:
         info = build_engine(artifact, request, progress=progress)
     _print_engine(directory, info)
     write_result(json_file, info)

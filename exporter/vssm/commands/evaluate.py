@@ -28,7 +28,7 @@ from vssm.commands.tables import (
     say_unreadable,
     show,
     table,
-    telling,
+    working,
     write_result,
 )
 
@@ -66,10 +66,10 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Measure accuracy, mIoU or AP over a folder; goes on where a stopped run ended."""
-    from vssm.evaluation.evaluate import evaluate as evaluate_export
-
     # It checks the options itself, before any work.
-    with telling("evaluating") as tell:
+    with working("opening the model", leaves="the same command goes on") as tell:
+        from vssm.evaluation.evaluate import evaluate as evaluate_export
+
         report = evaluate_export(
             directory,
             images,

@@ -34,7 +34,7 @@ from vssm.commands.options import (
     model_source,
     options,
 )
-from vssm.commands.tables import phases, say, write_result
+from vssm.commands.tables import say, working, write_result
 from vssm.commands.user_module import (
     DEFAULT_INPUT,
     ModuleExport,
@@ -217,10 +217,11 @@ def _export(
 
     classes = card.num_classes if num_classes is None else num_classes
     names = None if labels is None else read_labels(labels, classes)
-    from vssm.onnx.export import export as export_model
-    from vssm.training.run import build_model
 
-    with phases() as progress:
+    with working("loading PyTorch") as progress:
+        from vssm.onnx.export import export as export_model
+        from vssm.training.run import build_model
+
         progress(f"building {source.name}", 0, 1)
         model = build_model(source, pruning)
         progress(f"building {source.name}", 1, 1)
@@ -343,7 +344,7 @@ def _needed(value: Any, name: str) -> Any:
 
 
 def _dry_run(request: ModuleRequest, json_file: Path | None) -> None:
-    with phases() as progress:
+    with working("loading PyTorch") as progress:
         found, upstream = dry_run_user_module(request, progress=progress)
     say(f"executed the code of {request.target}; upstream packages: {upstream}")
     say(f"would export: {found.scans} selective scans, {found.parameters:,} parameters")
@@ -376,7 +377,7 @@ def _scans(given: list[str]) -> dict[str, str]:
 def _export_module(
     request: ModuleRequest, output: Path, json_file: Path | None, *, force: bool
 ) -> None:
-    with phases() as progress:
+    with working("loading PyTorch") as progress:
         done = export_user_module(request, output, force=force, progress=progress)
     _print_module(done)
     write_result(json_file, done.artifact.manifest)

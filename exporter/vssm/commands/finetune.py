@@ -28,7 +28,7 @@ from vssm.commands.options import (
     model_source,
     options,
 )
-from vssm.commands.tables import say, say_folders, show, table, telling, write_result
+from vssm.commands.tables import say, say_folders, show, table, working, write_result
 from vssm.extras import install_command
 from vssm.training.recipe import Recipe
 from vssm.training.request import FinetuneRequest, Resources, is_segmenter
@@ -142,9 +142,10 @@ def _run(request: FinetuneRequest, json_file: Path | None) -> None:
         say("no checkpoint given: training begins at the seeded initial weights")
     # Before torch is imported, so that a wrong option is answered at once.
     request.source.checked()
-    from vssm.training.run import finetune as run_finetune
+    again = "" if request.resume else " with --resume"
+    with working("loading PyTorch", leaves=f"the same command{again} goes on") as tell:
+        from vssm.training.run import finetune as run_finetune
 
-    with telling("training") as tell:
         report = run_finetune(request, progress=tell)
     # Under torchrun, only the process that leads has one.
     if report is not None:

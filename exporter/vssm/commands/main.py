@@ -39,11 +39,10 @@ from vssm.commands.tables import (
     findings_table,
     models_tables,
     parity_tables,
-    phases,
     say,
     show,
     table,
-    telling,
+    working,
     write_result,
 )
 from vssm.commands.visualize import visualize
@@ -138,7 +137,7 @@ def check(
 
     # Before the export is hashed and the slow oracle runs.
     check_runtime(runtime, backend=backend, threads=threads, trust=trust)
-    with console.status("comparing with the float64 oracle"):
+    with working("comparing with the float64 oracle"):
         artifact = open_artifact(directory)
         from vssm.parity.check import check_parity, held_out_images
 
@@ -258,7 +257,11 @@ def _to_draw(
     names = artifact.manifest.labels
     if labels is not None:
         names = read_labels(labels, int(artifact.manifest.config["num_classes"]))
-    with phases() as progress, open_session(artifact, runtime, **options) as session:
+    stays = "the images that are written stay"
+    with (
+        working("opening the model", leaves=stays) as progress,
+        open_session(artifact, runtime, **options) as session,
+    ):
         yield session, names, progress, output
 
 
@@ -357,9 +360,9 @@ def bench(
     check_runtime(runtime, trust=trust)
     batches = None if batch is None else integers("batch", batch)
     counts = integers("threads", threads)
-    from vssm.bench.run import bench_directory
+    with working("opening the model") as tell:
+        from vssm.bench.run import bench_directory
 
-    with telling("measuring") as tell:
         measured = bench_directory(
             directory,
             batches=batches,

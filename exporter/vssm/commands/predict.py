@@ -19,7 +19,7 @@ from vssm.commands.options import (
     Workers,
     ray_options,
 )
-from vssm.commands.tables import say, say_unreadable, show, table, telling, write_result
+from vssm.commands.tables import say, say_unreadable, show, table, working, write_result
 
 
 def predict(
@@ -55,10 +55,10 @@ def predict(
     json_file: Json = None,
 ) -> None:
     """Classify many images into a Parquet file; goes on where a stopped run ended."""
-    from vssm.evaluation.predict import predict as predict_images
-
     # It checks the options itself, before any work.
-    with telling("predicting") as tell:
+    with working("opening the model", leaves="the same command goes on") as tell:
+        from vssm.evaluation.predict import predict as predict_images
+
         report = predict_images(
             directory,
             source,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vssm.commands.options import Directory, Folder, Force, Json, Threads, words
-from vssm.commands.tables import phases, say, write_result
+from vssm.commands.tables import say, working, write_result
 from vssm.extras import explain_missing
 
 if TYPE_CHECKING:
@@ -79,10 +79,10 @@ def quantize(
         threads=threads,
     )
     check_request(request, images=images is not None)  # before onnx is imported
-    with explain_missing("quantize"):
-        from vssm.quantization.quantize import quantize as quantize_export
+    with working("opening the model") as progress:
+        with explain_missing("quantize"):
+            from vssm.quantization.quantize import quantize as quantize_export
 
-    with phases() as progress:
         artifact = quantize_export(
             directory, images, output, request, force=force, progress=progress
         )

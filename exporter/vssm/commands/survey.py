@@ -175,7 +175,7 @@ def _work(entry: Mapping[str, Any], folder: Path, place: Path) -> dict[str, Any]
         row.update(reached=step, **found)
         print(_MARK + json_text(row).replace("\n", " "), flush=True)
 
-    def progress(phase: str, step: int, steps: int) -> None:
+    def progress(phase: str, step: int, steps: int, note: str = "", /) -> None:
         if phase.startswith("importing ") and step == steps:
             passed(STEPS[0])
         elif phase.startswith("tracing") and step == 0:

@@ -6,9 +6,7 @@ import contextlib
 import math
 import os
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,8 +16,9 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from vssm.commands.terminal import Terminal
 from vssm.files.json import json_text, write_json
+from vssm.files.progress import Stage, drawn
+from vssm.files.terminal import Terminal
 from vssm.files.text import shown
 
 if TYPE_CHECKING:  # what a command does not run, it does not import
@@ -32,7 +31,6 @@ if TYPE_CHECKING:  # what a command does not run, it does not import
 console = Terminal(quiet=os.environ.get("RANK", "0") != "0")
 errors = Terminal(stderr=True)
 STDOUT: Final = Path("-")
-_SECONDS: Final = 30.0
 _SHOWN: Final = 20  # images that cannot be read
 
 
@@ -79,69 +77,31 @@ def write_result(path: Path | None, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def telling(what: str) -> Iterator[Callable[[str], None]]:
-    """A function that tells what happens: on one changing line of a terminal, else now and then.
+def working(phase: str, *, leaves: str = "nothing was written") -> Iterator[Steps]:
+    """Shows how far a long work is, from its first moment on; a log gets lines.
 
-    A log gets a line in `_SECONDS` at most: enough to see that a long run is alive.
+    Ctrl-C says how far it came, and ends with exit code 130.
+
+    Args:
+        phase: what is done first, before anything is told.
+        leaves: what a stopped work leaves.
     """
-    told = time.monotonic()
-
-    def tell(line: str) -> None:
-        nonlocal told
-        if console.is_terminal:
-            # Bound below, before anybody can tell anything.
-            status.update(Text(shown(line)))
-        elif (now := time.monotonic()) - told >= _SECONDS:
-            told = now
-            say(line)
-
-    with console.status(what) as status:
-        yield tell
-
-
-@contextlib.contextmanager
-def phases() -> Iterator[Steps]:
-    """A bar for each phase of a long work, with its steps; a log gets lines.
-
-    What reports may call from threads of its own.
-    """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    # TensorRT reports from threads of its own.
-    lock = threading.Lock()
-    tasks: dict[str, TaskID] = {}
-    told: dict[str, float] = {}
-
-    def tell(phase: str, step: int, steps: int) -> None:
-        with lock:
-            # A phase is named at once, its steps now and then.
-            if phase not in told or time.monotonic() - told[phase] >= _SECONDS:
-                say(f"{phase}: {step} of {steps}" if phase in told else phase)
-                told[phase] = time.monotonic()
-
-    def draw(phase: str, step: int, steps: int) -> None:
-        with lock:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=steps)
-            bars.update(tasks[phase], completed=step, total=steps)
-            if step >= steps:
-                # Gone when done, so that a phase which comes again has a bar of its own.
-                bars.remove_task(tasks.pop(phase))
-
-    if not console.is_terminal:
-        yield tell
-        return
-    # Transient: bars that are done say nothing that the report does not.
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
-        yield draw
+    last: Stage | None = None
+    try:
+        with drawn(console) as tell:
+            tell(phase, 0, 0)
+            try:
+                yield tell
+            finally:
+                last = tell.last
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if last is not None:
+            counted = last.total > 1 and last.done > 0
+            where = f"at {last.done:,} of {last.total:,}" if counted else "before the first step"
+            say(("stopped", "yellow"), f" {where} ({last.phase}); {leaves}", to=errors)
+        if isinstance(stop, SystemExit):  # SIGTERM, which has a code of its own
+            raise
+        raise SystemExit(130) from None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from vssm.commands.options import (
     integers,
     model_source,
 )
-from vssm.commands.tables import say, telling, write_result
+from vssm.commands.tables import say, working, write_result
 
 
 def visualize(
@@ -73,9 +73,9 @@ def visualize(
     source.checked(exports=True)
     # Options first, then what imports torch.
     shown = None if blocks is None else integers("blocks", blocks)
-    from vssm.studies.visualize import visualize as visualize_images
+    with working("loading PyTorch", leaves="pictures that are drawn stay, without a page") as tell:
+        from vssm.studies.visualize import visualize as visualize_images
 
-    with telling("tracing") as tell:
         numbers = visualize_images(
             source, images, output, blocks=shown, threads=threads, progress=tell
         )

@@ -29,7 +29,7 @@ from vssm.evaluation.scoring import Pace, RayOptions, Scorer, Scoring
 from vssm.files.atomic import sha256_of
 from vssm.runtimes.open import ENGINE_RUNTIMES
 from vssm.runtimes.session import RuntimeInfo, Session
-from vssm.types import Progress
+from vssm.types import Steps
 
 _SECONDS: Final = 1.0  # between two looks at how many blocks are there
 _NUMBER, _SIZE = "_block", "_rows"  # columns on the way to the file
@@ -110,7 +110,7 @@ class _OnRay:
             )
         return room
 
-    def score(self, files: BlockFiles, left: Sequence[ImageBlock], progress: Progress) -> None:
+    def score(self, files: BlockFiles, left: Sequence[ImageBlock], progress: Steps) -> None:
         if not left:
             return
         context = DataContext.get_current().copy()
@@ -180,7 +180,7 @@ class _BlockSink(Datasink):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _watched(folder: Path, left: Sequence[ImageBlock], progress: Progress) -> Iterator[None]:
+def _watched(folder: Path, left: Sequence[ImageBlock], progress: Steps) -> Iterator[None]:
     """Tell now and then how many images of the blocks that were left are done."""
     pace, over = Pace(left, progress), threading.Event()
 

@@ -27,7 +27,7 @@ from vssm.files.atomic import atomic_write_bytes, check_writable
 from vssm.files.journal import JsonJournal
 from vssm.files.table import table_bytes
 from vssm.runtimes.session import RuntimeInfo, Session
-from vssm.types import Progress
+from vssm.types import Steps
 
 COLUMNS = ("image", "number", "objects", "found", "best_score", "error")
 
@@ -153,7 +153,7 @@ class Detection:
         return {"images": self.folder.fingerprint(), "split": self.folder.split}
 
     def run(
-        self, session: Session, journal: Journal, results: Path, progress: Progress
+        self, session: Session, journal: Journal, results: Path, progress: Steps
     ) -> DetectionReport:
         """Measure the images that the journal lacks, then write the results.
 
@@ -168,7 +168,7 @@ class Detection:
         def add(entry: ImageObjects) -> str:
             nonlocal count
             count += len(entry.found)
-            return f", {count:,} objects found"
+            return f"{count:,} objects found"
 
         entries = self._measured(session, images[len(journal.done) :])
         pace = take_all(entries, journal, len(images), add, progress)

@@ -23,6 +23,7 @@ from vssm.evaluation.detection import Detection, DetectionReport
 from vssm.evaluation.folders import ClassesGiven
 from vssm.evaluation.journal import ImageResult, Journal
 from vssm.evaluation.label_maps import is_segmenter
+from vssm.evaluation.pace import EVALUATING
 from vssm.evaluation.scorers import check_ray, open_scorer
 from vssm.evaluation.scoring import RayOptions, Scoring
 from vssm.evaluation.segmentation import Segmentation, SegmentationReport
@@ -34,11 +35,12 @@ from vssm.files.atomic import (
 )
 from vssm.files.journal import JsonJournal
 from vssm.files.json import write_json
+from vssm.files.progress import automatic, shows_progress
 from vssm.files.table import table_bytes
 from vssm.models.registry import cards
 from vssm.runtimes.open import ENGINE_RUNTIMES, check_runtime, open_session
 from vssm.runtimes.session import RuntimeInfo, Session, share_cores
-from vssm.types import Progress
+from vssm.types import Steps
 
 COLUMNS = (
     *("image", "class", "predicted", "top5", "correct", "correct_top5"),
@@ -113,7 +115,7 @@ class Classification:
         }
 
     def run(
-        self, session: Session, journal: Journal, results: Path, progress: Progress
+        self, session: Session, journal: Journal, results: Path, progress: Steps
     ) -> EvaluationReport:
         """Run the batches that the journal lacks, then write the results.
 
@@ -129,6 +131,7 @@ class Classification:
         for some, rows in zip(batches, journal.done, strict=False):
             tally.add(some, rows)
         left, resumed = batches[len(journal.done) :], tally.images
+        progress(EVALUATING, resumed, len(pictures))
         start = time.perf_counter()
         files = [folder.places(some) for some in left]
         for some, loaded in zip(
@@ -137,8 +140,7 @@ class Classification:
             # Before it is counted: what the journal holds is done, whatever happens next.
             journal.append(rows := list(image_results(session, some, loaded)))
             tally.add(some, rows)
-            speed = (tally.images - resumed) / (time.perf_counter() - start)
-            progress(f"{tally.images:,} of {len(pictures):,} images, {speed:.1f} images/s{tally}")
+            progress(EVALUATING, tally.images, len(pictures), str(tally))
         seconds = time.perf_counter() - start
         done = [row for entry in journal.done for row in entry]
         return self.report(session.info, done, results, resumed=resumed, seconds=seconds)
@@ -210,7 +212,7 @@ class _Tally:
 
     def __str__(self) -> str:
         readable = self.images - len(self.unreadable)
-        return f", top-1 {self.first / readable:.2%}" if readable else ""
+        return f"top-1 {self.first / readable:.2%}" if readable else ""
 
 
 def _columns(picture: Picture, row: ImageResult) -> tuple[object, ...]:
@@ -239,12 +241,13 @@ class _Measure(Protocol):
     @property
     def header(self) -> dict[str, str]: ...
 
-    def run(self, session: Session, journal: Any, results: Path, progress: Progress) -> Report: ...
+    def run(self, session: Session, journal: Any, results: Path, progress: Steps) -> Report: ...
 
 
 _OWN_FILES = (RESULTS_FILE, "evaluate.json", "evaluate.coco.json")
 
 
+@shows_progress
 def evaluate(
     artifact: Artifact | str | os.PathLike[str],
     images: str | os.PathLike[str],
@@ -259,7 +262,7 @@ def evaluate(
     results: str | os.PathLike[str] | None = None,
     restart: bool = False,
     ray: RayOptions | None = None,
-    progress: Progress = lambda _: None,
+    progress: Steps = automatic,
 ) -> Report:
     """How good an export is, over a folder of images: a classifier, a segmenter or a detector.
 
@@ -290,7 +293,7 @@ def evaluate(
         restart: begin anew, whatever an interrupted evaluation has left.
         ray: run a classifier on a Ray cluster, whose nodes see the export, the images and the
             results under the same paths; None for this process.
-        progress: called with a line of text after every batch.
+        progress: called with how far it is; a bar in a terminal or a notebook by default.
 
     Raises:
         ValueError: an argument is out of its range or of no use to the model, it is not certain
@@ -354,7 +357,7 @@ def _on_cluster(
     results_and_summary: tuple[Path, Path],
     *,
     restart: bool,
-    progress: Progress,
+    progress: Steps,
 ) -> EvaluationReport:
     """Rows by a cluster, in blocks of whole batches, so that they are those of one process."""
     results, summary = results_and_summary

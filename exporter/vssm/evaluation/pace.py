@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from vssm.files.journal import JsonJournal
-from vssm.types import Progress
+from vssm.types import Steps
 
 Entry = TypeVar("Entry")
+EVALUATING = "evaluating images"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def take_all(
     journal: JsonJournal[Entry],
     images: int,
     add: Callable[[Entry], str],
-    progress: Progress,
+    progress: Steps,
 ) -> Pace:
     """Put each entry into the journal, and then count it.
 
@@ -42,17 +43,16 @@ def take_all(
         journal: what is done; its entries are counted first.
         images: how many there are in all.
         add: counts an entry, and gives what is to be told so far.
-        progress: called with a line of text after every image.
+        progress: called after every image.
     """
     for entry in journal.done:
         add(entry)
     resumed, start = len(journal.done), time.perf_counter()
+    progress(EVALUATING, resumed, images)
     for entry in entries:
         # Before it is counted: what the journal holds is done, whatever happens next.
         journal.append(entry)
-        told, done = add(entry), len(journal.done)
-        speed = (done - resumed) / (time.perf_counter() - start)
-        progress(f"{done:,} of {images:,} images, {speed:.2f} images/s{told}")
+        progress(EVALUATING, len(journal.done), images, add(entry))
     seconds, new = time.perf_counter() - start, len(journal.done) - resumed
     return Pace(resumed, seconds, new / seconds if new else None)
 

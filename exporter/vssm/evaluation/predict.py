@@ -22,9 +22,10 @@ from vssm.evaluation.scoring import RayOptions, Scoring
 from vssm.evaluation.sources import open_source
 from vssm.extras import require
 from vssm.files.atomic import check_writable, discard_unfinished, sha256_of
+from vssm.files.progress import automatic, shows_progress
 from vssm.runtimes.open import ENGINE_RUNTIMES, check_runtime
 from vssm.runtimes.session import RuntimeInfo, Session, share_cores
-from vssm.types import Array, Progress
+from vssm.types import Array, Steps
 
 SUFFIX: Final = ".parquet"
 _OWN: Final = ("image", "classes", "probabilities", "error")
@@ -132,6 +133,7 @@ class Columns:
         }
 
 
+@shows_progress
 def predict(
     artifact: Artifact | str | os.PathLike[str],
     source: str | os.PathLike[str],
@@ -148,7 +150,7 @@ def predict(
     column: str | None = None,
     restart: bool = False,
     ray: RayOptions | None = None,
-    progress: Progress = lambda _: None,
+    progress: Steps = automatic,
 ) -> PredictionReport:
     """Classify many images: a Parquet row for each, in the order of the source.
 
@@ -173,7 +175,7 @@ def predict(
         restart: begin anew, whatever an interrupted prediction has left.
         ray: score on a Ray cluster, whose nodes see the export, the images and the output under
             the same paths; None for this process.
-        progress: called with a line of text now and then.
+        progress: called with how far it is; a bar in a terminal or a notebook by default.
 
     Raises:
         ValueError: an argument does not fit, or no image can be read; their rows are written then.

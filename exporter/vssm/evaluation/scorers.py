@@ -9,7 +9,7 @@ from vssm.evaluation.blocks import BlockFiles, ImageBlock, write_block
 from vssm.evaluation.scoring import Pace, RayOptions, Scorer, Scoring
 from vssm.extras import require
 from vssm.runtimes.session import Session
-from vssm.types import Progress
+from vssm.types import Steps
 
 
 def check_ray(ray: RayOptions | None, workers: int | None) -> None:
@@ -52,7 +52,7 @@ class _Here:
         self.info, self.actors = session.info, 0
         self._scoring, self._session, self._workers = scoring, session, workers
 
-    def score(self, files: BlockFiles, left: Sequence[ImageBlock], progress: Progress) -> None:
+    def score(self, files: BlockFiles, left: Sequence[ImageBlock], progress: Steps) -> None:
         pace, done = Pace(left, progress), 0
         for block, table in self._scoring.tables(self._session, left, workers=self._workers):
             write_block(files.folder, block.number, table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ from vssm.evaluation.blocks import BlockFiles, ImageBlock
 from vssm.evaluation.data import Loaded, load_in_order
 from vssm.runtimes.open import open_session
 from vssm.runtimes.session import RuntimeInfo, Session
-from vssm.types import Progress
+from vssm.types import Steps
 
 
 class Rows(Protocol):
@@ -105,16 +104,16 @@ class RayOptions:
 
 
 class Pace:
-    """Tells how many of some images are done, and how fast."""
+    """Tells how many of some images are done."""
 
-    def __init__(self, blocks: Sequence[ImageBlock], progress: Progress) -> None:
+    def __init__(self, blocks: Sequence[ImageBlock], progress: Steps) -> None:
         self._todo = sum(len(block.names) for block in blocks)
-        self._progress, self._start = progress, time.perf_counter()
+        self._progress = progress
+        self.tell(0)
 
     def tell(self, done: int) -> None:
         """`done` images are."""
-        speed = done / (time.perf_counter() - self._start)
-        self._progress(f"{done:,} of {self._todo:,} images, {speed:.1f} images/s")
+        self._progress("scoring images", done, self._todo)
 
 
 class Scorer(Protocol):
@@ -128,5 +127,5 @@ class Scorer(Protocol):
     info: RuntimeInfo
     actors: int
 
-    def score(self, files: BlockFiles, left: Sequence[ImageBlock], progress: Progress) -> None:
+    def score(self, files: BlockFiles, left: Sequence[ImageBlock], progress: Steps) -> None:
         """Write the files of the blocks that are left."""

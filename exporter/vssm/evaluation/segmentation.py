@@ -33,7 +33,7 @@ from vssm.files.atomic import atomic_write_bytes
 from vssm.files.journal import JsonJournal
 from vssm.files.table import table_bytes
 from vssm.runtimes.session import RuntimeInfo, Session
-from vssm.types import Array, Progress
+from vssm.types import Array, Steps
 
 COLUMNS = ("image", "pixels", "correct", "accuracy", "mean_iou", "areas", "error")
 
@@ -182,7 +182,7 @@ class Segmentation:
         return {"images": self.folder.fingerprint(), "split": self.folder.split}
 
     def run(
-        self, session: Session, journal: Journal, results: Path, progress: Progress
+        self, session: Session, journal: Journal, results: Path, progress: Steps
     ) -> SegmentationReport:
         """Measure the images that the journal lacks, then write the results.
 

@@ -15,6 +15,7 @@ from vssm.evaluation.data import ImageFolder, load_in_order, open_images
 from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory, sha256_of
 from vssm.files.json import write_json
+from vssm.files.progress import automatic, shows_progress
 from vssm.pruning.schedule import MergeSchedule
 from vssm.runtimes.torch import torch_threads
 from vssm.studies.measure import AblationJournal
@@ -30,7 +31,7 @@ from vssm.studies.runs import (
 from vssm.studies.source import LoadedSource
 from vssm.training.recipe import Recipe
 from vssm.training.request import ModelSource
-from vssm.types import Progress
+from vssm.types import Steps
 
 if TYPE_CHECKING:
     from vssm.pruning.schedule import PruneSchedule
@@ -43,13 +44,14 @@ PLOTS = {"accuracy_flops": "flops", "accuracy_time": "time"}
 FORMATS = ("png", "svg", "pdf")
 
 
+@shows_progress
 def ablate(
     source: ModelSource,
     images: str | os.PathLike[str],
     output: str | os.PathLike[str],
     options: AblationOptions | None = None,
     *,
-    progress: Progress = lambda _: None,
+    progress: Steps = automatic,
 ) -> AblationReport:
     """Compare alignments, importances, keep ratios, merging and EViT's way on a data set.
 
@@ -64,7 +66,7 @@ def ablate(
         images: a folder that holds one folder a class; files of any size.
         output: directory to write; made where it is missing.
         options: the rest; None for the defaults.
-        progress: called with a line of text after every batch, and every step of a training.
+        progress: called with how far it is; a bar in a terminal or a notebook by default.
 
     Returns:
         The rows: top-1 as shares in [0, 1], FLOPs in multiply-adds an image, speed in images/s.
@@ -83,7 +85,7 @@ def ablate(
 
 
 def _ablate(
-    source: ModelSource, images: Path, output: Path, options: AblationOptions, progress: Progress
+    source: ModelSource, images: Path, output: Path, options: AblationOptions, progress: Steps
 ) -> AblationReport:
     from vssm.studies.measure import measure
     from vssm.studies.report import AblationReport, Measured
@@ -102,9 +104,10 @@ def _ablate(
     facts |= _training_facts(options, plan, opened, folder)
     make_directory(output)
     check_writable(output / TABLES)  # one stands for all: they go into one directory
-    ready = _models(runs, opened, options)  # before the training, which takes long
+    # Before the training, which takes long.
+    ready = _models(runs, opened, options, progress)
     trained, left_out = Trainer(source, opened, options, output, progress).runs(plan)
-    ready = ready.joined(_models(trained, opened, options), left_out)
+    ready = ready.joined(_models(trained, opened, options, progress), left_out)
     runs = [run for run in (*runs, *trained) if run.key in ready.models]
     header = _header(opened, schedule, runs, options, folder)  # has the hashes of trained weights
     path = output / f"{NUMBERS}.journal"
@@ -118,6 +121,7 @@ def _ablate(
             journal=journal,
             progress=progress,
         )
+        progress("drawing tables and plots", 0, 1)
         measured = Measured(runs, outcomes, ready.costs)
         rows = _rows(plan, opened, measured, average=options.average)
         unreadable = [pair for step in journal.done for pair in step.unreadable]
@@ -176,12 +180,16 @@ class _Ready:
 
 
 def _models(
-    runs: Sequence[Run], opened: Sequence[LoadedSource], options: AblationOptions
+    runs: Sequence[Run],
+    opened: Sequence[LoadedSource],
+    options: AblationOptions,
+    progress: Steps,
 ) -> _Ready:
     from vssm.studies.measure import prepare
 
     ready = _Ready({}, {}, {})
-    for run in runs:
+    for number, run in enumerate(runs):
+        progress("building the variants", number, len(runs), run.key)
         try:
             model = model_of_run(run, opened)
         # The report says so, and the other variants run.

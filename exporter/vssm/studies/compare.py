@@ -23,6 +23,7 @@ from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory
 from vssm.files.json import write_json
 from vssm.files.page import Illustration, Section, Table, render
+from vssm.files.progress import automatic, shows_progress
 from vssm.files.table import table_bytes
 from vssm.runtimes.open import check_runtime, open_session
 from vssm.studies.paired import (
@@ -34,7 +35,7 @@ from vssm.studies.paired import (
     share_interval,
 )
 from vssm.training.request import ModelSource
-from vssm.types import Progress
+from vssm.types import Steps
 
 PAGE, NUMBERS, PAIRS, IMAGES = "index.html", "compare.json", "pairs.csv", "disagreements.csv"
 _ROUNDS: Final = 11
@@ -149,12 +150,13 @@ class _Opened:
     rows: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
+@shows_progress
 def compare(
     contestants: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     options: CompareOptions | None = None,
     *,
-    progress: Progress = lambda _: None,
+    progress: Steps = automatic,
 ) -> ComparisonReport:
     """Compare classifiers image by image.
 
@@ -164,7 +166,7 @@ def compare(
         output: directory for the page, the pairs, the disagreements and the numbers; exports of
             checkpoints and results of exports are written there too.
         options: the rest; None for the defaults.
-        progress: called with a line of text.
+        progress: called with how far it is; a bar in a terminal or a notebook by default.
 
     Raises:
         ValueError: there are not two, an argument does not fit, or they saw other images.
@@ -222,7 +224,7 @@ def _check(paths: Sequence[Path], options: CompareOptions) -> None:
 
 
 def _open(
-    path: Path, output: Path, number: int, options: CompareOptions, progress: Progress
+    path: Path, output: Path, number: int, options: CompareOptions, progress: Steps
 ) -> _Opened:
     if path.is_dir():
         results = output / f"{number}_{path.resolve().name}.csv"
@@ -233,14 +235,14 @@ def _open(
     from vssm.onnx.export import export
     from vssm.training.run import build_model
 
-    progress(f"exporting {path}")
+    progress(f"exporting {path.name}", 0, 1)
     source = replace(options.model, checkpoint=path)
     folder = output / f"{number}_{path.stem}"
     artifact = export(build_model(source, source.checked()), folder, force=True)
     return _Opened(path, output / f"{folder.name}.csv", artifact)
 
 
-def _evaluate(name: str, one: _Opened, options: CompareOptions, progress: Progress) -> None:
+def _evaluate(name: str, one: _Opened, options: CompareOptions, progress: Steps) -> None:
     assert one.artifact is not None
     assert options.images is not None
     evaluate(
@@ -252,7 +254,7 @@ def _evaluate(name: str, one: _Opened, options: CompareOptions, progress: Progre
         workers=options.workers,
         classes=options.classes,
         results=one.results,
-        progress=lambda line: progress(f"{name}: {line}"),
+        progress=lambda phase, *rest: progress(f"{name}: {phase}", *rest),
     )
 
 
@@ -296,14 +298,14 @@ def _same_images(names: Sequence[str], opened: Sequence[_Opened]) -> tuple[list[
 
 
 def _times(
-    artifacts: Sequence[Artifact | None], options: CompareOptions, progress: Progress
+    artifacts: Sequence[Artifact | None], options: CompareOptions, progress: Steps
 ) -> list[float | None]:
     """Milliseconds an image of each export, run in turn on the same noise; None for results."""
     live = [(i, one) for i, one in enumerate(artifacts) if one is not None]
     found: list[float | None] = [None] * len(artifacts)
     if not live:
         return found
-    progress("measuring times")
+    progress("measuring times", 0, 1)
     sessions = [open_session(one, options.runtime, threads=options.threads) for _, one in live]
     try:
         make, seconds = np.random.default_rng(0), [[] for _ in live]  # type: ignore[var-annotated]

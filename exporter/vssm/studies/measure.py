@@ -19,7 +19,9 @@ from vssm.models.fused_tokens import fuse_leftovers
 from vssm.runtimes.ort import cpu_name
 from vssm.runtimes.session import plural
 from vssm.studies.plan import Variant
-from vssm.types import Progress
+from vssm.types import Steps
+
+_MEASURING = "measuring, images"
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def measure(
     total: int,
     device: str,
     journal: AblationJournal | None = None,
-    progress: Progress = lambda _: None,
+    progress: Steps = lambda *_: None,
 ) -> dict[str, Outcome]:
     """Run every model on every batch, in turn.
 
@@ -138,7 +140,7 @@ def measure(
         total: files of all batches.
         device: where the models are.
         journal: gets each batch as soon as it is done; None for none.
-        progress: called with a line of text after every batch.
+        progress: called after every run, with the images that all runs have seen, as it were.
 
     Returns:
         What every run did, in the batches of the journal too.
@@ -149,6 +151,7 @@ def measure(
     """
     steps = [] if journal is None else [*journal.done]
     seen = sum(_files(step) for step in steps)
+    progress(_MEASURING, seen, total)
     first = True
     for images, targets, unreadable in batches:
         hits, seconds = {}, {}
@@ -156,7 +159,8 @@ def measure(
             array = torch.from_numpy(images).to(device)
             wanted = np.asarray(targets)
             # In turn on each batch, so that all are held up alike when the machine is busy.
-            for key, model in models.items():
+            for number, (key, model) in enumerate(models.items()):
+                progress(_MEASURING, seen + len(targets) * number // len(models), total, key)
                 logits, seconds[key] = _timed(model, array, device)
                 # argmax takes NaN for the largest, and it would count as a class.
                 if not np.isfinite(logits).all():
@@ -171,7 +175,7 @@ def measure(
             journal.append(steps[-1])
         first = first and not hits
         seen += len(targets) + len(unreadable)
-        progress(f"{seen:,} of {total:,} images, {len(models)} runs")
+        progress(_MEASURING, seen, total)
     return _outcomes(models, steps)
 
 

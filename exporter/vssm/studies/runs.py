@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +14,7 @@ from vssm.studies.plan import AblationOptions, AblationTraining
 from vssm.studies.source import LoadedSource, load_source
 from vssm.training.request import FinetuneRequest, ModelSource, Resources
 from vssm.training.run import finetune, has_run
+from vssm.types import Steps
 
 if TYPE_CHECKING:
     from vssm.studies.plan import Plan, Run
@@ -141,7 +142,7 @@ class Trainer:
     opened: Sequence[LoadedSource]
     options: AblationOptions
     output: Path
-    progress: Callable[[str], None]
+    progress: Steps
 
     def runs(self, plan: Plan) -> tuple[list[Run], dict[str, str]]:
         """The trained variants, and of those that cannot be, the reason; nothing without training.
@@ -224,7 +225,8 @@ class Trainer:
             ),
         )
         report = finetune(
-            request, progress=lambda line: self.progress(f"fine-tuning {folder}: {line}")
+            request,
+            progress=lambda phase, *rest: self.progress(f"{folder}: {phase}", *rest),
         )
         if report is None:
             raise AssertionError("check_training refuses several processes")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory
 from vssm.files.json import write_json
 from vssm.files.page import Table, render
+from vssm.files.progress import automatic, shows_progress
 from vssm.models.base import VisionModel
 from vssm.models.dense.base import DenseModel
 from vssm.pruning.schedule import MergeSchedule, MergeStage, PruneSchedule
@@ -34,7 +35,7 @@ from vssm.studies.figures import (
 from vssm.studies.source import LoadedSource, load_source
 from vssm.studies.trace import Block, Trace, trace
 from vssm.training.request import ModelSource
-from vssm.types import Array
+from vssm.types import Array, Steps
 
 _EVEN = 4  # blocks shown of a model that prunes nothing
 _UNIT = "% of the weight"
@@ -288,6 +289,7 @@ PAGE, NUMBERS = "index.html", "visualize.json"
 _TOP = 3  # classes in the page's tables
 
 
+@shows_progress
 def visualize(
     source: ModelSource,
     images: Sequence[str | os.PathLike[str]],
@@ -295,7 +297,7 @@ def visualize(
     *,
     blocks: Sequence[int] | None = None,
     threads: int | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Steps = automatic,
 ) -> dict[str, Any]:
     """Draw what a model keeps, scores and attends to: dense, plain removal and aligned.
 
@@ -308,7 +310,7 @@ def visualize(
         blocks: whose attention is shown, counted from 1; None for those after each stage, and the
             last.
         threads: of torch; None leaves their number as it is.
-        progress: called with a line of text for every image.
+        progress: called with how far it is; a bar in a terminal or a notebook by default.
 
     Returns:
         What visualize.json holds: "facts", and "images" with file, readout, blocks, variants and
@@ -332,7 +334,7 @@ def visualize(
     check_writable(output / PAGE)
     found, sections = [], []
     for number, (file, array) in enumerate(zip(files, arrays, strict=True), start=1):
-        progress(f"{file}: {number} of {len(files)}")
+        progress("drawing images", number - 1, len(files), file.name)
         with torch_threads(threads):
             result = explain(models, array, _picture(array, opened), blocks)
         # Numbered, as two folders may have a file of the same name.
@@ -342,6 +344,7 @@ def visualize(
         found.append(_entry(file, result, pngs))
         table = _table(result, opened)
         sections.append(section(file.name, table, result.figures, readout=result.readout))
+    progress("drawing images", len(files), len(files))
     facts = _facts(opened)
     # After the figures: who finds the page finds all that it shows.
     atomic_write_bytes(output / PAGE, render("vssm visualize", facts, sections).encode())

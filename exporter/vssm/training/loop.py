@@ -8,8 +8,8 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from vssm.training.lessons import Lesson
 from vssm.training.log import LogRow, RunLog
 from vssm.training.recipe import Draw
 from vssm.training.state import State
-from vssm.types import Progress
+from vssm.training.stop import StopBetweenSteps
+from vssm.types import Steps
 
 
 class Group:
@@ -118,6 +119,7 @@ class Group:
 
 STATE_FILE = "state.safetensors"
 LOG_FILE = "log.csv"
+TRAINING = "training, steps"
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def train(
     *,
     log: RunLog | None,
     teacher: nn.Module | None = None,
-    progress: Progress = lambda _: None,
+    progress: Steps = lambda *_: None,
 ) -> tuple[State, Trained]:
     """Train `model` in place, from the state in the directory where there is one.
 
@@ -190,7 +192,7 @@ def train(
         group: the processes that do it.
         log: the log, in the process that leads.
         teacher: the model to distil from, where the recipe does.
-        progress: called with a line of text after every step.
+        progress: called after every step.
 
     Raises:
         ArtifactError: the state there is of another run, or a file cannot be written.
@@ -208,19 +210,25 @@ def train(
     resumed, start = state.step, time.perf_counter()
     if log is not None:
         log.begin(resumed)
-    for batch in _batches(run, group, first=resumed):
-        epoch = state.step // run.steps_per_epoch
-        lr = recipe.rate_at(state.step, lesson.images)
-        loss = _gradients(state, batch, run, group, teacher)
-        state.advance(lr, recipe.ema)
-        if log is not None:
-            log.add(LogRow(state.step, epoch + 1, lr, loss))
-            ends = state.step % run.steps_per_epoch == 0 or state.step == run.steps
-            if state.step % run.save_every == 0 or ends:
-                # The rows first: `begin` refuses a state that has more steps than the log has rows.
-                log.sync()
-                state.save(path, run.header)
-        progress(_line(state.step, loss, lr, run, (time.perf_counter() - start, resumed)))
+    progress(TRAINING, resumed, run.steps)
+    # Other processes would wait for the one that stops, so that several stop at once.
+    with StopBetweenSteps() if group.world == 1 else nullcontext() as stop:
+        for batch in _batches(run, group, first=resumed):
+            epoch = state.step // run.steps_per_epoch
+            lr = recipe.rate_at(state.step, lesson.images)
+            loss = _gradients(state, batch, run, group, teacher)
+            state.advance(lr, recipe.ema)
+            asked = stop is not None and stop.asked
+            if log is not None:
+                log.add(LogRow(state.step, epoch + 1, lr, loss))
+                ends = state.step % run.steps_per_epoch == 0 or state.step == run.steps
+                if state.step % run.save_every == 0 or ends or asked:
+                    # The rows first: `begin` refuses a state of more steps than the log has rows.
+                    log.sync()
+                    state.save(path, run.header)
+            progress(TRAINING, state.step, run.steps, _note(epoch + 1, loss, run))
+            if stop is not None and asked:
+                stop.let_go()
     # The time is that of the slowest process.
     group.wait()
     seconds = time.perf_counter() - start
@@ -299,13 +307,5 @@ def _drawing(rng: np.random.Generator, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _line(step: int, loss: float, lr: float, run: TrainingRun, since: tuple[float, int]) -> str:
-    seconds, resumed = since
-    speed = (step - resumed) / seconds
-    left = timedelta(seconds=round((run.steps - step) / speed))
-    return (
-        f"epoch {(step - 1) // run.steps_per_epoch + 1} of {-(-run.steps // run.steps_per_epoch)}, "
-        f"step {step:,} of {run.steps:,}, loss {loss:.4f}, lr {lr:.1e}, "
-        f"{speed * run.lesson.recipe.batch:.1f} images/s, "
-        f"{left} left"
-    )
+def _note(epoch: int, loss: float, run: TrainingRun) -> str:
+    return f"epoch {epoch} of {-(-run.steps // run.steps_per_epoch)}, loss {loss:.4f}"

@@ -20,6 +20,7 @@ from vssm.evaluation.scenes import check_class_count, open_scenes
 from vssm.extras import is_installed
 from vssm.files.atomic import make_directory, sha256_of
 from vssm.files.json import write_json
+from vssm.files.progress import automatic, shows_progress
 from vssm.models import create_model
 from vssm.models.base import VisionModel
 from vssm.models.fused_tokens import fuse_leftovers
@@ -31,7 +32,7 @@ from vssm.training.loop import Group, TrainingRun
 from vssm.training.recipe import Recipe
 from vssm.training.request import FinetuneRequest, ModelSource
 from vssm.training.scene_recipe import SceneRecipe
-from vssm.types import Progress
+from vssm.types import Steps
 
 if TYPE_CHECKING:
     from vssm.training.loop import Trained
@@ -202,9 +203,8 @@ class FinetuneReport:
     tensorboard: bool
 
 
-def finetune(
-    request: FinetuneRequest, *, progress: Progress = lambda _: None
-) -> FinetuneReport | None:
+@shows_progress
+def finetune(request: FinetuneRequest, *, progress: Steps = automatic) -> FinetuneReport | None:
     """Train a model, pruned or dense, on a folder that holds one folder of images a class.
 
     A segmenter is trained on a folder that is laid out as ADE20K, with images and annotations.
@@ -214,7 +214,7 @@ def finetune(
 
     Args:
         request: what to do.
-        progress: called with a line of text after every step.
+        progress: called with how far it is; a bar in a terminal or a notebook by default.
 
     Returns:
         The report, which is also written as finetune.json; None in processes that do not lead.
