@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 import vssm
 from vssm import ModelSource, Resources
 from vssm.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError, VssmError
-from vssm.evaluation.data import open_images
+from vssm.evaluation.data import load, open_images
 from vssm.extras import is_installed
 from vssm.training.augment import Example, load_batch
 from vssm.training.log import RunLog
@@ -64,8 +65,8 @@ def whole(data, checkpoint, tmp_path_factory):
     return output
 
 
-def _same(one: Path, other: Path) -> None:
-    for name in RESULTS:
+def _same(one: Path, other: Path, *names: str) -> None:
+    for name in names or RESULTS:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
@@ -154,10 +155,11 @@ class _StopError(Exception):
 
 def _stop_after(steps):
     def progress(phase, done, total, note=""):
-        assert (phase, total) == ("training, steps", 14)
-        assert done == 0 or ", loss " in note
-        if done == steps:
-            raise _StopError
+        if phase == "training, steps":
+            assert total == 14
+            assert done == 0 or note.startswith("loss ")
+            if done == steps:
+                raise _StopError
 
     return progress
 
@@ -205,7 +207,7 @@ def test_ctrl_c_saves_at_the_end_of_the_step(data, checkpoint, tmp_path, whole, 
 
 
 def test_ctrl_c_between_steps(ctrl_c):
-    """A second one does not wait, what waits at the end is not lost, and what is ignored stays so."""
+    """A second one does not wait; what waits at the end is not lost; an ignored one stays so."""
     with StopBetweenSteps() as stop:
         ctrl_c()
         assert stop.asked
@@ -216,9 +218,13 @@ def test_ctrl_c_between_steps(ctrl_c):
         assert not stop.asked
     with pytest.raises(KeyboardInterrupt), StopBetweenSteps():
         ctrl_c()
-    with pytest.raises(ZeroDivisionError), StopBetweenSteps():  # an error is not hidden
+
+    def fail():
         ctrl_c()
-        1 / 0  # noqa: B018
+        raise _StopError
+
+    with pytest.raises(_StopError), StopBetweenSteps():  # an error is not hidden
+        fail()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with StopBetweenSteps() as stop:
         ctrl_c()
@@ -248,19 +254,100 @@ def test_tensorboard_goes_on_where_the_state_is(data, tmp_path, monkeypatch):
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr("vssm.training.log.is_installed", lambda _: True)
-    asked = request(data, tmp_path, resources={"save_every": 3})
+    asked = replace(request(data, tmp_path, resources={"save_every": 3}), val=data)
     with pytest.raises(_StopError):
         vssm.finetune(asked, progress=_stop_after(5))
     assert vssm.finetune(replace(asked, resume=True)).tensorboard
     first, second = made
     assert first.folder == str(tmp_path / "tensorboard")
     assert (first.purge_step, second.purge_step) == (1, 4)
-    assert first.flushed == 9  # all of the state's three steps
+    assert first.flushed == 2 + 9  # before the first step, and all of the state's three
     assert first.closed
     assert second.closed
     losses = [value for name, value, _ in second.scalars if name == "train/loss"]
     log = np.loadtxt(tmp_path / "log.csv", delimiter=",", skiprows=1)
     assert losses == log[3:, 3].tolist()
+    shares = [(value, step) for name, value, step in second.scalars if name == "val/top1"]
+    rows = np.loadtxt(tmp_path / "validation.csv", delimiter=",", skiprows=1)
+    assert shares == [(rows[1, 2], 7), (rows[2, 2], 14)]
+
+
+@pytest.fixture(scope="module")
+def validated(data, checkpoint, tmp_path_factory):
+    """A run that is watched on images that it could learn from."""
+    root = tmp_path_factory.mktemp("validated")
+    val = write_pictures(root / "val", told_apart=True)
+    asked = replace(request(data, root / "out", what=model_source(checkpoint)), val=val)
+    return asked, vssm.finetune(asked)
+
+
+def test_validation_measures_the_weights_and_changes_none(validated, checkpoint, whole):
+    asked, report = validated
+    _same(asked.output, whole, *RESULTS[:3])
+    rows = report.trained.validated
+    assert [(row.epoch, row.step) for row in rows] == [(0, 0), (1, 7), (2, 14)]
+    assert (asked.output / "validation.csv").read_text().splitlines() == [
+        "epoch,step,top1,loss",
+        *(f"{row.epoch},{row.step},{row.top1!r},{row.loss!r}" for row in rows),
+    ]
+    for weights, row in ((checkpoint, rows[0]), (report.weights, rows[2])):
+        model = _model(Path(weights)).eval()
+        pictures = open_images(asked.val, CLASSES).pictures
+        loaded = load([str(asked.val / p.path) for p in pictures], model.preprocessing())
+        targets = torch.tensor([picture.target for picture in pictures])
+        with torch.no_grad():
+            logits = model(torch.from_numpy(loaded.images))
+        assert row.top1 == (logits.argmax(1) == targets).double().mean().item()
+        loss = torch.nn.functional.cross_entropy(logits, targets).item()
+        assert row.loss == pytest.approx(loss, rel=1e-5)
+    written = json.loads((asked.output / "finetune.json").read_text())
+    assert written["best_epoch"] == max(rows, key=lambda row: row.top1).epoch
+    assert written["trained"]["validated"][1]["top1"] == rows[1].top1
+    best = Path(written["best"])
+    assert best.name == "finetuned_best.safetensors"
+    assert _model(best).labels == tuple(f"n{i}" for i in range(CLASSES))
+
+
+@pytest.mark.parametrize(("epoch", "resumed"), [(0, 0), (1, 7)])
+def test_a_stop_while_validating_measures_that_epoch_again(validated, tmp_path, epoch, resumed):
+    whole, report = validated
+    asked, count = replace(whole, output=tmp_path), 0
+
+    def stop(phase, done, total, note=""):
+        nonlocal count
+        count += phase == "validating, images" and done == total
+        if count > epoch:
+            raise _StopError
+
+    with pytest.raises(_StopError):
+        vssm.finetune(asked, progress=stop)
+    again = vssm.finetune(replace(asked, resume=True))
+    assert again.trained.resumed == resumed
+    assert again.trained.validated == report.trained.validated
+    _same(tmp_path, whole.output, *RESULTS, "validation.csv", "finetuned_best.safetensors")
+    with pytest.raises(ArtifactError, match=r"is of another run: val=\w{64}, now None"):
+        vssm.finetune(replace(asked, resume=True, val=None))
+    (tmp_path / "finetuned_best.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"or finetuned_best.safetensors is missing; put back"):
+        vssm.finetune(replace(asked, resume=True))
+
+
+def test_validation_images_that_do_not_belong(data, validated, tmp_path):
+    val = tmp_path / "val"
+    shutil.copytree(validated[0].val, val)
+    asked = replace(request(data, tmp_path / "out"), val=val)
+    (val / "n3" / "bad.png").write_bytes(b"no image")
+    # Before the first step, not after an epoch.
+    with pytest.raises(ValueError, match=r"val: .*bad\.png cannot be read as an image"):
+        vssm.finetune(asked, progress=_stop_after(0))
+    for i in range(CLASSES):
+        (val / f"n{i}").rename(val / f"other{i}")
+    with pytest.raises(ValueError, match="folder of class 0 is 'other0', but 'n0' in data="):
+        vssm.finetune(asked)
+    recipe = vssm.SceneRecipe.published("vim_tiny_upernet_ade20k")
+    scenes = ModelSource("vim_tiny_upernet_ade20k")
+    with pytest.raises(ValueError, match="top-1 is a classifier's; leave it out"):
+        vssm.FinetuneRequest(scenes, data, tmp_path, recipe, val=val)
 
 
 def test_a_finished_run_goes_on_to_the_same(data, checkpoint, tmp_path, whole):
@@ -546,7 +633,12 @@ def test_the_weights_export(data, whole, tmp_path, cli: Run):
 def test_command(data, checkpoint, tmp_path, cli: Run):
     given = ["--data", data, "--checkpoint", checkpoint, "--schedule", SCHEDULE]
     given += ["-o", tmp_path / "out", "--epochs=1", "--batch=6", "--workers=0", "--lr=1e-3"]
-    assert cli("finetune", *MODEL, *given, "--recipe=ema=0.5", "--seed=3") == 0, cli.out
+    watched = ["--recipe=ema=0.5", "--seed=3", "--val", data]
+    assert cli("finetune", *MODEL, *given, *watched) == 0, cli.out
+    assert re.search(r"before .* \d+\.\d\d% ", cli.out)
+    assert "finetuned_best.safetensors (best on the validation images)" in cli.out
+    loss = "the training loss is that of mixed images, smoothed classes, altered images, so it"
+    assert loss in cli.out
     assert "finetuned_ema.safetensors (averaged)" in cli.out
     assert ("no TensorBoard log" in cli.out) == (not is_installed("tensorboard"))
     assert cli("finetune", *MODEL, *given) == 2

@@ -41,6 +41,10 @@ Data = Annotated[
     Path,
     typer.Option(help="Folder with a folder of images for each class; of a segmenter as ADE20K."),
 ]
+Val = Annotated[
+    Path | None,
+    typer.Option(help="Folder as --data; top-1 on it after each epoch, the best weights are kept."),
+]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory for all that is written.")]
 Tokens = Annotated[
     str,
@@ -82,6 +86,7 @@ def finetune(
     *,
     data: Data,
     output: Output,
+    val: Val = None,
     checkpoint: Checkpoint = None,
     ema: Ema = False,
     key: Key = None,
@@ -132,7 +137,7 @@ def finetune(
     named = {"epochs": epochs, "batch": batch, "lr": lr, "seed": seed}
     recipe = _recipe(name, numbers or [], named)
     resources = Resources(workers, micro_batch, save_every, device, threads)
-    request = FinetuneRequest(source, data, output, recipe, classes, resume, resources, split)
+    request = FinetuneRequest(source, data, output, recipe, classes, resume, resources, split, val)
     _run(request, json_file)
 
 
@@ -182,9 +187,22 @@ def _print(report: FinetuneReport) -> None:
     if trained.resumed:
         rows.insert(2, ("steps of the run that was stopped", f"{trained.resumed:,}"))
     show(table(f"{report.run['model']}, trained", ("", ""), rows))
+    if trained.validated:
+        lines = [
+            (
+                row.epoch or "before",
+                f"{row.top1:.2%}",
+                f"{row.loss:.4f}",
+                "best" if row.epoch == report.best_epoch else "",
+            )
+            for row in trained.validated
+        ]
+        show(table("on the validation images", ("epoch", "top-1", "loss", ""), lines))
     say(f"began with {report.loaded}")
     say_folders(report.run["classes"], report.notes)
     say(f"wrote {report.weights}")
     say(f"wrote {report.ema} (averaged)")
+    if report.best is not None:
+        say(f"wrote {report.best} (best on the validation images)")
     if not report.tensorboard:
         say(f"no TensorBoard log: {install_command('tensorboard')} brings it; log.csv has the rows")

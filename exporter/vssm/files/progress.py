@@ -76,14 +76,14 @@ class Stage:
             speed = made / seconds
             rate = f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
             left = f"{timedelta(seconds=round((self.total - self.done) / speed))} left"
-        parts = [count, rate, left, shown(self.note)]
-        # The rate can be done without first, the count last.
-        for least in (None, rate, parts[3], left):
-            parts = [part for part in parts if part and part != least]
-            text = ", ".join(parts)
-            if cell_len(text) <= width:
+        notes = shown(self.note).split(", ")
+        parts = [part for part in (count, rate, left, *notes) if part]
+        # The rate can be done without first, then the end of the note, and the count last.
+        for least in (rate, *reversed(notes), left):
+            if cell_len(", ".join(parts)) <= width:
                 break
-        return text[:width]
+            parts = [part for part in parts if part != least]
+        return ", ".join(parts)[:width]
 
 
 class Shown:

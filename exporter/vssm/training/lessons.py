@@ -44,7 +44,7 @@ class Lesson(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What else is in the folder."""
+        """What one should know about the folder and the loss."""
 
     def example(self, index: int, epoch: int, place: int) -> Any:
         """What a worker loads: image `index`, augmented as the draws of this place have it."""
@@ -93,8 +93,12 @@ class Pictures:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What else is in the folder."""
-        return self.folder.notes
+        """What else is in the folder, and what the loss is of."""
+        made = self.recipe.harder
+        if not made:
+            return self.folder.notes
+        loss = f"the training loss is that of {made}, so it stays above that of plain images"
+        return (*self.folder.notes, loss)
 
     def example(self, index: int, epoch: int, place: int) -> tuple[Example, int]:
         """The image and its class."""

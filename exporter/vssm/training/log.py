@@ -110,6 +110,12 @@ class RunLog:
             for name in ("lr", "loss", "epoch"):
                 self._board.add_scalar(f"train/{name}", getattr(row, name), row.step)
 
+    def add_validation(self, step: int, top1: float, loss: float) -> None:
+        """What the weights of a step do on the validation images, for TensorBoard alone."""
+        if self._board is not None:
+            self._board.add_scalar("val/top1", top1, step)
+            self._board.add_scalar("val/loss", loss, step)
+
     def sync(self) -> None:
         """Bring all rows to the disk, before a state is written that relies on them."""
         os.fsync(self._file)
@@ -152,6 +158,6 @@ class RunLog:
 
 def remove_leftovers(directory: Path) -> None:
     """Delete the unfinished files that a killed run left beside those of `files.atomic_path`."""
-    names = ("state", "finetuned", "finetuned_ema")
-    for name in (*(f"{name}.safetensors" for name in names), "finetune.json"):
+    names = ("state", "finetuned", "finetuned_ema", "finetuned_best")
+    for name in (*(f"{n}.safetensors" for n in names), "finetune.json", "validation.csv"):
         discard_unfinished(directory / name)

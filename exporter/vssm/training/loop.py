@@ -19,13 +19,14 @@ from torch import Tensor, distributed, nn
 from typing_extensions import Self
 
 from vssm.errors import RuntimeUnavailableError, VssmError
-from vssm.evaluation.data import in_order
+from vssm.evaluation.data import ImageFolder, in_order
 from vssm.models.base import VisionModel
 from vssm.training.lessons import Lesson
 from vssm.training.log import LogRow, RunLog
 from vssm.training.recipe import Draw
 from vssm.training.state import State
 from vssm.training.stop import StopBetweenSteps
+from vssm.training.validate import Validated, Validator
 from vssm.types import Steps
 
 
@@ -134,6 +135,7 @@ class TrainingRun:
         micro_batch: images of one pass, whose gradients are added up; None for the whole share of
             a process. It changes sums in their last bits.
         save_every: steps between states, beside the one at the end of each epoch.
+        val: images on which the weights are measured after each epoch; None for none.
     """
 
     lesson: Lesson
@@ -142,6 +144,7 @@ class TrainingRun:
     workers: int
     micro_batch: int | None
     save_every: int
+    val: ImageFolder | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -163,8 +166,10 @@ class Trained:
         steps: in all.
         resumed: of them, those that a run before had done and saved.
         loss: mean over the last epoch.
-        seconds: of the other steps, loading included.
+        seconds: of the other steps, loading included, validation not.
         images_per_s: over these seconds; None where nothing was left to do.
+        validated: how good the weights were before the first step and after each epoch; nothing
+            where there was nothing to validate on.
     """
 
     images: int
@@ -173,6 +178,7 @@ class Trained:
     loss: float
     seconds: float
     images_per_s: float | None
+    validated: tuple[Validated, ...]
 
 
 def train(
@@ -210,9 +216,12 @@ def train(
     resumed, start = state.step, time.perf_counter()
     if log is not None:
         log.begin(resumed)
-    progress(TRAINING, resumed, run.steps)
+    validator = None if run.val is None else Validator(run, state, group)
     # Other processes would wait for the one that stops, so that several stop at once.
     with StopBetweenSteps() if group.world == 1 else nullcontext() as stop:
+        if validator is not None:
+            validator.measure(log, stop, progress)
+        progress(TRAINING, resumed, run.steps)
         for batch in _batches(run, group, first=resumed):
             epoch = state.step // run.steps_per_epoch
             lr = recipe.rate_at(state.step, lesson.images)
@@ -226,12 +235,14 @@ def train(
                     # The rows first: `begin` refuses a state of more steps than the log has rows.
                     log.sync()
                     state.save(path, run.header)
-            progress(TRAINING, state.step, run.steps, _note(epoch + 1, loss, run))
+            if validator is not None:
+                validator.measure(log, stop, progress)
+            progress(TRAINING, state.step, run.steps, _note(epoch + 1, loss, run, validator))
             if stop is not None and asked:
                 stop.let_go()
     # The time is that of the slowest process.
     group.wait()
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start - (0.0 if validator is None else validator.seconds)
     model.eval()
     losses = [math.nan] if log is None else log.losses(run.steps_per_epoch)
     done = state.step - resumed
@@ -242,6 +253,7 @@ def train(
         loss=sum(losses) / len(losses),
         seconds=seconds,
         images_per_s=done * recipe.batch / seconds if done else None,
+        validated=() if validator is None else tuple(validator.rows),
     )
 
 
@@ -307,5 +319,7 @@ def _drawing(rng: np.random.Generator, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _note(epoch: int, loss: float, run: TrainingRun) -> str:
-    return f"epoch {epoch} of {-(-run.steps // run.steps_per_epoch)}, loss {loss:.4f}"
+def _note(epoch: int, loss: float, run: TrainingRun, validator: Validator | None) -> str:
+    """The most important first, as a narrow terminal leaves out the last."""
+    top1 = "" if validator is None else f"top-1 {validator.rows[-1].top1:.2%}, "
+    return f"loss {loss:.4f}, {top1}epoch {epoch} of {-(-run.steps // run.steps_per_epoch)}"

@@ -160,6 +160,20 @@ class Recipe(Numbers):
                 "an even one, or mixup=0 and cutmix=0"
             )
 
+    @property
+    def harder(self) -> str:
+        """What makes the training loss larger than that of plain images, in words; "" if nothing.
+
+        Crops and mirrored images are left out: they move it little, and either way.
+        """
+        altered = self.rand_augment or self.color_jitter > 0 or self.erasing > 0
+        found = {
+            "mixed images": self.mixup > 0 or self.cutmix > 0,
+            "smoothed classes": self.smoothing > 0,
+            "altered images": altered,
+        }
+        return ", ".join(text for text, is_on in found.items() if is_on)
+
     def learning_rate(self, epoch: int) -> float:
         """Of an epoch, counted from 0: timm's cosine, stepped once an epoch as DeiT does.
 

@@ -243,6 +243,8 @@ class FinetuneRequest:
         resume: go on where the stopped run in `output` ended; refused where there is none.
         resources: how it is laid out.
         split: for a segmenter alone, the folder in images and annotations; None for "training".
+        val: folder of images with the same class folders, on which the weights are measured before
+            the first step and after each epoch; None for none. Not for a segmenter.
 
     Raises:
         TypeError: the recipe is not of the model's task.
@@ -258,6 +260,7 @@ class FinetuneRequest:
     resume: bool = False
     resources: Resources = field(default_factory=Resources)
     split: str | None = None
+    val: Path | None = None
 
     def __post_init__(self) -> None:
         if is_segmenter(self.source.name):
@@ -297,6 +300,11 @@ class FinetuneRequest:
             raise ValueError(
                 f"classes={self.classes} for {name!r}: annotations have numbers, and no folders; "
                 "leave it out"
+            )
+        if self.val is not None:
+            raise ValueError(
+                f"val={self.val} for {name!r}: top-1 is a classifier's; leave it out, and measure "
+                "the mIoU of an export with `vssm evaluate`"
             )
         if self.source.tokens != "gather":
             raise ValueError(

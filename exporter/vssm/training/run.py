@@ -32,6 +32,7 @@ from vssm.training.loop import Group, TrainingRun
 from vssm.training.recipe import Recipe
 from vssm.training.request import FinetuneRequest, ModelSource
 from vssm.training.scene_recipe import SceneRecipe
+from vssm.training.validate import BEST_FILE, best_of, open_validation
 from vssm.types import Steps
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ def plan_run(
     # Workers are not: they load the same images in the same order.
     recipe, resources = request.recipe, request.resources
     lesson = _lesson(request, model)
+    val = None
+    if request.val is not None and isinstance(lesson, Pictures):
+        val = open_validation(request.val, lesson.folder)
     recipe.steps(lesson.images)  # refuses a batch that is larger than the data set
     _check_batch(request, group)
     header = {
@@ -77,6 +81,7 @@ def plan_run(
         "key": request.source.key,
         "new_head": request.source.new_head,
         "images": lesson.folder.fingerprint(),
+        "val": None if val is None else val.fingerprint(),
         "classes": lesson.rule,
         "processes": group.world,
         "device": group.device.type,
@@ -94,6 +99,7 @@ def plan_run(
         workers=workers,
         micro_batch=resources.micro_batch,
         save_every=resources.save_every,
+        val=val,
     )
 
 
@@ -180,6 +186,9 @@ class FinetuneReport:
         sha256: of that file, as model.json names it once they are exported.
         ema: file of the averaged weights.
         ema_sha256: of that file.
+        best: file of the weights that were best on the validation images; None without those.
+        best_sha256: of that file.
+        best_epoch: after so many epochs; 0 for the weights that training began with.
         trained: steps, loss and speed.
         run: what was trained from what on what: model, schedule, data, recipe, versions, and how
             folders were matched to classes.
@@ -187,7 +196,8 @@ class FinetuneReport:
             data set, or none. The files of weights name their classes so, unless the checkpoint had
             names for them.
         loaded: what the training began with: the checkpoint's tensors, and what was done to them.
-        notes: what else is in the folder: empty classes, files that were passed over.
+        notes: what one should know: empty classes, files that were passed over, and what makes the
+            training loss larger than the loss on the images as they are.
         tensorboard: whether a TensorBoard log was written; the package is optional.
     """
 
@@ -195,6 +205,9 @@ class FinetuneReport:
     sha256: str
     ema: str
     ema_sha256: str
+    best: str | None
+    best_sha256: str | None
+    best_epoch: int | None
     trained: Trained
     run: Mapping[str, Any]
     classes: tuple[str, ...]
@@ -283,11 +296,15 @@ def _write(
     labels = state.model.labels or run.lesson.labels
     save_safetensors(state.model.state_dict(), weights, labels=labels)
     save_safetensors(state.ema, ema, labels=labels)
+    best = best_of(trained.validated)
     report = FinetuneReport(
         weights=str(weights),
         sha256=sha256_of(weights),
         ema=str(ema),
         ema_sha256=sha256_of(ema),
+        best=None if best is None else str(directory / BEST_FILE),
+        best_sha256=None if best is None else sha256_of(directory / BEST_FILE),
+        best_epoch=None if best is None else best.epoch,
         trained=trained,
         run=run.header,
         classes=run.lesson.labels or (),
