@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import vssm
 from vssm import FinetuneRequest, ModelSource, Recipe, Resources, SceneRecipe
 from vssm.artifact.manifest import IMAGENET_MEAN, IMAGENET_STD
 from vssm.evaluation.scenes import UNLABELLED, open_scenes
+from vssm.files.atomic import sha256_of
 from vssm.models.dense.heads import ConvNorm
 from vssm.training.lessons import Scenes
 from vssm.training.loop import Group
@@ -299,6 +301,21 @@ def test_a_checkpoint_of_another_class_count(whole, tmp_path):
     weights = load_file(file)
     key = "decode_head.bottleneck.conv.weight"
     assert torch.equal(model.state_dict()[key], weights[key])
+
+
+def test_a_run_begins_with_a_classifier(data, tmp_path, cli: Run):
+    sizes = {key: OPTIONS[key] for key in ("depth", "d_model", "d_state")}
+    classifier = vssm.create_model("vim_tiny", image_size=48, num_classes=5, **sizes)
+    torch.save({"model": classifier.state_dict()}, tmp_path / "classifier.pth")
+    call = [*COMMAND, "--data", data, "-o", tmp_path / "out", "--batch", 2, "--backbone"]
+    assert cli(*call) == 2
+    assert "backbone=True without a checkpoint; give --checkpoint FILE" in cli.out
+    assert cli(*call, "--checkpoint", tmp_path / "classifier.pth") == 0
+    assert "not in a classifier, the model's own: backbone.fpn1, backbone.fpn2" in cli.out
+    assert "ignored: cls_token, head.bias, head.weight" in cli.out
+    report = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert report["run"]["backbone"] is True
+    assert report["run"]["checkpoint"] == sha256_of(tmp_path / "classifier.pth")
 
 
 def test_one_image_alone_is_refused(data, tmp_path):

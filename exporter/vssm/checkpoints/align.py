@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vssm.checkpoints.locate import some
 from vssm.checkpoints.wrapped import WRAPPER_PARTS, explain_keys
@@ -33,7 +33,31 @@ _MOST_TIMES: Final = 10
 _MOST_MORE: Final = 100
 
 Shapes = Mapping[str, Tensor]
-Adapt = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+
+
+class Fitted(Protocol):
+    """A model, or a part of one, that a file's tensors are to fit.
+
+    It may have `adapt_state_dict(state) -> state`, which renames old keys and resizes tables, and
+    `ignores(key) -> bool`, which says of a key of the file that nothing here has a use for it.
+    """
+
+    def state_dict(self) -> Any:
+        """Its tensors by their keys."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What keys must come to, and what the model says of others."""
+
+    expected: Shapes
+    adapt: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+    ignores: Callable[[str], bool]
+
+    @classmethod
+    def of(cls, model: Fitted) -> _Target:
+        adapt, ignores = (getattr(model, n, None) for n in ("adapt_state_dict", "ignores"))
+        return cls(model.state_dict(), adapt or dict, ignores or (lambda _: False))
 
 
 @dataclass(frozen=True)
@@ -99,7 +123,7 @@ class _Fit:
         return len(self.after) - len(self.unexpected) - len(self.misshapen)
 
 
-def align(state: Shapes, model: nn.Module, *, new_head: bool = False) -> Aligned:
+def align(state: Shapes, model: Fitted, *, new_head: bool = False) -> Aligned:
     """Find the one way in which the file's keys are the model's.
 
     Args:
@@ -110,8 +134,8 @@ def align(state: Shapes, model: nn.Module, *, new_head: bool = False) -> Aligned
     Raises:
         CheckpointError: there is no such way, or more than one. The message does not name the file.
     """
-    expected = model.state_dict()
-    adapt: Adapt = getattr(model, "adapt_state_dict", dict)
+    target = _Target.of(model)
+    expected = target.expected
     if len(state) > _MOST_TIMES * len(expected) + _MOST_MORE:  # before any of them is renamed
         raise CheckpointError(
             f"it has {len(state):,} tensors, the model {len(expected):,} ({some(state, len(state))}"
@@ -124,7 +148,7 @@ def align(state: Shapes, model: nn.Module, *, new_head: bool = False) -> Aligned
         for change in _changes(parts, bare.values()):
             origin = {change.apply(new, expected): key for key, new in bare.items()}
             if len(origin) == len(state):  # else two keys came to one
-                fits.append(_try(state, change, origin, expected, adapt))
+                fits.append(_try(state, change, origin, target))
     if new_head:
         fits = [replace(fit, head=_other_head(fit, expected)) for fit in fits]
     exact = [fit for fit in fits if fit.exact]
@@ -136,7 +160,7 @@ def align(state: Shapes, model: nn.Module, *, new_head: bool = False) -> Aligned
             "model's state_dict()"
         )
     if not exact:
-        raise CheckpointError(_cause(state, expected, adapt) or _misfit(state, expected, fits))
+        raise CheckpointError(_cause(state, target) or _misfit(state, expected, fits))
     if new_head and not exact[0].head:
         raise CheckpointError("new_head=True, but its head has the model's width; leave it out")
     return _aligned(exact[0], state, expected)
@@ -178,20 +202,20 @@ def _without(parts: frozenset[str], key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in parts) or key
 
 
-def _try(
-    state: Shapes, change: _Change, origin: dict[str, str], expected: Shapes, adapt: Adapt
-) -> _Fit:
+def _try(state: Shapes, change: _Change, origin: dict[str, str], target: _Target) -> _Fit:
+    expected = target.expected
     before: dict[str, Tensor] = {}
     ignored = []
     for new, key in origin.items():
-        if new not in expected and _is_no_weight(new, state[key]):
+        known = target.ignores(new) or _is_no_weight(new, state[key])
+        if new not in expected and known:
             ignored.append(key)
         else:
             before[new] = state[key]
     error = None
     try:
         # The model's own method may change the mapping that it is given, so it gets a copy.
-        after = dict(adapt(dict(before)))
+        after = dict(target.adapt(dict(before)))
     except (ValueError, TypeError, LookupError, RuntimeError, VssmError) as caught:
         after, error = before, caught
     return _Fit(
@@ -294,9 +318,9 @@ def _misfit(state: Shapes, expected: Shapes, fits: list[_Fit]) -> str:
     return f"it does not fit the model ({seen}{problems}); {remedy}"
 
 
-def _cause(state: Shapes, expected: Shapes, adapt: Adapt) -> str | None:
+def _cause(state: Shapes, target: _Target) -> str | None:
     """Why a file that may well hold the model's tensors is not taken; None if nothing is known."""
-    whole = _whole_groups(state, expected, adapt)
+    whole, expected = _whole_groups(state, target), target.expected
     if len(whole) > 1:
         return (
             f"it holds several sets of this model's weights, under {' and '.join(whole)}; name one "
@@ -329,8 +353,9 @@ def _doubled(name: str, state: Shapes, expected: Shapes) -> tuple[str, str] | No
     return None
 
 
-def _whole_groups(state: Shapes, expected: Shapes, adapt: Adapt) -> list[str]:
+def _whole_groups(state: Shapes, target: _Target) -> list[str]:
     """What keys begin with below which the whole model lies, wrappers' parts aside."""
+    expected = target.expected
     lead = "".join(f"{part}." for part in _common(state))
     sizes = Counter(key.removeprefix(lead).partition(".")[0] for key in state)
     parts = _foreign_parts(expected)
@@ -344,7 +369,7 @@ def _whole_groups(state: Shapes, expected: Shapes, adapt: Adapt) -> list[str]:
             origin = {_without(parts, key.removeprefix(f"{name}.")): key for key in keys}
             if len(origin) < len(keys):
                 continue
-            fit = _try(state, _Change(), origin, expected, adapt)
+            fit = _try(state, _Change(), origin, target)
             # Another head is the next question, and a part of the file the first.
             if replace(fit, head=_other_head(fit, expected)).exact:
                 found.append(name)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vssm.artifact.manifest import CheckpointInfo
-from vssm.checkpoints.align import align
+from vssm.checkpoints.align import Fitted, align
 from vssm.checkpoints.formats import read_file
 from vssm.checkpoints.hub import download, hub_file
 from vssm.checkpoints.labels import stored_labels, with_labels
@@ -26,6 +26,7 @@ from vssm.errors import CheckpointError
 from vssm.files.atomic import atomic_path
 from vssm.files.text import shown
 
+_BACKBONE: Final = "backbone."
 _SHARD: Final = re.compile(r"-\d+-of-\d+\.")
 
 
@@ -49,6 +50,7 @@ class LoadReport:
         casts: changes of dtype, each with the count and whether every value stayed the same.
         stubs: classes and functions named in the file that were neither imported nor called.
         new_head: what the model's head keeps of its own, and why; only where that was asked for.
+        own: the parts that keep the model's own tensors because only a backbone was loaded.
     """
 
     path: str
@@ -65,6 +67,7 @@ class LoadReport:
     casts: tuple[str, ...]
     stubs: tuple[str, ...]
     new_head: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -79,6 +82,7 @@ class LoadReport:
         for word, names in (
             ("taken out of keys", self.unwrapped),
             ("new head", self.new_head),
+            ("not in a classifier, the model's own", self.own),
             ("adapted", self.adapted),
             ("cast", self.casts),
             ("ignored", self.ignored),
@@ -95,6 +99,7 @@ def load_checkpoint(
     weights: str = "model",
     key: str | None = None,
     new_head: bool = False,
+    backbone: bool = False,
 ) -> LoadReport:
     """Load a checkpoint file into `model`, which has the official keys; all of it or nothing.
 
@@ -114,6 +119,8 @@ def load_checkpoint(
             keys of a flat file begin with, such as "student".
         new_head: keep the model's own classifier (keys with a part "head", of a segmenter
             "conv_seg") where the file has one of another width, or none.
+        backbone: of a segmenter, load the backbone alone, from a classifier of the same sizes. The
+            heads, and what else a classifier has not, stay as they are; its head is left out.
 
     Returns:
         What was read and done, for people to check.
@@ -125,6 +132,7 @@ def load_checkpoint(
             values not finite; each kind is named in the one message.
     """
     refuse_wrapper(model)
+    part = _shared(model, new_head=new_head) if backbone else model
     if (wanted := hub_file(path)) is not None:
         file, found_at = download(wanted)
         path = str(found_at)
@@ -132,7 +140,7 @@ def load_checkpoint(
         file = Path(path)
     raw = read_file(file, weights=weights, key=key)
     try:
-        found = align(raw.state, model, new_head=new_head)
+        found = align(raw.state, part, new_head=new_head)
     except CheckpointError as error:
         shard = ""
         if _SHARD.search(os.path.basename(os.fspath(path))):
@@ -140,7 +148,9 @@ def load_checkpoint(
         raise CheckpointError(f"checkpoint={path}: {error}{shard}") from error
     own = model.state_dict()
     # All that can fail comes before the model is touched.
-    cast, casts = _cast(found.state, own, path)
+    cast, casts = _cast(found.state, part.state_dict(), path)
+    if backbone:
+        cast = {f"{_BACKBONE}{key}": value for key, value in cast.items()}
     labels = stored_labels(raw.metadata, path)
     # The model's own values stand in for a new head, so that `strict` still holds for the rest.
     model.load_state_dict({**own, **cast}, strict=True)
@@ -159,10 +169,32 @@ def load_checkpoint(
         casts=casts,
         stubs=raw.stubs,
         new_head=found.new_head,
+        own=_parts(key for key in own if key not in cast) if backbone else (),
     )
     # A new head has classes of its own.
-    _tell(model, report, None if new_head else labels)
+    _tell(model, report, None if new_head or backbone else labels)
     return report
+
+
+def _shared(model: nn.Module, *, new_head: bool) -> Fitted:
+    """What a segmenter has in common with a classifier."""
+    if new_head:
+        raise ValueError(
+            "new_head=True with backbone=True, after which the heads are the model's own in any "
+            "case; leave new_head out"
+        )
+    part: Callable[[], Fitted] | None = getattr(model, "classifier_part", None)
+    if part is None:
+        raise ValueError(
+            f"backbone=True for {type(model).__name__}: only a segmenter's backbone is begun from "
+            "a classifier's checkpoint; leave it out"
+        )
+    return part()
+
+
+def _parts(keys: Iterable[str]) -> tuple[str, ...]:
+    """The modules that keys lie in: those in the backbone by their own names."""
+    return tuple(dict.fromkeys(".".join(k.split(".")[: 1 + k.startswith(_BACKBONE)]) for k in keys))
 
 
 def _tell(model: nn.Module, report: LoadReport, labels: tuple[str, ...] | None) -> None:

@@ -46,6 +46,13 @@ Val = Annotated[
     typer.Option(help="Folder as --data; top-1 on it after each epoch, the best weights are kept."),
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory for all that is written.")]
+Backbone = Annotated[
+    bool,
+    typer.Option(
+        "--backbone",
+        help="Of a segmenter: the checkpoint is a classifier's, from which the backbone begins.",
+    ),
+]
 Tokens = Annotated[
     str,
     typer.Option(help="gather: as deployed; masked: as published, Vim only; fused: EViT-style."),
@@ -91,6 +98,7 @@ def finetune(
     ema: Ema = False,
     key: Key = None,
     new_head: NewHead = False,
+    backbone: Backbone = False,
     schedule: Schedule = None,
     merge: Merge = None,
     alignment: Alignment = None,
@@ -131,6 +139,7 @@ def finetune(
         conv=conv,
         restore=restore,
         tokens=tokens,
+        backbone=backbone,
         num_classes=num_classes,
         option=option,
     )

@@ -281,6 +281,7 @@ def model_source(
     conv: str | None = None,
     restore: str | None = None,
     tokens: str = "gather",
+    backbone: bool = False,
 ) -> ModelSource:
     """The model that a command's options describe.
 
@@ -302,4 +303,5 @@ def model_source(
         options=options(option or []),
         key=key,
         new_head=new_head,
+        backbone=backbone,
     )

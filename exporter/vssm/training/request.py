@@ -28,6 +28,7 @@ def refuse_unused_options(
     weights: str,
     key: str | None = None,
     new_head: bool = False,
+    backbone: bool = False,
     model_options: Collection[str] = (),
     **rules: object,
 ) -> None:
@@ -40,6 +41,7 @@ def refuse_unused_options(
         weights: which weights of the checkpoint, "model" by default.
         key: where in the checkpoint they are; None for the usual places.
         new_head: whether the checkpoint's head may be left out.
+        backbone: whether the checkpoint is a classifier's, for the backbone alone.
         model_options: keys of --set.
         rules: options that only a schedule has a use for, None where they are not given.
 
@@ -55,11 +57,19 @@ def refuse_unused_options(
                 f"{option}={value!r} without a schedule prunes nothing; give --schedule "
                 "BLOCK:RATIO,... too, or leave it out"
             )
-    of_file = {"weights": weights != "model", "key": key is not None, "new_head": new_head}
+    of_file = {
+        **{"weights": weights != "model", "key": key is not None},
+        **{"new_head": new_head, "backbone": backbone},
+    }
     if checkpoint is None and any(of_file.values()):
         option = next(name for name, given in of_file.items() if given)
-        value = {"weights": weights, "key": key, "new_head": new_head}[option]
+        value = {"weights": weights, "key": key}.get(option, True)
         raise ValueError(f"{option}={value!r} without a checkpoint; give --checkpoint FILE")
+    if new_head and backbone:
+        raise ValueError(
+            "new_head=True with backbone=True, after which the heads are untrained in any case; "
+            "leave new_head out"
+        )
     if key is not None and weights != "model":
         raise ValueError(f"key={key!r} with weights={weights!r}: a key says which; leave one out")
     if "num_classes" in model_options:
@@ -82,6 +92,8 @@ class ModelSource:
         key: where the weights are in the checkpoint, if under no usual name, as for
             `load_checkpoint`.
         new_head: keep the model's own head, untrained, where the checkpoint's has another width.
+        backbone: for `finetune` of a segmenter, the checkpoint is a classifier's: the backbone is
+            begun from it, and the heads are untrained.
         schedule: "BLOCK:RATIO,...", "default", a `PruneSchedule` or a `MergeSchedule`; None for the
             dense model, or the export's own.
         merge: what merges, as `MergeSchedule.parse` takes it, alone or beside a text.
@@ -115,6 +127,7 @@ class ModelSource:
     options: Mapping[str, Any] = field(default_factory=dict)
     key: str | None = None
     new_head: bool = False
+    backbone: bool = False
 
     def __post_init__(self) -> None:
         refuse_unused_options(
@@ -124,6 +137,7 @@ class ModelSource:
             weights=self.weights,
             key=self.key,
             new_head=self.new_head,
+            backbone=self.backbone,
             model_options=self.options,
             **self.rules,
         )
@@ -274,6 +288,11 @@ class FinetuneRequest:
             )
         if self.split is not None:
             raise ValueError(f"split={self.split!r} is nothing that a classifier's folder has")
+        if self.source.backbone:
+            raise ValueError(
+                f"backbone=True for {self.source.name!r}: a segmenter's backbone alone is begun "
+                "from a classifier's checkpoint; leave it out"
+            )
         thinned = self.source.schedule is not None or self.source.merge is not None
         missing = not thinned or self.source.checkpoint is None
         if self.recipe.distil > 0 and missing:

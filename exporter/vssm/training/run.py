@@ -80,6 +80,7 @@ def plan_run(
         "weights": request.source.weights,
         "key": request.source.key,
         "new_head": request.source.new_head,
+        "backbone": request.source.backbone,
         "images": lesson.folder.fingerprint(),
         "val": None if val is None else val.fingerprint(),
         "classes": lesson.rule,
@@ -158,6 +159,7 @@ def build_model(source: ModelSource, schedule: Schedule | None) -> VisionModel:
             weights=source.weights,
             key=source.key,
             new_head=source.new_head,
+            backbone=source.backbone,
         )
     return model
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from vssm.errors import UnsupportedError
+from vssm.errors import CheckpointError, UnsupportedError
 from vssm.models.base import VisionModel, refuse_merging
 from vssm.models.dense.heads import ConvNorm, Size
+from vssm.models.layers import resize_grid
 from vssm.pruning.schedule import MergeStage, PruneSchedule, Schedule, Stage
 from vssm.pruning.select import StageResult
 
@@ -118,3 +121,34 @@ def only_pruning(schedule: Schedule | None) -> PruneSchedule | None:
     pruning = refuse_merging("PlainMamba needs the place of every token in its grid", schedule)
     check_restoring(pruning)
     return pruning
+
+
+def classifier_positions(state: dict[str, Tensor], grid: Size) -> dict[str, Tensor]:
+    """A classifier's tensors with the table of positions of its patches alone, for this grid.
+
+    One row more than a square grid has is that of a class token in the middle, where all released
+    models that have one have it; two are those of one at each end.
+
+    Raises:
+        CheckpointError: the table is of no square grid.
+    """
+    table = state.get("pos_embed")
+    # What is not a table at all is left as it is: the loader compares
+    # shapes and says what is wrong.
+    if table is None or table.dim() != 3:
+        return state
+    side = math.isqrt(table.shape[1])
+    patches = side * side
+    # A larger square is further away than two rows.
+    rows = {0: (), 1: (patches // 2,), 2: (0, patches + 1)}.get(table.shape[1] - patches)
+    if rows is None:
+        raise CheckpointError(
+            f"pos_embed.shape={tuple(table.shape)} is not a square grid with at most two class "
+            "tokens; give a classifier that was trained on square images"
+        )
+    is_patch = torch.ones(table.shape[1], dtype=torch.bool)
+    is_patch[list(rows)] = False
+    table = table[:, is_patch]
+    if (side, side) != grid:
+        table = resize_grid(table, (side, side), grid)
+    return {**state, "pos_embed": table}

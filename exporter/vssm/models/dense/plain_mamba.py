@@ -20,6 +20,7 @@ from vssm.models.dense.base import (
     Levels,
     check_positive,
     check_taps,
+    classifier_positions,
     only_pruning,
 )
 from vssm.models.dense.detector import BoxHead, CocoDetector
@@ -165,6 +166,8 @@ class PlainMambaSegmenter(Segmenter):
     residual_stream = False
     published_directions = DIRECTIONS
     auxiliary_level = 3
+    own_parts = ("norm_layer",)
+    classifier_parts = ("head.",)
 
     def __init__(
         self,
@@ -204,6 +207,14 @@ class PlainMambaSegmenter(Segmenter):
     def blocks_on_maps(self) -> list[tuple[nn.Module, tuple[int, int]]]:
         """Every block on the grid of patches."""
         return [(layer, self.config.plain_mamba.grid) for layer in self.backbone.layers]
+
+    def adapt_classifier(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The table of positions for the grid of the checkpoints.
+
+        Raises:
+            CheckpointError: it is of no square grid.
+        """
+        return classifier_positions(state, self.config.table_grid)
 
     def _levels(self, images: Tensor, with_blocks: bool) -> Levels:
         trunk = self.backbone

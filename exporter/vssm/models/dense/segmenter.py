@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -25,10 +26,14 @@ class Segmenter(DenseModel):
 
     Attributes:
         auxiliary_level: index of the one that the auxiliary head reads.
+        own_parts: what keys of the backbone begin with that a classifier does not have.
+        classifier_parts: what keys of a classifier begin with that the backbone does not have.
     """
 
     task = SEGMENTATION
     auxiliary_level: int
+    own_parts: tuple[str, ...]
+    classifier_parts: tuple[str, ...]
 
     def _add_heads(self, channels: tuple[int, ...], width: int, auxiliary_width: int) -> None:
         self.decode_head = UPerHead(channels, width, self.num_classes)
@@ -64,6 +69,14 @@ class Segmenter(DenseModel):
             return super().output(name, found)
         return upsample(found.logits, self.image_size).argmax(1).to(torch.int32)
 
+    def classifier_part(self) -> ClassifierPart:
+        """What `load_checkpoint` fills from a classifier's file."""
+        return ClassifierPart(self)
+
+    def adapt_classifier(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A classifier's tensors made to fit the backbone, such as a table of positions."""
+        return state
+
     def preprocessing(self) -> Preprocessing:
         """The shorter side to the model's, bilinear, and the middle of the image."""
         return Preprocessing(max(self.image_size), self.image_size, interpolation="bilinear")
@@ -71,3 +84,23 @@ class Segmenter(DenseModel):
     def head_cost(self) -> int:
         """Multiply-adds of the head, without the auxiliary one."""
         return self.decode_head.cost(self.level_sizes)
+
+
+@dataclass(frozen=True)
+class ClassifierPart:
+    """What a segmenter and a classifier of the same sizes share, under the classifier's keys."""
+
+    model: Segmenter
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of the backbone that a classifier has too."""
+        own, backbone = self.model.own_parts, self.model.get_submodule("backbone")
+        return {k: v for k, v in backbone.state_dict().items() if not k.startswith(own)}
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A classifier's tensors made to fit these."""
+        return self.model.adapt_classifier(state)
+
+    def ignores(self, key: str) -> bool:
+        """Whether a key is of a classifier's head, or of what else the backbone does not have."""
+        return key.startswith(self.model.classifier_parts)

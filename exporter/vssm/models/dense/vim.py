@@ -24,6 +24,7 @@ from vssm.models.dense.base import (
     check_positive,
     check_restoring,
     check_taps,
+    classifier_positions,
 )
 from vssm.models.dense.cascade import (
     CASCADE_WEIGHTS,
@@ -307,6 +308,8 @@ class VimSegmenter(Segmenter):
 
     config: VimSegmenterConfig
     auxiliary_level = 2
+    own_parts = ("fpn", "rope.")  # rotary tables are of a grid, and nothing that was learnt
+    classifier_parts = ("cls_token", "head.", "rope.")
 
     def __init__(
         self,
@@ -349,6 +352,14 @@ class VimSegmenter(Segmenter):
         tensors = {f"tap{i}": x for i, x in enumerate(maps)}
         tensors |= zip(self.feature_names, self.backbone.neck(maps), strict=True)
         return replace(found, tensors=tensors)
+
+    def adapt_classifier(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The table of positions for the grid of the checkpoints, without class tokens.
+
+        Raises:
+            CheckpointError: it is of no square grid.
+        """
+        return classifier_positions(state, self.config.table_grid)
 
     def _tap(self, number: int, hidden: Tensor, residual: Tensor) -> Tensor:
         """What a tap reads of the full streams after a block."""

@@ -123,6 +123,8 @@ class VMambaSegmenter(Segmenter):
     residual_stream = False
     published_directions = 4
     auxiliary_level = 2
+    own_parts = ("outnorm",)
+    classifier_parts = ("classifier.", "head.", "norm.")  # the last two in older files
 
     def __init__(
         self,
@@ -169,6 +171,14 @@ class VMambaSegmenter(Segmenter):
             CheckpointError: two entries come to one name.
         """
         return adapt_backbone(state, self.config.vmamba)
+
+    def adapt_classifier(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Old names, and 1x1 convolutions as linears.
+
+        Raises:
+            CheckpointError: two entries come to one name.
+        """
+        return adapt_keys(state, self.config.vmamba.grids[0])
 
 
 def adapt_backbone(state: dict[str, Tensor], config: VMambaConfig) -> dict[str, Tensor]:
