@@ -20,6 +20,7 @@ import vssm
 from vssm.artifact.directory import Artifact, open_artifact
 from vssm.artifact.manifest import read_manifest, write_manifest
 from vssm.artifact.preprocessing import preprocessing_of
+from vssm.bench.kinds import count_graph
 from vssm.bench.subjects import BODY, FLOAT, KERNEL, slower_than_float
 from vssm.bundle.make import BundleRequest, make_bundle
 from vssm.bundle.verify import verify_bundle
@@ -39,6 +40,7 @@ TARGETS = {
     "percentile": dataclasses.replace(STATIC, calibration="percentile"),
     "entropy": dataclasses.replace(STATIC, calibration="entropy"),
     "weights": vssm.QuantizeRequest(method="weights"),
+    "int4": vssm.QuantizeRequest(method="weights", type="int4"),
     "dynamic": vssm.QuantizeRequest(method="dynamic"),
 }
 ENDS = ["/head/Gemm", "/patch_embed/proj/Conv"]
@@ -129,6 +131,20 @@ def test_targets_differ_in_types_and_scales(source: Artifact, made: dict[str, Ar
         assert several == {"ort": 9, "portable": 9, "tensorrt": INNER}[name]
 
 
+def test_int4_takes_matrices_on_the_right(source: Artifact, made: dict[str, Artifact]) -> None:
+    """`in_proj` twice and `out_proj` of three blocks; `x_proj` and `dt_proj` are stacks of two."""
+    products = find_products(graph_of(source))
+    matrices = {p.name for p in products if p.operator == "MatMul" and p.right and p.rank == 2}
+    blocks = {n.name: n for n in graph_of(made["int4"]).node if n.op_type == "MatMulNBits"}
+    assert set(blocks) == matrices
+    assert len(matrices) == 9
+    info = made["int4"].manifest.quantization
+    assert info is not None
+    assert set(info.kept_float) == {p.name for p in products} - matrices
+    # What the products cost is what they cost in the float file.
+    assert count_graph(made["int4"].model_path) == count_graph(source.model_path)
+
+
 def test_what_was_done_is_recorded_and_what_belongs_to_it_goes_along(
     source: Artifact, made: dict[str, Artifact], folder: Path
 ) -> None:
@@ -199,9 +215,14 @@ def test_auto_keeps_the_noisiest_layers(
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "target": ({"target": "openvino"}, "target='openvino' is not one of ort, tensorrt, portable"),
-    "type": ({"type": "int4"}, "type='int4' is not one of int8, fp8"),
+    "type": ({"type": "int2"}, "type='int2' is not one of int8, int4, fp8"),
     "calibration": ({"calibration": "max"}, "calibration='max' is not one of minmax"),
     "count": ({"count": 0}, "count=0 is below 1"),
+    "int4 of activations": ({"type": "int4"}, "weights of four bits"),
+    "int4 for others": (
+        {"type": "int4", "method": "weights", "target": "portable"},
+        "use --target ort and --weights-only",
+    ),
     "fp8 for ort": ({"type": "fp8"}, "only TensorRT multiplies float8"),
     "fp8 of weights": ({"type": "fp8", "method": "weights", "target": "tensorrt"}, "float8"),
     "dynamic for tensorrt": ({"method": "dynamic", "target": "tensorrt"}, "every run"),

@@ -71,7 +71,7 @@ _DTYPES: Final = {
     11: "float64",
     16: "bfloat16",
 }
-_QUANTIZED: Final = frozenset({b"DequantizeLinear", b"MatMulInteger"})
+_QUANTIZED: Final = frozenset({b"DequantizeLinear", b"MatMulInteger", b"MatMulNBits"})
 _HALVES: Final = ("float16", "bfloat16")
 # Two spellings of one domain.
 _STANDARD: Final = ("", "ai.onnx")

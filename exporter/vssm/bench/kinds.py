@@ -90,7 +90,7 @@ def by_kind(
 
 
 _SCANS = tuple(op.name for op in SCAN_OPERATORS)
-_PRODUCTS = ("MatMul", "Gemm", "Conv")
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "MatMulInteger")
 
 
 class _Shapes(dict[str, list[int]]):
@@ -132,6 +132,9 @@ def count_graph(path: Path) -> Work:
                 taps += found
             else:
                 conv += found
+        elif node.op_type == "MatMulNBits":
+            inputs = next(a.i for a in node.attribute if a.name == "K")
+            gemm += math.prod(shapes[node.output[0]]) * inputs
     return Work(exps, gemm, products, conv, taps)
 
 

@@ -31,7 +31,12 @@ def quantize(
         ),
     ] = "ort",
     number: Annotated[
-        str, typer.Option("--type", help="int8, or fp8 (E4M3, TensorRT).", **words("int8", "fp8"))
+        str,
+        typer.Option(
+            "--type",
+            help="int8; int4, with --weights-only; or fp8 (E4M3, TensorRT).",
+            **words("int8", "int4", "fp8"),
+        ),
     ] = "int8",
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Leave activations float; needs no images.")
@@ -62,7 +67,7 @@ def quantize(
     force: Force = False,
     json_file: Json = None,
 ) -> None:
-    """Quantise the matrix products of a float32 export to INT8 or FP8."""
+    """Quantise the matrix products of a float32 export to INT8, INT4 or FP8."""
     from vssm.quantization.request import QuantizeRequest, check_request
 
     if weights_only and dynamic:

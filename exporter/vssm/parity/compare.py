@@ -75,11 +75,13 @@ class QuantizedLimits:
     kept: float
 
 
-# Set from what was measured on trained and on seeded models (docs/quantization.md).
+# By method, and by type where that decides. Set from what was measured on trained and on seeded
+# models (docs/quantization.md).
 QUANTIZED: Final[Mapping[str, QuantizedLimits]] = {
     "static": QuantizedLimits(logits=15.0, block=6.0, top1=0.9, kept=0.9),
     "dynamic": QuantizedLimits(logits=15.0, block=6.0, top1=0.9, kept=0.9),
     "weights": QuantizedLimits(logits=30.0, block=25.0, top1=0.9, kept=0.95),
+    "int4": QuantizedLimits(logits=15.0, block=12.0, top1=0.9, kept=0.9),
 }
 # Of a quantised export the largest error says little: one logit of a thousand may be far off.
 _LEAST: Final = 1e-30
@@ -206,7 +208,9 @@ def compare(
     """
     quantized = artifact.manifest.quantization
     tolerance = TOLERANCES[artifact.manifest.dtype].of_model(artifact.manifest.name)
-    limits = None if quantized is None else QUANTIZED[quantized.method]
+    limits = None
+    if quantized is not None:
+        limits = QUANTIZED["int4" if quantized.type == "int4" else quantized.method]
     if limits is not None:
         tolerance = _NOT_JUDGED
     streams = _block_names(artifact) if per_block or limits is not None else []

@@ -118,8 +118,7 @@ def chosen(products: Sequence[Product], request: QuantizeRequest) -> list[Produc
         for product in products
         if not (product.end and not request.ends)
         and not any(fnmatchcase(product.name, pattern) for pattern in patterns)
-        # ONNX Runtime has dynamic products for weights on the right alone.
-        and not (request.method == "dynamic" and not _dynamic(product))
+        and _runs(product, request)
     ]
     if not left:
         raise ValueError(
@@ -129,5 +128,8 @@ def chosen(products: Sequence[Product], request: QuantizeRequest) -> list[Produc
     return left
 
 
-def _dynamic(product: Product) -> bool:
-    return product.operator == "MatMul" and product.right
+def _runs(product: Product, request: QuantizeRequest) -> bool:
+    """Whether the runtime has this product; some operators take weights on the right alone."""
+    if request.type == "int4":  # MatMulNBits, and no stack of matrices
+        return product.operator == "MatMul" and product.right and product.rank == 2
+    return request.method != "dynamic" or (product.operator == "MatMul" and product.right)

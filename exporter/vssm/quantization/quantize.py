@@ -17,6 +17,7 @@ from typing import Final
 
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from vssm.artifact.directory import (
     INLINED_FILE,
@@ -42,6 +43,8 @@ from vssm.types import Steps
 _QUANTIZING: Final = "quantising"
 SENSITIVE_DB: Final = 30.0  # below this, quantising one layer alone already shows in the logits
 _MEASURED: Final = 16  # images that layers are measured on
+_BLOCK: Final = 32  # inputs of an output channel that share a scale and a zero point in INT4
+_FLOAT32: Final = 1  # what MatMulNBits computes in, by its `accuracy_level`
 
 
 def quantize(
@@ -139,6 +142,8 @@ def _quantized(
     if request.method == "dynamic":
         return _dynamic(model, products, progress), products
     proto = onnx.load(str(model))
+    if request.type == "int4":
+        return _in_blocks(proto, products, progress), products
     found = None
     if calibration is not None:
         images, method = calibration.images, request.calibration
@@ -177,3 +182,24 @@ def _dynamic(model: Path, products: Sequence[Product], progress: Steps) -> onnx.
         quantize_dynamic(model, target, nodes_to_quantize=names, weight_type=QuantType.QInt8)
     progress(_QUANTIZING, 1, 1)
     return onnx.load(str(target))
+
+
+def _in_blocks(
+    proto: onnx.ModelProto, products: Sequence[Product], progress: Steps
+) -> onnx.ModelProto:
+    progress(_QUANTIZING, 0, 1)
+    made = MatMulNBitsQuantizer(
+        proto,
+        bits=4,
+        block_size=_BLOCK,
+        accuracy_level=_FLOAT32,
+        nodes_to_include=[product.name for product in products],
+    )
+    with silent():
+        made.process()
+    model: onnx.ModelProto = made.model.model
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            node.name = node.name.removesuffix("_Q4")  # the name that the float file has
+    progress(_QUANTIZING, 1, 1)
+    return model

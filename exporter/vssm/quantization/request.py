@@ -41,7 +41,7 @@ TARGETS: Final[Mapping[str, Target]] = {
     "portable": Target(signed=True, per_channel=False, methods=("static", "weights")),
 }
 # The first version of the standard operators in which QuantizeLinear has the type.
-_OPSETS: Final = {"int8": 10, "fp8": 19}
+_OPSETS: Final = {"int8": 10, "int4": 10, "fp8": 19}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class QuantizeRequest:
     Attributes:
         method: "static", ranges of activations from images; "dynamic", measured in every run;
             "weights", activations stay float.
-        type: "int8", or "fp8", which is E4M3.
+        type: "int8"; "int4", weights alone; or "fp8", which is E4M3.
         target: the runtime that it is for: "ort", "tensorrt" or "portable".
         calibration: how a range follows from what images give: "minmax", "percentile" (99.99 % of
             the values) or "entropy".
@@ -110,6 +110,12 @@ def check_request(request: QuantizeRequest, *, images: bool) -> None:
         raise ValueError(
             f"target={request.target!r} has no method={request.method!r}: only ONNX Runtime "
             "measures ranges in every run; use --target ort, or calibrate on images"
+        )
+    if request.type == "int4" and (request.target != "ort" or request.method != "weights"):
+        raise ValueError(
+            f"type='int4' with target={request.target!r} and method={request.method!r}: ONNX "
+            "Runtime alone has products with weights of four bits, and their activations are "
+            "float; use --target ort and --weights-only"
         )
     # ONNX Runtime's integer kernels have no float8 products; TensorRT's have.
     if request.type == "fp8" and (request.target != "tensorrt" or not static):
