@@ -112,12 +112,11 @@ def test_trained_rows_are_finetunes_own(data, checkpoints, whole, tmp_path):
     output, report = whole
     found = []
     for seed in (0, 1):
-        what = model_source(checkpoints[0], alignment="none")
-        asked = request(data, tmp_path / str(seed), what=what, **NUMBERS, seed=seed)
-        weights = Path(vssm.finetune(asked).weights)
-        ours = output / "finetuned" / f"none-{seed}"
-        assert (ours / weights.name).read_bytes() == weights.read_bytes()
+        weights = output / "finetuned" / f"none-{seed}" / "finetuned.safetensors"
         found.append(statistics.fmean(_hits(weights, "none", data)))
+    what = model_source(checkpoints[0], alignment="none")
+    alone = vssm.finetune(request(data, tmp_path, what=what, **NUMBERS, seed=1))
+    assert weights.read_bytes() == Path(alone.weights).read_bytes()
     row = _rows(report)["plain removal, fine-tuned"]
     assert list(row.top1s) == pytest.approx(found)
     assert row.top1 == statistics.fmean(row.top1s)
@@ -430,14 +429,29 @@ def test_a_crash_at_every_change_of_a_file(data, checkpoints, tmp_path):
     assert int(said) > 15
 
 
-def test_command(cli, data, checkpoints, tmp_path, whole):
-    """The options, to the same result; files that were trained elsewhere, one a seed."""
+def test_command(cli, data, checkpoints, tmp_path, whole, monkeypatch):
+    """The options ask for the same; files that were trained elsewhere, one a seed."""
     given = ["vim_tiny", data, "--num-classes=7", *SIZES, "--schedule", SCHEDULE, "--seeds=1"]
     given += ["--ratios=0.5", "--batch=8", "--checkpoint", checkpoints[0]]
     numbers = [f"--recipe={key}={json.dumps(value)}" for key, value in NUMBERS.items()]
     train = ["--train", data, "--finetune", ",".join(TRAINED), "--finetune-seeds=2"]
-    assert cli("ablate", *given, *train, *numbers, "-o", tmp_path / "a") == 0, cli.out
-    _same(tmp_path / "a", whole[0])
+    asked = []
+
+    def ablate(*what, progress):
+        asked.extend(what)
+        return whole[1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vssm.studies.ablate.ablate", ablate)
+        assert cli("ablate", *given, *train, *numbers, "-o", tmp_path / "a") == 0, cli.out
+    source, images, output, options = asked
+    assert (images, output) == (data, tmp_path / "a")
+    assert source == model_source(checkpoints[0])
+    wanted = _options(data)
+    training = replace(options.training, variants=TRAINED, save_every=3)
+    assert list(options.training.variants) == list(TRAINED)
+    assert replace(options, ratios=("0.5",), checkpoints=(), training=training) == wanted
+    assert (list(options.ratios), list(options.checkpoints)) == (["0.5"], [])
     assert "fine-tuned: none, gap, masked, evit: 2 each, on 42 images" in cli.out
     assert "classes: the i-th folder by name is class i; the model has no labels" in cli.out
     files = [

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -554,30 +555,112 @@ def test_a_crash_at_every_change_of_a_file(data, checkpoint, tmp_path, every):
         assert not list(run.glob(".*"))
 
 
-@pytest.mark.parametrize("twice", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_processes_of_torchrun(data, checkpoint, tmp_path, twice):
-    """Two processes, killed on the way, end to rounding as one does; `twice`: as two not killed."""
-    numbers = {"batch": 12, "mixup": 0.0, "cutmix": 0.0}
+# Two processes are killed behind their second step; then two go on. Forked, as a
+# process that imports torch takes seconds; with the variables that torchrun sets.
+_TWO = """
+import json
+import os
+import signal
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+from finetune_cases import request, model_source
+import vssm
+import vssm.training.run
+from vssm.training.run import has_run
+
+torch.set_num_threads(1)
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports what every child would
+data, checkpoint, output = map(Path, sys.argv[2:5])
+
+
+def train(rank, port, kills):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+
+    def progress(line):
+        if kills and "step 2 of 6" in line:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    what, numbers = model_source(checkpoint), json.loads(sys.argv[5])
+    asked = request(data, output, what=what, resume=has_run(output), **numbers)
+    vssm.finetune(asked, progress=progress)
+    os._exit(0)
+
+
+def child(*given):
+    number = os.fork()
+    if number == 0:
+        try:
+            train(*given)
+        finally:
+            os._exit(1)
+    return number
+
+
+for kills, port in enumerate(sys.argv[6:]):
+    numbers = [child(rank, port, kills == 0) for rank in range(2)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in numbers]
+    assert codes == ([-signal.SIGKILL] * 2, [0, 0])[kills], codes
+"""
+
+
+def _free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for found in sockets:
+            found.bind(("127.0.0.1", 0))
+        return [str(found.getsockname()[1]) for found in sockets]
+
+
+SHARED = {"batch": 12, "mixup": 0.0, "cutmix": 0.0}
+
+
+def _as_alone(data, checkpoint, folder, output):
+    """What two processes left is to rounding what one leaves."""
+    vssm.finetune(request(data, folder / "alone", what=model_source(checkpoint), **SHARED))
+    found = np.loadtxt(output / "log.csv", delimiter=",", skiprows=1)
+    expected = np.loadtxt(folder / "alone" / "log.csv", delimiter=",", skiprows=1)
+    assert len(found) == 6
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert json.loads((output / "finetune.json").read_text())["run"]["processes"] == 2
+
+
+def test_two_processes(data, checkpoint, tmp_path):
+    """Killed on the way, and gone on, they end as one does."""
+    script, output = tmp_path / "two.py", tmp_path / "two"
+    script.write_text(_TWO)
+    given = (ROOT / "tests/support", data, checkpoint, output, json.dumps(SHARED), *_free_ports(2))
+    done = subprocess.run(
+        [sys.executable, script, *given],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((output / "finetune.json").read_text())["trained"]["resumed"] == 2
+    _as_alone(data, checkpoint, tmp_path, output)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun(data, checkpoint, tmp_path):
+    """Two processes, killed on the way, end as two that were not."""
 
     def start(name):
-        return _start(tmp_path, data, checkpoint, tmp_path / name, processes=2, numbers=numbers)
+        return _start(tmp_path, data, checkpoint, tmp_path / name, processes=2, numbers=SHARED)
 
     killed = start("killed")
     killed.stdout.readline()
     _kill(killed, tmp_path)
-    for name in ("killed", "whole")[: 1 + twice]:
+    for name in ("killed", "whole"):
         process = start(name)
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out + err
-    if twice:
-        _same(tmp_path / "killed", tmp_path / "whole")
-    header = json.loads((tmp_path / "killed" / "finetune.json").read_text())["run"]
-    assert header["processes"] == 2
-    vssm.finetune(request(data, tmp_path / "alone", what=model_source(checkpoint), **numbers))
-    found = np.loadtxt(tmp_path / "killed" / "log.csv", delimiter=",", skiprows=1)
-    expected = np.loadtxt(tmp_path / "alone" / "log.csv", delimiter=",", skiprows=1)
-    assert len(found) == 6
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    _same(tmp_path / "killed", tmp_path / "whole")
+    _as_alone(data, checkpoint, tmp_path, tmp_path / "killed")
 
 
 def test_processes_share_a_batch_evenly(data, tmp_path, monkeypatch):
