@@ -330,12 +330,19 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path / "repo"
 
 
-@pytest.mark.parametrize("target", ["nets/model.py:build", ":nets.model.Net", "nets:model.build"])
-def test_command(cli: Run, repository: Path, picture: Path, tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize("target", ["nets/model.py:build", "nets:model.build"])
+def test_targets(cli: Run, repository: Path, tmp_path: Path, target: str) -> None:
     path, _, factory = target.rpartition(":")
+    given = ("--input", "1x3x24x32", "--set", "classes=4", "--dry-run", "--json", tmp_path / "dry")
+    assert cli("export-module", f"{repository / path}:{factory}", *given) == 0, cli.out
+    assert json.loads((tmp_path / "dry").read_text())["outputs"] == {"logits": [1, 4]}
+    _forget("nets")
+
+
+def test_command(cli: Run, repository: Path, picture: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     sizes = ("--input", "1x3x24x32", "--set", "classes=4")
-    where = f"{repository / path}:{factory}"
+    where = f"{repository}:nets.model.Net"
     before = list(sys.path)
     code, text = cli("export-module", where, *sizes, "--imagenet", "-o", str(output)), cli.out
     assert code == 0, text

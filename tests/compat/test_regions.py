@@ -127,8 +127,13 @@ def _loop(body: Body, x: Tensor) -> Tensor:
             ),
             r"a selective scan is inside torch's cond",
         ),
-        (lambda body, x: map_rows(lambda y: body(y[None])[0], x), r"inside torch's map"),
-        (_loop, r"inside torch's while_loop"),
+        # As of cond: by the name that torch has for it.
+        pytest.param(
+            lambda body, x: map_rows(lambda y: body(y[None])[0], x),
+            r"inside torch's map",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(_loop, r"inside torch's while_loop", marks=pytest.mark.slow),
     ],
     ids=["autocast", "cond", "map", "while"],
 )
