@@ -48,8 +48,16 @@ def _assert_as_by_hand(model, inputs):
         assert relative_error(found.scores[stage], scores) < MICRO
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["vim_tiny_gap", "vim_tiny_none", "as_released_vim_tiny"])
+# The whole reference in float64 takes seconds: once, and the kernels for every case.
+OFFICIAL = ["vim_tiny_gap", "vim_tiny_none", "as_released_vim_tiny"]
+OFFICIAL_CASES = [
+    *(pytest.param(name, torch.float32) for name in OFFICIAL),
+    pytest.param(OFFICIAL[0], torch.float64),
+    *(pytest.param(name, torch.float64, marks=pytest.mark.slow) for name in OFFICIAL[1:]),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), OFFICIAL_CASES, ids=str)
 def test_official_numbers(name, dtype):
     wanted, tag = fixture(f"pruned/{name}"), ""
     options = {"alignment": name.rpartition("_")[2], "conv": "compact"}

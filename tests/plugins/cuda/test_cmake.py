@@ -87,7 +87,11 @@ def test_pips_compiler_packages_are_found(tmp_path):
                 "vssm: left out: CUDA kernels for 75-real;100-real;120, unknown to",
             ),
         ),
-        (("-DVSSM_CUDA_ARCHITECTURES=86-real;90",), ("vssm: CUDA kernels for 86-real;90 ",)),
+        pytest.param(
+            ("-DVSSM_CUDA_ARCHITECTURES=86-real;90",),
+            ("vssm: CUDA kernels for 86-real;90 ",),
+            marks=pytest.mark.slow,  # a list of one is configured above
+        ),
         (("-DVSSM_CUDA_ARCHITECTURES=90;100",), ("does not know 100; leave them out, or take",)),
     ],
 )
