@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
 
 from vssm.ops.spec import FLAGS, SHARED, OperatorSpec, axes_of
@@ -17,7 +20,7 @@ _REMEDIES: Final = {
 }
 
 
-def check_operands(op: OperatorSpec, named: Mapping[str, Any]) -> dict[str, int]:
+def check_operands(op: OperatorSpec, named: Mapping[str, Any]) -> Mapping[str, int]:
     """Every rule that shapes, dtypes and attributes can show, on fake tensors too.
 
     Args:
@@ -30,6 +33,30 @@ def check_operands(op: OperatorSpec, named: Mapping[str, Any]) -> dict[str, int]
     Raises:
         ValueError: one breaks the operator's contract.
     """
+    seen = {
+        name: _Seen(value.shape, value.dtype) if isinstance(value, Tensor) else value
+        for name, value in named.items()
+    }
+    try:
+        return _known(op, tuple(seen.items()))
+    except TypeError:  # A symbolic size has no hash.
+        return _check(op, seen)
+
+
+class _Seen(NamedTuple):
+    """What the rules look at in a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@functools.lru_cache(maxsize=256)
+def _known(op: OperatorSpec, seen: tuple[tuple[str, Any], ...]) -> Mapping[str, int]:
+    """A layer asks the same in every run, and the rules take longer than a small convolution."""
+    return MappingProxyType(_check(op, dict(seen)))
+
+
+def _check(op: OperatorSpec, named: Mapping[str, Any]) -> dict[str, int]:
     _check_types(op, named)
     sizes = _check_sizes(op, named)
     _check_attributes(op, named, sizes)
@@ -42,9 +69,8 @@ def empty_outputs(op: OperatorSpec, named: Mapping[str, Any]) -> tuple[Tensor, .
     Raises:
         ValueError: an operand breaks the operator's contract.
     """
-    sizes = check_operands(op, named)
+    sizes = {**check_operands(op, named), "num_keep": named.get("num_keep", 0)}
     of_type = {o.dtype: named[o.name] for o in op.inputs}
-    sizes["num_keep"] = named.get("num_keep", 0)
     return tuple(of_type[o.dtype].new_empty([sizes[s] for s in o.shape]) for o in op.outputs)
 
 
