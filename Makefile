@@ -120,7 +120,7 @@ $(DEPENDENCIES): constraints.txt
 	@touch $@
 
 # The build sees the pinned packages only (no isolation), so pip never resolves another torch.
-$(INSTALLED): $(DEPENDENCIES) pyproject.toml $(wildcard examples/serving/*) exporter/vssm/_version.py $(CXX_FILES) $(CMAKE_FILES)
+$(INSTALLED): $(DEPENDENCIES) pyproject.toml $(wildcard examples/serving/* examples/web/*) exporter/vssm/_version.py $(CXX_FILES) $(CMAKE_FILES)
 	@command -v $${CXX:-c++} > /dev/null || { \
 	  echo "setup: no C++ compiler; install one (Debian: g++) or name it with CXX="; exit 1; }
 	@echo "setup: building the native library and installing the package (log: $(SETUP_LOG))"

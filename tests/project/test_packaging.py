@@ -28,6 +28,7 @@ SOURCES = (
     "plugins",
     "examples/cpp",
     "examples/serving",
+    "examples/web",
 )
 LIBRARY = "vssm/lib/libvssm_onnxruntime.so"
 _tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -119,7 +120,7 @@ def test_sdist_holds_what_a_build_needs(dist: Path) -> None:
     build = {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml"}
     assert build | _sources("exporter", "plugins") <= names
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    assert _sources("examples/cpp", "examples/serving") <= names
+    assert _sources("examples/cpp", "examples/serving", "examples/web") <= names
     assert folders == {"examples", "exporter", "plugins"}
     assert not [name for name in names if "emulation" in name]
     assert not [name for name in names if name.endswith((".so", ".pyc"))]

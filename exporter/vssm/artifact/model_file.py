@@ -54,7 +54,12 @@ _TYPES: Final = message_types(
             "sparse_initializer": (15, "Sparse*"),
         },
         "Opset": {"domain": (1, "bytes"), "version": (2, "int64")},
-        "Function": {"node": (7, "Node*"), "attribute_proto": (11, "Attribute*")},
+        "Function": {
+            "name": (1, "bytes"),
+            "node": (7, "Node*"),
+            "domain": (10, "bytes"),
+            "attribute_proto": (11, "Attribute*"),
+        },
         "Model": {
             "graph": (7, "Graph"),
             "opset_import": (8, "Opset*"),
@@ -87,6 +92,7 @@ class ModelFacts:
         outputs: of the graph.
         opsets: operator domain -> version; the standard one is "".
         operators: names of this package's operators, in the graph and every graph inside it.
+        bodies: those that the file has a function for.
         halves: which of float16 and bfloat16 the weights have.
         external: names of the files beside it that hold weights, as the file spells them.
         quantized: whether a node of the graph reads quantised weights.
@@ -96,6 +102,7 @@ class ModelFacts:
     outputs: tuple[TensorInfo, ...]
     opsets: dict[str, int]
     operators: frozenset[str]
+    bodies: frozenset[str]
     halves: frozenset[str]
     external: frozenset[str]
     quantized: bool
@@ -116,12 +123,14 @@ def read_facts(data: bytes) -> ModelFacts:
         ) from error
     graphs = list(_graphs_in(model.graph.node, model.graph))
     ours = (n.op_type for graph in graphs for n in graph.node if n.domain == _DOMAIN)
+    bodies = (f.name for f in model.functions if f.domain == _DOMAIN)
     kinds = {_DTYPES.get(t.data_type, "") for t in model.graph.initializer}
     return ModelFacts(
         inputs=tuple(map(_tensor_info, model.graph.input)),
         outputs=tuple(map(_tensor_info, model.graph.output)),
         opsets=_opsets(model.opset_import),
         operators=frozenset(map(_text, ours)),
+        bodies=frozenset(map(_text, bodies)),
         halves=frozenset(kinds.intersection(_HALVES)),
         external=frozenset(_external(model, graphs)),
         quantized=any(n.op_type in _QUANTIZED for n in model.graph.node),

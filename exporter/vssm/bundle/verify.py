@@ -19,6 +19,7 @@ from vssm.bundle.manifest import (
     read_listed,
 )
 from vssm.bundle.triton import read_served_name
+from vssm.bundle.web import PAGE
 from vssm.errors import ArtifactError
 from vssm.files.private import library_copy
 from vssm.files.staging import settle
@@ -70,6 +71,8 @@ def verify_bundle(directory: Path) -> BundleReport:
     manifest = read_bundle_manifest(directory)
     files = len(manifest.files)
     failures = compare_files(directory, manifest)
+    if not failures and PAGE in manifest.files:
+        return BundleReport(manifest.name, files, not_run="it is a page, which a browser runs")
     if not failures:
         artifact = _model(directory, manifest)
         # Only now: names and versions are worth a look in files that are as they were made.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,17 +97,35 @@ def bundle(
         int, typer.Option(help="Microseconds that a request waits for others.")
     ] = 500,
     instances: Annotated[int, typer.Option(help="Copies of the model on a device.")] = 1,
+    web: Annotated[
+        bool, typer.Option("--web", help="A page that runs the model in a browser.")
+    ] = False,
+    ort_web: Annotated[
+        str | None,
+        typer.Option(help="With --web: address of onnxruntime-web, which else npm brings."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle there.")] = False,
     json_file: Json = None,
 ) -> None:
-    """Pack an export so that a Triton server runs it, or check such a bundle."""
+    """Pack an export so that a Triton server or a browser runs it, or check such a bundle."""
     # Exactly one: a bundle to make has an output, one to check has none.
     if verify == (output is not None):
         raise ValueError("give either -o OUT, to make a bundle, or --verify, to check one")
     if output is None:
-        _refuse_making(context)
+        _refuse_given(
+            context,
+            ("name", "labels", "batch", "queue_us", "instances", "web", "ort_web", "force"),
+            "with --verify, which makes no bundle",
+        )
         _verify_bundle(directory, json_file)
         return
+    if web:
+        _refuse_given(
+            context, ("name", "batch", "queue_us", "instances"), "with --web, which has no server"
+        )
+        _bundle_page(directory, output, labels, ort_web, force, json_file)
+        return
+    _refuse_given(context, ("ort_web",), "without --web, which makes the page that loads it")
     from vssm.bundle.make import BundleRequest, make_bundle
     from vssm.bundle.triton import ServingOptions
 
@@ -121,13 +140,31 @@ def bundle(
     write_result(json_file, manifest)
 
 
-def _refuse_making(context: typer.Context) -> None:
-    for option in ("name", "labels", "batch", "queue_us", "instances", "force"):
+def _bundle_page(
+    directory: Path,
+    output: Path,
+    labels: Path | None,
+    ort_web: str | None,
+    force: bool,
+    json_file: Path | None,
+) -> None:
+    from vssm.bundle.web import WebRequest, check_web_request, make_web_bundle
+
+    request = WebRequest(labels, ort_web, force)
+    check_web_request(request)  # before the export is read
+    with working("packing the page"):  # npm may take a while
+        manifest = make_web_bundle(open_artifact(directory, only=()), output, request)
+    say(f"wrote {output} ({len(manifest.files)} files); to look at it: python3 {output}/serve.py")
+    write_result(json_file, manifest)
+
+
+def _refuse_given(context: typer.Context, options: Sequence[str], why: str) -> None:
+    for option in options:
         # A value does not tell whether it was given or is the default; click's context does.
         source = context.get_parameter_source(option)
         if source is not None and source.name != "DEFAULT":
             value = context.params[option]
-            raise ValueError(f"{option}={value} with --verify, which makes no bundle: leave it out")
+            raise ValueError(f"{option}={value} {why}: leave it out")
 
 
 def _verify_bundle(directory: Path, json_file: Path | None) -> None:
