@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -344,7 +345,7 @@ class VimMixer(nn.Module):
 
     def _stack(self, name: str) -> Tensor:
         """A parameter of every branch, stacked: (branches, ...)."""
-        return torch.stack([self.get_parameter(name.format(b=b)) for b in self._branches()])
+        return torch.stack([attrgetter(name.format(b=b))(self) for b in self._branches()])
 
     def forward(
         self, x: Tensor, tokens: Tokens, rule: ScoreRule | MetricRule | None
