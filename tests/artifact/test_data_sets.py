@@ -9,8 +9,9 @@ from vssm.artifact.data_sets import (
     ADE20K_COLOURS,
     COCO,
     COCO_CATEGORIES,
-    colours_of,
     names_of,
+    palette_of,
+    voc_colours,
 )
 
 
@@ -39,6 +40,12 @@ def test_names_go_by_the_data_set_and_the_count(model, classes, names):
 
 
 def test_colours_go_by_the_names():
-    assert colours_of(list(ADE20K)) == ADE20K_COLOURS
-    assert colours_of(COCO) is None
-    assert colours_of(None) is None
+    assert palette_of(list(ADE20K), 256) == ADE20K_COLOURS
+    assert palette_of(COCO, 80) == palette_of(None, 80) == voc_colours(80)
+
+
+def test_vocs_colours_differ():
+    found = voc_colours(256)
+    assert len(set(found)) == 256
+    assert found[:5] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128))
+    assert found[255] == (224, 224, 192)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import http.server
-import importlib.util
 import json
 import os
 import re
@@ -12,8 +10,6 @@ import runpy
 import shutil
 import stat
 import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ import pytest
 from command import Run
 from exports import exported, micro
 from PIL import Image
+from triton_server import ask, serving, triton_schema
 
 import vssm
 from vssm.artifact.directory import Artifact
@@ -40,8 +37,6 @@ from vssm.bundle.verify import verify_bundle
 from vssm.errors import ArtifactError, UnsupportedError
 from vssm.runtimes.library import find_library, find_sources
 
-# Without its dependencies: it asks for an older ml-dtypes than onnx has here, and needs none of it.
-_CLIENT = "pip install --no-deps tritonclient==2.73.0"
 NAME = "vim_tiny"
 
 
@@ -380,25 +375,11 @@ def test_bfloat16_has_no_onnxruntime_variant(tmp_path: Path) -> None:
     assert "bfloat16" in report.not_run
 
 
-def _triton_schema() -> Any:
-    """Triton's own model_config_pb2, without the rest of the package, which needs gRPC."""
-    spec = importlib.util.find_spec("tritonclient")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"Triton's schema is not installed: {_CLIENT}")
-    path = Path(spec.submodule_search_locations[0], "grpc", "model_config_pb2.py")
-    loaded = importlib.util.spec_from_file_location("triton_model_config_pb2", path)
-    assert loaded is not None
-    assert loaded.loader is not None
-    module = importlib.util.module_from_spec(loaded)
-    loaded.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("variant", ["tensorrt", "onnxruntime"])
 def test_config_is_of_tritons_schema(made: Path, variant: str) -> None:
     from google.protobuf import text_format
 
-    schema = _triton_schema()
+    schema = triton_schema()
     text = (made / f"triton/{variant}/{NAME}/config.pbtxt").read_text()
     config = text_format.Parse(text, schema.ModelConfig())
     assert (config.name, config.backend, config.max_batch_size) == (NAME, variant, 4)
@@ -430,7 +411,7 @@ def test_no_name_becomes_a_setting(artifact: Artifact) -> None:
     """Whatever a manifest says, each text stays one text of the configuration."""
     from google.protobuf import text_format
 
-    schema = _triton_schema()
+    schema = triton_schema()
     tensors = (TensorInfo("logits", "float32", ("batch", 7)), TensorInfo(HOSTILE, "int64", (1, 2)))
     manifest = dataclasses.replace(artifact.manifest, outputs=tensors)
     for write in (tensorrt_config, onnxruntime_config):
@@ -566,65 +547,11 @@ def test_the_client_prepares_as_the_package_does(made: Path, tmp_path: Path) -> 
         np.testing.assert_array_equal(prepare(str(path), spec), want)
 
 
-class _Triton(http.server.BaseHTTPRequestHandler):
-    """One answer of KServe's v2 protocol, with the classes of every image."""
-
-    def do_POST(self) -> None:
-        size = int(self.headers["Inference-Header-Content-Length"])
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        request = json.loads(body[:size])
-        images = np.frombuffer(body[size:], np.float32)
-        (given,), (asked,) = request["inputs"], request["outputs"]
-        assert images.size == np.prod(given["shape"])
-        self.server.seen = (self.path, given["name"], given["shape"])  # type: ignore[attr-defined]
-        count = asked["parameters"]["classification"]
-        assert asked["parameters"]["binary_data"]
-        words = [f"{9 - i}.5:{i}:name {i}".encode() for i in range(count)] * given["shape"][0]
-        data = b"".join(len(word).to_bytes(4, "little") + word for word in words)
-        output = {
-            "name": asked["name"],
-            "datatype": "BYTES",
-            "shape": [given["shape"][0], count],
-            "parameters": {"binary_data_size": len(data)},
-        }
-        head = json.dumps({"model_name": NAME, "outputs": [output]}).encode()
-        answer = head + data
-        self.send_response(200)
-        self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("Content-Length", str(len(answer)))
-        self.send_header("Inference-Header-Content-Length", str(len(head)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 def test_the_client_asks_a_server(made: Path, picture: Path) -> None:
     """A server of ours that speaks the protocol; the client is the bundle's, with NVIDIA's code."""
-    try:
-        with_http = importlib.util.find_spec("tritonclient.http") is not None
-        with_http &= importlib.util.find_spec("geventhttpclient") is not None
-    except ModuleNotFoundError:
-        with_http = False
-    if not with_http:
-        pytest.skip("Triton's HTTP client is not installed: pip install 'tritonclient[http]'")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Triton)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        url = f"127.0.0.1:{server.server_port}"
-        command = [sys.executable, str(made / "client.py"), str(picture), str(picture)]
-        done = subprocess.run(
-            [*command, "--url", url, "--top=2"], capture_output=True, text=True, check=False
-        )
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-    assert done.returncode == 0, done.stderr
-    assert server.seen == (f"/v2/models/{NAME}/infer", "images", [2, 3, 48, 48])  # type: ignore[attr-defined]
-    lines = done.stdout.splitlines()
+    with serving(lambda feeds: feeds) as server:
+        lines = ask(made, server, picture, picture, "--top=2")
+    assert server.seen == [(f"/v2/models/{NAME}/infer", {"images": [2, 3, 48, 48]})]
     assert lines == 2 * [str(picture), "     9.500  name 0", "     8.500  name 1"]
 
 

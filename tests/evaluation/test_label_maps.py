@@ -10,7 +10,7 @@ from PIL import Image
 
 from vssm.artifact.data_sets import ADE20K
 from vssm.artifact.manifest import Preprocessing, TensorInfo
-from vssm.evaluation.label_maps import colours, is_segmenter, write_label_maps
+from vssm.evaluation.label_maps import is_segmenter, write_label_maps
 
 SPEC = Preprocessing(8, (8, 8), interpolation="nearest", mean=(0.0,) * 3, std=(1.0,) * 3)
 
@@ -102,12 +102,6 @@ def test_a_file_that_is_no_image(tmp_path):
     ]
     with pytest.raises(ValueError, match="cannot be read as an image"):
         write_label_maps(_ByColour(), [bad], tmp_path / "out")
-
-
-def test_colours_differ():
-    found = colours(256)
-    assert len(np.unique(found, axis=0)) == 256
-    assert found[:3].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
 
 
 def test_refusals(tmp_path):

@@ -28,7 +28,6 @@ from vssm.artifact.directory import Artifact
 from vssm.artifact.manifest import Preprocessing
 from vssm.artifact.preprocessing import padded
 from vssm.bench.run import bench_directory
-from vssm.bundle.make import BundleRequest, make_bundle
 from vssm.errors import UnsupportedError
 from vssm.models.dense.detector import Detector
 from vssm.runtimes.tensorrt.build import EngineRequest, build_engine
@@ -206,7 +205,7 @@ def test_parity_of_detections(whole: tuple[Detector, Artifact]) -> None:
 
 
 def test_what_a_whole_detector_refuses(
-    whole: tuple[Detector, Artifact], adapter: tuple[Detector, Artifact], tmp_path: Path
+    whole: tuple[Detector, Artifact], adapter: tuple[Detector, Artifact]
 ) -> None:
     image = np.zeros((1, 3, 96, 96), np.float32)
     with vssm.open_session(whole[1], threads=1) as session:
@@ -225,8 +224,6 @@ def test_what_a_whole_detector_refuses(
         session.run(np.zeros((1, 3, 64, 96), np.float32), sizes=np.array([[64, 96]]))
     with pytest.raises(ValueError, match=r"batches=\[8\]: .* takes 1 at a time"):
         bench_directory(whole[1].directory, batches=[8])
-    with pytest.raises(UnsupportedError, match="whole detector, which takes one image at a time"):
-        make_bundle(whole[1], tmp_path / "bundle", BundleRequest())
     with pytest.raises(UnsupportedError, match="whole detector, which finds another number"):
         build_engine(whole[1], EngineRequest("tensorrt-rtx"))
     with pytest.raises(UnsupportedError, match="cuda_graph_batch=1 with a whole detector"):

@@ -1,4 +1,4 @@
-"""The classes of ADE20K and COCO as facts: names, colours, and COCO's numbers.
+"""The classes of ADE20K and COCO as facts: names, colours (PASCAL VOC's too), COCO's numbers.
 
 Sources: Zhou et al., "Scene Parsing through ADE20K Dataset", CVPR 2017, whose 150 classes and
 colours the public tools share; Lin et al., arXiv:1405.0312, whose 80 classes have numbers up to 90.
@@ -276,6 +276,25 @@ def names_of(model: str, num_classes: int) -> tuple[str, ...] | None:
     return names if names is not None and len(names) == num_classes else None
 
 
-def colours_of(labels: Sequence[str] | None) -> tuple[Colour, ...] | None:
-    """The usual colours of classes by these names; None where they have none."""
-    return ADE20K_COLOURS if labels is not None and tuple(labels) == ADE20K else None
+def palette_of(labels: Sequence[str] | None, num_classes: int) -> tuple[Colour, ...]:
+    """The colours that a segmenter's classes are painted in.
+
+    Args:
+        labels: names of the classes; by ADE20K's names they have ADE20K's colours, else VOC's.
+        num_classes: how many colours there are to be, where the names do not say.
+    """
+    if labels is not None and tuple(labels) == ADE20K:
+        return ADE20K_COLOURS
+    return voc_colours(num_classes)
+
+
+def voc_colours(count: int) -> tuple[Colour, ...]:
+    """PASCAL VOC's colours, black first: the bits of the number spread out over the channels.
+
+    No two of the first 256 are alike.
+    """
+
+    def channel(number: int, first: int) -> int:
+        return sum((number >> (3 * bit + first) & 1) << (7 - bit) for bit in range(8))
+
+    return tuple((channel(n, 0), channel(n, 1), channel(n, 2)) for n in range(count))

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Final
 
 from vssm._version import __version__
+from vssm.artifact.data_sets import Colour, palette_of, voc_colours
 from vssm.artifact.directory import INLINED_FILE, Artifact
-from vssm.artifact.manifest import write_manifest
+from vssm.artifact.manifest import BATCH, LOGITS, Manifest, write_manifest
 from vssm.artifact.preprocessing import read_labels
 from vssm.bundle.manifest import BundleManifest, hash_files, staged_bundle, write_bundle_manifest
-from vssm.bundle.triton import ServingOptions, onnxruntime_config, tensorrt_config
+from vssm.bundle.triton import ServingOptions, onnxruntime_config, tensorrt_config, unserved
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
 from vssm.native_library import ORT_LIBRARY
 from vssm.runtimes.library import TENSORRT_LIBRARY, find_library, find_sources
@@ -38,7 +39,8 @@ class BundleRequest:
 
     Attributes:
         name: what the server calls the model; None for the export's name.
-        labels: file of class names; None for the export's own, or "class 0", "class 1", ...
+        labels: file of class names; None for the export's own, or "class 0", "class 1", ... A
+            model without classes has none.
         serving: how the server batches.
         force: replace a bundle that is there.
     """
@@ -56,17 +58,19 @@ def check_request(request: BundleRequest) -> None:
         ValueError: a value is out of its range.
     """
     serving = request.serving
-    check_batch(serving.batch)
-    low, opt, high = serving.batch
-    if low > 1:
-        raise ValueError(
-            f"batch={low},{opt},{high}: a server may send a single image; let MIN be 1"
-        )
-    if serving.queue_us < 0 or serving.instances < 1:
-        raise ValueError(
-            f"queue_us={serving.queue_us} and instances={serving.instances}: the first must be at "
-            "least 0, the second at least 1; give such numbers"
-        )
+    if serving.batch is not None:
+        check_batch(serving.batch)
+        low, opt, high = serving.batch
+        if low > 1:
+            raise ValueError(
+                f"batch={low},{opt},{high}: a server may send a single image; let MIN be 1"
+            )
+    for name, value, least in (
+        ("queue_us", serving.queue_us, 0),
+        ("instances", serving.instances, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} is below {least}; give a larger number")
 
 
 def make_bundle(artifact: Artifact, output: Path, request: BundleRequest) -> BundleManifest:
@@ -76,23 +80,12 @@ def make_bundle(artifact: Artifact, output: Path, request: BundleRequest) -> Bun
         ValueError: the request is out of range, or the labels do not fit.
         ArtifactError: `output` cannot be written, or may not be replaced.
         RuntimeUnavailableError: the ONNX Runtime library or the sources are missing.
-        UnsupportedError: the model has tensors that no server takes.
+        UnsupportedError: the model has tensors that no server takes, or no variant that serves it.
     """
     check_request(request)
-    if artifact.manifest.gives_boxes:
-        raise UnsupportedError(
-            f"{artifact.directory} is a whole detector, which takes one image at a time and has "
-            "outputs of another size for each; a bundle's server batches: export it with --outputs "
-            "dense, or run model.onnx in ONNX Runtime"
-        )
-    if len(artifact.manifest.inputs) > 1:
-        raise UnsupportedError(
-            f"{artifact.directory} has the inputs "
-            f"{', '.join(spec.name for spec in artifact.manifest.inputs)}; a bundle's server and "
-            "client send one: wrap the module in one of one input, or serve model.onnx yourself"
-        )
+    _check_servable(artifact, request)
     name = _served_name(artifact, request)
-    labels = _labels(artifact, request)
+    labels = _labels(artifact.manifest, request)
     find_library(ORT_LIBRARY)  # said before anything is written
     sources = find_sources()
     with staged_bundle(output, force=request.force) as root:
@@ -102,6 +95,8 @@ def make_bundle(artifact: Artifact, output: Path, request: BundleRequest) -> Bun
         _put_sources(sources, root / "sources")
         for file in _SERVING_FILES:
             shutil.copyfile(sources / "examples/serving" / file, root / file)
+        if palette := _palette(artifact.manifest, labels):
+            (root / "palette.txt").write_text(palette, encoding="utf-8")
         (root / "bundle.env").write_text(_settings(artifact, request, name), encoding="utf-8")
         manifest = BundleManifest(
             name=name,
@@ -126,11 +121,65 @@ def _served_name(artifact: Artifact, request: BundleRequest) -> str:
     return name
 
 
-def _labels(artifact: Artifact, request: BundleRequest) -> Sequence[str]:
-    classes = int(artifact.manifest.main_output.shape[-1])
+def _labels(manifest: Manifest, request: BundleRequest) -> Sequence[str]:
+    """A name for each class; none for a model that gives levels or other tensors."""
+    classes = _classes(manifest)
     if request.labels is not None:
+        if not classes:
+            outputs = ", ".join(output.name for output in manifest.outputs)
+            raise ValueError(
+                f"labels={request.labels}: the export of {manifest.name} has the outputs {outputs} "
+                "and so no classes; leave it out"
+            )
         return read_labels(request.labels, classes)
-    return artifact.manifest.labels or [f"class {index}" for index in range(classes)]
+    return manifest.labels or [f"class {index}" for index in range(classes)]
+
+
+def _classes(manifest: Manifest) -> int:
+    if manifest.gives_boxes:
+        return int(manifest.config.get("num_classes", 0))
+    main = manifest.main_output
+    # Of maps (batch, classes, height, width) the second axis, of a classifier that too.
+    return int(main.shape[1]) if main.name == LOGITS and len(main.shape) in {2, 4} else 0
+
+
+def _palette(manifest: Manifest, labels: Sequence[str]) -> str:
+    """A line for each class of a segmenter or detector: red, green, blue and its name."""
+    found: Sequence[Colour]
+    if manifest.gives_boxes:
+        # As `vssm run` draws them: the first colour is black, which is hard to see.
+        found = voc_colours(len(labels) + 1)[1:]
+    elif labels and len(manifest.main_output.shape) == 4:
+        found = palette_of(labels, len(labels))
+    else:
+        return ""
+    lines = zip(found, labels, strict=True)
+    return "".join(f"{r} {g} {b} {name}\n" for (r, g, b), name in lines)
+
+
+def _check_servable(artifact: Artifact, request: BundleRequest) -> None:
+    """Refuse a model that no variant can serve, or not as it is asked for."""
+    manifest = artifact.manifest
+    request.serving.batching(manifest)
+    if not manifest.gives_boxes and len(manifest.inputs) > 1:
+        raise UnsupportedError(
+            f"{artifact.directory} has the inputs "
+            f"{', '.join(spec.name for spec in manifest.inputs)}; a bundle's server and client "
+            "send one: wrap the module in one of one input, or serve model.onnx yourself"
+        )
+    batch = manifest.inputs[0].shape[0]
+    if not manifest.gives_boxes and batch != BATCH:
+        raise UnsupportedError(
+            f"{artifact.directory} takes {batch} images at a time, but a server gathers as many as "
+            "there are; export it with a batch of any size"
+        )
+    if manifest.sizes:
+        raise UnsupportedError(
+            f"{artifact.directory} takes images of any {' and '.join(manifest.sizes)}, but an "
+            "engine and its server have one size; export it without --dynamic"
+        )
+    if len(reasons := unserved(manifest)) > 1:
+        raise UnsupportedError(f"{artifact.directory}: {'; '.join(reasons.values())}")
 
 
 def _put_model(artifact: Artifact, folder: Path) -> None:
@@ -167,14 +216,10 @@ def _put_repositories(
     plan_note = (
         "start.sh puts model.plan here: an engine belongs to the GPU that it was built on.\n"
     )
-    quantization = manifest.quantization
     configs: dict[Path, str] = {}
-    absent: dict[str, str] = {}
-    if quantization is not None and not quantization.in_tensorrt:
-        absent["triton/tensorrt"] = (
-            f"TensorRT does not take {quantization}; quantise with --target tensorrt or portable"
-        )
-    else:
+    reasons = unserved(manifest)
+    absent = {f"triton/{variant}": reason for variant, reason in reasons.items()}
+    if "tensorrt" not in reasons:
         tensorrt = root / "triton/tensorrt" / name
         (tensorrt / "1").mkdir(parents=True)
         # An empty directory would be in no list of files, and so count as foreign in the check.
@@ -183,16 +228,7 @@ def _put_repositories(
         absent[f"triton/tensorrt/{name}/1/model.plan"] = (
             "an engine is built where it runs; see README.md"
         )
-    if manifest.dtype == "bfloat16":
-        absent["triton/onnxruntime"] = (
-            "ONNX Runtime's CPU provider has no bfloat16 matrix product; export float32 or float16"
-        )
-    elif quantization is not None and not quantization.in_ort:
-        absent["triton/onnxruntime"] = (
-            f"ONNX Runtime does not run {quantization} by itself; quantise with --target ort or "
-            "portable"
-        )
-    else:
+    if "onnxruntime" not in reasons:
         ort = root / "triton/onnxruntime" / name
         (ort / "1").mkdir(parents=True)
         for file in artifact.model_files():
@@ -202,7 +238,8 @@ def _put_repositories(
         configs[ort] = onnxruntime_config(name, manifest, request.serving)
     for folder, config in configs.items():
         (folder / "config.pbtxt").write_text(config, encoding="utf-8")
-        (folder / "labels.txt").write_text("\n".join([*labels, ""]), encoding="utf-8")
+        if labels:
+            (folder / "labels.txt").write_text("\n".join([*labels, ""]), encoding="utf-8")
     return absent
 
 
@@ -229,7 +266,7 @@ def _put_sources(sources: Path, folder: Path) -> None:
 
 def _settings(artifact: Artifact, request: BundleRequest, name: str) -> str:
     """bundle.env, which start.sh and client.py read; a shell sources it, so names are plain."""
-    low, opt, high = request.serving.batch
+    (low, opt, high), _ = request.serving.batching(artifact.manifest)
     shape = "x".join(map(str, artifact.image_shape))
     return (
         f"MODEL={name}\nINPUT={artifact.manifest.inputs[0].name}\n"

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from google.protobuf import text_format
 
-from vssm.artifact.manifest import Manifest, TensorInfo
+from vssm.artifact.manifest import LOGITS, SIZES, Manifest, TensorInfo
 from vssm.errors import UnsupportedError
 from vssm.files.messages import message_types
 
@@ -23,7 +23,12 @@ _TYPES: Final = {"float32": "TYPE_FP32", "int64": "TYPE_INT64", "int32": "TYPE_I
 _SCHEMA: Final = message_types(
     "triton",
     {
-        "Input": {"name": (1, "string"), "data_type": (2, "DataType"), "dims": (4, "int64*")},
+        "Input": {
+            "name": (1, "string"),
+            "data_type": (2, "DataType"),
+            "dims": (4, "int64*"),
+            "optional": (8, "bool"),
+        },
         "Output": {
             "name": (1, "string"),
             "data_type": (2, "DataType"),
@@ -51,6 +56,9 @@ _SCHEMA: Final = message_types(
     Kind={"KIND_AUTO": 0, "KIND_GPU": 1, "KIND_CPU": 2},
 )
 _CONFIG: Final = _SCHEMA["ModelConfig"]
+_ANY: Final = -1  # a size of which each answer has its own
+_BATCH: Final = (1, 8, 32)
+_QUEUE_US: Final = 500
 
 
 @dataclass(frozen=True)
@@ -58,14 +66,58 @@ class ServingOptions:
     """How the server batches.
 
     Attributes:
-        batch: (min, opt, max) of the engine; the server never sends more than max.
-        queue_us: how long a request may wait for others, in microseconds.
+        batch: (min, opt, max) of the engine; the server never sends more than max. None for 1, 8
+            and 32, or for the one image that a whole detector takes.
+        queue_us: how long a request may wait for others, in microseconds; None for 500, or for no
+            waiting where there are no batches.
         instances: copies of the model on a device.
     """
 
-    batch: tuple[int, int, int] = (1, 8, 32)
-    queue_us: int = 500
+    batch: tuple[int, int, int] | None = None
+    queue_us: int | None = None
     instances: int = 1
+
+    def batching(self, manifest: Manifest) -> tuple[tuple[int, int, int], int]:
+        """`batch` and `queue_us` of a model.
+
+        Raises:
+            ValueError: one is given to a whole detector.
+        """
+        if not manifest.gives_boxes:
+            queue_us = _QUEUE_US if self.queue_us is None else self.queue_us
+            return self.batch or _BATCH, queue_us
+        for name, value in (("batch", self.batch), ("queue_us", self.queue_us)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value}: a whole detector takes one image at a time, so no requests "
+                    "wait for one another; leave it out"
+                )
+        return (1, 1, 1), 0
+
+
+def unserved(manifest: Manifest) -> dict[str, str]:
+    """The variants that cannot serve a model, "tensorrt" or "onnxruntime", and why not."""
+    found = {}
+    quantization = manifest.quantization
+    if manifest.gives_boxes:
+        found["tensorrt"] = (
+            "a whole detector finds another number of objects in each image, which TensorRT's "
+            "outputs cannot have; serve it with ONNX Runtime, or export it with --outputs dense"
+        )
+    elif quantization is not None and not quantization.in_tensorrt:
+        found["tensorrt"] = (
+            f"TensorRT does not take {quantization}; quantise with --target tensorrt or portable"
+        )
+    if manifest.dtype == "bfloat16":
+        found["onnxruntime"] = (
+            "ONNX Runtime's CPU provider has no bfloat16 matrix product; export float32 or float16"
+        )
+    elif quantization is not None and not quantization.in_ort:
+        found["onnxruntime"] = (
+            f"ONNX Runtime does not run {quantization} by itself; quantise with --target ort or "
+            "portable"
+        )
+    return found
 
 
 def tensorrt_config(name: str, manifest: Manifest, options: ServingOptions) -> str:
@@ -98,34 +150,44 @@ def read_served_name(text: str) -> str:
 def _config(
     name: str, manifest: Manifest, options: ServingOptions, *, backend: str, kind: str
 ) -> dict[str, Any]:
-    _, opt, high = options.batch
-    return {
+    # Triton adds the batch axis by itself where max_batch_size is above 0.
+    first = 0 if manifest.gives_boxes else 1
+    config = {
         "name": name,
         "backend": backend,
-        "max_batch_size": high,
-        "input": list(_tensors("input", manifest.inputs)),
-        "output": list(_tensors("output", manifest.outputs)),
+        "max_batch_size": 0,
+        "input": list(_tensors("input", manifest.inputs, first)),
+        "output": list(_tensors("output", manifest.outputs, first)),
         "instance_group": [{"count": options.instances, "kind": kind}],
-        "dynamic_batching": {
+    }
+    if first:
+        (_, opt, high), queue_us = options.batching(manifest)
+        config["max_batch_size"] = high
+        config["dynamic_batching"] = {
             # What the engine is tuned for and the most it takes; a set, as they may be one.
             "preferred_batch_size": sorted({opt, high}),
-            "max_queue_delay_microseconds": options.queue_us,
-        },
-    }
+            "max_queue_delay_microseconds": queue_us,
+        }
+    return config
 
 
-def _tensors(field: str, tensors: Sequence[TensorInfo]) -> Iterator[dict[str, Any]]:
+def _tensors(field: str, tensors: Sequence[TensorInfo], first: int) -> Iterator[dict[str, Any]]:
+    """Inputs or outputs, as the configuration has them, with their axes from `first` on."""
     for tensor in tensors:
         if tensor.dtype not in _TYPES:
             raise UnsupportedError(
                 f"{field} {tensor.name} is of type {tensor.dtype}, which no served tensor has; "
                 "export the model with this vssm"
             )
-        # Without the batch axis: Triton adds it where max_batch_size is above 0.
-        found = {"name": tensor.name, "data_type": _TYPES[tensor.dtype], "dims": tensor.shape[1:]}
-        # Triton can name classes for an output that has such a file, so only for this one.
-        if tensor.name == "logits":
+        dims = [_ANY if isinstance(size, str) else size for size in tensor.shape[first:]]
+        kind = _TYPES[tensor.dtype]
+        found: dict[str, Any] = {"name": tensor.name, "data_type": kind, "dims": dims}
+        # Triton names the best of all numbers of such an output, so they must be one a class.
+        if tensor.name == LOGITS and len(dims) == 1:
             found["label_filename"] = "labels.txt"
+        # The file has a default, which ONNX Runtime's backend calls an optional input.
+        if tensor.name == SIZES:
+            found["optional"] = True
         yield found
 
 

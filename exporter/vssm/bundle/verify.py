@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from vssm.artifact.directory import Artifact
+from vssm.artifact.directory import MODEL_FILE, Artifact
 from vssm.artifact.manifest import MANIFEST_NAME, manifest_from_json
 from vssm.bundle.manifest import (
     BUNDLE_MANIFEST,
@@ -18,9 +18,10 @@ from vssm.bundle.manifest import (
     read_bundle_manifest,
     read_listed,
 )
-from vssm.bundle.triton import read_served_name
+from vssm.bundle.triton import read_served_name, unserved
 from vssm.bundle.web import PAGE
 from vssm.errors import ArtifactError
+from vssm.files.messages import message_types
 from vssm.files.private import library_copy
 from vssm.files.staging import settle
 from vssm.runtimes.ort import run_once
@@ -28,6 +29,18 @@ from vssm.runtimes.ort import run_once
 _LIBRARY: Final = "lib/libvssm_onnxruntime.so"
 # Far above the error of any dtype: two programs that should be one model (as in benchmark.py).
 _SAME: Final = 0.2
+# What a whole detector's dense head says of the anchors of its finest level (docs/detection.md).
+_DENSE: Final = frozenset({b"rpn.logits0", b"rpn.cls0", b"head.cls0"})
+# What is read and added of an ONNX file here, numbered as in onnx.proto.
+_ONNX: Final = message_types(
+    "dense_head",
+    {
+        "Value": {"name": (1, "bytes")},
+        "Node": {"output": (2, "bytes*")},
+        "Graph": {"node": (1, "Node*"), "output": (12, "Value*")},
+        "Model": {"graph": (7, "Graph")},
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +51,10 @@ class BundleReport:
         name: of the model.
         files: how many were hashed.
         kernels: how many kernels of the bundle's library ran for one image; 0 if it did not run.
-        difference: largest difference between the logits of library and fallback bodies, over the
-            largest logit; None if it did not run.
+        difference: largest difference between what library and fallback bodies compute, over the
+            largest number of it; None if it did not run.
+        compared: which output that is, such as "logits"; of a whole detector the
+            dense head's, such as "rpn.cls0".
         not_run: why the model did not run, empty if it did.
         failures: what is wrong.
     """
@@ -48,6 +63,7 @@ class BundleReport:
     files: int
     kernels: int = 0
     difference: float | None = None
+    compared: str = ""
     not_run: str = ""
     failures: list[str] = field(default_factory=list)
 
@@ -79,12 +95,7 @@ def verify_bundle(directory: Path) -> BundleReport:
         failures = list(_false_claims(directory, manifest, artifact))
     if failures:
         return BundleReport(manifest.name, files, not_run="files differ", failures=failures)
-    quantization, reason = artifact.manifest.quantization, ""
-    if artifact.manifest.dtype == "bfloat16":
-        reason = "bfloat16 has no matrix product in ONNX Runtime's CPU provider"
-    elif quantization is not None and not quantization.in_ort:
-        reason = f"ONNX Runtime does not run {quantization} by itself"
-    if reason:
+    if (reason := unserved(artifact.manifest).get("onnxruntime")) is not None:
         return BundleReport(manifest.name, files, not_run=reason)
     library = library_copy(directory / _LIBRARY)
     # Hashed once more as it was copied: it may have been replaced since `compare_files`.
@@ -114,8 +125,7 @@ def _false_claims(directory: Path, manifest: BundleManifest, artifact: Artifact)
     exported = {k: v for k, v in artifact.manifest.versions.items() if k != "vssm"}
     if made != exported:
         yield f"{BUNDLE_MANIFEST} says versions {made}, but model/{MANIFEST_NAME} {exported}"
-    quantization = artifact.manifest.quantization
-    variant = "tensorrt" if quantization is None or quantization.in_tensorrt else "onnxruntime"
+    variant = "onnxruntime" if "tensorrt" in unserved(artifact.manifest) else "tensorrt"
     config = f"triton/{variant}/{manifest.name}/config.pbtxt"
     if config not in manifest.files:
         yield f"{BUNDLE_MANIFEST} says name {manifest.name}, but there is no {config}"
@@ -130,20 +140,36 @@ def _false_claims(directory: Path, manifest: BundleManifest, artifact: Artifact)
 def _run(artifact: Artifact, library: Path, name: str, files: int) -> BundleReport:
     shape = (1, *artifact.image_shape)
     images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    main = artifact.manifest.main_output.name
-    with artifact.opened_model() as model:
+    compared, graph = artifact.manifest.main_output.name, None
+    if artifact.manifest.gives_boxes:
+        # Boxes come in any number, none at worst; what they are chosen by does not.
+        compared, graph = _with_dense_head(artifact.read(MODEL_FILE))
+    with artifact.opened_model(graph) as model:
         ran = run_once(Path(model), images, library)
         # Without the library the functions in the file run: another program for the same model.
-        bodies = run_once(Path(model), images, None).outputs[main]
-    logits = ran.outputs[main]
-    difference = float(np.abs(logits - bodies).max() / np.abs(bodies).max())
+        bodies = run_once(Path(model), images, None).outputs[compared]
+    difference = float(np.abs(ran.outputs[compared] - bodies).max() / np.abs(bodies).max())
     failures = []
     # A user's own module may have none of our operators, and then no kernel has to run.
     if not ran.kernels and artifact.manifest.operators:
         failures.append(f"{Path(_LIBRARY).name} was loaded, but none of its kernels ran")
     if not difference <= _SAME:  # NaN counts
         failures.append(
-            f"logits with {Path(_LIBRARY).name} differ from the fallback bodies' by "
+            f"{compared} with {Path(_LIBRARY).name} differ from the fallback bodies' by "
             f"{difference:.1e} of the largest; the library and the model do not belong together"
         )
-    return BundleReport(name, files, ran.kernels, difference, failures=failures)
+    return BundleReport(name, files, ran.kernels, difference, compared, failures=failures)
+
+
+def _with_dense_head(model: bytes) -> tuple[str, bytes]:
+    """An inner value of a whole detector that every image has, and the file that gives it too."""
+    nodes = _ONNX["Model"].FromString(model).graph.node
+    name = next((name for node in nodes for name in node.output if name in _DENSE), None)
+    if name is None:
+        raise ArtifactError(
+            f"model/{MODEL_FILE} has none of the values {sorted(map(bytes.decode, _DENSE))} of a "
+            "detector of this package, so nothing can be compared; export the model with this vssm"
+        )
+    # Protobuf joins what follows to what it has read, so the file need not be written anew.
+    more = _ONNX["Model"](graph={"output": [{"name": name}]})
+    return name.decode(), model + more.SerializeToString()

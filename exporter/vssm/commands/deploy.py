@@ -57,11 +57,10 @@ def engine(
     """Build a TensorRT engine beside model.onnx."""
     from vssm.runtimes.tensorrt.build import EngineRequest, build_engine, check_request
 
-    low, opt, high = _three(batch)
     request = EngineRequest(
         runtime="tensorrt-rtx" if rtx else "tensorrt",
         backend=backend,
-        batch=(low, opt, high),
+        batch=_three(batch),
         memory_mib=memory,
         level=level,
         timing_cache=timing_cache,
@@ -92,10 +91,14 @@ def bundle(
         typer.Option(help="What the server calls the model; the export's name by default."),
     ] = None,
     labels: Labels = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes MIN,OPT,MAX.")] = "1,8,32",
+    batch: Annotated[
+        str | None,
+        typer.Option(help="Batch sizes MIN,OPT,MAX; 1,8,32 by default. Of no whole detector."),
+    ] = None,
     queue_us: Annotated[
-        int, typer.Option(help="Microseconds that a request waits for others.")
-    ] = 500,
+        int | None,
+        typer.Option(help="Microseconds that a request waits for others; 500 by default."),
+    ] = None,
     instances: Annotated[int, typer.Option(help="Copies of the model on a device.")] = 1,
     web: Annotated[
         bool, typer.Option("--web", help="A page that runs the model in a browser.")
@@ -129,8 +132,9 @@ def bundle(
     from vssm.bundle.make import BundleRequest, make_bundle
     from vssm.bundle.triton import ServingOptions
 
-    low, opt, high = _three(batch)
-    serving = ServingOptions((low, opt, high), queue_us=queue_us, instances=instances)
+    serving = ServingOptions(
+        None if batch is None else _three(batch), queue_us=queue_us, instances=instances
+    )
     request = BundleRequest(name, labels, serving, force=force)
     manifest = make_bundle(open_artifact(directory, only=(MODEL_FILE,)), output, request)
     for part, reason in manifest.absent.items():
@@ -177,8 +181,8 @@ def _verify_bundle(directory: Path, json_file: Path | None) -> None:
         say((f"the model was not run: {report.not_run}", "yellow"))
     else:
         say(
-            f"{report.name}: {report.files} files hashed, {report.kernels} kernels ran, logits "
-            f"within {report.difference:.1e} of the fallback bodies'"
+            f"{report.name}: {report.files} files hashed, {report.kernels} kernels ran, "
+            f"{report.compared} within {report.difference:.1e} of the fallback bodies'"
         )
     # Before the exit: a script wants to read what failed.
     write_result(json_file, report)
@@ -188,11 +192,12 @@ def _verify_bundle(directory: Path, json_file: Path | None) -> None:
     say(("passed", "bold green"))
 
 
-def _three(batch: str) -> list[int]:
+def _three(batch: str) -> tuple[int, int, int]:
     sizes = integers("batch", batch)
     if len(sizes) != 3:
         raise ValueError(f"batch={batch!r} is not three sizes; give MIN,OPT,MAX, such as 1,8,32")
-    return sizes
+    low, opt, high = sizes
+    return low, opt, high
 
 
 def _print_engine(directory: Path, info: EngineInfo) -> None:

@@ -15,10 +15,10 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vssm.artifact.data_sets import COCO, COCO_CATEGORIES
+from vssm.artifact.data_sets import COCO, COCO_CATEGORIES, voc_colours
 from vssm.artifact.manifest import BOXES
 from vssm.artifact.preprocessing import ImageInput, open_rgb, padded, preprocessing_of
-from vssm.evaluation.label_maps import colours, png, refuse_same_names
+from vssm.evaluation.label_maps import png, refuse_same_names
 from vssm.files.atomic import atomic_write_bytes, make_directory
 from vssm.runtimes.session import Session
 from vssm.types import Array, Steps
@@ -245,7 +245,7 @@ def drawn(
         some: indices of the detections to draw.
     """
     # The first colour is black, which is hard to see.
-    palette = colours(256)[1:]
+    palette = np.array(voc_colours(256)[1:], np.uint8)
     pixels = np.array(image)
     if found.masks is not None:
         for i in some[::-1]:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
-from vssm.artifact.data_sets import colours_of
+from vssm.artifact.data_sets import palette_of
 from vssm.artifact.manifest import LOGITS, Manifest
 from vssm.artifact.preprocessing import normalised, open_rgb, preprocessing_of
 from vssm.evaluation.segment import best_classes, segment
@@ -59,8 +59,7 @@ def write_label_maps(
     """
     classes = _refuse(session.manifest, files, top)
     spec = preprocessing_of(session.manifest)
-    usual = colours_of(names)
-    palette = colours(_MOST) if usual is None else np.array(usual, np.uint8)
+    palette = np.array(palette_of(names, _MOST), np.uint8)
     make_directory(output)
     rows: list[dict[str, Any]] = []
     for file in files:
@@ -80,16 +79,6 @@ def write_label_maps(
     if not any(row["error"] is None for row in rows):
         raise ValueError(rows[0]["error"])
     return rows
-
-
-def colours(classes: int) -> Array:
-    """(classes, 3) uint8, no two alike: PASCAL VOC's, the bits of the class spread out."""
-    found = np.zeros((classes, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            here = (np.arange(classes) >> (3 * bit + channel)) & 1
-            found[:, channel] |= (here << (7 - bit)).astype(np.uint8)
-    return found
 
 
 def refuse_same_names(files: Sequence[Path]) -> None:
