@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,11 +51,39 @@ def test_another_number_of_classes(model, key: str, tmp_path: Path) -> None:
         vssm.load_checkpoint(model(num_classes=9), path)
 
 
-def test_exit_code_of_a_wrong_checkpoint(tmp_path: Path, cli: Run) -> None:
-    path = _saved(micro_segmenter("vim", "residual_rope_64"), tmp_path)
-    sizes = ("depth=1", "d_model=16", "neck_width=8", "region_width=8", "image_size=64")
-    options = [f"--set={size}" for size in sizes]
-    name, out = "vim_tiny_cascade_mask_rcnn_coco", tmp_path / "out"
+WIDTHS = {"depth": 4, "d_model": 48, "image_size": 64}
+HEADS = {"table_size": 64, "head_width": 32, "auxiliary_width": 16, "taps": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        (
+            "vim_tiny_cascade_mask_rcnn_coco",
+            {"neck_width": 8, "region_width": 8},
+            "it does not fit the model (missing: backbone.simfp_2.0.weight",
+        ),
+        # ADE20K's 150 classes, where the file has 11.
+        (
+            "vim_tiny_upernet_ade20k",
+            HEADS,
+            "decode_head.conv_seg.weight (file (11, 32, 1, 1), model (150, 32, 1, 1))",
+        ),
+    ],
+    ids=["head", "classes"],
+)
+def test_exit_code_of_a_wrong_checkpoint(
+    tmp_path: Path, cli: Run, name: str, sizes: dict[str, Any], message: str
+) -> None:
+    path = _saved(micro_segmenter("vim", "mixer_taps_64"), tmp_path)
+    options = [f"--set={key}={json.dumps(value)}" for key, value in (WIDTHS | sizes).items()]
+    out = tmp_path / "out"
     assert cli("export", name, "--checkpoint", path, *options, "-o", out) == 2
-    assert "it does not fit the model (missing: backbone.simfp_2.0.weight" in cli.out
+    assert message in cli.out
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["vim_tiny_upernet_ade20k", "vmamba_tiny_maskrcnn_coco"])
+def test_exit_code_of_an_image_smaller_than_a_patch(tmp_path: Path, cli: Run, name: str) -> None:
+    assert cli("export", name, "--set=image_size=3", "-o", tmp_path / "out") == 2
+    assert "image_size=3 is smaller than patch_size=" in cli.out

@@ -276,6 +276,23 @@ def test_a_class_without_a_category_is_in_no_result(tmp_path):
     assert (report.box.ap50, len(report.classes)) == (ONE, 1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"category_id": 99}, r"an object \(id 2\) of category 99, which is none of its 2"),
+        ({"image_id": 6}, r"an object \(id 2\) in image 6, which is none of its 2"),
+        ({"bbox": [1, 2, -3, 4]}, r"an object \(id 2\) with the box \[1, 2, -3, 4\], which is not"),
+        ({"bbox": [1, 2, 3]}, r"with the box \[1, 2, 3\], which is not x, y and a width"),
+        ({"bbox": [1, float("nan"), 3, 4]}, r"with the box \[1, nan, 3, 4\]"),
+    ],
+)
+def test_an_annotation_out_of_range(tmp_path, changes, message):
+    annotations = [_annotation(1, 5, 3, CAT), _annotation(2, 12, 7, DOG) | changes]
+    root = _write(tmp_path / "coco", annotations)
+    with pytest.raises(ValueError, match=message):
+        open_coco(root, "val2017", 2, labels=None)
+
+
 @pytest.mark.parametrize("spoil", ["split", "file", "json", "annotation", "image", "size"])
 def test_folders_that_do_not_fit(coco, tmp_path, spoil):
     file = coco / "annotations" / "instances_val2017.json"
@@ -360,3 +377,26 @@ def test_an_export_in_two_runtimes(export, tmp_path, cli: Run):
     assert "batch=4 is nothing that a detector takes" in cli.out
     assert cli("evaluate", export.directory, root, "--split", "train2017") == 2
     assert "is not laid out as COCO: there is no" in cli.out
+
+
+def _stop(phase, done, images, note=""):
+    if done:
+        raise KeyboardInterrupt
+
+
+def test_bad_input_ends_with_2(export, tmp_path, cli: Run):
+    """An object of no category, and what a stopped run has left of other annotations."""
+    classes = export.manifest.config["num_classes"]
+    categories = [{"id": i + 1, "name": f"class {i}"} for i in range(classes)]
+    root = _write(tmp_path / "coco", [_annotation(1, 5, 99, CAT)], categories=categories)
+    found = tmp_path / "found.csv"
+    given = ("evaluate", export.directory, root, "--results", found, "--threads", 1)
+    assert cli(*given) == 2
+    assert "an object (id 1) of category 99, which is none of its 7" in cli.out
+    _write(root, [_annotation(1, 5, 1, CAT)], categories=categories)
+    with pytest.raises(KeyboardInterrupt):
+        vssm.evaluate(export, root, results=found, workers=0, threads=1, progress=_stop)
+    _write(root, [_annotation(1, 5, 2, CAT)], categories=categories)
+    assert cli(*given, "--workers", 0) == 2
+    assert "is of another evaluation: images=" in cli.out
+    assert "begin anew with --restart" in cli.out

@@ -336,3 +336,22 @@ def test_an_annotation_out_of_range_ends_with_2(export, pictures, tmp_path, cli:
     given = ("--split", ".", "--threads", 1, "--results", tmp_path / "found.csv")
     assert cli("evaluate", export.directory, tmp_path, *given) == 2
     assert "has the value 8 in row 0, column 0" in cli.out
+
+
+def test_results_of_another_set_end_with_2(export, pictures, tmp_path, cli: Run):
+    def stop(phase, done, images, note=""):
+        if done:
+            raise KeyboardInterrupt
+
+    found = tmp_path / "found.csv"
+    with pytest.raises(KeyboardInterrupt):
+        vssm.evaluate(
+            export, pictures, split=".", results=found, workers=0, threads=1, progress=stop
+        )
+    for kind, name in (("images", "b.jpg"), ("annotations", "b.png")):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / name).write_bytes((pictures / kind / name).read_bytes())
+    given = ("--split", ".", "--threads", 1, "--workers", 0, "--results", found)
+    assert cli("evaluate", export.directory, tmp_path, *given) == 2
+    assert "is of another evaluation: images=" in cli.out
+    assert "begin anew with --restart" in cli.out

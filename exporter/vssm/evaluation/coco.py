@@ -10,6 +10,7 @@ import hashlib
 import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -135,14 +136,18 @@ def open_coco(
             truth = COCO(str(file))
         images = tuple(_image(truth.imgs[number], split) for number in sorted(truth.imgs))
         categories = [(int(c["id"]), str(c["name"])) for c in truth.cats.values()]
-        # Looked at now: pycocotools would only miss them after hours.
-        for a in truth.dataset["annotations"]:
-            _ = (a["image_id"], a["category_id"], a["bbox"], a["area"], a["iscrowd"])
+        # Looked at now: pycocotools would miss a field after hours, and pass over the rest in
+        # silence, so that an object would be in no number.
+        wrong = next(filter(None, map(partial(_fault, truth), truth.dataset["annotations"])), None)
     except _MALFORMED as error:
         raise ValueError(
             f"{name}: {file} is no file of COCO's instances ({type(error).__name__}: {error}); "
             "give one with images, categories and annotations"
         ) from error
+    if wrong is not None:
+        raise ValueError(
+            f"{name}: {file} has {wrong}; mend it, or give the annotations of these images"
+        )
     missing = [image.path for image in images if not (root / image.path).is_file()]
     if missing or not images:
         shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
@@ -226,6 +231,20 @@ def precision_of(
 def _known(number: float) -> float | None:
     """A number of pycocotools, where -1 means that there is nothing to find."""
     return None if number < 0 else float(number)
+
+
+def _fault(truth: COCO, annotation: Mapping[str, Any]) -> str | None:
+    """What is wrong with an object, in words; None if nothing is."""
+    image, category = annotation["image_id"], annotation["category_id"]
+    box, _ = annotation["bbox"], (annotation["area"], annotation["iscrowd"])
+    told = f"an object (id {annotation['id']})"
+    if category not in truth.cats:
+        return f"{told} of category {category}, which is none of its {len(truth.cats)}"
+    if image not in truth.imgs:
+        return f"{told} in image {image}, which is none of its {len(truth.imgs):,}"
+    if len(box) != 4 or not np.isfinite(box).all() or min(box[2:]) < 0:
+        return f"{told} with the box {box}, which is not x, y and a width and height from 0 on"
+    return None
 
 
 def _annotations(root: Path, split: str) -> Path:
