@@ -84,7 +84,8 @@ class Classifier {
   std::vector<float> run(const std::string& photo) {
     const Tensor& images = find("images");
     const Tensor& logits = find("logits");
-    const auto pixels = image::read_ppm(photo, images.shape.d[2], images.shape.d[3]);
+    const auto pixels =
+        image::normalised(image::read_ppm(photo, images.shape.d[2], images.shape.d[3]));
     std::vector<float> out(logits.count);
     check(cudaMemcpyAsync(images.device, pixels.data(), pixels.size() * sizeof(float),
                           cudaMemcpyHostToDevice, stream_));

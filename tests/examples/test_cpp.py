@@ -10,10 +10,11 @@ import numpy as np
 import onnxruntime
 import pytest
 from checkout import ROOT
-from exports import exported, micro
+from exports import exported, micro, micro_segmenter
 from PIL import Image
 
 import vssm
+from vssm.artifact.data_sets import voc_colours
 from vssm.artifact.directory import Artifact
 from vssm.runtimes.library import find_library
 
@@ -41,9 +42,14 @@ def ort_library() -> Path:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
-    return build(folder, f"-DONNXRUNTIME_LIBRARY={ort_library()}") / "ort_classify"
+    return build(folder, f"-DONNXRUNTIME_LIBRARY={ort_library()}")
+
+
+@pytest.fixture(scope="module")
+def program(programs: Path) -> Path:
+    return programs / "ort_classify"
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +115,81 @@ def test_ort_classify_refuses(
         assert message in errors
 
 
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The export that tests/onnx/test_segmenters.py makes too."""
+    model = micro_segmenter("vim_small", "1:0.8,3:0.7", {}, num_classes=7)
+    return exported(tmp_path_factory.mktemp("segmenter"), model, outputs="labels", dtype="float32")
+
+
+@pytest.fixture
+def street(tmp_path: Path) -> Path:
+    """Its shorter side is as the preprocessing wants it: 96, for an input of 64 x 96."""
+    path = tmp_path / "street.ppm"
+    pixels = np.random.default_rng(5).integers(0, 256, (96, 131, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("backend", ["kernel", "body"])
+def test_ort_segment(
+    programs: Path, segmenter: Artifact, street: Path, tmp_path: Path, backend: str
+) -> None:
+    library = find_library() if backend == "kernel" else "-"
+    files = (tmp_path / "labels.pgm", tmp_path / "overlay.ppm")
+    found = run(programs / "ort_segment", segmenter.model_path, library, street, *files)
+    assert found == (0, "", "")
+    with vssm.open_session(segmenter, backend=backend) as session:
+        labels = session.run(vssm.preprocess(street, segmenter))["labels"][0]
+    assert (_pixels(files[0]) == labels).all()
+    assert len(np.unique(labels)) > 2
+    # 32 rows and 35 columns are cropped; a half of a pixel goes to the even side.
+    middle = _pixels(street)[16:80, 18:114]
+    assert (_pixels(files[1]) == (middle + np.array(voc_colours(7))[labels]) // 2).all()
+
+
+def test_ort_segment_with_a_palette(
+    programs: Path, segmenter: Artifact, street: Path, tmp_path: Path
+) -> None:
+    palette = tmp_path / "palette.txt"
+    files = (tmp_path / "labels.pgm", tmp_path / "overlay.ppm")
+    arguments = (programs / "ort_segment", segmenter.model_path, "-", street, *files, palette)
+    colours = np.arange(21).reshape(7, 3) * 12
+    lines = [f"{r} {g} {b} a name of {r}\n" for r, g, b in colours]
+    palette.write_text("".join(lines))
+    assert run(*arguments) == (0, "", "")
+    middle = _pixels(street)[16:80, 18:114]
+    assert (_pixels(files[1]) == (middle + colours[_pixels(files[0])]) // 2).all()
+    for text, message in [
+        (lines[0], " has no colour; give another palette, of the model's bundle"),
+        ("red green blue\n", "is no palette"),
+        ("", "is no palette"),
+    ]:
+        palette.write_text(text)
+        status, shown, errors = run(*arguments)
+        assert (status, shown) == (2, "")
+        assert message in errors
+
+
+def test_ort_segment_refuses(
+    programs: Path, artifact: Artifact, segmenter: Artifact, photo: Path, street: Path
+) -> None:
+    program, files = programs / "ort_segment", ("/nowhere/l.pgm", "/nowhere/o.ppm")
+    assert run(program, segmenter.model_path, "-", street)[0] == 2
+    for arguments, message in [
+        ((artifact.model_path, "-", photo), "labels"),  # a classifier has no such output
+        ((segmenter.model_path, "-", street), "/nowhere/l.pgm cannot be written"),
+    ]:
+        status, shown, errors = run(program, *arguments, *files)
+        assert (status, shown) == (2, "")
+        assert message in errors
+
+
 def test_ort_classify_with_the_official_header(tmp_path: Path) -> None:
     folder = os.environ.get("ORT_INCLUDE_DIR")
     if not folder:
@@ -126,10 +207,10 @@ def test_tensorrt_classify_compiles(tmp_path: Path) -> None:
 def test_without_a_runtime_both_are_left_out(tmp_path: Path) -> None:
     command = ["cmake", "-S", str(SOURCES), "-B", str(tmp_path), "-G", "Ninja"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "left out: ort_classify (set ONNXRUNTIME_LIBRARY)" in shown
+    assert "left out: ort_classify, ort_segment (set ONNXRUNTIME_LIBRARY)" in shown
     assert "left out: tensorrt_classify (set TENSORRT_ROOT)" in shown
 
 
-@pytest.mark.parametrize("name", ["ort_classify.cpp", "tensorrt_classify.cpp"])
-def test_they_stay_short(name: str) -> None:
-    assert len((SOURCES / name).read_text(encoding="utf-8").splitlines()) < 150
+def test_they_stay_short() -> None:
+    for path in SOURCES.iterdir():
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 150, path
