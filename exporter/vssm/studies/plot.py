@@ -77,7 +77,7 @@ def draw(report: AblationReport, *, against: str) -> Figure:
     axes.set_ylabel(textwrap.fill(f"top-1 %; bars: {_bars(report.rows)}", 50))
     axes.grid(alpha=0.3)
     figure.suptitle(textwrap.fill(report.setting.caption, 110), fontsize=8)
-    figure.legend(fontsize=9, loc="outside right upper")
+    figure.legend(fontsize=9, loc="outside right center")
     return figure
 
 
