@@ -12,12 +12,13 @@ from matplotlib.text import Text
 
 from vssm.bench import page as bench_page
 from vssm.bench.measure import BenchReport, Timing
+from vssm.files.page import Table, render
 from vssm.models.family import Published
 from vssm.pruning.schedule import PruneSchedule
 from vssm.studies import figures, tables
 from vssm.studies.measure import Outcome, VariantCost
 from vssm.studies.plan import Run, make_plan
-from vssm.studies.plot import draw, element
+from vssm.studies.plot import draw, element, picture
 from vssm.studies.report import AblationReport, Measured, Setting, make_row
 
 _CPU = "A_Processor_of_a_Long_Name(R) CPU @ 2.70GHz, 64 threads, float32, torch 2.13.0"
@@ -46,15 +47,22 @@ def _pages() -> list[str]:
         "pruned, without the library", 8, 1, 45.6, 50.1, 44.0, 21, 175.4, 10.0, 4.5, _CPU
     )
     bench = BenchReport([timing] * 6, None, {"SelectiveScan": 1.0}, None, {"cpu": _CPU})
-    plot = element(draw(report, against="time"))
-    return [bench_page.page(bench), tables.html(report, {"a plot": plot})]
+    plot = element(picture(draw(report, against="time"), "svg"))
+    seen = {"kept": figures.kept_figure(np.zeros((8, 8, 3)), {"plain removal": []})}
+    told = Table(("variant", "best classes"), [["plain removal", "a class of a long name; " * 9]])
+    image = figures.section("image.png", told, seen, readout="the class token")
+    return [
+        bench_page.page(bench),
+        tables.html(report, {"a plot": plot}),
+        render("vssm visualize", {"model": "vim_small"}, [image]),
+    ]
 
 
 @pytest.mark.slow  # a browser starts twice
 @pytest.mark.parametrize("dark", [False, True])
 def test_pages_fit_and_can_be_read(dark: bool) -> None:
     found = chromium.lay_out(_pages(), dark=dark)
-    assert len(found) == 2 * len(chromium.WIDTHS)
+    assert len(found) == 3 * len(chromium.WIDTHS)
     for laid in found:
         assert laid.needed <= laid.width
         assert laid.contrast > 7  # WCAG's AAA
