@@ -31,7 +31,7 @@ CMAKE_FILES := CMakeLists.txt $(shell find plugins benchmarks examples -name CMa
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all fuzz lint format wheel wheel-cuda cuda-all cuda-report clean
+.PHONY: help setup demo docs test test-all fuzz lint format wheel wheel-cuda cuda-all cuda-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,11 @@ setup: $(INSTALLED) ## .venv with the pinned packages, the native library and th
 demo: setup ## prune, export, prove and measure a model; ends with the path of a report
 	@echo "demo: examples/demo.py, results in demo/"
 	@$(BIN)/python examples/demo.py -o demo
+
+docs: setup ## the documentation as a site in build/site; a broken link is an error
+	@echo "docs: mkdocs"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "docs: build/site/index.html; to read it: $(BIN)/python -m http.server -d build/site"
 
 test: setup $(TENSORRT) lint ## lint, then the tests; needs no GPU
 	@echo "test: pytest"

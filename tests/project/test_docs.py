@@ -148,10 +148,25 @@ def run_readme(readme: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def broken_links(text: str, folder: Path) -> list[str]:
-    """Relative links that lead to no file."""
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
-    local = [target for target in targets if not re.match(r"\w+:", target)]
-    return [target for target in local if not (folder / target).exists()]
+    """Relative links that lead to no file, or to no heading of a page."""
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", text):
+        path, _, part = target.partition("#")
+        if re.match(r"\w+:", target):
+            continue
+        if not (folder / path).exists():
+            broken.append(target)
+        elif part and (not path or path.endswith(".md")):
+            page = (folder / path).read_text(encoding="utf-8") if path else text
+            broken += [] if part in anchors(page) else [target]
+    return broken
+
+
+def anchors(text: str) -> set[str]:
+    """What `#` may be followed by in a link to a page: its headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = [re.sub(r"\]\([^)]*\)", "", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
 
 
 def _readme_text() -> str:
@@ -165,6 +180,13 @@ def test_readme_runs(tmp_path: Path) -> None:
     done = run_readme(README, tmp_path)
     if done.returncode:
         pytest.fail(done.stdout[-6000:], pytrace=False)
+
+
+@pytest.mark.slow
+def test_the_quick_start_runs(tmp_path: Path) -> None:
+    done = run_readme(ROOT / "docs/quickstart.md", tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert (tmp_path / "pictures/index.html").is_file()
 
 
 def test_readme_links() -> None:
@@ -241,9 +263,10 @@ def test_failure_is_found(tmp_path: Path, language: str, code: str, message: str
 
 
 def test_broken_link_is_found(tmp_path: Path) -> None:
-    (tmp_path / "a.md").touch()
-    text = "[a](a.md#part) [b](docs/b.md) [c](https://example.org/c) [d](#d)"
+    (tmp_path / "a.md").write_text("# `a_b`: one, two\n")
+    text = "# D\n[a](a.md#a_b-one-two) [b](docs/b.md) [c](https://example.org/c#c) [d](#d)"
     assert broken_links(text, tmp_path) == ["docs/b.md"]
+    assert broken_links("[a](a.md#part) [d](#d)", tmp_path) == ["a.md#part", "#d"]
 
 
 if __name__ == "__main__":

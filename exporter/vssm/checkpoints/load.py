@@ -113,7 +113,7 @@ def load_checkpoint(
     Args:
         model: left as it was on any error; stays on its device.
         path: a safetensors file, one that torch.save wrote, or the index or folder of shards; or
-            hf://OWNER/REPO[@REVISION][/FILE], which is downloaded (docs/checkpoints.md).
+            `hf://OWNER/REPO[@REVISION][/FILE]`, which is downloaded (docs/checkpoints.md).
         weights: "model", or "ema" for the averaged weights that some training codes save beside.
         key: where the weights are in the file, if under no usual name: a dotted path, or what the
             keys of a flat file begin with, such as "student".
