@@ -1,17 +1,21 @@
 """Runs the code blocks of README.md in order, as a reader would: one folder, one shell, one Python.
 
 Blocks in bash, console (the lines after `$ `; what they show is not compared) and python run; a
-comment `<!-- not run: reason -->` directly above leaves one out.
+comment `<!-- not run: reason -->` directly above leaves one out, and `<!-- slow: reason -->` leaves
+it to `make test-all`. Pages of docs/ run in the same way, on tiny models and made files, and their
+commands in this process, as most of a short command's time is that of its imports.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ import pytest
 from checkout import ROOT, SUPPORT
 
 README = ROOT / "README.md"
+PAGES = ("evaluate.md", "finetune.md", "ablate.md", "add_a_family.md")
 _RUN = frozenset({"bash", "console", "python"})
 _SHOWN = frozenset({"cmake", "cpp", "diff", "html", "json", "mermaid", "text", "toml", "yaml"})
 # What a reader finds in the folder; the package itself comes from the environment.
@@ -47,6 +52,7 @@ class Block:
     language: str
     code: str
     not_run: str | None
+    slow: bool
 
 
 def code_blocks(text: str) -> list[Block]:
@@ -71,9 +77,11 @@ def code_blocks(text: str) -> list[Block]:
                 f"line {i + 1}: language={fence[2]!r} is none of {sorted(_RUN | _SHOWN)}; "
                 "name the one that runs, or text"
             )
-        note = re.fullmatch(r"\s*<!-- not run: (.+) -->\s*", lines[i - 1]) if i else None
+        note = re.fullmatch(r"\s*<!-- (not run|slow): (.+) -->\s*", lines[i - 1]) if i else None
+        kind, reason = note.groups() if note else (None, None)
         code = textwrap.dedent("\n".join(lines[i + 1 : ends[0]])) + "\n"
-        found.append(Block(i + 1, fence[2], code, note[1] if note else None))
+        not_run = reason if kind == "not run" else None
+        found.append(Block(i + 1, fence[2], code, not_run, kind == "slow"))
         i = ends[0] + 1
     return found
 
@@ -95,19 +103,46 @@ def shell_code(block: Block) -> str:
     return "\n".join(typed)
 
 
-def run_blocks(text: str) -> None:
+def run_blocks(
+    text: str, page: str, *, shell: Callable[[str], None] | None = None, slow: bool = True
+) -> None:
     """Run the blocks from the current folder on; the first failure ends it."""
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in code_blocks(text):
-        if block.language not in _RUN or block.not_run:
+        if block.language not in _RUN or block.not_run or (block.slow and not slow):
             continue
-        sys.stdout.write(f"--- README.md:{block.line} {block.language}\n{block.code}")
+        sys.stdout.write(f"--- {page}:{block.line} {block.language}\n{block.code}")
         sys.stdout.flush()
         if block.language == "python":
-            code = compile("\n" * block.line + block.code, "README.md", "exec")
+            code = compile("\n" * block.line + block.code, page, "exec")
             exec(code, names)
         else:
-            _run_shell(shell_code(block))
+            (shell or _run_shell)(shell_code(block))
+
+
+def run_here(code: str) -> None:
+    """Run a block that only calls `vssm`, in this process.
+
+    Raises:
+        ValueError: it calls something else.
+        AssertionError: a command fails.
+    """
+    from vssm.commands.main import main
+
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        if words[0] != "vssm":
+            raise ValueError(f"{line}: a page's blocks call vssm alone; mark it <!-- not run: -->")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words)
+            try:
+                main()
+                code: object = 0
+            except SystemExit as stop:
+                code = stop.code
+        assert not code, line
 
 
 def _run_shell(code: str) -> None:
@@ -187,6 +222,29 @@ def test_the_quick_start_runs(tmp_path: Path) -> None:
     done = run_readme(ROOT / "docs/quickstart.md", tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     assert (tmp_path / "pictures/index.html").is_file()
+
+
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs(page: str, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command as it is printed, in the order of the page."""
+    import docs_pages
+
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    # A command in the text that nothing runs would be the next one to go out of date.
+    assert not re.search(r"^    vssm ", text, re.MULTILINE)
+    docs_pages.make_tiny(monkeypatch, dense=slow)
+    docs_pages.make_files(tmp_path, export=page in {"evaluate.md", "ablate.md"})
+    if slow:
+        docs_pages.make_dense(tmp_path)
+        (tmp_path / "examples").symlink_to(ROOT / "examples")
+    else:  # tests/studies looks at the plots, which take most of an ablation's time
+        for name, made in (("draw", None), ("picture", b""), ("element", "")):
+            monkeypatch.setattr(f"vssm.studies.plot.{name}", lambda *_, made=made, **__: made)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("vssm.runtimes.session.usable_cores", lambda: 1)  # no worker processes
+    run_blocks(text, f"docs/{page}", shell=run_here, slow=slow)
 
 
 def test_readme_links() -> None:
@@ -275,4 +333,4 @@ if __name__ == "__main__":
     os.environ["PYTHONPATH"] = (
         os.environ["PYTHONPATH"].removeprefix(str(SUPPORT)).lstrip(os.pathsep)
     )
-    run_blocks(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    run_blocks(Path(sys.argv[1]).read_text(encoding="utf-8"), "README.md")
