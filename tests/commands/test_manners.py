@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import os
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import typer
 from command import Run
 from exports import exported, micro
 from rich.console import Console
@@ -199,6 +202,55 @@ def test_threads_and_workers_share_the_cores(
         session.share_cores(None, -1)
 
 
+def _options(command: typer.models.CommandInfo) -> set[str]:
+    return set(inspect.signature(command.callback).parameters)  # type: ignore[arg-type]
+
+
+def test_every_command_that_computes_takes_threads_and_seeds() -> None:
+    named = {
+        c.name or c.callback.__name__.replace("_", "-"): _options(c)  # type: ignore[union-attr]
+        for c in app.registered_commands
+    }
+    # A bundle is copied, and its check runs one image.
+    assert {n for n, has in named.items() if "threads" not in has} == {"models", "doctor", "bundle"}
+    random = {n for n, has in named.items() if "seed" in has}
+    assert random == {"export", "export-module", "finetune", "ablate", "visualize", "quantize"}
+
+
+class _ReachedError(ValueError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("command", "rest", "work"),
+    [
+        ("export", "vim_tiny -o NEW", "vssm.training.run.build_model"),
+        ("export-module", "FILE:build -o NEW", "vssm.compat.factory.build_from"),
+        ("check", "EXPORT", "vssm.runtimes.torch.oracle"),
+    ],
+)
+def test_threads_are_those_of_torch_too(
+    cli: Run,
+    out: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    rest: str,
+    work: str,
+) -> None:
+    def reached(*_: object, **__: object) -> None:
+        raise _ReachedError(f"{torch.get_num_threads()} threads")
+
+    monkeypatch.setattr(work, reached)
+    (tmp_path / "model.py").touch()
+    places = {"NEW": tmp_path / "new", "EXPORT": out, "FILE:build": f"{tmp_path}/model.py:build"}
+    words = [places.get(word, word) for word in rest.split()]
+    before = torch.get_num_threads()
+    assert cli(command, *words, "--threads", before + 1) == 2
+    assert f"{before + 1} threads" in cli.out
+    assert torch.get_num_threads() == before
+
+
 class _TalkativeError(RuntimeError):
     def __str__(self) -> str:
         return (
@@ -241,10 +293,15 @@ _WRONG = [
     ("export", "vim_tiny -o NEW --checkpoint ABSENT"),
     ("export", "vim_tiny -o NEW --set image_size=224y320"),
     ("export", "vim_tiny -o NEW --set depth=many"),
+    ("export", "vim_tiny -o NEW --threads 0"),
+    ("export", "vim_tiny -o NEW --seed 3"),
+    ("export", "vim_tiny -o NEW --schedule 1:0.8 --importance l1 --seed 3"),
     ("export", "vim_tiny -o EXPORT"),
     ("export", "vim_tiny -o NEW --json ABSENT/x.json"),
     ("export-module", "model.py:build -o NEW --opset 17"),
     ("export-module", "model.py:build -o NEW --schedule 1"),
+    ("export-module", "model.py:build -o NEW --threads 0"),
+    ("export-module", "model.py:build -o NEW --schedule 1:0.8 --seed 3"),
     ("export-module", "model.py:build -o NEW --labels ABSENT"),
     ("export-module", "model.py:build -o NEW --checkpoint ABSENT"),
     ("export-module", "model.py:build -o NEW --prefer theirs"),
@@ -260,6 +317,7 @@ _WRONG = [
     ("bench", "EXPORT --runtime ort"),
     ("bench", "EXPORT --batch one"),
     ("engine", "EXPORT --batch 1,2"),
+    ("engine", "EXPORT --threads 0"),
     ("bundle", "EXPORT -o NEW --batch 1,2"),
     ("evaluate", "EXPORT . --runtime ort"),
     ("evaluate", "EXPORT . --workers -1"),

@@ -161,6 +161,9 @@ def test_plan():
     assert {found[k].importance for k in ("evit", "gap", "constant", "none", "masked")} == {"clip"}
     assert [found[k].alignment for k in ("evit", "sum", "random-1")] == ["none", "gap", "gap"]
     assert [found[f"random-{s}"].seed for s in (0, 1)] == [0, 1]
+    later = make_plan(schedule, seeds=2, ratios=[], seed=5)
+    drawn = {v.key: v.schedule.seed for v in later.variants if v.key.startswith("random")}
+    assert drawn == {"random-5": 5, "random-6": 6}
     assert [str(r) for r in found["none@0.5"].ratios.values()] == ["0.5", "0.5"]
     assert {key for line in plan.lines for key in line.keys} == set(found)
     merging = make_plan(schedule, seeds=1, ratios=[], merging=MergeSchedule(3))

@@ -29,6 +29,8 @@ from vssm.evaluation.data import load, open_images
 from vssm.models.fused_tokens import fuse_leftovers
 from vssm.studies.measure import AblationJournal, Step
 from vssm.studies.paired import Pair, compare, join, mcnemar
+from vssm.studies.plan import make_plan
+from vssm.studies.runs import Trainer, open_checkpoints
 from vssm.training.augment import Example, load_batch
 
 NUMBERS = {**RECIPE, **PLAIN}
@@ -464,6 +466,23 @@ def test_command(cli, data, checkpoints, tmp_path, whole, monkeypatch):
     found = {row["label"]: row["top1s"] for row in rows}
     for label in ("plain removal, fine-tuned", "aligned (gap), fine-tuned"):
         assert found[label] == list(_rows(whole[1])[label].top1s)
+
+
+def test_seeds_of_trainings_count_from_the_first(data, checkpoints, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(Trainer, "_train", lambda self, *given: trained.append(given) or tmp_path)
+    training = AblationTraining(data, variants=("gap",), seeds=4)
+    asked = AblationOptions(checkpoints=checkpoints[1:2], training=training, seed=5)
+    source = model_source(checkpoints[0])
+    opened = open_checkpoints(source, asked.checkpoints)
+    plan = make_plan(opened[0].schedule, seeds=1, ratios=[])
+    runs, _ = Trainer(source, opened, asked, tmp_path, lambda *_: None).runs(plan)
+    assert [given[0] for given in trained] == ["gap-5", "gap-6", "gap-7", "gap-8"]
+    assert [given[2] for given in trained] == [5, 6, 7, 8]
+    assert [(run.number, run.checkpoint) for run in runs] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    assert runs[0].key == "fine-tuned gap, seed 5"
+    with pytest.raises(ValueError, match="seed=-1 is below 0"):
+        AblationOptions(seed=-1)
 
 
 def _given(data, tmp_path):

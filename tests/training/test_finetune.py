@@ -834,6 +834,10 @@ def test_refusals(data, checkpoint, tmp_path):
         model_source(tokens="zero")
     with pytest.raises(ValueError, match="importance='l1' without a schedule"):
         ModelSource("vim_tiny", importance="l1")
+    drawing = model_source(importance="random", seed=3).checked()
+    assert (drawing.importance, drawing.seed) == ("random", 3)
+    with pytest.raises(ValueError, match="seed=3 with importance='clip', which draws nothing"):
+        model_source(seed=3)
     with pytest.raises(ValueError, match="weights='ema' without a checkpoint"):
         ModelSource("vim_tiny", weights="ema")
     with pytest.raises(ValueError, match="key='net' without a checkpoint"):

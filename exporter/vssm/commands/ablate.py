@@ -37,6 +37,9 @@ Checkpoints = Annotated[
     typer.Option(help="Weights of a named model, repeatable; seeded initial ones without."),
 ]
 Seeds = Annotated[int, typer.Option(help="Seeds of the random choice.")]
+Seed = Annotated[
+    int, typer.Option(help="The first seed of the random choice and of the trainings.")
+]
 Ratios = Annotated[str, typer.Option(help="Keep ratios to compare, in place of every stage's.")]
 Finetuned = Annotated[
     list[str] | None,
@@ -83,6 +86,7 @@ def ablate(
     new_head: NewHead = False,
     schedule: OwnSchedule = None,
     seeds: Seeds = 3,
+    seed: Seed = 0,
     ratios: Ratios = "0.9,0.8,0.7,0.6,0.5",
     finetuned: Finetuned = None,
     train: Train = None,
@@ -111,6 +115,7 @@ def ablate(
     training = _training(train, finetune, finetune_seeds, recipe, micro_batch)
     asked = AblationOptions(
         seeds=seeds,
+        seed=seed,
         ratios=_words(ratios),
         batch=batch,
         workers=workers,
@@ -185,7 +190,7 @@ def _recipe(pairs: list[str]) -> Recipe:
     """
     given = options(pairs, "--recipe")
     if "seed" in given:
-        raise ValueError("--recipe seed: each training has its own; --finetune-seeds N")
+        raise ValueError("--recipe seed: each training has its own; --seed N is the first one's")
     return Recipe.of(given)
 
 

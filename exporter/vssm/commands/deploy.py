@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vssm.artifact.directory import MODEL_FILE, open_artifact
-from vssm.commands.options import Directory, Json, Labels, integers
+from vssm.commands.options import Directory, Json, Labels, Threads, integers
 from vssm.commands.tables import say, working, write_result
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def engine(
     compute_capability: Annotated[
         str | None, typer.Option(help="With --rtx: GPUs to compile for, such as 8.6,8.9.")
     ] = None,
+    threads: Threads = None,
     json_file: Json = None,
 ) -> None:
     """Build a TensorRT engine beside model.onnx."""
@@ -68,6 +69,7 @@ def engine(
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
         compute_capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
+        threads=threads,
     )
     check_request(request)  # before the export is read and hashed
     artifact = open_artifact(directory, only=(MODEL_FILE,))  # all that an engine is made from

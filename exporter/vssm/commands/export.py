@@ -14,6 +14,7 @@ from vssm.commands.options import (
     Alignment,
     Checkpoint,
     Conv,
+    DrawSeed,
     Dtype,
     Ema,
     Folder,
@@ -31,6 +32,7 @@ from vssm.commands.options import (
     Restore,
     Schedule,
     Switches,
+    Threads,
     model_source,
     options,
 )
@@ -141,6 +143,7 @@ def export(
     merge: Merge = None,
     alignment: Alignment = None,
     importance: Importance = None,
+    seed: DrawSeed = None,
     conv: Conv = None,
     restore: Restore = None,
     outputs: Outputs = None,
@@ -153,6 +156,7 @@ def export(
     no_weights: Annotated[
         bool, typer.Option("--no-weights", help="Leave weights.safetensors out.")
     ] = False,
+    threads: Threads = None,
     force: Force = False,
     json_file: Json = None,
 ) -> None:
@@ -171,6 +175,7 @@ def export(
         restore=restore,
         num_classes=num_classes,
         option=option,
+        seed=seed,
     )
     artifact, loaded = _export(
         source,
@@ -182,6 +187,7 @@ def export(
         num_classes=num_classes,
         inline=inline,
         weights=not no_weights,
+        threads=threads,
         force=force,
     )
     _print(artifact, loaded)
@@ -199,6 +205,7 @@ def _export(
     num_classes: int | None,
     inline: bool,
     weights: bool,
+    threads: int | None,
     force: bool,
 ) -> tuple[Artifact, str | None]:
     """The export, and what was loaded, in words."""
@@ -214,29 +221,33 @@ def _export(
     # All that needs no torch comes before its import.
     pruning = source.checked()
     from vssm.artifact.preprocessing import read_labels
+    from vssm.runtimes.session import checked_threads
 
+    checked_threads(threads)
     classes = card.num_classes if num_classes is None else num_classes
     names = None if labels is None else read_labels(labels, classes)
 
     with working("loading PyTorch") as progress:
         from vssm.onnx.export import export as export_model
+        from vssm.runtimes.torch import torch_threads
         from vssm.training.run import build_model
 
-        progress(f"building {source.name}", 0, 1)
-        model = build_model(source, pruning)
-        progress(f"building {source.name}", 1, 1)
-        artifact = export_model(
-            model,
-            output,
-            outputs=outputs,
-            dtype=dtype,
-            opset=opset,
-            inline=inline,
-            weights=weights,
-            labels=names,
-            force=force,
-            progress=progress,
-        )
+        with torch_threads(threads):
+            progress(f"building {source.name}", 0, 1)
+            model = build_model(source, pruning)
+            progress(f"building {source.name}", 1, 1)
+            artifact = export_model(
+                model,
+                output,
+                outputs=outputs,
+                dtype=dtype,
+                opset=opset,
+                inline=inline,
+                weights=weights,
+                labels=names,
+                force=force,
+                progress=progress,
+            )
     return artifact, model.loaded
 
 
@@ -280,6 +291,7 @@ def export_module(
     schedule: ModuleSchedule = None,
     alignment: Alignment = None,
     importance: ModuleImportance = None,
+    seed: DrawSeed = None,
     conv: Conv = None,
     blocks: Annotated[str, typer.Option(help="Attribute of the blocks to prune.")] = "layers",
     cls_index: ClassToken = None,
@@ -294,6 +306,7 @@ def export_module(
     dry_run: DryRunOnly = False,
     survey: Survey = None,
     time_limit: TimeLimit = 600.0,
+    threads: Threads = None,
     force: Force = False,
     json_file: Json = None,
 ) -> None:
@@ -301,7 +314,9 @@ def export_module(
     if survey is not None:
         from vssm.commands.survey import survey_modules
 
-        survey_modules(survey, _needed(output, "-o DIR"), json_file, time_limit=time_limit)
+        survey_modules(
+            survey, _needed(output, "-o DIR"), json_file, time_limit=time_limit, threads=threads
+        )
         return
     target = _needed(target, "TARGET")
     request = ModuleRequest(
@@ -318,6 +333,7 @@ def export_module(
         schedule=schedule,
         alignment=alignment,
         importance=importance,
+        seed=seed,
         conv=conv,
         blocks=blocks,
         cls_index=cls_index,
@@ -329,6 +345,7 @@ def export_module(
         static_batch=static_batch,
         dynamic=() if dynamic is None else tuple(dynamic.split(",")),
         reference=not no_reference,
+        threads=threads,
     )
     if dry_run:
         _dry_run(request, json_file)

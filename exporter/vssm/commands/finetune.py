@@ -73,7 +73,10 @@ Rate = Annotated[
         "published."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of everything random: order, augmentation, mixing.")]
+Seed = Annotated[
+    int,
+    typer.Option(help="Of everything random: order, augmentation, mixing, importance random."),
+]
 Numbers = Annotated[
     list[str] | None,
     typer.Option("--recipe", help="KEY=VALUE of docs/finetune.md's table, repeatable."),
@@ -142,6 +145,7 @@ def finetune(
         backbone=backbone,
         num_classes=num_classes,
         option=option,
+        seed=seed if importance == "random" else None,
     )
     named = {"epochs": epochs, "batch": batch, "lr": lr, "seed": seed}
     recipe = _recipe(name, numbers or [], named)

@@ -149,6 +149,7 @@ Restore = Annotated[
         **words("frozen", "zero", "nearest", "group"),
     ),
 ]
+DrawSeed = Annotated[int | None, typer.Option(help="Of importance random; 0 by default.")]
 NumClasses = Annotated[
     int | None, typer.Option(help="Classes; 1000, or those of the model's data set, by default.")
 ]
@@ -282,6 +283,7 @@ def model_source(
     restore: str | None = None,
     tokens: str = "gather",
     backbone: bool = False,
+    seed: int | None = None,
 ) -> ModelSource:
     """The model that a command's options describe.
 
@@ -304,4 +306,5 @@ def model_source(
         key=key,
         new_head=new_head,
         backbone=backbone,
+        seed=seed,
     )

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from vssm.commands.tables import say, show, table, write_result
+from vssm.commands.tables import show, table, working, write_result
 from vssm.commands.user_module import (
     DEFAULT_INPUT,
     ModuleRequest,
@@ -22,6 +22,7 @@ from vssm.commands.user_module import (
 from vssm.errors import VssmError, reason
 from vssm.files.atomic import atomic_write_bytes, make_directory
 from vssm.files.json import json_text
+from vssm.runtimes.session import checked_threads
 
 _KEYS: Final = frozenset(
     {
@@ -71,7 +72,12 @@ class SurveyRow:
 
 
 def survey_modules(
-    file: Path, directory: Path, json_file: Path | None, *, time_limit: float
+    file: Path,
+    directory: Path,
+    json_file: Path | None,
+    *,
+    time_limit: float,
+    threads: int | None = None,
 ) -> list[SurveyRow]:
     """Export and check every model that `file` names, and write survey.md and the exports.
 
@@ -81,16 +87,19 @@ def survey_modules(
         directory: where the exports and survey.md go; what is there is replaced.
         json_file: where the rows go as JSON, too.
         time_limit: seconds for each model.
+        threads: of each export and check.
 
     Raises:
         ValueError: the file is no such list.
     """
     entries = _entries(file)
+    checked_threads(threads)
     make_directory(directory)
     rows: list[SurveyRow] = []
-    for entry in entries:
-        say(f"{entry['name']} ({len(rows) + 1} of {len(entries)})")
-        rows.append(_in_a_process(entry, file.parent, directory, time_limit))
+    with working("exporting models", leaves="exports that are done stay") as tell:
+        for entry in entries:
+            tell("exporting models", len(rows), len(entries), str(entry["name"]))
+            rows.append(_in_a_process(entry, file.parent, directory, time_limit, threads))
     cells = [_cells(row) for row in rows]
     show(table(f"{len(rows)} models", COLUMNS, cells))
     lines = [COLUMNS, ["---"] * len(COLUMNS), *cells]
@@ -127,12 +136,12 @@ def _folder(name: str) -> str:
 
 
 def _in_a_process(
-    entry: Mapping[str, Any], folder: Path, directory: Path, time_limit: float
+    entry: Mapping[str, Any], folder: Path, directory: Path, time_limit: float, threads: int | None
 ) -> SurveyRow:
     """A row of one entry: code of a repository may crash, hang, or change its process."""
     began = time.monotonic()
     place = directory / _folder(entry["name"])
-    work = {"entry": entry, "folder": str(folder), "place": str(place)}
+    work = {"entry": entry, "folder": str(folder), "place": str(place), "threads": threads}
     command = [sys.executable, "-m", __name__]
     row = SurveyRow(entry["name"])
     try:
@@ -167,7 +176,9 @@ def _cells(row: SurveyRow) -> list[object]:
 _MARK: Final = "vssm survey row: "
 
 
-def _work(entry: Mapping[str, Any], folder: Path, place: Path) -> dict[str, Any]:
+def _work(
+    entry: Mapping[str, Any], folder: Path, place: Path, threads: int | None
+) -> dict[str, Any]:
     """Export and check one model, in this process; told again after every step."""
     row: dict[str, Any] = {}
 
@@ -182,7 +193,7 @@ def _work(entry: Mapping[str, Any], folder: Path, place: Path) -> dict[str, Any]
             passed(STEPS[1], blocks=steps)
 
     try:
-        request = _request(entry, folder)
+        request = replace(_request(entry, folder), threads=threads)
         row["commit"] = _commit(Path(request.target.rpartition(":")[0]), request.paths)
         artifact = export_user_module(request, place, force=True, progress=progress).artifact
         from vssm.onnx.describe import count_nodes
@@ -192,7 +203,7 @@ def _work(entry: Mapping[str, Any], folder: Path, place: Path) -> dict[str, Any]
         if request.reference:
             from vssm.parity.check import check_parity
 
-            report = check_parity(None, artifact)
+            report = check_parity(None, artifact, threads=threads)
             row["error"] = report.forced.relative
             if report.passed:
                 passed(STEPS[3])
@@ -251,4 +262,4 @@ def _commit(target: Path, paths: tuple[Path, ...]) -> str | None:
 
 if __name__ == "__main__":
     given = json.load(sys.stdin)
-    _work(given["entry"], Path(given["folder"]), Path(given["place"]))
+    _work(given["entry"], Path(given["folder"]), Path(given["place"]), given["threads"])

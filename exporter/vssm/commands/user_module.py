@@ -59,6 +59,7 @@ class ModuleRequest:
     schedule: str | None = None
     alignment: str | None = None
     importance: str | None = None
+    seed: int | None = None
     conv: str | None = None
     blocks: str = "layers"
     cls_index: int | None = None
@@ -70,6 +71,7 @@ class ModuleRequest:
     static_batch: bool = False
     dynamic: tuple[str, ...] = ()
     reference: bool = True
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,10 @@ def _built(
     from vssm.compat import upstream
     from vssm.compat.factory import build_from, search_path
     from vssm.compat.prune import prune
+    from vssm.runtimes.torch import torch_threads
 
     with (
+        torch_threads(request.threads),
         search_path(request.target, request.paths),
         upstream(prefer=request.prefer, scans=request.scans) as report,
     ):
@@ -247,9 +251,11 @@ def _check(request: ModuleRequest) -> PruneSchedule | None:
     """Refuse what will not do before the user's code runs; the schedule comes back."""
     from vssm.models.schedules import named_pruning
     from vssm.onnx.options import check_opset
+    from vssm.runtimes.session import checked_threads
     from vssm.training.request import refuse_unused_options
 
-    rules = {name: getattr(request, name) for name in ("alignment", "importance", "conv")}
+    names = ("alignment", "importance", "conv", "seed")
+    rules = {name: getattr(request, name) for name in names}
     refuse_unused_options(
         schedule=request.schedule,
         checkpoint=request.checkpoint,
@@ -261,6 +267,7 @@ def _check(request: ModuleRequest) -> PruneSchedule | None:
     )
     check_choice("prefer", request.prefer, ("ours", "installed"))
     check_opset(request.opset)
+    checked_threads(request.threads)
     check_checkpoint(request.checkpoint)
     check_files(labels=request.labels)
     # For their errors alone.

@@ -9,6 +9,7 @@ import typer
 
 from vssm.commands.options import (
     Conv,
+    DrawSeed,
     Ema,
     Folder,
     HeadWidth,
@@ -47,6 +48,7 @@ def visualize(
         typer.Option(help="clip, sum, l1, l2, as_released or random, in place of the export's."),
     ] = None,
     conv: Conv = None,
+    seed: DrawSeed = None,
     blocks: Annotated[
         str | None, typer.Option(help="Blocks whose attention is shown, separated by commas.")
     ] = None,
@@ -69,6 +71,7 @@ def visualize(
         conv=conv,
         num_classes=num_classes,
         option=option,
+        seed=seed,
     )
     source.checked(exports=True)
     # Options first, then what imports torch.

@@ -9,7 +9,7 @@ from vssm.pruning.schedule import MergeSchedule, PruneSchedule, Schedule
 
 
 def named_schedule(
-    name: str, schedule: str | Schedule | None, *, merge: str | None = None, **rules: str | None
+    name: str, schedule: str | Schedule | None, *, merge: str | None = None, **rules: Any
 ) -> Schedule | None:
     """What a command's --schedule and --merge mean for a model.
 
@@ -18,7 +18,7 @@ def named_schedule(
         schedule: BLOCK:RATIO,..., "default", or None where nothing is pruned; one that is made
             already comes back.
         merge: what `MergeSchedule.parse` takes; None where nothing is merged.
-        rules: alignment, importance, conv and restore where given, for a text; None for their
+        rules: alignment, importance, conv, restore and seed where given, for a text; None for their
             defaults.
 
     Raises:
@@ -34,9 +34,7 @@ def named_schedule(
     return named_pruning(name, schedule, **rules)
 
 
-def named_pruning(
-    name: str, schedule: str | Schedule | None, **rules: str | None
-) -> PruneSchedule | None:
+def named_pruning(name: str, schedule: str | Schedule | None, **rules: Any) -> PruneSchedule | None:
     """What a command's --schedule means where nothing merges; the same arguments and errors."""
     if isinstance(schedule, MergeSchedule):
         raise TypeError(f"schedule={schedule!r} is none of pruning; give a PruneSchedule")

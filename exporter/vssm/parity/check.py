@@ -52,7 +52,7 @@ def check_parity(
             user's module keeps. A quantised export needs images that it was not calibrated on:
             `held_out_images`.
         backend: as for `open_session`.
-        threads: as for `open_session`.
+        threads: as for `open_session`, and of the oracle; None leaves torch's as they are.
         trust: as for `open_session`.
         per_block: also compare every block's streams, and name the first out of tolerance.
 
@@ -66,7 +66,7 @@ def check_parity(
         )
     check_runtime(runtime, backend=backend, threads=threads, trust=trust)
     # After the options have been checked: this import brings torch, which takes seconds.
-    from vssm.runtimes.torch import model_of, oracle
+    from vssm.runtimes.torch import model_of, oracle, torch_threads
 
     # The weights beside the graph are looked at only where the oracle must be made from them.
     opened = open_artifact(artifact, only=None if model is None else (MODEL_FILE,))
@@ -89,7 +89,8 @@ def check_parity(
         free = _joined([session.run(part) for part in _parts(feeds, single)])
         info = session.info
     if known is None:
-        known = oracle(model_of(opened) if model is None else model, opened, feeds)
+        with torch_threads(threads):
+            known = oracle(model_of(opened) if model is None else model, opened, feeds)
     expected = known
 
     def run_edited(graph: bytes, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -125,6 +125,7 @@ class PruneSchedule:
         conv: str | None = None,
         step_parameters: str = "rank",
         restore: str = "frozen",
+        seed: int = 0,
     ) -> PruneSchedule:
         """Read "5:0.8,10:0.8": block:ratio pairs, as the command line takes them.
 
@@ -154,6 +155,7 @@ class PruneSchedule:
             conv=conv,
             step_parameters=step_parameters,
             restore=restore,
+            seed=seed,
         )
 
     def changed(self, **rules: Any) -> PruneSchedule:

@@ -157,6 +157,7 @@ def _plan(source: LoadedSource, schedule: PruneSchedule, options: AblationOption
     return make_plan(
         schedule,
         seeds=options.seeds,
+        seed=options.seed,
         ratios=options.ratios,
         other_conv=dense.list_convolution,
         merging=merging,

@@ -27,7 +27,7 @@ class AblationTraining:
     Attributes:
         data: folder of images, laid out as ImageNet's training set.
         variants: keys of the variants that are trained.
-        seeds: trainings of each variant; seed i begins at checkpoint i modulo their number, and
+        seeds: trainings of each variant; number i begins at checkpoint i modulo their number, and
             `seeds` is a multiple of it. None: one for each checkpoint.
         recipe: the numbers of every training; its seed is replaced.
         micro_batch: images of one pass, as `Resources` has it.
@@ -66,6 +66,7 @@ class AblationOptions:
         backend: "auto", "reference" or "kernel", as `VisionModel.use_backend` takes it.
         device: "cpu" or "cuda".
         threads: of torch on the CPU; None for as many as `workers` leave cores, and torch has.
+        seed: the first of the random choice and of the trainings; the others follow it.
         checkpoints: further checkpoints of the same model: every variant runs with each.
         average: show the mean over the checkpoints, as over seeds of one training, in place of a
             row for each.
@@ -90,8 +91,11 @@ class AblationOptions:
     finetuned: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     training: AblationTraining | None = None
     restart: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} is below 0; give the first seed")
         if self.batch < 1:
             raise ValueError(f"batch={self.batch} is below 1; give the number of images of a run")
         from vssm.runtimes.session import share_cores  # needs numpy, which --help does not wait for
@@ -191,6 +195,7 @@ def make_plan(
     *,
     seeds: int,
     ratios: Sequence[str],
+    seed: int = 0,
     other_conv: bool = False,
     merging: MergeSchedule | None = None,
 ) -> Plan:
@@ -200,6 +205,7 @@ def make_plan(
         schedule: its blocks and ratios; alignment "gap" and importance "clip" are the reference.
         seeds: of the random choice.
         ratios: keep ratios that replace every stage's own, one after the other.
+        seed: the first of the random choice.
         other_conv: compare with the convolution that the schedule does not have, too.
         merging: compare with it too, and with its sizes as gaps.
 
@@ -214,7 +220,8 @@ def make_plan(
     aligned = [Variant(a, base.changed(alignment=a)) for a in ALIGNMENTS]
     scored = [Variant(m, base.changed(importance=m)) for m in METRICS[1:]]
     drawn = [
-        Variant(f"random-{s}", base.changed(importance="random", seed=s)) for s in range(seeds)
+        Variant(f"random-{s}", base.changed(importance="random", seed=s))
+        for s in range(seed, seed + seeds)
     ]
     conv = next(c for c in CONVS if c != base.conv)
     convolved = [

@@ -166,15 +166,16 @@ class Trainer:
             except UnsupportedError as error:
                 left_out[_TUNED + key] = str(error)
                 continue
-            for seed in range(training.seeds or len(starts)):
+            for number in range(training.seeds or len(starts)):
+                seed, begun = self.options.seed + number, number % len(starts)
                 start = replace(
-                    starts[seed % len(starts)],
+                    starts[begun],
                     schedule=named[key].schedule,
                     tokens=named[key].tokens,
                 )
                 weights = self._train(f"{key}-{seed}", start, seed, training)
-                name, begun = f"{_TUNED}{key}, seed {seed}", seed % len(starts)
-                found.append(Run(name, named[key], True, seed, weights, begun))
+                name = f"{_TUNED}{key}, seed {seed}"
+                found.append(Run(name, named[key], True, number, weights, begun))
         return found, left_out
 
     def _starts(self) -> list[ModelSource]:

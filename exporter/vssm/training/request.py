@@ -57,6 +57,11 @@ def refuse_unused_options(
                 f"{option}={value!r} without a schedule prunes nothing; give --schedule "
                 "BLOCK:RATIO,... too, or leave it out"
             )
+    if (seed := rules.get("seed")) is not None and rules.get("importance") != "random":
+        raise ValueError(
+            f"seed={seed} with importance={rules.get('importance') or 'clip'!r}, which draws "
+            "nothing; give --importance random too, or leave it out"
+        )
     of_file = {
         **{"weights": weights != "model", "key": key is not None},
         **{"new_head": new_head, "backbone": backbone},
@@ -77,7 +82,7 @@ def refuse_unused_options(
 
 
 TOKENS: Final = ("gather", "masked", "fused")
-RULES: Final = ("alignment", "importance", "conv", "restore")
+RULES: Final = ("alignment", "importance", "conv", "restore", "seed")
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class ModelSource:
         conv: as for `PruneSchedule`, beside a text; None for its default.
         restore: as for `PruneSchedule`, beside a text, or for `MergeSchedule`; None for "frozen",
             or "group" where tokens merge.
+        seed: of importance "random", beside a text; None for 0.
         tokens: what training does with pruned tokens. "gather": as deployed; "masked": they stay
             as zeros in their places (Vim only), whatever alignment the weights are deployed with;
             "fused": plain removal with one fused leftover token, the EViT-style baseline.
@@ -128,6 +134,7 @@ class ModelSource:
     key: str | None = None
     new_head: bool = False
     backbone: bool = False
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         refuse_unused_options(
@@ -156,7 +163,7 @@ class ModelSource:
         self._check_tokens()
 
     @property
-    def rules(self) -> dict[str, str | None]:
+    def rules(self) -> dict[str, Any]:
         """What is asked for beside a schedule's text; None for a default."""
         return {name: getattr(self, name) for name in RULES}
 

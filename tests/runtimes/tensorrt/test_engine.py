@@ -128,7 +128,7 @@ def test_the_rtx_session_says_that_there_is_no_gpu(out: Artifact) -> None:
 CALLED = {
     "": "Builder OnnxParser Runtime ILogger IProgressMonitor get_plugin_registry nptype",
     "Builder": "create_network create_builder_config create_optimization_profile "
-    "build_serialized_network",
+    "build_serialized_network max_threads",
     "OnnxParser": "parse parse_from_file num_errors get_error",
     "ParserError": "desc node node_name node_operator local_function_stack",
     "INetworkDefinition": "num_layers get_layer num_inputs get_input",
@@ -247,6 +247,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"batch": (4, 2, 8)}, "batch=4,2,8 must grow"),
     ({"memory_mib": 0}, "memory_mib=0 is below 1"),
     ({"level": 6}, r"level=6 is outside \[0, 5\]"),
+    ({"threads": 0}, r"threads=0 is outside \[1, 1024\]"),
     ({"backend": "body", "plugins_inside": True}, "plugins_inside=True with backend='body'"),
     ({"compute_capabilities": ("8.6",)}, "compute_capabilities=.* is no option of TensorRT;"),
     ({"runtime": "tensorrt-rtx", "plugins_inside": True}, "plugins_inside=True is no option of"),

@@ -21,6 +21,7 @@ from vssm.ops.spec import OPERATORS
 from vssm.runtimes.cuda_memory import Cuda, GpuInfo
 from vssm.runtimes.graph_edit import count_nodes, strip_functions
 from vssm.runtimes.library import TENSORRT_LIBRARY, find_library, library_version
+from vssm.runtimes.session import checked_threads
 from vssm.runtimes.tensorrt import api
 from vssm.runtimes.tensorrt.engine import (
     EngineInfo,
@@ -49,6 +50,7 @@ class EngineRequest:
         version_compatible: let later versions of TensorRT run the engine.
         hardware_compatible: "ampere-plus" or "same-compute-capability"; None for this GPU alone.
         compute_capabilities: for tensorrt-rtx, the GPUs to compile for; empty for its own choice.
+        threads: most threads of the builder on the CPU; None for TensorRT's own choice.
     """
 
     runtime: str = "tensorrt"
@@ -61,6 +63,7 @@ class EngineRequest:
     version_compatible: bool = False
     hardware_compatible: str | None = None
     compute_capabilities: tuple[str, ...] = ()
+    threads: int | None = None
 
     @property
     def product(self) -> api.Product:
@@ -90,6 +93,7 @@ def check_request(request: EngineRequest) -> None:
         raise ValueError(f"memory_mib={request.memory_mib} is below 1; give MiB of GPU memory")
     if request.level is not None and not 0 <= request.level <= 5:
         raise ValueError(f"level={request.level} is outside [0, 5]; 3 is TensorRT's own")
+    checked_threads(request.threads)
     _check_product(request)
     if request.plugins_inside and not request.uses_plugins:
         raise ValueError("plugins_inside=True with backend='body', which has no plugin; drop one")
@@ -290,6 +294,8 @@ def build_plan(
     builder = package.Builder(log)
     if builder is None:
         raise UnsupportedError(f"{product.title} has no builder here: {_last(log)}")
+    if request.threads is not None:
+        builder.max_threads = request.threads
     network = api.create_network(package, builder)
     parser = package.OnnxParser(network, log)
     _parse(parser, model, request, package)
