@@ -274,27 +274,27 @@ def trace_module(
 ) -> Traced:
     """The ModelProto of a module, and what is known of it."""
     wrapper = _Wrapper(model, example, options)
-    with evaluating(wrapper):
-        with counted_blocks(model, progress):
-            program, rules = _trace(wrapper, example, options)
-        scans = {torch_op(spec) for spec in SCAN_OPERATORS}
-        if not any(node.target in scans for node in program.graph.nodes):
-            raise UnsupportedError(
-                f"{type(model).__name__} runs selective scans, and there is none in its trace: it "
-                "computes them otherwise where it is traced; take that branch out, or set what "
-                "decides on it"
-            )
-        reports = simplify(program, probes(program, rules))
-        proto = program_to_proto(
-            program,
-            options.opset,
-            inputs=list(example.tensors),
-            names=names,
-            public=len(names),
-            free=options.free,
-            steps={axis.axis: axis.step for axis in options.axes},
-            progress=progress,
+    with evaluating(wrapper), counted_blocks(model, progress):
+        program, rules = _trace(wrapper, example, options)
+    scans = {torch_op(spec) for spec in SCAN_OPERATORS}
+    if not any(node.target in scans for node in program.graph.nodes):
+        raise UnsupportedError(
+            f"{type(model).__name__} runs selective scans, and there is none in its trace: it "
+            "computes them otherwise where it is traced; take that branch out, or set what "
+            "decides on it"
         )
+    # What follows runs no code of the user's, so no call has to be asked what it means to it.
+    reports = simplify(program, probes(program, rules))
+    proto = program_to_proto(
+        program,
+        options.opset,
+        inputs=list(example.tensors),
+        names=names,
+        public=len(names),
+        free=options.free,
+        steps={axis.axis: axis.step for axis in options.axes},
+        progress=progress,
+    )
     return Traced(proto, reports, rules)
 
 

@@ -255,14 +255,15 @@ def _refuse_unknown_mixers(model: nn.Module, blocks: str, example: Tensor) -> No
         missing = [key for key in _MIXER_KEYS if not hasattr(mixer, key)]
         if mixer is None or not missing:
             continue
+        count = _scans_of(mixer, model, example)
         raise UnsupportedError(
-            f"block {number}: its mixer ({type(mixer).__name__}) runs "
-            f"{_scans_of(mixer, model, example)} selective scans, and is neither mamba_ssm's Mamba "
-            f"(version 1) nor Vim's, as it has no {', '.join(missing)}. Where tokens are gone, a "
-            "scan has to know how many places of its walk each step stands for; known here are the "
-            "walk along the line and the one back, not those by columns or windows, nor what else "
-            "a mixer does with its neighbours. Export the model dense, or prune one of `vssm "
-            "models`, whose walks are known"
+            f"block {number}: its mixer ({type(mixer).__name__}) runs {count} selective "
+            f"scan{'' if count == 1 else 's'}, and is neither mamba_ssm's Mamba (version 1) nor "
+            f"Vim's, as it has no {', '.join(missing)}. Where tokens are gone, a scan has to know "
+            "how many places of its walk each step stands for; known here are the walk along the "
+            "line and the one back, not those by columns or windows, nor what else a mixer does "
+            "with neighbours. Export the model dense, or prune one of `vssm models`, whose walks "
+            "are known"
         )
 
 

@@ -10,7 +10,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 _ASKED: Final = ("is_compiling", "is_dynamo_compiling", "is_exporting")
 
@@ -27,8 +26,9 @@ class OnTheCpu(TorchFunctionMode):
         """Every function of torch goes through here."""
         if func is Tensor.cuda:
             return args[0]
-        args, kwargs = tree_map(_here, (tuple(args), kwargs or {}))
-        return func(*args, **kwargs)
+        # No function of torch's has a device inside another argument.
+        named = {name: _here(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_here, args), **named)
 
 
 def _here(value: Any) -> Any:

@@ -18,6 +18,7 @@ _Table = Mapping[Any, Callable[..., Any]]
 _ATEN: Final = torch.ops.aten
 _NUMBER: Final = _ATEN.sym_numel.default
 _VIEWS: Final = (_ATEN.view.default, _ATEN._unsafe_view.default)
+_RESTRIDES: Final = (_ATEN.as_strided_.default, _ATEN.as_strided.default)
 _COMPOSITE: Final = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
@@ -90,9 +91,9 @@ class _Others:
         traced = make_fx(call, decomposition_table=self._table, tracing_mode="symbolic")
         with torch.no_grad():
             inner: GraphModule = traced(self._example, *operands)
+        _drop_restrides(inner.graph)
         _leave_open(inner.graph)
         unknown = any(n.op == "get_attr" or n.target is _NUMBER for n in inner.graph.nodes)
-        # Such as as_strided_, in which a pooling of channels-last maps to one place ends.
         calls = [n for n in inner.graph.nodes if n.op == "call_function"]
         writes = not all(map(_is_function, calls))
         return None if unknown or writes else inner
@@ -101,6 +102,23 @@ class _Others:
 @cache
 def _composites_kept() -> frozenset[Any]:
     return frozenset(torch.export.default_decompositions())
+
+
+def _drop_restrides(graph: Graph) -> None:
+    """Read a value itself where it is only said to lie otherwise in memory.
+
+    A pooling of channels-last maps to one place ends so; as a write to its operand it would have
+    the whole program traced again.
+    """
+    for node in graph.nodes:
+        if node.target not in _RESTRIDES:
+            continue
+        old, new = node.args[0].meta["val"], node.meta["val"]
+        strides = zip(new.shape, old.stride(), new.stride(), strict=True)
+        # The stride of an axis of one element is never used.
+        if old.shape == new.shape and all(size == 1 or a == b for size, a, b in strides):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _leave_open(graph: Graph) -> None:

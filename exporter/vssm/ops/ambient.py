@@ -21,7 +21,9 @@ def known_state() -> Iterator[None]:
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(torch.device("cpu"))
+        # Where it is set already it would be asked at every call once more.
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.no_grad())
         try:
