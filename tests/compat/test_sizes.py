@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import vssm
 from vssm.artifact.directory import Artifact
-from vssm.commands.user_module import ModuleRequest, dry_run_user_module
+from vssm.commands.user_module import ModuleRequest, dry_run_user_module, read_inputs
 from vssm.compat import export
 from vssm.compat.packages import cross, scan
 from vssm.compat.sizes import FreeAxis, free_axes
@@ -241,7 +241,7 @@ def test_names_of_free_axes(names: list[str], message: str) -> None:
 
 
 def test_names_are_refused_before_the_code_is_imported() -> None:
-    request = ModuleRequest("nowhere.py:net", (1, 3, 16, 24), dynamic=("depth",))
+    request = ModuleRequest("nowhere.py:net", read_inputs(["1x3x16x24"]), dynamic=("depth",))
     with pytest.raises(ValueError, match="dynamic='depth'"):
         dry_run_user_module(request)
 
