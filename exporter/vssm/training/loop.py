@@ -48,6 +48,7 @@ class Group:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets these
         self.rank = int(os.environ.get("RANK", "0"))
         self.beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
+        self.restarted = False  # by torchrun, after one of them or a machine was lost
         self.device = torch.device(device)
         if device == "cuda":
             if not torch.cuda.is_available():
@@ -61,6 +62,9 @@ class Group:
     def __enter__(self) -> Self:
         if self.world > 1:
             distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # An agent that took a lost one's place has started its processes once only.
+            counts = self._gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+            self.restarted = max(counts) > 0
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -109,13 +113,17 @@ class Group:
         """
         if self.world == 1:
             return
-        found: list[Any] = [None] * self.world
-        distributed.all_gather_object(found, value)
+        found = self._gather(value)
         if any(other != found[0] for other in found):
             raise VssmError(
                 f"{name}={found} differs between the processes; they must see the same files: "
                 "start them with the same arguments on a shared file system"
             )
+
+    def _gather(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.world
+        distributed.all_gather_object(found, value)
+        return found
 
 
 STATE_FILE = "state.safetensors"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -36,6 +36,7 @@ from vssm.training.validate import BEST_FILE, best_of, open_validation
 from vssm.types import Steps
 
 if TYPE_CHECKING:
+    from vssm.training.log import RunLog
     from vssm.training.loop import Trained
     from vssm.training.state import State
 
@@ -224,7 +225,8 @@ def finetune(request: FinetuneRequest, *, progress: Steps = automatic) -> Finetu
 
     A segmenter is trained on a folder that is laid out as ADE20K, with images and annotations.
 
-    Under torchrun every process calls this with the same arguments. A run that was stopped, by
+    Under torchrun every process calls this with the same arguments; when it starts them again, they
+    go on from the last state. A run that was stopped, by
     kill -9 too, ends with the same weights and log once it is called again with `resume`.
 
     Args:
@@ -237,27 +239,18 @@ def finetune(request: FinetuneRequest, *, progress: Steps = automatic) -> Finetu
     Raises:
         ValueError, VssmError: a file, a number or the model does not fit; the message says which.
     """
-    from vssm.training.log import RunLog, remove_leftovers
-    from vssm.training.loop import LOG_FILE, Group, train
+    from vssm.training.loop import Group, train
 
     group = Group(request.resources.device)
-    # Before models are built, which takes seconds.
-    if group.leads:
-        _check_output(request)
+    if group.world == 1:
+        _check_output(request)  # before models are built, which takes seconds
     given = request.resources
     with torch_threads(given.threads, given.workers, processes=group.beside) as (_, workers):
         model, teacher = build_models(request, group)
         run = plan_run(request, model, group, workers)
-        if group.leads:
-            make_directory(request.output)
-        # One process writes, and its lock keeps a second run out of the directory.
-        log = RunLog(request.output / LOG_FILE) if group.leads else None
-        with log or nullcontext(), group:
-            if group.leads:
-                # Under the lock: what is left is nobody's.
-                remove_leftovers(request.output)
+        with group, _log(request, group) as log:
             state, trained = train(model, run, group, log=log, teacher=teacher, progress=progress)
-            if not group.leads:
+            if log is None:
                 return None
             board = is_installed("tensorboard")
             return _write(state, trained, run, request.output, tensorboard=board)
@@ -269,6 +262,23 @@ def has_run(output: Path) -> bool:
 
     # A run that was killed before its first state has a log alone.
     return (output / STATE_FILE).exists() or (output / LOG_FILE).exists()
+
+
+@contextmanager
+def _log(request: FinetuneRequest, group: Group) -> Iterator[RunLog | None]:
+    """The log of the process that writes, whose lock keeps a second run out of the directory."""
+    from vssm.training.log import RunLog, remove_leftovers
+    from vssm.training.loop import LOG_FILE
+
+    if not group.leads:
+        yield None
+        return
+    if group.world > 1 and not group.restarted:
+        _check_output(request)
+    make_directory(request.output)
+    with RunLog(request.output / LOG_FILE) as log:
+        remove_leftovers(request.output)  # under the lock: what is left is nobody's
+        yield log
 
 
 def _check_output(request: FinetuneRequest) -> None:
