@@ -222,7 +222,7 @@ class _Counting(nn.Module):
 
 def test_refusals(tmp_path: Path) -> None:
     x = torch.randn(2, 9, 12)
-    with pytest.raises(UnsupportedError, match=r"torch.export cannot trace _Counting"):
+    with pytest.raises(UnsupportedError, match=r"cannot trace _Counting: .*test_export.py:\d+\)"):
         _export(tmp_path, _Counting(), x)
     with pytest.raises(TypeError, match=r"no torch.nn.Module"):
         _export(tmp_path, "model", x)

@@ -52,7 +52,7 @@ from vssm.compat.sizes import (
     split,
 )
 from vssm.compat.surroundings import as_if_run
-from vssm.errors import UnsupportedError, reason
+from vssm.errors import UnsupportedError
 from vssm.files.atomic import sha256_of
 from vssm.files.text import shown
 from vssm.onnx.describe import describe_schedule, describe_tensor, used_operators
@@ -415,7 +415,7 @@ def _trace(
             + (" or without dynamic (--dynamic)" if options.axes else "")
         ) from failure
     raise UnsupportedError(
-        f"torch.export cannot trace {name}: {reason(failure)}. Trace it "
+        f"torch.export cannot trace {name}: {said(failure)}. Trace it "
         "inside vssm.compat.upstream(), take data-dependent control "
         "flow and .item() out of its forward pass"
         + (", or try dynamic_batch=False (--static-batch)" if dynamic_batch else "")

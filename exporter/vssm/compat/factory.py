@@ -133,10 +133,15 @@ def _check_place(target: str, module: str, folder: Path) -> None:
 
 def said(error: BaseException) -> str:
     """What the user's code raised, and where."""
-    frames = traceback.extract_tb(error.__traceback__)
-    # Python's `exit`, or torch, raises it; the line that called it is the one to look at.
-    theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
-    place = "".join(f" ({frame.filename}:{frame.lineno})" for frame in (theirs or frames)[-1:])
+    frames: list[traceback.FrameSummary] = []
+    cause: BaseException | None = error
+    # torch.export raises an error of its own where it has caught the one that has the user's line.
+    while cause is not None and not frames:
+        found = traceback.extract_tb(cause.__traceback__)
+        # Python's `exit`, or torch, raises it; the line that called it is the one to look at.
+        frames = [frame for frame in found if not frame.filename.startswith(_NOT_THEIRS)]
+        cause = cause.__cause__ or cause.__context__
+    place = "".join(f" ({frame.filename}:{frame.lineno})" for frame in frames[-1:])
     if isinstance(error, SystemExit):
         return f"it ends the program{place}"
     return f"{reason(error)}{place}"
