@@ -200,12 +200,34 @@ def models_tables(models: Sequence[Mapping[str, Any]]) -> list[ReportTable]:
 
 def parity_tables(report: ParityReport) -> list[ReportTable]:
     """The verdict, the choices that differ, and the blocks where they were compared."""
+    title = (
+        f"{report.info}\n{report.dtype}, {report.weights} weights, {report.images} images, "
+        "errors relative to the largest value"
+    )
+    tables = [table(title, ("", "measured", "allowed"), _parity_rows(report))]
+    if report.disagreements:
+        choices = (
+            (d.image, d.stage, d.position, "follows" if d.margin is None else f"{d.margin:.1e}")
+            # A screenful; --json has them all.
+            for d in report.disagreements[:20]
+        )
+        columns = ("image", "stage", "position the oracle keeps", "its relative score margin")
+        tables.append(table("tokens chosen otherwise", columns, choices))
+    if report.signals:
+        title = "signal over quantisation noise, oracle's positions, dB"
+        found = ((s.name, f"{s.decibels:.1f}", f"{s.needed:g}", s.passed) for s in report.signals)
+        tables.append(table(title, ("value", "measured", "needed", "passed"), found))
+    elif report.blocks:
+        found = ((b.name, f"{b.relative:.1e}", _limit(b), b.passed) for b in report.blocks)
+        tables.append(table("block streams", ("value", "error", "allowed", "passed"), found))
+    return tables
+
+
+def _parity_rows(report: ParityReport) -> list[Sequence[object]]:
+    """What was measured, and what is allowed of it."""
+    forced = report.forced
     rows: list[Sequence[object]] = [
-        (
-            f"{report.forced.name}, oracle's positions",
-            f"{report.forced.relative:.1e}",
-            _limit(report.forced),
-        ),
+        (f"{forced.name}, oracle's positions", f"{forced.relative:.1e}", _limit(forced))
     ]
     if report.free_logits is not None:
         alike = report.images_alike
@@ -226,46 +248,7 @@ def parity_tables(report: ParityReport) -> list[ReportTable]:
         rows.append((f"detections found, {found.name}", f"{found.found} of {found.clear}", ""))
         rows.append(("  largest error of a box, pixels", f"{found.boxes:.1e}", ""))
         rows.append(("  largest error of a score", f"{found.scores:.1e}", ""))
-    title = (
-        f"{report.info}\n{report.dtype}, {report.weights} weights, {report.images} images, "
-        "errors relative to the largest value"
-    )
-    tables = [table(title, ("", "measured", "allowed"), rows)]
-    if report.disagreements:
-        columns = ("image", "stage", "position the oracle keeps", "its relative score margin")
-        tables.append(
-            table(
-                "tokens chosen otherwise",
-                columns,
-                (
-                    (
-                        d.image,
-                        d.stage,
-                        d.position,
-                        "follows" if d.margin is None else f"{d.margin:.1e}",
-                    )
-                    # A screenful; --json has them all.
-                    for d in report.disagreements[:20]
-                ),
-            )
-        )
-    if report.signals:
-        tables.append(
-            table(
-                "signal over quantisation noise, oracle's positions, dB",
-                ("value", "measured", "needed", "passed"),
-                ((s.name, f"{s.decibels:.1f}", f"{s.needed:g}", s.passed) for s in report.signals),
-            )
-        )
-    elif report.blocks:
-        tables.append(
-            table(
-                "block streams",
-                ("value", "error", "allowed", "passed"),
-                ((b.name, f"{b.relative:.1e}", _limit(b), b.passed) for b in report.blocks),
-            )
-        )
-    return tables
+    return rows
 
 
 def _limit(comparison: Comparison) -> str:

@@ -19,7 +19,7 @@ from vssm.evaluation.classify import class_probabilities
 from vssm.evaluation.data import Loaded
 from vssm.evaluation.scorers import check_ray, open_scorer
 from vssm.evaluation.scoring import RayOptions, Scoring
-from vssm.evaluation.sources import open_source
+from vssm.evaluation.sources import ImageSource, open_source
 from vssm.extras import require
 from vssm.files.atomic import check_writable, discard_unfinished, sha256_of
 from vssm.files.progress import automatic, shows_progress
@@ -208,15 +208,7 @@ def predict(
         threads = None if runtime in ENGINE_RUNTIMES else cores
     scoring = Scoring(opened, runtime, backend, threads, columns, batch)
     with open_scorer(scoring, ray, workers=workers) as scorer:
-        # All that the rows depend on; blocks under another header are refused.
-        header = {
-            **{key: str(value) for key, value in asdict(scorer.info).items()},
-            "model": sha256_of(opened.directory / MANIFEST_NAME),
-            "images": found.fingerprint(),
-            "columns": str(columns),
-            "batch": str(batch),
-            "block": str(block),
-        }
+        header = _header(scoring, scorer.info, found, block)
         with held_folder(_Header, files.folder, header, restart=restart):
             # Only now: whoever holds the folder's lock is the only one that writes the results.
             discard_unfinished(target)
@@ -244,6 +236,18 @@ def predict(
         actors=scorer.actors,
         output=str(target),
     )
+
+
+def _header(scoring: Scoring, info: RuntimeInfo, found: ImageSource, block: int) -> dict[str, str]:
+    """All that the rows depend on; blocks under another header are refused."""
+    return {
+        **{key: str(value) for key, value in asdict(info).items()},
+        "model": sha256_of(scoring.artifact.directory / MANIFEST_NAME),
+        "images": found.fingerprint(),
+        "columns": str(scoring.rows),
+        "batch": str(scoring.batch),
+        "block": str(block),
+    }
 
 
 def _columns(manifest: Manifest, top: int, tensors: Sequence[str]) -> Columns:
