@@ -109,6 +109,20 @@ def test_the_file_computes_the_function(
     assert bool(second_traces) == again
 
 
+def test_two_sizes_are_open(second_traces: list[ExportedProgram]) -> None:
+    """One of a view's sizes is the images' own, and one is left to infer."""
+    model = Calls([lambda x: x.permute(0, 2, 3, 1).reshape(x.shape[0], 3, -1)]).eval()
+    shapes = {"images": {0: Dim("batch"), 2: Dim.DYNAMIC}}
+    program = torch.export.export(model, (torch.zeros(2, 3, 4, 6),), dynamic_shapes=shapes)
+    free = {0: "batch", 2: "rows"}
+    proto = program_to_proto(program, 18, inputs=["images"], names=["y"], public=1, free=free)
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    images = np.random.default_rng(7).normal(size=(5, 3, 7, 6)).astype(np.float32)
+    (got,) = session.run(None, {"images": images})
+    np.testing.assert_array_equal(got, model(torch.from_numpy(images))[0].numpy())
+    assert not second_traces
+
+
 def detector() -> VisionModel:
     return micro_detector("plain_mamba", "maskrcnn_64x96", injector="kept")
 

@@ -126,9 +126,12 @@ def _leave_open(graph: Graph) -> None:
     for node in graph.nodes:
         if node.target in _VIEWS:
             source, sizes = node.args
+            found = [size for size in sizes if isinstance(size, Node)]
+            if len(found) > 1:  # those that the call was given are there already
+                found = [size for size in found if size.op != "placeholder"]
             # Beside one that is to be inferred already, a second one could not be.
-            if sum(isinstance(size, Node) for size in sizes) == 1 and -1 not in sizes:
-                node.args = (source, [-1 if isinstance(size, Node) else size for size in sizes])
+            if len(found) == 1 and -1 not in sizes:
+                node.args = (source, [-1 if size is found[0] else size for size in sizes])
     graph.eliminate_dead_code()
 
 
