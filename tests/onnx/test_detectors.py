@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from command import Run
-from exports import exported, images
+from exports import exported, images, micro
 from official_data import fill_weights, fixture
 from official_dense import (
     detector_images,
@@ -21,6 +21,8 @@ from official_dense import (
     official_boxes,
 )
 from PIL import Image
+from torch import Tensor, nn
+from torch.export import Dim
 
 import vssm
 from vssm import PruneSchedule
@@ -29,7 +31,9 @@ from vssm.artifact.manifest import Preprocessing
 from vssm.artifact.preprocessing import padded
 from vssm.bench.run import bench_directory
 from vssm.errors import UnsupportedError
+from vssm.models.dense.adapter import Interaction, centres
 from vssm.models.dense.detector import Detector
+from vssm.onnx.program import program_to_proto
 from vssm.runtimes.tensorrt.build import EngineRequest, build_engine
 from vssm.runtimes.torch import oracle
 
@@ -69,10 +73,12 @@ def _check_numbers(model: Detector, artifact: Artifact, limit: float) -> None:
                 assert np.array_equal(got[f"kept_positions_{stage}"], kept)
 
 
+@pytest.mark.slow
 def test_numbers_with_and_without_the_library(adapter: tuple[Detector, Artifact]) -> None:
     _check_numbers(*adapter, FLOAT32)
 
 
+@pytest.mark.slow
 def test_outputs_and_graph(adapter: tuple[Detector, Artifact]) -> None:
     model, artifact = adapter
     names = [output.name for output in artifact.manifest.outputs]
@@ -86,23 +92,59 @@ def test_outputs_and_graph(adapter: tuple[Detector, Artifact]) -> None:
     assert not any("roi_head" in weight.name for weight in graph.initializer)
 
 
+@pytest.mark.slow
 def test_parity_passes(adapter: tuple[Detector, Artifact]) -> None:
     assert vssm.check_parity(None, adapter[1]).failures == []
 
 
-def test_images_are_not_classified(adapter: tuple[Detector, Artifact]) -> None:
+def test_images_are_not_classified(whole: tuple[Detector, Artifact]) -> None:
     with pytest.raises(ValueError, match="cannot be classified by it; run it by vssm"):
-        _ = adapter[1].manifest.num_classes
+        _ = whole[1].manifest.num_classes
 
 
-def test_labels_need_logits(tmp_path: Path, adapter: tuple[Detector, Artifact]) -> None:
-    model, _ = adapter
+def test_labels_need_logits(tmp_path: Path, whole: tuple[Detector, Artifact]) -> None:
+    model, _ = whole
     with pytest.raises(ValueError, match="labels=7 names with outputs='features', which has no"):
         vssm.export(model, tmp_path / "out", outputs="features", labels=list("abcdefg"))
     with pytest.raises(
         ValueError, match="outputs='logits' is not one of features, dense, boxes, which"
     ):
         vssm.export(model, tmp_path / "out", outputs="logits")
+
+
+class _Trade(nn.Module):
+    """What an adapter does around its last blocks: tokens of a grid, a pyramid of three maps."""
+
+    grid, sizes = (2, 3), ((4, 6), (2, 3), (1, 2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Interaction(12, 3, last=True)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x, pyramid = images.split([6, 24 + 6 + 2], dim=1)
+        x = self.model.inject(x, centres(self.grid, x), pyramid, self.sizes)
+        places = torch.cat([centres(size, x) for size in self.sizes], dim=1)
+        return x, self.model.extract(pyramid, places, self.sizes, x, self.grid)
+
+
+def test_deformable_attention() -> None:
+    """Of an adapter alone, which takes seconds; whole ones are among the slow tests."""
+    trade = fill_weights(_Trade())
+    example = torch.zeros(2, 38, 12)
+    with torch.no_grad():
+        program = torch.export.export(trade, (example,), dynamic_shapes=({0: Dim("batch")},))
+    proto = program_to_proto(program, 18, inputs=["images"], names=["x", "pyramid"], public=2)
+    operators = Counter(node.op_type for node in proto.graph.node)
+    assert not UNWANTED.intersection(operators)
+    # Three levels for the injector, one for each of three extractors.
+    assert operators["GridSample"] == 3 + 3
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    images = np.random.default_rng(0).standard_normal((3, 38, 12)).astype(np.float32)
+    with torch.no_grad():
+        wanted = trade.double()(torch.from_numpy(images).double())
+    for got, want in zip(session.run(None, {"images": images}), wanted, strict=True):
+        assert np.abs(got - want.numpy()).max() <= FLOAT32 * want.abs().max()
 
 
 @pytest.mark.slow
@@ -204,9 +246,7 @@ def test_parity_of_detections(whole: tuple[Detector, Artifact]) -> None:
         assert found.extra == found.disordered == 0
 
 
-def test_what_a_whole_detector_refuses(
-    whole: tuple[Detector, Artifact], adapter: tuple[Detector, Artifact]
-) -> None:
+def test_what_a_whole_detector_refuses(whole: tuple[Detector, Artifact], tmp_path: Path) -> None:
     image = np.zeros((1, 3, 96, 96), np.float32)
     with vssm.open_session(whole[1], threads=1) as session:
         assert session.batches == (1, 1)
@@ -215,13 +255,14 @@ def test_what_a_whole_detector_refuses(
         for sizes in ([[97, 1]], [[0, 5]], [[1, 2], [3, 4]], [[1.5, 2]]):
             with pytest.raises(ValueError, match=r"is not \[\[height, width\]\] of an image in 96"):
                 session.run(image, sizes=np.array(sizes))
+    classifier = exported(tmp_path / "classifier", micro())
     with (
-        vssm.open_session(adapter[1], threads=1) as session,
+        vssm.open_session(classifier, threads=1) as session,
         pytest.raises(
             ValueError, match="has no such input, only detectors exported with --outputs boxes"
         ),
     ):
-        session.run(np.zeros((1, 3, 64, 96), np.float32), sizes=np.array([[64, 96]]))
+        session.run(np.zeros((1, 3, 48, 48), np.float32), sizes=np.array([[48, 48]]))
     with pytest.raises(ValueError, match=r"batches=\[8\]: .* takes 1 at a time"):
         bench_directory(whole[1].directory, batches=[8])
     with pytest.raises(UnsupportedError, match="whole detector, which finds another number"):
