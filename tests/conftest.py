@@ -22,14 +22,13 @@ if TYPE_CHECKING:
 THREADS = 1
 SEED = 0
 _GPU = pytest.StashKey[int]()
-_LONG = (
-    "project/test_docs",
-    "onnx/test_export",
-    "training/test_finetune",
-    "compat/test_export",
-    "onnx/test_plain_mamba",
-)
-_LONG += ("runtimes/tensorrt/test_engine", "commands/test_main", "studies/test_runs")
+# Twenty seconds and more, and those above ten that would come last.
+_LONG = ("project/test_docs", "onnx/test_export", "compat/test_export", "training/test_finetune")
+_LONG += ("studies/test_runs", "onnx/test_segmenters", "plugins/test_exponents")
+_LONG += ("plugins/tensorrt/test_plugin", "onnx/test_detectors", "compat/test_sizes")
+_LONG += ("evaluation/test_evaluate", "onnx/test_plain_mamba", "runtimes/tensorrt/test_engine")
+_LONG += ("commands/test_main", "quantization/test_quantize", "runtimes/tensorrt/test_files")
+_LONG += ("studies/test_visualize", "studies/test_ablate", "training/test_scenes")
 _FIRST = {f"{name}.py": number for number, name in enumerate(_LONG)}
 
 
