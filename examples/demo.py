@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -197,13 +198,26 @@ def prove(report: Report, directory: Path, images: np.ndarray | None) -> None:
     report.failures += [f"{directory.name}: {failure}" for failure in found.failures]
 
 
+def say_phases() -> Callable[..., None]:
+    """Prints each phase of a long work once."""
+    told: set[str] = set()
+
+    def say(phase: str, done: int, total: int, note: str = "") -> None:
+        line = f"  {phase} {note}".rstrip()
+        if line not in told:
+            print(f"{line} ...", flush=True)
+            told.add(line)
+
+    return say
+
+
 def measure(report: Report, directory: Path, *, batches: tuple[int, ...], quick: bool) -> None:
     """Time kernel, body and PyTorch loop, dense and pruned."""
     found = vssm.bench_directory(
         directory,
         batches=batches,
         samples=5 if quick else 21,
-        progress=lambda phase, done, total, note="": print(f"  {phase} {note} ...", flush=True),
+        progress=say_phases(),
     )
     report.table(
         ("what ran, one thread", "batch", "median ms", "images/s", "times the floor"),

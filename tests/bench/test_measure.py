@@ -71,7 +71,13 @@ def test_rows_hold_times_rates_and_floor() -> None:
         Contender("slow", open_slow, exps=1_000_000, macs=10_000_000),
         Contender("fast", open_fast, exps=1, macs=1, same_as="slow"),
     ]
-    rows = measure(subjects, (3, 4, 4), RATES, batches=(1, 4), threads=(1, 2), samples=5)
+    told: list[tuple[object, ...]] = []
+    asked = {"batches": (1, 4), "threads": (1, 2), "samples": 5}
+    rows = measure(subjects, (3, 4, 4), RATES, **asked, progress=lambda *step: told.append(step))  # type: ignore[arg-type]
+    # In images, before each of the 7 rounds: what is left is known after the first of them.
+    assert [step[1] for step in told[:8]] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert [step[1] for step in told[8:10]] == [11, 15]
+    assert told[-1] == ("measuring, images", 70, 70)
     assert [(r.subject, r.batch, r.threads) for r in rows] == [
         (name, batch, threads)
         for threads in (1, 2)

@@ -157,8 +157,11 @@ def test_a_stopped_prediction_goes_on(export, sources, whole, tmp_path):
         _predict(export, sources / "folder", target)
     with pytest.raises(ArtifactError, match="of another prediction: images="):
         _predict(export, sources / "list.txt", target, **options)
+    told = []
+    options["progress"] = lambda *step: told.append(step[1:3])
     report = _predict(export, sources / "folder", target, **options)
     assert report.resumed == 3
+    assert told == [(done, 8) for done in (0, 2, 3, 5, 6, 8)]  # batches of two, blocks of three
     assert target.read_bytes() == whole[0].read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["out.parquet"]
 

@@ -39,6 +39,30 @@ def test_a_log_has_lines_of_count_rate_and_time_left(monkeypatch: pytest.MonkeyP
     assert all(len(line) <= 80 for line in log.getvalue().splitlines())
 
 
+def test_the_first_figures_have_a_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the first step takes; and of a long note its beginning stays."""
+    clock, log = _clock(monkeypatch), io.StringIO()
+    with drawn(Terminal(file=log)) as tell:
+        for step, now in ((0, 0.0), (0, 12.0), (1, 17.0)):
+            clock.now = now
+            tell("training, steps", step, 75_060, "loss 2.3025, top-1 71.20%, epoch 1 of 30")
+    assert log.getvalue().splitlines() == [
+        "training, steps",
+        "training, steps: 1 of 75,060, 14 days, 18:26:43 left, loss 2.3025, top-1 71.20%",
+    ]
+
+
+def test_a_part_of_a_work_that_is_shown_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    @shows_progress
+    def part(*, progress: Steps = automatic) -> Steps:
+        return progress
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with drawn(Terminal(file=io.StringIO(), force_terminal=True)):
+        assert part() is automatic
+    assert part() is not automatic
+
+
 def test_the_rate_is_that_of_this_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a stopped run had done took none of its time."""
     clock, log = _clock(monkeypatch), io.StringIO()

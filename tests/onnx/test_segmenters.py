@@ -72,7 +72,12 @@ def test_numbers_with_and_without_the_library(whole: tuple[Segmenter, Artifact, 
 
 def test_parity_passes(whole: tuple[Segmenter, Artifact, str]) -> None:
     _, artifact, outputs = whole
-    report = vssm.check_parity(None, artifact)
+    told: list[tuple[object, ...]] = []
+    report = vssm.check_parity(None, artifact, progress=lambda *step: told.append(step))
+    blocks = [step[1:3] for step in told if step[0] == "float64 oracle, blocks"]
+    assert blocks[0][0] == 0
+    assert blocks[-1][0] == blocks[-1][1] > 1
+    assert told[-1][0] == "comparing with the float64 oracle"
     assert report.failures == []
     assert (report.labels is not None) == (outputs == "labels")
     if report.labels is not None:

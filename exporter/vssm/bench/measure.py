@@ -6,9 +6,11 @@ compared in the same run. Times are only comparable inside one report.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 import onnxruntime
@@ -240,13 +242,21 @@ def measure(
         batches: batch sizes.
         threads: thread counts.
         samples: timed runs of each, after two that are not.
-        progress: called before every measurement.
+        progress: called before every round of runs.
 
     Raises:
         ValueError: an argument is below 1, or outputs that must agree do not.
     """
     check_arguments(batches, threads, samples)
     rows: list[Timing] = []
+    # In images, as a batch of 8 takes longer than one of 1.
+    done, total = 0, len(threads) * sum(batches) * (_UNTIMED + samples)
+
+    def tell(images: int, note: str) -> None:
+        nonlocal done
+        progress("measuring, images", done, total, note)
+        done += images
+
     for count in threads:
         sessions: list[Session] = []
         try:
@@ -255,10 +265,9 @@ def measure(
             sessions.extend(subject.open(count) for subject in subjects)
             for batch in batches:
                 images = inputs(batch) if callable(inputs) else noise(inputs, batch)
-                done = len(rows) // len(subjects)
                 note = f"batch {batch}, {plural(count, 'thread')}"
-                progress("measuring", done, len(batches) * len(threads), note)
-                times, logits = _alternate(sessions, images, samples)
+                round_begins = functools.partial(tell, batch, note)
+                times, logits = _alternate(sessions, images, samples, round_begins)
                 for i, subject in enumerate(subjects):
                     floor = None if rates is None else rates.floor_ms(subject, batch, count)
                     difference = _difference(subjects, logits, i)
@@ -268,6 +277,7 @@ def measure(
         finally:
             for session in reversed(sessions):
                 session.close()
+    progress("measuring, images", total, total)
     return rows
 
 
@@ -277,17 +287,26 @@ def noise(image_shape: tuple[int, ...], batch: int) -> Array:
     return np.random.default_rng(batch).standard_normal(shape).astype(np.float32)
 
 
+_UNTIMED: Final = 2  # rounds
+
+
 def _alternate(
-    sessions: Sequence[Session], images: Array | Mapping[str, Array], samples: int
+    sessions: Sequence[Session],
+    images: Array | Mapping[str, Array],
+    samples: int,
+    round_begins: Callable[[], None],
 ) -> tuple[list[list[float]], list[Array]]:
     """Seconds of `samples` runs of each session, taken in turn, and each session's logits."""
     # The first run allocates and may tune; its outputs are compared, its time is not taken.
+    round_begins()
     logits = [_compared(session, session.run(images)) for session in sessions]
+    round_begins()
     for session in sessions:
         session.run(images)
     times: list[list[float]] = [[] for _ in sessions]
     for _ in range(samples):
         # One sample each in turn: a clock that drops or a neighbour that wakes up hits all of them.
+        round_begins()
         for session, taken in zip(sessions, times, strict=True):
             start = time.perf_counter()
             session.run(images)

@@ -137,7 +137,7 @@ def check(
 
     # Before the export is hashed and the slow oracle runs.
     check_runtime(runtime, backend=backend, threads=threads, trust=trust)
-    with working("comparing with the float64 oracle"):
+    with working("opening the model") as tell:
         artifact = open_artifact(directory)
         from vssm.parity.check import check_parity, held_out_images
 
@@ -151,6 +151,7 @@ def check(
             threads=threads,
             trust=trust,
             per_block=per_block,
+            progress=tell,
         )
     show(*parity_tables(report))
     for failure in report.failures:
@@ -207,16 +208,18 @@ def run(
             f"output={str(output)!r}: classes are printed, and --json writes them; only "
             "segmenters and detectors write images: leave it out"
         )
-    results, info = classify(
-        directory,
-        images,
-        runtime,
-        backend=backend,
-        threads=threads,
-        trust=trust,
-        labels=labels,
-        top=top,
-    )
+    with working("opening the model") as tell:
+        results, info = classify(
+            directory,
+            images,
+            runtime,
+            backend=backend,
+            threads=threads,
+            trust=trust,
+            labels=labels,
+            top=top,
+            progress=tell,
+        )
     rows = (
         (r["file"] if i == 0 else "", p["label"], f"{p['probability']:.4f}")
         for r in results

@@ -54,12 +54,14 @@ from vssm.compat.sizes import (
 from vssm.compat.surroundings import as_if_run
 from vssm.errors import UnsupportedError
 from vssm.files.atomic import sha256_of
+from vssm.files.progress import automatic, shows_progress
 from vssm.files.text import shown
+from vssm.models.blocks import counted_blocks
 from vssm.onnx.describe import describe_schedule, describe_tensor, used_operators
 from vssm.onnx.options import check_opset
 from vssm.onnx.program import (
     BATCH,
-    counted_blocks,
+    TRACING,
     program_to_proto,
     quiet,
 )
@@ -137,6 +139,7 @@ def dry_run(
     return DryRun(sizes, shapes, scans, sum(p.numel() for p in model.parameters()))
 
 
+@shows_progress
 @known_state()
 def export_module(
     model: nn.Module,
@@ -155,7 +158,7 @@ def export_module(
     checkpoint: CheckpointInfo | None = None,
     external_data_above: int = EXTERNAL_DATA_ABOVE,
     force: bool = False,
-    progress: Steps = lambda *_: None,
+    progress: Steps = automatic,
 ) -> Artifact:
     """Write any module that calls selective scans as one ONNX file, as `export` does a model.
 
@@ -189,7 +192,7 @@ def export_module(
         external_data_above: bytes of weights beyond which they go to model.onnx.data, as protobuf
             reads no file above 2 GiB.
         force: replace the export that `directory` holds.
-        progress: called with a phase, its steps done and their number, block by block.
+        progress: called with how far it is; a bar in a terminal or a notebook by default.
 
     Returns:
         The export; `open_session`, `check_parity` and `vssm check`, `run` and `bench` take it.
@@ -274,7 +277,7 @@ def trace_module(
 ) -> Traced:
     """The ModelProto of a module, and what is known of it."""
     wrapper = _Wrapper(model, example, options)
-    with evaluating(wrapper), counted_blocks(model, progress):
+    with evaluating(wrapper), counted_blocks(model, progress, TRACING):
         program, rules = _trace(wrapper, example, options)
     scans = {torch_op(spec) for spec in SCAN_OPERATORS}
     if not any(node.target in scans for node in program.graph.nodes):

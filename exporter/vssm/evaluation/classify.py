@@ -13,7 +13,7 @@ from vssm.artifact.preprocessing import preprocessing_of, read_labels
 from vssm.evaluation.data import load
 from vssm.runtimes.open import check_runtime, open_session
 from vssm.runtimes.session import RuntimeInfo
-from vssm.types import Array
+from vssm.types import Array, Steps
 
 _RUN_BATCH = 16  # images a run of `classify`
 
@@ -28,8 +28,11 @@ def classify(
     trust: bool = False,
     labels: Path | None = None,
     top: int = 5,
+    progress: Steps = lambda *_: None,
 ) -> tuple[list[dict[str, Any]], RuntimeInfo]:
     """The `top` classes of image files, with their softmax probabilities.
+
+    `progress` is called with the images that are done.
 
     Returns:
         A row for each file, with "error" in place of predictions where it is no readable image.
@@ -49,6 +52,7 @@ def classify(
     with open_session(artifact, runtime, backend=backend, threads=threads, trust=trust) as session:
         step = min(_RUN_BATCH, session.batches[1])
         for start in range(0, len(files), step):
+            progress("classifying images", start, len(files))
             some = files[start : start + step]
             loaded = load([str(file) for file in some], spec)
             scores = iter(session.run(loaded.images)["logits"] if len(loaded.images) else ())

@@ -54,7 +54,8 @@ class _Here:
 
     def score(self, files: BlockFiles, left: Sequence[ImageBlock], progress: Steps) -> None:
         pace, done = Pace(left, progress), 0
-        for block, table in self._scoring.tables(self._session, left, workers=self._workers):
+        tables = self._scoring.tables(self._session, left, workers=self._workers, tell=pace.tell)
+        for block, table in tables:
             write_block(files.folder, block.number, table)
             done += len(block.names)
             pace.tell(done)

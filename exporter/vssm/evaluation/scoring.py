@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,9 +52,16 @@ class Scoring:
         )
 
     def tables(
-        self, session: Session, blocks: Sequence[ImageBlock], *, workers: int
+        self,
+        session: Session,
+        blocks: Sequence[ImageBlock],
+        *,
+        workers: int,
+        tell: Callable[[int], None] = lambda _: None,
     ) -> Iterator[tuple[ImageBlock, Any]]:
         """Each block with its table; `workers` processes load images ahead of the session.
+
+        Within a block, `tell` is told after each batch how many images are done.
 
         Raises:
             VssmError: a worker was killed.
@@ -70,9 +77,13 @@ class Scoring:
         batches = [block.places[part] for block, part in parts]
         loading = load_in_order(batches, preprocessing_of(self.artifact), workers=workers)
         done: list[Any] = []
+        images = 0
         for (block, part), loaded in zip(parts, loading, strict=True):
             done.append(self.rows.table(session, block.names[part], loaded))
-            if part.stop >= len(block.names):
+            images += len(block.names[part])
+            if part.stop < len(block.names):
+                tell(images)
+            else:
                 yield block, pyarrow.concat_tables(done)
                 done = []
 

@@ -7,7 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final, ParamSpec, TypeVar
@@ -24,6 +25,7 @@ R = TypeVar("R")
 _FIRST: Final = 5.0
 _SECONDS: Final = 30.0
 _WIDTH: Final = 80
+_drawing: Final = ContextVar("drawing", default=False)
 _BAR: Final = 10
 
 
@@ -38,7 +40,9 @@ def shows_progress(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         console = Terminal(stderr=True)
         watched = console.is_terminal or console.is_jupyter
-        if kwargs.get("progress", automatic) is not automatic or not watched:
+        told = kwargs.get("progress", automatic) is not automatic
+        # A part of a work that is shown already is not shown by itself.
+        if told or not watched or _drawing.get():
             return function(*args, **kwargs)
         with drawn(console) as shown_steps:
             kwargs["progress"] = shown_steps
@@ -128,7 +132,8 @@ class _Log(Shown):
         if stage.phase not in self._due:
             self._due[stage.phase] = now + _FIRST
             self._console.print(name, soft_wrap=True, highlight=False)
-        elif now >= self._due[stage.phase]:
+        # Not before there is a rate, or the time left would be told only the next time.
+        elif now >= self._due[stage.phase] and (stage.done > stage.start or stage.total <= 1):
             self._due[stage.phase] = now + _SECONDS
             text = stage.text(_WIDTH - cell_len(name) - 2)
             self._console.print(f"{name}: {text}", soft_wrap=True, highlight=False)
@@ -160,9 +165,15 @@ class _Bars(Shown):
 @contextmanager
 def drawn(console: Console) -> Iterator[Shown]:
     """Bars on a terminal or in a notebook, lines elsewhere."""
-    if not (console.is_terminal or console.is_jupyter):
-        yield _Log(console)
-        return
+    before = _drawing.set(True)
+    try:
+        with _bars(console) if console.is_terminal or console.is_jupyter else nullcontext() as bars:
+            yield _Log(console) if bars is None else _Bars(console, bars)
+    finally:
+        _drawing.reset(before)
+
+
+def _bars(console: Console) -> Any:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
     columns = (
@@ -173,5 +184,4 @@ def drawn(console: Console) -> Iterator[Shown]:
     )
     sys.stdout.flush()
     # Transient: bars that are done say nothing that the report does not.
-    with Progress(*columns, console=console, transient=True) as bars:
-        yield _Bars(console, bars)
+    return Progress(*columns, console=console, transient=True)

@@ -30,15 +30,17 @@ from vssm.checkpoints.load import save_safetensors
 from vssm.checkpoints.wrapped import refuse_packed, refuse_replaced, refuse_wrapper
 from vssm.errors import UnsupportedError
 from vssm.files.atomic import sha256_of
+from vssm.files.progress import automatic, shows_progress
 from vssm.files.text import is_plain, shown
 from vssm.models import model_from_config
 from vssm.models.base import VisionModel
+from vssm.models.blocks import counted_blocks
 from vssm.models.dense.detector import Detector
 from vssm.onnx.describe import block_outputs, describe_export
 from vssm.onnx.options import check_opset, checked_dtype, checked_outputs
 from vssm.onnx.program import (
     BATCH,
-    counted_blocks,
+    TRACING,
     program_to_proto,
     quiet,
 )
@@ -57,6 +59,7 @@ INPUT: Final = "images"
 _CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
+@shows_progress
 @known_state()
 def export(
     model: VisionModel,
@@ -71,7 +74,7 @@ def export(
     labels: Sequence[str] | None = None,
     external_data_above: int = EXTERNAL_DATA_ABOVE,
     force: bool = False,
-    progress: Steps = lambda *_: None,
+    progress: Steps = automatic,
 ) -> Artifact:
     """Write the model as one ONNX file for every runtime, and beside it what `check` needs.
 
@@ -94,7 +97,7 @@ def export(
         external_data_above: bytes of weights beyond which they go to model.onnx.data, as protobuf
             reads no file above 2 GiB.
         force: replace the export that `directory` holds.
-        progress: called with a phase, its steps done and their number, block by block.
+        progress: called with how far it is; a bar in a terminal or a notebook by default.
 
     Raises:
         TypeError: `model` is not one of this package's models, or a wrapper around one.
@@ -159,7 +162,7 @@ def build_proto(
     register_schemas()
     outputs = checked_outputs(model.task, outputs)
     traced = _Traced(_cast_copy(model, DTYPES[dtype]), outputs)
-    with counted_blocks(traced.model, progress):
+    with counted_blocks(traced.model, progress, TRACING):
         program = _trace(traced, model.image_size)
     proto = program_to_proto(
         program,

@@ -16,7 +16,6 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 from onnxscript import values
-from torch import nn
 from torch.export import ExportedProgram
 
 from vssm._version import __version__
@@ -89,7 +88,7 @@ def _renamed(size: Any, symbols: Mapping[str, str], whole: Mapping[str, str]) ->
 
 
 BATCH: Final = "batch"
-_TRACING: Final = "tracing blocks"
+TRACING: Final = "tracing blocks"
 _TRANSLATING: Final = "writing ONNX"
 # ONNX IR 10: the newest that ONNX Runtime 1.20 and TensorRT 10 both read.
 _IR_VERSION: Final = 10
@@ -180,32 +179,6 @@ def _translate(program: ExportedProgram, opset: int, progress: Steps) -> ir.Mode
     progress(_TRANSLATING, total, total)
     model: ir.Model = exported.model
     return model
-
-
-@contextmanager
-def counted_blocks(model: nn.Module, progress: Steps) -> Iterator[None]:
-    """Report each block that a trace of the model enters: hooks see that, and no cheaper thing.
-
-    Blocks are the entries of module lists; of lists in lists, the inner ones'.
-    """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    entries = dict.fromkeys(entry for found in lists for entry in found)
-    blocks = [b for b in entries if not any(isinstance(m, nn.ModuleList) for m in b.modules())]
-    total, entered = max(1, len(blocks)), 0
-
-    def enter(*_: Any) -> None:
-        nonlocal entered
-        progress(_TRACING, min(entered, total), total)
-        entered += 1
-
-    progress(_TRACING, 0, total)
-    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        progress(_TRACING, total, total)
 
 
 @contextmanager

@@ -20,15 +20,17 @@ from vssm.artifact.reference import (
     stored_reference,
 )
 from vssm.files.atomic import sha256_of
+from vssm.files.progress import automatic, shows_progress
 from vssm.parity.compare import ParityReport, compare
 from vssm.runtimes.open import ENGINE_RUNTIMES, check_runtime, open_session, ort_session
 from vssm.runtimes.session import RuntimeInfo, Session, by_name
-from vssm.types import Array
+from vssm.types import Array, Steps
 
 if TYPE_CHECKING:
     from vssm.runtimes.torch import TorchModule
 
 
+@shows_progress
 def check_parity(
     model: TorchModule | None,
     artifact: Artifact | str | os.PathLike[str],
@@ -39,6 +41,7 @@ def check_parity(
     threads: int | None = None,
     trust: bool = False,
     per_block: bool = False,
+    progress: Steps = automatic,
 ) -> ParityReport:
     """Compare a runtime with the float64 oracle, forced to its positions and free-running.
 
@@ -55,6 +58,7 @@ def check_parity(
         threads: as for `open_session`, and of the oracle; None leaves torch's as they are.
         trust: as for `open_session`.
         per_block: also compare every block's streams, and name the first out of tolerance.
+        progress: called with how far it is; a bar in a terminal or a notebook by default.
 
     Raises:
         ValueError: the runtime is the oracle itself, or `model` is another one than was exported.
@@ -81,6 +85,7 @@ def check_parity(
         # A user's module cannot be rebuilt from the export, so what it
         # gave at the export is the oracle.
         images, known = _kept_reference(opened, images, per_block)
+    progress(f"running {runtime}", 0, 1)
     with open_session(opened, runtime, backend=backend, threads=threads, trust=trust) as session:
         images = _default_images(opened, session) if images is None else images
         feeds = by_name(opened.manifest, images)
@@ -90,8 +95,10 @@ def check_parity(
         info = session.info
     if known is None:
         with torch_threads(threads):
-            known = oracle(model_of(opened) if model is None else model, opened, feeds)
+            exact = model_of(opened) if model is None else model
+            known = oracle(exact, opened, feeds, progress=progress)
     expected = known
+    progress("comparing with the float64 oracle", 0, 1)
 
     def run_edited(graph: bytes, feeds: Mapping[str, Array]) -> dict[str, Array]:
         # An engine cannot be edited: the forced graph is built into one of its own.

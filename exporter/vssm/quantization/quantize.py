@@ -32,6 +32,7 @@ from vssm.artifact.manifest import CalibrationInfo, QuantizationInfo, write_mani
 from vssm.artifact.preprocessing import preprocessing_of
 from vssm.artifact.reference import REFERENCE_FILE
 from vssm.files.atomic import sha256_of
+from vssm.files.progress import automatic, shows_progress
 from vssm.onnx.save import EXTERNAL_DATA_ABOVE, save_model
 from vssm.quantization.calibrate import CalibrationSet, choose_images, ranges
 from vssm.quantization.pairs import insert_pairs, silent
@@ -47,6 +48,7 @@ _BLOCK: Final = 32  # inputs of an output channel that share a scale and a zero 
 _FLOAT32: Final = 1  # what MatMulNBits computes in, by its `accuracy_level`
 
 
+@shows_progress
 def quantize(
     artifact: Artifact | str | os.PathLike[str],
     images: str | os.PathLike[str] | None,
@@ -54,7 +56,7 @@ def quantize(
     request: QuantizeRequest | None = None,
     *,
     force: bool = False,
-    progress: Steps = lambda *_: None,
+    progress: Steps = automatic,
 ) -> Artifact:
     """Write an export whose matrix products are quantised; scans, gathers and norms stay float.
 
@@ -64,7 +66,7 @@ def quantize(
         directory: where the quantised export goes.
         request: what to do; None for static INT8 for ONNX Runtime.
         force: replace the export that `directory` holds.
-        progress: called with a phase, its steps done and their number.
+        progress: called with how far it is; a bar in a terminal or a notebook by default.
 
     Raises:
         ValueError: the request contradicts itself, the folder has too few images or a file that is

@@ -32,6 +32,7 @@ from vssm.compat.outputs import module_outputs
 from vssm.errors import ArtifactError, check_choice
 from vssm.models import model_from_config
 from vssm.models.base import ForwardDetails, VisionModel
+from vssm.models.blocks import counted_blocks
 from vssm.models.dense.detector import Detector
 from vssm.models.dense.heads import upsample
 from vssm.ops.ambient import known_state
@@ -48,7 +49,7 @@ from vssm.runtimes.session import (
     checked_threads,
     share_cores,
 )
-from vssm.types import Array
+from vssm.types import Array, Steps
 
 _KEPT: Final = "kept_positions_"
 TorchModule = nn.Module  # for files that name no torch
@@ -221,9 +222,15 @@ def _library(backend: str) -> Path | None:
 
 @known_state()
 def oracle(
-    model: nn.Module, artifact: Artifact, images: Array | Mapping[str, Array]
+    model: nn.Module,
+    artifact: Artifact,
+    images: Array | Mapping[str, Array],
+    *,
+    progress: Steps = lambda *_: None,
 ) -> OracleResult:
     """What the model says of images, or what else it takes, in float64; it stays as it is.
+
+    `progress` is called with the blocks that are done.
 
     Raises:
         ValueError: it is not the model that was exported, whatever its weights.
@@ -242,7 +249,7 @@ def oracle(
     # A copy, so that the caller's model stays float32; kernels have no float64.
     exact = copy.deepcopy(model).cpu().eval().double().use_backend("reference")
     streams = artifact.manifest.block_outputs
-    with torch.inference_mode():
+    with counted_blocks(exact, progress, "float64 oracle, blocks"), torch.inference_mode():
         found = exact.forward_details(
             torch.from_numpy(np.array(images)).double(), with_blocks=bool(streams)
         )

@@ -305,17 +305,18 @@ def _times(
     found: list[float | None] = [None] * len(artifacts)
     if not live:
         return found
-    progress("measuring times", 0, 1)
     sessions = [open_session(one, options.runtime, threads=options.threads) for _, one in live]
     try:
         make, seconds = np.random.default_rng(0), [[] for _ in live]  # type: ignore[var-annotated]
         feeds = [_noise(make, one, options.batch) for _, one in live]
         for turn in range(_ROUNDS + 1):
+            progress("measuring times, rounds", turn, _ROUNDS + 1)
             for session, images, some in zip(sessions, feeds, seconds, strict=True):
                 start = time.perf_counter()
                 session.run(images)
                 if turn:  # the first warms up
                     some.append(time.perf_counter() - start)
+        progress("measuring times, rounds", _ROUNDS + 1, _ROUNDS + 1)
     finally:
         for session in sessions:
             session.close()
