@@ -44,10 +44,10 @@ def test_joiners_may_be_kept_and_are_shown():
 
 
 def test_every_character_can_be_shown_and_written():
-    for code in range(sys.maxunicode + 1):
-        safe = shown(chr(code))
+    for start in range(0, sys.maxunicode + 1, 4096):
+        safe = shown("".join(map(chr, range(start, start + 4096))))
         safe.encode()
-        assert all(unicodedata.category(c)[0] != "C" for c in safe), hex(code)
+        assert all(unicodedata.category(c)[0] != "C" for c in set(safe)), hex(start)
 
 
 def test_limits_lines_and_other_values(tmp_path):

@@ -1,14 +1,15 @@
 """Reads hostile files in a process of its own, which dies where the reader takes too much.
 
-    python read_under_limits.py FOLDER KIND FIRST COUNT MOST
+    python read_under_limits.py FOLDER KIND[,KIND...] FIRST COUNT MOST
 
-reads files made from COUNT seeds, and prints each that broke a promise: it took more than 2 s and a
-second for each 10 MB (see `yardstick`), or more memory than the limit, or ended in anything but a
-refusal or tensors.
+reads files of each kind made from COUNT seeds, and prints each that broke a promise: it took more
+than 2 s and a second for each 10 MB (see `yardstick`), or more memory than the limit, or ended in
+anything but a refusal or tensors.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import resource
 import sys
@@ -43,12 +44,12 @@ def read(path: Path) -> tuple[str, float]:
     return end, time.process_time() - started
 
 
-def main(folder: Path, kind: str, first: int, count: int, most: int) -> None:
-    """Print what broke a promise, then how many files were read."""
-    path = folder / kind
+def main(folder: Path, kinds: list[str], first: int, count: int, most: int) -> None:
+    """Print what broke a promise, then how many files were read of each kind."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    for seed in range(first, first + count):
+    for kind, seed in itertools.product(kinds, range(first, first + count)):
+        path = folder / kind
         data = MAKERS[kind](random.Random(seed), most)
         path.write_bytes(data)
         end, seconds = read(path)
@@ -59,4 +60,4 @@ def main(folder: Path, kind: str, first: int, count: int, most: int) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
-    main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
+    main(Path(sys.argv[1]), sys.argv[2].split(","), *map(int, sys.argv[3:]))
