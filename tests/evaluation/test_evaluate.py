@@ -220,7 +220,7 @@ def _running_in(folder):
     return found
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_kill_9_loses_nothing(export, pictures, tmp_path, workers):
     """Killed as soon as the journal has grown, again and again, until a run gets to its end."""
     _evaluate(export, pictures, tmp_path, batch=2, results=tmp_path / "whole.csv")

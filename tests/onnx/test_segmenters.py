@@ -153,6 +153,7 @@ def test_labels_that_no_rounding_explains_are_told(whole: tuple[Segmenter, Artif
     assert found.wrong == 0
 
 
+@pytest.mark.slow  # how positions show their group is proved in PyTorch, merges in files elsewhere
 def test_a_merged_segmenter(tmp_path: Path) -> None:
     """Every position shows its group, with and without the library."""
     schedule = vssm.MergeSchedule(3, start=1, every=1)

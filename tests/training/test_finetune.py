@@ -534,7 +534,7 @@ assert code == 0, (crash, code)
 """
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_crash_at_every_change_of_a_file(data, checkpoint, tmp_path, every):
     script = tmp_path / "crash.py"
     script.write_text(_CRASHES)
