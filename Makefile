@@ -18,6 +18,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEPENDENCIES := $(VENV)/.dependencies-stamp
 INSTALLED := $(VENV)/.installed-stamp
 TENSORRT := $(VENV)/.tensorrt-stamp
+RELEASE := dist/release
+VERSION = $(shell sed -nE 's/^__version__ = "(.*)"/\1/p' exporter/vssm/_version.py)
+AARCH64_CXX := aarch64-linux-gnu-g++
+AARCH64 := $(addprefix --config-settings=cmake.define.,VSSM_CUDA=OFF CMAKE_SYSTEM_NAME=Linux \
+  CMAKE_SYSTEM_PROCESSOR=aarch64 CMAKE_CXX_COMPILER=$(AARCH64_CXX))
+AARCH64_LIBRARIES := --ldpaths /usr/aarch64-linux-gnu/lib
 TENSORRT_WHEELS := $(addprefix tests/tensorrt_harness/wheels/,rtx.txt tools.txt lean-10.txt lean-11.txt)
 SETUP_LOG := build/setup.log
 # A process a core; each has whole files, so that what a file's tests share is made once. Bytecode is
@@ -31,7 +37,7 @@ CMAKE_FILES := CMakeLists.txt $(shell find plugins benchmarks examples -name CMa
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo docs test test-all fuzz lint format wheel wheel-cuda cuda-all cuda-report clean
+.PHONY: help setup demo docs test test-all fuzz lint format wheel wheel-cuda release cuda-all cuda-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -84,7 +90,11 @@ format: $(DEPENDENCIES) ## let the formatters rewrite the files
 	@$(BIN)/gersemi --in-place $(CMAKE_FILES) tests/tensorrt_harness tests/fuzz/operators
 
 # The wheel is built from the source distribution alone. auditwheel reads from its libraries how old
-# a system may be, and names it after that.
+# a system may be, and names it after that. All times in the archives are that of the last commit,
+# so that the same checkout gives the same bytes.
+wheel wheel-cuda release: export SOURCE_DATE_EPOCH ?= $(or \
+  $(shell git log -1 --format=%ct 2> /dev/null),1767225600)
+
 wheel: $(DEPENDENCIES) ## source distribution and wheel with CPU kernels in dist/; needs no nvcc
 	$(call build_wheel,dist,OFF)
 
@@ -100,6 +110,29 @@ define build_wheel
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir $(1) build/wheel/*.whl
 	@mv build/wheel/*.tar.gz $(1) && ls -l $(1)
 endef
+
+release: $(DEPENDENCIES) ## dist/release/: source, wheels for x86-64 and aarch64, SBOM, checksums
+	@rm -rf $(RELEASE) build/release && mkdir -p build/release
+	$(call build_wheel,$(RELEASE),OFF)
+	@if command -v $(AARCH64_CXX) > /dev/null; then \
+	  echo "release: cross-compiling for aarch64 (log: build/release/aarch64.log)"; \
+	  _PYTHON_HOST_PLATFORM=linux-aarch64 $(PIP) wheel --no-cache-dir --no-deps --no-build-isolation \
+	    --wheel-dir build/release $(AARCH64) $(RELEASE)/*.tar.gz > build/release/aarch64.log 2>&1 || { \
+	    cat build/release/aarch64.log; exit 1; }; \
+	  $(BIN)/python -m auditwheel repair $(AARCH64_LIBRARIES) --wheel-dir $(RELEASE) build/release/*.whl; \
+	else \
+	  echo "release: left out: the wheel for aarch64; it takes $(AARCH64_CXX) (Debian: g++-aarch64-linux-gnu)"; \
+	fi
+	@echo "release: what pip installs with it, for the SBOM"
+	@$(BIN)/python -m venv --without-pip build/release/venv
+	@$(PIP) --python build/release/venv/bin/python install $(PIP_ARGS) --quiet \
+	  --constraint constraints.txt $(RELEASE)/*_x86_64.whl
+	@sed 's/^dynamic = .*/version = "$(VERSION)"/' pyproject.toml > build/release/pyproject.toml
+	@$(BIN)/python -m cyclonedx_py environment --output-reproducible --mc-type library \
+	  --pyproject build/release/pyproject.toml --output-file $(RELEASE)/vssm-$(VERSION).cdx.json \
+	  build/release/venv/bin/python
+	@$(BIN)/python -m twine check --strict $(RELEASE)/*.whl $(RELEASE)/*.tar.gz
+	@cd $(RELEASE) && sha256sum -- * > ../SHA256SUMS && mv ../SHA256SUMS . && cat SHA256SUMS
 
 cuda-all: $(DEPENDENCIES) ## compile the CUDA kernels for every architecture of the list
 	@echo "cuda-all: compiling into build/cuda-all"

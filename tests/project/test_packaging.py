@@ -19,6 +19,8 @@ import pytest
 from checkout import ROOT
 from light import CORE, light_environment
 from make_export import make_export
+from packaging.version import Version
+from scikit_build_core.build import build_sdist
 
 from vssm._version import __version__
 
@@ -90,6 +92,37 @@ def test_ci_run_ends_with_the_summary(tmp_path: Path, printed: str, status: int,
         check=False,
     )
     assert (done.returncode, done.stdout.splitlines()[-1]) == (status, last)
+
+
+def test_source_distribution_depends_on_the_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on the folder that it is made in, the time or the umask."""
+    first = _source_distribution(ROOT, tmp_path / "first", monkeypatch)
+    usual = os.umask(0o077)
+    try:
+        with tarfile.open(first) as file:
+            file.extractall(tmp_path / "copy", filter="data")
+        copy = tmp_path / "copy" / f"vssm-{__version__}"
+        second = _source_distribution(copy, tmp_path / "second", monkeypatch)
+    finally:
+        os.umask(usual)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def _source_distribution(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(source)
+    folder.mkdir()
+    return folder / build_sdist(str(folder))
+
+
+def test_the_changelog_has_this_version_and_the_ones_before() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    first, *released = re.findall(r"^## \[(.+?)\](.*)$", text, re.MULTILINE)
+    assert first == ("Unreleased", "")
+    assert all(re.fullmatch(r" - \d{4}-\d\d-\d\d", date) for _, date in released)
+    versions = [Version(__version__), *(Version(number) for number, _ in released)]
+    assert versions == sorted(versions, reverse=True)
 
 
 @pytest.fixture(scope="module")
