@@ -30,12 +30,14 @@ class DetectionTolerance:
     found: float
 
 
-# float32 as the official numbers are held against; float16 from what was measured on detectors
-# of small widths (docs/detection.md), whose proposals change places where their logits are near.
+# float32 as the official numbers are held against. float16 from a small Mask R-CNN of fixture
+# weights, whose proposals change places where their logits are near: of 96 clear detections in six
+# images 86 were found this near, in the worst image 80 %. With a wider margin of the scores fewer
+# are clear, with a narrower one more are lost by a score alone.
 # No runtime here has run bfloat16: it is three bits shorter.
 DETECTION_TOLERANCES: Final[Mapping[str, DetectionTolerance]] = {
     "float32": DetectionTolerance(boxes=0.05, scores=1e-3, masks=1e-3, found=1.0),
-    "float16": DetectionTolerance(boxes=2.0, scores=2e-2, masks=1e-1, found=0.6),
+    "float16": DetectionTolerance(boxes=3.0, scores=3e-2, masks=1e-1, found=0.75),
     "bfloat16": DetectionTolerance(boxes=8.0, scores=6e-2, masks=3e-1, found=0.4),
 }
 
