@@ -53,6 +53,15 @@ def test_no_name_is_split_on_a_narrow_terminal(
     assert {"tensorrt-rtx-cu13", "onnxruntime", "torch"} <= set(cli.out.split())
 
 
+def test_classifiers_are_a_table_in_80_columns(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables.console, "width", 80)
+    assert cli("models") == 0
+    lines = cli.raw.splitlines()
+    (vim,) = (line for line in lines if "vim_tiny " in line)
+    assert "7,148,008" in vim
+    assert max(len(line) for line in lines if line[:1] in "┃│┏└┡") <= 80
+
+
 def test_a_table_is_never_wider_than_its_terminal(
     cli: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
