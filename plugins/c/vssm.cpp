@@ -6,6 +6,7 @@
 
 #include "plugins/c/read.h"
 #include "plugins/kernels/token_gather.h"
+#include "plugins/kernels/token_scatter.h"
 
 namespace vssm {
 namespace {
@@ -34,7 +35,7 @@ Status find_operator(const char* name, Family family, const OperatorSpec** found
     *found = &spec;
     return {};
   }
-  constexpr const char* kFamilies[] = {"scan", "gather", "convolution"};
+  constexpr const char* kFamilies[] = {"scan", "gather", "convolution", "scatter"};
   return Status::error("op=", name == nullptr ? "(null)" : name, " is no ",
                        kFamilies[static_cast<int>(family)],
                        " operator; vssm_operator_table() lists them");
@@ -165,6 +166,15 @@ Status read_gather(const char* op, const vssm_tensor* inputs, int32_t count,
   return read_inputs(**spec, inputs, count, with_data, operands);
 }
 
+Status read_scatter(const char* op, const vssm_tensor* inputs, int32_t count, bool with_data,
+                    const OperatorSpec** spec, TokenScatterArgs* args) {
+  const Status status = find_operator(op, Family::kTokenScatter, spec);
+  if (!status.ok()) return status;
+  args->name = (*spec)->name;
+  Operand* const operands[] = {&args->base, &args->x, &args->position};
+  return read_inputs(**spec, inputs, count, with_data, operands);
+}
+
 [[maybe_unused]] Status no_cuda(const char* op) {
   return Status::error(op,
                        ": this library has no CUDA kernels; build it where nvcc is, or pass no ",
@@ -194,6 +204,15 @@ Status conv_on_cuda([[maybe_unused]] const TokenConvArgs& args,
                     [[maybe_unused]] const vssm_launch& launch) {
 #if defined(VSSM_CUDA)
   return token_conv_cuda(args, {launch.stream, launch.workspace, launch.workspace_bytes});
+#else
+  return no_cuda(args.name);
+#endif
+}
+
+Status scatter_on_cuda([[maybe_unused]] const TokenScatterArgs& args,
+                       [[maybe_unused]] const vssm_launch& launch) {
+#if defined(VSSM_CUDA)
+  return token_scatter_cuda(args, {launch.stream, launch.workspace, launch.workspace_bytes});
 #else
   return no_cuda(args.name);
 #endif
@@ -256,6 +275,22 @@ Status run_conv(const char* op, const vssm_tensor* inputs, int32_t count, const 
   return launch != nullptr ? conv_on_cuda(args, *launch) : token_conv_cpu(args, {});
 }
 
+Status run_scatter(const char* op, const vssm_tensor* inputs, int32_t count, const vssm_tensor* y,
+                   const vssm_launch* launch) {
+  const OperatorSpec* spec = nullptr;
+  TokenScatterArgs args;
+  Status status = read_scatter(op, inputs, count, true, &spec, &args);
+  TokenScatterShape shape;
+  if (status.ok()) status = check(args, &shape);
+  if (!status.ok()) return status;
+  if (y == nullptr) return Status::error(op, ": y is missing; give its memory");
+  Operand expected = args.base;
+  expected.data = nullptr;
+  status = read_output(*spec, 0, *y, expected, &args.y);
+  if (!status.ok()) return status;
+  return launch != nullptr ? scatter_on_cuda(args, *launch) : token_scatter_cpu(args, {});
+}
+
 Status scan_workspace(const char* op, const vssm_tensor* inputs, int32_t count,
                       const vssm_scan_attributes* attributes, int64_t* bytes) {
   const OperatorSpec* spec = nullptr;
@@ -284,6 +319,22 @@ Status conv_workspace(const char* op, const vssm_tensor* inputs, int32_t count,
   if (!status.ok()) return status;
 #if defined(VSSM_CUDA)
   *bytes = token_conv_cuda_workspace(shape);
+  return {};
+#else
+  *bytes = 0;
+  return no_cuda(op);
+#endif
+}
+
+Status scatter_workspace(const char* op, const vssm_tensor* inputs, int32_t count, int64_t* bytes) {
+  const OperatorSpec* spec = nullptr;
+  TokenScatterArgs args;
+  Status status = read_scatter(op, inputs, count, false, &spec, &args);
+  TokenScatterShape shape;
+  if (status.ok()) status = check(args, &shape);
+  if (!status.ok()) return status;
+#if defined(VSSM_CUDA)
+  *bytes = token_scatter_cuda_workspace(shape);
   return {};
 #else
   *bytes = 0;
@@ -352,6 +403,18 @@ int vssm_token_conv_workspace(const char* op, const vssm_tensor* inputs, int32_t
                               const vssm_conv_attributes* attributes, int64_t* bytes, char* error,
                               size_t error_bytes) {
   return vssm::c::report(vssm::conv_workspace(op, inputs, input_count, attributes, bytes), error,
+                         error_bytes);
+}
+
+int vssm_token_scatter(const char* op, const vssm_tensor* inputs, int32_t input_count,
+                       const vssm_tensor* y, const vssm_launch* launch, char* error,
+                       size_t error_bytes) {
+  return vssm::c::report(vssm::run_scatter(op, inputs, input_count, y, launch), error, error_bytes);
+}
+
+int vssm_token_scatter_workspace(const char* op, const vssm_tensor* inputs, int32_t input_count,
+                                 int64_t* bytes, char* error, size_t error_bytes) {
+  return vssm::c::report(vssm::scatter_workspace(op, inputs, input_count, bytes), error,
                          error_bytes);
 }
 

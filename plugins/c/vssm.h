@@ -104,6 +104,17 @@ VSSM_API int vssm_token_conv_workspace(const char* op, const vssm_tensor* inputs
                                        int32_t input_count, const vssm_conv_attributes* attributes,
                                        int64_t* bytes, char* error, size_t error_bytes);
 
+/* Runs TokenScatter (inputs base, x, position; output y, whose memory may be base's). On the CPU
+ * positions must be distinct within an image and rows of base; on CUDA a token at another position
+ * is left out, and of tokens that share one any is taken. */
+VSSM_API int vssm_token_scatter(const char* op, const vssm_tensor* inputs, int32_t input_count,
+                                const vssm_tensor* y, const vssm_launch* launch, char* error,
+                                size_t error_bytes);
+
+VSSM_API int vssm_token_scatter_workspace(const char* op, const vssm_tensor* inputs,
+                                          int32_t input_count, int64_t* bytes, char* error,
+                                          size_t error_bytes);
+
 /* exp2 evaluations per second of one thread, with the CPU kernels' own code: the floor of a scan's
  * time. `isa`: "baseline", "avx2" or "avx512"; the best of the samples that fit into `seconds`
  * counts. Negative: this processor or this build lacks the instruction set. */

@@ -5,6 +5,7 @@
 #include "plugins/kernels/selective_scan.h"
 #include "plugins/kernels/token_conv.h"
 #include "plugins/kernels/token_gather.h"
+#include "plugins/kernels/token_scatter.h"
 
 namespace vssm {
 namespace {
@@ -40,6 +41,12 @@ Status token_gather_cuda(const TokenGatherArgs& args, const CudaLaunch& launch) 
 int64_t token_conv_cuda_workspace(const TokenConvShape&) { return 0; }
 
 Status token_conv_cuda(const TokenConvArgs& args, const CudaLaunch& launch) {
+  return answer(launch, args.y);
+}
+
+int64_t token_scatter_cuda_workspace(const TokenScatterShape&) { return 0; }
+
+Status token_scatter_cuda(const TokenScatterArgs& args, const CudaLaunch& launch) {
   return answer(launch, args.y);
 }
 

@@ -35,7 +35,7 @@ constexpr int kMaxAttributes = 4;
 /// The element types of T, or of T0 and T1.
 using TypeBinding = std::array<DType, 2>;
 
-enum class Family { kSelectiveScan, kTokenGather, kTokenConv };
+enum class Family { kSelectiveScan, kTokenGather, kTokenConv, kTokenScatter };
 
 /// One operator; unused tails of the arrays are empty.
 struct OperatorSpec {
@@ -91,7 +91,7 @@ constexpr OperatorSpec scan(const char* name, int input_count, OperandSpec last 
 
 }  // namespace table
 
-inline constexpr std::array<OperatorSpec, 6> kOperators = {{
+inline constexpr std::array<OperatorSpec, 7> kOperators = {{
     table::scan("SelectiveScan", 9),
     table::scan("GatedSelectiveScan", 10, {"z", "T", "batch,seqlen,d_inner"}),
     table::scan("SelectiveScanConstantGap", 10, {"delta0", "float32", "Kd,d_inner"}),
@@ -141,6 +141,19 @@ inline constexpr std::array<OperatorSpec, 6> kOperators = {{
        {"position", "int32", "1|batch,seqlen"}}},
      {{{"y", "T", "batch,K,seqlen,d_inner"}}},
      table::kConvAttributes,
+     table::kOneType},
+    {"TokenScatter",
+     Family::kTokenScatter,
+     3,
+     1,
+     0,
+     1,
+     3,
+     {{{"base", "T", "batch,full_seqlen,d"},
+       {"x", "T", "batch,seqlen,d"},
+       {"position", "int32", "1|batch,seqlen"}}},
+     {{{"y", "T", "batch,full_seqlen,d"}}},
+     {},
      table::kOneType},
 }};
 

@@ -23,11 +23,13 @@ struct Implementation {
   decltype(CustomOp::KernelComputeV2) compute_cuda;  // null where the build has no CUDA
   decltype(CustomOp::KernelDestroy) destroy;
   decltype(CustomOp::InferOutputShapeFn) infer;
+  decltype(CustomOp::GetMayInplace) may_inplace = nullptr;
 };
 
 extern const Implementation kSelectiveScan;
 extern const Implementation kTokenGather;
 extern const Implementation kTokenConv;
+extern const Implementation kTokenScatter;
 
 [[nodiscard]] inline const Implementation& implementation_of(const OperatorSpec& spec) {
   switch (spec.family) {
@@ -35,6 +37,8 @@ extern const Implementation kTokenConv;
       return kTokenGather;
     case Family::kTokenConv:
       return kTokenConv;
+    case Family::kTokenScatter:
+      return kTokenScatter;
     default:
       return kSelectiveScan;
   }

@@ -10,8 +10,9 @@
 
 namespace vssm::ort {
 
-constexpr uint32_t kApiVersion = 17;      // ONNX Runtime 1.17: the first with all that CPU needs
-constexpr uint32_t kCudaApiVersion = 18;  // 1.18: the first that lends a kernel device memory
+constexpr uint32_t kApiVersion = 17;  // ONNX Runtime 1.17: the first with all that CPU needs
+// 1.18: the first that lends a kernel device memory, or an output the memory of an input.
+constexpr uint32_t kLendingApiVersion = 18;
 
 // Opaque to us.
 struct Status;
@@ -98,7 +99,7 @@ struct Api {
   Status* (*KernelContext_ParallelFor)(const KernelContext*, void (*)(void*, size_t), size_t,
                                        size_t, void*) noexcept;  // 274
   Unused unused_275[2];
-  // From here on: not before kCudaApiVersion.
+  // From here on: not before kLendingApiVersion.
   Status* (*KernelContext_GetScratchBuffer)(const KernelContext*, const MemoryInfo*, size_t,
                                             void**) noexcept;  // 277
   Status* (*KernelInfoGetAllocator)(const KernelInfo*, MemoryType, Allocator**) noexcept;
@@ -154,6 +155,11 @@ struct CustomOp {
   Status* (*InferOutputShapeFn)(const CustomOp*, ShapeContext*);
   int (*GetStartVersion)(const CustomOp*);
   int (*GetEndVersion)(const CustomOp*);
+  // From here on: not before kLendingApiVersion.
+  size_t (*GetMayInplace)(int**, int**);
+  void (*ReleaseMayInplace)(int*, int*);
+  size_t (*GetAliasMap)(int**, int**);
+  void (*ReleaseAliasMap)(int*, int*);
 };
 
 }  // namespace vssm::ort

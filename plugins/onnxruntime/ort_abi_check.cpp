@@ -11,7 +11,7 @@
 #define VSSM_SAME_VALUE(ours, theirs) \
   static_assert(static_cast<int>(ours) == static_cast<int>(theirs), #theirs)
 
-static_assert(ORT_API_VERSION >= vssm::ort::kCudaApiVersion, "this header is older than API 18");
+static_assert(ORT_API_VERSION >= vssm::ort::kLendingApiVersion, "this header is older than API 18");
 VSSM_SAME_API(CreateStatus);
 VSSM_SAME_API(GetErrorCode);
 VSSM_SAME_API(GetErrorMessage);
@@ -75,6 +75,10 @@ VSSM_SAME_OP(KernelComputeV2);
 VSSM_SAME_OP(InferOutputShapeFn);
 VSSM_SAME_OP(GetStartVersion);
 VSSM_SAME_OP(GetEndVersion);
+VSSM_SAME_OP(GetMayInplace);
+VSSM_SAME_OP(ReleaseMayInplace);
+VSSM_SAME_OP(GetAliasMap);
+VSSM_SAME_OP(ReleaseAliasMap);
 VSSM_SAME_VALUE(vssm::ort::kFloat, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
 VSSM_SAME_VALUE(vssm::ort::kInt32, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
 VSSM_SAME_VALUE(vssm::ort::kFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);

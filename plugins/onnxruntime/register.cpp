@@ -29,13 +29,14 @@ ElementType operand_type(const CustomOp* op, const OperandSpec& operand) {
 void* create_kernel_v1(const CustomOp*, const Api*, const KernelInfo*) { return nullptr; }
 void compute_v1(void*, KernelContext*) {}
 
-BoundOp make_op(const OperatorSpec& spec, const TypeBinding& binding, Provider provider) {
+BoundOp make_op(const OperatorSpec& spec, const TypeBinding& binding, Provider provider,
+                uint32_t version) {
   const Implementation& implementation = implementation_of(spec);
   BoundOp op = {};
   op.spec = &spec;
   op.binding = &binding;
   op.provider = provider;
-  op.version = kApiVersion;
+  op.version = version;
   op.CreateKernel = create_kernel_v1;
   op.GetName = [](const CustomOp* self) { return bound(self).spec->name; };
   op.GetExecutionProviderType = [](const CustomOp* self) {
@@ -69,27 +70,10 @@ BoundOp make_op(const OperatorSpec& spec, const TypeBinding& binding, Provider p
   op.InferOutputShapeFn = implementation.infer;
   op.GetStartVersion = [](const CustomOp*) { return 1; };
   op.GetEndVersion = [](const CustomOp*) { return 1; };
+  op.GetMayInplace = implementation.may_inplace;
+  op.ReleaseMayInplace = [](int*, int*) {};  // what GetMayInplace gives is never freed
   return op;
 }
-
-/// ONNX Runtime keeps pointers to the operators: they live as long as the library.
-struct Operators {
-  BoundOp ops[2 * kOperators.size() * kMaxBindings];
-  size_t count = 0;
-
-  explicit Operators(bool with_cuda) {
-    add(Provider::kCpu);
-    if (with_cuda) add(Provider::kCuda);
-  }
-
-  void add(Provider provider) {
-    for (const OperatorSpec& spec : kOperators) {
-      for (int b = 0; b < spec.binding_count; ++b) {
-        ops[count++] = make_op(spec, spec.bindings[static_cast<size_t>(b)], provider);
-      }
-    }
-  }
-};
 
 constexpr bool kBuiltWithCuda =
 #ifdef VSSM_CUDA
@@ -97,6 +81,26 @@ constexpr bool kBuiltWithCuda =
 #else
     false;
 #endif
+
+/// ONNX Runtime keeps pointers to the operators: they live as long as the library.
+struct Operators {
+  BoundOp ops[2 * kOperators.size() * kMaxBindings];
+  size_t count = 0;
+
+  explicit Operators(bool lends) {
+    const uint32_t version = lends ? kLendingApiVersion : kApiVersion;
+    add(Provider::kCpu, version);
+    if (kBuiltWithCuda && lends) add(Provider::kCuda, version);
+  }
+
+  void add(Provider provider, uint32_t version) {
+    for (const OperatorSpec& spec : kOperators) {
+      for (int b = 0; b < spec.binding_count; ++b) {
+        ops[count++] = make_op(spec, spec.bindings[static_cast<size_t>(b)], provider, version);
+      }
+    }
+  }
+};
 
 /// The slots that every error needs, tried before anything relies on them.
 bool self_test(const Api& table) {
@@ -111,10 +115,10 @@ bool self_test(const Api& table) {
 
 /// Domains must outlive the sessions that use them, and nobody tells us when those end. One domain
 /// serves them all, so nothing accumulates.
-ort::Status* shared_domain(const Api& table, bool with_cuda, OpDomain** domain) {
+ort::Status* shared_domain(const Api& table, bool lends, OpDomain** domain) {
   static std::mutex mutex;
   static OpDomain* made = nullptr;
-  static const Operators operators(with_cuda);
+  static const Operators operators(lends);
   const std::lock_guard<std::mutex> lock(mutex);
   if (made == nullptr) {
     OpDomain* fresh = nullptr;
@@ -147,8 +151,8 @@ ort::Status* register_all(SessionOptions* options, const ApiBase* base) {
   status = select_cpu_kernels(&kernels);
   if (!status.ok()) return to_ort(status);
   OpDomain* domain = nullptr;
-  const bool with_cuda = kBuiltWithCuda && base->GetApi(kCudaApiVersion) != nullptr;
-  ort::Status* failure = shared_domain(*table, with_cuda, &domain);
+  const bool lends = base->GetApi(kLendingApiVersion) != nullptr;
+  ort::Status* failure = shared_domain(*table, lends, &domain);
   return failure != nullptr ? failure : table->AddCustomOpDomain(options, domain);
 }
 

@@ -23,6 +23,7 @@ struct Kernel {
 extern const Kernel kSelectiveScan;
 extern const Kernel kTokenGather;
 extern const Kernel kTokenConv;
+extern const Kernel kTokenScatter;
 
 [[nodiscard]] inline const Kernel& kernel_of(const OperatorSpec& spec) {
   switch (spec.family) {
@@ -30,6 +31,8 @@ extern const Kernel kTokenConv;
       return kTokenGather;
     case Family::kTokenConv:
       return kTokenConv;
+    case Family::kTokenScatter:
+      return kTokenScatter;
     default:
       return kSelectiveScan;
   }

@@ -31,6 +31,10 @@ Status unknown_field(const OperatorSpec& spec, const char* name) {
   for (size_t i = 0; i + 1 < sizeof(printable) && name[i] != '\0'; ++i) {
     printable[i] = name[i] >= ' ' && name[i] <= '~' ? name[i] : '?';
   }
+  if (spec.attribute_count == 0) {
+    return Status::error(spec.name, ": attribute ", printable,
+                         " is unknown; the operator has none in its version 1");
+  }
   const auto known = [&spec](int i) {
     return i < spec.attribute_count ? spec.attributes[static_cast<size_t>(i)].name : "";
   };

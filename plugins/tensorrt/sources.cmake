@@ -10,5 +10,6 @@ set(
   selective_scan_plugin.cpp
   token_conv_plugin.cpp
   token_gather_plugin.cpp
+  token_scatter_plugin.cpp
 )
 list(TRANSFORM VSSM_TENSORRT_SOURCES PREPEND "${CMAKE_CURRENT_LIST_DIR}/")

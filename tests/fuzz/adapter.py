@@ -19,7 +19,13 @@ sys.path[:0] = [str(SUPPORT), str(SUPPORT.parents[1] / "exporter")]
 
 import native  # noqa: E402
 import torch  # noqa: E402
-from cases import conv_case, gather_case, scan_case, scan_reference_arguments  # noqa: E402
+from cases import (  # noqa: E402
+    conv_case,
+    gather_case,
+    scan_case,
+    scan_reference_arguments,
+    scatter_case,
+)
 from tolerances import SCAN_TOLERANCE  # noqa: E402
 
 from vssm.ops import reference  # noqa: E402
@@ -106,6 +112,32 @@ def call_conv(rng: random.Random) -> None:
         raise AssertionError(f"TokenConv: error {error:.1e} of {dtype}")
 
 
+def call_scatter(rng: random.Random) -> None:
+    """One scatter, or one with a position that is no row of its base."""
+    full_seqlen = rng.choice((1, 2, 7, 33, 64))
+    case = scatter_case(
+        full_seqlen=full_seqlen,
+        seqlen=rng.randrange(1, full_seqlen + 1),
+        width=rng.choice((1, 5, 16, 33)),
+        batch=rng.randrange(1, 4),
+        dtype=rng.choice((torch.float32, torch.float16, torch.bfloat16)),
+        per_image=rng.random() < 0.5,
+        ascending=rng.random() < 0.5,
+        seed=rng.randrange(1 << 30),
+    )
+    threads = rng.randrange(1, 4)
+    if rng.random() < 0.1:
+        case["position"][0, -1] = rng.choice((-1, full_seqlen))
+        try:
+            native.run_operator("TokenScatter", case, threads=threads)
+        except RuntimeError:
+            return
+        raise AssertionError("TokenScatter took a position that is no row of base")
+    got = native.run_operator("TokenScatter", case, threads=threads)["y"]
+    if not torch.equal(got, reference.token_scatter(**case)):
+        raise AssertionError("TokenScatter moved other rows")
+
+
 def main(library: Path, calls: int, seconds: float) -> None:
     """Call until either is used up, each call from a seed of its own."""
     native.find_library = lambda: library
@@ -114,7 +146,7 @@ def main(library: Path, calls: int, seconds: float) -> None:
         rng = random.Random(done)
         os.environ["VSSM_CPU_ISA"] = rng.choice(ISAS)
         try:
-            rng.choice((call_gather, call_conv, call_scan, call_scan, call_scan))(rng)
+            rng.choice(CALLS)(rng)
         except BaseException:
             sys.stdout.write(f"adapter: call {done}\n")
             raise
@@ -123,6 +155,7 @@ def main(library: Path, calls: int, seconds: float) -> None:
 
 
 ISAS = native.available_isas()
+CALLS = (call_gather, call_conv, call_scatter, call_scan, call_scan, call_scan)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from cases import CONV_SIZES, conv_case
+from cases import CONV_SIZES, SCATTER_SIZES, conv_case, scatter_case
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
@@ -181,16 +181,27 @@ def _conv_case(name, seed, dtype="float32", **fixed):
     return _Case(name, arrays, attributes, {"T": dtype})
 
 
+def _scatter_case(name, seed, dtype="float32", **fixed):
+    """One of SCATTER_SIZES, or what `fixed` says of it."""
+    sizes = SCATTER_SIZES[seed % len(SCATTER_SIZES)] | fixed
+    case = scatter_case(**sizes, dtype=getattr(torch, dtype), seed=seed)
+    arrays = {n: (t if t.dtype == torch.int32 else t.float()).numpy() for n, t in case.items()}
+    return _Case(name, arrays, {}, {"T": dtype})
+
+
 _BUILDERS = {
     **dict.fromkeys(SCANS, _scan_case),
     **dict.fromkeys(GATHERS, _gather_case),
     "TokenConv": _conv_case,
+    "TokenScatter": _scatter_case,
 }
 
 
 def _oracle(case):
-    """Outputs of the oracle, float64 for the scans and as given for the gathers."""
+    """Outputs of the oracle, float64 for the scans and as given for what moves rows."""
     tensors = {name: torch.from_numpy(array) for name, array in case.arrays.items()}
+    if case.name == "TokenScatter":
+        return [reference.token_scatter(**tensors).numpy()]
     if case.name in SCANS:
         tensors = {n: t if n in ("order", "gap") else t.double() for n, t in tensors.items()}
         return [reference.selective_scan(**tensors, **case.attributes).numpy()]
@@ -204,7 +215,7 @@ def _oracle(case):
 
 def _assert_close(case, got):
     want = _oracle(case)
-    if case.name in GATHERS:
+    if case.name in (*GATHERS, "TokenScatter"):
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b)
         return
@@ -230,6 +241,22 @@ def test_conv_body_matches_oracle_in_onnxruntime(dtype, seed):
     _assert_runs(_conv_case("TokenConv", seed, dtype), opset=18 + seed % 3)
 
 
+@pytest.mark.parametrize("seed", range(len(SCATTER_SIZES)))
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_scatter_body_is_the_oracle_in_onnxruntime(dtype, seed):
+    _assert_runs(_scatter_case("TokenScatter", seed, dtype), opset=18 + seed % 3)
+
+
+@pytest.mark.parametrize("place", [-1, -7, 7, -(2**31), 2**31 - 1])
+def test_scatter_body_refuses_positions_outside(place):
+    """Also in an image that is not the last, whose neighbour has rows there."""
+    case = _scatter_case("TokenScatter", 0, full_seqlen=7, seqlen=3, batch=2)
+    case.arrays["position"] = case.arrays["position"].copy()
+    case.arrays["position"][0, 1] = place
+    with pytest.raises(Exception, match="indice"):
+        _ort(_model(case)).run(None, case.arrays)
+
+
 @pytest.mark.parametrize("types", OPERATORS["TokenGather"].types, ids="-".join)
 def test_gather_body_keeps_types_in_onnxruntime(types):
     for opset in (18, 19, 20):
@@ -252,7 +279,7 @@ def test_body_matches_oracle_in_onnx_reference(name, dtype, opset):
     elif name in GATHERS:
         case = _gather_case(name, opset, (dtype, dtype))
     else:
-        case = _conv_case(name, opset, dtype)
+        case = _BUILDERS[name](name, opset, dtype)
     _assert_close(case, ReferenceEvaluator(_model(case, opset)).run(None, case.arrays))
 
 

@@ -18,6 +18,8 @@ from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES, SCAN_OPERATORS
 SCANS = [spec.name for spec in SCAN_OPERATORS]
 SIZES = {
     **{"batch": "N", "1|batch": 1, "seqlen": 9, "d_inner": 5, "d_state": 3, "d0": 4, "d1": 6},
+    "full_seqlen": 12,
+    "d": 4,
     "1|d_state": 1,
     "width": 4,
     **{"K": 4, "Ku": 1, "Kd": 4, "Ka": 1, "Kb": 4, "Kc": 1, "Ks": 4},
@@ -174,6 +176,8 @@ def test_a_known_batch_wins_over_a_symbolic_one():
         ("TokenGather", {"shapes": {"x1": ["N", 8, 6]}}, "x1 .*seqlen=8 differs"),
         ("TokenGather", {"types": {"T0": "float32", "T1": "float16"}}, "x1 is float16"),
         ("TokenGather", {"sizes": {"batch": 3, "1|batch": 2}}, "position has batch 2"),
+        ("TokenScatter", {"sizes": {"full_seqlen": 8}}, r"seqlen=9 is outside \[1, 8\]"),
+        ("TokenScatter", {"types": {"x": "float16"}}, "x is float16"),
     ],
 )
 def test_shape_inference_refuses(name, change, message):

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import conv_case, gather_case, scan_case, scan_reference_arguments, small_case
+from cases import (
+    conv_case,
+    gather_case,
+    scan_case,
+    scan_reference_arguments,
+    scatter_case,
+    small_case,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vssm.ops import operators as ops
@@ -154,6 +161,14 @@ def test_opcheck_conv():
         case[name].requires_grad_()
     arguments = _arguments("TokenConv", case)
     torch.library.opcheck(ops.torch_op(OPERATORS["TokenConv"]), arguments, test_utils=SCAN_UTILS)
+
+
+def test_opcheck_scatter():
+    case = scatter_case(full_seqlen=7, seqlen=4, width=3, batch=2)
+    for name in ("base", "x"):
+        case[name].requires_grad_()
+    arguments = _arguments("TokenScatter", case)
+    torch.library.opcheck(ops.torch_op(OPERATORS["TokenScatter"]), arguments, test_utils=SCAN_UTILS)
 
 
 @pytest.mark.parametrize("flags", [(0, 0), (0, 1), (1, 1)])

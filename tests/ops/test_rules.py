@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from cases import gather_case, scan_case
+from cases import gather_case, scan_case, scatter_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vssm.ops import operators as ops
@@ -50,6 +50,20 @@ BAD_GATHERS = {
     "float64 score": ("score", torch.Tensor.double, r"score\.dtype=float64.*must be float32"),
     "x without width": ("x0", lambda x: x[..., :0], r"d0=0.*at least 1"),
 }
+BAD_SCATTERS = {
+    "rank": ("base", lambda x: x[0], r"base\.shape=\(12, 3\).*rank"),
+    "too many": ("base", lambda x: x[:, :4], r"seqlen=5 is outside \[1, 4\]"),
+    "x's width": ("x", lambda x: x[..., :2], r"x\.shape=.*d=3"),
+    "x's batch": ("x", lambda x: x[:1], r"x\.shape=.*batch=2"),
+    "x's type": ("x", torch.Tensor.half, r"x\.dtype=float16.*must be float32"),
+    "position's batch": ("position", lambda x: x.repeat(2, 1)[:3], r"position\.shape=.*batch=2"),
+    "long position": ("position", torch.Tensor.long, r"position\.dtype=int64.*must be int32"),
+}
+BAD_PLACES = {
+    "outside": ("position", lambda x: x + 12, r"position with values .* is outside \[0, 11\]"),
+    "negative": ("position", lambda x: -1 - x, r"position with values -.* is outside \[0, 11\]"),
+    "twice": ("position", torch.zeros_like, r"position with values 0 to 0 must be distinct"),
+}
 BAD_ATTRIBUTES = {
     "softplus": ("SelectiveScan", (2, 0, 1.0), r"delta_softplus=2.*0 or 1"),
     "by step": ("SelectiveScan", (1, -1, 1.0), r"params_by_step=-1.*0 or 1"),
@@ -70,7 +84,7 @@ def _case(name):
 def _assert_refused(name, case, message, *attributes, tracing):
     arguments = [case[o.name] for o in OPERATORS[name].inputs]
     call = ops.torch_op(OPERATORS[name], "reference")  # the kernels have words of their own
-    attributes = attributes or (() if name in SCANS else (3, -1))
+    attributes = attributes or ((3, -1) if "Gather" in name else ())
     with pytest.raises(ValueError, match=message) as caught:
         call(*arguments, *attributes)
     text = str(caught.value)
@@ -111,6 +125,14 @@ def test_bad_gather_input(name, bad):
         case[operand] = case[operand][:1].repeat(2, 1)
     case[operand] = spoil(case[operand])
     _assert_refused(name, case, message, tracing=True)
+
+
+@pytest.mark.parametrize("bad", [*BAD_SCATTERS, *BAD_PLACES])
+def test_bad_scatter_input(bad):
+    operand, spoil, message = (BAD_SCATTERS | BAD_PLACES)[bad]
+    case = scatter_case(full_seqlen=12, seqlen=5, width=3, batch=2)
+    case[operand] = spoil(case[operand])
+    _assert_refused("TokenScatter", case, message, tracing=bad in BAD_SCATTERS)
 
 
 @pytest.mark.parametrize("bad", BAD_ATTRIBUTES)

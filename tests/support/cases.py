@@ -262,6 +262,54 @@ def conv_case(
     }
 
 
+# Sizes of scatters that hurt: 1, everything, nothing but one, primes, edges of a warp and a block.
+SCATTER_SIZES: list[dict[str, Any]] = [
+    {"full_seqlen": 1, "seqlen": 1, "width": 1},
+    {"full_seqlen": 2, "seqlen": 1, "width": 5, "batch": 33},
+    {"full_seqlen": 33, "seqlen": 33, "width": 8, "batch": 2},
+    {"full_seqlen": 197, "seqlen": 138, "width": 24, "batch": 3},
+    {"full_seqlen": 257, "seqlen": 64, "width": 3, "batch": 2, "per_image": False},
+    {"full_seqlen": 64, "seqlen": 32, "width": 87, "batch": 2, "ascending": False},
+]
+
+
+def scatter_case(
+    *,
+    full_seqlen: int = 40,
+    seqlen: int = 25,
+    width: int = 16,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    per_image: bool = True,
+    ascending: bool = True,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Inputs of TokenScatter.
+
+    Args:
+        full_seqlen: rows of base.
+        seqlen: rows that are put over it.
+        width: of both.
+        batch: images.
+        dtype: of both.
+        per_image: whether positions differ between images.
+        ascending: whether positions rise from row to row.
+        seed: of every number.
+    """
+    make = torch.Generator().manual_seed(seed)
+    rows = [
+        torch.randperm(full_seqlen, generator=make)[:seqlen]
+        for _ in range(batch if per_image else 1)
+    ]
+    if ascending:
+        rows = [row.sort().values for row in rows]
+    return {
+        "base": torch.randn((batch, full_seqlen, width), generator=make).to(dtype),
+        "x": torch.randn((batch, seqlen, width), generator=make).to(dtype),
+        "position": torch.stack(rows).to(torch.int32),
+    }
+
+
 def small_case(
     name: str, *, batch: int = 2, seqlen: int = 5, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -270,6 +318,9 @@ def small_case(
         return conv_case(
             seqlen=seqlen, d_inner=3, width=3, batch=batch, dtype=dtype, per_image=False
         ), {}
+    if name == "TokenScatter":
+        sizes = {"full_seqlen": 2 * seqlen, "seqlen": seqlen, "batch": batch}
+        return scatter_case(**sizes, dtype=dtype, per_image=False), {}
     if name.startswith("TokenGather"):
         dtypes = (dtype, dtype if dtype == torch.float64 else torch.float32)
         widths = (16, 8) if name == "TokenGather" else (16,)

@@ -21,13 +21,14 @@ from guarded import Memory
 from native import found_library, output_shapes, output_types
 from torch import Tensor
 
-from vssm.ops.spec import OPERATORS, SCAN_OPERATORS, TOKEN_CONV
+from vssm.ops.spec import OPERATORS, SCAN_OPERATORS, TOKEN_CONV, TOKEN_SCATTER
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
 VARIANTS = {"auto": 0, "throughput": 1, "latency": 2}
 H100 = {"sm_count": 132, "shared_bytes": 227 << 10}
 SMALL_CARD = {"sm_count": 8, "shared_bytes": 48 << 10}
 _SCANS = {spec.name for spec in SCAN_OPERATORS}
+_FAMILIES = {TOKEN_CONV.name: "vssm_token_conv", TOKEN_SCATTER.name: "vssm_token_scatter"}
 
 
 class CTensor(ctypes.Structure):
@@ -65,7 +66,7 @@ class CConvAttributes(ctypes.Structure):
     _fields_ = (("by_position", ctypes.c_int64), ("activation", ctypes.c_int64))
 
 
-CAttributes: TypeAlias = CScanAttributes | CGatherAttributes | CConvAttributes
+CAttributes: TypeAlias = CScanAttributes | CGatherAttributes | CConvAttributes | None
 
 
 class OperatorError(Exception):
@@ -188,8 +189,8 @@ class Call:
 
     @property
     def _family(self) -> str:
-        if self.name == TOKEN_CONV.name:
-            return "vssm_token_conv"
+        if self.name in _FAMILIES:
+            return _FAMILIES[self.name]
         return "vssm_selective_scan" if self.name in _SCANS else "vssm_token_gather"
 
     def _launch(self, stream: int | None) -> CLaunch:
@@ -200,12 +201,13 @@ class Call:
     def _call(self, function: str, last: object, outputs: Sequence[object] = ()) -> None:
         error = ctypes.create_string_buffer(512)
         inputs = _array([describe(memory) for memory in self.inputs.values()])
+        attributes = () if self.attributes is None else (ctypes.byref(self.attributes),)
         failed = getattr(self.backend.load(), function)(
             self.name.encode(),
             inputs,
             ctypes.c_int32(len(inputs)),
             *outputs,
-            ctypes.byref(self.attributes),
+            *attributes,
             last,
             error,
             ctypes.c_size_t(len(error)),
@@ -259,6 +261,8 @@ def run_operator(
 
 
 def _attributes(name: str, attributes: Mapping[str, float]) -> CAttributes:
+    if name == TOKEN_SCATTER.name:
+        return None
     given = {a.name: a.default for a in OPERATORS[name].attributes} | dict(attributes)
     if name in _SCANS:
         return CScanAttributes(**{"variant": 0, **given})

@@ -20,14 +20,14 @@ from torch import Tensor
 _P, _SIZE, _INT64 = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
 _SLOTS = 400
 _FAIL = 1
-# OrtCustomOp, in order, up to version 17.
+# OrtCustomOp, in order, up to version 18.
 _MEMBERS = (
     *("version", "CreateKernel", "GetName", "GetExecutionProviderType", "GetInputType"),
     *("GetInputTypeCount", "GetOutputType", "GetOutputTypeCount", "KernelCompute"),
     *("KernelDestroy", "GetInputCharacteristic", "GetOutputCharacteristic", "GetInputMemoryType"),
     *("GetVariadicInputMinArity", "GetVariadicInputHomogeneity", "GetVariadicOutputMinArity"),
     *("GetVariadicOutputHomogeneity", "CreateKernelV2", "KernelComputeV2", "InferOutputShapeFn"),
-    *("GetStartVersion", "GetEndVersion"),
+    *("GetStartVersion", "GetEndVersion", "GetMayInplace", "ReleaseMayInplace"),
 )
 ELEMENT_TYPES = {
     torch.float32: 1,
@@ -108,6 +108,20 @@ class Host:
             (self._text(op, "GetName"), self._text(op, "GetExecutionProviderType"))
             for op in self.backend
         ]
+
+    def in_place(self, op: int) -> list[tuple[int, int]]:
+        """The (input, output) pairs that may share memory."""
+        offset = op + 8 * _MEMBERS.index("GetMayInplace")
+        version = ctypes.c_uint32.from_address(op).value
+        address = _P.from_address(offset).value if version >= 18 else None
+        if address is None:
+            return []
+        pointers = [ctypes.POINTER(ctypes.c_int)() for _ in range(2)]
+        places = [ctypes.byref(p) for p in pointers]
+        count = ctypes.CFUNCTYPE(_SIZE, _P, _P)(address)(*places)
+        pairs = [(pointers[0][i], pointers[1][i]) for i in range(count)]
+        self._member(op, "ReleaseMayInplace", None, _P, _P)(*pointers)
+        return pairs
 
     # A node's life.
 

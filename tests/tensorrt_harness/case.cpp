@@ -43,8 +43,9 @@ Tensor read_tensor(std::istringstream& line, const std::string& folder, bool is_
 int64_t small_size(std::string_view axis, int64_t batch, int64_t seqlen) {
   if (axis == "batch") return batch;
   if (axis == "seqlen") return seqlen;
+  if (axis == "full_seqlen") return 2 * seqlen + 1;
   if (axis == "num_keep") return 1;
-  if (axis == "d_inner") return 3;
+  if (axis == "d_inner" || axis == "d") return 3;
   if (axis == "d_state" || axis == "K" || axis == "d0") return 2;
   return 1;  // shared axes, d1
 }
@@ -123,7 +124,7 @@ Case small_case(const OperatorSpec& spec, const TypeBinding& binding, int64_t ba
     made.attributes = {{"num_keep", 1}, {"protected_position", 2}};
   } else if (spec.family == Family::kTokenConv) {
     made.attributes = {{"by_position", 1}, {"activation", 0}};  // not the defaults
-  } else {
+  } else if (spec.family == Family::kSelectiveScan) {
     made.attributes = {{"params_by_step", 1}, {"scale", 0.75}};  // not the defaults
   }
   const auto tensor = [&](const OperandSpec& operand) {

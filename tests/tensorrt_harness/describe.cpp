@@ -21,17 +21,14 @@ const OperandSpec& operand_at(const Case& given, size_t i) {
   return i < inputs ? given.spec->inputs[i] : given.spec->outputs[i - inputs];
 }
 
-/// Whether an axis changes from call to call: 0 no, 1 the batch, 2 the sequence.
+/// Whether an axis changes from call to call: its id, or 0.
 int64_t changing(const Case& given, const OperandSpec& operand, const Tensor& tensor, int axis) {
   // With directions outside of the tokens the two axes are exchanged.
   const auto found = given.attributes.find("direction_axis");
   const bool outside = found != given.attributes.end() && found->second == 1;
   const bool exchanged = outside && tensor.dims.size() == 4 && (axis == 1 || axis == 2);
   const std::string_view name = trt::axis_of(operand, exchanged ? 3 - axis : axis);
-  if (name == "batch" || (name == "1|batch" && tensor.dims[static_cast<size_t>(axis)] > 1)) {
-    return 1;
-  }
-  return name == "seqlen" ? 2 : 0;
+  return id_of(name == "1|batch" && tensor.dims[static_cast<size_t>(axis)] > 1 ? "batch" : name);
 }
 
 trt::Dims dims_of(const Tensor& tensor) {
@@ -73,6 +70,10 @@ void extend(trt::IPluginV3OneBuild& build, const Case& given,
 }
 
 }  // namespace
+
+int64_t id_of(std::string_view axis) {
+  return axis == "batch" ? 1 : axis == "seqlen" ? 2 : axis == "full_seqlen" ? 3 : 0;
+}
 
 std::vector<trt::PluginTensorDesc> descriptions_of(const Case& given) {
   std::vector<trt::PluginTensorDesc> found;

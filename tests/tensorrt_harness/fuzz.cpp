@@ -45,7 +45,7 @@ size_t bytes_of(PluginFieldType type) {
 
 /// A name of the table, one of another operator, or noise.
 std::string some_name(const OperatorSpec& spec, Random* random) {
-  if (!random->one_in(4)) {
+  if (spec.attribute_count > 0 && !random->one_in(4)) {
     return spec.attributes[static_cast<size_t>(random->below(spec.attribute_count))].name;
   }
   if (random->one_in(2)) return random->one_in(2) ? "plugin_version" : "num_keep";

@@ -6,6 +6,7 @@
 #include "plugins/kernels/selective_scan.h"
 #include "plugins/kernels/token_conv.h"
 #include "plugins/kernels/token_gather.h"
+#include "plugins/kernels/token_scatter.h"
 
 namespace vssm {
 
@@ -60,6 +61,21 @@ Status token_gather_cuda(const TokenGatherArgs& args, const CudaLaunch& launch) 
     const int64_t bytes = rows * shape.width[i] * size_of(args.x[i].dtype);
     std::memset(args.y[i], 81 + i, static_cast<size_t>(bytes));
   }
+  return {};
+}
+
+int64_t token_scatter_cuda_workspace(const TokenScatterShape& shape) { return 8 * shape.batch; }
+
+Status token_scatter_cuda(const TokenScatterArgs& args, const CudaLaunch& launch) {
+  TokenScatterShape shape;
+  const Status status = check(args, &shape);
+  if (!status.ok()) return status;
+  if (launch.workspace_bytes != token_scatter_cuda_workspace(shape)) {
+    return Status::error(args.name, ": workspace_bytes=", launch.workspace_bytes,
+                         " is not asked for");
+  }
+  const int64_t count = shape.batch * shape.full_seqlen * shape.width;
+  std::memset(args.y, 80, static_cast<size_t>(count * size_of(args.base.dtype)));
   return {};
 }
 

@@ -26,6 +26,10 @@ void live(const Library& library, const Life& life, Case* given);
 /// Creates a plugin; null where it is refused.
 PluginPointer create(const Library& library, const Case& given, trt::TensorRTPhase phase);
 
+/// What stands for an axis whose size changes from call to call, by its name in the table; 0 where
+/// it does not.
+int64_t id_of(std::string_view axis);
+
 /// Descriptions of a case's tensors, inputs first: with the batch and the sequence unknown, up to
 /// twice the case's; and as they are at run time.
 std::vector<trt::DynamicPluginTensorDesc> profile_of(const Case& given);

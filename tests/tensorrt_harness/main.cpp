@@ -48,6 +48,7 @@ void check_creators(const Library& library) {
 /// Nodes that differ in an attribute must not share timings.
 void check_timings(const Library& library) {
   for (const OperatorSpec& spec : kOperators) {
+    if (spec.attribute_count == 0) continue;
     Case given = small_case(spec, spec.bindings[0]);
     given.attributes = {{"num_keep", 1}};  // which the scans do not have
     const PluginPointer one = create(library, given, trt::TensorRTPhase::kBUILD);

@@ -104,6 +104,9 @@ void refuse_collections(const Library& library) {
   }
   trt::PluginField nameless;
   const trt::PluginFieldCollection anonymous = {1, &nameless};
+  Fields foreign;
+  foreign.add("num_keep", 3);
+  refused(library, "TokenScatter", std::move(foreign), "attribute num_keep is unknown");
   const PluginPointer plugin(
       library.creator("TokenGather").createPlugin("", &anonymous, TensorRTPhase::kBUILD));
   expect(plugin == nullptr && take_log().find("field 0 has no name") != std::string::npos,

@@ -28,8 +28,8 @@ _KINDS: Final = {
     SCANS: " ".join(op.name for op in SCAN_OPERATORS),
     CONVOLUTIONS: f"{TOKEN_CONV.name} Conv FusedConv NhwcFusedConv QLinearConv ConvTranspose",
     MOVES: "Transpose Concat Split Reshape Squeeze Unsqueeze Slice Pad Expand Gather Identity Cast "
-    "GatherElements GatherND ScatterElements ScatterND TokenGather TokenGather1 ReorderInput "
-    "ReorderOutput Flatten Tile",
+    "GatherElements GatherND ScatterElements ScatterND TokenGather TokenGather1 TokenScatter "
+    "ReorderInput ReorderOutput Flatten Tile",
 }
 _KIND_OF: Final = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 

@@ -21,6 +21,7 @@ from vssm.ops.spec import (
     OPERATORS,
     SCAN_OPERATORS,
     TOKEN_CONV,
+    TOKEN_SCATTER,
     OperatorSpec,
 )
 
@@ -336,10 +337,34 @@ def _tap_slots(body: BodyBuilder, seqlen: str, width: str) -> str:
     return body.op("Gather", table, tap, axis=0)
 
 
+def scatter_function(spec: OperatorSpec, opset: int) -> onnx.FunctionProto:
+    """Body of `TokenScatter`: one ScatterND of whole rows.
+
+    Args:
+        spec: row of the operator table.
+        opset: version of the standard operators that the model imports, 18 to 20.
+    """
+    body = BodyBuilder(spec)
+    base, x, position = body.inputs.values()
+    batch = body.size(base, 0)
+    place = body.cast(position, "INT64")
+    # ScatterND counts from the end what is negative; outside, it is an error.
+    outside = body.op("Less", place, body.integer(0))
+    place = body.op("Where", outside, body.size(base, 1), place)
+    # The place within the image, and not a row of a table of all images: the next image's rows
+    # are no places of this one.
+    shape = body.op("Concat", batch, body.size(x, 1), axis=0)
+    image = body.op("Unsqueeze", body.count_to(batch), body.integers(1))
+    pair = [body.op("Expand", part, shape) for part in (image, place)]
+    index = body.op("Concat", *(body.op("Unsqueeze", p, body.integers(2)) for p in pair), axis=2)
+    return body.function([body.op("ScatterND", base, index, x)], opset)
+
+
 _FUNCTIONS = {
     **dict.fromkeys((spec.name for spec in SCAN_OPERATORS), scan_function),
     **dict.fromkeys((spec.name for spec in GATHER_OPERATORS), gather_function),
     TOKEN_CONV.name: conv_function,
+    TOKEN_SCATTER.name: scatter_function,
 }
 
 

@@ -160,7 +160,12 @@ class _Node:
                     f"{symbol}={size} is outside [1, {most}], what the kernels hold; "
                     "use a model with a smaller one"
                 )
-        num_keep, seqlen = sizes.get("num_keep"), sizes.get("seqlen")
+        num_keep, seqlen, rows = (sizes.get(s) for s in ("num_keep", "seqlen", "full_seqlen"))
+        if isinstance(rows, int) and isinstance(seqlen, int) and seqlen > rows:
+            raise ValueError(
+                f"seqlen={seqlen} is outside [1, {rows}], the rows of base; give fewer tokens, or "
+                "the base that they are of"
+            )
         limit = seqlen if isinstance(seqlen, int) else None
         if isinstance(num_keep, int) and (num_keep < 1 or (limit and num_keep > limit)):
             raise ValueError(

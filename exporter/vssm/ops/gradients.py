@@ -1,9 +1,9 @@
-"""Gradients of scans and convolution: the native kernel on a CPU, in PyTorch for the rest.
+"""Gradients of the operators: the native kernel on a CPU, in PyTorch for the rest.
 
 float32, float16 and bfloat16 on a CPU go through libvssm.so. float64, other devices and a machine
 without the library take `reference.selective_scan_backward` or `token_conv_backward`: exact, and
 slow. The gradients are an operator of their own, `vssm::<name>_backward`, so that a compiled
-training step has them too.
+training step has them too. Those of a scatter are a gather and a scatter.
 """
 
 from __future__ import annotations
@@ -80,6 +80,31 @@ def register_autograd(library: torch.library.Library, op: OperatorSpec, overload
             *(gradients.get(o.name) if asked else None for o, asked in needed),
             *(None for _ in ctx.attributes),
         )
+
+    torch.library.register_autograd(
+        f"vssm::{overload}", backward, setup_context=setup_context, lib=library
+    )
+
+
+def register_scatter_autograd(library: torch.library.Library, overload: str) -> None:
+    """Makes `vssm::<overload>`, which scatters dy too, and a gather of dy the gradients of it."""
+    name, _, variant = overload.partition(".")
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, x, position = inputs
+        ctx.save_for_backward(position)
+        ctx.rows = x.shape
+
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (position,) = ctx.saved_tensors
+        dbase = dx = None
+        if ctx.needs_input_grad[0]:
+            scatter = getattr(getattr(torch.ops.vssm, name), variant or "default")
+            dbase = scatter(dy, dy.new_zeros(ctx.rows), position)
+        if ctx.needs_input_grad[1]:
+            image = torch.arange(dy.shape[0], device=dy.device)
+            dx = dy[image[:, None], position.long()]
+        return dbase, dx, None
 
     torch.library.register_autograd(
         f"vssm::{overload}", backward, setup_context=setup_context, lib=library

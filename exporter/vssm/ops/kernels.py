@@ -24,7 +24,13 @@ from torch import Tensor
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
 from vssm.native_library import find_library, load_library
 from vssm.ops.rules import empty_outputs
-from vssm.ops.spec import GATHER_OPERATORS, SCAN_OPERATORS, TOKEN_CONV, OperatorSpec
+from vssm.ops.spec import (
+    GATHER_OPERATORS,
+    SCAN_OPERATORS,
+    TOKEN_CONV,
+    TOKEN_SCATTER,
+    OperatorSpec,
+)
 
 LIBRARY: Final = "vssm"
 _CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
@@ -79,20 +85,23 @@ class _Family:
 
     Attributes:
         function: its name; with `_workspace`, and `_on_threads` where it is `threaded`, others'.
-        attributes: the struct that it takes.
+        attributes: the struct that it takes; None where there are none.
         counted: whether it takes an array of outputs and their number, instead of one output.
         threaded: whether the CPU kernel runs on several threads.
     """
 
     function: str
-    attributes: type[ctypes.Structure]
+    attributes: type[ctypes.Structure] | None
     counted: bool = False
     threaded: bool = True
 
-    def attributes_of(self, named: Mapping[str, Any]) -> ctypes.Structure:
-        """The struct with the attributes of that name; what it has besides is 0."""
+    def attributes_of(self, named: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The struct as it is passed, with the attributes of that name; the rest of it is 0."""
+        if self.attributes is None:
+            return ()
         fields = (field[0] for field in self.attributes._fields_)
-        return self.attributes(**{name: named[name] for name in fields if name in named})
+        given = {name: named[name] for name in fields if name in named}
+        return (ctypes.byref(self.attributes(**given)),)
 
 
 _FAMILIES = {
@@ -104,6 +113,7 @@ _FAMILIES = {
         _Family("vssm_token_gather", _GatherAttributes, counted=True, threaded=False),
     ),
     TOKEN_CONV.name: _Family("vssm_token_conv", _ConvAttributes),
+    TOKEN_SCATTER.name: _Family("vssm_token_scatter", None, threaded=False),
 }
 
 
@@ -153,23 +163,23 @@ class Kernels:
         inputs = describe(kept)
         given = (op.name.encode(), inputs, ctypes.c_int32(len(inputs)))
         results = (describe(outputs), *([ctypes.c_int32(len(outputs))] if family.counted else []))
-        struct = ctypes.byref(family.attributes_of(attributes))
+        struct = family.attributes_of(attributes)
         with _on(device):
             if not self.launches_on(device):
                 function, last = family.function, None
                 if family.threaded:
                     function += "_on_threads"
                     last = ctypes.c_int32(torch.get_num_threads())
-                failure = self.call(function, *given, *results, struct, last)
+                failure = self.call(function, *given, *results, *struct, last)
                 if failure is not None:
                     raise ValueError(failure)
                 return
             size = ctypes.c_int64(0)
             query = f"{family.function}_workspace"
-            failure = self.call(query, *given, struct, ctypes.byref(size))
+            failure = self.call(query, *given, *struct, ctypes.byref(size))
             if failure is None:
                 launch, _workspace = _launch(device, size.value)
-                failure = self.call(family.function, *given, *results, struct, launch)
+                failure = self.call(family.function, *given, *results, *struct, launch)
             if failure is not None:
                 raise UnsupportedError(failure)
 
@@ -345,14 +355,13 @@ def _call(
     """`given`: the inputs, then what the function takes before the attributes; `last`: after."""
     inputs, *results = given
     family = _FAMILIES[op.name]
-    attributes = family.attributes_of(named)
     failure = kernels().call(
         f"{family.function}_{function}",
         op.name.encode(),
         describe(inputs),
         ctypes.c_int32(len(inputs)),
         *results,
-        ctypes.byref(attributes),
+        *family.attributes_of(named),
         last,
     )
     if failure is not None:

@@ -1,7 +1,7 @@
 """torch.library operators `vssm::*`: what models call and what the exporter turns into ONNX nodes.
 
-Schemas come from the operator table in `spec`. Every operator has a fake kernel, autograd (the
-scans and the convolution as `ops_gradients` says, gathers through the oracle), and three overloads:
+Schemas come from the operator table in `spec`. Every operator has a fake kernel, autograd (gathers
+through the oracle, the others as `ops_gradients` says), and three overloads:
 
 - `default` ("auto"): the native kernels wherever they run, see `kernels.runs_on_kernels`; the
   oracle for float64 and on devices without kernels.
@@ -33,6 +33,7 @@ from vssm.ops.spec import (
     SELECTIVE_SCAN,
     SELECTIVE_SCAN_CONSTANT_GAP,
     TOKEN_CONV,
+    TOKEN_SCATTER,
     OperatorSpec,
 )
 
@@ -44,6 +45,7 @@ _TORCH_NAMES = {
     "TokenGather": "token_gather",
     "TokenGather1": "token_gather1",
     "TokenConv": "token_conv",
+    "TokenScatter": "token_scatter",
 }
 
 
@@ -157,6 +159,18 @@ def token_conv(
     return result
 
 
+def token_scatter(base: Tensor, x: Tensor, position: Tensor, *, backend: str = "auto") -> Tensor:
+    """One `vssm` scatter node: the arguments and result of `reference.token_scatter`.
+
+    What computes it is `backend`: "auto", "reference" or "kernel".
+
+    Raises:
+        ValueError: a shape or value breaks the contract.
+    """
+    result: Tensor = torch_op(TOKEN_SCATTER, backend)(base, x, position)
+    return result
+
+
 def _schema(op: OperatorSpec, overload: str) -> str:
     arguments = [f"Tensor {o.name}" for o in op.inputs]
     for a in op.attributes:
@@ -191,6 +205,8 @@ def _reference(op: OperatorSpec, args: Sequence[Any]) -> _Outputs:
         return reference.selective_scan(**named)
     if op is TOKEN_CONV:
         return reference.token_conv(**named)
+    if op is TOKEN_SCATTER:
+        return reference.token_scatter(**named)
     xs = [named.pop(o.name) for o in op.inputs if o.name.startswith("x")]
     kept, rows = reference.token_gather(**named, xs=xs)
     return (kept, *rows)
@@ -281,7 +297,9 @@ def _register(op: OperatorSpec) -> None:
         name = _qualified(op, overload)
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vssm::{name}", fake, lib=_LIBRARY)
-        if op in GATHER_OPERATORS or overload == "reference":
+        if op is TOKEN_SCATTER:
+            ops_gradients.register_scatter_autograd(_LIBRARY, name)
+        elif op in GATHER_OPERATORS or overload == "reference":
             _register_autograd(op, overload)
         else:
             ops_gradients.register_autograd(_LIBRARY, op, name)

@@ -165,6 +165,20 @@ def token_gather(
     return positions.gather(1, kept), rows
 
 
+def token_scatter(base: Tensor, x: Tensor, position: Tensor) -> Tensor:
+    """Rows at their positions over a base: the inverse of `token_gather`.
+
+    Args:
+        base: (batch, full_seqlen, width), what is shown where no row of x is.
+        x: (batch, seqlen, width), of its type.
+        position: (1 or batch, seqlen) integers, distinct within an image: rows of base.
+
+    Returns:
+        y (batch, full_seqlen, width), dtype of `base`.
+    """
+    return base.scatter(1, position.long()[..., None].expand_as(x), x)
+
+
 def token_conv(
     x: Tensor,
     weight: Tensor,

@@ -75,7 +75,7 @@ def empty_outputs(op: OperatorSpec, named: Mapping[str, Any]) -> tuple[Tensor, .
 
 
 def check_values(op: OperatorSpec, named: Mapping[str, Any]) -> None:
-    """The rules that only a run can see: of a scan's `order` and `gap`, of a convolution's places.
+    """The rules that only a run can see: of a scan's `order` and `gap`, of others' `position`.
 
     Raises:
         ValueError: one is broken.
@@ -89,6 +89,20 @@ def check_values(op: OperatorSpec, named: Mapping[str, Any]) -> None:
             f"{op.name} position with values {_span(position)}",
             "must ascend from token to token of every image",
             "sort the tokens by position, or use by_position=0",
+        )
+    if "base" in named:
+        position, rows = named["position"], named["base"].shape[1]
+        _require(
+            bool(((position >= 0) & (position < rows)).all()),
+            f"{op.name} position with values {_span(position)}",
+            f"is outside [0, {rows - 1}], the rows of base",
+            "give original positions",
+        )
+        _require(
+            bool((position.long().sort(1).values.diff(dim=1) >= 1).all()),
+            f"{op.name} position with values {_span(position)}",
+            "must be distinct within an image",
+            "give each token its own",
         )
 
 
@@ -169,6 +183,13 @@ def _check_sizes(op: OperatorSpec, named: Mapping[str, Any]) -> dict[str, int]:
                 f"is neither 1 nor K={sizes['K']}, the directions of order",
                 "give one row for all directions or one each",
             )
+    if "full_seqlen" in sizes:
+        _require(
+            sizes["seqlen"] <= sizes["full_seqlen"],
+            f"{op.name} seqlen={sizes['seqlen']}",
+            f"is outside [1, {sizes['full_seqlen']}], the rows of base",
+            "no two tokens share a row of base: give fewer tokens, or the base that they are of",
+        )
     for symbol, limit in op.limits:
         value, rule = f"{op.name} {symbol}={sizes[symbol]}", f"is outside [1, {limit}]"
         _require(sizes[symbol] <= limit, value, rule, _REMEDIES[symbol])

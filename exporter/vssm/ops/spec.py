@@ -175,9 +175,23 @@ TOKEN_CONV: Final = OperatorSpec(
     (("K", 2), ("width", MAX_CONV_WIDTH)),
 )
 
+TOKEN_SCATTER: Final = OperatorSpec(
+    "TokenScatter",
+    (
+        OperandSpec("base", "T", ("batch", "full_seqlen", "d")),
+        OperandSpec("x", "T", ("batch", "seqlen", "d")),
+        _POSITION,
+    ),
+    (OperandSpec("y", "T", ("batch", "full_seqlen", "d")),),
+    (),
+    _ONE_TYPE,
+)
+
 SCAN_OPERATORS: Final = (SELECTIVE_SCAN, GATED_SELECTIVE_SCAN, SELECTIVE_SCAN_CONSTANT_GAP)
 GATHER_OPERATORS: Final = (TOKEN_GATHER, TOKEN_GATHER1)
-OPERATORS: Final = {op.name: op for op in (*SCAN_OPERATORS, *GATHER_OPERATORS, TOKEN_CONV)}
+OPERATORS: Final = {
+    op.name: op for op in (*SCAN_OPERATORS, *GATHER_OPERATORS, TOKEN_CONV, TOKEN_SCATTER)
+}
 
 
 def axes_of(operand: OperandSpec, direction_axis: int) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 // TokenGather on a GPU, in one kernel. Every block finds the threshold of its image by itself, from
 // keys that its threads hold in registers, and then copies its share of the kept rows: copying
 // wants the whole chip, and the blocks need not wait for each other.
-#include "plugins/kernels/cuda/common.cuh"
 #include "plugins/kernels/cuda/gather.h"
+#include "plugins/kernels/cuda/rows.cuh"
 #include "plugins/kernels/token_gather.h"
 
 namespace vssm {
@@ -10,10 +10,6 @@ namespace {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 constexpr int kMaxWarps = 32;
-// Holds a thread to 64 registers, and says how many blocks run at once, by which images are shared
-// out. Two units of 16 bytes under way in so many threads are 32 KB an SM, about twice what 3 TB/s
-// of an H100 take at a latency of 700 ns.
-constexpr int kThreadsOfSm = 1024;
 
 /// Each warp's counts, twice: the warps read one while the fastest write the other, so that one
 /// barrier a round is enough.
@@ -131,46 +127,6 @@ __device__ void list_rows(const Keys<kKeys>& keys, uint32_t threshold, const Gat
   }
 }
 
-/// Copies x's rows `slots` to y's first `rows` rows, as one stream of units over all threads. Two
-/// units a thread are under way at once; no division but before the loop.
-template <typename Unit>
-__device__ void copy_rows(const Unit* x, Unit* y, int32_t units, const int32_t* slots,
-                          int32_t rows) {
-  constexpr int kUnderWay = 2;
-  const auto threads = static_cast<int32_t>(blockDim.x), thread = static_cast<int32_t>(threadIdx.x);
-  const int32_t row_step = threads / units, column_step = threads % units;
-  int32_t row = thread / units, column = thread % units;
-  while (row < rows) {
-    Unit value[kUnderWay];
-    int32_t target[kUnderWay];
-#pragma unroll
-    for (int i = 0; i < kUnderWay; ++i) {
-      target[i] = row < rows ? row * units + column : -1;
-      if (row < rows) value[i] = x[int64_t{slots[row]} * units + column];
-      row += row_step;
-      column -= units - column_step;  // in this order it cannot overflow
-      if (column >= 0) {
-        ++row;
-      } else {
-        column += units;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kUnderWay; ++i) {
-      if (target[i] >= 0) y[target[i]] = value[i];
-    }
-  }
-}
-
-template <typename Unit>
-__device__ void copy_rows(const RowCopy& copy, int64_t first_x, int64_t first_y,
-                          const int32_t* slots, int32_t rows) {
-  const auto* x = reinterpret_cast<const Unit*>(copy.x + first_x * copy.row_bytes);
-  auto* y = reinterpret_cast<Unit*>(copy.y + first_y * copy.row_bytes);
-  copy_rows(x, y, static_cast<int32_t>(copy.row_bytes / static_cast<int64_t>(sizeof(Unit))), slots,
-            rows);
-}
-
 template <int kThreads, int kKeys>
 __global__ void __launch_bounds__(kThreads, kThreadsOfSm / kThreads)
     gather_kernel(const __grid_constant__ GatherTask task) {
@@ -189,18 +145,14 @@ __global__ void __launch_bounds__(kThreads, kThreadsOfSm / kThreads)
   __syncthreads();
   for (int32_t i = 0; i < task.count; ++i) {
     const RowCopy& copy = task.copies[i];
-    const int64_t first_x = image * task.seqlen;
-    if (copy.row_bytes == 0) continue;
-    if (copy.unit == 16) {
-      copy_rows<uint4>(copy, first_x, first_y, slots, rows);
-    } else if (copy.unit == 8) {
-      copy_rows<uint2>(copy, first_x, first_y, slots, rows);
-    } else if (copy.unit == 4) {
-      copy_rows<uint32_t>(copy, first_x, first_y, slots, rows);
-    } else {
-      copy_rows<uint16_t>(copy, first_x, first_y, slots, rows);
-    }
+    const char* x = copy.x + image * task.seqlen * copy.row_bytes;
+    const auto source = [&](int32_t row) { return x + int64_t{slots[row]} * copy.row_bytes; };
+    copy_rows(source, copy.y + first_y * copy.row_bytes, copy.row_bytes, copy.unit, rows);
   }
+}
+
+int64_t row_bytes_of(const TokenGatherArgs& args, const TokenGatherShape& shape, int i) {
+  return i < args.count ? shape.width[i] * size_of(args.x[i].dtype) : 0;
 }
 
 GatherTask make_task(const TokenGatherArgs& args, const TokenGatherShape& shape) {
@@ -214,8 +166,10 @@ GatherTask make_task(const TokenGatherArgs& args, const TokenGatherShape& shape)
   task.num_keep = static_cast<int32_t>(args.num_keep);
   task.count = args.count;
   for (int i = 0; i < args.count; ++i) {
-    const int64_t row_bytes = shape.width[i] * size_of(args.x[i].dtype);
-    task.copies[i] = plan_copy(args.x[i], args.y[i], row_bytes);
+    const int64_t row_bytes = row_bytes_of(args, shape, i);
+    task.copies[i] = {static_cast<const char*>(args.x[i].data), static_cast<char*>(args.y[i]),
+                      static_cast<int32_t>(row_bytes),
+                      plan_unit({args.x[i].data, args.y[i]}, row_bytes)};
   }
   return task;
 }
@@ -223,13 +177,13 @@ GatherTask make_task(const TokenGatherArgs& args, const TokenGatherShape& shape)
 template <int kThreads, int kKeys>
 Status launch_gather(const TokenGatherArgs& args, const TokenGatherShape& shape,
                      const DeviceLimits& limits, cudaStream_t stream) {
-  GatherTask task = make_task(args, shape);
   const int64_t resident = int64_t{limits.sm_count} * (kThreadsOfSm / kThreads);
-  const int64_t row_bytes = task.copies[0].row_bytes + task.copies[1].row_bytes;
+  const int64_t row_bytes = row_bytes_of(args, shape, 0) + row_bytes_of(args, shape, 1);
   if (row_bytes > kMaxRowBytes) {
     return Status::error(args.name, ": a row of ", row_bytes, " bytes is more than ", kMaxRowBytes,
                          "; gather narrower tensors");
   }
+  GatherTask task = make_task(args, shape);
   task.rows = plan_rows(shape.batch, task.num_keep, row_bytes, resident);
   task.chunks = (task.num_keep + task.rows - 1) / task.rows;
   if (shape.batch > INT32_MAX / task.chunks) {

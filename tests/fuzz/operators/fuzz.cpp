@@ -501,6 +501,61 @@ void call_gather(Random& random) {
   }
 }
 
+/// A scatter against rows put one by one; y is base's own memory in some.
+void call_scatter(Random& random) {
+  const int64_t batch = random.below(4), full = random.of({1, 2, 7, 16, 33, 196, 257});
+  const int64_t seqlen = 1 + random.below(full), width = 1 + random.below(70);
+  const auto dtype = static_cast<int32_t>(random.below(3));
+  std::vector<Tensor> inputs;
+  inputs.emplace_back(dtype, std::vector<int64_t>{batch, full, width});
+  inputs.emplace_back(dtype, std::vector<int64_t>{batch, seqlen, width});
+  for (Tensor& tensor : inputs) fill(random, tensor, -1, 1, true);
+  inputs.emplace_back(VSSM_INT32, std::vector<int64_t>{random.one_in(2) ? 1 : batch, seqlen});
+  int32_t* position = inputs[2].ints();
+  Random values = random.many();
+  const bool ascending = random.one_in(2);
+  for (int64_t image = 0; image < inputs[2].dims[0]; ++image) {
+    std::vector<int32_t> places(static_cast<size_t>(full));
+    for (int64_t i = 0; i < full; ++i) {
+      const auto other = static_cast<size_t>(values.below(i + 1));
+      places[static_cast<size_t>(i)] = places[other];
+      places[other] = static_cast<int32_t>(i);
+    }
+    if (ascending) std::sort(places.begin(), places.begin() + seqlen);
+    std::copy_n(places.begin(), seqlen, position + image * seqlen);
+  }
+  std::vector<vssm_tensor> given;
+  for (const Tensor& tensor : inputs) given.push_back(tensor.describe());
+  const bool broken = inputs[2].count() > 0 && random.one_in(8);
+  if (broken && seqlen > 1 && random.one_in(2)) {
+    position[1] = position[0];
+  } else if (broken) {
+    position[0] = static_cast<int32_t>(random.of({-1, full, INT32_MIN, INT32_MAX}));
+  }
+  const Tensor fresh(dtype, {batch, full, width});
+  const bool in_place = !broken && random.one_in(3);
+  const std::vector<unsigned char> base(inputs[0].data(), inputs[0].data() + inputs[0].bytes);
+  const Tensor& y = in_place ? inputs[0] : fresh;
+  const vssm_tensor result = y.describe();
+  char error[512] = "";
+  const int failed =
+      vssm_token_scatter("TokenScatter", given.data(), 3, &result, nullptr, error, sizeof(error));
+  y.check("y of a scatter");
+  // With no image there is no position to look at.
+  const bool refused = broken && batch > 0;
+  if (refused != (failed != 0)) fail(refused ? "a breach of the contract was taken" : error);
+  if (failed != 0 && !y.untouched()) fail("a refused scatter wrote");
+  if (failed != 0) return;
+  const size_t row = static_cast<size_t>(width) * inputs[0].width();
+  std::vector<unsigned char> want = base;
+  for (int64_t i = 0; i < batch * seqlen; ++i) {
+    const int64_t image = i / seqlen, place = position[i % inputs[2].count()];
+    std::memcpy(want.data() + static_cast<size_t>(image * full + place) * row,
+                inputs[1].data() + static_cast<size_t>(i) * row, row);
+  }
+  if (!std::equal(want.begin(), want.end(), y.data())) fail("y of a scatter is another");
+}
+
 /// Gradients of a convolution whose inputs keep the contract, on one thread and on several.
 void run_conv_backward(Random& random, const std::vector<Tensor>& inputs,
                        const std::vector<vssm_tensor>& given,
@@ -618,6 +673,7 @@ void call_any(Random& random) {
   const int64_t isa = random.below(static_cast<int64_t>(isas.size()));
   setenv("VSSM_CPU_ISA", isas[static_cast<size_t>(isa)].c_str(), 1);
   if (random.one_in(6)) return call_gather(random);
+  if (random.one_in(8)) return call_scatter(random);
   random.one_in(5) ? call_conv(random) : call_scan(random);
 }
 

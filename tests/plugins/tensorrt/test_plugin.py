@@ -12,7 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import conv_case, gather_case, scan_case, scan_reference_arguments
+from cases import (
+    SCATTER_SIZES,
+    conv_case,
+    gather_case,
+    scan_case,
+    scan_reference_arguments,
+    scatter_case,
+)
 from native import output_shapes, output_types
 from tensorrt_build import ROOT, VERSIONS, build_harness, harness, real_library
 from tolerances import GPU_SCAN_TOLERANCE, SCAN_TOLERANCE
@@ -267,6 +274,19 @@ def test_convolutions_match_the_oracle(dtype, device, mode, tmp_path):
     got = _read_outputs(tmp_path / "case", "TokenConv", case, attributes)["y"].double()
     want = reference.token_conv(**scan_reference_arguments(case), **attributes)
     assert float((got - want).abs().max() / want.abs().max()) <= SCAN_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("device", "mode"), MODES)
+@pytest.mark.parametrize("dtype", SCAN_TOLERANCE, ids=str)
+def test_scatters_are_the_oracle(dtype, device, mode, tmp_path):
+    cases = [scatter_case(**sizes, dtype=dtype) for sizes in SCATTER_SIZES]
+    files = [
+        _write_case(tmp_path / str(i), "TokenScatter", case, {}) for i, case in enumerate(cases)
+    ]
+    harness().run(_library_with_kernels(device), "run", device, mode, *map(str, files))
+    for i, case in enumerate(cases):
+        got = _read_outputs(tmp_path / str(i), "TokenScatter", case, {})["y"]
+        assert torch.equal(got, reference.token_scatter(**case))
 
 
 def test_scans_with_directions_outside(tmp_path):
