@@ -25,7 +25,7 @@ from vssm.parity.compare import TOLERANCES
 
 # Largest error over the largest logit of a micro export, measured (float32 9e-7); twice of that.
 FLOAT32 = 2e-6
-ROWS = {"Gather", "GatherND", "GatherElements", "ScatterND", "ScatterElements"}
+ROWS = {"Gather", "GatherND", "GatherElements", "ScatterND", "ScatterElements", "TokenScatter"}
 
 
 def relative(got: np.ndarray, want: np.ndarray) -> float:
@@ -150,7 +150,7 @@ class Graph:
         while not found or found[-1] != end:
             node = self.maker[value]
             found.append(node.op_type)
-            rows = node.input[2:] if node.op_type == "ScatterND" else node.input
+            rows = node.input[1:] if node.op_type == "TokenScatter" else node.input
             value = next(i for i in rows if i in self.maker)
         return found
 
@@ -169,7 +169,7 @@ class Graph:
 # From the scan's u back to the projection that made it, Reshape left out.
 DENSE = ["Unsqueeze", "Mul", "Transpose", "Conv", "Transpose", "Add", "MatMul"]
 AFTER = [
-    *("Unsqueeze", "Mul", "GatherND", "Transpose", "Conv", "Transpose", "ScatterND"),
+    *("Unsqueeze", "Mul", "GatherND", "Transpose", "Conv", "Transpose", "TokenScatter"),
     *("Add", "MatMul"),
 ]
 
@@ -181,7 +181,7 @@ def test_convolution_and_scan_are_one_transpose_apart(artifact: Artifact) -> Non
         chain = [k for k in graph.chain(scan.input[0], "MatMul") if k != "Reshape"]
         assert chain == (AFTER if pruned and layer >= 1 else DENSE)
     # Zeros for the scatter are made once.
-    assert graph.wide(ROWS) == Counter({"GatherND": 3, "ScatterND": 3} if pruned else {})
+    assert graph.wide(ROWS) == Counter({"GatherND": 3, "TokenScatter": 3} if pruned else {})
     assert not graph.wide({"Tile", "Expand", "Concat", "Slice", "Split", "Pad"})
     kinds = Counter(n.op_type for n in graph.nodes)
     assert kinds["ConstantOfShape"] == int(pruned)
@@ -206,7 +206,12 @@ def test_graph_is_lean(artifact: Artifact) -> None:
     ours = Counter(n.op_type for n in graph.nodes if n.domain == DOMAIN)
     stages = 0 if artifact.manifest.schedule is None else 2
     assert +ours == +Counter(
-        {"GatedSelectiveScan": 4 - stages, "SelectiveScan": stages, "TokenGather1": stages}
+        {
+            "GatedSelectiveScan": 4 - stages,
+            "SelectiveScan": stages,
+            "TokenGather1": stages,
+            "TokenScatter": 3 if stages else 0,
+        }
     )
     assert sum(n.op_type == "TopK" for n in graph.nodes) == stages
     for scan in graph.scans:

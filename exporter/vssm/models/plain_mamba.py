@@ -312,7 +312,8 @@ class PlainMambaMixer(nn.Module):
     def _convolve(self, x: Tensor, tokens: Tokens) -> Tensor:
         """The convolution of x (batch, seqlen, d_inner) over the grid, at every position of it."""
         # The convolution needs every neighbour of the grid; pruned ones are zeros.
-        positions = to_dtype(tokens.to_positions(x), self.conv2d.weight.dtype)
+        positions = tokens.to_positions(x, backend=self.backend)
+        positions = to_dtype(positions, self.conv2d.weight.dtype)
         return to_dtype(over_grid(positions, self.config.grid, self.conv2d), x.dtype)
 
     def _operands(self, convolved: Tensor, tokens: Tokens) -> _Operands:
@@ -405,6 +406,8 @@ def stays_wide(name: str) -> bool:
 class PlainMambaBlock(nn.Module):
     """Norm, mix, add; and in some layers a depthwise convolution that replaces the stream."""
 
+    backend = "auto"  # see VisionModel.use_backend
+
     def __init__(self, config: PlainMambaConfig, *, depthwise: bool) -> None:
         super().__init__()
         width = config.d_model
@@ -437,10 +440,9 @@ class PlainMambaBlock(nn.Module):
         def convolve(maps: Tensor) -> Tensor:
             return functional.conv2d(maps, weight, bias, padding=1, groups=x.shape[2])
 
+        positions = tokens.to_positions(x, backend=self.backend)
         # GELU works element by element: after the gather, only kept tokens go through it.
-        return functional.gelu(
-            tokens.from_positions(over_grid(tokens.to_positions(x), self.grid, convolve))
-        )
+        return functional.gelu(tokens.from_positions(over_grid(positions, self.grid, convolve)))
 
 
 class Backbone(nn.Module):

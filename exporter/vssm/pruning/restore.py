@@ -21,10 +21,11 @@ class Restoration:
         restore: the rule of the schedule: "frozen", what the token was when it left; "zero";
             "nearest", what the nearest token is, of two the one before; or "group", what the
             token is that it has joined.
+        backend: what moves the tokens, as for `ops.token_scatter`.
     """
 
-    def __init__(self, restore: str) -> None:
-        self._restore = restore
+    def __init__(self, restore: str, *, backend: str = "auto") -> None:
+        self._restore, self._backend = restore, backend
         self._left: list[Tensor] | None = None
 
     def full(self, streams: Sequence[Tensor], tokens: Tokens) -> list[Tensor]:
@@ -32,13 +33,14 @@ class Restoration:
         if tokens.complete:
             return list(streams)
         if self._restore == "zero":
-            return [tokens.to_positions(x) for x in streams]
+            return [tokens.to_positions(x, backend=self._backend) for x in streams]
         if self._restore in {"nearest", "group"}:
             index = _nearest(tokens) if self._restore == "nearest" else _joined(tokens)
             return [x.gather(1, index[..., None].expand(-1, -1, x.shape[2])) for x in streams]
         if self._left is None:
             raise AssertionError("tokens leave by way of `before_stage`")
-        return [tokens.onto(base, x) for base, x in zip(self._left, streams, strict=True)]
+        pairs = zip(self._left, streams, strict=True)
+        return [tokens.onto(base, x, backend=self._backend) for base, x in pairs]
 
     def before_stage(self, streams: Sequence[Tensor], tokens: Tokens) -> None:
         """Remember the streams, before a stage takes some of the tokens."""

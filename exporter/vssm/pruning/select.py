@@ -72,16 +72,17 @@ class Tokens:
         image = torch.arange(self.position.shape[0], device=self.position.device)
         return self.position.long() + image[:, None] * self.full_seqlen
 
-    def to_positions(self, x: Tensor) -> Tensor:
+    def to_positions(self, x: Tensor, *, backend: str = "auto") -> Tensor:
         """Rows x (batch, seqlen, width) at their positions in zeros (batch, full_seqlen, width)."""
-        return self.onto(x.new_zeros(x.shape[0], self.full_seqlen, x.shape[2]), x)
+        base = x.new_zeros(x.shape[0], self.full_seqlen, x.shape[2])
+        return self.onto(base, x, backend=backend)
 
-    def onto(self, base: Tensor, x: Tensor) -> Tensor:
-        """Rows x (batch, seqlen, width) put over `base` (batch, full_seqlen, width)."""
-        if self.complete:
-            return x
-        table = base.reshape(-1, base.shape[2])
-        return table.index_put((self.row,), x).reshape(base.shape)
+    def onto(self, base: Tensor, x: Tensor, *, backend: str = "auto") -> Tensor:
+        """Rows x (batch, seqlen, width) put over `base` (batch, full_seqlen, width).
+
+        What computes it is `backend`, as for `ops.token_scatter`.
+        """
+        return x if self.complete else ops.token_scatter(base, x, self.position, backend=backend)
 
     def from_positions(self, table: Tensor) -> Tensor:
         """The tokens' rows (batch, seqlen, width) of a table (batch, full_seqlen, width)."""

@@ -117,6 +117,18 @@ def test_nearest_by_hand():
     assert full[..., 0].tolist() == [[0, 0, 1, 1, 2, 2, 2], [3, 3, 3, 4, 4, 4, 5]]
 
 
+@pytest.mark.parametrize("restore", ["frozen", "zero"])
+@pytest.mark.parametrize(("family", "case"), RUN)
+def test_the_models_backend_moves_the_tokens(family, case, restore):
+    model = micro_segmenter(family, case, PruneSchedule({2: 0.6, 3: 0.8}, restore=restore))
+    x = case_images(family, case)
+    for backend, runs in (("reference", "reference"), ("auto", "kernel")):
+        with torch.no_grad(), vssm.record_backends() as ran:
+            model.use_backend(backend)(x)
+        assert {by for _, by in ran} == {runs}
+        assert ran["TokenScatter", runs] > 0
+
+
 def test_frozen_keeps_what_was_last_there():
     walks = LineWalks(4, 2, torch.device("cpu"))
     dense = Tokens.dense(walks, 4, torch.device("cpu"))

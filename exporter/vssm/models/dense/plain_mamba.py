@@ -221,7 +221,8 @@ class PlainMambaSegmenter(Segmenter):
         patches = trunk.patch_embed(images)
         x = patches + trunk.positions()
         tensors = {"patch_embed": patches, "tokens": x}
-        restoration = Restoration("frozen" if self.schedule is None else self.schedule.restore)
+        restore = "frozen" if self.schedule is None else self.schedule.restore
+        restoration = Restoration(restore, backend=self.backend)
         blocks: list[tuple[Tensor, Tensor | None]] = []
 
         def see(number: int, x: Tensor, present: Tokens) -> None:
@@ -322,6 +323,8 @@ _STRIDE = 32
 class PlainMambaAdapter(PlainMambaTrunk):
     """The trunk in four groups, and the pyramid that trades with it before and after each."""
 
+    backend = "auto"  # see VisionModel.use_backend
+
     def __init__(self, config: PlainMambaDetectorConfig) -> None:
         super().__init__(config)
         self.groups, self.kept_only = config.groups, config.injector == "kept"
@@ -372,7 +375,8 @@ class PlainMambaAdapter(PlainMambaTrunk):
         if not self.kept_only or tokens.complete:
             return trade.inject(x, places, pyramid, sizes)
         places = places[0][tokens.position.long()]
-        return tokens.onto(x, trade.inject(tokens.from_positions(x), places, pyramid, sizes))
+        kept = trade.inject(tokens.from_positions(x), places, pyramid, sizes)
+        return tokens.onto(x, kept, backend=self.backend)
 
     def _run(
         self,
@@ -389,7 +393,7 @@ class PlainMambaAdapter(PlainMambaTrunk):
             nonlocal full
             blocks.append((x, None))
             if number in model.stages:
-                full = present.onto(full, x)
+                full = present.onto(full, x, backend=self.backend)
 
         x, tokens, results = run_blocks(
             model,
@@ -400,7 +404,7 @@ class PlainMambaAdapter(PlainMambaTrunk):
             see=see,
             first=group.start,
         )
-        return tokens.onto(full, x), tokens, results
+        return tokens.onto(full, x, backend=self.backend), tokens, results
 
     def _outputs(self, finest: Tensor, pyramid: Tensor, x: Tensor) -> list[Tensor]:
         """The four maps: the pyramid's, with the tokens' own added, each by a norm of its own."""

@@ -202,7 +202,8 @@ class VimTrunk(nn.Module):
         """
         seqlen = self.vim.patches
         tokens = Tokens.dense(LineWalks(seqlen, 2, images.device), seqlen, images.device)
-        restoration = Restoration("frozen" if model.schedule is None else model.schedule.restore)
+        restore = "frozen" if model.schedule is None else model.schedule.restore
+        restoration = Restoration(restore, backend=model.backend)
         tapped: list[tuple[Tensor, Tensor]] = []
         blocks: list[tuple[Tensor, Tensor | None]] = []
 
