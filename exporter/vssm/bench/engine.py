@@ -130,16 +130,19 @@ def _dense_engine(
         yield None
         return
     with tempfile.TemporaryDirectory() as directory:
-        progress("exporting the dense twin", 0, 1)
         path = Path(directory) / "dense"
         dtype, opset = manifest.dtype, manifest.opset
         model = model_of(artifact, dense=True)
         outputs = asked_outputs(model, manifest)
-        dense = export(model, path, dtype=dtype, outputs=outputs, opset=opset)
-        progress("building the dense twin's engine", 0, 1)
+
+        def twin(phase: str, done: int, total: int, note: str = "", /) -> None:
+            progress(f"dense twin: {phase}", done, total, note)
+
+        dense = export(model, path, dtype=dtype, outputs=outputs, opset=opset, progress=twin)
+        twin("building an engine", 0, 1)
         # MIN, OPT, MAX: one profile for all batches, tuned for the largest.
         sizes = (min(batches), max(batches), max(batches))
-        build_engine(dense, EngineRequest(runtime, batch=sizes))
+        build_engine(dense, EngineRequest(runtime, batch=sizes), progress=twin)
         yield dense
 
 

@@ -265,7 +265,7 @@ def _twin(artifact: Artifact, progress: Steps) -> Iterator[dict[str, Artifact]]:
     if is_module(artifact) or (manifest.dense and not quantized):
         yield {}
         return
-    progress(f"exporting the {'float32' if quantized else 'dense'} twin", 0, 1)
+    twin = f"{'float32' if quantized else 'dense'} twin"
     with tempfile.TemporaryDirectory() as directory:
         model = model_of(artifact, dense=not quantized)
         yield {
@@ -275,6 +275,7 @@ def _twin(artifact: Artifact, progress: Steps) -> Iterator[dict[str, Artifact]]:
                 dtype=manifest.dtype,
                 outputs=asked_outputs(model, manifest),
                 opset=manifest.opset,
+                progress=lambda phase, *rest: progress(f"{twin}: {phase}", *rest),
             )
         }
 

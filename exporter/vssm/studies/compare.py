@@ -238,7 +238,13 @@ def _open(
     progress(f"exporting {path.name}", 0, 1)
     source = replace(options.model, checkpoint=path)
     folder = output / f"{number}_{path.stem}"
-    artifact = export(build_model(source, source.checked()), folder, force=True)
+    model = build_model(source, source.checked())
+    artifact = export(
+        model,
+        folder,
+        force=True,
+        progress=lambda phase, *rest: progress(f"{path.name}: {phase}", *rest),
+    )
     return _Opened(path, output / f"{folder.name}.csv", artifact)
 
 
