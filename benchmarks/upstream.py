@@ -4,9 +4,10 @@
 
 `upstream.json` says which models and with which options; its folders are below VSSM_UPSTREAM, and
 `packages` and `packages-torchvision` there are folders with what some of them need (`pip install
---target`), and `packages-dwconv2d` holds a compiled convolution in PyTorch. Each model is
-exported and checked as by `vssm export-module --survey`. Then its file is run beside the model in
-PyTorch over a plain loop in float64, which shares no code with this package's operators.
+--target`), and `packages-dwconv2d` and `packages-pointmamba` hold in PyTorch what is compiled
+there. Each model is exported and checked as by `vssm export-module --survey`. Then its file is run
+beside the model in PyTorch over a plain loop in float64, which shares no code with this package's
+operators.
 """
 
 from __future__ import annotations
