@@ -792,7 +792,9 @@ def test_a_whole_schedule_is_trained_as_it_is(data, checkpoint, tmp_path):
         report = vssm.finetune(request(data, tmp_path / name, what=what, **numbers))
         found[name] = report.sha256
     assert found["options"] == found["same"] != found["listed"]
-    assert "conv='compact'" in report.run["schedule"]
+    rules = report.run["schedule"]
+    assert (rules["kind"], rules["conv"], rules["importance"]) == ("PruneSchedule", "compact", "l1")
+    assert rules["ratios"] == {"1": 0.7, "2": 0.8}  # numbers, in finetune.json too
 
 
 def test_a_new_head_on_weights_under_a_key(data, tmp_path):

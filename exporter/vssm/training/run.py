@@ -25,7 +25,7 @@ from vssm.models import create_model
 from vssm.models.base import VisionModel
 from vssm.models.fused_tokens import fuse_leftovers
 from vssm.models.schedules import named_schedule
-from vssm.pruning.schedule import Schedule
+from vssm.pruning.schedule import MergeSchedule, Schedule
 from vssm.runtimes.torch import torch_threads
 from vssm.training.lessons import Pictures, Scenes
 from vssm.training.loop import Group, TrainingRun
@@ -75,7 +75,7 @@ def plan_run(
         "config": asdict(model.config),
         "num_classes": model.num_classes,
         "image_size": list(model.image_size),
-        "schedule": repr(model.schedule),
+        "schedule": _plain(model.schedule),
         "tokens": request.source.tokens,
         "checkpoint": None if model.checkpoint is None else model.checkpoint.sha256,
         "weights": request.source.weights,
@@ -103,6 +103,18 @@ def plan_run(
         save_every=resources.save_every,
         val=val,
     )
+
+
+def _plain(schedule: Schedule | None) -> dict[str, Any] | None:
+    """A schedule as JSON has it, its numbers as numbers."""
+    if schedule is None:
+        return None
+    values: dict[str, Any] = {"kind": type(schedule).__name__, **vars(schedule)}
+    if isinstance(schedule, MergeSchedule):
+        values["prune"] = _plain(schedule.prune)
+    else:
+        values["ratios"] = {block: float(ratio) for block, ratio in schedule.ratios.items()}
+    return values
 
 
 def _lesson(request: FinetuneRequest, model: VisionModel) -> Pictures | Scenes:
