@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import types
 
@@ -105,3 +106,14 @@ def test_a_function_draws_where_somebody_sees_it(
     work(progress=lambda *step: told.append(step))
     assert told == [("working", 1, 3)]
     assert capsys.readouterr().err == ""
+
+
+def test_a_notebook_that_cannot_draw_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    @shows_progress
+    def work(*, progress: Steps = automatic) -> Steps:
+        return progress
+
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as its kernel has it
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no ipywidgets
+    assert work() is automatic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 import threading
 import time
@@ -30,7 +31,7 @@ _BAR: Final = 10
 
 
 def automatic(phase: str, done: int, total: int, note: str = "", /) -> None:
-    """Stands for a bar, where somebody sees it: in a terminal or a notebook."""
+    """Stands for a bar, where somebody sees it: in a terminal, or a notebook with ipywidgets."""
 
 
 def shows_progress(function: Callable[P, R]) -> Callable[P, R]:
@@ -39,10 +40,9 @@ def shows_progress(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         console = Terminal(stderr=True)
-        watched = console.is_terminal or console.is_jupyter
         told = kwargs.get("progress", automatic) is not automatic
         # A part of a work that is shown already is not shown by itself.
-        if told or not watched or _drawing.get():
+        if told or not _watched(console) or _drawing.get():
             return function(*args, **kwargs)
         with drawn(console) as shown_steps:
             kwargs["progress"] = shown_steps
@@ -167,10 +167,19 @@ def drawn(console: Console) -> Iterator[Shown]:
     """Bars on a terminal or in a notebook, lines elsewhere."""
     before = _drawing.set(True)
     try:
-        with _bars(console) if console.is_terminal or console.is_jupyter else nullcontext() as bars:
+        with _bars(console) if _watched(console) else nullcontext() as bars:
             yield _Log(console) if bars is None else _Bars(console, bars)
     finally:
         _drawing.reset(before)
+
+
+def _watched(console: Console) -> bool:
+    """Whether somebody sees a bar there."""
+    # rich calls a notebook a terminal as well, as its kernel asks for colours. It draws there with
+    # ipywidgets, and warns at each step where they are missing.
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal
 
 
 def _bars(console: Console) -> Any:
