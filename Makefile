@@ -91,7 +91,7 @@ format: $(DEPENDENCIES) ## let the formatters rewrite the files
 
 # The wheel is built from the source distribution alone. auditwheel reads from its libraries how old
 # a system may be, and names it after that. All times in the archives are that of the last commit,
-# so that the same checkout gives the same bytes.
+# and all modes those of umask 022, so that the same checkout gives the same bytes.
 wheel wheel-cuda release: export SOURCE_DATE_EPOCH ?= $(or \
   $(shell git log -1 --format=%ct 2> /dev/null),1767225600)
 
@@ -104,17 +104,17 @@ wheel-cuda: $(DEPENDENCIES) ## wheel with CUDA kernels and TensorRT plugins in d
 define build_wheel
 	@echo "wheel: building into $(1)/ (log: build/wheel.log)"
 	@rm -rf build/wheel $(1)/*.whl $(1)/*.tar.gz && mkdir -p build/wheel $(1)
-	@$(BIN)/python -m build --no-isolation --outdir build/wheel \
+	@umask 022 && $(BIN)/python -m build --no-isolation --outdir build/wheel \
 	  -Ccmake.define.VSSM_CUDA=$(2) > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
 	@$(BIN)/auditwheel show build/wheel/*.whl
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir $(1) build/wheel/*.whl
+	@umask 022 && PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir $(1) build/wheel/*.whl
 	@mv build/wheel/*.tar.gz $(1) && ls -l $(1)
 endef
 
 release: $(DEPENDENCIES) ## dist/release/: source, wheels for x86-64 and aarch64, SBOM, checksums
 	@rm -rf $(RELEASE) build/release && mkdir -p build/release
 	$(call build_wheel,$(RELEASE),OFF)
-	@if command -v $(AARCH64_CXX) > /dev/null; then \
+	@umask 022 && if command -v $(AARCH64_CXX) > /dev/null; then \
 	  echo "release: cross-compiling for aarch64 (log: build/release/aarch64.log)"; \
 	  _PYTHON_HOST_PLATFORM=linux-aarch64 $(PIP) wheel --no-cache-dir --no-deps --no-build-isolation \
 	    --wheel-dir build/release $(AARCH64) $(RELEASE)/*.tar.gz > build/release/aarch64.log 2>&1 || { \
