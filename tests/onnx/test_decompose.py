@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from hierarchical_cases import small
 from official_dense import micro_detector
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.functional import interpolate
 
 from vssm.models.base import VisionModel
 from vssm.onnx.export import build_proto
@@ -53,6 +55,13 @@ def pooled(x: Tensor) -> Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(last, 1)
 
 
+def resized(x: Tensor) -> Tensor:
+    """As segmenters do, by a factor and to a size."""
+    grown = interpolate(x, scale_factor=(2, 2), mode="bilinear", align_corners=True)
+    near = interpolate(x, scale_factor=2, mode="nearest")
+    return grown + near + interpolate(x, size=(8, 12), mode="bilinear", align_corners=False)
+
+
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "no translation": lambda x: 2 - x.square(),
     "no tensor in it": lambda x: x @ torch.eye(6),
@@ -64,6 +73,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "types": lambda x: (x.to(torch.float64).to(torch.float64) / 3).type_as(x).contiguous(),
     "a constant": constant,
     "pooled": pooled,
+    "resized": resized,
     "an output that is an input": lambda x: x.to(torch.float32).reshape(x.shape),
 }
 
@@ -97,6 +107,8 @@ def test_the_file_computes_the_function(
     program = torch.export.export(model, (torch.zeros(2, 3, 4, 6),), dynamic_shapes=shapes)
     names = list(functions)
     proto = program_to_proto(program, 18, inputs=["images"], names=names, public=len(names))
+    operators = Counter(node.op_type for node in proto.graph.node)
+    assert (operators["Resize"], operators["GatherND"]) == ((0, 0) if again else (3, 0))
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     rng = np.random.default_rng(7)
     for batch in (1, 5):

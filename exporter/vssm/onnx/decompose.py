@@ -18,6 +18,14 @@ _Table = Mapping[Any, Callable[..., Any]]
 _ATEN: Final = torch.ops.aten
 _NUMBER: Final = _ATEN.sym_numel.default
 _VIEWS: Final = (_ATEN.view.default, _ATEN._unsafe_view.default)
+# Composites that exporters write as one Resize; with others they are gathers and sums.
+_RESIZES: Final = (
+    _ATEN.upsample_bilinear2d.vec,
+    _ATEN.upsample_nearest2d.vec,
+    _ATEN.upsample_bicubic2d.vec,
+    _ATEN.upsample_trilinear3d.vec,
+    _ATEN.upsample_nearest3d.vec,
+)
 _RESTRIDES: Final = (_ATEN.as_strided_.default, _ATEN.as_strided.default)
 _COMPOSITE: Final = torch._C.DispatchKey.CompositeImplicitAutograd
 
@@ -64,6 +72,8 @@ class _Others:
         """Whether an exporter has no translation of an operator and torch a decomposition."""
         if target in self._table:
             return True
+        if target in _RESIZES:
+            return False
         # Composites that torch.export never keeps, such as reshape and to, no exporter knows.
         return (
             isinstance(target, torch._ops.OpOverload)
