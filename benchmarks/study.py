@@ -180,17 +180,17 @@ def _markdown(runs: Sequence[dict[str, Any]]) -> str:
                 lines.append(
                     f"| {run['label'].removesuffix(', fine-tuned')} | {run['mflops'][0]:.2f} | "
                     f"{run['mflops'][1]:.2f} | {statistics.fmean(run['top1']):.2f} ± "
-                    f"{statistics.stdev(run['top1']):.2f} | {_difference(run['top1'], plain)} |"
+                    f"{statistics.stdev(run['top1']):.2f} | {difference(run['top1'], plain)} |"
                 )
         lines.append("")
     lines += ["| question | zero-shot | fine-tuned |", "| --- | --- | --- |"]
     for question, one, other in _QUESTIONS:
-        cells = [_difference(named.get((t, one)), named.get((t, other))) for t in (False, True)]
+        cells = [difference(named.get((t, one)), named.get((t, other))) for t in (False, True)]
         lines.append(f"| {question} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines) + "\n"
 
 
-def _difference(values: Sequence[float] | None, others: Sequence[float] | None) -> str:
+def difference(values: Sequence[float] | None, others: Sequence[float] | None) -> str:
     """Mean ± standard error over seeds, 95 % interval by Student's t; bold without zero in it."""
     if values is None or others is None:
         return "-"

@@ -48,10 +48,10 @@ def test_tables_by_hand():
 
 
 def test_an_interval_without_zero_is_bold():
-    assert study._difference([1.0, 2.0, 3.0], [0.0, 1.0, 1.9]) == (
+    assert study.difference([1.0, 2.0, 3.0], [0.0, 1.0, 1.9]) == (
         "**+1.03** ± 0.03 (+0.89 to +1.18)"
     )
-    assert study._difference(None, [1.0]) == "-"
+    assert study.difference(None, [1.0]) == "-"
 
 
 @pytest.mark.slow
