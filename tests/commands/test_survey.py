@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,11 +37,13 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Path:
+def repository(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "surveyed"
     folder.mkdir()
     (folder / "surveyed_net.py").write_text(MODEL)
-    return folder
+    yield folder
+    # What one test imports in this process is another file than the next one's.
+    sys.modules.pop("surveyed_net", None)
 
 
 def test_dry_run_says_what_would_be_exported(
