@@ -24,14 +24,12 @@ from cuda_device import run_operator as run_through_c
 from native import ONNX_TYPES, found_library, make_session, output_types
 from native import run_operator as run_in_onnxruntime
 from onnx import TensorProto, helper
-from ort_host import Host
 
 import vssm
 from vssm.onnx.bodies import build_functions
 from vssm.ops import operators as ops
 from vssm.ops import reference
 from vssm.ops.spec import DOMAIN
-from vssm.runtimes.library import find_library
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = torch.float16
@@ -135,23 +133,6 @@ def test_onnxruntime_may_let_y_take_the_memory_of_base(read_twice):
         assert len(again) == int(read_twice)
         for other in again:
             np.testing.assert_array_equal(other, case["base"].numpy())
-
-
-def test_it_alone_tells_onnxruntime_so():
-    host = Host(find_library("vssm_onnxruntime_emulated"))
-    named = zip(host.providers(), host.backend, strict=True)
-    found = {provider: host.in_place(op) for provider, op in named}
-    assert {name for (name, _), pairs in found.items() if pairs} == {"TokenScatter"}
-    assert [pairs for pairs in found.values() if pairs] == [[(0, 0)]] * 2  # CPU and CUDA
-    (y,) = host.run(
-        host.find("TokenScatter", "CUDAExecutionProvider"), case := scatter_case(batch=2), {}
-    )
-    _assert_same(y, case)
-
-
-def test_a_host_that_lends_no_memory_is_told_nothing():
-    host = Host(find_library("vssm_onnxruntime_probe"), version=17)
-    assert not any(host.in_place(op) for op in host.backend)
 
 
 def test_is_the_inverse_of_a_gather():

@@ -20,6 +20,7 @@ from cases import (
     gather_case,
     scan_case,
     scan_reference_arguments,
+    scatter_case,
 )
 from checkout import PYTHONPATH
 from ort_host import Host, HostError
@@ -87,13 +88,25 @@ def test_every_operator_is_there_for_both_providers(host):
     assert host.providers() == per_provider
 
 
+def test_what_may_take_the_memory_of_an_input(host):
+    named = zip(host.providers(), host.backend, strict=True)
+    found = {name: host.in_place(op) for name, op in named}
+    shared = {name: pairs for name, pairs in found.items() if pairs}
+    assert shared == {("TokenScatter", CPU): [(0, 0)], ("TokenScatter", CUDA): [(0, 0)]}
+    case = scatter_case(batch=2)
+    (y,) = host.run(host.find("TokenScatter", CUDA), case, {})
+    assert torch.equal(y, reference.token_scatter(case["base"], case["x"], case["position"]))
+
+
 _OLD_HOST = """
 import sys
 from ort_host import Host, HostError
 from vssm.runtimes.library import find_library
 try:
     host = Host(find_library("vssm_onnxruntime_emulated"), version=int(sys.argv[1]))
+    shared = {pair for pair, op in zip(host.providers(), host.backend) if host.in_place(op)}
     sys.stdout.write(" ".join(sorted({provider for _, provider in host.providers()})))
+    sys.stdout.write(f", {len(shared)} may take an input's memory")
 except HostError as error:
     sys.stdout.write(str(error))
 """
@@ -101,7 +114,11 @@ except HostError as error:
 
 @pytest.mark.parametrize(
     ("version", "found"),
-    [(18, f"{CPU} {CUDA}"), (17, CPU), (16, "vssm: needs ONNX Runtime 1.17 or newer")],
+    [
+        (18, f"{CPU} {CUDA}, 2 may take an input's memory"),
+        (17, f"{CPU}, 0 may take an input's memory"),
+        (16, "vssm: needs ONNX Runtime 1.17 or newer"),
+    ],
 )
 def test_an_older_host_gets_what_it_can_serve(version, found):
     """In a process of its own: a library serves one host."""
