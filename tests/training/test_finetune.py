@@ -447,6 +447,18 @@ def _kill_at_random(start, draw, folder, *, kills, within):
     assert process.returncode == 0, out + err
 
 
+def _run_to_its_end(script, *given):
+    done = subprocess.run(
+        [sys.executable, script, *given],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # A crash at every change of a file, below, proves the same at more points.
 @pytest.mark.slow
 def test_kill_and_resume(data, checkpoint, tmp_path, whole):
@@ -539,15 +551,7 @@ def test_a_crash_at_every_change_of_a_file(data, checkpoint, tmp_path, every):
     script = tmp_path / "crash.py"
     script.write_text(_CRASHES)
     given = (ROOT / "tests/support", data, checkpoint, tmp_path / "runs", str(every))
-    done = subprocess.run(
-        [sys.executable, script, *given],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    _run_to_its_end(script, *given)
     runs = sorted((tmp_path / "runs").iterdir())
     assert len(runs) > 20 // every
     for run in runs:
@@ -632,15 +636,7 @@ def test_two_processes(data, checkpoint, tmp_path):
     script, output = tmp_path / "two.py", tmp_path / "two"
     script.write_text(_TWO)
     given = (ROOT / "tests/support", data, checkpoint, output, json.dumps(SHARED), *_free_ports(2))
-    done = subprocess.run(
-        [sys.executable, script, *given],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    _run_to_its_end(script, *given)
     assert json.loads((output / "finetune.json").read_text())["trained"]["resumed"] == 2
     _as_alone(data, checkpoint, tmp_path, output)
 
