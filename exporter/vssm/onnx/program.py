@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -162,6 +163,7 @@ def _translate(program: ExportedProgram, opset: int, progress: Steps) -> ir.Mode
         op: _translation(spec, tell) for op, spec in table.items()
     }
     translations[torch.ops.aten.sort.stable] = _stable_sort(opset)  # torch itself has none
+    translations[torch.ops.aten.gelu.default] = _gelu(opset)
     translations.update(region_translations(opset))
 
     decompose_in_place(program)
@@ -219,5 +221,29 @@ def _stable_sort(opset: int) -> Callable[..., Any]:
             raise AssertionError("the models ask for a stable sort alone")
         size = standard.Constant(value_ints=[int(x.shape[dim])])
         return standard.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+
+    return translate
+
+
+def _gelu(opset: int) -> Callable[..., Any]:
+    """The same nodes as torch's exporter, in the order that ONNX Runtime makes one operator.
+
+    It looks for x * 0.5 and the product with that; torch multiplies by 0.5 first, and each of the
+    five nodes then reads and writes the widest tensor of a layer. Halving is exact in either place.
+    """
+    standard = values.Opset("", opset)
+
+    def translate(x: Any, *, approximate: str = "none") -> Any:
+        def number(value: float) -> ir.TensorProtocol:
+            return ir.tensor(value, dtype=x.dtype)
+
+        half = standard.Mul(x, number(0.5))
+        if approximate == "none":
+            grown = standard.Erf(standard.Div(x, number(math.sqrt(2))))
+        else:
+            cubic = standard.Mul(standard.Pow(x, number(3)), number(0.044715))
+            scaled = standard.Mul(standard.Add(x, cubic), number(math.sqrt(2 / math.pi)))
+            grown = standard.Tanh(scaled)
+        return standard.Mul(half, standard.Add(grown, number(1)))
 
     return translate
