@@ -23,7 +23,7 @@ def files(tmp_path_factory):
     for name, model, options in (
         ("pruned", micro(), {}),
         ("half", micro(), {"dtype": "float16"}),
-        ("wide", micro(None), {"dtype": "bfloat16", "opset": 20, "inline": True}),
+        ("wide", micro(None, depth=1), {"dtype": "bfloat16", "opset": 20, "inline": True}),
         ("plain", micro_plain(), {"inline": True}),
     ):
         out = exported(folder / name, model, **options)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from compat_cases import SlowPath, built
-from exports import micro
+from exports import exported, micro
 
 import vssm
 from vssm.ops.ambient import known_state
@@ -57,7 +57,8 @@ def _digest(artifact: vssm.artifact.directory.Artifact) -> str:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return micro("1:0.7", depth=2)
+    with _default(torch.float64):
+        return micro().float()
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +67,11 @@ def module() -> Any:
 
 
 @pytest.fixture(scope="module")
-def usual(model, module, tmp_path_factory) -> tuple[str, str]:
+def usual(module, tmp_path_factory) -> tuple[str, str]:
+    """Of an export that many tests share, perhaps of another process, and of one made here."""
     folder = tmp_path_factory.mktemp("usual")
-    x = torch.zeros(2, 9, 12)
-    exports = vssm.export(model, folder / "a"), vssm.export_module(module, x, folder / "b")
-    return _digest(exports[0]), _digest(exports[1])
+    theirs = vssm.export_module(module, torch.zeros(2, 9, 12), folder / "theirs")
+    return _digest(exported(folder, micro())), _digest(theirs)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def detector() -> VisionModel:
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(micro, id="vim"),
+        pytest.param(lambda: micro("1:0.7", depth=2), id="vim"),
         pytest.param(micro_plain, id="plain_mamba", marks=pytest.mark.slow),
         pytest.param(lambda: small("vmamba_tiny_s1l8"), id="vmamba", marks=pytest.mark.slow),
         pytest.param(lambda: small("groupmamba_tiny"), id="groupmamba", marks=pytest.mark.slow),

@@ -13,17 +13,17 @@ from vssm.models.base import VisionModel
 
 
 def spoilt(key: str, value: float) -> VisionModel:
-    model = micro(None, depth=2)
+    model = micro(None, depth=1)
     model.state_dict()[key].view(-1)[0] = value
     return model
 
 
 def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     for value in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"NaN.* in layers\.1\.mixer\.D \(1 in all\)"):
-            vssm.export(spoilt("layers.1.mixer.D", value), tmp_path / "out")
-    large = spoilt("layers.1.mixer.in_proj.weight", 1e6)
-    with pytest.raises(ValueError, match=r"beyond torch\.float16 in layers\.1\.mixer\.in_proj"):
+        with pytest.raises(ValueError, match=r"NaN.* in layers\.0\.mixer\.D \(1 in all\)"):
+            vssm.export(spoilt("layers.0.mixer.D", value), tmp_path / "out")
+    large = spoilt("layers.0.mixer.in_proj.weight", 1e6)
+    with pytest.raises(ValueError, match=r"beyond torch\.float16 in layers\.0\.mixer\.in_proj"):
         vssm.export(large, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
     vssm.export(large, tmp_path / "out", dtype="bfloat16")
@@ -52,6 +52,6 @@ def test_where_weights_come_from_is_said(tmp_path: Path) -> None:
 
 
 def test_ratios_are_plain_decimals(tmp_path: Path) -> None:
-    schedule = exported(tmp_path, micro("1:0.80,2:0.0000001")).manifest.schedule
+    schedule = exported(tmp_path, micro("1:0.80,2:0.0000001", depth=2)).manifest.schedule
     assert schedule is not None
     assert schedule.blocks == {1: "0.8", 2: "0.0000001"}

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from command import Run
-from exports import exported, images, micro
+from exports import exported, images, micro, shared_traces
 
 import vssm
 from vssm.artifact.directory import EXTERNAL_FILE, Artifact, open_artifact
@@ -30,7 +30,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
     """The same model with its weights inside, and beside."""
     folder, model = tmp_path_factory.mktemp("external"), micro()
     inside = exported(folder / "inside", model)
-    return inside, vssm.export(model, folder / "out", inline=True, external_data_above=0)
+    return inside, exported(folder, model, inline=True, external_data_above=0)
 
 
 def run(artifact: Any, **options: Any) -> dict[str, np.ndarray]:
@@ -90,7 +90,8 @@ def test_a_changed_byte_of_it(pair: tuple[Artifact, Artifact], tmp_path: Path) -
 
 def test_force_takes_it_away_again(pair: tuple[Artifact, Artifact], tmp_path: Path) -> None:
     exported(tmp_path, micro(), external_data_above=0)
-    vssm.export(micro(None, depth=1), tmp_path / "out", force=True)
+    with shared_traces():
+        vssm.export(micro(), tmp_path / "out", force=True)
     assert not (tmp_path / "out" / EXTERNAL_FILE).exists()
     assert EXTERNAL_FILE not in json.loads((tmp_path / "out/model.json").read_text())["files"]
 

@@ -243,10 +243,11 @@ def test_cost_of_the_graph_is_that_of_the_model(merged: Artifact) -> None:
 
 def test_command_line(cli: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert cli("export", *MODEL, "--merge=6,class_token=true", "-o", out) == 0
+    words = [word.replace("depth=3", "depth=2") for word in MODEL]
+    assert cli("export", *words, "--merge=6,class_token=true,start=1", "-o", out) == 0
     assert "tokens left by each merge: [31]" in cli.out
     artifact = open_artifact(out)
-    assert schedule_of(artifact) == MergeSchedule(6, class_token="true")
+    assert schedule_of(artifact) == MergeSchedule(6, start=1, class_token="true")
     assert cli("bundle", out, "-o", tmp_path / "bundle") == 0
     copied = open_artifact(tmp_path / "bundle" / "model").manifest
     assert copied.merge == artifact.manifest.merge

@@ -167,7 +167,7 @@ def test_images_chosen_alike_are_compared_though_others_are_not(
 
 
 def test_a_model_of_one_class_can_be_checked(tmp_path: Path) -> None:
-    assert vssm.check_parity(None, exported(tmp_path, micro(num_classes=1))).passed
+    assert vssm.check_parity(None, exported(tmp_path, micro(None, depth=1, num_classes=1))).passed
 
 
 @pytest.mark.parametrize(

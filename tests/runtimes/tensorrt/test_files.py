@@ -20,13 +20,15 @@ from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES
 
 SCRIPT = (ROOT / "tests/support/tensorrt_parser.py").read_text(encoding="utf-8")
 PRUNED = vssm.PruneSchedule({5: 0.8, 10: 0.8, 15: 0.8})
+# The export that tests/onnx/test_merging.py makes too.
+MERGED = vssm.MergeSchedule(5, start=1, every=1, final_tokens=20, alignment="size")
 Make = Callable[[], VisionModel]
 # Small models of every kind of node; the dtype of the export.
 SMALL: dict[str, tuple[Make, str]] = {
     "vim dense": (lambda: micro(None), "float32"),
     "vim pruned": (micro, "float32"),
     "vim pruned float16": (micro, "float16"),
-    "vim merged": (lambda: micro(vssm.MergeSchedule(5)), "float32"),
+    "vim merged": (lambda: micro(MERGED), "float32"),
     "plain mamba pruned": (micro_plain, "float32"),
     "vmamba": (lambda: small("vmamba_tiny_s1l8"), "float32"),
 }
