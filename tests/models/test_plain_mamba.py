@@ -57,7 +57,13 @@ def test_official_keys_and_shapes(name, schedule):
     assert all(fill.rule(k, e["shape"]) == e["fill"] for k, e in document["keys"].items())
 
 
-@pytest.fixture(scope="module", params=TOLERANCE, ids=str)
+# The whole reference in float64 takes seconds: test_plain_mamba_pruning has one, and it alone in
+# `make test`; there are float64 numbers of every switch below.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(torch.float64, marks=pytest.mark.slow), torch.float32],
+    ids=str,
+)
 def plain_mamba_l1(request):
     """What plain_mamba_l1 computes, by the official names of its tensors."""
     model = filled_model("plain_mamba_l1").to(request.param)

@@ -48,7 +48,13 @@ def test_official_keys_and_shapes(name, schedule):
     assert all(fill.rule(k, e["shape"]) == e["fill"] for k, e in document["keys"].items())
 
 
-@pytest.fixture(scope="module", params=TOLERANCE, ids=str)
+# The whole reference in float64 takes seconds: tests/pruning/test_select.py has one, and it alone
+# in `make test`; there are float64 numbers of every switch below.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(torch.float64, marks=pytest.mark.slow), torch.float32],
+    ids=str,
+)
 def vim_tiny(request):
     """What vim_tiny computes, by the official names of its tensors."""
     model = filled_model("vim_tiny").to(request.param)

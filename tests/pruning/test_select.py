@@ -66,13 +66,15 @@ def test_official_numbers(name, dtype):
     ratio = float(np.max(wanted["keep_ratio"]))
     schedule = PruneSchedule({int(b): ratio for b in wanted["prune_after_block"]}, **options)
     model = filled_model("vim_tiny", schedule=schedule).to(dtype)
-    found = _details(model, images(seed=int(wanted["input_seed"])).to(dtype))
-    assert np.array_equal(found.kept_positions[0].numpy(), wanted[f"kept0{tag}"])
-    logits = wanted[f"logits{tag}"]
+    batch = 2 if dtype == torch.float32 else 1
+    found = _details(model, images(seed=int(wanted["input_seed"]))[:batch].to(dtype))
+    assert np.array_equal(found.kept_positions[0].numpy(), wanted[f"kept0{tag}"][:batch])
+    logits = wanted[f"logits{tag}"][:batch]
     if dtype == torch.float64:
         assert relative_error(found.logits, logits) < EXACT
-        score, factor = wanted[f"score0{tag}"], float(wanted[f"score0{tag}"].max())
-        assert relative_error(found.scores[0] / found.scores[0].max(), score / factor) < EXACT
+        score = wanted[f"score0{tag}"][:batch]
+        got = found.scores[0] / found.scores[0].max()
+        assert relative_error(got, score / float(score.max())) < EXACT
     else:
         assert np.abs(found.logits.numpy() - logits).max() < FLOAT32
 
