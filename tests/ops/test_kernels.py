@@ -245,7 +245,7 @@ def test_create_model_takes_the_choice():
 
 
 def test_export_and_parity_do_not_depend_on_the_choice(tmp_path):
-    model = micro().use_backend("kernel")
+    model = micro("1:0.7", depth=1).use_backend("kernel")
     artifact = vssm.export(model, tmp_path / "out")
     assert model.backend == "kernel"
     assert vssm.check_parity(model, artifact).passed

@@ -184,7 +184,7 @@ def test_without_the_library_the_numbers_are_the_references():
 @pytest.mark.usefixtures("no_library")
 def test_an_export_needs_no_library_and_runs_nothing(tmp_path):
     with vssm.record_backends() as ran:
-        vssm.export(micro(), tmp_path / "out")
+        vssm.export(micro("1:0.7", depth=1), tmp_path / "out")
     assert not ran
 
 
