@@ -66,7 +66,12 @@ def test_pips_compiler_packages_are_found(tmp_path):
         (cuda / name).symlink_to(root / name)
     library = "lib" if (root / "lib/libcudart_static.a").is_file() else "lib64"
     (cuda / "lib").symlink_to(root / library)
-    shutil.copytree(root / "bin", cuda / "bin", symlinks=False)
+    (cuda / "bin").mkdir()
+    for program in (root / "bin").iterdir():
+        (cuda / "bin" / program.name).symlink_to(program)
+    # Looks for the others where it lies itself.
+    (cuda / "bin/nvcc").unlink()
+    shutil.copy(root / "bin/nvcc", cuda / "bin/nvcc")
     python = tmp_path / "python3"
     python.write_text(f"#!/bin/sh\necho {packages}\n")
     python.chmod(0o755)
