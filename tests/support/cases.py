@@ -19,7 +19,7 @@ SCAN_SIZES: list[dict[str, Any]] = [
     {"seqlen": 197, "d_inner": 16, "d_state": 8, "directions": 4, "shared": "u"},
     {"seqlen": 257, "d_inner": 17, "d_state": 1, "directions": 4, "batch": 2},
     {"seqlen": 33, "d_inner": 150, "d_state": 1, "directions": 4, "shared": "u"},
-    {"seqlen": 20, "d_inner": 250, "d_state": 1, "directions": 2},
+    {"seqlen": 20, "d_inner": 250, "d_state": 1, "directions": 2, "gap": "ones"},
     {"seqlen": 257, "d_inner": 16, "d_state": 64, "directions": 2, "shared": "BC", "gap": "large"},
     {"seqlen": 17, "d_inner": 5, "d_state": 256, "directions": 2, "shared": "AB", "batch": 2},
     {

@@ -92,9 +92,10 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
 
-  /// Of two arguments the one that is further from what fits_decay takes.
+  /// Of two spans the one that is further from what fits_decay takes times a negative number: as
+  /// integers without a sign the bits of floats count up from 0 over inf and NaN to the negative.
   static VSSM_INLINE Vec max_bits(Vec a, Vec b) {
-    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+    return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
   }
 
   /// Whether Decay::fast holds for arguments down to this lowest one: all in [-125 octaves, -0].

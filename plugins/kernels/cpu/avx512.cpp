@@ -104,9 +104,10 @@ struct Avx512 {
                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(safe, 16)));
   }
 
-  /// Of two arguments the one that is further from what fits_decay takes.
+  /// Of two spans the one that is further from what fits_decay takes times a negative number: as
+  /// integers without a sign the bits of floats count up from 0 over inf and NaN to the negative.
   static VSSM_INLINE Vec max_bits(Vec a, Vec b) {
-    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
   }
 
   /// Whether Decay::fast holds for arguments down to this lowest one: all in [-125 octaves, -0].

@@ -51,10 +51,11 @@ struct Baseline {
   static VSSM_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm_max_ps((__m128)a, (__m128)b); }
   static VSSM_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm_min_ps((__m128)a, (__m128)b); }
   static VSSM_INLINE bool all(Int4 mask) { return _mm_movemask_ps((__m128)mask) == 15; }
-  /// Of two arguments the one that is further from what fits_decay takes. SSE2 compares 16 bits at
-  /// once: the upper ones decide, so -125.25 may pass for the limit; the fast exp2 takes that, too.
+  /// Of two spans the one that is further from what fits_decay takes times a negative number: as
+  /// integers without a sign the bits of floats count up from 0 over inf and NaN to the negative.
+  /// SSE2 compares bytes: the result may be up to four times further than either.
   static VSSM_INLINE Vec max_bits(Vec a, Vec b) {
-    return (Vec)_mm_max_epi16((__m128i)a, (__m128i)b);
+    return (Vec)_mm_max_epu8((__m128i)a, (__m128i)b);
   }
 #else
   // NEON's own maximum of floats returns a NaN of either operand, so it takes two instructions.
@@ -62,11 +63,11 @@ struct Baseline {
   static VSSM_INLINE Vec min(Vec a, Vec b) { return choose(a < b, a, b); }
 #if defined(__aarch64__)
   static VSSM_INLINE Vec max_bits(Vec a, Vec b) {
-    return (Vec)vmaxq_s32((int32x4_t)a, (int32x4_t)b);
+    return (Vec)vmaxq_u32((uint32x4_t)a, (uint32x4_t)b);
   }
   static VSSM_INLINE bool all(Int4 mask) { return vminvq_u32((uint32x4_t)mask) != 0; }
 #else
-  static VSSM_INLINE Vec max_bits(Vec a, Vec b) { return choose((Int4)a > (Int4)b, a, b); }
+  static VSSM_INLINE Vec max_bits(Vec a, Vec b) { return choose((Uint4)a > (Uint4)b, a, b); }
   static VSSM_INLINE bool all(Int4 mask) { return (mask[0] & mask[1] & mask[2] & mask[3]) != 0; }
 #endif
 #endif

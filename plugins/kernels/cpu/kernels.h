@@ -43,6 +43,7 @@ struct ScanPlan {
   const void* z;                     // or null
   const float* delta0;               // or null
   bool delta_softplus, params_by_step;
+  bool every_place;  // whether each step stands for its own place alone: gaps of 1
   float scale;
   float* sums;  // (batch, seqlen, d_inner): y itself when it is float32; unused for one direction
   void* y;

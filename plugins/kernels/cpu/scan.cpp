@@ -49,6 +49,19 @@ void widen_image(void* argument, size_t index) {
   job.kernels->widen(job.half_C + image * c, job.plan.dtype, job.C + image * c, c);
 }
 
+/// Whether every gap is 1, but that of a first step, which has no effect; and there is no delta0,
+/// which times 0 may be NaN.
+bool every_place(const SelectiveScanArgs& args, const SelectiveScanShape& shape) {
+  const auto* gap = static_cast<const int32_t*>(args.gap.data);
+  const int64_t rows = args.gap.dims[0] * shape.directions;
+  int32_t others = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int32_t* own = gap + row * shape.seqlen;
+    for (int64_t t = 1; t < shape.seqlen; ++t) others |= own[t] ^ 1;
+  }
+  return others == 0 && !args.constant_gap;
+}
+
 }  // namespace
 
 ScanPlan plan_from(const SelectiveScanArgs& args, const SelectiveScanShape& shape) {
@@ -90,6 +103,7 @@ ScanPlan plan_from(const SelectiveScanArgs& args, const SelectiveScanShape& shap
   plan.delta0 = args.constant_gap ? static_cast<const float*>(args.delta0.data) : nullptr;
   plan.delta_softplus = args.delta_softplus != 0;
   plan.params_by_step = args.params_by_step != 0;
+  plan.every_place = every_place(args, shape);
   plan.scale = args.scale;
   plan.sums = static_cast<float*>(args.y);
   plan.y = args.y;

@@ -115,7 +115,7 @@ class BackwardBlock {
     const typename FunctionsOf<Isa>::Type functions;
     const ScanPlan& scan = scan_;
     const Vec one = Isa::set1(1.0F);
-    Vec worst = Isa::set1(-0.0F);
+    Row worst = L::splat(0.0F);
     for (int64_t i = 0; i < count; ++i) {
       Step& step = steps_[i];
       const int64_t t = first + i;
@@ -132,7 +132,7 @@ class BackwardBlock {
         const Vec gap = Isa::set1(step.gap);
         step.dt.v[v] = dt;
         step.span.v[v] = scan.delta0 != nullptr ? Isa::fma(gap - one, delta0_.v[v], dt) : dt * gap;
-        worst = Isa::max_bits(worst, step.span.v[v] * tile_.lowest.v[v]);
+        worst.v[v] = Isa::max_bits(worst.v[v], step.span.v[v]);
         if constexpr (kGradients)
           step.slope.v[v] = kSoftplus ? Sigmoid<Isa>::value(functions, x) : one;
       }
@@ -145,7 +145,7 @@ class BackwardBlock {
           step.g.v[v] = step.g.v[v] * Sigmoid<Isa>::silu(functions, z.v[v]);
       }
     }
-    return Isa::fits_decay(worst);
+    return tile_.fits(worst);
   }
 
   /// The rows of a later step lie a row of tokens apart, which no hardware prefetcher follows.

@@ -19,6 +19,13 @@ struct Tile {
 
   VSSM_INLINE const float* row(int64_t n) const { return rows + n * kChannels; }
 
+  /// Whether Decay::fast holds for this span and what max_bits puts before it, of each channel.
+  VSSM_INLINE bool fits(const typename Lanes<Isa>::Row& span) const {
+    bool fast = true;
+    for (int v = 0; v < Lanes<Isa>::kVectors; ++v) fast &= Isa::fits_decay(span.v[v] * lowest.v[v]);
+    return fast;
+  }
+
   /// From A (channels, decays): as many decays as states, or one for all of them. Channels that do
   /// not exist decay to 1.
   VSSM_INLINE void fill(const float* A, int64_t decays, int64_t states, int64_t width) {
@@ -120,9 +127,10 @@ class DirectionScan {
 
   /// The steps from t on, kSteps at most; `h` are the states before and after.
   VSSM_INLINE void advance_block(const typename Isa::Decay& decay, int64_t t, Row* h) {
-    Step steps[kSteps];
     const int64_t rest = plan_.seqlen - t;
     const int64_t count = rest < kSteps ? rest : kSteps;
+    if constexpr (kStates == 1) return advance_one(t, count, h);
+    Step steps[kSteps];
     if constexpr (kOneDecay) {
       alignas(64) float deltas[kSteps] = {};
       if (uniform_ && gather(t, count, deltas)) {
@@ -139,10 +147,6 @@ class DirectionScan {
     } else {
       const bool fast =
           plan_.delta_softplus ? prepare<true>(t, count, steps) : prepare<false>(t, count, steps);
-      if constexpr (kStates == 1) {
-        return fast ? advance_one<true>(decay, t, count, steps, h)
-                    : advance_one<false>(decay, t, count, steps, h);
-      }
       for (int64_t i = 0; i < count; ++i) {
         prefetch(t + kSteps + i);
         finish(order_[t + i], steps[i], recur(decay, fast, h, steps[i]));
@@ -155,6 +159,10 @@ class DirectionScan {
   // steps hides it. Vim-T layer, Zen 5: step by step 0.38 ms, blocks of 32 0.26 ms; later, with the
   // rest improved, blocks of 4, 8, 16 and 32: 0.236, 0.226, 0.224, 0.227 ms.
   static constexpr int64_t kSteps = 16;
+  // How far ahead advance_one() calls for rows of delta, no nearer than the second-level cache. The
+  // same scan of VMamba with them in the first: as long; past both, as data used once: 2.4 times as
+  // long; u and the sums, which are there since the direction before, called for as well: 1.07.
+  static constexpr int64_t kAhead = 2 * kSteps;
 
  private:
   using Element = typename ElementOf<kType>::Type;
@@ -185,26 +193,31 @@ class DirectionScan {
     const bool constant = plan_.delta0 != nullptr;
     const Element* z = last_ ? z_ : nullptr;
     const int64_t z_stride = plan_.d_inner;
-    const Row bias = bias_, skip = skip_, delta0 = delta0_, lowest = tile_.lowest;
+    const bool every_place = plan_.every_place;
+    const Row bias = bias_, skip = skip_, delta0 = delta0_;
     const typename Isa::Part part = part_;
-    auto worst = Isa::set1(-0.0F);
+    Row worst = L::splat(0.0F);
     for (int64_t i = 0; i < count; ++i) {
       Step& step = steps[i];
       const int64_t q = order[i];
       const int64_t s = by_step ? t + i : q;
       const Row x = L::template load_part<kType>(u + q * u_stride, part);
       Row dt = L::template load_part<kType>(delta + s * delta_stride, part);
-      const auto places = Isa::set1(static_cast<float>(t + i == 0 ? 1 : gap[i]));
       for (int v = 0; v < kVectors; ++v) {
         dt.v[v] = dt.v[v] + bias.v[v];
         if constexpr (kSoftplus) dt.v[v] = functions.softplus(dt.v[v]);
-        const auto span =
-            constant ? Isa::fma(places - Isa::set1(1.0F), delta0.v[v], dt.v[v]) : dt.v[v] * places;
-        step.span.v[v] = span;
         step.inject.v[v] = dt.v[v] * x.v[v];
         step.y.v[v] = skip.v[v] * x.v[v];
-        worst = Isa::max_bits(worst, span * lowest.v[v]);
       }
+      if (!every_place) {
+        const auto places = Isa::set1(static_cast<float>(t + i == 0 ? 1 : gap[i]));
+        for (int v = 0; v < kVectors; ++v) {
+          dt.v[v] = constant ? Isa::fma(places - Isa::set1(1.0F), delta0.v[v], dt.v[v])
+                             : dt.v[v] * places;
+        }
+      }
+      for (int v = 0; v < kVectors; ++v) worst.v[v] = Isa::max_bits(worst.v[v], dt.v[v]);
+      step.span = dt;
       if (z != nullptr) {
         const Row gate = L::template load_part<kType>(z + q * z_stride, part);
         for (int v = 0; v < kVectors; ++v)
@@ -212,7 +225,7 @@ class DirectionScan {
       }
       step.params = s;
     }
-    return Isa::fits_decay(worst);
+    return tile_.fits(worst);
   }
 
   /// The rows of a step of the next block: they lie a row of tokens apart, which no hardware
@@ -405,71 +418,149 @@ class DirectionScan {
     }
   }
 
-  /// All of some steps with one state: recur() and finish() of each, but what they read of this
-  /// object is read once, and the state stays in a register. Of the rows, which prefetch() would
-  /// bring to the first level, only those of delta are called, and no further than to the second:
-  /// u and the sums are there since the direction before, and with more than that on their way the
-  /// prefetches themselves waited. VMamba (L 3136, D 96, K 4) on a Xeon (Sapphire Rapids), least of
-  /// 400 runs: AVX-512 1.47 ms by recur() and prefetch(), 1.69 without any, 1.32 so; AVX2 2.1, 2.6,
-  /// 2.0.
-  template <bool kFast>
-  VSSM_INLINE void advance_one(const typename Isa::Decay& decay, int64_t t, int64_t count,
-                               const Step* steps, Row* h) const {
+  /// All of some steps with one state. There is so little to compute that what is kept for a later
+  /// loop counts: only step sizes are. VMamba (L 3136, D 96, K 4) on a Xeon (Sapphire Rapids),
+  /// least of 150 runs in turns: AVX-512 1.23 ms with all that prepare() keeps, 1.14 so.
+  VSSM_INLINE void advance_one(int64_t t, int64_t count, Row* h) const {
+    OneStep one;
+    const bool fast =
+        plan_.delta_softplus ? measure<true>(t, count, &one) : measure<false>(t, count, &one);
+    one.keep = last_ && (z_ != nullptr || kType != DType::kFloat32);
+    if (first_) {
+      fast ? advance_one<true, true>(t, count, &one, h)
+           : advance_one<false, true>(t, count, &one, h);
+    } else {
+      fast ? advance_one<true, false>(t, count, &one, h)
+           : advance_one<false, false>(t, count, &one, h);
+    }
+    if (one.keep) finish_one(t, count, one);
+  }
+
+  struct OneStep {
+    Row dt[kSteps], longer[kSteps], y[kSteps];
+    const Row* span;         // dt, where every step stands for its own place alone
+    int64_t params[kSteps];  // the tokens whose B and C count
+    bool keep;               // the results, in y, rather than add them to the sums
+  };
+
+  /// Step sizes and spans of `count` steps; whether Decay::fast holds for all of them.
+  template <bool kSoftplus>
+  VSSM_NOINLINE bool measure(int64_t t, int64_t count, OneStep* one) const {
+    const typename FunctionsOf<Isa>::Type functions;
+    const Element* delta = delta_;
+    const int64_t stride = delta_stride_, ahead = plan_.seqlen - t - kAhead;
+    const int32_t* order = order_ + t;
+    const bool by_step = plan_.params_by_step;
+    const Row bias = bias_;
+    const typename Isa::Part part = part_;
+    Row worst = L::splat(0.0F);
+    for (int64_t i = 0; i < count; ++i) {
+      if (i < ahead) {
+        const int64_t s = by_step ? t + i + kAhead : order[i + kAhead];
+        __builtin_prefetch(delta + s * stride, 0, 2);
+      }
+      const int64_t s = by_step ? t + i : order[i];
+      Row dt = L::template load_part<kType>(delta + s * stride, part);
+      for (int v = 0; v < kVectors; ++v) {
+        dt.v[v] = dt.v[v] + bias.v[v];
+        if constexpr (kSoftplus) dt.v[v] = functions.softplus(dt.v[v]);
+        worst.v[v] = Isa::max_bits(worst.v[v], dt.v[v]);
+      }
+      one->dt[i] = dt;
+      one->params[i] = s;
+    }
+    one->span = one->dt;
+    if (!plan_.every_place) worst = lengthen(t, count, one);
+    return tile_.fits(worst);
+  }
+
+  /// The spans of steps that stand for several places, and the one furthest from what fits_decay
+  /// takes.
+  VSSM_NOINLINE Row lengthen(int64_t t, int64_t count, OneStep* one) const {
+    const bool constant = plan_.delta0 != nullptr;
+    Row worst = L::splat(0.0F);
+    for (int64_t i = 0; i < count; ++i) {
+      const auto places = Isa::set1(static_cast<float>(t + i == 0 ? 1 : gap_[t + i]));
+      for (int v = 0; v < kVectors; ++v) {
+        const auto dt = one->dt[i].v[v];
+        const auto span =
+            constant ? Isa::fma(places - Isa::set1(1.0F), delta0_.v[v], dt) : dt * places;
+        one->longer[i].v[v] = span;
+        worst.v[v] = Isa::max_bits(worst.v[v], span);
+      }
+    }
+    one->span = one->longer;
+    return worst;
+  }
+
+  /// Adds to the sums, or keeps the results for finish_one(). Not inlined: among much else in
+  /// registers the compiler moves addresses from and to vector registers in each step.
+  template <bool kFast, bool kFirst>
+  VSSM_NOINLINE void advance_one(int64_t t, int64_t count, OneStep* one, Row* h) const {
+    const typename Isa::Decay decay;
     const int32_t* order = order_ + t;
     const int64_t B_stride = plan_.B_steps.token, C_stride = plan_.C_steps.token;
-    const int64_t y_stride = plan_.d_inner, delta_stride = delta_stride_, seqlen = plan_.seqlen;
-    const bool by_step = plan_.params_by_step;
-    const Element* delta = delta_;
+    const int64_t y_stride = plan_.d_inner, u_stride = u_stride_;
+    const Element* u = u_;
     const float *B = B_, *C = C_;
     float* sums = sums_;
-    Element* result = y_;
-    const bool first = first_, last = last_, gated = z_ != nullptr;
+    const Row *spans = one->span, skip = skip_;
     const float octave = tile_.octave;
     const auto scale = Isa::set1(plan_.scale);
     const typename Isa::Part part = part_;
     const Row a = L::load(tile_.row(0));
-    constexpr int64_t kAhead = 2 * kSteps;
     Row state = *h;
     for (int64_t i = 0; i < count; ++i) {
-      const Step& step = steps[i];
-      if (t + i + kAhead < seqlen) {
-        const int64_t s = by_step ? t + i + kAhead : order[i + kAhead];
-        __builtin_prefetch(delta + s * delta_stride, 0, 2);
-      }
-      const int64_t offset = order[i] * y_stride;
-      const auto b = Isa::set1(B[step.params * B_stride]);
-      const auto c = Isa::set1(C[step.params * C_stride]);
+      const int64_t q = order[i], s = one->params[i];
+      const Row x = L::template load_part<kType>(u + q * u_stride, part);
+      const auto b = Isa::set1(B[s * B_stride]);
+      const auto c = Isa::set1(C[s * C_stride]);
       Row y;
       for (int v = 0; v < kVectors; ++v) {
-        const auto d = kFast ? decay.fast(step.span.v[v], a.v[v])
-                             : Isa::Decay::any(step.span.v[v], a.v[v], octave);
-        state.v[v] = Isa::fma(d, state.v[v], step.inject.v[v] * b);
-        y.v[v] = Isa::fma(c, state.v[v], step.y.v[v]) * scale;
+        const auto d = kFast ? decay.fast(spans[i].v[v], a.v[v])
+                             : Isa::Decay::any(spans[i].v[v], a.v[v], octave);
+        state.v[v] = Isa::fma(d, state.v[v], one->dt[i].v[v] * x.v[v] * b);
+        y.v[v] = Isa::fma(c, state.v[v], skip.v[v] * x.v[v]);
       }
-      if (!first) {
-        const Row before = L::template load_part<DType::kFloat32>(sums + offset, part);
-        for (int v = 0; v < kVectors; ++v) y.v[v] = y.v[v] + before.v[v];
+      float* sum = sums + q * y_stride;
+      if constexpr (kFirst) {
+        for (int v = 0; v < kVectors; ++v) y.v[v] = y.v[v] * scale;
+      } else {
+        const Row before = L::template load_part<DType::kFloat32>(sum, part);
+        for (int v = 0; v < kVectors; ++v) y.v[v] = Isa::fma(y.v[v], scale, before.v[v]);
       }
-      if (!last) {
-        L::template store_part<DType::kFloat32>(sums + offset, part, y);
-        continue;
+      if (one->keep) {
+        one->y[i] = y;
+      } else {
+        L::template store_part<DType::kFloat32>(sum, part, y);
       }
-      if (gated) {
-        for (int v = 0; v < kVectors; ++v) y.v[v] = y.v[v] * step.gate.v[v];
-      }
-      L::template store_part<kType>(result + offset, part, y);
     }
     *h = state;
+  }
+
+  /// Gates the results and stores them in the type of y.
+  VSSM_NOINLINE void finish_one(int64_t t, int64_t count, const OneStep& one) const {
+    const typename FunctionsOf<Isa>::Type functions;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t offset = order_[t + i] * plan_.d_inner;
+      Row y = one.y[i];
+      if (z_ != nullptr) {
+        const Row z = L::template load_part<kType>(z_ + offset, part_);
+        for (int v = 0; v < kVectors; ++v) y.v[v] = y.v[v] * Sigmoid<Isa>::silu(functions, z.v[v]);
+      }
+      L::template store_part<kType>(y_ + offset, part_, y);
+    }
   }
 
   /// The first direction writes, the others add, the last one gates and stores in the type of y.
   VSSM_INLINE void finish(int64_t q, const Step& step, Row y) const {
     const int64_t offset = q * plan_.d_inner;
     const auto scale = Isa::set1(plan_.scale);
-    for (int v = 0; v < kVectors; ++v) y.v[v] = y.v[v] * scale;
-    if (!first_) {
+    if (first_) {
+      for (int v = 0; v < kVectors; ++v) y.v[v] = y.v[v] * scale;
+    } else {
       const Row before = L::template load_part<DType::kFloat32>(sums_ + offset, part_);
-      for (int v = 0; v < kVectors; ++v) y.v[v] = y.v[v] + before.v[v];
+      for (int v = 0; v < kVectors; ++v) y.v[v] = Isa::fma(y.v[v], scale, before.v[v]);
     }
     if (!last_) return L::template store_part<DType::kFloat32>(sums_ + offset, part_, y);
     if (z_ != nullptr) {

@@ -162,14 +162,12 @@ class SharedScan {
   VSSM_INLINE void group(int64_t t, int32_t gap, const Row& dt, const int* members, int size) {
     const auto places = Isa::set1(static_cast<float>(gap));
     Row span;
-    bool fast = true;
     for (int v = 0; v < kVectors; ++v) {
       span.v[v] = plan_.delta0 == nullptr
                       ? dt.v[v] * places
                       : Isa::fma(places - Isa::set1(1.0F), delta0_.v[v], dt.v[v]);
-      fast &= Isa::fits_decay(span.v[v] * tile_.lowest.v[v]);
     }
-    if (!fast) {
+    if (!tile_.fits(span)) {
       for (int i = 0; i < size; ++i) advance<false, 1>(t, span, dt, members + i);
     } else if (size == 4) {
       advance<true, 4>(t, span, dt, members);
