@@ -72,7 +72,73 @@ def _apart(y: Tensor) -> Tensor:
     return first.sigmoid() * y[:, 0] + others[0].flip(-1).sum() + third.tanh()
 
 
+def _turned(x: Tensor) -> Tensor:
+    """Quarter turns of the map, and the same from the end."""
+    once = x.rot90(1, dims=(2, 3)).reshape(*x.shape[:2], -1)
+    back = x.rot90(-1, dims=(2, 3)).swapaxes(2, 3).reshape(*x.shape[:2], -1)
+    return torch.stack([once, once.flip(-1), back, back.flip(-1)], dim=1)
+
+
+def _turned_back(y: Tensor) -> Tensor:
+    def out(t: Tensor, turned: bool) -> Tensor:
+        t = t.reshape(*t.shape[:2], HEIGHT, WIDTH) if turned else t.view(*t.shape[:2], WIDTH, -1)
+        return (t.swapaxes(2, 3) if turned else t).rot90(1 if turned else 3, dims=(2, 3)).flatten(2)
+
+    first, *others = (y[:, k] if k % 2 == 0 else y[:, k].flip(-1) for k in range(4))
+    return out(first, False) + out(others[0], False) + out(others[1], True) + out(others[2], True)
+
+
+def _slanted(x: Tensor) -> Tensor:
+    """The entries of a gathered row of the map, which moves by one with every row."""
+    index = (torch.arange(WIDTH) + torch.arange(HEIGHT)[:, None]) % WIDTH
+    return index[None, None].expand(*x.shape[:2], -1, -1)
+
+
+class _Tables(nn.Module):
+    """Walks that are kept as integers that learn nothing, and diagonals made on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        order = torch.randperm(HEIGHT * WIDTH, generator=torch.Generator().manual_seed(0))
+        self.order = nn.Parameter(order, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(2)
+        # Token t goes to step order[t].
+        sent = torch.zeros_like(rows).scatter_(2, self.order.expand(rows.shape), rows)
+        slanted = x.gather(3, _slanted(x)).transpose(-1, -2).reshape(rows.shape)
+        return torch.stack([sent, sent.flip(-1), slanted, slanted.flip(-1)], dim=1)
+
+    def back(self, y: Tensor) -> Tensor:
+        ahead = [y[:, 0], y[:, 1].flip(-1)]
+        found = sum(t.gather(2, self.order.expand(t.shape)) for t in ahead)
+        for t in (y[:, 2], y[:, 3].flip(-1)):
+            upright = t.reshape(*t.shape[:2], WIDTH, HEIGHT).transpose(-1, -2)
+            found = found + torch.zeros_like(upright).scatter_(
+                3, _slanted(upright), upright
+            ).flatten(2)
+        return found
+
+
+def _placed(x: Tensor) -> Tensor:
+    """Every second token first, by an assignment at indices."""
+    steps = torch.arange(HEIGHT * WIDTH).view(-1, 2).t().flatten()
+    rows = x.flatten(2)
+    placed = rows.new_empty(rows.shape)
+    placed[:, :, steps] = rows
+    return torch.stack([placed, placed.flip(-1), rows, rows.flip(-1)], dim=1)
+
+
+def _picked(y: Tensor) -> Tensor:
+    steps = torch.arange(HEIGHT * WIDTH).view(-1, 2).t().flatten()
+    return (y[:, 0] + y[:, 1].flip(-1))[..., steps] + y[:, 2] + y[:, 3].flip(-1)
+
+
+_TABLES = _Tables()
 STYLES = {
+    "turned": (_turned, _turned_back),
+    "tables": (_TABLES, _TABLES.back),
+    "placed": (_placed, _picked),
     "stacked": (_stacked, _unstacked),
     "written": (_written, _added_in_pairs),
     "windows": (_windows, _from_windows),

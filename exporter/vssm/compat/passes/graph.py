@@ -122,19 +122,23 @@ class Rewriter:
         return None if any(value is None for value in found) else found  # type: ignore[return-value]
 
     # The depth is a bound on time: operands that nodes share are computed again for each of them.
-    def constant(self, node: Any, probe: Mapping[Any, int], depth: int = 12) -> Tensor | None:
-        """The value of a small node that depends on no input and no weight, at one probe."""
+    def constant(
+        self, node: Any, probe: Mapping[Any, int], depth: int = 12, largest: int = _SMALL
+    ) -> Tensor | None:
+        """The value of a node of few elements that no input and no weight decides, at one probe."""
         if not isinstance(node, Node) or not is_tensor(node) or depth == 0:
             return None
         sizes = [number(n, probe) for n in node.meta["val"].shape]
-        if any(n is None for n in sizes) or math.prod(sizes) > _SMALL:  # type: ignore[arg-type]
+        if any(n is None for n in sizes) or math.prod(sizes) > largest:  # type: ignore[arg-type]
             return None
         if node.op == "placeholder":
             return self._lifted(node.name)
         if node.op != "call_function" or node.target in SCANS:
             return None
         values: dict[Node, Any] = {
-            n: number(n.meta["val"], probe) if is_size(n) else self.constant(n, probe, depth - 1)
+            n: number(n.meta["val"], probe)
+            if is_size(n)
+            else self.constant(n, probe, depth - 1, largest)
             for n in node.all_input_nodes
         }
         if any(value is None for value in values.values()):
@@ -148,10 +152,13 @@ class Rewriter:
         signature = self.program.graph_signature
         key = signature.inputs_to_lifted_tensor_constants.get(name)
         key = key or signature.inputs_to_buffers.get(name)
-        if key is None:
+        place = key or signature.inputs_to_parameters.get(name)
+        if place is None:
             return None
-        value = self.program.constants.get(key, self.program.state_dict.get(key))
-        return value if isinstance(value, Tensor) else None
+        value = self.program.constants.get(place, self.program.state_dict.get(place))
+        # Tables are kept as parameters too, which learn nothing: integers are no weights.
+        is_weight = key is None and isinstance(value, Tensor) and value.is_floating_point()
+        return value if isinstance(value, Tensor) and not is_weight else None
 
 
 def without_mutation(program: ExportedProgram) -> ExportedProgram:

@@ -88,7 +88,9 @@ def _is_full(node: Node, source: Node) -> bool:
 def one_form(r: Rewriter) -> None:
     """Write transpose and t as permute, chunk and split as split_with_sizes, view as reshape."""
     for node in list(r.graph.nodes):
-        if is_call(node, ATEN.transpose.int, ATEN.t.default, ATEN.numpy_T.default):
+        if is_call(node, ATEN.rot90.default):
+            r.replace(node, _turned(r, node))
+        elif is_call(node, ATEN.transpose.int, ATEN.t.default, ATEN.numpy_T.default):
             source: Any = node.args[0]
             order = list(range(rank(source)))
             swapped: Any = node.args[1:]
@@ -114,6 +116,20 @@ def one_form(r: Rewriter) -> None:
                     new = r.graph.call_function(target, (source, sizes, dim))
                 new.meta = dict(node.meta)
                 r.replace(node, new)
+
+
+def _turned(r: Rewriter, node: Node) -> Node:
+    """A quarter turn, or several, as a flip of an axis and an exchange of two."""
+    source: Any = node.args[0]
+    pair: Any = argument(node, 2, "dims", [0, 1])
+    a, b = (axis(source, d) for d in pair)
+    turns = argument(node, 1, "k", 1) % 4
+    flips = ([], [b], [a, b], [a])[turns]
+    found = r.emit(node, ATEN.flip.default, source, flips) if flips else source
+    order = list(range(rank(source)))
+    if turns % 2:
+        order[a], order[b] = b, a
+    return r.emit(node, ATEN.permute.default, found, order) if turns % 2 else found
 
 
 def _inferred(node: Node) -> list[Any]:

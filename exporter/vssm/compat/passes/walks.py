@@ -23,6 +23,7 @@ from vssm.compat.passes.graph import (
     ATEN,
     SCANS,
     Rewriter,
+    argument,
     is_call,
     is_size,
     is_tensor,
@@ -58,6 +59,13 @@ _MOVES: Final = frozenset(
         ATEN.detach.default,
         ATEN.split_with_sizes.default,
         ATEN.unbind.int,
+        ATEN.unfold.default,
+        ATEN.movedim.int,
+        ATEN.movedim.intlist,
+        ATEN.swapaxes.default,
+        ATEN.pixel_shuffle.default,
+        ATEN.pixel_unshuffle.default,
+        ATEN.gather.default,
         operator.getitem,
     }
 )
@@ -68,9 +76,24 @@ _WRITES: Final = frozenset(
         ATEN.slice_scatter.default,
         ATEN.select_scatter.default,
         ATEN.copy.default,
+        ATEN.scatter.src,
+        ATEN.index_put.default,
     }
 )
-_EMPTY: Final = frozenset({ATEN.new_empty.default, ATEN.empty.memory_format})
+_BY_TABLE: Final = frozenset({ATEN.index.Tensor, ATEN.index_select.default, ATEN.gather.default})
+# The written values' place among the operands, where it is not the second one.
+_VALUES: Final[dict[Any, int]] = {ATEN.scatter.src: 3, ATEN.index_put.default: 2}
+# What stays of these in a result is no place of a map: zeros, too, are only there to be written to.
+_EMPTY: Final = frozenset(
+    {
+        ATEN.new_empty.default,
+        ATEN.empty.memory_format,
+        ATEN.empty_like.default,
+        ATEN.new_zeros.default,
+        ATEN.zeros.default,
+        ATEN.zeros_like.default,
+    }
+)
 # The batch is counted as this while places are: two images show what belongs to which.
 _BATCH: Final = 2
 _NOWHERE: Final = -1
@@ -181,7 +204,11 @@ class Places:
         known = _MOVES | _JOINS | _WRITES | _EMPTY
         if node in self._sums:
             return False
-        if node.target not in known:
+        if node.target not in known or _adds_up(node):
+            return True
+        # By a table that the input decides: what it reads is a value of its own.
+        tables = (n for n in node.all_input_nodes[1:] if node.target in _BY_TABLE and is_tensor(n))
+        if any(_table(self._r, n, self.probe) is None for n in tables):
             return True
         # A view of a product, whose own axes may be folded: the view's axes are the plain ones.
         return self._unfolded and node.target in _VIEWS and not self._moves(node.args[0])
@@ -213,13 +240,15 @@ class Places:
         ]
 
     def _written(self, node: Node) -> list[Tensor]:
-        into, values = self.of(node.args[0]), self.of(node.args[1])  # type: ignore[arg-type]
+        at = _VALUES.get(node.target, 1)
+        into, values = self.of(node.args[0]), self.of(node.args[at])  # type: ignore[arg-type]
         terms = max(len(into), len(values))
         into = [*into, *[torch.full_like(into[0], _NOWHERE)] * (terms - len(into))]
         values = [*values, *[torch.full_like(values[0], _NOWHERE)] * (terms - len(values))]
         target: Any = node.target
-        rest, named = self._numbers(node.args[2:]), self._numbers(node.kwargs)
-        return [target(a, b, *rest, **named) for a, b in zip(into, values, strict=True)]
+        before, behind = self._numbers((node.args[1:at], node.args[at + 1 :]))
+        named = self._numbers(node.kwargs)
+        return [target(a, *before, b, *behind, **named) for a, b in zip(into, values, strict=True)]
 
     def _summed(self, node: Node) -> list[Tensor]:
         if is_call(node, ATEN.add.Tensor):
@@ -234,12 +263,19 @@ class Places:
             found = node.meta.get("val")
             if isinstance(found, torch.SymInt | int):
                 return _number(found, self.probe)
-            table = self._r.constant(node, self.probe)
+            table = _table(self._r, node, self.probe)
             if table is None:
                 raise _UnknownError("a walk depends on the input")
             return table
 
         return torch.fx.map_arg(value, number)
+
+
+def _table(r: Rewriter, node: Node, probe: Mapping[Any, int]) -> Tensor | None:
+    """The value of a table, one that is repeated for every image included."""
+    sizes = node.meta["val"].shape if is_tensor(node) else ()
+    open_ones = {s for n in sizes if not isinstance(n, int) for s in n.node.expr.free_symbols}
+    return r.constant(node, {**dict.fromkeys(open_ones, _BATCH), **probe}, largest=_LARGEST)
 
 
 def _number(size: Any, probe: Mapping[Any, int]) -> int:
@@ -415,7 +451,7 @@ def follow_walks(r: Rewriter) -> None:
     left: set[Node] = set()
     for node in made:
         # Only what leaves: what it is made of goes with it.
-        if any(user not in made for user in node.users):
+        if any(user not in made and not _asks_for_size(user) for user in node.users):
             try:
                 returns.append(_return_of(back, node))
             except _UnknownError as why:
@@ -441,12 +477,17 @@ def _made_of(r: Rewriter, scans: list[Node]) -> dict[Node, None]:
         tensors = [n for n in node.all_input_nodes if "val" in n.meta and not is_size(n)]
         from_scans = [n for n in tensors if n in inside]
         others = [n for n in tensors if n not in inside]
-        moves = node.target in _MOVES | _JOINS | _WRITES or _is_sum(node)
+        moves = node.target in _MOVES | _JOINS | _WRITES and not _adds_up(node)
+        moves = moves or _is_sum(node)
         # A table, or the empty tensor that results are written into, is no other value.
         if from_scans and moves and all(_is_aside(r, node, n) for n in others):
             made[node] = None
             inside.add(node)
     return made
+
+
+def _asks_for_size(node: Node) -> bool:
+    return is_size(node) or node.target in _EMPTY
 
 
 def _is_sum(node: Node) -> bool:
@@ -458,10 +499,15 @@ def _is_sum(node: Node) -> bool:
     return False
 
 
+def _adds_up(node: Node) -> bool:
+    """Whether values are added to what is there, instead of written over it."""
+    return is_call(node, ATEN.index_put.default) and bool(argument(node, 3, "accumulate", False))
+
+
 def _is_aside(r: Rewriter, user: Node, node: Node) -> bool:
     if user.target in _WRITES and node is user.args[0]:
         return node.target in _EMPTY or _is_aside_chain(node)
-    return r.constants(node) is not None
+    return all(_table(r, node, probe) is not None for probe in r.probes)
 
 
 def _is_aside_chain(node: Node) -> bool:
