@@ -212,6 +212,39 @@ def test_scans_imported_before_are_put_back(
 def test_replace_and_its_end() -> None:
     class Own:
         def scan(self) -> int:
+def test_walks_under_a_known_name_are_ours_only_if_they_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = """
+import torch
+
+class CrossScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        rows, columns = x.flatten(2), x.transpose(2, 3).flatten(2)
+        xs = torch.stack([rows, columns], 1)
+        return torch.cat([xs, {}], 1)
+
+class CrossMerge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ys):
+        return ys[:, :8].reshape(2, -1) * ys[:, 7].sum()
+"""
+    (tmp_path / "four_walks.py").write_text(text.format("xs.flip(-1)"))
+    (tmp_path / "other_walks.py").write_text(text.format("xs.roll(1, -1)"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with upstream() as report:
+        import four_walks
+        import other_walks
+    assert "four_walks.CrossScan.apply" in report.patched
+    assert not [name for name in report.patched if name.startswith("other_walks")]
+    for note in ("other_walks.CrossScan", "four_walks.CrossMerge"):
+        assert f"{note}.apply walks otherwise than VMamba's: left as it is" in report.notes
+    x = torch.arange(6.0).view(1, 1, 2, 3)
+    assert four_walks.CrossScan.apply(x)[0, 2, 0].tolist() == [5, 4, 3, 2, 1, 0]
+    assert other_walks.CrossScan.apply(x)[0, 2, 0].tolist() == [5, 0, 1, 2, 3, 4]
+
+
             return 1
 
     with upstream() as report:

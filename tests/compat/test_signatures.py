@@ -18,6 +18,7 @@ from vssm.compat import upstream
 from vssm.compat.packages import scan
 from vssm.compat.packages.signatures import Signature
 from vssm.errors import UnsupportedError
+from vssm.ops.record import record_backends
 
 REFERENCE = """
 import torch
@@ -49,6 +50,11 @@ class States(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, delta, A, B, D=None, delta_bias=None, delta_softplus=False, lag=0):
         return kernel.fwd(u, delta, A, B, D, delta_bias, delta_softplus, 1, True)[0]
+
+class Fake(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False, nrows=1):
+        return u
 
 class Other(torch.autograd.Function):
     @staticmethod
@@ -126,6 +132,7 @@ def test_wrappers_of_compiled_kernels_are_known_by_their_parameters(
         module = load("kernels", KERNELS)
     patched = [name.partition(".")[2] for name in report.patched if name.startswith("kernels")]
     assert patched == ["Nrows.apply", "States.apply"]
+    assert "kernels.Fake takes the operands of a scan and computes something else" in str(report)
     o = _operands(groups=2)
     positional = [o[n] for n in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
     want = scan.selective_scan_fn(**o)
@@ -174,6 +181,64 @@ def test_method_proves_itself_in_its_first_call() -> None:
     place = f"{__name__}._Own"
     assert f"{place}.scan computes our scan" in report.notes
     assert f"{place}.scan_wrong does not compute a scan: left as it is" in report.notes
+
+
+class _Turning(torch.nn.Module):
+    """One method for both directions: by a parameter of its own, or as its object is made."""
+
+    def __init__(self, back: bool) -> None:
+        super().__init__()
+        self.back = back
+
+    def scan(
+        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: bool = False
+    ) -> Tensor:
+        turn = reverse != self.back
+        operands = [t.flip(1) if turn else t for t in (x, dt, B, C)]
+        y = _Own().scan(*operands[:2], A, *operands[2:])
+        return y.flip(1) if turn else y
+
+
+def test_a_scan_that_is_only_tried_is_none_of_the_model() -> None:
+    module, x, B = _Own(), torch.randn(2, 5, 4), torch.randn(2, 5, 2)
+    with upstream(), record_backends() as ran:
+        module.scan_wrong(x, x.abs(), -torch.ones(4, 2), B, B)
+    assert not ran
+
+
+def test_directions_of_one_method_are_judged_apart() -> None:
+    ahead, back = _Turning(False), _Turning(True)
+    x, A, B = torch.randn(2, 5, 4), -torch.ones(4, 2), torch.randn(2, 5, 2)
+    calls = [(module, turn) for module in (ahead, back) for turn in (False, True)]
+
+    def run() -> list[Tensor]:
+        return [m.scan(x, x.abs(), A, B, B, reverse=turn) for m, turn in calls]
+
+    want = run()
+    with upstream() as report:
+        first, then = run(), run()
+    for found in (first, then):
+        torch.testing.assert_close(found, want)
+    place = f"{__name__}._Turning.scan"
+    assert f"{place} computes our scan" in report.notes
+    assert f"{place} does not compute a scan: left as it is" in report.notes
+
+
+def test_scan_with_a_choice_of_algorithms_is_ours_in_each(
+    load: Callable[..., ModuleType],
+) -> None:
+    text = REFERENCE.format(name="two_ways", decay="step * A").replace(
+        "=False):", "=False, way=1):"
+    )
+    with upstream() as report:
+        module = load("with_a_mode", text)
+        o = _operands()
+        for way in (1, "fast"):
+            for _ in range(2):
+                torch.testing.assert_close(
+                    module.two_ways(**o, way=way), scan.selective_scan_fn(**o)
+                )
+    assert "with_a_mode.two_ways computes our scan" in report.notes
 
 
 def test_named_scan_is_replaced(load: Callable[..., ModuleType]) -> None:

@@ -33,6 +33,19 @@ def record_backends() -> Iterator[Counter[tuple[str, str]]]:
             _OPEN[:] = [other for other in _OPEN if other is not ran]
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Count nothing while the block is open: what runs in it is tried, and not the model's."""
+    with _LOCK:
+        kept = _OPEN[:]
+        _OPEN.clear()
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _OPEN[:0] = kept
+
+
 def note_run(operator: str, backend: str) -> None:
     """Count one run of an operator, once it is done."""
     with _LOCK:

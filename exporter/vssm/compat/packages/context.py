@@ -403,7 +403,7 @@ def _patch_loaded(report: UpstreamReport) -> None:
 def _patch_by_name(module: ModuleType, report: UpstreamReport, *, undo: bool) -> None:
     """Replace the walks that a repository's own file defines, if name and arguments are known."""
     names = getattr(module, "__dict__", {})
-    for title, (function, arguments) in BY_NAME.items():
+    for title, (function, arguments, sizes) in BY_NAME.items():
         name, _, method = title.partition(".")
         found = names.get(name)
         # Only where it is defined: names that were imported from there are replaced with it.
@@ -415,7 +415,6 @@ def _patch_by_name(module: ModuleType, report: UpstreamReport, *, undo: bool) ->
         # `apply` itself takes anything; what it passes on is forward's arguments behind ctx.
         given = signatures.parameters(found.forward if method else found)[bool(method) :]
         if given != arguments:
-            place = f"{module.__name__}.{title}"
             report.notes.append(f"{place} takes {given}, not {arguments}: left as it is")
             continue
         _replace_everywhere(found, module, method, function, report, undo=undo)
@@ -429,10 +428,18 @@ def _patch_named(
     owner: Any = module
     for part in path:
         owner = getattr(owner, part, None)
+        place = f"{module.__name__}.{title}"
     found = getattr(owner, name, None)
     if not callable(found):
         raise ValueError(  # noqa: TRY004 - the name is wrong, not a type
             f"scans={place!r}: {module.__name__} defines no such function; name what its file "
+        theirs = found.apply if method else found
+        same = signatures.computes_the_same(theirs, function, sizes)
+        # A class is plain PyTorch, and fails on walks of another number alone. Of the functions,
+        # whose six arguments nothing else has, copies ask for a GPU.
+        if same is False or (method and not same):
+            report.notes.append(f"{place} walks otherwise than VMamba's: left as it is")
+            continue
             "defines, such as models.block:selective_scan or models.block:Mixer.scan"
         )
     if _is_class(found, Function):
@@ -467,13 +474,15 @@ def _patch_function(
     names = signatures.parameters(plain)[bool(method) :]
     place = f"{module.__name__}.{found.__qualname__}"
     if signatures.is_named_scan(names):
-        ours = Signature().adapt(plain, skip=int(bool(method)))
-        if signatures.computes_a_scan(found.apply if method else found, names) is False:
+        skip = int(bool(method))
+        ours = Signature().adapt(plain, skip=skip)
+        theirs = found.apply if method else found
+        if signatures.computes_a_scan(theirs, plain, skip=skip) is False:
             report.notes.append(
                 f"{place} takes the operands of a scan and computes something else: left as it is"
             )
             return
-    elif not method and signatures.may_be_scan(names):
+    elif not method and signatures.may_be_scan(found, skip=0):
         ours = signatures.proving(found, skip=0, settled=_noting(report, place))
     else:
         return
@@ -485,7 +494,7 @@ def _patch_methods(owner: type, report: UpstreamReport, *, undo: bool) -> None:
     for name, method in list(vars(owner).items()):
         if not isinstance(method, FunctionType) or "scan" not in name:
             continue
-        if signatures.may_be_scan(signatures.parameters(method)[1:]):
+        if signatures.may_be_scan(method, skip=1):
             place = f"{owner.__module__}.{owner.__qualname__}.{name}"
             ours = signatures.proving(method, skip=1, settled=_noting(report, place))
             _replace(report, owner, name, ours, undo=undo)
@@ -531,7 +540,8 @@ def _patch_compiler(module: ModuleType, report: UpstreamReport) -> None:
 def _noting(report: UpstreamReport, place: str) -> Callable[[bool], None]:
     def settled(is_scan: bool) -> None:
         told = "computes our scan" if is_scan else "does not compute a scan: left as it is"
-        report.notes.append(f"{place} {told}")
+        if (note := f"{place} {told}") not in report.notes:
+            report.notes.append(note)
 
     return settled
 

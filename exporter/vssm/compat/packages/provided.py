@@ -151,8 +151,10 @@ PACKAGES: Final[dict[str, dict[str, Any]]] = {
     "mamba_ssm.models": {},
     "mamba_ssm.utils": {},
 }
-# Walks that user files define: class or function name, our form, and the arguments it has.
-BY_NAME: Final[dict[str, tuple[Any, tuple[str, ...]]]] = {
+_MAP: Final = (1, 2, 3, 4)
+# Walks that user files define: class or function name, our form, the arguments that it has, and the
+# shape of an operand to compare them with.
+BY_NAME: Final[dict[str, tuple[Any, tuple[str, ...], tuple[int, ...]]]] = {
     "cross_scan_fn": (
         cross.cross_scan_fn,
         (*("x", "in_channel_first", "out_channel_first", "one_by_one", "scans", "force_torch"),),
@@ -161,10 +163,13 @@ BY_NAME: Final[dict[str, tuple[Any, tuple[str, ...]]]] = {
         cross.cross_merge_fn,
         (*("y", "in_channel_first", "out_channel_first", "one_by_one", "scans", "force_torch"),),
     ),
-    "CrossScan.apply": (cross.cross_scan, ("x",)),
-    "CrossMerge.apply": (cross.cross_merge, ("ys",)),
-    **{f"CrossScan_{n}.apply": (cross.one_walk(n)[0], ("x",)) for n in (1, 2, 3, 4)},
-    **{f"CrossMerge_{n}.apply": (cross.one_walk(n)[1], ("ys",)) for n in (1, 2, 3, 4)},
+    "CrossScan.apply": (cross.cross_scan, ("x",), _MAP),
+    "CrossMerge.apply": (cross.cross_merge, ("ys",), (1, 4, 2, 3, 4)),
+    **{f"CrossScan_{n}.apply": (cross.one_walk(n)[0], ("x",), _MAP) for n in (1, 2, 3, 4)},
+    **{
+        f"CrossMerge_{n}.apply": (cross.one_walk(n)[1], ("ys",), (1, 1, 2, 3, 4))
+        for n in (1, 2, 3, 4)
+    },
 }
 
 
@@ -175,10 +180,12 @@ LATER: Final = {
 }
 
 
+        _MAP,
 class Provided(ModuleType):
     """A module that this package stands in for; what it has not fails with a message.
 
     Args:
+        (1, 4, 2, 3, 4),
         name: of the module.
         names: what it has.
         path: where its submodules lie, if any do.

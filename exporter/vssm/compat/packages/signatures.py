@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import io
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,6 +22,7 @@ from torch._subclasses import FakeTensor
 
 from vssm.compat.packages import scan
 from vssm.errors import UnsupportedError
+from vssm.ops.record import unrecorded
 
 _OPERANDS: Final = ("u", "delta", "A", "B", "C")
 _OPTIONS: Final = ("D", "z", "delta_bias", "delta_softplus", "return_last_state", "oflex")
@@ -91,10 +93,17 @@ def is_named_scan(names: tuple[str, ...]) -> bool:
     return _is_scan(names) and all(name in {*_OPTIONS, *_INERT} for name in _behind(names))
 
 
-def may_be_scan(names: tuple[str, ...]) -> bool:
-    """Whether parameters may be those of a scan under other names; what it computes must tell."""
-    names = tuple(map(_canonical, names))
-    return "C" in names and is_named_scan(names)
+def may_be_scan(function: Callable[..., Any], *, skip: int) -> bool:
+    """Whether a function takes a scan's operands, be it under other names; a call must tell.
+
+    It may take more, by default: what that means, `proving` finds out.
+    """
+    names = tuple(map(_canonical, parameters(function)[skip:]))
+    if "C" not in names or not _is_scan(names):
+        return False
+    given = list(inspect.signature(function).parameters.values())[skip:]
+    known = {*_OPERANDS, *_OPTIONS, *_INERT}
+    return all(p.default is not p.empty for p in given if _canonical(p.name) not in known)
 
 
 def _canonical(name: str) -> str:
@@ -145,16 +154,40 @@ def _states(given: dict[str, Any]) -> Tensor:
     return torch.stack(rows, dim=2)
 
 
-def computes_a_scan(function: Callable[..., Any], names: tuple[str, ...]) -> bool | None:
-    """Whether `function` computes our scan of a few small operands; None: it does not run here."""
+def computes_a_scan(
+    function: Callable[..., Any], plain: Callable[..., Any], *, skip: int
+) -> bool | None:
+    """Whether `function` computes our scan of a few small operands; None: it does not run here.
+
+    Args:
+        function: a function, or the `apply` of an autograd Function.
+        plain: what says which parameters it has: itself, or the `forward`.
+        skip: parameters of `plain` in front of the operands.
+    """
     generator = torch.Generator().manual_seed(0)
-    operands = _operands(generator, names, groups=False)
-    ours = Signature().adapt(function)
-    for given in (operands, {**operands, **_operands(generator, names, groups=True)}):
-        # A copy of VMamba's alone asks for the axis of groups.
+    own = list(inspect.signature(plain).parameters.values())[skip:]
+    names = tuple(p.name for p in own)
+    ours = Signature().adapt(plain, skip=skip)
+    # A copy of VMamba's alone asks for the axis of groups.
+    for groups in (False, True):
+        given = _operands(generator, names, groups=groups)
+        # By place: the `apply` of a Function takes no names.
+        row = [given.get(p.name, p.default) for p in own]
         with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
-            return _alike(function(**given), ours(**given))
+            return _alike(function(*row), ours(*row))
     return None
+
+
+def computes_the_same(
+    theirs: Callable[[Tensor], Any], ours: Callable[[Tensor], Tensor], sizes: tuple[int, ...]
+) -> bool | None:
+    """Whether two functions of one tensor agree on one of these sizes; None: theirs fails."""
+    x = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    try:
+        found = theirs(x)
+    except Exception:  # the user's code may raise anything
+        return None
+    return _alike(found, ours(x))
 
 
 def _operands(
@@ -189,35 +222,57 @@ def proving(
 ) -> Callable[..., Any]:
     """A function that may be a scan: ours as soon as a call shows that both give the same.
 
-    The first call judges, with the operands of the user's model. A trace comes after a run of the
-    model, so what is traced is settled.
+    The first call of each object judges, with the operands of the user's model: one object of a
+    class may turn its sequence round, and another not. A trace comes after a run of the model, so
+    what is traced is settled. What its parameters beyond those of a scan mean, such as a `mode` or
+    a `reverse`, is not known: each choice of their values is judged by itself, and with a tensor
+    or an object among them the function stays the user's.
 
     Args:
         function: the user's.
         skip: arguments in front of the operands: the `self` of a method.
         settled: told whether it is a scan.
     """
-    chosen: Callable[..., Any] | None = None
+    chosen: dict[int, dict[tuple[str, ...], Callable[..., Any]]] = {}
+    whole = inspect.signature(function)
 
     def ours(layout: str) -> Callable[..., Any]:
         adapted = Signature(layout).adapt(function, skip=skip)
         return lambda *args, **kwargs: adapted(*args[skip:], **kwargs)
 
+    def judged(theirs: Any, args: Any, kwargs: Any) -> Callable[..., Any]:
+        for candidate in map(ours, LAYOUTS):
+            # Operands of another layout do not fit.
+            with contextlib.suppress(Exception), unrecorded():
+                if _alike(theirs, candidate(*args, **kwargs)):
+                    return candidate
+        return function
+
     @functools.wraps(function)
     def proved(*args: Any, **kwargs: Any) -> Any:
-        nonlocal chosen
-        if chosen is not None:
-            return chosen(*args, **kwargs)
+        owner = args[0] if skip else function
+        if id(owner) not in chosen:
+            chosen[id(owner)] = {}
+            weakref.finalize(owner, chosen.pop, id(owner), None)
+        own, further = chosen[id(owner)], _further(whole, skip, args, kwargs)
+        if further in own:
+            return own[further](*args, **kwargs)
         theirs = function(*args, **kwargs)
-        if isinstance(theirs, FakeTensor):  # a trace without a run before it proves nothing
+        if further is None or isinstance(theirs, FakeTensor):  # a first trace proves nothing
             return theirs
-        for candidate in map(ours, LAYOUTS):
-            with contextlib.suppress(Exception):  # operands of another layout do not fit
-                if _alike(theirs, candidate(*args, **kwargs)):
-                    chosen = candidate
-                    break
-        settled(chosen is not None)
-        chosen = chosen or function
+        own[further] = judged(theirs, args, kwargs)
+        settled(own[further] is not function)
         return theirs
 
     return proved
+
+
+def _further(whole: inspect.Signature, skip: int, args: Any, kwargs: Any) -> tuple[str, ...] | None:
+    """The values of a call's parameters that a scan has not; None if they cannot be compared."""
+    bound = whole.bind(*args, **kwargs)
+    bound.apply_defaults()
+    known = {*_OPERANDS, *_OPTIONS, *_INERT}
+    behind = list(bound.arguments.items())[skip:]
+    found = {name: value for name, value in behind if _canonical(name) not in known}
+    plain = all(value is None or type(value) in {bool, int, float, str} for value in found.values())
+    return tuple(f"{name}={value!r}" for name, value in found.items()) if plain else None
