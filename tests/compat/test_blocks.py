@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from official_data import fill_weights, micro_config
 from torch import Tensor
 from torch.nn import functional
 
+from vssm.compat import upstream
 from vssm.compat.packages import blocks, cross, norms
 from vssm.errors import UnsupportedError
 from vssm.models.vim import VimMixer
@@ -75,8 +77,10 @@ def test_mamba_starts_as_upstream_does() -> None:
     torch.testing.assert_close(
         model.A_log.detach().exp(), torch.arange(1.0, 17).expand(64, -1), rtol=1e-6, atol=1e-6
     )
-    with pytest.raises(ValueError, match="bimamba_type='v3'"):
-        blocks.Mamba(8, bimamba_type="v3")
+    assert blocks.Mamba(8, bimamba_type=None).bimamba_type == "none"
+    forks = r"Mamba\(nslices=4, bimamba_type='v3'\): neither .* with --path"
+    with pytest.raises(UnsupportedError, match=forks):
+        blocks.Mamba(8, bimamba_type="v3", nslices=4)
     with pytest.raises(ValueError, match="dt_init='zero'"):
         blocks.Mamba(8, dt_init="zero")
     with pytest.raises(UnsupportedError, match="token by token"):
@@ -189,3 +193,40 @@ def test_one_walk(number: int) -> None:
     scan, merge = cross.one_walk(number)
     assert torch.equal(scan(x)[:, 0], _walk(x, 0)[:, [0, 1, 2, 3][number - 1]])
     assert torch.equal(merge(scan(x).reshape(2, 1, 3, 4, 5)), x.flatten(2))
+
+
+def test_residual_blocks_add_then_norm_then_mix() -> None:
+    torch.manual_seed(0)
+    with upstream():
+        from mamba_ssm.modules.block import Block as WithMlp
+        from mamba_ssm.modules.mamba_simple import Block
+        from mamba_ssm.modules.mlp import GatedMLP
+        from mamba_ssm.ops.triton.layer_norm import RMSNorm
+    options = {"norm_cls": RMSNorm, "residual_in_fp32": True, "fused_add_norm": True}
+    mlp = partial(GatedMLP, hidden_features=5, multiple_of=3)
+    plain, full = Block(8, blocks.Mamba, **options), WithMlp(8, blocks.Mamba, mlp, **options)
+    bare = WithMlp(8, blocks.Mamba, torch.nn.Identity, **options)
+    bare.load_state_dict(plain.state_dict())  # the same keys
+    assert full.mlp.fc1.weight.shape == (12, 8)
+    hidden, residual = torch.randn(2, 3, 8), torch.randn(2, 3, 8).to(torch.bfloat16)
+    total = hidden + residual
+    want = plain.mixer(plain.norm(total))
+    for block in (plain, bare):
+        found, kept = block(hidden, residual)
+        assert kept.dtype == torch.float32
+        torch.testing.assert_close((found, kept), (want, total))
+    first, _ = plain(hidden)
+    torch.testing.assert_close(first, plain.mixer(plain.norm(hidden)))
+    found, kept = full(hidden, residual)
+    total = total + full.mixer(full.norm(total))
+    y, gate = full.mlp.fc1(full.norm2(total)).chunk(2, -1)
+    torch.testing.assert_close(kept, total)
+    torch.testing.assert_close(found, full.mlp.fc2(y * functional.silu(gate)))
+
+
+def test_parts_without_a_stand_in_name_the_clone() -> None:
+    with upstream():
+        from mamba_ssm.models.mixer_seq_simple import MixerModel
+
+        with pytest.raises(UnsupportedError, match=r"a clone of state-spaces/mamba.*--path"):
+            MixerModel(8)

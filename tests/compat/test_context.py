@@ -76,10 +76,32 @@ def test_what_is_absent_is_provided_and_gone_at_the_end() -> None:
     assert RMSNorm(4)(torch.ones(1, 4)).shape == (1, 4)
     assert not [n for n in sys.modules if n.partition(".")[0] in {"mamba_ssm", "timm"}]
     assert model(torch.randn(1, 3, 16)).shape == (1, 3, 16)  # goes on working
-    with pytest.raises(UnsupportedError, match="inference only"):
-        DropPath(0.5).train()(torch.ones(1))
+    # Files may run their model as they are imported, in training mode.
+    assert set(DropPath(0.5).train()(torch.ones(50)).tolist()) == {0.0, 2.0}
+    assert DropPath(0.5).eval()(torch.ones(1)).item() == 1
     with pytest.raises(ModuleNotFoundError):
         import mamba_ssm  # noqa: F401
+
+
+def test_the_scan_of_vmambas_first_package_has_no_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The clone's folder with its sources is no package, and hides none.
+    (tmp_path / "selective_scan").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with upstream():
+        from selective_scan import selective_scan_fn, selective_scan_ref
+    assert selective_scan_fn is selective_scan_ref
+    torch.manual_seed(0)
+    u, delta, A, B = (
+        torch.randn(1, 4, 3),
+        torch.randn(1, 4, 3),
+        -torch.rand(4, 2),
+        torch.ones(1, 2, 3),
+    )
+    D, bias = torch.randn(4), torch.randn(4)
+    want = scan.selective_scan_fn(u, delta, A, B, B, D, delta_bias=bias, delta_softplus=True)
+    torch.testing.assert_close(selective_scan_fn(u, delta, A, B, B, D, bias, True, 2), want)
 
 
 def test_unknown_names_say_what_is_there() -> None:
@@ -190,28 +212,6 @@ def test_scans_of_a_repository_are_replaced_when_imported(
     assert own_model.cross_scan_fn(torch.ones(1, 1, 2, 2)).shape == (1, 4, 1, 4)
 
 
-def test_scans_imported_before_are_put_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "early_csms6s.py").write_text(CSMS6S)
-    (tmp_path / "early_other.py").write_text("def selective_scan_fn(x, y):\n    return x\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    import early_csms6s
-    import early_other
-
-    core, function = early_csms6s.SelectiveScanCore, early_csms6s.selective_scan_fn
-    with upstream() as report:
-        assert "apply" in vars(core)
-        assert early_csms6s.selective_scan_fn is not function
-        assert early_other.selective_scan_fn(1, 2) == 1
-    assert "early_other" not in str(report)
-    assert "apply" not in vars(core)
-    assert early_csms6s.selective_scan_fn is function
-
-
-def test_replace_and_its_end() -> None:
-    class Own:
-        def scan(self) -> int:
 def test_walks_under_a_known_name_are_ours_only_if_they_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +245,28 @@ class CrossMerge(torch.autograd.Function):
     assert other_walks.CrossScan.apply(x)[0, 2, 0].tolist() == [5, 0, 1, 2, 3, 4]
 
 
+def test_scans_imported_before_are_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "early_csms6s.py").write_text(CSMS6S)
+    (tmp_path / "early_other.py").write_text("def selective_scan_fn(x, y):\n    return x\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import early_csms6s
+    import early_other
+
+    core, function = early_csms6s.SelectiveScanCore, early_csms6s.selective_scan_fn
+    with upstream() as report:
+        assert "apply" in vars(core)
+        assert early_csms6s.selective_scan_fn is not function
+        assert early_other.selective_scan_fn(1, 2) == 1
+    assert "early_other" not in str(report)
+    assert "apply" not in vars(core)
+    assert early_csms6s.selective_scan_fn is function
+
+
+def test_replace_and_its_end() -> None:
+    class Own:
+        def scan(self) -> int:
             return 1
 
     with upstream() as report:
@@ -317,6 +339,17 @@ def test_failures_that_the_code_catches_are_named(
 
     with pytest.raises(UnsupportedError, match=said):
         fail_later()
+
+
+def test_what_installed_packages_try_for_is_not_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trying-1.0.dist-info").mkdir()
+    (tmp_path / "trying.py").write_text("try:\n    import absent_backend\nexcept ImportError: ...")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with upstream() as report:
+        import trying  # noqa: F401
+    assert report.missed == []
 
 
 def test_torch_sees_no_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,9 +241,14 @@ class Mamba(nn.Module):
         layer_idx: kept as upstream does.
         device: of the weights.
         dtype: of the weights.
-        bimamba_type: "none", "v1" (an own A for the backward direction) or "v2" (own weights).
+        bimamba_type: "none" or None, "v1" (an own A for the backward direction) or "v2" (own
+            weights).
         if_divide_out: v2: halve the sum of the directions.
         init_layer_scale: initial `gamma`, None without one.
+        of_a_fork: any other argument is refused.
+
+    Raises:
+        UnsupportedError: an argument, or a `bimamba_type`, that only a fork of mamba_ssm has.
     """
 
     A_log: nn.Parameter
@@ -271,14 +276,21 @@ class Mamba(nn.Module):
         layer_idx: int | None = None,
         device: Any = None,
         dtype: Any = None,
-        bimamba_type: str = "none",
+        bimamba_type: str | None = "none",
         if_divide_out: bool = False,
         init_layer_scale: float | None = None,
+        **of_a_fork: Any,
     ) -> None:
         super().__init__()
+        bimamba_type = bimamba_type or "none"
         if bimamba_type not in _BIMAMBA:
-            raise ValueError(
-                f"bimamba_type={bimamba_type!r} is not one of {', '.join(_BIMAMBA)}; choose one"
+            of_a_fork["bimamba_type"] = bimamba_type
+        if of_a_fork:
+            given = ", ".join(f"{name}={value!r}" for name, value in of_a_fork.items())
+            raise UnsupportedError(
+                f"Mamba({given}): neither mamba_ssm nor Vim's fork has that (bimamba_type is "
+                f"{', '.join(_BIMAMBA)}); give the folder that holds the mamba_ssm of this "
+                "repository with --path, and its own file is used"
             )
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import inspect
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import FrameType, FunctionType, ModuleType
 from typing import Any, Final, cast
 
@@ -228,7 +231,7 @@ class _Finder(MetaPathFinder):
         if asker is None or _of_an_import_list():
             return
         # Python's own files and installed packages try for what other systems have.
-        others = asker.f_code.co_filename.startswith(_INSTALLED) or _package(asker) in _NEIGHBOURS
+        others = _is_installed(asker.f_code.co_filename) or _package(asker) in _NEIGHBOURS
         if not others:
             where = f"{asker.f_globals.get('__name__')}, line {asker.f_lineno}"
             self._report.missed.append(f"{fullname} ({where})")
@@ -251,7 +254,8 @@ class _Finder(MetaPathFinder):
                 return SHELLS[name]
             if (found := compiled(name)) is not None:
                 return found
-        if real is not None:
+        # A folder without __init__.py has no names: what is meant lies below it, and is compiled.
+        if real is not None and (real.origin is not None or not PACKAGES.get(name)):
             return None
         for table in (PACKAGES, FUNCTIONS, AROUND):
             if name in table:
@@ -366,6 +370,17 @@ def _of_an_import_list() -> bool:
     return False
 
 
+def _is_installed(file: str) -> bool:
+    """Whether a file is of Python itself or of a package that pip put where it lies."""
+    folders = (path for path in sys.path if path and file.startswith(path + os.sep))
+    return file.startswith(_INSTALLED) or _has_packages(max(folders, key=len, default=""))
+
+
+@functools.cache
+def _has_packages(folder: str) -> bool:
+    return bool(folder) and any(Path(folder).glob("*.dist-info"))
+
+
 def _hide_triton() -> None:
     """Files that were just imported hold the stand-in; torch would take it for the real one."""
     for name in list(sys.modules):
@@ -414,8 +429,16 @@ def _patch_by_name(module: ModuleType, report: UpstreamReport, *, undo: bool) ->
             continue
         # `apply` itself takes anything; what it passes on is forward's arguments behind ctx.
         given = signatures.parameters(found.forward if method else found)[bool(method) :]
+        place = f"{module.__name__}.{title}"
         if given != arguments:
             report.notes.append(f"{place} takes {given}, not {arguments}: left as it is")
+            continue
+        theirs = found.apply if method else found
+        same = signatures.computes_the_same(theirs, function, sizes)
+        # A class is plain PyTorch, and fails on walks of another number alone. Of the functions,
+        # whose six arguments nothing else has, copies ask for a GPU.
+        if same is False or (method and not same):
+            report.notes.append(f"{place} walks otherwise than VMamba's: left as it is")
             continue
         _replace_everywhere(found, module, method, function, report, undo=undo)
 
@@ -428,18 +451,10 @@ def _patch_named(
     owner: Any = module
     for part in path:
         owner = getattr(owner, part, None)
-        place = f"{module.__name__}.{title}"
     found = getattr(owner, name, None)
     if not callable(found):
         raise ValueError(  # noqa: TRY004 - the name is wrong, not a type
             f"scans={place!r}: {module.__name__} defines no such function; name what its file "
-        theirs = found.apply if method else found
-        same = signatures.computes_the_same(theirs, function, sizes)
-        # A class is plain PyTorch, and fails on walks of another number alone. Of the functions,
-        # whose six arguments nothing else has, copies ask for a GPU.
-        if same is False or (method and not same):
-            report.notes.append(f"{place} walks otherwise than VMamba's: left as it is")
-            continue
             "defines, such as models.block:selective_scan or models.block:Mixer.scan"
         )
     if _is_class(found, Function):

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 
-from vssm.compat.packages import blocks, cross, norms, scan, ssd, stand_ins
+from vssm.compat.packages import blocks, cross, layers, norms, scan, ssd, stand_ins
 from vssm.errors import UnsupportedError
 
 _DOCS: Final = "docs/compat.md lists what is there"
@@ -42,6 +42,10 @@ _MAMBA3 = "it is another recurrence; use the Mamba-1 or Mamba-2 variant of the m
 _INSIDE = (
     "it is the inside of mamba_ssm's Triton code; let the caller use the functions around it, for "
     "example with use_mem_eff_path=False"
+)
+_CLONE: Final = (
+    "mamba_ssm is not installed and this part of it has no stand-in; give a clone of "
+    "state-spaces/mamba, or the repository's own copy of it, with --path"
 )
 _COMPILED_CODE = (
     "it is compiled CUDA code; say which function around it is the selective scan with --scan "
@@ -146,9 +150,24 @@ PACKAGES: Final[dict[str, dict[str, Any]]] = {
     "mamba_ssm.ops": {},
     "mamba_ssm.ops.triton": {},
     "mamba_ssm.modules": {},
-    "mamba_ssm.modules.mamba_simple": {**_SCAN, **_NORMS, **_CONV, "Mamba": blocks.Mamba},
+    "mamba_ssm.modules.mamba_simple": {
+        **{**_SCAN, **_NORMS, **_CONV},
+        **{"Mamba": blocks.Mamba, "Block": layers.Block},
+    },
     "mamba_ssm.modules.mamba2": {"Mamba2": ssd.Mamba2},
+    "mamba_ssm.modules.block": {"Block": layers.BlockWithMlp},
+    "mamba_ssm.modules.mlp": {"GatedMLP": layers.GatedMLP},
+    "mamba_ssm.modules.mha": {"MHA": not_supported("MHA", _CLONE)},
     "mamba_ssm.models": {},
+    "mamba_ssm.models.config_mamba": {"MambaConfig": not_supported("MambaConfig", _CLONE)},
+    "mamba_ssm.models.mixer_seq_simple": {
+        name: not_supported(name, _CLONE)
+        for name in ("MambaLMHeadModel", "MixerModel", "create_block", "_init_weights")
+    },
+    # What VMamba's first release compiles, and its followers import by this name.
+    "selective_scan": dict.fromkeys(
+        ("selective_scan_fn", "selective_scan_ref"), scan.ungated_scan_fn
+    ),
     "mamba_ssm.utils": {},
 }
 _MAP: Final = (1, 2, 3, 4)
@@ -158,10 +177,12 @@ BY_NAME: Final[dict[str, tuple[Any, tuple[str, ...], tuple[int, ...]]]] = {
     "cross_scan_fn": (
         cross.cross_scan_fn,
         (*("x", "in_channel_first", "out_channel_first", "one_by_one", "scans", "force_torch"),),
+        _MAP,
     ),
     "cross_merge_fn": (
         cross.cross_merge_fn,
         (*("y", "in_channel_first", "out_channel_first", "one_by_one", "scans", "force_torch"),),
+        (1, 4, 2, 3, 4),
     ),
     "CrossScan.apply": (cross.cross_scan, ("x",), _MAP),
     "CrossMerge.apply": (cross.cross_merge, ("ys",), (1, 4, 2, 3, 4)),
@@ -180,12 +201,10 @@ LATER: Final = {
 }
 
 
-        _MAP,
 class Provided(ModuleType):
     """A module that this package stands in for; what it has not fails with a message.
 
     Args:
-        (1, 4, 2, 3, 4),
         name: of the module.
         names: what it has.
         path: where its submodules lie, if any do.

@@ -63,6 +63,33 @@ def selective_scan_fn(
     return _scan_groups(*operands, z=z, delta_softplus=delta_softplus)
 
 
+def ungated_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    nrows: int = 1,
+) -> Any:
+    """The scan of VMamba's first package `selective_scan`, which has no gate between D and bias.
+
+    Args:
+        u: this and the others as for `selective_scan_fn`.
+        delta: likewise.
+        A: likewise.
+        B: likewise.
+        C: likewise.
+        D: likewise.
+        delta_bias: likewise.
+        delta_softplus: likewise.
+        nrows: inert: a kernel's tuning.
+    """
+    return selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
+
+
 def selective_scan_tokens(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
 ) -> Tensor:

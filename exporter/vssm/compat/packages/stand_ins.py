@@ -21,34 +21,37 @@ class Empty:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: an identity at inference.
+    """Stochastic depth: an identity at inference; in training whole samples are left out.
 
-    Raises:
-        UnsupportedError: it is run in training mode with a probability above 0.
+    Args:
+        drop_prob: how often; None for never, as timm and mmcv take it.
+        scale_by_keep: divide what is kept, so that the mean stays.
     """
 
-    def __init__(self, drop_prob: float | None = None, *_: Any, **__: Any) -> None:
+    def __init__(
+        self, drop_prob: float | None = None, scale_by_keep: bool = True, *_: Any, **__: Any
+    ) -> None:
         super().__init__()
-        # timm and mmcv take None for "never".
-        self.drop_prob = drop_prob or 0.0
+        self.drop_prob, self.scale_by_keep = drop_prob or 0.0, scale_by_keep
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x itself."""
-        # An identity here would train another model than the one that was asked for.
-        if self.training and self.drop_prob:
-            raise UnsupportedError(
-                "DropPath in training mode: vssm.compat stands in for timm and mmcv at "
-                "inference only; call model.eval(), or install the package"
-            )
-        return x
+        """X, or zeros in the place of a sample."""
+        return drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
 
 
 def drop_path(
-    x: Tensor, drop_prob: float = 0.0, training: bool = False, *_: Any, **__: Any
+    x: Tensor,
+    drop_prob: float = 0.0,
+    training: bool = False,
+    scale_by_keep: bool = True,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
-    """The function of `DropPath`: x itself."""
-    out: Tensor = DropPath(drop_prob).train(training)(x)
-    return out
+    """The function of `DropPath`."""
+    if not training or not drop_prob:
+        return x
+    kept = torch.rand((len(x), *[1] * (x.dim() - 1)), device=x.device) >= drop_prob
+    return x * kept / (1 - drop_prob) if scale_by_keep else x * kept
 
 
 class PatchEmbed(nn.Module):
