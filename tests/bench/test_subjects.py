@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compat_cases import Mamba2Like, SlowPath, VimLike, built
+from compat_cases import Mamba2Like, VimLike, built, exported_slow_path
 from exports import exported, micro, micro_plain
 
 import vssm
@@ -27,8 +27,7 @@ def test_graph_and_model_agree(model: VisionModel, tmp_path: Path) -> None:
 
 
 def test_linear_layers_of_a_module(tmp_path: Path) -> None:
-    artifact = vssm.export_module(built(SlowPath), torch.randn(2, 9, 12), tmp_path / "out")
-    work = count_graph(artifact.model_path)
+    work = count_graph(exported_slow_path(tmp_path).model_path)
     assert (work.exps, work.products, work.conv) == (9 * 24 * 4, 0, 0)
     linear = 9 * (12 * 48 + 24 * (2 + 8) + 2 * 24 + 24 * 12)
     assert (work.gemm, work.taps) == (linear, 9 * 24 * 4)  # a convolution of four taps
@@ -64,6 +63,7 @@ def test_sizes_at_batch_one() -> None:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.usefixtures("quick_rates")
 def test_bench_of_a_module(tmp_path: Path) -> None:
     model = built(lambda: VimLike(depth=1))
     artifact = vssm.export_module(model, torch.randn(2, 3, 48, 48), tmp_path / "out")
@@ -71,6 +71,7 @@ def test_bench_of_a_module(tmp_path: Path) -> None:
     assert {row.subject for row in report.rows} == {"ort kernel", "ort body"}
 
 
+@pytest.mark.usefixtures("quick_rates")
 def test_other_exports_in_the_same_run(tmp_path: Path) -> None:
     pruned = exported(tmp_path / "pruned", micro())
     half = exported(tmp_path / "half", micro(None), dtype="float16")
@@ -87,6 +88,6 @@ def test_other_exports_in_the_same_run(tmp_path: Path) -> None:
         vssm.bench_directory(pruned.directory, beside=[half.directory, half.directory])
     with pytest.raises(ValueError, match="an engine is measured beside its export"):
         vssm.bench_directory(pruned.directory, runtime="tensorrt", beside=[half.directory])
-    other = exported(tmp_path / "other", micro(None, image_size=64))
+    other = exported(tmp_path / "other", micro(None, image_size=64, depth=1))
     with pytest.raises(ValueError, match="measure exports of one image size together"):
         vssm.bench_directory(pruned.directory, beside=[other.directory])

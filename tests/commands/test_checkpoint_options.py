@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import MODEL, Run
+from command import SHALLOW, Run
 from exports import MICRO
 from PIL import Image
 
@@ -17,7 +17,7 @@ import vssm
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """Weights of a model of 20 classes, beside those of a teacher."""
-    wide = vssm.create_model("vim_tiny", **{**MICRO, "num_classes": 20})
+    wide = vssm.create_model("vim_tiny", **{**MICRO, "depth": 1, "num_classes": 20})
     state = {f"student.net.{key}": value for key, value in wide.state_dict().items()}
     state |= {f"teacher.{key}": value for key, value in wide.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "a.pth")
@@ -31,10 +31,10 @@ def commands(folder: Path) -> dict[str, list[str]]:
     Image.fromarray(pixels).save(picture)
     out = f"--output={folder / 'out'}"
     return {
-        "export": ["export", *MODEL, out],
-        "visualize": ["visualize", MODEL[0], str(picture), *MODEL[1:], out],
-        "ablate": ["ablate", MODEL[0], str(picture.parents[1]), *MODEL[1:], out],
-        "finetune": ["finetune", *MODEL, f"--data={picture.parents[1]}", out],
+        "export": ["export", *SHALLOW, out],
+        "visualize": ["visualize", SHALLOW[0], str(picture), *SHALLOW[1:], out],
+        "ablate": ["ablate", SHALLOW[0], str(picture.parents[1]), *SHALLOW[1:], out],
+        "finetune": ["finetune", *SHALLOW, f"--data={picture.parents[1]}", out],
         "export-module": ["export-module", "vssm.models:create_model", out],
     }
 

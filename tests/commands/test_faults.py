@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import MODEL, SHALLOW, Run
-from exports import exported, micro
+from exports import exported, micro, shared_traces
 
 
 def test_what_cannot_be_written_is_refused_at_once(
@@ -88,6 +88,7 @@ def test_a_fault_is_no_failed_check(cli: Run, monkeypatch: pytest.MonkeyPatch) -
     assert "please report it" in cli.out
 
 
+@shared_traces()
 def test_a_new_export_takes_the_old_reports_away(cli: Run, tmp_path: Path) -> None:
     out = exported(tmp_path, micro()).directory
     for report in ("parity.json", "bench.json", "bench.html"):

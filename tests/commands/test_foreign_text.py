@@ -18,7 +18,7 @@ import pytest
 import torch
 from checkout import PYTHONPATH
 from command import MODEL, Run
-from exports import micro
+from exports import micro, shared_traces
 from PIL import Image
 from rich.table import Table
 from safetensors.torch import save_file
@@ -41,7 +41,8 @@ def clean(run: Run) -> bool:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export in a folder of a hostile name."""
     folder = tmp_path_factory.mktemp("export") / HOSTILE
-    return vssm.export(micro(), folder).directory
+    with shared_traces():
+        return vssm.export(micro(), folder).directory
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,7 @@ def test_hostile_texts_in_model_json(cli: Run, out: Path, tmp_path: Path) -> Non
             assert field in cli.out
 
 
+@shared_traces()
 def test_a_checkpoint_of_an_odd_name(cli: Run, tmp_path: Path) -> None:
     weights = tmp_path / f"{SURROGATE}.safetensors"
     save_file(dict(micro(None).state_dict()), tmp_path / "plain")

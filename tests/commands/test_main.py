@@ -13,7 +13,7 @@ import pytest
 import torch
 import typer
 from command import MODEL, SHALLOW, Run
-from exports import exported, micro
+from exports import exported, micro, shared_traces
 from PIL import Image
 
 from vssm.checkpoints.load import save_safetensors
@@ -27,6 +27,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("quick_rates")
+@shared_traces()
 def test_export_check_run_bench(cli: Run, tmp_path: Path, checkpoint: Path, picture: Path) -> None:
     out = tmp_path / "out"
     arguments = ("--checkpoint", checkpoint, "--schedule", "1:0.7,2:0.8", "-o", out)
@@ -58,6 +60,7 @@ def test_export_check_run_bench(cli: Run, tmp_path: Path, checkpoint: Path, pict
     assert cli("check", out) == 0, "reports beside the export do not spoil it"
 
 
+@shared_traces()
 def test_rules_reach_the_export(cli: Run, tmp_path: Path) -> None:
     rules = {"alignment": "constant", "importance": "l1", "conv": "position"}
     given = [f"--{name}={value}" for name, value in rules.items()]
@@ -67,6 +70,7 @@ def test_rules_reach_the_export(cli: Run, tmp_path: Path) -> None:
     assert {name: schedule[name] for name in rules} == rules
 
 
+@shared_traces()
 def test_seeded_weights_are_said(cli: Run, tmp_path: Path) -> None:
     assert cli("export", *SHALLOW, "-o", tmp_path / "out", "--no-weights") == 0
     assert "seeded initial weights" in cli.out
@@ -212,6 +216,7 @@ def test_bad_checkpoints(
     assert list(tmp_path.iterdir()) == [bad]
 
 
+@shared_traces()
 def test_bad_outputs(cli: Run, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")

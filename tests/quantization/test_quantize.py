@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from command import Run
-from exports import images, micro
+from exports import images, micro, shared_traces
 from quantized import COUNT, constants, graph_of, micro_export, pictures, sqnr
 
 import vssm
@@ -363,6 +363,8 @@ def test_check_wants_images_that_prove_something(
     assert "is one that the export was calibrated on" in cli.out
 
 
+@pytest.mark.usefixtures("quick_rates")
+@shared_traces()
 def test_bench_has_the_float_twin(made: dict[str, Artifact], tmp_path: Path) -> None:
     copy = shutil.copytree(made["ort"].directory, tmp_path / "out")
     report = vssm.bench_directory(copy, batches=(1,), samples=1, torch_loop=False)

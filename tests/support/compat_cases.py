@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from exports import stored
 from torch import Tensor, nn
 from torch.nn import functional
 
+import vssm
+from vssm.artifact.directory import Artifact
 from vssm.compat import upstream
 
 CLASSES = 7
@@ -414,6 +418,12 @@ class VMambaLike(nn.Module):
             return self.apply_core(*operands, True, -1, -1, True)
         ys = self.scan(*operands, True, True, backend=None)
         return self.cross_merge(ys.view(batch, 4, -1, height, columns))
+
+
+def exported_slow_path(tmp_path: Path) -> Artifact:
+    """Its export for `x` (2, 9, 12), made once in a run of pytest; a test may change its files."""
+    x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0))
+    return stored(tmp_path, "slow_path", lambda made: vssm.export_module(built(SlowPath), x, made))
 
 
 def _apply(function: Any, *operands: Any) -> Tensor:

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -118,10 +118,17 @@ def exported(tmp_path: Path, model: VisionModel, **options: Any) -> Artifact:
     calls vssm.export.
     """
     described = (model.checkpoint, model.loaded, model.labels, sorted(options.items()))
-    with _once(_key(model, *described)) as made:
+    with shared_traces():
+        return stored(
+            tmp_path, _key(model, *described), lambda made: vssm.export(model, made, **options)
+        )
+
+
+def stored(tmp_path: Path, key: str, export: Callable[[Path], object]) -> Artifact:
+    """A copy in `tmp_path`/out of what `export` writes, which a run of pytest calls once a key."""
+    with _once(key) as made:
         if not made.exists():
-            with shared_traces():
-                vssm.export(model, made, **options)
+            export(made)
     tmp_path.mkdir(parents=True, exist_ok=True)
     shutil.copytree(made, tmp_path / "out")
     return open_artifact(tmp_path / "out")

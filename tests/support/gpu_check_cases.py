@@ -73,7 +73,7 @@ def mamba_extension() -> Any:
 def micro_oracle(schedule: str | None) -> models.Oracle:
     """A small Vim in place of the real one, which takes long on the CPU."""
     parsed = None if schedule is None else vssm.PruneSchedule.parse(schedule)
-    sizes = {"depth": 2, "d_model": 16, "image_size": 32}
+    sizes = {"depth": 1, "d_model": 16, "image_size": 32}
     model = vssm.create_model("vim_tiny", schedule=parsed, num_classes=10, **sizes)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
