@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -365,14 +364,6 @@ def test_torch_sees_no_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert loaded is None or not isinstance(loaded, Provided)
         with pytest.raises(UnsupportedError, match="Triton kernel kernel"):
             with_triton.kernel[(1,)](1)
-
-
-def test_compat_comes_with_its_first_use() -> None:
-    code = (
-        "import sys, vssm; assert 'torch' not in sys.modules; vssm.compat.upstream;"
-        "vssm.export_module; vssm.prune"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 COMPILES = """
