@@ -2,8 +2,9 @@
 
 Blocks in bash, console (the lines after `$ `; what they show is not compared) and python run; a
 comment `<!-- not run: reason -->` directly above leaves one out, and `<!-- slow: reason -->` leaves
-it to `make test-all`. Pages of docs/ run in the same way, on tiny models and made files, and their
-commands in this process, as most of a short command's time is that of its imports.
+it to `make test-all`, which also runs README.md in a process of its own, on the model that is
+printed. `make test` runs it, and pages of docs/, in this process and on tiny models of the printed
+names: a short command spends its time on imports, and an export on blocks.
 """
 
 from __future__ import annotations
@@ -145,6 +146,14 @@ def run_here(code: str) -> None:
         assert not code, line
 
 
+def run_vssm_here(code: str) -> None:
+    """Run a block that only calls `vssm` in this process, and another one in bash."""
+    if re.match(r"vssm ", code):
+        run_here(code)
+    else:
+        _run_shell(code)
+
+
 def _run_shell(code: str) -> None:
     """Run in bash; its environment and folder are this process's afterwards."""
     with tempfile.TemporaryDirectory() as folder:
@@ -158,11 +167,16 @@ def _run_shell(code: str) -> None:
     os.chdir(os.environ["PWD"])
 
 
-def run_readme(readme: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a README's blocks in `folder`, in a process of their own."""
+def link_checkout(folder: Path) -> None:
+    """Put what a reader finds beside README.md into `folder`."""
     for entry in ROOT.iterdir():
         if entry.name not in _NOT_LINKED and not (folder / entry.name).exists():
             (folder / entry.name).symlink_to(entry)
+
+
+def run_readme(readme: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a README's blocks in `folder`, in a process of their own."""
+    link_checkout(folder)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     paths = filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")])
     command = [sys.executable, str(Path(__file__)), str(readme)]
@@ -209,9 +223,25 @@ def _readme_text() -> str:
     return README.read_text(encoding="utf-8")
 
 
-@pytest.mark.timeout(1200)
-def test_readme_runs(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("quick_rates")
+def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line of it, where the reader's shell and Python are this process."""
+    import docs_pages
+
     assert any(b.language == "bash" for b in code_blocks(_readme_text())), "README.md runs nothing"
+    docs_pages.make_tiny_readme(monkeypatch)
+    link_checkout(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in os.environ:  # what the blocks change is put back
+        monkeypatch.setenv(name, os.environ[name])
+    monkeypatch.setenv("VSSM_CHECKOUT", str(ROOT))
+    run_blocks(_readme_text(), "README.md", shell=run_vssm_here)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_readme_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """As it is printed, with vim_tiny itself and the command from PATH."""
     done = run_readme(README, tmp_path)
     if done.returncode:
         pytest.fail(done.stdout[-6000:], pytrace=False)
@@ -229,6 +259,7 @@ def test_the_quick_start_runs(tmp_path: Path) -> None:
 def test_page_runs(page: str, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command as it is printed, in the order of the page."""
     import docs_pages
+    from plots import leave_plots_out
 
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     # A command in the text that nothing runs would be the next one to go out of date.
@@ -238,9 +269,8 @@ def test_page_runs(page: str, slow: bool, tmp_path: Path, monkeypatch: pytest.Mo
     if slow:
         docs_pages.make_dense(tmp_path)
         (tmp_path / "examples").symlink_to(ROOT / "examples")
-    else:  # tests/studies looks at the plots, which take most of an ablation's time
-        for name, made in (("draw", None), ("picture", b""), ("element", "")):
-            monkeypatch.setattr(f"vssm.studies.plot.{name}", lambda *_, made=made, **__: made)
+    else:
+        leave_plots_out(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr("vssm.runtimes.session.usable_cores", lambda: 1)  # no worker processes

@@ -12,6 +12,7 @@ import pytest
 import torch
 from exports import exported, images, micro, micro_plain
 from PIL import Image
+from plots import leave_plots_out
 from safetensors.torch import save_file
 
 import vssm
@@ -336,7 +337,8 @@ def test_probabilities():
     assert [probability(p) for p in (1.0, 0.04567, 0.00099)] == ["1.000", "0.046", "< 0.001"]
 
 
-def test_what_a_family_lacks_is_left_out_by_name(cli, tmp_path, pictures):
+def test_what_a_family_lacks_is_left_out_by_name(cli, tmp_path, pictures, monkeypatch):
+    leave_plots_out(monkeypatch)
     artifact = exported(tmp_path, micro_plain())
     out = tmp_path / "ablation"
     end = ("--seeds=1", "--ratios=0.5", "--json", tmp_path / "report.json")

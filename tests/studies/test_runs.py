@@ -19,6 +19,7 @@ from checkout import PYTHONPATH, ROOT
 from command import SIZES
 from exports import SCHEDULE, exported, micro
 from finetune_cases import CLASSES, PLAIN, RECIPE, model_source, request, write_pictures
+from plots import draw_one_plot, leave_plots_out
 from safetensors.torch import load_file, save_file
 
 import vssm
@@ -33,7 +34,8 @@ from vssm.studies.plan import make_plan
 from vssm.studies.runs import Trainer, open_checkpoints
 from vssm.training.augment import Example, load_batch
 
-NUMBERS = {**RECIPE, **PLAIN}
+# Six steps, in two epochs.
+NUMBERS = {**RECIPE, **PLAIN, "batch": 14, "lr": 5e-3}
 TRAINED = ("none", "gap", "masked", "evit")
 
 
@@ -56,7 +58,7 @@ def checkpoints(tmp_path_factory):
 
 
 def _options(data, **changes):
-    training = AblationTraining(data, TRAINED, 2, Recipe.of(NUMBERS), save_every=3)
+    training = AblationTraining(data, TRAINED, 2, Recipe.of(NUMBERS), save_every=2)
     given = {"seeds": 1, "ratios": ("0.5",), "batch": 8, "training": training}
     return AblationOptions(**{**given, **changes})
 
@@ -65,7 +67,15 @@ def _options(data, **changes):
 def whole(data, checkpoints, tmp_path_factory):
     """An ablation that nothing stopped: its directory and report."""
     output = tmp_path_factory.mktemp("whole")
-    return output, vssm.ablate(model_source(checkpoints[0]), data, output, _options(data))
+    with pytest.MonkeyPatch.context() as patch:
+        draw_one_plot(patch)
+        report = vssm.ablate(model_source(checkpoints[0]), data, output, _options(data))
+    return output, report
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    leave_plots_out(monkeypatch)
 
 
 def _rows(report):
@@ -187,7 +197,7 @@ def test_other_baselines_train(data, checkpoints, tmp_path, kind):
     assert float(row.split(",")[3]) == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_several_checkpoints(data, checkpoints, tmp_path, whole):
+def test_several_checkpoints(data, checkpoints, tmp_path, whole, no_plots):
     """Rows have a run for each; trainings take turns; the first's runs are those of it alone."""
     training = AblationTraining(data, ("gap",), None, Recipe.of(NUMBERS))
     options = _options(data, checkpoints=checkpoints[1:], training=training, average=True)
@@ -222,7 +232,7 @@ def _run(output, name):
     return json.loads((output / "finetuned" / name / "finetune.json").read_text())["run"]
 
 
-def test_an_export_is_trained_from_its_weights(data, checkpoints, tmp_path, whole):
+def test_an_export_is_trained_from_its_weights(data, checkpoints, tmp_path, whole, no_plots):
     """As from the checkpoint that it was made of."""
     model = finetune_model(checkpoints[0], PruneSchedule.parse(SCHEDULE))
     export = exported(tmp_path, model)
@@ -249,8 +259,9 @@ def _stop_at(text):
 
 def test_a_stopped_ablation_goes_on(data, checkpoints, tmp_path, whole, monkeypatch):
     """In a training, between two, and while measuring; what is done is not done again."""
+    draw_one_plot(monkeypatch)
     asked = (model_source(checkpoints[0]), data, tmp_path, _options(data))
-    for text in ("gap-0: training, steps: 9 of", "masked-1: training, steps: 1 of", "24 of 42"):
+    for text in ("gap-0: training, steps: 5 of", "masked-1: training, steps: 1 of", "24 of 42"):
         with pytest.raises(_StopError):
             vssm.ablate(*asked, progress=_stop_at(text))
     with (tmp_path / "ablation.json.journal").open("ab") as file:
@@ -268,7 +279,7 @@ def test_a_stopped_ablation_goes_on(data, checkpoints, tmp_path, whole, monkeypa
     assert not list(tmp_path.glob("*.journal"))
 
 
-def test_unreadable_files_survive_a_stop(checkpoints, tmp_path):
+def test_unreadable_files_survive_a_stop(checkpoints, tmp_path, no_plots):
     data = write_pictures(tmp_path / "data")
     for name in ("n0/bad.png", "n3/notes.txt"):
         (data / name).write_bytes(b"no image")
@@ -282,7 +293,7 @@ def test_unreadable_files_survive_a_stop(checkpoints, tmp_path):
     assert report.rows[0].timed_batches == 18  # of 20 full batches two began a call
 
 
-def test_another_ablation_is_refused(data, checkpoints, tmp_path):
+def test_another_ablation_is_refused(data, checkpoints, tmp_path, no_plots):
     options = AblationOptions(seeds=1, ratios=("0.5",), batch=8)
     with pytest.raises(_StopError):
         vssm.ablate(
@@ -332,7 +343,7 @@ def test_kill_and_resume(data, checkpoints, tmp_path, whole):
     script.write_text(_SCRIPT)
     for text, delay in (
         ("none-1: training, steps: 1 of", 0.02),
-        ("evit-0: training, steps: 8 of", 0.0),
+        ("evit-0: training, steps: 4 of", 0.0),
         ("measuring, images: 16 of 42", 0.01),
     ):
         process = _start(script, data, checkpoints[0], out)
@@ -431,7 +442,7 @@ def test_a_crash_at_every_change_of_a_file(data, checkpoints, tmp_path):
     assert int(said) > 15
 
 
-def test_command(cli, data, checkpoints, tmp_path, whole, monkeypatch):
+def test_command(cli, data, checkpoints, tmp_path, whole, monkeypatch, no_plots):
     """The options ask for the same; files that were trained elsewhere, one a seed."""
     given = ["vim_tiny", data, "--num-classes=7", *SIZES, "--schedule", SCHEDULE, "--seeds=1"]
     given += ["--ratios=0.5", "--batch=8", "--checkpoint", checkpoints[0]]
@@ -450,7 +461,7 @@ def test_command(cli, data, checkpoints, tmp_path, whole, monkeypatch):
     assert (images, output) == (data, tmp_path / "a")
     assert source == model_source(checkpoints[0])
     wanted = _options(data)
-    training = replace(options.training, variants=TRAINED, save_every=3)
+    training = replace(options.training, variants=TRAINED, save_every=2)
     assert list(options.training.variants) == list(TRAINED)
     assert replace(options, ratios=("0.5",), checkpoints=(), training=training) == wanted
     assert (list(options.ratios), list(options.checkpoints)) == (["0.5"], [])
@@ -554,7 +565,7 @@ def test_refusals_of_what_is_asked_together(cli, data, checkpoints, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_family_lacks_is_not_trained(data, tmp_path):
+def test_what_a_family_lacks_is_not_trained(data, tmp_path, no_plots):
     from finetune_cases import OPTIONS_PLAIN
 
     what = ModelSource(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,19 @@ from vssm.training.scene_recipe import SceneRecipe
 
 CLASSES = int(MICRO["num_classes"])
 _VIM = {"image_size": 32, "stride": 16, "depth": 2, "d_model": 16, "d_state": 4}
+# 17 tokens, and as many blocks as there are before the one that the README prunes after.
+_README = {"patch_size": 56, "stride": 56, "depth": 10, "d_model": 16, "d_state": 4}
 _SEGMENTER = {
     **{**MICRO_SEGMENTERS["vim"], **MICRO_HEADS, "image_size": 64},
     # The page prunes after block 18.
     **{"depth": 18, "d_model": 12, "taps": (6, 12, 17, 18)},
 }
 _SEGMENTER.pop("num_classes")
+
+
+def make_tiny_readme(patch: pytest.MonkeyPatch) -> None:
+    """The README's vim_tiny: a few wide patches of its 224 x 224, and the block it prunes after."""
+    _shrink(patch, {"vim_tiny": {"changes": _README}})
 
 
 def make_tiny(patch: pytest.MonkeyPatch, *, dense: bool) -> None:
@@ -37,16 +45,21 @@ def make_tiny(patch: pytest.MonkeyPatch, *, dense: bool) -> None:
     if dense:
         tiny["vim_tiny_upernet_ade20k"] = {"changes": _SEGMENTER}
         tiny["vim_tiny_cascade_mask_rcnn_coco"] = {"changes": _detector()}
-    families = dict(registry.families())  # a copy, to which a page may add some
-    for name, changes in tiny.items():
-        family = registry.family_of(name)
-        card = replace(family.cards[name], num_classes=CLASSES, **changes)
-        families[family.name] = replace(family, cards={**family.cards, name: card})
-    patch.setattr(registry, "_families", families)
+    _shrink(patch, {name: {"num_classes": CLASSES, **card} for name, card in tiny.items()})
     _change_defaults(patch, Recipe, {"epochs": 1, "batch": 4})
     _change_defaults(patch, SceneRecipe, {"warm_up_steps": 1})
     published = {"vim_tiny_upernet_ade20k": {"iterations": 2, "batch": 2}}
     patch.setattr("vssm.training.scene_recipe._PUBLISHED", published)
+
+
+def _shrink(patch: pytest.MonkeyPatch, cards: Mapping[str, dict[str, Any]]) -> None:
+    """Change these models' cards, in a copy of the families, to which a page may add some."""
+    families = dict(registry.families())
+    for name, changes in cards.items():
+        family = families[registry.family_of(name).name]
+        card = replace(family.cards[name], **changes)
+        families[family.name] = replace(family, cards={**family.cards, name: card})
+    patch.setattr(registry, "_families", families)
 
 
 def _detector() -> dict[str, Any]:
