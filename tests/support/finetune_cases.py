@@ -49,7 +49,7 @@ def request(
     resume: bool = False,
     **numbers: Any,
 ) -> FinetuneRequest:
-    """A run of 14 steps, its state saved at every one."""
+    """A run of 14 steps, its state saved at the end of an epoch: that takes as long as a step."""
     recipe = Recipe(**{**RECIPE, **numbers})
-    laid_out = Resources(**{"workers": 0, "save_every": 1, **(resources or {})})
+    laid_out = Resources(**{"workers": 0, **(resources or {})})
     return FinetuneRequest(what or model_source(), data, output, recipe, None, resume, laid_out)

@@ -29,7 +29,8 @@ import vssm
 
 if __name__ == "__main__":
     data, output = map(Path, sys.argv[2:])
-    asked = request(data, output, batch=12, mixup=0.0, cutmix=0.0, epochs=6)
+    each, numbers = {"save_every": 1}, {"batch": 12, "mixup": 0.0, "cutmix": 0.0, "epochs": 6}
+    asked = request(data, output, resources=each, **numbers)
     vssm.finetune(asked, progress=lambda *step: step[3:] and print(*step, flush=True))
 """
 

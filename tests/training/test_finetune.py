@@ -143,7 +143,7 @@ def test_every_matrix_decays_and_nothing_else(name):
 
 
 def test_equal_runs_are_equal_to_the_bit(data, checkpoint, tmp_path, whole):
-    vssm.finetune(request(data, tmp_path, what=model_source(checkpoint), resources={"workers": 2}))
+    vssm.finetune(request(data, tmp_path, what=model_source(checkpoint), resources={"workers": 1}))
     _same(tmp_path, whole)
     other = tmp_path / "other"
     vssm.finetune(request(data, other, what=model_source(checkpoint), seed=1))
@@ -376,7 +376,7 @@ if __name__ == "__main__":
         Path(data),
         Path(output),
         what=model_source(Path(checkpoint)),
-        resources={"workers": int(workers)},
+        resources={"workers": int(workers), "save_every": 1},
         resume=has_run(Path(output)),
         **json.loads(numbers),
     )
@@ -588,7 +588,8 @@ def train(rank, port, kills):
             os.kill(os.getpid(), signal.SIGKILL)
 
     what, numbers = model_source(checkpoint), json.loads(sys.argv[5])
-    asked = request(data, output, what=what, resume=has_run(output), **numbers)
+    each = {"save_every": 1}
+    asked = request(data, output, what=what, resources=each, resume=has_run(output), **numbers)
     vssm.finetune(asked, progress=progress)
     os._exit(0)
 
