@@ -21,16 +21,10 @@ class VariantKernels(Kernels):
     ) -> Tensor:
         """The scan (batch, seqlen, d_inner) in one of VARIANTS."""
         op = OPERATORS["GatedSelectiveScan" if "z" in operands else "SelectiveScan"]
-        u = operands["u"]
-        y = u.new_empty(u.shape[0], u.shape[1], u.shape[3])
-        attributes = {a.name: a.default for a in op.attributes}
-        attributes |= {"params_by_step": int(params_by_step), "variant": VARIANTS[variant]}
-        self.run_into(op, list(operands.values()), [y], attributes)
-        return y
+        attributes = (1, int(params_by_step))
+        args = (*operands.values(), *attributes)
+        return self.run(op, args, variant=VARIANTS[variant])[0]
 
     def gathered(self, given: Sequence[Tensor], num_keep: int) -> list[Tensor]:
         """TokenGather of (score, position, x0, x1): kept positions, then the rows of each."""
-        names = ("score", "position", "x0", "x1")
-        named = dict(zip(names, given, strict=True))
-        attributes = {"num_keep": num_keep, "protected_position": -1}
-        return list(self.run(OPERATORS["TokenGather"], {**named, **attributes}))
+        return list(self.run(OPERATORS["TokenGather"], (*given, num_keep, -1)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from cases import SCAN_SIZES, TOGETHER_SIZES, gather_case, scan_case, scan_reference_arguments
@@ -145,10 +147,41 @@ def test_what_no_kernel_takes_is_an_error():
 
 
 def test_operands_on_two_devices_are_refused():
-    named = {**scan_case(seqlen=9), "delta_softplus": 1, "params_by_step": 0, "scale": 1.0}
+    named = scan_case(seqlen=9)
     named["B"] = named["B"].to("meta")
     with pytest.raises(ValueError, match=r"B\.device=meta is not cpu, where u is; move it there"):
-        ops_kernels.kernels().run(SELECTIVE_SCAN, named)
+        ops_kernels.kernels().run(
+            SELECTIVE_SCAN, tuple(named[o.name] for o in SELECTIVE_SCAN.inputs)
+        )
+
+
+@pytest.mark.parametrize("extra", ["", "z"])
+def test_a_call_like_one_before_runs_little_python(extra):
+    """A layer of a small model is done in a millisecond, and each function here costs it one."""
+    case, called = scan_case(seqlen=4, extra=extra), []
+    ops.selective_scan(**case)
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(vssm.__path__[0]):
+            called.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        ops.selective_scan(**case)
+    finally:
+        sys.setprofile(None)
+    assert "selective_scan" in called
+    assert len(called) <= 25, called
+
+
+def test_a_call_unlike_one_before_is_checked():
+    case = scan_case(seqlen=9)
+    ops.selective_scan(**case, backend="kernel")
+    for name, other in (("A", case["A"].double()), ("C", case["C"][..., :-1])):
+        with pytest.raises(ValueError, match=rf"SelectiveScan .*{name}"):
+            ops.selective_scan(**{**case, name: other}, backend="kernel")
+    with pytest.raises(ValueError, match="scale=inf must be finite"):
+        ops.selective_scan(**case, scale=float("inf"), backend="kernel")
 
 
 def test_a_library_without_cuda_is_said(monkeypatch):

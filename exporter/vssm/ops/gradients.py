@@ -8,7 +8,6 @@ training step has them too. Those of a scatter are a gather and a scatter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -39,9 +38,9 @@ def define(library: torch.library.Library, op: OperatorSpec, name: str) -> None:
         first: Tensor = args[0]
         native = first.device.type == "cpu" and runs_on_kernels(first)  # no kernel on a GPU yet
         if native:
-            found = tuple(run_backward(op, _named(op, args), dy))
+            found = tuple(run_backward(op, op.named(args), dy))
         else:
-            found = _in_pytorch(op, _named(op, args), dy)
+            found = _in_pytorch(op, op.named(args), dy)
         note_run(f"{op.name} backward", "kernel" if native else "reference")
         return found
 
@@ -109,11 +108,6 @@ def register_scatter_autograd(library: torch.library.Library, overload: str) -> 
     torch.library.register_autograd(
         f"vssm::{overload}", backward, setup_context=setup_context, lib=library
     )
-
-
-def _named(op: OperatorSpec, args: Sequence[Any]) -> dict[str, Any]:
-    names = [*(o.name for o in op.inputs), *(a.name for a in op.attributes)]
-    return dict(zip(names, args, strict=True))
 
 
 def _in_pytorch(op: OperatorSpec, named: dict[str, Any], dy: Tensor) -> tuple[Tensor, ...]:

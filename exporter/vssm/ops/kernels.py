@@ -12,18 +12,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
 from vssm.native_library import find_library, load_library
-from vssm.ops.rules import empty_outputs
+from vssm.ops.rules import output_sizes
 from vssm.ops.spec import (
     GATHER_OPERATORS,
     SCAN_OPERATORS,
@@ -40,15 +41,9 @@ _ALIGNMENT = 256  # bytes, of a workspace
 _ERROR_BYTES = 512
 
 
-class CTensor(ctypes.Structure):
-    """vssm_tensor of plugins/c/vssm.h."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("dims", ctypes.c_int64 * _MAX_RANK),
-    )
+# A vssm_tensor of plugins/c/vssm.h: its data, and its form, which is dtype, rank and dims.
+_DATA: Final = struct.Struct("P")
+_FORM: Final = struct.Struct(f"ii{_MAX_RANK}q")
 
 
 class _Launch(ctypes.Structure):
@@ -95,6 +90,11 @@ class _Family:
     counted: bool = False
     threaded: bool = True
 
+    @property
+    def on_cpu(self) -> str:
+        """The function that runs the CPU kernel."""
+        return f"{self.function}_on_threads" if self.threaded else self.function
+
     def attributes_of(self, named: Mapping[str, Any]) -> tuple[Any, ...]:
         """The struct as it is passed, with the attributes of that name; the rest of it is 0."""
         if self.attributes is None:
@@ -136,57 +136,58 @@ class Kernels:
         """Whether the CUDA kernels take tensors of this device, with a stream and a workspace."""
         return device.type == "cuda"
 
-    def run(self, op: OperatorSpec, named: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """Run an operator on tensors and attributes by name; its outputs.
+    def run(
+        self, op: OperatorSpec, args: tuple[Any, ...], *, variant: int = 0
+    ) -> tuple[Tensor, ...]:
+        """Run an operator; its outputs.
+
+        Args:
+            op: the operator.
+            args: its tensors and attributes in the table's order; those at the end that are their
+                defaults may be left out.
+            variant: of a scan on CUDA, as in vssm_scan_attributes of plugins/c/vssm.h.
 
         Raises:
             ValueError: an operand breaks the contract, or is on another device than the first.
             RuntimeUnavailableError: the tensors are on a device that this build has no kernels for.
             UnsupportedError: the CUDA kernels refuse the sizes, or CUDA the launch.
         """
-        outputs = empty_outputs(op, named)
-        self.run_into(op, [named[o.name] for o in op.inputs], outputs, named)
+        count = len(op.inputs)
+        operands = args[:count]
+        seen = tuple([(t.shape, t.dtype, t.device) for t in operands])
+        call = _call_of(op, seen, args[count:], variant)
+        self.require(call.device)
+        kept = [t.contiguous() for t in operands]  # alive until the call returns
+        outputs = tuple([operands[i].new_empty(shape) for i, shape in call.like])
+        inputs, results = _tensors(kept, call.inputs), _tensors(outputs, call.outputs)
+        given = (call.name, inputs, call.input_count, results, *call.rest)
+        if self.launches_on(call.device):
+            self._launch(call, given)
+            return outputs
+        threads = ctypes.c_int32(torch.get_num_threads()) if call.family.threaded else None
+        failure = self.call(call.family.on_cpu, *given, threads)
+        if failure is not None:
+            raise ValueError(failure)
         return outputs
 
-    def run_into(
-        self,
-        op: OperatorSpec,
-        operands: Sequence[Tensor],
-        outputs: Sequence[Tensor],
-        attributes: Mapping[str, Any],
-    ) -> None:
-        """The same on operands in the table's order, which have been checked, into `outputs`."""
-        device = _one_device(op, operands)
-        self.require(device)
-        family = _FAMILIES[op.name]
-        kept = [t.contiguous() for t in operands]  # alive until the call returns
-        inputs = describe(kept)
-        given = (op.name.encode(), inputs, ctypes.c_int32(len(inputs)))
-        results = (describe(outputs), *([ctypes.c_int32(len(outputs))] if family.counted else []))
-        struct = family.attributes_of(attributes)
-        with _on(device):
-            if not self.launches_on(device):
-                function, last = family.function, None
-                if family.threaded:
-                    function += "_on_threads"
-                    last = ctypes.c_int32(torch.get_num_threads())
-                failure = self.call(function, *given, *results, *struct, last)
-                if failure is not None:
-                    raise ValueError(failure)
-                return
-            size = ctypes.c_int64(0)
-            query = f"{family.function}_workspace"
-            failure = self.call(query, *given, *struct, ctypes.byref(size))
+    def _launch(self, call: _Call, given: tuple[Any, ...]) -> None:
+        name, inputs, input_count, *_ = given
+        size, query = ctypes.c_int64(0), f"{call.family.function}_workspace"
+        attributes = call.attributes
+        with _on(call.device):
+            failure = self.call(query, name, inputs, input_count, *attributes, ctypes.byref(size))
             if failure is None:
-                launch, _workspace = _launch(device, size.value)
-                failure = self.call(family.function, *given, *results, *struct, launch)
-            if failure is not None:
-                raise UnsupportedError(failure)
+                launch, _workspace = _launch(call.device, size.value)
+                failure = self.call(call.family.function, *given, launch)
+        if failure is not None:
+            raise UnsupportedError(failure)
 
     def call(self, function: str, *arguments: Any) -> str | None:
         """Call a function of the library; its message, None for success."""
         error = ctypes.create_string_buffer(_ERROR_BYTES)
-        failed = self._library[function](*arguments, error, ctypes.c_size_t(_ERROR_BYTES))
+        # As an attribute ctypes keeps it; by [] it would be looked up in the library anew.
+        run = getattr(self._library, function)
+        failed = run(*arguments, error, ctypes.c_size_t(_ERROR_BYTES))
         return error.value.decode() if failed else None
 
     def require(self, device: torch.device) -> None:
@@ -247,7 +248,68 @@ def _warn_slow(device: str, why: str) -> None:
     )
 
 
-def _one_device(op: OperatorSpec, operands: Sequence[Tensor]) -> torch.device:
+@dataclass(frozen=True)
+class _Call:
+    """What all calls with operands of these sizes, types and devices pass.
+
+    Attributes:
+        family: of the operator.
+        device: of every operand.
+        name: of the operator.
+        input_count: how many operands there are.
+        inputs: their forms.
+        like: of each output an operand of its type, by index, and its sizes.
+        outputs: their forms.
+        attributes: the struct, if the operator has one.
+        rest: what follows the outputs: their number where that is passed, the attributes.
+    """
+
+    family: _Family
+    device: torch.device
+    name: bytes
+    input_count: Any
+    inputs: tuple[bytes, ...]
+    like: tuple[tuple[int, tuple[int, ...]], ...]
+    outputs: tuple[bytes, ...]
+    attributes: tuple[Any, ...]
+    rest: tuple[Any, ...]
+
+
+class _Seen(NamedTuple):
+    """What tells one operand from another, but for its numbers."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+# To check and describe operands takes longer than a small convolution, and a layer asks for the
+# same in every run.
+@functools.lru_cache(maxsize=256)
+def _call_of(
+    op: OperatorSpec, seen: tuple[Any, ...], attributes: tuple[Any, ...], variant: int
+) -> _Call:
+    operands = [_Seen(*one) for one in seen]
+    named = op.named((*operands, *attributes))
+    outputs = [(named[like], shape) for like, shape in output_sizes(op, named)]
+    device = _one_device(op, operands)
+    family = _FAMILIES[op.name]
+    struct_ = family.attributes_of({**named, "variant": variant})
+    count = [ctypes.c_int32(len(outputs))] if family.counted else []
+    return _Call(
+        family=family,
+        device=device,
+        name=op.name.encode(),
+        input_count=ctypes.c_int32(len(seen)),
+        inputs=tuple(_form(one.shape, one.dtype) for one in operands),
+        like=tuple((operands.index(like), shape) for like, shape in outputs),
+        outputs=tuple(_form(shape, like.dtype) for like, shape in outputs),
+        attributes=struct_,
+        rest=(*count, *struct_),
+    )
+
+
+def _one_device(op: OperatorSpec, operands: Sequence[_Seen]) -> torch.device:
     """The device of all operands: the library cannot tell where a pointer points to."""
     device = operands[0].device
     if operands[0].dtype == torch.float64:
@@ -255,22 +317,29 @@ def _one_device(op: OperatorSpec, operands: Sequence[Tensor]) -> torch.device:
             f"{op.name} {op.inputs[0].name}.dtype=float64: the kernels compute in float32; ask "
             "for backend='reference', or pass float32"
         )
-    for operand, tensor in zip(op.inputs, operands, strict=True):
-        if tensor.device != device:
+    for operand, one in zip(op.inputs, operands, strict=True):
+        if one.device != device:
             raise ValueError(
-                f"{op.name} {operand.name}.device={tensor.device} is not {device}, where "
+                f"{op.name} {operand.name}.device={one.device} is not {device}, where "
                 f"{op.inputs[0].name} is; move it there"
             )
     return device
 
 
-def describe(tensors: Sequence[Tensor]) -> Any:
-    """An array of CTensor for contiguous tensors, which must outlive it."""
-    found = [
-        CTensor(t.data_ptr(), _CODES[t.dtype], t.dim(), (ctypes.c_int64 * _MAX_RANK)(*t.shape))
-        for t in tensors
-    ]
-    return (CTensor * len(found))(*found)
+def _form(shape: Sequence[int], dtype: torch.dtype) -> bytes:
+    """A vssm_tensor behind its data."""
+    return _FORM.pack(_CODES[dtype], len(shape), *shape, *(0,) * (_MAX_RANK - len(shape)))
+
+
+def _tensors(tensors: Sequence[Tensor], forms: Sequence[bytes]) -> bytes:
+    """An array of vssm_tensor for contiguous tensors, which must outlive it."""
+    pairs = zip(tensors, forms, strict=True)
+    return b"".join([part for t, form in pairs for part in (_DATA.pack(t.data_ptr()), form)])
+
+
+def describe(tensors: Sequence[Tensor]) -> bytes:
+    """An array of vssm_tensor for contiguous tensors, which must outlive it."""
+    return _tensors(tensors, [_form(t.shape, t.dtype) for t in tensors])
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

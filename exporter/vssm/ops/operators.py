@@ -186,19 +186,12 @@ def _qualified(op: OperatorSpec, overload: str) -> str:
     return name if overload == "default" else f"{name}.{overload}"
 
 
-def _named(op: OperatorSpec, args: Sequence[Any]) -> dict[str, Any]:
-    names = [o.name for o in op.inputs] + [a.name for a in op.attributes]
-    defaults = [None] * len(op.inputs) + [a.default for a in op.attributes]
-    given = [*args, *defaults[len(args) :]]
-    return dict(zip(names, given, strict=True))
-
-
 _Outputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 def _reference(op: OperatorSpec, args: Sequence[Any]) -> _Outputs:
     """The oracle's outputs: a tensor, or a tuple where the operator has several."""
-    named = _named(op, args)
+    named = op.named(args)
     for flag in FLAGS & named.keys():
         named[flag] = bool(named[flag])
     if op in SCAN_OPERATORS:
@@ -214,7 +207,7 @@ def _reference(op: OperatorSpec, args: Sequence[Any]) -> _Outputs:
 
 def _oracle(op: OperatorSpec) -> Callable[..., _Outputs]:
     def run(*args: Any) -> _Outputs:
-        named = _named(op, args)
+        named = op.named(args)
         check_operands(op, named)
         check_values(op, named)
         found = _reference(op, args)
@@ -228,7 +221,7 @@ def _oracle(op: OperatorSpec) -> Callable[..., _Outputs]:
 
 def _fake(op: OperatorSpec) -> Callable[..., _Outputs]:
     def fake(*args: Any) -> _Outputs:
-        found = empty_outputs(op, _named(op, args))
+        found = empty_outputs(op, op.named(args))
         return found if len(found) > 1 else found[0]
 
     return fake
@@ -236,8 +229,7 @@ def _fake(op: OperatorSpec) -> Callable[..., _Outputs]:
 
 def _native(op: OperatorSpec) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        named = _named(op, args)
-        found = kernels().run(op, named)
+        found = kernels().run(op, args)
         note_run(op.name, "kernel")
         return found if len(found) > 1 else found[0]
 

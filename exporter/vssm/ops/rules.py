@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from vssm.ops.spec import FLAGS, SHARED, OperatorSpec, axes_of
@@ -25,7 +22,7 @@ def check_operands(op: OperatorSpec, named: Mapping[str, Any]) -> Mapping[str, i
 
     Args:
         op: the operator.
-        named: its tensors and attributes by name.
+        named: its tensors, or what else has a shape and a dtype, and its attributes by name.
 
     Returns:
         The size of each symbol of the operator table.
@@ -33,30 +30,6 @@ def check_operands(op: OperatorSpec, named: Mapping[str, Any]) -> Mapping[str, i
     Raises:
         ValueError: one breaks the operator's contract.
     """
-    seen = {
-        name: _Seen(value.shape, value.dtype) if isinstance(value, Tensor) else value
-        for name, value in named.items()
-    }
-    try:
-        return _known(op, tuple(seen.items()))
-    except TypeError:  # A symbolic size has no hash.
-        return _check(op, seen)
-
-
-class _Seen(NamedTuple):
-    """What the rules look at in a tensor."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-@functools.lru_cache(maxsize=256)
-def _known(op: OperatorSpec, seen: tuple[tuple[str, Any], ...]) -> Mapping[str, int]:
-    """A layer asks the same in every run, and the rules take longer than a small convolution."""
-    return MappingProxyType(_check(op, dict(seen)))
-
-
-def _check(op: OperatorSpec, named: Mapping[str, Any]) -> dict[str, int]:
     _check_types(op, named)
     sizes = _check_sizes(op, named)
     _check_attributes(op, named, sizes)
@@ -69,9 +42,24 @@ def empty_outputs(op: OperatorSpec, named: Mapping[str, Any]) -> tuple[Tensor, .
     Raises:
         ValueError: an operand breaks the operator's contract.
     """
+    return tuple(named[like].new_empty(shape) for like, shape in output_sizes(op, named))
+
+
+def output_sizes(
+    op: OperatorSpec, named: Mapping[str, Any]
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Of each output the name of an input that has its type, and its shape.
+
+    Args:
+        op: the operator.
+        named: what `check_operands` takes.
+
+    Raises:
+        ValueError: an operand breaks the operator's contract.
+    """
     sizes = {**check_operands(op, named), "num_keep": named.get("num_keep", 0)}
-    of_type = {o.dtype: named[o.name] for o in op.inputs}
-    return tuple(of_type[o.dtype].new_empty([sizes[s] for s in o.shape]) for o in op.outputs)
+    of_type = {o.dtype: o.name for o in op.inputs}
+    return tuple((of_type[o.dtype], tuple(sizes[s] for s in o.shape)) for o in op.outputs)
 
 
 def check_values(op: OperatorSpec, named: Mapping[str, Any]) -> None:

@@ -7,8 +7,9 @@ The one Python copy of the contract. ONNX schemas, fake kernels, fallback bodies
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 DOMAIN: Final = "vssm"
 OPERATOR_VERSION: Final = 1
@@ -52,7 +53,9 @@ class AttributeSpec:
         return f"{self.name}:{self.kind.__name__}{default}"
 
 
-@dataclass(frozen=True)
+# Each is equal to itself alone: calls are looked up by their operator, and to hash all its fields
+# would take longer than that.
+@dataclass(frozen=True, eq=False)
 class OperatorSpec:
     """One operator.
 
@@ -71,6 +74,12 @@ class OperatorSpec:
     def type_variables(self) -> tuple[str, ...]:
         """Names of the type variables, sorted: ("T",), ("T0",) or ("T0", "T1")."""
         return tuple(sorted({o.dtype for o in self.inputs if o.dtype.startswith("T")}))
+
+    def named(self, args: Sequence[Any]) -> dict[str, Any]:
+        """Inputs and attributes by name, given in order; defaults at the end may be left out."""
+        names = (*(o.name for o in self.inputs), *(a.name for a in self.attributes))
+        left_out = self.attributes[len(args) - len(self.inputs) :]
+        return dict(zip(names, (*args, *(a.default for a in left_out)), strict=True))
 
     def __str__(self) -> str:
         inputs = ", ".join(map(str, self.inputs))
