@@ -135,6 +135,13 @@ def test_two_sizes_are_open(second_traces: list[ExportedProgram]) -> None:
     assert not second_traces
 
 
+def test_a_graph_in_which_no_pass_has_a_rule() -> None:
+    model = Calls([lambda x: interpolate(x, scale_factor=2, mode="nearest")]).eval()
+    program = torch.export.export(model, (torch.zeros(1, 3, 4, 6),))
+    proto = program_to_proto(program, 18, inputs=["images"], names=["y"], public=1, free={})
+    assert [node.op_type for node in proto.graph.node] == ["Resize"]
+
+
 def detector() -> VisionModel:
     return micro_detector("plain_mamba", "maskrcnn_64x96", injector="kept")
 

@@ -47,11 +47,13 @@ def fold_weights(model: ir.Model) -> None:
     """Compute everything that depends on weights alone, then drop what nothing reads."""
     common.InlinePass()(model)
     operators = {node.op_type for node in model.graph}
-    rewrite = RewritePass([rule for op in _RULES if op in operators for rule in _RULES[op]])
+    known = [rule for op in _RULES if op in operators for rule in _RULES[op]]
+    rewrite = RewritePass(known) if known else None  # which refuses to have none
     unused = common.RemoveUnusedNodesPass()
     for _ in range(2):  # a reshape whose shape was computed is simplified once that is folded
         optimizer.fold_constants(model, onnx_shape_inference=True)
-        rewrite(model)
+        if rewrite is not None:
+            rewrite(model)
         unused(model)
     for step in (
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
