@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from exports import exported, micro
 
 import vssm
 from vssm.models.base import VisionModel
+from vssm.onnx.describe import NodeCount, count_nodes
 
 
 def spoilt(key: str, value: float) -> VisionModel:
@@ -55,3 +57,17 @@ def test_ratios_are_plain_decimals(tmp_path: Path) -> None:
     schedule = exported(tmp_path, micro("1:0.80,2:0.0000001", depth=2)).manifest.schedule
     assert schedule is not None
     assert schedule.blocks == {1: "0.8", 2: "0.0000001"}
+
+
+def test_blocks_are_entries_that_hold_mixers(tmp_path: Path) -> None:
+    """One called twice, two in one entry of a sequence, one in a list in a list, and one alone."""
+    mixers = ["encoder4.0/mamba", "encoder4.0/mamba", "stages.1/blocks.0/a", "stages.1/blocks.0/b"]
+    names = [f"/{mixer}/SelectiveScan" for mixer in (*mixers, "stages.1/blocks.1", "mixer")]
+    scans = [
+        onnx.helper.make_node("SelectiveScan", [], [], name=name, domain="vssm") for name in names
+    ]
+    others = [onnx.helper.make_node("Add", [], [], name="/stages.2/blocks.0/Add")]
+    graph = onnx.helper.make_graph([*scans, *others], "named", [], [])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    found = count_nodes(tmp_path / "model.onnx")
+    assert found == NodeCount(scans=6, mixers=5, blocks=4, nodes=7)

@@ -51,7 +51,7 @@ class SurveyRow:
         nodes: all nodes of its file.
         error: largest error against the module's exact answers, over their largest value.
         cpu_seconds: CPU time of the export, from the start of Python.
-        blocks: entries of the model's innermost module lists, which its trace goes through.
+        blocks: entries of the model's lists and sequences that those are in.
         gigabytes: most memory that the process held until then.
         seconds: wall time, the check and the end of the process included.
         why_not: the error of the step that it did not pass.
@@ -190,7 +190,7 @@ def _work(
         if phase.startswith("importing ") and step == steps:
             passed(STEPS[0])
         elif phase.startswith("tracing") and step == 0:
-            passed(STEPS[1], blocks=steps)
+            passed(STEPS[1])
 
     try:
         request = replace(_request(entry, folder), threads=threads)
@@ -198,8 +198,8 @@ def _work(
         artifact = export_user_module(request, place, force=True, progress=progress).artifact
         from vssm.onnx.describe import count_nodes
 
-        scans, mixers, nodes = count_nodes(artifact.model_path)
-        passed(STEPS[2], scans=scans, mixers=mixers, nodes=nodes, **_spent())
+        spent = _spent()
+        passed(STEPS[2], **asdict(count_nodes(artifact.model_path)), **spent)
         if request.reference:
             from vssm.parity.check import check_parity
 

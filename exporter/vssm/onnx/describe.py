@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -136,10 +136,37 @@ def describe_merges(model: Scheduled) -> MergeInfo | None:
     )
 
 
-def count_nodes(path: Path) -> tuple[int, int, int]:
-    """How many scans of this package a file has, in how many modules, and all its nodes."""
+@dataclass(frozen=True)
+class NodeCount:
+    """How many scans of this package a file has, in how many modules, and all its nodes.
+
+    Attributes:
+        scans: scan nodes.
+        mixers: modules that those are in.
+        blocks: entries of lists and sequences that those are in, the innermost around each; a
+            module that is in none counts for itself.
+        nodes: all nodes.
+    """
+
+    scans: int
+    mixers: int
+    blocks: int
+    nodes: int
+
+
+def count_nodes(path: Path) -> NodeCount:
+    """Count a file's nodes by the modules that their names say."""
     nodes = onnx.load(str(path), load_external_data=False).graph.node
     names = {op.name for op in SCAN_OPERATORS}
     scans = [node.name for node in nodes if node.domain == DOMAIN and node.op_type in names]
     # A node is called after the module that ran it.
-    return len(scans), len({name.rpartition("/")[0] for name in scans}), len(nodes)
+    mixers = {name.rpartition("/")[0] for name in scans}
+    return NodeCount(len(scans), len(mixers), len(set(map(_block, mixers))), len(nodes))
+
+
+def _block(mixer: str) -> str:
+    """`/stages.1/blocks.0` of `/stages.1/blocks.0/mixer`."""
+    parts = mixer.split("/")
+    while parts and not parts[-1].rpartition(".")[2].isdecimal():
+        parts.pop()
+    return "/".join(parts) or mixer
