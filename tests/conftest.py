@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import importlib.util
@@ -69,21 +68,6 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 50)
-
-
-def pytest_sessionstart() -> None:
-    # torch's exporter reads the sources of its 500 translations anew at each export: a sixth of the
-    # time of a small one. Each still gets its own list, to which it adds our operators.
-    from torch.onnx._internal.exporter import _registration
-
-    read = functools.cache(_registration.ONNXRegistry.from_torchlib)
-
-    def from_torchlib(*args: Any, **given: Any) -> Any:
-        registry = copy.copy(read(*args, **given))
-        registry.functions = {target: list(found) for target, found in registry.functions.items()}
-        return registry
-
-    _registration.ONNXRegistry.from_torchlib = staticmethod(from_torchlib)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -63,9 +63,9 @@ from vssm.onnx.program import (
     BATCH,
     TRACING,
     program_to_proto,
-    quiet,
 )
 from vssm.onnx.save import EXTERNAL_DATA_ABOVE, save_model
+from vssm.onnx.translate import quiet
 from vssm.ops.ambient import known_state
 from vssm.ops.operators import torch_op
 from vssm.ops.record import record_backends

@@ -156,7 +156,6 @@ def join_input(program: ExportedProgram, axes: Sequence[FreeAxis]) -> None:
         count.replace_all_uses_with(new)
     graph.eliminate_dead_code()
     program._example_inputs = None
-    program.graph_module.recompile()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from types import MethodType
 from typing import Any, Final
 
 import torch
@@ -30,38 +29,37 @@ _RESTRIDES: Final = (_ATEN.as_strided_.default, _ATEN.as_strided.default)
 _COMPOSITE: Final = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
-def decompose_in_place(program: ExportedProgram) -> None:
-    """Have a program decompose single nodes when an exporter asks it to decompose itself.
+def decomposed(program: ExportedProgram, table: _Table) -> ExportedProgram:
+    """A program without the operators that an exporter has no translation of.
 
     torch's own way traces the whole program a second time, be it for one operator: that took 9 of
     the 25 s of vim_tiny. It is still gone where a call writes to its operands or holds a graph.
+
+    Args:
+        program: changed in place, where it is not traced again.
+        table: what operators without a translation are, by operator.
     """
-
-    def run(self: ExportedProgram, table: _Table) -> ExportedProgram:
-        graph = self.graph_module.graph
-        _open_detached(graph)
-        graph.eliminate_dead_code()
-        calls = [node for node in graph.nodes if node.op == "call_function"]
-        others = _Others(self, table)
-        found = [(node, others.of(node)) for node in calls if others.needs(node.target)]
-        known = [(node, inner) for node, inner in found if inner is not None]
-        if len(known) < len(found) or not all(_is_function(node) for node in calls):
-            traced: ExportedProgram = ExportedProgram.run_decompositions(self, dict(table))
-            return traced
-        for node, inner in known:
-            _put(node, inner)
-        rename_outputs(self)
-        self.graph_module.recompile()
-        return self
-
-    program.run_decompositions = MethodType(run, program)
+    graph = program.graph_module.graph
+    _open_detached(graph)
+    graph.eliminate_dead_code()
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    others = _Others(program, table)
+    found = [(node, others.of(node)) for node in calls if others.needs(node.target)]
+    known = [(node, inner) for node, inner in found if inner is not None]
+    if len(known) < len(found) or not all(_is_function(node) for node in calls):
+        traced: ExportedProgram = program.run_decompositions(dict(table))
+        return traced
+    for node, inner in known:
+        _put(node, inner)
+    rename_outputs(program)
+    return program
 
 
 class _Others:
     """What calls are, written with other operators; calls that are alike share it."""
 
     def __init__(self, program: ExportedProgram, table: _Table) -> None:
-        self._table = dict(table)
+        self._table = table
         self._known: dict[Any, GraphModule | None] = {}
         # An operand more, an input of the program: the values of a call without tensors, such as
         # eye, must be of the program's kind too.

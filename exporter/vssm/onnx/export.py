@@ -42,10 +42,10 @@ from vssm.onnx.program import (
     BATCH,
     TRACING,
     program_to_proto,
-    quiet,
 )
 from vssm.onnx.save import EXTERNAL_DATA_ABOVE, save_model
 from vssm.onnx.schemas import register_schemas
+from vssm.onnx.translate import quiet
 from vssm.ops.ambient import known_state
 from vssm.pruning.schedule import MergeSchedule, MergeStage, Schedule
 from vssm.types import Steps

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -21,12 +18,12 @@ from torch.export import ExportedProgram
 
 from vssm._version import __version__
 from vssm.onnx.bodies import build_functions
-from vssm.onnx.decompose import decompose_in_place
 from vssm.onnx.describe import used_operators
 from vssm.onnx.fold import fold_weights
 from vssm.onnx.names import name_graph, name_weights
 from vssm.onnx.regions import region_translations
 from vssm.onnx.schemas import register_schemas
+from vssm.onnx.translate import translated
 from vssm.ops import operators as ops
 from vssm.ops.spec import DOMAIN, OPERATOR_VERSION, OPERATORS, PLUGIN_ATTRIBUTES, OperatorSpec
 from vssm.types import Steps
@@ -153,11 +150,11 @@ def _drop_value_info_of_weights(proto: onnx.ModelProto) -> None:
 def _translate(program: ExportedProgram, opset: int, progress: Steps) -> ir.Model:
     table = {ops.torch_op(spec): spec for spec in OPERATORS.values()}
     total = max(1, sum(node.target in table for node in program.graph.nodes))
-    translated = itertools.count(1)
+    written = itertools.count(1)
     progress(_TRANSLATING, 0, total)
 
     def tell() -> None:
-        progress(_TRANSLATING, min(next(translated), total), total)
+        progress(_TRANSLATING, min(next(written), total), total)
 
     translations: dict[Any, Callable[..., Any]] = {
         op: _translation(spec, tell) for op, spec in table.items()
@@ -166,36 +163,9 @@ def _translate(program: ExportedProgram, opset: int, progress: Steps) -> ir.Mode
     translations[torch.ops.aten.gelu.default] = _gelu(opset)
     translations.update(region_translations(opset))
 
-    decompose_in_place(program)
-    with torch.no_grad(), quiet():
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            custom_translation_table=translations,
-            verbose=False,
-            optimize=False,  # weights are named first
-        )
-    if exported is None:
-        raise AssertionError("torch.onnx.export returns a program when it is given no file")
+    model = translated(program, opset, translations)
     progress(_TRANSLATING, total, total)
-    model: ir.Model = exported.model
     return model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the exporter's notes on packages that it could translate too, such as torchvision."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _translation(op: OperatorSpec, tell: Callable[[], None]) -> Callable[..., Any]:

@@ -48,7 +48,8 @@ def simplify(
     """Bring the scans of a program to as few token-major nodes as is provably the same.
 
     Args:
-        program: `without_mutation`; changed in place; its inputs, outputs and weights stay.
+        program: `without_mutation`; its graph is changed in place, and not compiled to code again;
+            its inputs, outputs and weights stay.
         probes: as `Rewriter` has them, of a program with more free sizes than the batch.
 
     Returns:
@@ -56,5 +57,4 @@ def simplify(
     """
     reports = [run_pass(program, name, change, probes) for name, change in PASSES]
     rename_outputs(program)
-    program.graph_module.recompile()
     return reports

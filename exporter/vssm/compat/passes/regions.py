@@ -76,7 +76,6 @@ def open_regions(program: ExportedProgram) -> ExportedProgram:
     graph.eliminate_dead_code()
     program.graph_module.delete_all_unused_submodules()
     rename_outputs(program)
-    program.graph_module.recompile()
     return program
 
 
