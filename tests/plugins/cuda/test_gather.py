@@ -65,8 +65,11 @@ def test_gather_equals_oracle(backend, seqlen, batch, name, dtypes):
     widths = ((87, 3), (384, 1), (8, 6))[seqlen % 3][: len(dtypes)]
     case = gather_case(seqlen=seqlen, batch=batch, widths=widths, dtypes=dtypes, seed=seqlen)
     present = int(case["position"][0, seqlen // 2])
-    for num_keep in sorted({1, seqlen // 3 or 1, max(1, seqlen - 1), seqlen}):
-        for protected in (-1, present, 10 * seqlen):
+    third = seqlen // 3 or 1
+    for num_keep in sorted({1, third, max(1, seqlen - 1), seqlen}):
+        # A long list takes a tenth of a second in emulation.
+        everything = seqlen < 1000 or num_keep == third
+        for protected in (-1, present, 10 * seqlen) if everything else (present,):
             check(backend, case, num_keep=num_keep, protected_position=protected)
 
 
