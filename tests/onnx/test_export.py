@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exports import exported, images, micro, shared_traces
+from exports import AS_RELEASED, exported, images, micro, shared_traces
 
 import vssm
 from vssm.artifact.directory import Artifact, open_artifact
@@ -68,9 +68,9 @@ def test_inlined_file_has_no_functions_and_the_same_numbers(pruned: Artifact) ->
 
 
 # Every value once: a rule of pruning and a configuration do not touch each other, and an export
-# takes seconds.
+# takes seconds. How stages follow one another has to do with alignment and places.
 CASES: list[tuple[dict[str, object], dict[str, object]]] = [
-    ({"alignment": "none", "importance": "as_released"}, {"class_token": "head"}),
+    (AS_RELEASED, {"schedule": "1:1.0,2:0.6", "class_token": "head"}),
     (
         {"alignment": "constant", "score_direction": "backward"},
         {"class_token": "none", "pool": "mean", "bimamba": "v1"},
@@ -82,9 +82,12 @@ CASES: list[tuple[dict[str, object], dict[str, object]]] = [
     (
         {"importance": "l2", "gated": True, "score_direction": "forward"},
         {"class_token": "none", "pool": "last", "rope": True, "rope_residual": True}
-        | {"rope_grid": 6},
+        | {"rope_grid": 6, "schedule": "1:0.7", "depth": 2},
     ),
-    ({"alignment": "none"}, {"bimamba": "none", "rms_norm": False}),
+    (
+        {"alignment": "none"},
+        {"bimamba": "none", "rms_norm": False, "schedule": "1:0.7", "depth": 2},
+    ),
 ]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exports import exported, images, micro
+from exports import AS_RELEASED, exported, images, micro
 from onnx import numpy_helper
 
 import vssm
@@ -41,13 +41,16 @@ def test_a_right_export_passes(artifact: Artifact, backend: str) -> None:
     assert report.first_bad_block is None
 
 
+# The first is an export of tests/onnx/test_export.py, too.
 @pytest.mark.parametrize(
-    "rules",
-    [{"alignment": "none", "importance": "as_released"}, {"alignment": "constant"}, None],
+    ("rules", "config"),
+    [(AS_RELEASED, {"class_token": "head"}), ({"alignment": "constant"}, {}), (None, {})],
     ids=str,
 )
-def test_every_kind_of_stage_can_be_forced(tmp_path: Path, rules: dict[str, str] | None) -> None:
-    model = micro("1:1.0,2:0.6", rules=rules) if rules else micro(None)
+def test_every_kind_of_stage_can_be_forced(
+    tmp_path: Path, rules: dict[str, str] | None, config: dict[str, str]
+) -> None:
+    model = micro("1:1.0,2:0.6", rules=rules, **config) if rules else micro(None)
     report = vssm.check_parity(model, exported(tmp_path, model), images=images(model, 3))
     assert report.passed
     assert len(report.kept_agreement) == (2 if rules else 0)

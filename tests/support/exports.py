@@ -34,6 +34,7 @@ MICRO: dict[str, Any] = {
     "num_classes": 7,
 }
 SCHEDULE = "1:0.7,2:0.8"
+AS_RELEASED = {"alignment": "none", "importance": "as_released"}
 
 
 # PlainMamba: a grid of 6 x 5 places.
