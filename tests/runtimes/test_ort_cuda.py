@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
-from exports import exported, images, micro, micro_plain
+from exports import exported, images, micro, micro_plain, shared_traces
 
 import vssm
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
@@ -255,9 +255,10 @@ def test_parity_is_checked_on_the_provider(stand_in, artifact):
 
 def test_the_benchmark_measures_the_provider(stand_in, artifact, tmp_path):
     page = tmp_path / "bench.html"
-    report = vssm.bench_directory(
-        artifact.directory, runtime="ort-cuda", batches=(1, 2), samples=1, page=page
-    )
+    with shared_traces():
+        report = vssm.bench_directory(
+            artifact.directory, runtime="ort-cuda", batches=(1, 2), samples=1, page=page
+        )
     subjects = {"ort kernel", "ort body", "torch loop", "ort kernel, dense"}
     assert {row.subject for row in report.rows} == {*subjects, "ort kernel, images on the GPU"}
     assert all(row.info.startswith("ort-cuda") for row in report.rows if "ort" in row.subject)

@@ -17,7 +17,7 @@ import onnx
 import pytest
 from checkout import ROOT
 from command import SHALLOW, Run
-from exports import exported, micro
+from exports import exported, micro, shared_traces
 
 import vssm
 from vssm.artifact.directory import Artifact
@@ -78,7 +78,7 @@ def test_rtx_builds_vim_tiny(tmp_path: Path, schedule: dict[int, float] | None, 
 
 @needs_rtx
 def test_the_command_says_what_the_bodies_cost(cli: Run, tmp_path: Path) -> None:
-    out = exported(tmp_path, micro(None)).directory
+    out = exported(tmp_path, micro(None, depth=1)).directory
     command = ("engine", out, "--rtx", "--batch=1,2,3", "--compute-capability=8.6,12.0")
     assert cli(*command, "--json", tmp_path / "engine.json") == 0, cli.out
     assert "no GPU needed, batch 1-2-3, backend: body" in cli.out
@@ -89,7 +89,8 @@ def test_the_command_says_what_the_bodies_cost(cli: Run, tmp_path: Path) -> None
     assert cli("engine", out, "--rtx", "--compute-capability=9.0") == 2
     assert "compute_capability='9.0' is none that TensorRT for RTX" in cli.out
     # A new export takes the engine of the old one away.
-    assert cli("export", *SHALLOW, "-o", out, "--force") == 0
+    with shared_traces():
+        assert cli("export", *SHALLOW, "-o", out, "--force") == 0
     assert not [path.name for path in out.iterdir() if "rtx" in path.name]
 
 
@@ -166,7 +167,9 @@ def test_float32_is_float32() -> None:
 
 
 @needs_rtx
-def test_a_model_that_changes_meanwhile(out: Artifact) -> None:
+def test_a_model_that_changes_meanwhile(tmp_path: Path) -> None:
+    out = exported(tmp_path, micro(None, depth=1))
+
     def progress(*_: object) -> None:
         with out.model_path.open("ab") as file:
             file.write(b"\x12\x01x")  # a producer's name: the same model, other bytes

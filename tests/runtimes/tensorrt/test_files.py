@@ -26,7 +26,7 @@ Make = Callable[[], VisionModel]
 # Small models of every kind of node; the dtype of the export.
 SMALL: dict[str, tuple[Make, str]] = {
     "vim dense": (lambda: micro(None), "float32"),
-    "vim pruned": (micro, "float32"),
+    "vim pruned": (lambda: micro("1:0.7", depth=2), "float32"),
     "vim pruned float16": (micro, "float16"),
     "vim merged": (lambda: micro(MERGED), "float32"),
     "plain mamba pruned": (micro_plain, "float32"),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command import Run
-from exports import exported, images, micro
+from exports import exported, images, micro, shared_traces
 from tensorrt_standin import OUT_OF_MEMORY, FakeCuda
 from tensorrt_standin_engine import FakeTensorRT
 
@@ -241,7 +241,8 @@ def test_check_and_run(bench: Bench, cli: Run, artifact: Artifact, picture: Path
 def test_bench_compares_with_a_dense_engine(bench: Bench, cli: Run, artifact: Artifact) -> None:
     build(artifact)
     command = ("bench", artifact.directory, "--runtime=tensorrt", "--samples=2")
-    assert cli(*command, "--batch=1,4") == 0, cli.out
+    with shared_traces():
+        assert cli(*command, "--batch=1,4") == 0, cli.out
     report = json.loads((artifact.directory / "bench.json").read_text())
     names = ["tensorrt", "tensorrt, no CUDA graph", "tensorrt, dense"]
     assert [row["subject"] for row in report["rows"]] == 2 * names
