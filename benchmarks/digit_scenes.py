@@ -21,8 +21,6 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
-from sklearn.datasets import load_digits, load_sample_images
-from sklearn.model_selection import train_test_split
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -45,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--training", type=int, default=2000, help="scenes to train with")
     parser.add_argument("--validation", type=int, default=200, help="scenes that are held out")
     options = parser.parse_args(argv)
+    # Not above, where whoever reads LABELS would wait for it.
+    from sklearn.datasets import load_digits, load_sample_images
+    from sklearn.model_selection import train_test_split
+
     if options.folder.exists():
         parser.error(f"folder={options.folder} exists; name a new one")
     data = load_digits()

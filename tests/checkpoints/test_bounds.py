@@ -25,7 +25,7 @@ from vssm.errors import CheckpointError
 
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
 STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x04tQ"
-REPEATS = 150_000
+REPEATS = 60_000  # of a use of something large: if each took its size, for minutes
 
 
 def zipped(pickle: bytes, *, method: int = zipfile.ZIP_STORED) -> bytes:

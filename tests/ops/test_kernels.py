@@ -259,7 +259,7 @@ def test_a_model_runs_on_the_kernels(backend, family):
 
 
 def test_a_model_compiles_in_one_graph(backend):
-    model = micro().use_backend("kernel")
+    model = micro("1:0.7", depth=2).use_backend("kernel")
     x = torch.randn(2, 3, *model.image_size)
     with torch.inference_mode():
         want = model(x)

@@ -122,7 +122,7 @@ def test_nothing_is_counted_that_did_not_run():
 
 
 def test_a_model_stays_on_the_kernels_compiled_copied_pickled_and_under_autocast():
-    model = micro()
+    model = micro("1:0.7", depth=2)
     images = _images(model)
     with torch.inference_mode():
         want = model(images)
