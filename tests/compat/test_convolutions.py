@@ -12,7 +12,7 @@ from torch.nn import functional
 from vssm.compat.packages import blocks, scan
 from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import ATEN, SCANS, PassReport, scan_arguments, without_mutation
-from vssm.onnx.translate import quiet
+from vssm.onnx.trace import quiet
 from vssm.ops.operators import torch_op
 from vssm.ops.spec import TOKEN_CONV
 

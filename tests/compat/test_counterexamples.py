@@ -13,7 +13,7 @@ from torch.nn import functional
 from vssm.compat.packages import scan
 from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import SCANS, without_mutation
-from vssm.onnx.translate import quiet
+from vssm.onnx.trace import quiet
 
 L, D, N = 6, 4, 2
 PART = torch.tensor([2, 0, 3, 1])

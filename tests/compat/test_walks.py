@@ -10,7 +10,7 @@ from torch.nn import functional
 from vssm.compat.packages import scan
 from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import ATEN, SCANS, PassReport, scan_arguments, without_mutation
-from vssm.onnx.translate import quiet
+from vssm.onnx.trace import quiet
 
 HEIGHT, WIDTH = 4, 6
 EXACT = {"rtol": 1e-11, "atol": 1e-12}

@@ -65,7 +65,7 @@ from vssm.onnx.program import (
     program_to_proto,
 )
 from vssm.onnx.save import EXTERNAL_DATA_ABOVE, save_model
-from vssm.onnx.translate import quiet
+from vssm.onnx.trace import quick_traces, quiet
 from vssm.ops.ambient import known_state
 from vssm.ops.operators import torch_op
 from vssm.ops.record import record_backends
@@ -456,14 +456,23 @@ def _exported(
     torch.compiler.reset()  # a torch.cond that ran before was compiled, and cannot be traced
     with torch.no_grad(), quiet(), as_if_run():
         given = tuple(split(x, options.axes) for x in inputs.tensors.values())
-        with noting_conditions() as conditions:
-            program = torch.export.export(wrapper, given, dynamic_shapes={"xs": shapes})
+
+        def traced() -> ExportedProgram:
+            return torch.export.export(wrapper, given, dynamic_shapes={"xs": shapes})
+
+        with noting_conditions() as conditions, quick_traces():
+            program = traced()
         rules: tuple[SizeRule, ...] = ()
         if options.axes:
             join_input(program, options.axes)
             rules = size_rules(program, options.axes, conditions)
         # Regions first: what is written inside one is out of sight until it is opened.
-        return without_mutation(open_regions(program)), rules
+        try:
+            opened = open_regions(program)
+        except UnsupportedError:
+            open_regions(traced())  # once more with the lines of the code, to name the one refused
+            raise
+        return without_mutation(opened), rules
 
 
 def _checked_axes(

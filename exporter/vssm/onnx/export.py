@@ -45,7 +45,7 @@ from vssm.onnx.program import (
 )
 from vssm.onnx.save import EXTERNAL_DATA_ABOVE, save_model
 from vssm.onnx.schemas import register_schemas
-from vssm.onnx.translate import quiet
+from vssm.onnx.trace import quick_traces, quiet
 from vssm.ops.ambient import known_state
 from vssm.pruning.schedule import MergeSchedule, MergeStage, Schedule
 from vssm.types import Steps
@@ -307,7 +307,7 @@ def _trace(traced: _Traced, image_size: tuple[int, int]) -> ExportedProgram:
     # A batch that may have any size must not be traced with 1, which is a size of its own.
     batch = 1 if traced.whole else 2
     example = torch.zeros(batch, 3, *image_size, dtype=torch.float32, device="cpu")
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), quick_traces():
         if traced.whole:
             return torch.export.export(traced, (example, torch.tensor([image_size])))
         batches = {INPUT: {0: torch.export.Dim(BATCH)}}

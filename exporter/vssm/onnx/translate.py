@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import onnx_ir as ir
@@ -25,6 +22,7 @@ from torch.onnx._internal.exporter import _core, _decomp, _registration
 from torch.onnx._internal.fx.passes import type_promotion
 
 from vssm.onnx.decompose import decomposed
+from vssm.onnx.trace import quiet
 
 _ATEN: Final = torch.ops.aten
 # What the tracer notes of values: it checks the trace, and no number depends on it.
@@ -107,18 +105,3 @@ def _promote(module: Any) -> None:
     step = type_promotion.InsertTypePromotion(module, _rules())
     step.interpreter = _Promotion(module, _rules())
     step.run()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the exporter's notes on packages that it could translate too, such as torchvision."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)
