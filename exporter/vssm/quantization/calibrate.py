@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import onnx
 import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
 
@@ -61,28 +62,79 @@ def choose_images(folder: Path, spec: Preprocessing, *, count: int, seed: int) -
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Images one by one, as ONNX Runtime's calibrators read them."""
+    """Inputs one by one, as ONNX Runtime's calibrators read them."""
 
-    def __init__(self, name: str, images: Array) -> None:
-        self._feeds = iter([{name: image[None]} for image in images])
+    def __init__(self, feeds: Sequence[Mapping[str, Array]]) -> None:
+        self._feeds = iter(feeds)
 
     def get_next(self) -> Mapping[str, Array] | None:
-        """The next image as the model's input; None after the last."""
+        """The next input of the model by name; None after the last."""
         return next(self._feeds, None)
 
 
+class _FiniteSession:
+    """A session that refuses NaN and infinity, at which the calibrators fail without a reason."""
+
+    def __init__(self, session: Any, known: Collection[str]) -> None:
+        self._session = session
+        self._known = known
+
+    def get_inputs(self) -> Any:
+        """What a run takes."""
+        return self._session.get_inputs()
+
+    def get_outputs(self) -> Any:
+        """What a run gives, in order."""
+        return self._session.get_outputs()
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
+        """The outputs, those for the ranges finite."""
+        found: list[Array] = self._session.run(names, feeds)
+        bad = [
+            output.name.removesuffix("_ReduceMin").removesuffix("_ReduceMax")
+            for output, array in zip(self.get_outputs(), found, strict=True)
+            if output.name not in self._known and not np.isfinite(array).all()
+        ]
+        if bad:  # in an order of the calibrator's that changes from run to run
+            raise ValueError(
+                f"images: the value {min(bad)!r} of the float export is not finite on one of them, "
+                "so it has no range; give images that the model is made for, or use --weights-only"
+            )
+        return found
+
+
+def feeds_of(graph: onnx.GraphProto, images: Array) -> list[dict[str, Array]]:
+    """What a model's runs take, of images as many as it takes at a time: one where it takes any.
+
+    Args:
+        graph: of the model.
+        images: (count, 3, height, width); of a model of a fixed batch a multiple of that.
+    """
+    first = graph.input[0]
+    # A batch of any size has a name there and the value 0.
+    batch = first.type.tensor_type.shape.dim[0].dim_value or 1
+    return [{first.name: images[i : i + batch]} for i in range(0, len(images), batch)]
+
+
 def ranges(
-    model: Path, images: Array, *, method: str, name: str, threads: int | None, tell: Steps
+    model: Path,
+    feeds: Sequence[Mapping[str, Array]],
+    *,
+    method: str,
+    threads: int | None,
+    tell: Steps,
 ) -> Any:
     """The range of every operand of a matrix product, as ONNX Runtime's `TensorsData`.
 
     Args:
         model: the float model's file, beside which others can be written.
-        images: (count, 3, height, width).
+        feeds: inputs by name, one run each.
         method: "minmax", "percentile" or "entropy".
-        name: of the model's input.
         threads: of a run.
-        tell: called with the images done.
+        tell: called with the runs done.
+
+    Raises:
+        ValueError: the model gives no finite numbers for the images.
     """
     augmented = str(model.with_name("augmented.onnx"))
     # It prints what it does, line by line.
@@ -94,11 +146,12 @@ def ranges(
             calibrate_method=_METHODS[method],
             extra_options=_OPTIONS.get(method, {}),
         )
-        calibrator.infer_session = open_file(augmented, threads=threads)
-        tell(_CALIBRATING, 0, len(images))
-        for start in range(0, len(images), _CHUNK):
-            calibrator.collect_data(_Reader(name, images[start : start + _CHUNK]))
-            tell(_CALIBRATING, min(start + _CHUNK, len(images)), len(images))
+        session = open_file(augmented, threads=threads)
+        calibrator.infer_session = _FiniteSession(session, calibrator.model_original_outputs)
+        tell(_CALIBRATING, 0, len(feeds))
+        for start in range(0, len(feeds), _CHUNK):
+            calibrator.collect_data(_Reader(feeds[start : start + _CHUNK]))
+            tell(_CALIBRATING, min(start + _CHUNK, len(feeds)), len(feeds))
         return calibrator.compute_data()
 
 

@@ -7,8 +7,10 @@ quantised result through the reshapes behind it into the body of a scan, and the
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -54,6 +56,7 @@ def insert_pairs(
         request: how.
         found: ranges of their activations; None for method "weights".
     """
+    products = with_own_weights(proto.graph, products)
     target = TARGETS[request.target]
     signed = target.signed or request.method == "weights"
     kind = QuantType.QInt8 if signed else QuantType.QUInt8
@@ -77,6 +80,34 @@ def insert_pairs(
     _float_elsewhere(made.model.model.graph, names)
     _tidy(made.model.model.graph, known)
     return made.model.model
+
+
+def with_own_weights(graph: onnx.GraphProto, products: Sequence[Product]) -> list[Product]:
+    """The products, each with a weight that no node reads which stays float or has other scales.
+
+    ONNX Runtime's quantisers change a weight for every node that reads it.
+
+    Args:
+        graph: of the float model, which gets copies of such weights.
+        products: those to quantise.
+    """
+    readers = Counter(name for node in graph.node for name in node.input)
+    axes = Counter((product.weight, product.axis) for product in products)
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = {node.name: node for node in graph.node}
+    own = []
+    for product in products:
+        name = product.weight
+        if axes[name, product.axis] < readers[name]:
+            name = f"{name}.{product.axis}"
+            if name not in weights:
+                weights[name] = graph.initializer.add()
+                weights[name].CopyFrom(weights[product.weight])
+                weights[name].name = name
+            inputs = nodes[product.name].input
+            inputs[:] = [name if given == product.weight else given for given in inputs]
+        own.append(replace(product, weight=name))
+    return own
 
 
 def _names(graph: onnx.GraphProto) -> set[str]:

@@ -13,6 +13,7 @@ from vssm.errors import did_you_mean
 from vssm.quantization.request import AUTO, QuantizeRequest
 
 OPERATORS: Final = ("MatMul", "Gemm", "Conv")
+_SHOWN: Final = 4  # names in an error
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,13 @@ def chosen(products: Sequence[Product], request: QuantizeRequest) -> list[Produc
     """Those that the request quantises, but for what "auto" takes out later.
 
     Raises:
-        ValueError: a pattern fits none, or nothing is left.
+        ValueError: there are none, a pattern fits none, or nothing is left.
     """
+    if not products:
+        raise ValueError(
+            f"{' and '.join(OPERATORS)} by constant weights are what is quantised, and the export "
+            "has none of these; run it as it is"
+        )
     patterns = [pattern for pattern in request.keep_float if pattern != AUTO]
     for pattern in patterns:
         if not any(fnmatchcase(product.name, pattern) for product in products):
@@ -113,17 +119,25 @@ def chosen(products: Sequence[Product], request: QuantizeRequest) -> list[Produc
                 f"keep_float={pattern!r} fits none of the {len(products)} matrix products"
                 f"{hint or f', such as {products[0].name!r}'}; * stands for any text"
             )
-    left = [
-        product
-        for product in products
-        if not (product.end and not request.ends)
-        and not any(fnmatchcase(product.name, pattern) for pattern in patterns)
-        and _runs(product, request)
-    ]
-    if not left:
+    free = [p for p in products if not any(fnmatchcase(p.name, pattern) for pattern in patterns)]
+    if not free:
         raise ValueError(
-            f"keep_float={list(request.keep_float)} leaves none of {len(products)} matrix products "
-            "to quantise; keep fewer"
+            f"keep_float={patterns} leaves none of {len(products)} matrix products to quantise; "
+            "keep fewer"
+        )
+    possible = [product for product in free if _runs(product, request)]
+    if not possible:
+        raise ValueError(
+            f"type={request.type!r} with method={request.method!r} takes MatMul by weights on the "
+            f"right alone, and none of {len(free)} products is one, such as {free[0].name!r}; "
+            "calibrate on images, or use --weights-only with --type int8"
+        )
+    left = [product for product in possible if request.ends or not product.end]
+    if not left:
+        names = ", ".join(product.name for product in possible[:_SHOWN])
+        raise ValueError(
+            f"ends=False: what could be quantised is in the first and last layers alone ({names}), "
+            "which stay float; pass ends=True (--ends)"
         )
     return left
 

@@ -34,8 +34,8 @@ from vssm.artifact.reference import REFERENCE_FILE
 from vssm.files.atomic import sha256_of
 from vssm.files.progress import automatic, shows_progress
 from vssm.onnx.save import EXTERNAL_DATA_ABOVE, save_model
-from vssm.quantization.calibrate import CalibrationSet, choose_images, ranges
-from vssm.quantization.pairs import insert_pairs, silent
+from vssm.quantization.calibrate import CalibrationSet, choose_images, feeds_of, ranges
+from vssm.quantization.pairs import insert_pairs, silent, with_own_weights
 from vssm.quantization.products import Product, chosen, find_products
 from vssm.quantization.request import AUTO, QuantizeRequest, check_request, check_source
 from vssm.quantization.sensitive import layer_sqnr
@@ -43,7 +43,7 @@ from vssm.types import Steps
 
 _QUANTIZING: Final = "quantising"
 SENSITIVE_DB: Final = 30.0  # below this, quantising one layer alone already shows in the logits
-_MEASURED: Final = 16  # images that layers are measured on
+_MEASURED: Final = 16  # runs that layers are measured in, of an image each as a rule
 _BLOCK: Final = 32  # inputs of an output channel that share a scale and a zero point in INT4
 _FLOAT32: Final = 1  # what MatMulNBits computes in, by its `accuracy_level`
 
@@ -146,19 +146,19 @@ def _quantized(
     proto = onnx.load(str(model))
     if request.type == "int4":
         return _in_blocks(proto, products, progress), products
+    feeds = [] if calibration is None else feeds_of(proto.graph, calibration.images)
     found = None
-    if calibration is not None:
-        images, method = calibration.images, request.calibration
-        name, threads = proto.graph.input[0].name, request.threads
-        found = ranges(model, images, method=method, name=name, threads=threads, tell=progress)
+    if feeds:
+        method, threads = request.calibration, request.threads
+        found = ranges(model, feeds, method=method, threads=threads, tell=progress)
     progress(_QUANTIZING, 0, 1)
     quantized = insert_pairs(proto, products, request, found)
-    if AUTO in request.keep_float and calibration is not None:
+    if AUTO in request.keep_float:
         noise = layer_sqnr(
             onnx.load(str(model)),
             quantized,
             products,
-            calibration.images[:_MEASURED],
+            feeds[:_MEASURED],
             folder=model.parent,
             threads=request.threads,
             progress=progress,
@@ -190,12 +190,14 @@ def _in_blocks(
     proto: onnx.ModelProto, products: Sequence[Product], progress: Steps
 ) -> onnx.ModelProto:
     progress(_QUANTIZING, 0, 1)
+    names = {product.name for product in with_own_weights(proto.graph, products)}
     made = MatMulNBitsQuantizer(
         proto,
         bits=4,
         block_size=_BLOCK,
         accuracy_level=_FLOAT32,
-        nodes_to_include=[product.name for product in products],
+        # Its `nodes_to_include` adds to all MatMul, and so leaves none of them out.
+        nodes_to_exclude=[p.name for p in find_products(proto.graph) if p.name not in names],
     )
     with silent():
         made.process()

@@ -131,6 +131,7 @@ def check_source(artifact: Artifact, request: QuantizeRequest) -> None:
     Raises:
         ArtifactError: it is quantised already.
         UnsupportedError: its precision or opset does not fit.
+        ValueError: no images can be made into its input, or not so many.
     """
     manifest = artifact.manifest
     if manifest.quantization is not None:
@@ -143,9 +144,30 @@ def check_source(artifact: Artifact, request: QuantizeRequest) -> None:
             f"dtype={manifest.dtype}: what stays float in a quantised file is float32; export with "
             "--dtype float32 and quantise that"
         )
+    if request.method == "static":
+        _check_images(artifact, request)
     needed = _OPSETS[request.type]
     if manifest.opset < needed:
         raise UnsupportedError(
             f"type={request.type!r} needs opset {needed}, but the export has {manifest.opset}; "
             f"export the model again with --opset {needed}"
+        )
+
+
+def _check_images(artifact: Artifact, request: QuantizeRequest) -> None:
+    """Refuse to calibrate an export that takes no image files, or takes them in other numbers."""
+    manifest = artifact.manifest
+    if manifest.preprocessing is None:
+        inputs = ", ".join(spec.name for spec in manifest.fed)
+        raise ValueError(
+            f"images: {artifact.directory} does not say how image files become its input "
+            f"({inputs}), so nothing can be calibrated on them; use --weights-only or --dynamic, "
+            "which need none, or export it again with --imagenet if it takes images"
+        )
+    batch = manifest.batch
+    if isinstance(batch, int) and request.count % batch:
+        fitting = -(-request.count // batch) * batch
+        raise ValueError(
+            f"count={request.count} is no multiple of {batch}, the images that "
+            f"{artifact.directory} takes at a time; give --count {fitting}"
         )

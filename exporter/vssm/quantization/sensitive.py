@@ -20,7 +20,7 @@ def layer_sqnr(
     proto: onnx.ModelProto,
     quantized: onnx.ModelProto,
     products: Sequence[Product],
-    images: Array,
+    feeds: Sequence[Mapping[str, Array]],
     *,
     folder: Path,
     threads: int | None,
@@ -35,10 +35,10 @@ def layer_sqnr(
         proto: the float model.
         quantized: the same with pairs in front of the products.
         products: those to measure.
-        images: (count, 3, height, width).
+        feeds: inputs by name, one run each.
         folder: where a file can be written.
         threads: of a run.
-        progress: called with the images done.
+        progress: called with the runs done.
     """
     results = _results(proto, products)
     path = folder / "twins.onnx"
@@ -46,14 +46,14 @@ def layer_sqnr(
     # Literally, whatever the target: scales by channel too.
     session = open_file(str(path), threads=threads, config={"session.disable_quant_qdq": "1"})
     signal, noise = np.zeros(len(results)), np.zeros(len(results))
-    for done, image in enumerate(images):
-        progress(_MEASURING, done, len(images))
-        found = session.run(None, {proto.graph.input[0].name: image[None]})
+    for done, feed in enumerate(feeds):
+        progress(_MEASURING, done, len(feeds))
+        found = session.run(None, feed)
         for i in range(len(results)):
             exact, other = found[2 * i].astype(np.float64), found[2 * i + 1]
             signal[i] += np.square(exact).sum()
             noise[i] += np.square(exact - other).sum()
-    progress(_MEASURING, len(images), len(images))
+    progress(_MEASURING, len(feeds), len(feeds))
     decibels = 10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30))
     return dict(zip(results, map(float, decibels), strict=True))
 
