@@ -19,8 +19,11 @@ from torch import Tensor, nn
 import vssm
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
 from vssm.artifact.manifest import Preprocessing, TensorInfo, write_manifest
+from vssm.artifact.preprocessing import preprocessing_of
 from vssm.artifact.reference import stored_reference
+from vssm.bundle.web import WebRequest, make_web_bundle
 from vssm.files.atomic import sha256_of
+from vssm.parity.compare import _top1_agreement
 from vssm.quantization.calibrate import ranges
 from vssm.quantization.products import Product, chosen
 
@@ -163,6 +166,14 @@ def test_a_fixed_batch_is_calibrated_in_its_batches(
     assert not (tmp_path / "odd").exists()
 
 
+def test_other_batches_are_refused_by_what_to_do(fixed: Artifact, tmp_path: Path) -> None:
+    message = r"takes 2 at a time; give as many, or export it with a batch of any size"
+    with vssm.open_session(fixed, threads=1) as session, pytest.raises(ValueError, match=message):
+        session.run(np.zeros((1, 3, 32, 32), np.float32))
+    with pytest.raises(ValueError, match="batch=2: the page runs one image at a time"):
+        make_web_bundle(fixed, tmp_path / "page", WebRequest(ort_web="https://example.org/ort"))
+
+
 def test_an_export_without_preprocessing_needs_none(
     source: Artifact, folder: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +183,9 @@ def test_an_export_without_preprocessing_needs_none(
     with pytest.raises(ValueError, match=r"input \(images\).*use --weights-only or --dynamic"):
         vssm.quantize(copy, folder, tmp_path / "static", STATIC)
     assert vssm.quantize(copy, None, tmp_path / "weights", WAYS["weights"]).manifest.quantization
+    several = dataclasses.replace(bare, inputs=(bare.inputs[0], TensorInfo("mask", "bool", (1,))))
+    with pytest.raises(ValueError, match="has the inputs images, mask, and an image file is one"):
+        preprocessing_of(several)
 
 
 def _product(name: str, **changes: object) -> Product:
@@ -214,3 +228,11 @@ def test_numbers_without_a_range_are_named(method: str, tmp_path: Path) -> None:
     feeds = [{"x": np.full((1, 2), 1e30, np.float32)}]
     with pytest.raises(ValueError, match=r"the value 'large' .* is not finite on one of them"):
         ranges(tmp_path / "m", feeds, method=method, threads=1, tell=lambda *_: None)
+
+
+def test_classes_of_tokens_are_compared_token_by_token() -> None:
+    want = np.zeros((2, 3, 4))
+    want[..., 1] = 1.0
+    got = want.copy()
+    got[0, 0, 2] = 2.0
+    assert _top1_agreement(got, want) == pytest.approx(5 / 6)

@@ -199,6 +199,12 @@ def preprocessing_of(
     if isinstance(spec, Artifact):
         spec = spec.manifest
     manifest = spec if isinstance(spec, Manifest) else read_manifest(spec)
+    if manifest.preprocessing is None and len(manifest.fed) > 1:
+        names = ", ".join(one.name for one in manifest.fed)
+        raise ValueError(
+            f"spec: the export of {manifest.name} has the inputs {names}, and an image file is one "
+            "input; run it by vssm.open_session"
+        )
     if manifest.preprocessing is None:
         raise ValueError(
             f"spec: the export of {manifest.name} does not say how images are prepared; "

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from vssm._version import __version__
 from vssm.artifact.directory import INLINED_FILE, MODEL_FILE, Artifact
-from vssm.artifact.manifest import Manifest
+from vssm.artifact.manifest import BATCH, Manifest
 from vssm.artifact.model_file import read_facts
 from vssm.artifact.preprocessing import preprocessing_of, read_labels
 from vssm.bundle.manifest import BundleManifest, hash_files, staged_bundle, write_bundle_manifest
@@ -154,6 +154,11 @@ def _model(artifact: Artifact) -> bytes:
 def _settings(manifest: Manifest, request: WebRequest) -> dict[str, Any]:
     """What the page reads: where things are, and what the model is called."""
     classes, spec = manifest.num_classes, preprocessing_of(manifest)
+    if manifest.batch not in {BATCH, 1}:
+        raise ValueError(
+            f"batch={manifest.batch}: the page runs one image at a time, but the export of "
+            f"{manifest.name} takes as many; export it with a batch of any size"
+        )
     if spec.fit != "crop":
         raise ValueError(
             f"fit={spec.fit!r}: the page prepares images by cropping their middle; give the export "

@@ -321,7 +321,8 @@ def _compare_detections(
 
 
 def _top1_agreement(got: Array, want: Array) -> float:
-    return float((got.argmax(1) == want.argmax(1)).mean())
+    axis = 1 if want.ndim == 4 else -1  # of maps the channels, else the last
+    return float((got.argmax(axis) == want.argmax(axis)).mean())
 
 
 def compare_array(name: str, got: Array, want: Array, tolerance: float) -> Comparison:

@@ -245,7 +245,13 @@ class Session(abc.ABC):
             for n, size in zip(images.shape[1:], spec.shape[1:], strict=True)
         )
         first = images.shape[:1]
-        if not fits or 0 in first or spec.shape[:1] not in {(BATCH,), first}:
+        other = spec.shape[:1] not in {(BATCH,), first}
+        if fits and other and len(self.manifest.fed) == 1:
+            raise ValueError(
+                f"{spec.name}.shape={images.shape} is not {spec.shape}: the export takes "
+                f"{spec.shape[0]} at a time; give as many, or export it with a batch of any size"
+            )
+        if not fits or 0 in first or other:
             rules = "".join(
                 f", {name} a multiple of {size.multiple} from {size.minimum} on"
                 for name, size in self.manifest.sizes.items()
