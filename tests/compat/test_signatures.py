@@ -203,7 +203,9 @@ def test_a_scan_that_is_only_tried_is_none_of_the_model() -> None:
     module, x, B = _Own(), torch.randn(2, 5, 4), torch.randn(2, 5, 2)
     with upstream(), record_backends() as ran:
         module.scan_wrong(x, x.abs(), -torch.ones(4, 2), B, B)
-    assert not ran
+        assert not ran
+        module.scan(x, x.abs(), -torch.ones(4, 2), B, B)
+    assert sum(ran.values()) == 1
 
 
 def test_directions_of_one_method_are_judged_apart() -> None:
