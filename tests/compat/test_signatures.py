@@ -244,6 +244,7 @@ def test_scan_with_a_choice_of_algorithms_is_ours_in_each(
 
 
 def test_named_scan_is_replaced(load: Callable[..., ModuleType]) -> None:
+    own = vars(MinimalLike)["selective_scan"]
     text = "def go(q, step, decay, k, r, skip):\n    raise RuntimeError\n"
     o = _operands()
     with upstream(scans={"named_one:go": "tokens:u,delta,A,B,C,D"}) as report:
@@ -265,6 +266,8 @@ def test_named_scan_is_replaced(load: Callable[..., ModuleType]) -> None:
     gone = {"named_one:gone": "tokens"}
     with pytest.raises(ValueError, match="defines no such function"), upstream(scans=gone):
         pass
+    # What was replaced before that was found out is put back too.
+    assert vars(MinimalLike)["selective_scan"] is own
 
 
 @pytest.mark.parametrize("text", ["rows", "tokens:u,delta,A", "tokens:u,delta,A,B,C,E"])

@@ -161,14 +161,14 @@ def upstream(
     named = {place: Signature.parse(text) for place, text in (scans or {}).items()}
     report = UpstreamReport()
     before = dict(sys.modules)
-    if prefer == "ours":
-        _patch_loaded(report)
     finder = _Finder(prefer, report, named)
-    for module in list(before.values()):
-        finder.look_at(module, undo=True)
     # In front, or the path finder would take an installed package before the tables are asked.
     sys.meta_path.insert(0, finder)
     try:
+        if prefer == "ours":
+            _patch_loaded(report)
+        for module in list(before.values()):
+            finder.look_at(module, undo=True)
         with OnTheCpu() if finder.ours else nullcontext(), _naming_missed(report):
             yield report
         if named:
