@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Bench:
 
     def use(self, trt: FakeTensorRT) -> None:
         self.trt = trt
+        trt.__spec__ = ModuleSpec("tensorrt", None)  # as torch asks for before its first trace
         self.patch.setitem(sys.modules, "tensorrt", trt)
 
     def use_cuda(self, cuda: FakeCuda) -> None:
