@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from scipy import stats
 
 import vssm
 from vssm.checkpoints.load import save_safetensors
@@ -194,6 +193,8 @@ def difference(values: Sequence[float] | None, others: Sequence[float] | None) -
     """Mean ± standard error over seeds, 95 % interval by Student's t; bold without zero in it."""
     if values is None or others is None:
         return "-"
+    from scipy import stats  # takes a second to import, for this one number
+
     each = [a - b for a, b in zip(values, others, strict=True)]
     middle, error = statistics.fmean(each), statistics.stdev(each) / math.sqrt(len(each))
     reach = error * float(stats.t.ppf(0.975, len(each) - 1))
