@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from compat_cases import Mamba2Like, VimLike, built, exported_slow_path
+from compat_cases import exported_style
 from exports import exported, micro, micro_plain
 
 import vssm
@@ -27,15 +26,14 @@ def test_graph_and_model_agree(model: VisionModel, tmp_path: Path) -> None:
 
 
 def test_linear_layers_of_a_module(tmp_path: Path) -> None:
-    work = count_graph(exported_slow_path(tmp_path).model_path)
+    work = count_graph(exported_style(tmp_path, "slow path").model_path)
     assert (work.exps, work.products, work.conv) == (9 * 24 * 4, 0, 0)
     linear = 9 * (12 * 48 + 24 * (2 + 8) + 2 * 24 + 24 * 12)
     assert (work.gemm, work.taps) == (linear, 9 * 24 * 4)  # a convolution of four taps
 
 
 def test_one_decay_for_all_states(tmp_path: Path) -> None:
-    artifact = vssm.export_module(built(Mamba2Like), torch.randn(2, 9, 12), tmp_path / "out")
-    work = count_graph(artifact.model_path)
+    work = count_graph(exported_style(tmp_path, "mamba-2").model_path)
     assert (work.exps, work.products) == (9 * 24, 3 * 9 * 24 * 5)
 
 
@@ -65,8 +63,7 @@ def test_sizes_at_batch_one() -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.usefixtures("quick_rates")
 def test_bench_of_a_module(tmp_path: Path) -> None:
-    model = built(lambda: VimLike(depth=1))
-    artifact = vssm.export_module(model, torch.randn(2, 3, 48, 48), tmp_path / "out")
+    artifact = exported_style(tmp_path, "vim v2")
     report = vssm.bench_directory(artifact.directory, batches=(1,), samples=2)
     assert {row.subject for row in report.rows} == {"ort kernel", "ort body"}
 

@@ -21,18 +21,15 @@ from checkout import ROOT
 from command import Run
 from compat_cases import (
     CSMS6S,
+    IMAGES,
+    STYLES,
     LanguageModel,
-    Mamba2Like,
-    MambaVisionLike,
     MinimalLike,
-    PlainMambaLike,
     SlowPath,
-    TransformersLike,
     VimLike,
     VMambaLike,
     built,
-    exported_slow_path,
-    mamba2_block,
+    exported_style,
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -46,8 +43,6 @@ from vssm.compat.export import dry_run
 from vssm.errors import ArtifactError, UnsupportedError
 from vssm.files.atomic import sha256_of
 from vssm.ops import operators as ops
-
-IMAGES = (2, 3, 48, 48)
 
 
 def _export(tmp_path: Path, model: nn.Module, x: Tensor, **options: Any) -> Artifact:
@@ -69,37 +64,31 @@ def _repository(folder: Path, monkeypatch: pytest.MonkeyPatch, core: bool) -> nn
         return VMambaLike(module, core=core).eval()
 
 
-STYLES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
-    "vim v2": (lambda: VimLike(depth=1), IMAGES, {"GatedSelectiveScan": 1}),
-    "vim v1": (lambda: VimLike(bimamba="v1", depth=1), IMAGES, {"GatedSelectiveScan": 1}),
-    "vim none": (
-        lambda: VimLike(bimamba="none", mean=True, depth=1),
-        IMAGES,
-        {"GatedSelectiveScan": 1},
-    ),
-    "slow path": (SlowPath, (2, 9, 12), {"GatedSelectiveScan": 1}),
-    "transformers": (TransformersLike, (2, 9, 12), {"SelectiveScan": 1}),
-    "mambavision": (MambaVisionLike, (2, 9, 12), {"SelectiveScan": 1}),
-    "plain mamba": (PlainMambaLike, (2, 12, 12), {"SelectiveScan": 1}),
-    "mamba-2": (Mamba2Like, (2, 9, 12), {"SelectiveScan": 1}),
-    "mamba-2, both ways": (lambda: Mamba2Like(both_ways=True), (2, 9, 12), {"SelectiveScan": 1}),
-    "mamba-2 block, groups": (mamba2_block, (2, 9, 12), {"SelectiveScan": 2}),
+SCANS = {
+    "vim v2": {"GatedSelectiveScan": 1},
+    "vim v1": {"GatedSelectiveScan": 1},
+    "vim none": {"GatedSelectiveScan": 1},
+    "slow path": {"GatedSelectiveScan": 1},
+    "transformers": {"SelectiveScan": 1},
+    "mambavision": {"SelectiveScan": 1},
+    "plain mamba": {"SelectiveScan": 1},
+    "mamba-2": {"SelectiveScan": 1},
+    "mamba-2, both ways": {"SelectiveScan": 1},
+    "mamba-2 block, groups": {"SelectiveScan": 2},
 }
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", SCANS)
 def test_every_style_exports(tmp_path: Path, style: str) -> None:
-    factory, shape, scans = STYLES[style]
-    model = built(factory)
-    x = torch.randn(shape)
-    artifact = _export(tmp_path, model, x)
+    factory, shape = STYLES[style]
+    artifact = exported_style(tmp_path, style)
     found = _operators(artifact)
-    assert {k: v for k, v in found.items() if "Scan" in k} == scans
+    assert {k: v for k, v in found.items() if "Scan" in k} == SCANS[style]
     report = vssm.check_parity(None, artifact)
     assert report.passed, report.failures
     # Another batch, and the model itself as the oracle.
     more = np.random.default_rng(1).standard_normal((3, *shape[1:])).astype(np.float32)
-    report = vssm.check_parity(model, artifact, images=more)
+    report = vssm.check_parity(built(factory), artifact, images=more)
     assert report.passed, report.failures
     body = vssm.check_parity(None, artifact, backend="body")
     assert body.passed, body.failures
@@ -151,7 +140,6 @@ def test_scan_of_a_hand_written_loop(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_graph_is_that_of_our_own_model(tmp_path: Path) -> None:
-    model = built(lambda: VimLike(depth=2))
     ours = vssm.create_model(
         "vim_tiny",
         image_size=48,
@@ -162,7 +150,7 @@ def test_graph_is_that_of_our_own_model(tmp_path: Path) -> None:
         d_state=5,
         num_classes=7,
     )
-    theirs = _operators(_export(tmp_path, model, torch.randn(IMAGES)))
+    theirs = _operators(exported_style(tmp_path, "vim v2, two blocks"))
     own = _operators(vssm.export(ours, tmp_path / "ours"))
     assert theirs["TokenConv"] == own["TokenConv"] == 2
     # Nothing in a block is transposed; what is left stands around the blocks.
@@ -269,7 +257,7 @@ def test_fixed_batch(tmp_path: Path) -> None:
 
 
 def test_what_needs_the_model_is_refused(tmp_path: Path) -> None:
-    artifact = exported_slow_path(tmp_path)
+    artifact = exported_style(tmp_path, "slow path")
     with pytest.raises(ArtifactError, match="module of yours"):
         vssm.open_session(artifact, "torch")
     with pytest.raises(ArtifactError, match="leave the images out"):
@@ -281,7 +269,7 @@ def test_what_needs_the_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_reference_of_numbers_that_numpy_lacks(tmp_path: Path) -> None:
-    made = exported_slow_path(tmp_path)
+    made = exported_style(tmp_path, "slow path")
     path = made.directory / "reference.safetensors"
     save_file({"input": torch.zeros(2, dtype=torch.bfloat16)}, path)
     files = {**made.manifest.files, path.name: sha256_of(path)}
@@ -291,7 +279,7 @@ def test_a_reference_of_numbers_that_numpy_lacks(tmp_path: Path) -> None:
 
 
 def test_wrong_file_fails_the_check(tmp_path: Path) -> None:
-    artifact = exported_slow_path(tmp_path)
+    artifact = exported_style(tmp_path, "slow path")
     report = vssm.check_parity(built(SlowPath, seed=1), artifact, images=np.ones((1, 9, 12), "f"))
     assert not report.passed
 

@@ -420,14 +420,36 @@ class VMambaLike(nn.Module):
         return self.cross_merge(ys.view(batch, 4, -1, height, columns))
 
 
-def exported_slow_path(tmp_path: Path) -> Artifact:
-    """Its export for `x` (2, 9, 12), made once in a run of pytest; a test may change its files."""
-    x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0))
-    return stored(tmp_path, "slow_path", lambda made: vssm.export_module(built(SlowPath), x, made))
-
-
 def _apply(function: Any, *operands: Any) -> Tensor:
     return function.apply(*operands)
+
+
+IMAGES = (2, 3, 48, 48)
+# A module of each style, and the shape of its input.
+STYLES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "vim v2": (lambda: VimLike(depth=1), IMAGES),
+    "vim v2, two blocks": (lambda: VimLike(depth=2), IMAGES),
+    "vim v1": (lambda: VimLike(bimamba="v1", depth=1), IMAGES),
+    "vim none": (lambda: VimLike(bimamba="none", mean=True, depth=1), IMAGES),
+    "slow path": (SlowPath, (2, 9, 12)),
+    "transformers": (TransformersLike, (2, 9, 12)),
+    "mambavision": (MambaVisionLike, (2, 9, 12)),
+    "plain mamba": (PlainMambaLike, (2, 12, 12)),
+    "mamba-2": (Mamba2Like, (2, 9, 12)),
+    "mamba-2, both ways": (lambda: Mamba2Like(both_ways=True), (2, 9, 12)),
+    "mamba-2 block, groups": (mamba2_block, (2, 9, 12)),
+}
+
+
+def exported_style(tmp_path: Path, style: str) -> Artifact:
+    """The export of a style, made once in a run of pytest; a test may change its files."""
+    factory, shape = STYLES[style]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def export(made: Path) -> None:
+        vssm.export_module(built(factory), x, made)
+
+    return stored(tmp_path, f"style {style}", export)
 
 
 def built(factory: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
