@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train_data = Data.of(split.train_images, split.train_labels)
     test_data = Data.of(split.test_images, split.test_labels)
     if options.quick:
-        train_data, test_data, options.epochs = train_data.first(96), test_data.first(64), 8
+        train_data, test_data, options.epochs = train_data.first(64), test_data.first(64), 4
     model, losses = train(train_data, epochs=options.epochs, seed=options.seed, dense=options.dense)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     save(model, options.output)
