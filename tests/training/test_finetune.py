@@ -484,25 +484,49 @@ def test_kill_and_resume_many_times(data, checkpoint, tmp_path, whole):
         _same(output, whole)
 
 
-# Every child ends as by kill -9 at its n-th call that changes a file, a write half done; then one
-# goes on. Forked, as a process that imports torch takes seconds.
-_CRASHES = """
+# What children of one process do, which are forked: a process that imports torch takes seconds.
+_FORKS = """
+import contextlib
+import json
 import os
+import signal
 import sys
 sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
 from pathlib import Path
 import torch
 from finetune_cases import request, model_source
+from PIL import Image
 import vssm
 import vssm.training.run
 from vssm.training.run import has_run
 
 torch.set_num_threads(1)
-torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports what every child would
+# Imports what every child would.
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+Image.init()
+with contextlib.suppress(ImportError):
+    import torch.utils.tensorboard
 data, checkpoint, output = map(Path, sys.argv[2:5])
 
 
+def fork(work, *given):
+    number = os.fork()
+    if number == 0:
+        try:
+            work(*given)
+        finally:
+            os._exit(1)
+    return number
+
+
+def code_of(number):
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+"""
+
+# Every child ends as by kill -9 at its n-th call that changes a file, a write half done; then one
+# goes on.
+_CRASHES = """
 def train(folder, crash):
     left = crash
 
@@ -527,58 +551,19 @@ def train(folder, crash):
     os._exit(0)
 
 
-def child(folder, crash):
-    number = os.fork()
-    if number == 0:
-        try:
-            train(folder, crash)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-
-
-assert child(output / "whole", 0) == 0
-crash, every = 1, int(sys.argv[5])
-while (code := child(output / str(crash), crash)) == 9:
-    assert child(output / str(crash), 0) == 0, crash
+runs, every = output / "runs", int(sys.argv[5])
+assert code_of(fork(train, runs / "whole", 0)) == 0
+crash = 1
+while (code := code_of(fork(train, runs / str(crash), crash))) == 9:
+    assert code_of(fork(train, runs / str(crash), 0)) == 0, crash
     crash += every
 assert code == 0, (crash, code)
 """
 
 
-@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_crash_at_every_change_of_a_file(data, checkpoint, tmp_path, every):
-    script = tmp_path / "crash.py"
-    script.write_text(_CRASHES)
-    given = (ROOT / "tests/support", data, checkpoint, tmp_path / "runs", str(every))
-    _run_to_its_end(script, *given)
-    runs = sorted((tmp_path / "runs").iterdir())
-    assert len(runs) > 20 // every
-    for run in runs:
-        _same(run, tmp_path / "runs" / "whole")
-        assert not list(run.glob(".*"))
-
-
-# Two processes are killed behind their second step; then two go on. Forked, as a
-# process that imports torch takes seconds; with the variables that torchrun sets.
+# Two processes are killed behind their second step; then two go on, with the variables that
+# torchrun sets.
 _TWO = """
-import json
-import os
-import signal
-import sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-import torch
-from finetune_cases import request, model_source
-import vssm
-import vssm.training.run
-from vssm.training.run import has_run
-
-torch.set_num_threads(1)
-torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports what every child would
-data, checkpoint, output = map(Path, sys.argv[2:5])
-
-
 def train(rank, port, kills):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -587,28 +572,50 @@ def train(rank, port, kills):
         if kills and (done, total) == (2, 6):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    what, numbers = model_source(checkpoint), json.loads(sys.argv[5])
-    each = {"save_every": 1}
-    asked = request(data, output, what=what, resources=each, resume=has_run(output), **numbers)
+    what, numbers, each = model_source(checkpoint), json.loads(sys.argv[6]), {"save_every": 1}
+    two = output / "two"
+    asked = request(data, two, what=what, resources=each, resume=has_run(two), **numbers)
     vssm.finetune(asked, progress=progress)
     os._exit(0)
 
 
-def child(*given):
-    number = os.fork()
-    if number == 0:
-        try:
-            train(*given)
-        finally:
-            os._exit(1)
-    return number
-
-
-for kills, port in enumerate(sys.argv[6:]):
-    numbers = [child(rank, port, kills == 0) for rank in range(2)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in numbers]
+for kills, port in enumerate(sys.argv[7:]):
+    numbers = [fork(train, rank, port, kills == 0) for rank in range(2)]
+    codes = [code_of(number) for number in numbers]
     assert codes == ([-signal.SIGKILL] * 2, [0, 0])[kills], codes
 """
+
+
+def _run_forks(folder, work, data, checkpoint, *given):
+    (folder / "forks.py").write_text(_FORKS + work)
+    _run_to_its_end(folder / "forks.py", ROOT / "tests/support", data, checkpoint, folder, *given)
+
+
+@pytest.fixture(scope="module")
+def forked(data, checkpoint, tmp_path_factory):
+    """What crashes, and two processes, left: both are children of one."""
+    folder = tmp_path_factory.mktemp("forked")
+    given = ("7", json.dumps(SHARED), *_free_ports(2))
+    _run_forks(folder, _CRASHES + _TWO, data, checkpoint, *given)
+    return folder
+
+
+def _ended_alike(runs, every):
+    runs = sorted(runs.iterdir())
+    assert len(runs) > 20 // every
+    for run in runs:
+        _same(run, run.with_name("whole"))
+        assert not list(run.glob(".*"))
+
+
+def test_a_crash_at_changes_of_files(forked):
+    _ended_alike(forked / "runs", 7)
+
+
+@pytest.mark.slow
+def test_a_crash_at_every_change_of_a_file(data, checkpoint, tmp_path):
+    _run_forks(tmp_path, _CRASHES, data, checkpoint, "1")
+    _ended_alike(tmp_path / "runs", 1)
 
 
 def _free_ports(count):
@@ -632,14 +639,11 @@ def _as_alone(data, checkpoint, folder, output):
     assert json.loads((output / "finetune.json").read_text())["run"]["processes"] == 2
 
 
-def test_two_processes(data, checkpoint, tmp_path):
+def test_two_processes(data, checkpoint, forked, tmp_path):
     """Killed on the way, and gone on, they end as one does."""
-    script, output = tmp_path / "two.py", tmp_path / "two"
-    script.write_text(_TWO)
-    given = (ROOT / "tests/support", data, checkpoint, output, json.dumps(SHARED), *_free_ports(2))
-    _run_to_its_end(script, *given)
-    assert json.loads((output / "finetune.json").read_text())["trained"]["resumed"] == 2
-    _as_alone(data, checkpoint, tmp_path, output)
+    trained = json.loads((forked / "two" / "finetune.json").read_text())["trained"]
+    assert trained["resumed"] == 2
+    _as_alone(data, checkpoint, tmp_path, forked / "two")
 
 
 @pytest.mark.slow
