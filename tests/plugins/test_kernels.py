@@ -1,4 +1,4 @@
-"""The CPU kernels in pieces, for every instruction set: decay, softplus, blocks of channels."""
+"""The CPU kernels in pieces, for every instruction set: decay and softplus."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import ctypes
 
 import numpy as np
 import pytest
-import torch
-from cases import scan_case
 from native import isa_parameters
 from tolerances import DECAY_TOLERANCE, ONE_MINUS_DECAY_TOLERANCE, SOFTPLUS_TOLERANCE
 
-from vssm.ops.operators import selective_scan
 from vssm.runtimes.library import (
     ISA_NAMES,
     exp2_rate,
@@ -104,18 +101,3 @@ def test_exp2_rate_names_what_it_does_not_know():
 @pytest.mark.parametrize("rate", [exp2_rate, product_rate, softplus_rate])
 def test_rates_are_plausible(isa, rate):
     assert 1e7 < rate(isa, seconds=0.01) < 1e12
-
-
-@pytest.mark.parametrize("isa", isa_parameters())
-@pytest.mark.parametrize("d_state", [1, 3, 16, 64, 65])
-def test_blocks_of_a_long_list_are_as_each_alone(d_state, isa, monkeypatch):
-    """From 8,192 tokens on some blocks of channels go through the list side by side."""
-    monkeypatch.setenv("VSSM_CPU_ISA", isa)
-    case = scan_case(seqlen=8200, d_inner=130, d_state=d_state, directions=2)
-    together = selective_scan(**case, backend="kernel")
-    for c in (0, 48, 128):
-        channels = slice(c, c + 16)
-        part = {n: x[..., channels] for n, x in case.items() if n in {"u", "delta", "D"}}
-        part |= {"delta_bias": case["delta_bias"][:, channels], "A": case["A"][:, channels]}
-        alone = selective_scan(**(case | part), backend="kernel")
-        assert torch.equal(together[..., channels], alone)

@@ -170,6 +170,7 @@ struct Avx2 {
 
 const CpuKernels kAvx2Kernels = {
     "avx2",
+    scan_part<Avx2>,
     scan_unit<Avx2>,
     backward_unit<Avx2>,
     conv_token<Avx2>,

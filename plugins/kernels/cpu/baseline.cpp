@@ -230,6 +230,7 @@ struct Baseline {
 
 const CpuKernels kBaselineKernels = {
     "baseline",
+    scan_part<Baseline>,
     scan_unit<Baseline>,
     backward_unit<Baseline>,
     conv_token<Baseline>,

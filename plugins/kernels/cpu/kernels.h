@@ -15,12 +15,12 @@ struct SelectiveScanShape;
 
 // Channels of a block: one AVX-512 vector, two AVX2 vectors, four of SSE2 or NEON.
 constexpr int64_t kChannels = 16;
-// Blocks of a unit of work at most; more than one where a channel has a single state or decay, or
-// where the list is long.
+// Blocks of a unit of work at most; more than one where a channel has a single state or decay.
 constexpr int64_t kWidest = 4;
 // The states of a unit and its A lie on the stack of whatever thread runs it: 2 x 16 KiB at most.
 constexpr int64_t kMaxStates = 256;
-constexpr int64_t kMaxWideStates = kMaxStates / kWidest;
+// Directions that a unit takes step by step together, at most.
+constexpr int64_t kMaxTogether = 4;
 
 /// A checked scan, ready to run. Shapes as in selective_scan.h.
 struct ScanPlan {
@@ -49,7 +49,22 @@ struct ScanPlan {
   void* y;
 
   bool one_decay() const { return decays == 1 && d_state > 1; }
+
+  /// Whether the directions share step sizes, A and C and take their steps together.
+  bool together() const {
+    return !one_decay() && params_by_step && Kd == 1 && Ka == 1 && Kc == 1 && directions > 1 &&
+           directions <= kMaxTogether && d_state <= kMaxStates / kMaxTogether;
+  }
 };
+
+/// Some steps of one direction of one block of channels: those from `from`, which is 0 or the `to`
+/// of the part before.
+struct ScanPart {
+  int64_t image, block, direction, from, to;
+  float* memory;  // of the block, floats_of_part(d_state), aligned
+};
+
+constexpr int64_t floats_of_part(int64_t d_state) { return (2 * d_state + 2) * kChannels; }
 
 /// `blocks_per_unit` is left to the caller; B and C must be float32 before the kernels run.
 ScanPlan plan_from(const SelectiveScanArgs& args, const SelectiveScanShape& shape);
@@ -101,6 +116,8 @@ struct ConvGradientTap {
 /// One instruction set's kernels.
 struct CpuKernels {
   const char* name;
+  /// One part; `to` is a multiple of kChannels or the end of the list.
+  void (*scan_part)(const ScanPlan& plan, const ScanPart& part);
   /// All directions of the channels from unit * blocks_per_unit * kChannels on, of one image.
   void (*scan_unit)(const ScanPlan& plan, int64_t image, int64_t unit);
   /// The gradients of one image and one group of blocks.

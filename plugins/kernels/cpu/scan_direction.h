@@ -26,6 +26,21 @@ struct Tile {
     return fast;
   }
 
+  /// To `states` + 2 aligned rows of memory, and from there: cheaper than anew from A.
+  VSSM_INLINE void keep(float* memory, int64_t states) const {
+    using L = Lanes<Isa>;
+    L::store(memory, lowest);
+    memory[kChannels] = octave;
+    for (int64_t n = 0; n < states; ++n) L::store(memory + (n + 2) * kChannels, L::load(row(n)));
+  }
+  VSSM_INLINE void recall(const float* memory, int64_t states) {
+    using L = Lanes<Isa>;
+    lowest = L::load(memory);
+    octave = memory[kChannels];
+    for (int64_t n = 0; n < states; ++n)
+      L::store(rows + n * kChannels, L::load(memory + (n + 2) * kChannels));
+  }
+
   /// From A (channels, decays): as many decays as states, or one for all of them. Channels that do
   /// not exist decay to 1.
   VSSM_INLINE void fill(const float* A, int64_t decays, int64_t states, int64_t width) {
@@ -78,9 +93,13 @@ class DirectionScan {
   using L = Lanes<Isa>;
   using Row = typename L::Row;
   static constexpr int kVectors = L::kVectors;
+  static constexpr int kFixedStates = kStates;
 
-  VSSM_INLINE DirectionScan(const ScanPlan& plan, int64_t image, int64_t block, int64_t direction)
+  /// `kept`: what keep() left of this direction and block, or null.
+  VSSM_INLINE DirectionScan(const ScanPlan& plan, int64_t image, int64_t block, int64_t direction,
+                            const float* kept = nullptr)
       : plan_(plan),
+        block_(block),
         first_(direction == 0),
         last_(direction + 1 == plan.directions),
         part_(plan.d_inner - block * kChannels),
@@ -106,13 +125,34 @@ class DirectionScan {
     skip_ = load(plan.D + (plan.Ks == 1 ? 0 : direction) * plan.d_inner + channel);
     if (plan.delta0 != nullptr) delta0_ = load(plan.delta0 + kd * plan.d_inner + channel);
     const int64_t decays = plan.decays;
-    tile_.fill(plan.A + ((plan.Ka == 1 ? 0 : direction) * plan.d_inner + channel) * decays, decays,
-               kOneDecay ? 1 : states(), part_.width);
+    if (kept != nullptr) {
+      tile_.recall(kept, rows());
+    } else {
+      tile_.fill(plan.A + ((plan.Ka == 1 ? 0 : direction) * plan.d_inner + channel) * decays,
+                 decays, rows(), part_.width);
+    }
     if constexpr (kOneDecay) {
       uniform_ = part_.width == kChannels && is_uniform(bias_) &&
                  is_uniform(L::load(tile_.row(0))) &&
                  (plan.delta0 == nullptr || is_uniform(delta0_));
     }
+  }
+
+  VSSM_INLINE void keep(float* memory) const { tile_.keep(memory, rows()); }
+
+  /// Makes prefetch() look beyond the steps from `from` to `to`: near their end to the first ones
+  /// of the block that comes next, and all along to all blocks of the steps behind them, token by
+  /// token, which memory gives faster than the lines of one block: each block calls for a share.
+  VSSM_INLINE void look_ahead(int64_t from, int64_t to) {
+    const int64_t blocks = (plan_.d_inner + kChannels - 1) / kChannels;
+    const bool last = block_ + 1 == blocks;
+    end_ = to;
+    next_steps_ = last ? 0 : from - to;
+    next_block_ = last ? 0 : block_ + 1;
+    const int64_t share = block_ * (to - from);
+    far_step_ = to + share / blocks;
+    far_block_ = share % blocks;
+    far_blocks_ = blocks;
   }
 
   VSSM_INLINE void clear(Row* h) const {
@@ -125,11 +165,13 @@ class DirectionScan {
     }
   }
 
-  /// The steps from t on, kSteps at most; `h` are the states before and after.
+  /// The steps from t on, kSteps at most; `h` are the states before and after. `kPart`: of a part
+  /// of a long list, after look_ahead().
+  template <bool kPart = false>
   VSSM_INLINE void advance_block(const typename Isa::Decay& decay, int64_t t, Row* h) {
     const int64_t rest = plan_.seqlen - t;
     const int64_t count = rest < kSteps ? rest : kSteps;
-    if constexpr (kStates == 1) return advance_one(t, count, h);
+    if constexpr (kStates == 1) return advance_one<kPart>(t, count, h);
     Step steps[kSteps];
     if constexpr (kOneDecay) {
       alignas(64) float deltas[kSteps] = {};
@@ -141,14 +183,14 @@ class DirectionScan {
             plan_.delta_softplus ? prepare<true>(t, count, steps) : prepare<false>(t, count, steps);
         raise(decay, fast, count, steps);
       }
-      for (int64_t i = 0; i < count; ++i) prefetch(t + kSteps + i);
+      for (int64_t i = 0; i < count; ++i) prefetch<kPart>(t + kSteps + i);
       advance_tiles<Isa::kStateVectors >= 16 ? 16 : 8>(0, count, steps, h);
       for (int64_t i = 0; i < count; ++i) finish(order_[t + i], steps[i], steps[i].y);
     } else {
       const bool fast =
           plan_.delta_softplus ? prepare<true>(t, count, steps) : prepare<false>(t, count, steps);
       for (int64_t i = 0; i < count; ++i) {
-        prefetch(t + kSteps + i);
+        prefetch<kPart>(t + kSteps + i);
         finish(order_[t + i], steps[i], recur(decay, fast, h, steps[i]));
       }
     }
@@ -173,6 +215,8 @@ class DirectionScan {
   };
 
   VSSM_INLINE int64_t states() const { return kStates == 0 ? plan_.d_state : kStates; }
+  /// Of A.
+  VSSM_INLINE int64_t rows() const { return kOneDecay ? 1 : states(); }
 
   VSSM_INLINE Row load(const float* source) const {
     return L::template load_part<DType::kFloat32>(source, part_);
@@ -231,13 +275,31 @@ class DirectionScan {
   /// The rows of a step of the next block: they lie a row of tokens apart, which no hardware
   /// prefetcher follows, and this loop leaves the load units time. Zen 5: 2 % at 197 tokens, a
   /// quarter at 3136.
-  VSSM_INLINE void prefetch(int64_t t) const {
-    if (t >= plan_.seqlen) return;
+  template <bool kPart>
+  VSSM_INLINE void prefetch(int64_t t) {
+    const bool beyond = kPart && t >= end_;
+    if (beyond) t += next_steps_;
+    if (t < plan_.seqlen) call<3>(t, beyond ? next_block_ : block_);
+    if constexpr (kPart) prefetch_far();
+  }
+
+  VSSM_INLINE void prefetch_far() {
+    if (far_step_ >= plan_.seqlen) return;
+    call<2>(far_step_, far_block_);
+    if (++far_block_ < far_blocks_) return;
+    far_block_ = 0;
+    ++far_step_;
+  }
+
+  /// For the rows of a step, to the cache level that is the better the higher it is.
+  template <int kLevel>
+  VSSM_INLINE void call(int64_t t, int64_t block) const {
     const int64_t q = order_[t];
     const int64_t s = plan_.params_by_step ? t : q;
-    __builtin_prefetch(u_ + q * u_stride_);
-    __builtin_prefetch(delta_ + s * delta_stride_);
-    __builtin_prefetch(sums_ + q * plan_.d_inner, 1);
+    const int64_t aside = (block - block_) * kChannels;
+    __builtin_prefetch(u_ + q * u_stride_ + aside, 0, kLevel);
+    __builtin_prefetch(delta_ + s * delta_stride_ + aside, 0, kLevel);
+    __builtin_prefetch(sums_ + q * plan_.d_inner + aside, 1, kLevel);
   }
 
   VSSM_INLINE Row recur(const typename Isa::Decay& decay, bool fast, Row* h,
@@ -421,10 +483,11 @@ class DirectionScan {
   /// All of some steps with one state. There is so little to compute that what is kept for a later
   /// loop counts: only step sizes are. VMamba (L 3136, D 96, K 4) on a Xeon (Sapphire Rapids),
   /// least of 150 runs in turns: AVX-512 1.23 ms with all that prepare() keeps, 1.14 so.
-  VSSM_INLINE void advance_one(int64_t t, int64_t count, Row* h) const {
+  template <bool kPart>
+  VSSM_INLINE void advance_one(int64_t t, int64_t count, Row* h) {
     OneStep one;
-    const bool fast =
-        plan_.delta_softplus ? measure<true>(t, count, &one) : measure<false>(t, count, &one);
+    const bool fast = plan_.delta_softplus ? measure<kPart, true>(t, count, &one)
+                                           : measure<kPart, false>(t, count, &one);
     one.keep = last_ && (z_ != nullptr || kType != DType::kFloat32);
     if (first_) {
       fast ? advance_one<true, true>(t, count, &one, h)
@@ -444,8 +507,8 @@ class DirectionScan {
   };
 
   /// Step sizes and spans of `count` steps; whether Decay::fast holds for all of them.
-  template <bool kSoftplus>
-  VSSM_NOINLINE bool measure(int64_t t, int64_t count, OneStep* one) const {
+  template <bool kPart, bool kSoftplus>
+  VSSM_NOINLINE bool measure(int64_t t, int64_t count, OneStep* one) {
     const typename FunctionsOf<Isa>::Type functions;
     const Element* delta = delta_;
     const int64_t stride = delta_stride_, ahead = plan_.seqlen - t - kAhead;
@@ -455,7 +518,9 @@ class DirectionScan {
     const typename Isa::Part part = part_;
     Row worst = L::splat(0.0F);
     for (int64_t i = 0; i < count; ++i) {
-      if (i < ahead) {
+      if constexpr (kPart) {
+        prefetch_far();
+      } else if (i < ahead) {
         const int64_t s = by_step ? t + i + kAhead : order[i + kAhead];
         __builtin_prefetch(delta + s * stride, 0, 2);
       }
@@ -570,6 +635,8 @@ class DirectionScan {
   }
 
   const ScanPlan& plan_;
+  const int64_t block_;
+  int64_t end_, next_steps_, next_block_, far_step_, far_block_, far_blocks_;  // by look_ahead()
   const bool first_, last_;
   const typename Isa::Part part_;
   const int64_t u_stride_, delta_stride_;

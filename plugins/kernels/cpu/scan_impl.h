@@ -30,9 +30,7 @@ void scan_directions(const ScanPlan& plan, int64_t image, int64_t block) {
 /// channel there is so little to compute that memory counts; the cache lines of a token lie side by
 /// side, and the blocks read B and C of some steps one after the other. VMamba (L 3136, D 192, K 4,
 /// AVX-512) on Zen 5: 1.63 ms one block at a time, 1.48 three; while others used the third-level
-/// cache 5.9, 1.9. In a long list each block would go through all pages anew, to read a line of
-/// each: Vim-T with 262,144 tokens on a Xeon (Sapphire Rapids) that other work shared, 8.0 us a
-/// token one block at a time, 4.5 four; of 1,024 tokens 3.5.
+/// cache 5.9, 1.9.
 template <class Isa, class Scan, int kRows>
 void scan_wide(const ScanPlan& plan, int64_t image, int64_t first, int64_t count) {
   const typename Isa::Decay decay;
@@ -53,9 +51,58 @@ void scan_wide(const ScanPlan& plan, int64_t image, int64_t first, int64_t count
   }
 }
 
+/// A part of a long list. The states, and A as the kernel takes it, lie in memory between parts.
+template <class Isa, class Scan, int kRows>
+void scan_steps(const ScanPlan& plan, const ScanPart& part) {
+  using L = Lanes<Isa>;
+  const typename Isa::Decay decay;
+  const int64_t N = Scan::kFixedStates == 0 ? plan.d_state : Scan::kFixedStates;
+  float *states = part.memory, *kept = states + N * kChannels;
+  const bool first = part.from == 0;
+  Scan scan(plan, part.image, part.block, part.direction, first ? nullptr : kept);
+  typename Scan::Row h[kRows];
+  if (first) {
+    scan.keep(kept);
+    scan.clear(h);
+  } else {
+    for (int64_t n = 0; n < N; ++n) h[n] = L::load(states + n * kChannels);
+  }
+  scan.look_ahead(part.from, part.to);
+  for (int64_t t = part.from; t < part.to; t += Scan::kSteps) {
+    scan.template advance_block<true>(decay, t, h);
+  }
+  for (int64_t n = 0; n < N; ++n) L::store(states + n * kChannels, h[n]);
+}
+
+template <class Isa, DType kType>
+void scan_part_typed(const ScanPlan& plan, const ScanPart& part) {
+  if (plan.one_decay()) {
+    return scan_steps<Isa, DirectionScan<Isa, kType, 0, true>, kMaxStates>(plan, part);
+  }
+  if (plan.d_state == 1) return scan_steps<Isa, DirectionScan<Isa, kType, 1>, 1>(plan, part);
+  if constexpr (Isa::kStateVectors >= 16) {
+    if (plan.d_state == 16) return scan_steps<Isa, DirectionScan<Isa, kType, 16>, 16>(plan, part);
+    if (plan.d_state == 8) return scan_steps<Isa, DirectionScan<Isa, kType, 8>, 8>(plan, part);
+  }
+  scan_steps<Isa, DirectionScan<Isa, kType, 0>, kMaxStates>(plan, part);
+}
+
+template <class Isa>
+void scan_part(const ScanPlan& plan, const ScanPart& part) {
+  const typename Isa::FlushDenormals flush;
+  switch (plan.dtype) {
+    case DType::kFloat16:
+      return scan_part_typed<Isa, DType::kFloat16>(plan, part);
+    case DType::kBFloat16:
+      return scan_part_typed<Isa, DType::kBFloat16>(plan, part);
+    default:
+      return scan_part_typed<Isa, DType::kFloat32>(plan, part);
+  }
+}
+
 template <class Isa, DType kType>
 void scan_block(const ScanPlan& plan, int64_t image, int64_t block) {
-  if (SharedScan<Isa, kType>::fits(plan)) {
+  if (plan.together()) {
     SharedScan<Isa, kType> scan(plan, image, block);
     return scan.run();
   }
@@ -73,18 +120,9 @@ void scan_typed(const ScanPlan& plan, int64_t image, int64_t first, int64_t coun
     using Scan = DirectionScan<Isa, kType, 0, true>;
     return scan_wide<Isa, Scan, kMaxStates>(plan, image, first, count);
   }
-  const bool alone = !SharedScan<Isa, kType>::fits(plan);
-  if (alone && plan.d_state == 1) {
+  if (!plan.together() && plan.d_state == 1) {
     using Scan = DirectionScan<Isa, kType, 1>;
     return scan_wide<Isa, Scan, kWidest>(plan, image, first, count);
-  }
-  if (alone && count > 1) {
-    if constexpr (Isa::kStateVectors >= 16) {
-      using Scan = DirectionScan<Isa, kType, 16>;
-      if (plan.d_state == 16) return scan_wide<Isa, Scan, 16 * kWidest>(plan, image, first, count);
-    }
-    using Scan = DirectionScan<Isa, kType, 0, false, kMaxWideStates>;
-    return scan_wide<Isa, Scan, kMaxStates>(plan, image, first, count);
   }
   for (int64_t i = 0; i < count; ++i) scan_block<Isa, kType>(plan, image, first + i);
 }

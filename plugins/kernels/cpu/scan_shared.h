@@ -18,14 +18,6 @@ namespace vssm {
 template <class Isa, DType kType>
 class SharedScan {
  public:
-  static constexpr int64_t kMaxDirections = 4;
-
-  static VSSM_INLINE bool fits(const ScanPlan& plan) {
-    return plan.params_by_step && plan.Kd == 1 && plan.Ka == 1 && plan.Kc == 1 &&
-           plan.directions > 1 && plan.directions <= kMaxDirections &&
-           plan.d_state <= kMaxStates / kMaxDirections;
-  }
-
   VSSM_INLINE SharedScan(const ScanPlan& plan, int64_t image, int64_t block)
       : plan_(plan), part_(plan.d_inner - block * kChannels) {
     const int64_t channel = block * kChannels;
@@ -68,6 +60,7 @@ class SharedScan {
   }
 
  private:
+  static constexpr int64_t kMaxDirections = kMaxTogether;
   static constexpr int64_t kSteps = 8;
   using L = Lanes<Isa>;
   using Row = typename L::Row;
