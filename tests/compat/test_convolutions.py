@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from vssm.compat.packages import blocks, scan
 from vssm.compat.passes import simplify
-from vssm.compat.passes.graph import ATEN, SCANS, PassReport, scan_arguments, without_mutation
+from vssm.compat.passes.graph import ATEN, SCANS, PassReport, scan_arguments
+from vssm.compat.passes.writes import without_mutation
 from vssm.onnx.trace import quiet
 from vssm.ops.operators import torch_op
 from vssm.ops.spec import TOKEN_CONV

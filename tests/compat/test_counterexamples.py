@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from vssm.compat.packages import scan
 from vssm.compat.passes import simplify
-from vssm.compat.passes.graph import SCANS, without_mutation
+from vssm.compat.passes.graph import SCANS
+from vssm.compat.passes.writes import without_mutation
 from vssm.onnx.trace import quiet
 
 L, D, N = 6, 4, 2

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from vssm.compat.packages import scan
 from vssm.compat.passes import simplify
-from vssm.compat.passes.graph import ATEN, SCANS, PassReport, scan_arguments, without_mutation
+from vssm.compat.passes.graph import ATEN, SCANS, PassReport, scan_arguments
+from vssm.compat.passes.writes import without_mutation
 from vssm.onnx.trace import quiet
 
 HEIGHT, WIDTH = 4, 6

@@ -36,8 +36,9 @@ from vssm.compat.factory import said
 from vssm.compat.inputs import Example, Inputs
 from vssm.compat.outputs import module_outputs
 from vssm.compat.passes import simplify
-from vssm.compat.passes.graph import PassReport, without_mutation
+from vssm.compat.passes.graph import PassReport
 from vssm.compat.passes.regions import RefuseCasts, open_regions
+from vssm.compat.passes.writes import without_mutation
 from vssm.compat.prune import PrunedModule
 from vssm.compat.sizes import (
     FreeAxis,

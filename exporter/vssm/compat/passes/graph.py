@@ -23,23 +23,6 @@ ATEN: Final = torch.ops.aten
 SCANS: Final[dict[Any, OperatorSpec]] = {
     ops.torch_op(op): op for op in (SELECTIVE_SCAN, GATED_SELECTIVE_SCAN)
 }
-# Operators whose result is a tensor of its own, and those that may then write to it or not.
-_FRESH: Final = (
-    ATEN.conv1d.default,
-    ATEN.conv2d.default,
-    ATEN.batch_norm.default,
-    ATEN.linear.default,
-    ATEN.layer_norm.default,
-    ATEN.add.Tensor,
-    ATEN.mul.Tensor,
-)
-_IN_PLACE: Final[dict[Any, Any]] = {
-    ATEN.relu_.default: ATEN.relu.default,
-    ATEN.silu_.default: ATEN.silu.default,
-    ATEN.add_.Tensor: ATEN.add.Tensor,
-    ATEN.mul_.Tensor: ATEN.mul.Tensor,
-    ATEN.div_.Tensor: ATEN.div.Tensor,
-}
 _SMALL: Final = 1 << 20  # elements of a constant that passes read
 
 
@@ -159,30 +142,6 @@ class Rewriter:
         # Tables are kept as parameters too, which learn nothing: integers are no weights.
         is_weight = key is None and isinstance(value, Tensor) and value.is_floating_point()
         return value if isinstance(value, Tensor) and not is_weight else None
-
-
-def without_mutation(program: ExportedProgram) -> ExportedProgram:
-    """The program with no operator that writes to its operands: the passes move values about.
-
-    `x += y` would reach a copy that a pass takes out, or a twin that it shares.
-    """
-    for node in program.graph.nodes:
-        if _writes(node) and node.target in _IN_PLACE:
-            source: Any = node.args[0]
-            # In place keeps the operand's type where the other form would promote it: one type
-            # alone.
-            kinds = {n.meta["val"].dtype for n in node.all_input_nodes if is_tensor(n)}
-            if is_call(source, *_FRESH) and len(source.users) == 1 == len(kinds):
-                node.target = _IN_PLACE[node.target]  # nobody else sees what it writes to
-    if not any(_writes(node) for node in program.graph.nodes):
-        return program
-    functional: ExportedProgram = program.run_decompositions({})
-    return functional
-
-
-def _writes(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
 
 
 def run_pass(
