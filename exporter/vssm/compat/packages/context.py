@@ -383,6 +383,9 @@ def _has_packages(folder: str) -> bool:
 
 def _hide_triton() -> None:
     """Files that were just imported hold the stand-in; torch would take it for the real one."""
+    # Its parts are there with it alone, and this is asked after every import.
+    if not isinstance(sys.modules.get("triton"), Provided):
+        return
     for name in list(sys.modules):
         if name.partition(".")[0] == "triton" and isinstance(sys.modules[name], Provided):
             del sys.modules[name]
