@@ -126,7 +126,7 @@ def _build(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", MODELS)
 def test_official_numbers(name: str) -> None:
     model, fixtures = _build(name), MODELS[name][2]
-    got = exact_outputs(model, images(fixtures, batch=1), module_outputs())[0]["logits"]
+    got = exact_outputs(model, images(fixtures, batch=1), module_outputs()).outputs["logits"]
     want = torch.from_numpy(fixture(fixtures)["logits.f64"])[:1]
     assert relative_error(got, want) < 1e-9
 
@@ -156,7 +156,7 @@ def test_pruned_vim_is_ours(name: str) -> None:
     x = images("vim_tiny", seed=int(data["input_seed"]))[:1]
     schedule = vssm.PruneSchedule({10: 0.8})
     pruned = vssm.prune(model, schedule, x)
-    found = exact_outputs(pruned, x, module_outputs(scores=True))[0]
+    found = exact_outputs(pruned, x, module_outputs(scores=True)).outputs
     assert relative_error(found["logits"], torch.from_numpy(data["logits"])[:1]) < 1e-9
     assert found["kept_positions_0"].tolist() == data["kept0"][:1].tolist()
 

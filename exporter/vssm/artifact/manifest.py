@@ -320,6 +320,7 @@ LOGITS: Final = "logits"  # the output that images are classified by
 BOXES: Final = "boxes"  # the first output of a whole detector
 SIZES: Final = "sizes"  # its second input: height and width before the image was padded
 MODULE_KEY: Final = "module"  # of the config of a user's module
+ROUNDING_KEY: Final = "rounding"  # there, how far it is in float32 from its exact outputs
 MERGED_PAIRS: Final = "merged_pairs_"  # before the number of a merge: the output with its pairs
 _LARGEST: Final = 1e6  # of a mean; float32 holds what is divided by a deviation's least
 _MIN_SEED: Final = -(1 << 63)

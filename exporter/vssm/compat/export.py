@@ -20,6 +20,7 @@ from vssm._version import __version__
 from vssm.artifact.directory import MODEL_FILE, Artifact, staged_export
 from vssm.artifact.manifest import (
     MODULE_KEY,
+    ROUNDING_KEY,
     CheckpointInfo,
     FreeSize,
     Manifest,
@@ -220,13 +221,13 @@ def export_module(
         options = _Options(opset, dynamic_batch, asked, axes)
         # Names before the trace: an output that nobody can name is refused before the long part.
         names = list(_run_once(model, example, options)[0])
-        precision = None
+        exact = None
         if reference:  # first, as the trace takes long and this may be refused
             given = _reference_inputs(example, dynamic_batch=dynamic_batch)
             with evaluating(model):
                 named = module_outputs(outputs, scores=True)
-                exact, precision = exact_outputs(model, given, named)
-            save_safetensors({**given.tensors, **exact}, staging / REFERENCE_FILE)
+                exact = exact_outputs(model, given, named)
+            save_safetensors({**given.tensors, **exact.outputs}, staging / REFERENCE_FILE)
         traced = trace_module(model, example, options, names, progress)
         proto = traced.proto
         save_model(proto, staging, inline=inline, external_data_above=external_data_above)
@@ -246,7 +247,8 @@ def export_module(
                 MODULE_KEY: f"{type(model).__module__}.{type(model).__qualname__}",
                 **example.config,
                 "outputs": None if outputs is None else list(outputs),
-                "reference": precision,
+                "reference": None if exact is None else exact.precision,
+                ROUNDING_KEY: None if exact is None else exact.rounding,
                 "passes": [str(report) for report in traced.reports],
             },
             files={path.name: sha256_of(path) for path in sorted(staging.iterdir())},

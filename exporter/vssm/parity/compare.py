@@ -17,7 +17,7 @@ from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from vssm.artifact.directory import MODEL_FILE, Artifact
-from vssm.artifact.manifest import LOGITS, MERGED_PAIRS
+from vssm.artifact.manifest import LOGITS, MERGED_PAIRS, ROUNDING_KEY
 from vssm.artifact.reference import OracleMerge, OracleResult
 from vssm.models.registry import magnifies
 from vssm.parity.detections import (
@@ -48,6 +48,15 @@ class Tolerance:
         """The tolerance of a model, wider for a family that magnifies rounding."""
         factor = magnifies(name)
         return Tolerance(factor * self.logits, factor * self.block, self.margin)
+
+    def of_module(self, rounding: float | None) -> Tolerance:
+        """The tolerance of a user's module, of which float32 itself is so far off in PyTorch.
+
+        Two float32 computations of a module that magnifies rounding are as far from each other as
+        from the exact one.
+        """
+        least = 2 * (rounding or 0.0)
+        return Tolerance(max(self.logits, least), max(self.block, least), self.margin)
 
 
 # Set from the errors measured on vim_tiny and vim_small, dense and pruned (docs/numerics.md).
@@ -208,6 +217,7 @@ def compare(
     """
     quantized = artifact.manifest.quantization
     tolerance = TOLERANCES[artifact.manifest.dtype].of_model(artifact.manifest.name)
+    tolerance = tolerance.of_module(artifact.manifest.config.get(ROUNDING_KEY))
     limits = None
     if quantized is not None:
         limits = QUANTIZED["int4" if quantized.type == "int4" else quantized.method]

@@ -319,7 +319,7 @@ def _module_oracle(
     asked = artifact.manifest.config.get("outputs")
     outputs = module_outputs(asked, scores=True)
     given = Inputs.again(feeds, artifact.manifest.config)
-    found, _ = exact_outputs(model, given, outputs)
+    found = exact_outputs(model, given, outputs).outputs
     if not set(names) <= set(found):
         raise ValueError(
             f"model: it returns {sorted(found)}, the export in {artifact.directory} "
