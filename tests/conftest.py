@@ -8,8 +8,10 @@ import importlib.util
 import os
 import random
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -94,6 +96,17 @@ def _exports(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     os.environ["VSSM_TEST_EXPORTS"] = str(shared / "exports")  # see tests/support/exports.py
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_disks() -> Iterator[None]:
+    """Nobody cuts the power meanwhile, and a disk takes 4 ms, several times an export."""
+    with mock.patch("os.fsync", _fsync):
+        yield
+
+
+def _fsync(fd: int) -> None:
+    os.fstat(fd)  # what is not open is an error still
 
 
 @pytest.fixture(autouse=True)
