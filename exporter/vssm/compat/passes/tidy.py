@@ -99,23 +99,27 @@ def one_form(r: Rewriter) -> None:
                 order[a], order[b] = order[b], order[a]
             else:  # numpy's T turns all axes round
                 order.reverse()
-            r.replace(node, r.emit(node, ATEN.permute.default, source, order))
+            _say(r, node, ATEN.permute.default, source, order)
         elif is_call(node, ATEN.view.default, ATEN._unsafe_view.default, ATEN.reshape.default):
             sizes = _inferred(node)
             # A view's operand may have lost its contiguous().
             if node.target is not ATEN.reshape.default or sizes != list(node.args[1]):
-                r.replace(node, r.emit(node, ATEN.reshape.default, node.args[0], sizes))
+                _say(r, node, ATEN.reshape.default, node.args[0], sizes)
         elif is_call(node, ATEN.chunk.default, ATEN.split.Tensor, ATEN.split.sizes):
             source = node.args[0]
             dim = axis(source, argument(node, 2, "dim", 0))
             # From the result: `chunk` makes a smaller last part, or fewer parts than asked for.
             sizes = [part.shape[dim] for part in node.meta["val"]]
             if all(isinstance(size, int) for size in sizes):
-                target = ATEN.split_with_sizes.default
-                with r.graph.inserting_before(node):
-                    new = r.graph.call_function(target, (source, sizes, dim))
-                new.meta = dict(node.meta)
-                r.replace(node, new)
+                _say(r, node, ATEN.split_with_sizes.default, source, sizes, dim)
+
+
+def _say(r: Rewriter, node: Node, target: Any, *args: Any) -> None:
+    """Write a node as another call of the same value, whose shape need not be inferred again."""
+    with r.graph.inserting_before(node):
+        new = r.graph.call_function(target, args)
+    new.meta = dict(node.meta)
+    r.replace(node, new)
 
 
 def _turned(r: Rewriter, node: Node) -> Node:
