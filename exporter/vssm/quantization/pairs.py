@@ -58,12 +58,12 @@ def insert_pairs(
     """
     products = with_own_weights(proto.graph, products)
     target = TARGETS[request.target]
-    signed = target.signed or request.method == "weights"
-    kind = QuantType.QInt8 if signed else QuantType.QUInt8
+    activations = QuantType.QInt8 if target.signed else QuantType.QUInt8
+    # Without VNNI the sum of two products of uint8 and int8 is cut to 16 bits: seven bits fit.
+    narrow = request.method == "static" and not target.signed
     quantizer = QDQQuantizer if request.method == "static" else _WeightsOnly
     names = [product.name for product in products]
     known = _names(proto.graph)
-    # The third argument: scales by channel come with their axis, below.
     options = {
         "ActivationSymmetric": target.signed,
         "WeightSymmetric": True,
@@ -73,7 +73,16 @@ def insert_pairs(
     }
     with silent():
         made = quantizer(
-            proto, False, False, kind, kind, found, names, [], list(OPERATORS), options
+            proto,
+            False,  # scales by channel come with their axis, below
+            narrow,
+            QuantType.QInt8,
+            activations,
+            found,
+            names,
+            [],
+            list(OPERATORS),
+            options,
         )
         made.quantize_model()
         made.model.topological_sort()

@@ -181,7 +181,13 @@ def _dynamic(model: Path, products: Sequence[Product], progress: Steps) -> onnx.
     progress(_QUANTIZING, 0, 1)
     with silent():
         names = [product.name for product in products]
-        quantize_dynamic(model, target, nodes_to_quantize=names, weight_type=QuantType.QInt8)
+        quantize_dynamic(
+            model,
+            target,
+            nodes_to_quantize=names,
+            weight_type=QuantType.QInt8,
+            reduce_range=True,  # seven bits, as for static files with unsigned activations
+        )
     progress(_QUANTIZING, 1, 1)
     return onnx.load(str(target))
 

@@ -35,7 +35,7 @@ class Target:
 
 
 TARGETS: Final[Mapping[str, Target]] = {
-    # Unsigned operands do not saturate on processors without VNNI, and are no slower on AMX.
+    # Unsigned activations by signed weights are what VNNI and AMX multiply fastest.
     "ort": Target(signed=False, per_channel=False, methods=QUANTIZATION_METHODS),
     "tensorrt": Target(signed=True, per_channel=True, methods=("static", "weights")),
     "portable": Target(signed=True, per_channel=False, methods=("static", "weights")),
