@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from vssm.onnx import translate
 from vssm.onnx.program import program_to_proto
 
 
@@ -46,3 +47,43 @@ def test_gelu(tmp_path: Path, approximate: str, products: int) -> None:
     found = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
     assert found["Gelu"] == (approximate == "none")
     assert found["Mul"] == products
+
+
+class Mixed(torch.nn.Module):
+    """Types that torch's operators promote: whole numbers, truth values and fractions."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole = x.long()
+        return x * 2 + whole, whole / 2, (x > 0) + whole, 1 - x, whole.sum(), (x > 0).sum(1)
+
+
+def test_types_are_promoted_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's pass runs every node again; here those alone whose operands it casts."""
+    ran = []
+    run_again = translate.type_promotion._TypePromotionInterpreter._run_node_and_set_meta
+
+    def noting(self, node):
+        ran.append(node.op)
+        return run_again(self, node)
+
+    program = torch.export.export(Mixed(), (torch.zeros(3, 4),))
+    names = [f"y{i}" for i in range(6)]
+    make = {"inputs": ["x"], "names": names, "public": 6, "free": {}}
+    program_to_proto(
+        torch.export.export(Gelu("none"), (torch.zeros(2, 8),)),
+        18,
+        **{**make, "names": ["y"], "public": 1},
+    )
+    # The table of translations is known by now.
+    monkeypatch.setattr(translate._registration.ONNXRegistry, "from_torchlib", None)
+    monkeypatch.setattr(
+        translate.type_promotion._TypePromotionInterpreter, "_run_node_and_set_meta", noting
+    )
+    proto = program_to_proto(program, 18, **make)
+    nodes = sum(node.op == "call_function" for node in program.graph.nodes)
+    assert 0 < len(ran) < nodes
+    x = torch.tensor([[-2.5, -1.0, 0.0, 3.75]] * 3)
+    got = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": x.numpy()})
+    for name, found, want in zip(names, got, Mixed()(x), strict=True):
+        assert found.dtype == want.numpy().dtype, name
+        np.testing.assert_array_equal(found, want.numpy(), err_msg=name)
