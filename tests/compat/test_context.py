@@ -6,12 +6,14 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compat_cases import CSMS6S
 
 from vssm.compat import upstream
+from vssm.compat.export import dry_run
 from vssm.compat.packages import blocks, scan
 from vssm.compat.packages.blocks import Mamba
 from vssm.compat.packages.provided import Provided
@@ -338,6 +340,24 @@ def test_failures_that_the_code_catches_are_named(
 
     with pytest.raises(UnsupportedError, match=said):
         fail_later()
+
+
+def test_what_was_looked_at_and_left_is_named_where_no_scan_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def other(x: Any, dt: Any, A: Any, B: Any, C: Any, mode: str = "sum") -> Any:
+        return x
+
+    module = types.ModuleType("with_another_scan")
+    module.other, other.__module__ = other, module.__name__
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    class Like(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return module.other(x, x, x, x, x)
+
+    with pytest.raises(UnsupportedError, match=r"with_another_scan\..*other does not"), upstream():
+        dry_run(Like(), torch.randn(2, 3, 4))
 
 
 def test_what_installed_packages_try_for_is_not_named(

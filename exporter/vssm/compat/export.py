@@ -36,6 +36,7 @@ from vssm.compat.exact import evaluating, exact_outputs
 from vssm.compat.factory import said
 from vssm.compat.inputs import Example, Inputs
 from vssm.compat.outputs import module_outputs
+from vssm.compat.packages.context import NoScanError
 from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import PassReport
 from vssm.compat.passes.regions import RefuseCasts, open_regions
@@ -326,7 +327,7 @@ def _run_once(
                 "it is made for, or mend that line"
             ) from error
     if not ran:
-        raise UnsupportedError(_no_scan(model))
+        raise NoScanError(_no_scan(model))
     if shared := sorted(found.keys() & example.tensors.keys()):
         raise ValueError(
             f"outputs: {shared[0]!r} is the name of an input as well, and a file has it once; say "

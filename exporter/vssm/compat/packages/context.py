@@ -100,6 +100,10 @@ class UpstreamReport:
         return "; ".join(parts) or "nothing provided or patched"
 
 
+class NoScanError(UnsupportedError):
+    """A module that runs, and calls no selective scan that is known."""
+
+
 PREFER: Final = ("ours", "installed")
 _ROOTS: Final = ABSENT | {
     name.partition(".")[0] for table in (FUNCTIONS, AROUND, PACKAGES, SHELLS) for name in table
@@ -188,11 +192,20 @@ def _naming_missed(report: UpstreamReport) -> Iterator[None]:
     try:
         yield
     except (UnsupportedError, ValueError) as error:
+        told = str(error)
+        # What is called like a scan, or takes the operands of one, is most likely the one missed.
+        if isinstance(error, NoScanError) and (left := _left(report)):
+            told += f" ({'; '.join(left)})"
         if report.missed:
             missed = ", ".join(dict.fromkeys(report.missed[-5:]))
-            told = f"{error} (imports that failed before: {missed}; install what is missing, or "
-            error.args = (f"{told}give its folder with --path)", *error.args[1:])
+            told += f" (imports that failed before: {missed}; install what is missing, or "
+            told += "give its folder with --path)"
+        error.args = (told, *error.args[1:])
         raise
+
+
+def _left(report: UpstreamReport) -> list[str]:
+    return [note for note in report.notes if note.endswith("left as it is")]
 
 
 class _Finder(MetaPathFinder):
