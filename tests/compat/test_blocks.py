@@ -89,6 +89,16 @@ def test_mamba_starts_as_upstream_does() -> None:
         model.step(torch.zeros(1, 1, 32))
 
 
+@pytest.mark.parametrize("bimamba", ["v2", "none"])
+def test_other_modules_in_the_place_of_projections_are_called(bimamba: str) -> None:
+    torch.manual_seed(0)
+    model, x = blocks.Mamba(8, bimamba_type=bimamba), torch.randn(2, 3, 8)
+    want, out = model(x), model.out_proj
+    # As of two mixers whose sum goes through one projection.
+    model.out_proj, model.in_proj = torch.nn.Identity(), torch.nn.Sequential(model.in_proj)
+    torch.testing.assert_close(out(model(x)), want)
+
+
 def test_projection_biases_and_given_parameters() -> None:
     x = {
         name: torch.randn(shape).double()

@@ -355,32 +355,33 @@ class Mamba(nn.Module):
                 "Mamba.forward: inference_params is a cache for decoding token by token; call the "
                 "model on the whole sequence (prefill), with inference_params=None"
             )
-        xz = functional.linear(hidden_states, self.in_proj.weight, self.in_proj.bias)
-        out = self._mix(xz.transpose(1, 2))
+        # Called, not read: repositories put other modules in the place of the outer projections.
+        out = self._mix(self.in_proj(hidden_states).transpose(1, 2))
         return out if self.init_layer_scale is None else out * self.gamma
 
     def _mix(self, xz: Tensor) -> Tensor:
         """(batch, seqlen, d_model) of xz (batch, 2 * d_inner, seqlen)."""
-        out = (self.out_proj.weight, self.out_proj.bias)
         A, D, bias = -torch.exp(self.A_log), self.D, self.dt_proj.bias
         weights = self._weights("")
         if self.bimamba_type == "v1":
-            A_b = -torch.exp(self.A_b_log)
-            return bimamba_inner_fn(xz, *weights, *out, A, A_b, D=D, delta_bias=bias)
-        if self.bimamba_type == "none":
-            return mamba_inner_fn(xz, *weights, *out, A, D=D, delta_bias=bias)
+            out, A_b = self.out_proj, -torch.exp(self.A_b_log)
+            return bimamba_inner_fn(
+                xz, *weights, out.weight, out.bias, A, A_b, D=D, delta_bias=bias
+            )
         y = mamba_inner_fn_no_out_proj(xz, *weights, A, D=D, delta_bias=bias)
-        back = mamba_inner_fn_no_out_proj(
-            xz.flip(-1),
-            *self._weights("_b"),
-            -torch.exp(self.A_b_log),
-            D=self.D_b,
-            delta_bias=self.dt_proj_b.bias,
-        )
-        y = y + back.flip(-1)
-        # Before the output projection: its bias is added once, and is not halved.
-        y = y / 2 if self.if_divide_out else y
-        return functional.linear(y.transpose(1, 2), *out)
+        if self.bimamba_type == "v2":
+            back = mamba_inner_fn_no_out_proj(
+                xz.flip(-1),
+                *self._weights("_b"),
+                -torch.exp(self.A_b_log),
+                D=self.D_b,
+                delta_bias=self.dt_proj_b.bias,
+            )
+            y = y + back.flip(-1)
+            # Before the output projection: its bias is added once, and is not halved.
+            y = y / 2 if self.if_divide_out else y
+        mixed: Tensor = self.out_proj(y.transpose(1, 2))
+        return mixed
 
     def _weights(self, suffix: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         conv: Any = getattr(self, f"conv1d{suffix}")
