@@ -130,3 +130,28 @@ def light_m_unet(dims: int = 2) -> nn.Module:
         blocks_down=[1, 1, 1, 1],
         blocks_up=[1, 1, 1],
     )
+
+
+def caduceus(both_strands: bool = False) -> nn.Module:
+    """Caduceus' stack, over one strand of DNA or over both."""
+    from caduceus.configuration_caduceus import CaduceusConfig
+    from caduceus.modeling_caduceus import Caduceus
+
+    config = CaduceusConfig(
+        d_model=32,
+        n_layer=2,
+        vocab_size=12,
+        ssm_cfg={"d_state": 8},
+        pad_vocab_size_multiple=1,
+        rcps=both_strands,
+        complement_map={token: token * 7 % 12 for token in range(12)},
+    )
+    return Caduceus(config)
+
+
+def mamba_tiny() -> nn.Module:
+    """mamba-tiny's language model, whose scan is a cumulative sum of logarithms."""
+    import model
+
+    options = {"d_model": 16, "n_layer": 2, "vocab_size": 24, "scan_mode": "logcumsumexp"}
+    return model.Mamba(model.ModelArgs(**options))
