@@ -1,4 +1,4 @@
-"""Time of single scan nodes in ONNX Runtime: kernels by instruction set and threads, and bodies.
+"""Time of single nodes in ONNX Runtime: kernels by instruction set and threads, and bodies.
 
     python benchmarks/operators.py [--samples 200] [--json FILE]
 
@@ -13,6 +13,9 @@ that instruction set: the median of samples taken in the same rounds, so at the 
 Mamba-2 scan, which has one decay for all states, it is the three multiplications of a state and
 step at the rate of the vector units. "Both" is the multiple of that and of the softplus of every
 step size, at the rate of the kernel's own: with one state it is the larger part.
+
+A convolution over a grid has the taps that read a token as its floor, at the rate of the vector
+units. Its body is what stood in its place: scatter, Conv and gather.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from vssm.commands.tables import table
@@ -85,6 +88,36 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """A convolution over a grid of which some tokens are kept, at random."""
+
+    name: str
+    batch: int
+    seqlen: int
+    d_inner: int
+    grid: int  # its side
+    side: int  # of the square of taps
+    step_sizes: int = 0
+
+    @property
+    def position(self) -> np.ndarray:
+        """The places of the kept tokens, (seqlen,)."""
+        places = np.random.default_rng(0).permutation(self.grid**2)[: self.seqlen]
+        return np.sort(places).astype(np.int32)
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds of the taps that read a token."""
+        row, column = np.divmod(self.position, self.grid)
+        near = [np.abs(x[:, None] - x) <= self.side // 2 for x in (row, column)]
+        return self.batch * self.d_inner * int((near[0] & near[1]).sum())
+
+    def rate(self, isa: str) -> float:
+        """How many of these one thread can do in a second."""
+        return product_rate(isa, seconds=0.0)
+
+
+@dataclass(frozen=True)
 class Timing:
     """One variant of one shape; milliseconds of warm runs, and the median of cold ones."""
 
@@ -114,6 +147,9 @@ SHAPES = (
     Shape("VMamba layer, D 192", 1, 3136, 192, d_state=1, directions=4, shared="u"),
     Shape("Mamba-2, 64 states", 1, 196, 768, d_state=64, directions=1, headdim=64),
     Shape("Mamba-2, 128 states", 1, 196, 768, d_state=128, directions=1, headdim=64),
+    Grid("PlainMamba-L1 convolution", 1, 196, 384, grid=14, side=7),
+    Grid("PlainMamba-L1 convolution, pruned", 1, 101, 384, grid=14, side=7),
+    Grid("GroupMamba-T MLP, stage 1", 1, 3136, 512, grid=56, side=3),
 )
 
 
@@ -169,10 +205,14 @@ def available_isas() -> list[str]:
     return found
 
 
-def time_shape(shape: Shape, isas: list[str], threads: list[int], samples: int) -> list[Timing]:
+def time_shape(
+    shape: Shape | Grid, isas: list[str], threads: list[int], samples: int
+) -> list[Timing]:
     """Every instruction set at every thread count, and the body on one thread."""
-    feeds = scan_feeds(shape)
-    model = scan_model(shape)
+    if isinstance(shape, Grid):
+        feeds, model = grid_model(shape)
+    else:
+        feeds, model = scan_feeds(shape), scan_model(shape)
     variants = [(isa, count) for isa in isas for count in threads]
     sessions = [open_session(model, count, library=True) for _, count in variants]
     variants.append(("body", 1))
@@ -209,7 +249,7 @@ def time_shape(shape: Shape, isas: list[str], threads: list[int], samples: int) 
 
 
 def bind(
-    session: onnxruntime.InferenceSession, shape: Shape, feeds: dict[str, np.ndarray]
+    session: onnxruntime.InferenceSession, shape: Shape | Grid, feeds: dict[str, np.ndarray]
 ) -> tuple[onnxruntime.IOBinding, list[np.ndarray]]:
     """The inputs, and outputs that every run overwrites."""
     binding = session.io_binding()
@@ -224,7 +264,10 @@ def bind(
 
 
 def _timing(
-    shape: Shape, variant: tuple[str, int], taken: np.ndarray, rates: list[tuple[float, float]]
+    shape: Shape | Grid,
+    variant: tuple[str, int],
+    taken: np.ndarray,
+    rates: list[tuple[float, float]],
 ) -> Timing:
     cold, warm = taken.T
     median = float(np.median(warm))
@@ -316,6 +359,38 @@ def scan_model(shape: Shape) -> bytes:
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     model.functions.extend(build_functions([spec.name], 18))
     return bytes(model.SerializeToString())
+
+
+def grid_model(shape: Grid) -> tuple[dict[str, np.ndarray], bytes]:
+    """Inputs, and the TokenConv2D node with its body; weights are constants, as in an export."""
+    rng = np.random.default_rng(0)
+    spec, inner = OPERATORS["TokenConv2D"], shape.d_inner
+    constants = {
+        "weight": rng.standard_normal((inner, shape.side, shape.side)).astype(np.float32),
+        "bias": rng.standard_normal(inner).astype(np.float32),
+        "position": shape.position[None],
+    }
+    x = rng.standard_normal((shape.batch, shape.seqlen, inner)).astype(np.float32)
+    node = helper.make_node(
+        spec.name,
+        [o.name for o in spec.inputs],
+        ["y"],
+        domain=DOMAIN,
+        grid_height=shape.grid,
+        grid_width=shape.grid,
+        group=inner,
+        by_position=int(shape.seqlen < shape.grid**2),
+        activation=1,
+        **PLUGIN_ATTRIBUTES,
+    )
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *x.shape[1:]])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", *x.shape[1:]])
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph([node], "convolution", [value], [result], tensors)
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    model.functions.extend(build_functions([spec.name], 18))
+    return {"x": x}, bytes(model.SerializeToString())
 
 
 def open_session(model: bytes, threads: int, *, library: bool) -> onnxruntime.InferenceSession:

@@ -144,6 +144,12 @@ Status c::read_conv(const char* op, const vssm_tensor* inputs, int32_t count,
   args->name = (*spec)->name;
   args->by_position = attributes->by_position;
   args->activation = attributes->activation;
+  args->on_grid = is_on_grid(**spec);
+  if (args->on_grid) {
+    args->grid_height = attributes->grid_height;
+    args->grid_width = attributes->grid_width;
+    args->group = attributes->group;
+  }
   Operand* const operands[] = {&args->x, &args->weight, &args->bias, &args->position};
   return read_inputs(**spec, inputs, count, with_data, operands);
 }
@@ -268,9 +274,7 @@ Status run_conv(const char* op, const vssm_tensor* inputs, int32_t count, const 
   if (status.ok()) status = check(args, &shape);
   if (!status.ok()) return status;
   if (y == nullptr) return Status::error(op, ": y is missing; give its memory");
-  const Operand expected = {
-      nullptr, args.x.dtype, 4, {shape.batch, shape.directions, shape.seqlen, shape.d_inner}};
-  status = read_output(*spec, 0, *y, expected, &args.y);
+  status = read_output(*spec, 0, *y, y_of(args, shape), &args.y);
   if (!status.ok()) return status;
   return launch != nullptr ? conv_on_cuda(args, *launch) : token_conv_cpu(args, {});
 }

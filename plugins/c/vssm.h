@@ -62,10 +62,13 @@ typedef struct vssm_gather_attributes {
   int64_t protected_position; /* -1: none */
 } vssm_gather_attributes;
 
-/* Attributes of TokenConv. */
+/* Attributes of TokenConv and TokenConv2D; the former reads its two alone. */
 typedef struct vssm_conv_attributes {
   int64_t by_position; /* 1: the taps' distances count positions, 0: tokens of the list */
   int64_t activation;  /* 1: the sums go through silu */
+  int64_t grid_height;
+  int64_t grid_width;
+  int64_t group; /* d_inner */
 } vssm_conv_attributes;
 
 /* Runs the scan operator named `op`: 9 inputs, or 10 for GatedSelectiveScan (z) and
@@ -94,8 +97,9 @@ VSSM_API int vssm_token_gather_workspace(const char* op, const vssm_tensor* inpu
                                          const vssm_gather_attributes* attributes, int64_t* bytes,
                                          char* error, size_t error_bytes);
 
-/* Runs TokenConv (inputs x, weight, bias, position; output y). On the CPU positions must ascend
- * where they count; on CUDA others give meaningless results but touch no other memory. */
+/* Runs the convolution named `op`, TokenConv or TokenConv2D (inputs x, weight, bias, position;
+ * output y). On the CPU positions must ascend where they count, and be places of the grid where
+ * there is one; on CUDA others give meaningless results but touch no other memory. */
 VSSM_API int vssm_token_conv(const char* op, const vssm_tensor* inputs, int32_t input_count,
                              const vssm_tensor* y, const vssm_conv_attributes* attributes,
                              const vssm_launch* launch, char* error, size_t error_bytes);

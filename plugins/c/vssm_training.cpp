@@ -52,9 +52,7 @@ Status run_conv(const char* op, const vssm_tensor* inputs, int32_t count, const 
   if (status.ok()) status = check_threads(op, threads);
   if (!status.ok()) return status;
   if (y == nullptr) return Status::error(op, ": y is missing; give its memory");
-  const Operand like = {
-      nullptr, args.x.dtype, 4, {shape.batch, shape.directions, shape.seqlen, shape.d_inner}};
-  status = read_target(*spec, "y", *y, like, &args.y);
+  status = read_target(*spec, "y", *y, y_of(args, shape), &args.y);
   return status.ok() ? token_conv_cpu(args, on_threads(&threads)) : status;
 }
 

@@ -30,7 +30,7 @@ struct AttributeSpec {
 
 constexpr int kMaxOperands = 10;
 constexpr int kMaxBindings = 5;
-constexpr int kMaxAttributes = 4;
+constexpr int kMaxAttributes = 5;
 
 /// The element types of T, or of T0 and T1.
 using TypeBinding = std::array<DType, 2>;
@@ -68,6 +68,13 @@ constexpr std::array<AttributeSpec, kMaxAttributes> kConvAttributes = {{
     {"by_position", AttributeKind::kInt, false, 0},
     {"activation", AttributeKind::kInt, false, 1},
 }};
+constexpr std::array<AttributeSpec, kMaxAttributes> kGridAttributes = {{
+    {"grid_height", AttributeKind::kInt, true, 0},
+    {"grid_width", AttributeKind::kInt, true, 0},
+    {"group", AttributeKind::kInt, true, 0},
+    {"by_position", AttributeKind::kInt, false, 0},
+    {"activation", AttributeKind::kInt, false, 1},
+}};
 constexpr std::array<OperandSpec, 3> kScanOutputs = {{{"y", "T", "batch,seqlen,d_inner"}}};
 
 /// SelectiveScan's nine inputs, and a tenth if it has a name.
@@ -91,7 +98,7 @@ constexpr OperatorSpec scan(const char* name, int input_count, OperandSpec last 
 
 }  // namespace table
 
-inline constexpr std::array<OperatorSpec, 7> kOperators = {{
+inline constexpr std::array<OperatorSpec, 8> kOperators = {{
     table::scan("SelectiveScan", 9),
     table::scan("GatedSelectiveScan", 10, {"z", "T", "batch,seqlen,d_inner"}),
     table::scan("SelectiveScanConstantGap", 10, {"delta0", "float32", "Kd,d_inner"}),
@@ -142,6 +149,20 @@ inline constexpr std::array<OperatorSpec, 7> kOperators = {{
      {{{"y", "T", "batch,K,seqlen,d_inner"}}},
      table::kConvAttributes,
      table::kOneType},
+    {"TokenConv2D",
+     Family::kTokenConv,
+     4,
+     1,
+     5,
+     1,
+     3,
+     {{{"x", "T", "batch,seqlen,d_inner"},
+       {"weight", "float32", "d_inner,side,side"},
+       {"bias", "float32", "d_inner"},
+       {"position", "int32", "1|batch,seqlen"}}},
+     {{{"y", "T", "batch,seqlen,d_inner"}}},
+     table::kGridAttributes,
+     table::kOneType},
     {"TokenScatter",
      Family::kTokenScatter,
      3,
@@ -156,6 +177,11 @@ inline constexpr std::array<OperatorSpec, 7> kOperators = {{
      {},
      table::kOneType},
 }};
+
+/// Whether an operator, of the family of convolutions, goes over a grid.
+constexpr bool is_on_grid(const OperatorSpec& op) {
+  return std::string_view(op.name) == "TokenConv2D";
+}
 
 /// The element type of an operand under one binding of the type variables.
 constexpr DType resolve(std::string_view type, const TypeBinding& binding) {

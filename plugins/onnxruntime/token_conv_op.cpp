@@ -1,4 +1,4 @@
-// TokenConv on ONNX Runtime's CPU and CUDA providers.
+// TokenConv and TokenConv2D on ONNX Runtime's CPU and CUDA providers.
 #include "plugins/kernels/token_conv.h"
 #include "plugins/onnxruntime/cuda_host.h"
 #include "plugins/onnxruntime/custom_op.h"
@@ -18,6 +18,14 @@ vssm::Status read_node(const BoundOp& op, const KernelInfo* info, ConvNode* node
   node->args.name = spec.name;
   vssm::Status status = read_attribute(info, spec, "by_position", &node->args.by_position);
   if (status.ok()) status = read_attribute(info, spec, "activation", &node->args.activation);
+  node->args.on_grid = is_on_grid(spec);
+  if (node->args.on_grid) {
+    int64_t* const sizes[] = {&node->args.grid_height, &node->args.grid_width, &node->args.group};
+    const char* const names[] = {"grid_height", "grid_width", "group"};
+    for (size_t i = 0; i < 3 && status.ok(); ++i) {
+      status = read_attribute(info, spec, names[i], sizes[i]);
+    }
+  }
   if (status.ok() && op.provider == Provider::kCuda) status = node->allocator.open(info);
   return status;
 }
@@ -31,8 +39,8 @@ vssm::Status prepare(const ConvNode& node, KernelContext* context, TokenConvArgs
   for (size_t i = 0; i < 4 && status.ok(); ++i) status = read_input(context, i, operands[i]);
   if (status.ok()) status = check(*args, shape);
   if (!status.ok()) return status;
-  const int64_t dims[] = {shape->batch, shape->directions, shape->seqlen, shape->d_inner};
-  return make_output(context, 0, dims, 4, &args->y);
+  const Operand y = y_of(*args, *shape);
+  return make_output(context, 0, y.dims, static_cast<size_t>(y.rank), &args->y);
 }
 
 ort::Status* compute(void* kernel, KernelContext* context) {
@@ -61,9 +69,10 @@ ort::Status* compute_cuda(void* kernel, KernelContext* context) {
 constexpr decltype(Implementation::compute_cuda) compute_cuda = nullptr;
 #endif
 
-ort::Status* infer(const CustomOp*, ShapeContext* context) {
+ort::Status* infer(const CustomOp* self, ShapeContext* context) {
   SymbolicShape x, weight, y;
   if (!read_shape(context, 0, 3, &x) || !read_shape(context, 1, 3, &weight)) return nullptr;
+  if (is_on_grid(*static_cast<const BoundOp*>(self)->spec)) return set_output_shape(context, 0, x);
   y.type = x.type;
   y.rank = 4;
   const SymbolicShape* const owners[] = {&x, &weight, &x, &x};

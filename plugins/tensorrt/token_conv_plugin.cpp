@@ -1,4 +1,4 @@
-// TokenConv in TensorRT.
+// TokenConv and TokenConv2D in TensorRT.
 #include "plugins/kernels/token_conv.h"
 #include "plugins/tensorrt/kernel.h"
 
@@ -10,6 +10,12 @@ TokenConvArgs attributes_of(const Node& node) {
   args.name = node.spec->name;
   args.by_position = integer_of(node, "by_position");
   args.activation = integer_of(node, "activation");
+  args.on_grid = is_on_grid(*node.spec);
+  if (args.on_grid) {
+    args.grid_height = integer_of(node, "grid_height");
+    args.grid_width = integer_of(node, "grid_width");
+    args.group = integer_of(node, "group");
+  }
   return args;
 }
 

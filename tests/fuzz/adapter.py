@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from cases import (  # noqa: E402
     conv_case,
     gather_case,
+    grid_case,
     scan_case,
     scan_reference_arguments,
     scatter_case,
@@ -112,6 +113,37 @@ def call_conv(rng: random.Random) -> None:
         raise AssertionError(f"TokenConv: error {error:.1e} of {dtype}")
 
 
+def call_grid(rng: random.Random) -> None:
+    """One convolution over a grid, or one with a position outside of it."""
+    grid = (rng.choice((1, 3, 8)), rng.choice((1, 4, 9, 14)))
+    places = grid[0] * grid[1]
+    dtype = rng.choice((torch.float32, torch.float16, torch.bfloat16))
+    case, attributes = grid_case(
+        grid=grid,
+        seqlen=rng.choice((places, rng.randrange(1, places + 1))),
+        d_inner=rng.choice((1, 5, 16, 17, 33, 130)),
+        side=rng.choice((1, 3, 5, 7)),
+        batch=rng.randrange(1, 3),
+        dtype=dtype,
+        per_image=rng.random() < 0.5,
+        seed=rng.randrange(1 << 30),
+    )
+    attributes["activation"] = rng.randrange(2)
+    threads = rng.randrange(1, 4)
+    if attributes["by_position"] and rng.random() < 0.1:
+        case["position"][0, -1] = rng.choice((places, -1, 2**31 - 1))
+        try:
+            native.run_operator("TokenConv2D", case, threads=threads, **attributes)
+        except RuntimeError:
+            return
+        raise AssertionError("TokenConv2D took a position outside of the grid")
+    got = native.run_operator("TokenConv2D", case, threads=threads, **attributes)["y"].double()
+    expected = reference.token_conv2d(**scan_reference_arguments(case), **attributes)
+    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not error <= 8 * SCAN_TOLERANCE[dtype]:
+        raise AssertionError(f"TokenConv2D: error {error:.1e} of {dtype}")
+
+
 def call_scatter(rng: random.Random) -> None:
     """One scatter, or one with a position that is no row of its base."""
     full_seqlen = rng.choice((1, 2, 7, 33, 64))
@@ -155,7 +187,7 @@ def main(library: Path, calls: int, seconds: float) -> None:
 
 
 ISAS = native.available_isas()
-CALLS = (call_gather, call_conv, call_scatter, call_scan, call_scan, call_scan)
+CALLS = (call_gather, call_conv, call_grid, call_scatter, call_scan, call_scan, call_scan)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -230,7 +230,7 @@ def test_a_layer_costs_what_its_parts_do():
     D, E, N, R, places, kept = 16, 32, 4, 1, 30, 15
 
     def layer(tokens):
-        linear = tokens * (D * 2 * E + E * (R + 2 * N) + R * E + E * D) + places * E * 49
+        linear = tokens * (D * 2 * E + E * (R + 2 * N) + R * E + E * D + E * 49)
         return linear, 4 * tokens * (9 * E * N + E) + tokens * E
 
     pixels = 48 * 40
@@ -239,6 +239,9 @@ def test_a_layer_costs_what_its_parts_do():
     work = count(model)
     assert work.gemm == gemm
     assert work.true == gemm + sum(layer(n)[1] for n in (places, places, kept))
+    # The published rule has the convolution at every place.
+    counted = work.published - work.true
+    assert counted == (places - kept) * E * 49
     assert work.exps == 4 * E * N * (2 * places + kept)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from cases import CONV_SIZES, SCATTER_SIZES, conv_case, scatter_case
+from cases import CONV_SIZES, GRID_SIZES, SCATTER_SIZES, conv_case, grid_case, scatter_case
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
@@ -181,6 +181,14 @@ def _conv_case(name, seed, dtype="float32", **fixed):
     return _Case(name, arrays, attributes, {"T": dtype})
 
 
+def _grid_case(name, seed, dtype="float32", **fixed):
+    """One of GRID_SIZES, or what `fixed` says of it."""
+    sizes = GRID_SIZES[seed % len(GRID_SIZES)] | fixed
+    case, attributes = grid_case(**sizes, dtype=getattr(torch, dtype), seed=seed)
+    arrays = {n: (t if t.dtype == torch.int32 else t.float()).numpy() for n, t in case.items()}
+    return _Case(name, arrays, attributes | {"activation": seed % 2}, {"T": dtype})
+
+
 def _scatter_case(name, seed, dtype="float32", **fixed):
     """One of SCATTER_SIZES, or what `fixed` says of it."""
     sizes = SCATTER_SIZES[seed % len(SCATTER_SIZES)] | fixed
@@ -193,6 +201,7 @@ _BUILDERS = {
     **dict.fromkeys(SCANS, _scan_case),
     **dict.fromkeys(GATHERS, _gather_case),
     "TokenConv": _conv_case,
+    "TokenConv2D": _grid_case,
     "TokenScatter": _scatter_case,
 }
 
@@ -205,9 +214,10 @@ def _oracle(case):
     if case.name in SCANS:
         tensors = {n: t if n in ("order", "gap") else t.double() for n, t in tensors.items()}
         return [reference.selective_scan(**tensors, **case.attributes).numpy()]
-    if case.name == "TokenConv":
+    if case.name in ("TokenConv", "TokenConv2D"):
         tensors = {n: t if n == "position" else t.double() for n, t in tensors.items()}
-        return [reference.token_conv(**tensors, **case.attributes).numpy()]
+        run = reference.token_conv if case.name == "TokenConv" else reference.token_conv2d
+        return [run(**tensors, **case.attributes).numpy()]
     score, position, *xs = tensors.values()
     kept, rows = reference.token_gather(score, position, xs, **case.attributes)
     return [kept.numpy(), *(row.numpy() for row in rows)]
@@ -246,6 +256,12 @@ def test_scan_body_matches_oracle_in_onnxruntime(name, dtype, seed):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_conv_body_matches_oracle_in_onnxruntime(dtype, seed):
     _assert_runs(_conv_case("TokenConv", seed, dtype), opset=18 + seed % 3)
+
+
+@pytest.mark.parametrize("seed", range(len(GRID_SIZES)))
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_grid_body_matches_oracle_in_onnxruntime(dtype, seed):
+    _assert_runs(_grid_case("TokenConv2D", seed, dtype), opset=18 + seed % 3)
 
 
 @pytest.mark.parametrize("seed", range(len(SCATTER_SIZES)))

@@ -151,8 +151,7 @@ class Graph:
         while not found or found[-1] != end:
             node = self.maker[value]
             found.append(node.op_type)
-            rows = node.input[1:] if node.op_type == "TokenScatter" else node.input
-            value = next(i for i in rows if i in self.maker)
+            value = next(i for i in node.input if i in self.maker)
         return found
 
     def readers(self, value: str) -> list[str]:
@@ -167,27 +166,22 @@ class Graph:
         )
 
 
-# From the scan's u back to the projection that made it, Reshape left out.
-DENSE = ["Unsqueeze", "Mul", "Transpose", "Conv", "Transpose", "Add", "MatMul"]
-AFTER = [
-    *("Unsqueeze", "Mul", "GatherND", "Transpose", "Conv", "Transpose", "TokenScatter"),
-    *("Add", "MatMul"),
-]
-
-
-def test_convolution_and_scan_are_one_transpose_apart(artifact: Artifact) -> None:
-    """Pruned layers have the scatter to the grid and the gather from it besides, and no more."""
+def test_the_convolution_moves_no_tokens(artifact: Artifact) -> None:
+    """Dense or pruned: it reads what the projection made, and the scan reads what it made."""
     graph, pruned = Graph(artifact), artifact.manifest.schedule is not None
-    for layer, scan in enumerate(graph.scans):
-        chain = [k for k in graph.chain(scan.input[0], "MatMul") if k != "Reshape"]
-        assert chain == (AFTER if pruned and layer >= 1 else DENSE)
-    # Zeros for the scatter are made once.
-    assert graph.wide(ROWS) == Counter({"GatherND": 3, "TokenScatter": 3} if pruned else {})
-    assert not graph.wide({"Tile", "Expand", "Concat", "Slice", "Split", "Pad"})
+    for scan in graph.scans:
+        chain = graph.chain(scan.input[0], "MatMul")
+        assert chain == ["Unsqueeze", "TokenConv2D", "Add", "MatMul"]
+    moves = {"Tile", "Expand", "Concat", "Slice", "Split", "Pad", "Transpose"}
+    assert not graph.wide(ROWS | moves)
     kinds = Counter(n.op_type for n in graph.nodes)
-    assert kinds["ConstantOfShape"] == int(pruned)
+    assert kinds["ConstantOfShape"] == 0
     assert not set(kinds) & {"Loop", "Scan", "If", "ReverseSequence", "Pad", "BatchNormalization"}
-    assert kinds["Conv"] == 3 + 4 + 1  # stem and projection, one a layer, L1's extra one
+    assert kinds["Conv"] == 3  # stem and projection
+    convolutions = [n for n in graph.nodes if n.op_type == "TokenConv2D"]
+    assert len(convolutions) == 4 + 1  # one a layer, L1's extra one
+    by_position = [a.i for n in convolutions for a in n.attribute if a.name == "by_position"]
+    assert by_position == ([0, 0, 1, 1, 1] if pruned else [0] * 5)
 
 
 def test_nothing_stands_between_scan_and_output_projection(artifact: Artifact) -> None:
@@ -211,7 +205,7 @@ def test_graph_is_lean(artifact: Artifact) -> None:
             "GatedSelectiveScan": 4 - stages,
             "SelectiveScan": stages,
             "TokenGather1": stages,
-            "TokenScatter": 3 if stages else 0,
+            "TokenConv2D": 5,
         }
     )
     assert sum(n.op_type == "TopK" for n in graph.nodes) == stages

@@ -22,6 +22,7 @@ SIZES = {
     "d": 4,
     "1|d_state": 1,
     "width": 4,
+    "side": 3,
     **{"K": 4, "Ku": 1, "Kd": 4, "Ka": 1, "Kb": 4, "Kc": 1, "Ks": 4},
 }
 ATTRIBUTES = {
@@ -33,6 +34,7 @@ ATTRIBUTES = {
     "protected_position": 3,
     "by_position": 0,
     "activation": 1,
+    **{"grid_height": 3, "grid_width": 3, "group": 5},
 }
 ONNX_TYPES = {
     "float32": TensorProto.FLOAT,
@@ -178,6 +180,13 @@ def test_a_known_batch_wins_over_a_symbolic_one():
         ("TokenGather", {"sizes": {"batch": 3, "1|batch": 2}}, "position has batch 2"),
         ("TokenScatter", {"sizes": {"full_seqlen": 8}}, r"seqlen=9 is outside \[1, 8\]"),
         ("TokenScatter", {"types": {"x": "float16"}}, "x is float16"),
+        ("TokenConv2D", {"attributes": {"grid_width": 0}}, "grid_width=0 must be at least 1"),
+        ("TokenConv2D", {"attributes": {"grid_width": 2}}, "seqlen=9 must be 6, the places"),
+        ("TokenConv2D", {"attributes": {"grid_width": None}}, "grid_width is missing"),
+        ("TokenConv2D", {"attributes": {"group": 4}}, "group=4 must be d_inner=5"),
+        ("TokenConv2D", {"sizes": {"side": 2}}, "side=2 is even"),
+        ("TokenConv2D", {"sizes": {"side": 9}}, r"side=9 is outside \[1, 7\]"),
+        ("TokenConv2D", {"shapes": {"weight": [5, 3, 5]}}, "side=5 differs"),
     ],
 )
 def test_shape_inference_refuses(name, change, message):

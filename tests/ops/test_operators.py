@@ -7,6 +7,7 @@ import torch
 from cases import (
     conv_case,
     gather_case,
+    grid_case,
     scan_case,
     scan_reference_arguments,
     scatter_case,
@@ -161,6 +162,25 @@ def test_opcheck_conv():
         case[name].requires_grad_()
     arguments = _arguments("TokenConv", case)
     torch.library.opcheck(ops.torch_op(OPERATORS["TokenConv"]), arguments, test_utils=SCAN_UTILS)
+
+
+def test_conv_over_a_grid():
+    case, attributes = grid_case(grid=(2, 3), seqlen=4, d_inner=3)
+    for name in ("x", "weight", "bias"):
+        case[name].requires_grad_()
+    arguments = (*_arguments("TokenConv2D", case), *attributes.values())
+    torch.library.opcheck(ops.torch_op(OPERATORS["TokenConv2D"]), arguments, test_utils=SCAN_UTILS)
+    exact = scan_reference_arguments(case)
+    inputs = [
+        t.detach().requires_grad_() if t.is_floating_point() else t
+        for t in _arguments("TokenConv2D", exact)
+    ]
+    for backend in ("auto", "reference"):
+        op = ops.torch_op(OPERATORS["TokenConv2D"], backend)
+        found = torch.autograd.gradcheck(
+            lambda *x, op=op: op(*x, *attributes.values()), inputs, atol=1e-7, rtol=1e-6
+        )
+        assert found
 
 
 def test_opcheck_scatter():

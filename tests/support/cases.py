@@ -222,6 +222,18 @@ CONV_SIZES: list[dict[str, Any]] = [
     {"seqlen": 33, "d_inner": 17, "width": 32, "kept": 0.3},
 ]
 
+# Grids that hurt: one place, one column, a single row, taps that cover the whole grid, and the
+# sides with kernels of their own.
+GRID_SIZES: list[dict[str, Any]] = [
+    {"grid": (1, 1), "d_inner": 1, "side": 1},
+    {"grid": (13, 1), "seqlen": 9, "d_inner": 17, "side": 3},
+    {"grid": (1, 9), "seqlen": 7, "d_inner": 5, "side": 5, "batch": 2},
+    {"grid": (3, 3), "seqlen": 5, "d_inner": 16, "side": 7, "batch": 2},
+    {"grid": (12, 14), "seqlen": 80, "d_inner": 33, "side": 7, "batch": 2},
+    {"grid": (8, 8), "seqlen": 40, "d_inner": 70, "side": 3, "batch": 2, "per_image": False},
+    {"grid": (6, 7), "d_inner": 37, "side": 5},
+]
+
 
 def conv_case(
     *,
@@ -259,6 +271,50 @@ def conv_case(
         "weight": torch.randn((directions, d_inner, width), generator=make) / width**0.5,
         "bias": torch.randn((directions, d_inner), generator=make) / 4,
         "position": torch.stack(rows).to(torch.int32),
+    }
+
+
+def grid_case(
+    *,
+    grid: tuple[int, int] = (7, 6),
+    seqlen: int | None = None,
+    d_inner: int = 16,
+    side: int = 3,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    per_image: bool = True,
+    seed: int = 0,
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Inputs of TokenConv2D, and the attributes it must have.
+
+    Args:
+        grid: its height and width.
+        seqlen: tokens of the list; None for one at every place.
+        d_inner: channels.
+        side: of the square of taps.
+        batch: images.
+        dtype: of x.
+        per_image: whether positions differ between images.
+        seed: of every number.
+    """
+    make = torch.Generator().manual_seed(seed)
+    places = grid[0] * grid[1]
+    seqlen = places if seqlen is None else seqlen
+    rows = [
+        torch.randperm(places, generator=make)[:seqlen].sort().values
+        for _ in range(batch if per_image else 1)
+    ]
+    case = {
+        "x": torch.randn((batch, seqlen, d_inner), generator=make).to(dtype),
+        "weight": torch.randn((d_inner, side, side), generator=make) / side,
+        "bias": torch.randn(d_inner, generator=make) / 4,
+        "position": torch.stack(rows).to(torch.int32),
+    }
+    return case, {
+        "grid_height": grid[0],
+        "grid_width": grid[1],
+        "group": d_inner,
+        "by_position": int(seqlen < places),
     }
 
 
@@ -318,6 +374,9 @@ def small_case(
         return conv_case(
             seqlen=seqlen, d_inner=3, width=3, batch=batch, dtype=dtype, per_image=False
         ), {}
+    if name == "TokenConv2D":
+        sizes = {"grid": (2, seqlen), "seqlen": seqlen, "d_inner": 3, "batch": batch}
+        return grid_case(**sizes, dtype=dtype, per_image=False)
     if name == "TokenScatter":
         sizes = {"full_seqlen": 2 * seqlen, "seqlen": seqlen, "batch": batch}
         return scatter_case(**sizes, dtype=dtype, per_image=False), {}

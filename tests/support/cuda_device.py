@@ -21,14 +21,16 @@ from guarded import Memory
 from native import found_library, output_shapes, output_types
 from torch import Tensor
 
-from vssm.ops.spec import OPERATORS, SCAN_OPERATORS, TOKEN_CONV, TOKEN_SCATTER
+from vssm.ops.spec import CONV_OPERATORS, OPERATORS, SCAN_OPERATORS, TOKEN_SCATTER
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}
 VARIANTS = {"auto": 0, "throughput": 1, "latency": 2}
 H100 = {"sm_count": 132, "shared_bytes": 227 << 10}
 SMALL_CARD = {"sm_count": 8, "shared_bytes": 48 << 10}
 _SCANS = {spec.name for spec in SCAN_OPERATORS}
-_FAMILIES = {TOKEN_CONV.name: "vssm_token_conv", TOKEN_SCATTER.name: "vssm_token_scatter"}
+_CONVOLUTIONS = {spec.name for spec in CONV_OPERATORS}
+_FAMILIES = dict.fromkeys(_CONVOLUTIONS, "vssm_token_conv")
+_FAMILIES[TOKEN_SCATTER.name] = "vssm_token_scatter"
 
 
 class CTensor(ctypes.Structure):
@@ -63,7 +65,10 @@ class CGatherAttributes(ctypes.Structure):
 
 
 class CConvAttributes(ctypes.Structure):
-    _fields_ = (("by_position", ctypes.c_int64), ("activation", ctypes.c_int64))
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in ("by_position", "activation", "grid_height", "grid_width", "group")
+    )
 
 
 CAttributes: TypeAlias = CScanAttributes | CGatherAttributes | CConvAttributes | None
@@ -266,7 +271,7 @@ def _attributes(name: str, attributes: Mapping[str, float]) -> CAttributes:
     given = {a.name: a.default for a in OPERATORS[name].attributes} | dict(attributes)
     if name in _SCANS:
         return CScanAttributes(**{"variant": 0, **given})
-    return (CConvAttributes if name == TOKEN_CONV.name else CGatherAttributes)(**given)
+    return (CConvAttributes if name in _CONVOLUTIONS else CGatherAttributes)(**given)
 
 
 def _array(items: Sequence[CTensor]) -> ctypes.Array[CTensor]:

@@ -111,6 +111,9 @@ def check_refusals() -> None:
         [field("activation", 1, FLOAT32, np.float32)],
         [field("width", 4)],
     ]
+    grid = [field(name, 3) for name in ("grid_height", "grid_width", "group")]
+    bad["TokenConv2D"] = [grid[:2], [*grid, field("by_position", 2)], [*grid, grid[0]]]
+    bad["TokenConv2D"] += [[field("grid_height", 0), *grid[1:]]]
     bad["TokenScatter"] = [[keep]]
     same = {"TokenGather1": "TokenGather", "GatedSelectiveScan": "SelectiveScan"}
     same["SelectiveScanConstantGap"] = "SelectiveScan"

@@ -122,6 +122,9 @@ Case small_case(const OperatorSpec& spec, const TypeBinding& binding, int64_t ba
   made.spec = &spec;
   if (spec.family == Family::kTokenGather) {
     made.attributes = {{"num_keep", 1}, {"protected_position", 2}};
+  } else if (is_on_grid(spec)) {
+    made.attributes = {{"grid_height", 64}, {"grid_width", 64}, {"group", 3}};
+    made.attributes.insert({{"by_position", 1}, {"activation", 0}});  // not the defaults
   } else if (spec.family == Family::kTokenConv) {
     made.attributes = {{"by_position", 1}, {"activation", 0}};  // not the defaults
   } else if (spec.family == Family::kSelectiveScan) {

@@ -128,6 +128,7 @@ bool obeys(const trt::PluginFieldCollection& collection) {
     const std::string name = field.name;
     if (name == "num_keep" && integer < 1) return false;
     if (name == "protected_position" && integer < -1) return false;
+    if ((name == "grid_height" || name == "grid_width") && integer < 1) return false;
     if (name == "scale" && !std::isfinite(real)) return false;
     if ((name == "delta_softplus" || name == "params_by_step") && (integer < 0 || integer > 1)) {
       return false;

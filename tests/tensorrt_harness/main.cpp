@@ -50,12 +50,14 @@ void check_timings(const Library& library) {
   for (const OperatorSpec& spec : kOperators) {
     if (spec.attribute_count == 0) continue;
     Case given = small_case(spec, spec.bindings[0]);
-    given.attributes = {{"num_keep", 1}};  // which the scans do not have
+    // Those that must be given, of whatever operator.
+    given.attributes = {{"num_keep", 1}, {"grid_height", 1}, {"grid_width", 1}, {"group", 1}};
     const PluginPointer one = create(library, given, trt::TensorRTPhase::kBUILD);
-    given.attributes[spec.attributes[1].name] = 0;
-    given.attributes[spec.attributes[0].name] = 1;
+    const size_t first = is_on_grid(spec) ? 3 : 0;
+    given.attributes[spec.attributes[first + 1].name] = 0;
+    given.attributes[spec.attributes[first].name] = 1;
     const PluginPointer same = create(library, given, trt::TensorRTPhase::kBUILD);
-    given.attributes[spec.attributes[1].name] = 1;
+    given.attributes[spec.attributes[first + 1].name] = 1;
     const PluginPointer other = create(library, given, trt::TensorRTPhase::kBUILD);
     const std::string id = Faces(*same).build.getTimingCacheID();
     expect(id != Faces(*other).build.getTimingCacheID(), "another attribute, other timings");

@@ -12,7 +12,7 @@ import onnx
 
 from vssm.bench.measure import KindTime, MachineRates
 from vssm.errors import UnsupportedError
-from vssm.ops.spec import DOMAIN, SCAN_OPERATORS, TOKEN_CONV
+from vssm.ops.spec import CONV_OPERATORS, DOMAIN, SCAN_OPERATORS
 
 PRODUCTS, SCANS, CONVOLUTIONS, MOVES, REST = (
     "matrix products",
@@ -26,7 +26,8 @@ _KINDS: Final = {
     PRODUCTS: "MatMul Gemm FusedMatMul FusedGemm MatMulInteger MatMulIntegerToFloat "
     "DynamicQuantizeMatMul QLinearMatMul QGemm MatMulNBits",
     SCANS: " ".join(op.name for op in SCAN_OPERATORS),
-    CONVOLUTIONS: f"{TOKEN_CONV.name} Conv FusedConv NhwcFusedConv QLinearConv ConvTranspose",
+    CONVOLUTIONS: " ".join(op.name for op in CONV_OPERATORS)
+    + " Conv FusedConv NhwcFusedConv QLinearConv ConvTranspose",
     MOVES: "Transpose Concat Split Reshape Squeeze Unsqueeze Slice Pad Expand Gather Identity Cast "
     "GatherElements GatherND ScatterElements ScatterND TokenGather TokenGather1 TokenScatter "
     "ReorderInput ReorderOutput Flatten Tile",
@@ -90,6 +91,7 @@ def by_kind(
 
 
 _SCANS = tuple(op.name for op in SCAN_OPERATORS)
+_CONVOLUTIONS = tuple(op.name for op in CONV_OPERATORS)
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "MatMulInteger")
 
 
@@ -121,7 +123,8 @@ def count_graph(path: Path) -> Work:
             exps += steps * A[2]
             # Of a state and step: decay h, dt u B and C h.
             products += 3 * steps * B[3] if A[2] < B[3] else 0
-        elif node.domain == DOMAIN and node.op_type == TOKEN_CONV.name:
+        elif node.domain == DOMAIN and node.op_type in _CONVOLUTIONS:
+            # Taps beyond an end or edge, or where tokens were pruned, count too, as those of Conv.
             x, weight = shapes[node.input[0]], shapes[node.input[1]]
             taps += math.prod(x[:2]) * math.prod(weight)
         elif node.domain == "" and node.op_type in _PRODUCTS:

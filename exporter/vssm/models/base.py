@@ -56,7 +56,7 @@ class BlockCost:
     `shared` is what branches share, `branch` the linear layers and `convolution` the convolution
     of one; `states` the channel-states d_inner * d_state of one scan direction, `per_token` its
     skip, and its gate where every direction has one; `gate` is that of a sum of directions.
-    `on_grid` says that the convolution runs over every position, whatever is pruned.
+    `on_grid` says that published figures count the convolution at pruned positions too.
     """
 
     shared: int

@@ -3,10 +3,11 @@
 Linear and convolution layers count one multiply-add once; a scan counts
 9 * seqlen * d_inner * d_state plus one each for the skip and the gate; alignment adds
 2 * d_inner * d_state for every pruned position and layer. The published figures of Vim count one of
-its two directions, those of PlainMamba all four, and both the alignment once a layer; the true ones
-count every direction in everything. step_parameters "full", a reference, counts as "rank". A merge
-counts what it compares and adds up; of merged models the published figures also have one patch more
-in the embedding and 3 * d_model^2, as the counter that gives them does. Sources: Zhan et al.,
+its two directions, those of PlainMamba all four and its convolution at pruned positions too, and
+both the alignment once a layer; the true ones count every direction in everything, and convolutions
+at kept tokens alone. step_parameters "full", a reference, counts as "rank". A merge counts what it
+compares and adds up; of merged models the published figures also have one patch more in the
+embedding and 3 * d_model^2, as the counter that gives them does. Sources: Zhan et al.,
 arXiv:2409.18962, and Shi et al., arXiv:2412.12496, checked against their tables.
 """
 
@@ -72,12 +73,13 @@ def count(model: VisionModel) -> Cost:
         # Every pruned position costs its decay in every later layer,
         # not only in the stage that took it.
         once = 2 * cost.states * (full - seqlen) if aligned else 0
-        branch = seqlen * cost.branch + (full if cost.on_grid else seqlen) * cost.convolution
+        branch = seqlen * (cost.branch + cost.convolution)
+        beyond = (full - seqlen) * cost.convolution if cost.on_grid else 0
         linear = seqlen * cost.shared + cost.branches * branch
         gate = seqlen * cost.gate
         # For Vim the published figures leave out the whole second branch, its projections included.
         counted = model.published_directions
-        total["published"] += seqlen * cost.shared + min(counted, cost.branches) * branch
+        total["published"] += seqlen * cost.shared + min(counted, cost.branches) * (branch + beyond)
         total["published"] += counted * scan + once + gate
         total["true"] += linear + cost.directions * (scan + once) + gate
         total["alignment"] += cost.directions * once

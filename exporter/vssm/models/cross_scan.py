@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vssm.models.base import BlockCost
-from vssm.models.layers import Conv2d, LayerNorm, initial_a_log, to_dtype, wide
+from vssm.models.layers import LayerNorm, initial_a_log, over_grid, to_dtype, wide
 from vssm.ops import operators as ops
 
 WALKS: Final = ("rows", "columns", "rows_back", "columns_back")
@@ -106,20 +106,20 @@ class CrossScanMixer(nn.Module):
         self.out_norm = LayerNorm(c.d_inner, eps=1e-5)
         width = 2 * c.d_inner if c.gate else c.d_inner
         self.in_proj = nn.Linear(c.d_model, width, bias=False)
-        self.conv2d = Conv2d(c.d_inner, c.d_inner, 3, padding=1, groups=c.d_inner, bias=c.conv_bias)
+        self.conv2d = nn.Conv2d(
+            c.d_inner, c.d_inner, 3, padding=1, groups=c.d_inner, bias=c.conv_bias
+        )
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=False)
 
     def forward(self, x: Tensor, walks: MapWalks) -> Tensor:
         """Mixed tokens (batch, seqlen, d_model) of x, the row-major map that is walked over."""
-        inner, grid = self.config.d_inner, walks.grid
+        inner = self.config.d_inner
         dtype = self.in_proj.weight.dtype
         x = to_dtype(x, dtype)
-        # Channel-major for the convolution: weight @ x^T, which needs no transpose of its result.
-        u = (self.in_proj.weight[:inner] @ x.transpose(1, 2)).reshape(-1, inner, *grid)
-        # In bfloat16 the convolution is a float32 island: back to the projections' dtype.
-        u = functional.silu(to_dtype(self.conv2d(u), dtype))
-        u = u.permute(0, 2, 3, 1).reshape(-1, math.prod(grid), 1, inner)
-        y = to_dtype(self.out_norm(self._scan(u, walks)), dtype)
+        conv = self.conv2d
+        u = functional.linear(x, self.in_proj.weight[:inner])
+        u = over_grid(u, conv.weight, conv.bias, walks.grid, backend=self.backend)
+        y = to_dtype(self.out_norm(self._scan(u[:, :, None], walks)), dtype)
         if self.config.gate:
             # Behind out_norm, so that the gate cannot go into the scan node as Vim's does.
             y = y * functional.silu(functional.linear(x, self.in_proj.weight[inner:]))

@@ -1,4 +1,4 @@
-"""GroupMamba: the official architecture and state_dict, tokens channels-last between convolutions.
+"""GroupMamba: the official architecture and state_dict, tokens channels-last behind the stem.
 
 Source: Shaker et al., "GroupMamba: Efficient Group-Based Visual State Space Model",
 arXiv:2407.13772, and the numbers of its public code. Each quarter of the channels has a mixer of
@@ -30,6 +30,7 @@ from vssm.models.layers import (
     Conv2d,
     LayerNorm,
     Linear,
+    over_grid,
     to_dtype,
     to_map,
     to_tokens,
@@ -200,11 +201,13 @@ class DepthwiseConv(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.dwconv = Conv2d(width, width, 3, padding=1, groups=width)
+        self.dwconv = nn.Conv2d(width, width, 3, padding=1, groups=width)
 
 
 class ConvMlp(nn.Module):
     """fc1, 3x3 depthwise convolution (not in the class block), GELU, fc2."""
+
+    backend = "auto"  # see VisionModel.use_backend
 
     def __init__(self, width: int, hidden: int, *, convolution: bool) -> None:
         super().__init__()
@@ -212,19 +215,12 @@ class ConvMlp(nn.Module):
         self.dwconv = DepthwiseConv(hidden) if convolution else None
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(batch, seqlen, width) to the same.
-
-        Channel-major with a convolution: the wide tensor in the middle is never transposed.
-        """
-        if self.dwconv is None:
-            return wide(self.fc2(functional.gelu(self.fc1(x))))
-        dtype = self.fc1.weight.dtype
-        h = self.fc1.weight @ to_dtype(x, dtype).transpose(1, 2) + self.fc1.bias[:, None]
-        # In bfloat16 the convolution is a float32 island; its result
-        # comes back to the linears' dtype.
-        h = to_dtype(self.dwconv.dwconv(h.reshape(-1, h.shape[1], *grid)), dtype)
-        h = functional.gelu(h).flatten(2)
-        return wide((self.fc2.weight @ h + self.fc2.bias[:, None]).transpose(1, 2))
+        """(batch, seqlen, width) to the same."""
+        x = self.fc1(x)
+        if self.dwconv is not None:
+            conv = self.dwconv.dwconv
+            x = over_grid(x, conv.weight, conv.bias, grid, activation=False, backend=self.backend)
+        return wide(self.fc2(functional.gelu(x)))
 
 
 class GroupMambaBlock(nn.Module):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from vssm.errors import CheckpointError
+from vssm.ops import operators as ops
 
 _MAX_SIDE = 512  # images of 8,192 pixels in patches of 16
 
@@ -149,10 +149,45 @@ def fold_batch_norm(
     return wide(conv.weight) * scale.reshape(by_output), shift
 
 
-def over_grid(x: Tensor, grid: tuple[int, int], conv: Callable[[Tensor], Tensor]) -> Tensor:
-    """Row-major tokens x (batch, positions, width) through a convolution over their grid."""
-    maps = conv(x.reshape(-1, *grid, x.shape[2]).permute(0, 3, 1, 2))
-    return maps.permute(0, 2, 3, 1).reshape(-1, x.shape[1], maps.shape[1])
+def over_grid(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+    *,
+    position: Tensor | None = None,
+    activation: bool = True,
+    backend: str,
+) -> Tensor:
+    """A depthwise convolution over a grid of tokens, at the tokens that are there.
+
+    Args:
+        x: (batch, seqlen, width), row by row.
+        weight: (width, 1, side, side), of odd side; the result has x's size.
+        bias: (width,); None for zeros.
+        grid: (height, width) of the grid.
+        position: (1 or batch, seqlen) int32, ascending: the tokens' places on the grid, row by
+            row. All others are zeros. None where every place has its token.
+        activation: whether the result goes through silu.
+        backend: what computes it, as for `ops.token_conv`.
+
+    Returns:
+        (batch, seqlen, width), dtype of `x`.
+    """
+    taps = wide(weight).squeeze(1)
+    places = position
+    if places is None:
+        places = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)[None]
+    return ops.token_conv2d(
+        x,
+        taps,
+        torch.zeros_like(taps[:, 0, 0]) if bias is None else wide(bias),
+        places,
+        grid=grid,
+        by_position=position is not None,
+        activation=activation,
+        backend=backend,
+    )
 
 
 def initial_a_log(d_inner: int, d_state: int) -> Tensor:

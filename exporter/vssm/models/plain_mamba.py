@@ -1,8 +1,8 @@
 """PlainMamba: the official architecture and state_dict, written token-major.
 
 Source: Yang et al., "PlainMamba", arXiv:2403.17695, and the numbers of its public code. Tokens are
-a row-major grid without a class token. A pruned model keeps the grid for its convolutions alone:
-kept tokens are scattered into it and gathered back.
+a row-major grid without a class token. The convolutions over it read tokens where they are in the
+list, dense or pruned.
 """
 
 from __future__ import annotations
@@ -306,24 +306,24 @@ class PlainMambaMixer(nn.Module):
         weight, bias, inner = self.in_proj.weight, self.in_proj.bias, self.config.d_inner
         z = functional.linear(x, weight[inner:], bias[inner:])
         x = functional.linear(x, weight[:inner], bias[:inner])
-        y, score = self._scan(self._operands(self._convolve(x, tokens), tokens), z, tokens, rule)
+        y, score = self._scan(self._operands(x, tokens), z, tokens, rule)
         return self.out_proj(y), score
 
-    def _convolve(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """The convolution of x (batch, seqlen, d_inner) over the grid, at every position of it."""
-        # The convolution needs every neighbour of the grid; pruned ones are zeros.
-        positions = tokens.to_positions(x, backend=self.backend)
-        positions = to_dtype(positions, self.conv2d.weight.dtype)
-        return to_dtype(over_grid(positions, self.config.grid, self.conv2d), x.dtype)
+    def _convolve(self, x: Tensor, position: Tensor | None) -> Tensor:
+        """Silu of the convolution of x (batch, seqlen, d_inner) over the grid, at its tokens."""
+        conv, grid = self.conv2d, self.config.grid
+        return over_grid(x, conv.weight, conv.bias, grid, position=position, backend=self.backend)
 
-    def _operands(self, convolved: Tensor, tokens: Tokens) -> _Operands:
-        """The scan's inputs from the convolution (batch, full_seqlen, d_inner)."""
+    def _operands(self, x: Tensor, tokens: Tokens) -> _Operands:
+        """The scan's inputs from what the convolution reads, x (batch, seqlen, d_inner)."""
         c = self.config
-        u = functional.silu(tokens.from_positions(convolved))
         if tokens.full_parameters:
             # At pruned positions too: their convolution sees kept neighbours and is not zero.
-            q = _rows(self.x_proj(functional.silu(convolved)), tokens)
+            convolved = self._convolve(tokens.to_positions(x, backend=self.backend), None)
+            u = tokens.from_positions(convolved)
+            q = _rows(self.x_proj(convolved), tokens)
         else:
+            u = self._convolve(x, None if tokens.complete else tokens.position)
             q = self.x_proj(u)[:, :, None]
         dt, B, C = q.split([c.rank, c.d_state, c.d_state], dim=-1)
         if tokens.steps.code is None:
@@ -436,13 +436,18 @@ class PlainMambaBlock(nn.Module):
 
     def _depthwise(self, dw: nn.Sequential, x: Tensor, tokens: Tokens) -> Tensor:
         weight, bias = fold_batch_norm(cast(nn.Conv2d, dw[0]), cast(nn.BatchNorm2d, dw[1]))
-
-        def convolve(maps: Tensor) -> Tensor:
-            return functional.conv2d(maps, weight, bias, padding=1, groups=x.shape[2])
-
-        positions = tokens.to_positions(x, backend=self.backend)
-        # GELU works element by element: after the gather, only kept tokens go through it.
-        return functional.gelu(tokens.from_positions(over_grid(positions, self.grid, convolve)))
+        position = None if tokens.complete else tokens.position
+        return functional.gelu(
+            over_grid(
+                x,
+                weight,
+                bias,
+                self.grid,
+                position=position,
+                activation=False,
+                backend=self.backend,
+            )
+        )
 
 
 class Backbone(nn.Module):

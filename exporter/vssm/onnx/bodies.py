@@ -21,6 +21,7 @@ from vssm.ops.spec import (
     OPERATORS,
     SCAN_OPERATORS,
     TOKEN_CONV,
+    TOKEN_CONV2D,
     TOKEN_SCATTER,
     OperatorSpec,
 )
@@ -337,6 +338,57 @@ def _tap_slots(body: BodyBuilder, seqlen: str, width: str) -> str:
     return body.op("Gather", table, tap, axis=0)
 
 
+def conv2d_function(spec: OperatorSpec, opset: int) -> onnx.FunctionProto:
+    """Body of `TokenConv2D`: tokens scattered over zeros, the Conv operator, and gathered back.
+
+    Args:
+        spec: row of the operator table.
+        opset: version of the standard operators that the model imports, 18 to 20.
+    """
+    body = BodyBuilder(spec)
+    x, weight, bias, position = body.inputs.values()
+    batch, seqlen, d_inner = (body.size(x, axis) for axis in range(3))
+    height, width = (
+        body.op("Unsqueeze", body.attribute(name), body.integers(0))
+        for name in ("grid_height", "grid_width")
+    )
+    places = body.op("Mul", height, width)
+    by_position = body.cast(body.attribute("by_position"), "BOOL")
+    place = body.cast(position, "INT64")
+    # ScatterND counts from the end what is negative; outside, it is an error.
+    place = body.op("Where", body.op("Less", place, body.integer(0)), places, place)
+    place = body.op("Where", by_position, place, body.count_to(seqlen))
+    index = _in_images(body, place, batch, seqlen)
+    zero = helper.make_tensor("value", TensorProto.FLOAT, [1], [0.0])
+    shape = body.op("Concat", batch, places, d_inner, axis=0)
+    table = body.op("ConstantOfShape", shape, value=zero)
+    table = body.op("ScatterND", table, index, body.cast(x, "FLOAT"))
+    # Channels first, as Conv has them.
+    table = body.op("Transpose", table, perm=[0, 2, 1])
+    maps = body.op("Reshape", table, body.op("Concat", batch, d_inner, height, width, axis=0))
+    taps = body.op("Unsqueeze", weight, body.integers(1))
+    sums = body.op("Conv", maps, taps, bias, auto_pad="SAME_UPPER")
+    body.refer("group")
+    sums = body.op("Reshape", sums, body.op("Concat", batch, d_inner, places, axis=0))
+    y = body.op("GatherND", body.op("Transpose", sums, perm=[0, 2, 1]), index)
+    # silu as models outside of ours write it: the maps are large, and every pass over them counts.
+    # Where there is none the gate is what Sigmoid makes of 20: 1.
+    active = body.cast(body.attribute("activation"), "BOOL")
+    gate = body.op("Sigmoid", body.op("Where", active, y, body.number(20.0)))
+    return body.function([body.op("CastLike", body.op("Mul", y, gate), x)], opset)
+
+
+def _in_images(body: BodyBuilder, place: str, batch: str, seqlen: str) -> str:
+    """(b, L, 2): image and place, of places (1 or b, L).
+
+    Not a row of a table of all images: the next image's rows are no places of this one.
+    """
+    shape = body.op("Concat", batch, seqlen, axis=0)
+    image = body.op("Unsqueeze", body.count_to(batch), body.integers(1))
+    pair = [body.op("Expand", part, shape) for part in (image, place)]
+    return body.op("Concat", *(body.op("Unsqueeze", p, body.integers(2)) for p in pair), axis=2)
+
+
 def scatter_function(spec: OperatorSpec, opset: int) -> onnx.FunctionProto:
     """Body of `TokenScatter`: one ScatterND of whole rows.
 
@@ -351,12 +403,7 @@ def scatter_function(spec: OperatorSpec, opset: int) -> onnx.FunctionProto:
     # ScatterND counts from the end what is negative; outside, it is an error.
     outside = body.op("Less", place, body.integer(0))
     place = body.op("Where", outside, body.size(base, 1), place)
-    # The place within the image, and not a row of a table of all images: the next image's rows
-    # are no places of this one.
-    shape = body.op("Concat", batch, body.size(x, 1), axis=0)
-    image = body.op("Unsqueeze", body.count_to(batch), body.integers(1))
-    pair = [body.op("Expand", part, shape) for part in (image, place)]
-    index = body.op("Concat", *(body.op("Unsqueeze", p, body.integers(2)) for p in pair), axis=2)
+    index = _in_images(body, place, batch, body.size(x, 1))
     return body.function([body.op("ScatterND", base, index, x)], opset)
 
 
@@ -364,6 +411,7 @@ _FUNCTIONS = {
     **dict.fromkeys((spec.name for spec in SCAN_OPERATORS), scan_function),
     **dict.fromkeys((spec.name for spec in GATHER_OPERATORS), gather_function),
     TOKEN_CONV.name: conv_function,
+    TOKEN_CONV2D.name: conv2d_function,
     TOKEN_SCATTER.name: scatter_function,
 }
 

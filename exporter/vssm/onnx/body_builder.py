@@ -73,13 +73,16 @@ class BodyBuilder(NodeList):
         spec = next(a for a in self.spec.attributes if a.name == name)
         key = ("attribute", name)
         if key not in self._constants:
-            value = onnx.AttributeProto()
-            value.name = "value_int" if spec.kind is int else "value_float"
-            value.type = _attribute_type(spec)
-            value.ref_attr_name = name
             self._constants[key] = self.op("Constant")
-            self.nodes[-1].attribute.append(value)
+            self.refer(name, "value_int" if spec.kind is int else "value_float")
         return self._constants[key]
+
+    def refer(self, name: str, to: str = "") -> None:
+        """Give the last node the operator's attribute `name` as its own `to`, or `name`."""
+        spec = next(a for a in self.spec.attributes if a.name == name)
+        value = onnx.AttributeProto()
+        value.name, value.type, value.ref_attr_name = to or name, _attribute_type(spec), name
+        self.nodes[-1].attribute.append(value)
 
     def size(self, tensor: str, axis: int) -> str:
         """Size of an axis as a one-element int64 tensor."""

@@ -15,6 +15,7 @@ from onnx import TensorProto, TypeProto, helper
 from vssm.ops.spec import (
     DOMAIN,
     FLAGS,
+    MAX_PLACES,
     OPERATOR_VERSION,
     OPERATORS,
     PLUGIN_ATTRIBUTES,
@@ -104,6 +105,7 @@ class _Node:
         self.sizes: dict[str, _Size] = {}
         self.types: dict[str, str] = {}
         self.direction_axis = 2
+        self.attributes: dict[str, int | float] = {}  # those whose values are known
         self._named_by: dict[str, str] = {}  # symbol -> operand that gave its size
         self._shared: list[tuple[str, str, int]] = []  # operand, symbol and size of "1|symbol" axes
 
@@ -113,6 +115,7 @@ class _Node:
             value = self._attribute(attribute)
             if value is None:
                 continue
+            self.attributes[attribute.name] = value
             if attribute.name in FLAGS and value not in {0, 1}:
                 raise ValueError(f"{attribute.name}={value} must be 0 or 1")
             if attribute.name == "direction_axis":
@@ -160,6 +163,7 @@ class _Node:
                     f"{symbol}={size} is outside [1, {most}], what the kernels hold; "
                     "use a model with a smaller one"
                 )
+        self._check_grid()
         num_keep, seqlen, rows = (sizes.get(s) for s in ("num_keep", "seqlen", "full_seqlen"))
         if isinstance(rows, int) and isinstance(seqlen, int) and seqlen > rows:
             raise ValueError(
@@ -245,6 +249,31 @@ class _Node:
                     f"{symbol}={size} of {self._named_by[symbol]} must be 1 (shared) or "
                     f"K={directions}, the directions of order; a body would wrap silently"
                 )
+
+    def _check_grid(self) -> None:
+        """What a grid's attributes say of each other and of the sizes."""
+        known = [self.attributes.get(n) for n in ("grid_height", "grid_width", "group")]
+        if None in known:
+            return
+        height, width, group = (int(value or 0) for value in known)
+        places = height * width
+        if min(height, width) < 1 or places > MAX_PLACES:
+            raise ValueError(
+                f"grid_height={height}, grid_width={width} must be at least 1 and make "
+                f"{MAX_PLACES} places at most"
+            )
+        seqlen, side, d_inner = (self.sizes.get(n) for n in ("seqlen", "side", "d_inner"))
+        by_position = self.attributes.get("by_position", 0)
+        if isinstance(seqlen, int) and (seqlen > places or (seqlen < places and not by_position)):
+            most = "at most " if by_position else ""
+            raise ValueError(
+                f"seqlen={seqlen} must be {most}{places}, the places of the grid; say by_position "
+                "where tokens are missing"
+            )
+        if isinstance(side, int) and side % 2 == 0:
+            raise ValueError(f"side={side} is even, so that no tap is its centre; give an odd one")
+        if isinstance(d_inner, int) and group != d_inner:
+            raise ValueError(f"group={group} must be d_inner={d_inner}")
 
 
 def _size(dimension: Any) -> _Size:

@@ -1,14 +1,15 @@
 """Gradients of the operators: the native kernel on a CPU, in PyTorch for the rest.
 
 float32, float16 and bfloat16 on a CPU go through libvssm.so. float64, other devices and a machine
-without the library take `reference.selective_scan_backward` or `token_conv_backward`: exact, and
-slow. The gradients are an operator of their own, `vssm::<name>_backward`, so that a compiled
-training step has them too. Those of a scatter are a gather and a scatter.
+without the library take the formulas of `reference`: exact, and slow. The gradients are an operator
+of their own, `vssm::<name>_backward`, so that a compiled training step has them too. Those of a
+scatter are a gather and a scatter.
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,8 +17,18 @@ from torch import Tensor
 from vssm.errors import UnsupportedError
 from vssm.ops.kernels import differentiable, run_backward, runs_on_kernels
 from vssm.ops.record import note_run
-from vssm.ops.reference import selective_scan_backward, token_conv_backward
-from vssm.ops.spec import FLAGS, TOKEN_CONV, OperatorSpec
+from vssm.ops.reference import (
+    selective_scan_backward,
+    token_conv2d_backward,
+    token_conv_backward,
+)
+from vssm.ops.spec import FLAGS, TOKEN_CONV, TOKEN_CONV2D, OperatorSpec
+
+# Of the operators that are no scans.
+_FORMULAS: Final[Mapping[str, Callable[..., dict[str, Tensor]]]] = {
+    TOKEN_CONV.name: token_conv_backward,
+    TOKEN_CONV2D.name: token_conv2d_backward,
+}
 
 
 def define(library: torch.library.Library, op: OperatorSpec, name: str) -> None:
@@ -48,7 +59,7 @@ def define(library: torch.library.Library, op: OperatorSpec, name: str) -> None:
         floats = [t for t in args[:count] if t.is_floating_point()]
         return tuple(torch.empty_like(t) for t in floats)
 
-    oracle = "token_conv" if op is TOKEN_CONV else "selective_scan"
+    oracle = _FORMULAS.get(op.name, selective_scan_backward).__name__.removesuffix("_backward")
 
     def refuse_second(ctx: Any, *grads: Tensor) -> NoReturn:
         raise UnsupportedError(
@@ -112,6 +123,6 @@ def register_scatter_autograd(library: torch.library.Library, overload: str) -> 
 
 def _in_pytorch(op: OperatorSpec, named: dict[str, Any], dy: Tensor) -> tuple[Tensor, ...]:
     named = named | {name: bool(named[name]) for name in FLAGS & named.keys()}
-    formula = token_conv_backward if op is TOKEN_CONV else selective_scan_backward
+    formula = _FORMULAS.get(op.name, selective_scan_backward)
     found = formula(dy, **named)
     return tuple(torch.empty_like(named[n]).copy_(found[n]) for n in differentiable(op))

@@ -26,9 +26,9 @@ from vssm.errors import RuntimeUnavailableError, UnsupportedError
 from vssm.native_library import find_library, load_library
 from vssm.ops.rules import output_sizes
 from vssm.ops.spec import (
+    CONV_OPERATORS,
     GATHER_OPERATORS,
     SCAN_OPERATORS,
-    TOKEN_CONV,
     TOKEN_SCATTER,
     OperatorSpec,
 )
@@ -71,7 +71,10 @@ class _GatherAttributes(ctypes.Structure):
 
 
 class _ConvAttributes(ctypes.Structure):
-    _fields_ = (("by_position", ctypes.c_int64), ("activation", ctypes.c_int64))
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in ("by_position", "activation", "grid_height", "grid_width", "group")
+    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,9 @@ _FAMILIES = {
         (op.name for op in GATHER_OPERATORS),
         _Family("vssm_token_gather", _GatherAttributes, counted=True, threaded=False),
     ),
-    TOKEN_CONV.name: _Family("vssm_token_conv", _ConvAttributes),
+    **dict.fromkeys(
+        (op.name for op in CONV_OPERATORS), _Family("vssm_token_conv", _ConvAttributes)
+    ),
     TOKEN_SCATTER.name: _Family("vssm_token_scatter", None, threaded=False),
 }
 
@@ -370,7 +375,7 @@ def run_backward(op: OperatorSpec, named: Mapping[str, Any], dy: Tensor) -> list
     their gradients rounded once.
 
     Args:
-        op: a scan or TokenConv.
+        op: a scan or a convolution.
         named: its inputs, on the CPU in float32, float16 or bfloat16, and its attributes, by name.
         dy: the gradient by y, of its shape.
 

@@ -25,6 +25,7 @@ from vssm.ops.kernels import kernels, runs_on_kernels
 from vssm.ops.record import note_run
 from vssm.ops.rules import check_operands, check_values, empty_outputs
 from vssm.ops.spec import (
+    CONV_OPERATORS,
     FLAGS,
     GATED_SELECTIVE_SCAN,
     GATHER_OPERATORS,
@@ -33,6 +34,7 @@ from vssm.ops.spec import (
     SELECTIVE_SCAN,
     SELECTIVE_SCAN_CONSTANT_GAP,
     TOKEN_CONV,
+    TOKEN_CONV2D,
     TOKEN_SCATTER,
     OperatorSpec,
 )
@@ -45,6 +47,7 @@ _TORCH_NAMES = {
     "TokenGather": "token_gather",
     "TokenGather1": "token_gather1",
     "TokenConv": "token_conv",
+    "TokenConv2D": "token_conv2d",
     "TokenScatter": "token_scatter",
 }
 
@@ -159,6 +162,30 @@ def token_conv(
     return result
 
 
+def token_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    *,
+    grid: tuple[int, int],
+    by_position: bool = False,
+    activation: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """One `vssm` convolution node: the arguments and result of `reference.token_conv2d`.
+
+    `grid` is its height and width. What computes it is `backend`: "auto", "reference" or "kernel".
+
+    Raises:
+        ValueError: a shape or value breaks the contract.
+    """
+    run = torch_op(TOKEN_CONV2D, backend)
+    attributes = (*grid, x.shape[2], int(by_position), int(activation))
+    result: Tensor = run(x, weight, bias, position, *attributes)
+    return result
+
+
 def token_scatter(base: Tensor, x: Tensor, position: Tensor, *, backend: str = "auto") -> Tensor:
     """One `vssm` scatter node: the arguments and result of `reference.token_scatter`.
 
@@ -198,6 +225,8 @@ def _reference(op: OperatorSpec, args: Sequence[Any]) -> _Outputs:
         return reference.selective_scan(**named)
     if op is TOKEN_CONV:
         return reference.token_conv(**named)
+    if op is TOKEN_CONV2D:
+        return reference.token_conv2d(**named)
     if op is TOKEN_SCATTER:
         return reference.token_scatter(**named)
     xs = [named.pop(o.name) for o in op.inputs if o.name.startswith("x")]
@@ -297,7 +326,7 @@ def _register(op: OperatorSpec) -> None:
             ops_gradients.register_autograd(_LIBRARY, op, name)
 
 
-for _op in (*SCAN_OPERATORS, TOKEN_CONV):
+for _op in (*SCAN_OPERATORS, *CONV_OPERATORS):
     ops_gradients.define(_LIBRARY, _op, _TORCH_NAMES[_op.name])
 for _op in OPERATORS.values():
     _register(_op)

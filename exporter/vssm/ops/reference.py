@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 # Steps whose decays (batch, steps, K, d_inner, d_state) are held at once: bounds the memory.
 _CHUNK = 64
@@ -247,9 +248,7 @@ def token_conv_backward(
         if index is not None:
             g = torch.zeros_like(rows).scatter(2, index, g)
         if activation:
-            sums = _sums(padded, taps, shift)
-            part = sums.sigmoid()
-            g = g * part * (1 + sums * (1 - part))
+            g = g * _slope_of_silu(_sums(padded, taps, shift))
         reached = functional.conv_transpose1d(g, taps[:, None], groups=len(taps))
         dx += reached[..., width - 1 :] if k == 0 else reached[..., : rows.shape[2]]
         dtaps = torch.einsum("bdt,bdjt->dj", g, padded.unfold(2, rows.shape[2], 1))
@@ -259,6 +258,109 @@ def token_conv_backward(
         dx = dx.gather(2, index)
     found = {"x": dx.transpose(1, 2), "weight": torch.stack(dweight), "bias": torch.stack(dbias)}
     return {name: gradient.contiguous() for name, gradient in found.items()}
+
+
+def token_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    *,
+    grid_height: int,
+    grid_width: int,
+    group: int,
+    by_position: bool = False,
+    activation: bool = True,
+) -> Tensor:
+    """A depthwise convolution over a grid among whose tokens some are missing, at the others.
+
+    Args:
+        x: (batch, seqlen, d_inner).
+        weight: (d_inner, side, side), the taps as `torch.nn.Conv2d` has them; of odd side.
+        bias: (d_inner,).
+        position: (1 or batch, seqlen) integers, ascending: places on the grid, row by row.
+        grid_height: rows of the grid.
+        grid_width: columns of it.
+        group: d_inner.
+        by_position: whether the tokens are at `position`, with zeros everywhere else; or, with
+            all of them there, one after the other.
+        activation: whether y goes through silu.
+
+    Returns:
+        y (batch, seqlen, d_inner), dtype of `x`.
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    place = _places(x, position if by_position else None)
+    maps = _on_grid(x.to(compute), place, (grid_height, grid_width))
+    y = _sums_on_grid(maps, weight, bias).flatten(2).gather(2, place).transpose(1, 2)
+    return (functional.silu(y) if activation else y).to(x.dtype)
+
+
+def token_conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    *,
+    grid_height: int,
+    grid_width: int,
+    group: int,
+    by_position: bool = False,
+    activation: bool = True,
+) -> dict[str, Tensor]:
+    """The gradients of `token_conv2d` by its x, weight and bias, by name.
+
+    Args:
+        dy: (batch, seqlen, d_inner), the gradient by y.
+        x: as for `token_conv2d`, like all that follow.
+        weight: (d_inner, side, side).
+        bias: (d_inner,).
+        position: (1 or batch, seqlen).
+        grid_height: rows of the grid.
+        grid_width: columns of it.
+        group: d_inner.
+        by_position: where the tokens are.
+        activation: whether y went through silu.
+
+    Returns:
+        The gradients, each of its input's shape, in float32 or, of float64 inputs, float64.
+    """
+    compute, grid = torch.promote_types(x.dtype, torch.float32), (grid_height, grid_width)
+    place = _places(x, position if by_position else None)
+    maps, g = (_on_grid(rows.to(compute), place, grid) for rows in (x, dy))
+    if activation:
+        g = g * _slope_of_silu(_sums_on_grid(maps, weight, bias))
+    taps = weight.to(maps)[:, None]
+    reach = weight.shape[1] // 2
+    dx = conv2d_input(maps.shape, taps, g, padding=reach, groups=group)
+    dweight = conv2d_weight(maps, taps.shape, g, padding=reach, groups=group)
+    found = {"x": dx.flatten(2).gather(2, place).transpose(1, 2), "weight": dweight[:, 0]}
+    found["bias"] = g.sum((0, 2, 3))
+    return {name: gradient.contiguous() for name, gradient in found.items()}
+
+
+def _places(x: Tensor, position: Tensor | None) -> Tensor:
+    """The place of each token on its grid, (batch, d_inner, seqlen)."""
+    if position is None:
+        position = torch.arange(x.shape[1], device=x.device)[None]
+    return position.long()[:, None].expand(x.shape[0], x.shape[2], -1)
+
+
+def _on_grid(x: Tensor, place: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens among zeros, (batch, d_inner, height, width)."""
+    maps = x.new_zeros(*place.shape[:2], grid[0] * grid[1])
+    return maps.scatter(2, place, x.transpose(1, 2)).reshape(*place.shape[:2], *grid)
+
+
+def _sums_on_grid(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    taps, shift = weight.to(maps)[:, None], bias.to(maps)
+    return functional.conv2d(maps, taps, shift, padding=taps.shape[2] // 2, groups=len(taps))
+
+
+def _slope_of_silu(x: Tensor) -> Tensor:
+    part = x.sigmoid()
+    return part * (1 + x * (1 - part))
 
 
 def _spread(x: Tensor, position: Tensor, width: int) -> tuple[Tensor, Tensor | None]:

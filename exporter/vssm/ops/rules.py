@@ -8,11 +8,12 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from vssm.ops.spec import FLAGS, SHARED, OperatorSpec, axes_of
+from vssm.ops.spec import FLAGS, MAX_PLACES, SHARED, OperatorSpec, axes_of
 
 _REMEDIES: Final = {
     "d_state": "split the state over several scans",
     "width": "use a narrower convolution",
+    "side": "use a smaller square of taps",
     "K": "give a row to the look back, and one to the look ahead where there is one",
 }
 
@@ -78,6 +79,14 @@ def check_values(op: OperatorSpec, named: Mapping[str, Any]) -> None:
             "must ascend from token to token of every image",
             "sort the tokens by position, or use by_position=0",
         )
+        if "grid_width" in named:
+            places = named["grid_height"] * named["grid_width"]
+            _require(
+                bool(((position >= 0) & (position < places)).all()),
+                f"{op.name} position with values {_span(position)}",
+                f"is outside [0, {places}), the places of the grid",
+                "give original positions",
+            )
     if "base" in named:
         position, rows = named["position"], named["base"].shape[1]
         _require(
@@ -197,6 +206,8 @@ def _check_attributes(op: OperatorSpec, named: Mapping[str, Any], sizes: Mapping
     )
     scale = named.get("scale", 1.0)
     _require(math.isfinite(scale), f"scale={scale}", "must be finite", "1.0 is the default")
+    if "grid_width" in named:
+        _check_grid(op, named, sizes)
     if "num_keep" not in named:
         return
     keep, protected, seqlen = named["num_keep"], named["protected_position"], sizes["seqlen"]
@@ -212,6 +223,32 @@ def _check_attributes(op: OperatorSpec, named: Mapping[str, Any], sizes: Mapping
         "must be an original position, or -1 for none",
         "pass the class token's position",
     )
+
+
+def _check_grid(op: OperatorSpec, named: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    height, width, group = (named[n] for n in ("grid_height", "grid_width", "group"))
+    places = height * width
+    grid = f"{op.name} grid_height={height}, grid_width={width}"
+    _require(
+        min(height, width) >= 1 and places <= MAX_PLACES,
+        grid,
+        f"must be at least 1 and make {MAX_PLACES} places at most",
+        "give the grid's rows and columns",
+    )
+    seqlen, side, d_inner = (sizes[n] for n in ("seqlen", "side", "d_inner"))
+    _require(
+        seqlen <= places if named["by_position"] else seqlen == places,
+        f"{op.name} seqlen={seqlen}",
+        f"must be {'at most ' if named['by_position'] else ''}{places}, the places of the grid",
+        "say by_position where tokens are missing",
+    )
+    _require(
+        side % 2 == 1,
+        f"{op.name} side={side}",
+        "is even, so that no tap is its centre",
+        "give an odd one",
+    )
+    _require(group == d_inner, f"{op.name} group={group}", f"must be d_inner={d_inner}", "give it")
 
 
 def _require(holds: bool, value: str, rule: str, remedy: str) -> None:

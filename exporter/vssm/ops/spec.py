@@ -15,6 +15,8 @@ DOMAIN: Final = "vssm"
 OPERATOR_VERSION: Final = 1
 MAX_D_STATE: Final = 256
 MAX_CONV_WIDTH: Final = 32
+MAX_CONV_SIDE: Final = 7
+MAX_PLACES: Final = 2**31 - 1  # of a grid: positions are int32
 FLOAT_TYPES: Final = ("float32", "float16", "bfloat16")
 # Attributes that are switches: 0 or 1.
 FLAGS: Final = frozenset({"delta_softplus", "params_by_step", "by_position", "activation"})
@@ -184,6 +186,27 @@ TOKEN_CONV: Final = OperatorSpec(
     (("K", 2), ("width", MAX_CONV_WIDTH)),
 )
 
+TOKEN_CONV2D: Final = OperatorSpec(
+    "TokenConv2D",
+    (
+        OperandSpec("x", "T", ("batch", "seqlen", "d_inner")),
+        OperandSpec("weight", "float32", ("d_inner", "side", "side")),
+        OperandSpec("bias", "float32", ("d_inner",)),
+        _POSITION,
+    ),
+    (OperandSpec("y", "T", ("batch", "seqlen", "d_inner")),),
+    (
+        AttributeSpec("grid_height", int, None),
+        AttributeSpec("grid_width", int, None),
+        # d_inner, which a body cannot read off a shape: its Conv takes it from an attribute.
+        AttributeSpec("group", int, None),
+        AttributeSpec("by_position", int, 0),
+        AttributeSpec("activation", int, 1),
+    ),
+    _ONE_TYPE,
+    (("side", MAX_CONV_SIDE),),
+)
+
 TOKEN_SCATTER: Final = OperatorSpec(
     "TokenScatter",
     (
@@ -198,8 +221,9 @@ TOKEN_SCATTER: Final = OperatorSpec(
 
 SCAN_OPERATORS: Final = (SELECTIVE_SCAN, GATED_SELECTIVE_SCAN, SELECTIVE_SCAN_CONSTANT_GAP)
 GATHER_OPERATORS: Final = (TOKEN_GATHER, TOKEN_GATHER1)
+CONV_OPERATORS: Final = (TOKEN_CONV, TOKEN_CONV2D)
 OPERATORS: Final = {
-    op.name: op for op in (*SCAN_OPERATORS, *GATHER_OPERATORS, TOKEN_CONV, TOKEN_SCATTER)
+    op.name: op for op in (*SCAN_OPERATORS, *GATHER_OPERATORS, *CONV_OPERATORS, TOKEN_SCATTER)
 }
 
 

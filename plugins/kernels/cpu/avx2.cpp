@@ -174,6 +174,7 @@ const CpuKernels kAvx2Kernels = {
     scan_unit<Avx2>,
     backward_unit<Avx2>,
     conv_token<Avx2>,
+    conv_tiles<Avx2>,
     conv_token_backward<Avx2>,
     widen<Avx2>,
     decay_values<Avx2>,

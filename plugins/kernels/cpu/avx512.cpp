@@ -289,6 +289,7 @@ const CpuKernels kAvx512Kernels = {
     scan_unit<Avx512>,
     backward_unit<Avx512>,
     conv_token<Avx512>,
+    conv_tiles<Avx512>,
     conv_token_backward<Avx512>,
     widen<Avx512>,
     decay_values<Avx512>,

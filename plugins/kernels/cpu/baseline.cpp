@@ -234,6 +234,7 @@ const CpuKernels kBaselineKernels = {
     scan_unit<Baseline>,
     backward_unit<Baseline>,
     conv_token<Baseline>,
+    conv_tiles<Baseline>,
     conv_token_backward<Baseline>,
     widen<Baseline>,
     decay_values<Baseline>,

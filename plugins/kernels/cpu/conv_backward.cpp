@@ -42,7 +42,7 @@ void run_unit(void* argument, size_t index) {
   }
   for (int64_t k = 0; k < shape.directions; ++k) {
     for (int64_t t = 0; t < shape.seqlen; ++t) {
-      ConvGradientTap taps[kMaxConvWidth];
+      ConvGradientTap taps[kMaxTaps];
       int64_t count = 0;
       source.for_taps(image, k, t, [&](int64_t j, int64_t s) {
         const int64_t token = (first + s) * shape.d_inner + c;

@@ -104,6 +104,25 @@ struct ConvTap {
   const float* weight;
 };
 
+// Columns of a grid that one tile has, whose sums are held at once; places around them that the
+// widest square of taps reads.
+constexpr int kTileColumns = 4;
+constexpr int kMaxWindow = 7 * (7 + kTileColumns - 1);
+
+/// A square of taps, row by row: side * side of them, each padded as the taps above; and the bias.
+struct ConvSquare {
+  int64_t side, padded;
+  const float *weight, *bias;
+};
+
+/// Neighbouring columns in a row of a grid, some of which have a token: where each one's row of y
+/// is, and above it the rows of x that the taps read. Each of `side` rows of the window has
+/// side + kTileColumns - 1 columns, and begins side / 2 left of the tile. Null where no token is.
+struct ConvTile {
+  const void* x[kMaxWindow];
+  void* y[kTileColumns];
+};
+
 /// The same tap with where its gradients are added: to the token's row, which ends with the last
 /// channel as x does, and to the tap's, which is padded.
 struct ConvGradientTap {
@@ -125,6 +144,9 @@ struct CpuKernels {
   /// The row y of one token in one direction, from `count` taps. `bias` is padded as the taps are.
   void (*conv_token)(const ConvPlan& plan, const ConvTap* taps, int64_t count, const float* bias,
                      void* y);
+  /// The rows y of the tokens of tiles.
+  void (*conv_tiles)(const ConvPlan& plan, const ConvSquare& square, const ConvTile* tiles,
+                     int64_t count);
   /// Adds the gradients of one token in one direction; all float32. `dbias` is padded.
   void (*conv_token_backward)(const ConvPlan& plan, const ConvGradientTap* taps, int64_t count,
                               const float* bias, const float* dy, float* dbias);

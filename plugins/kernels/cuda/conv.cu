@@ -1,6 +1,7 @@
 // TokenConv on a GPU: a block takes some channels and some tokens of one image, all directions. Its
 // threads are channels, which hold their taps in registers and walk down the tokens; neighbouring
-// tokens read the same rows, which the first-level cache then has.
+// tokens read the same rows, which the first-level cache then has. Where the tokens lie on a grid,
+// that goes for the tokens of a row, and for the rows that the square of taps covers.
 #include "plugins/kernels/cuda/common.cuh"
 #include "plugins/kernels/cuda/math.cuh"
 #include "plugins/kernels/token_conv.h"
@@ -20,26 +21,38 @@ struct ConvParams {
   int64_t position_image;   // from one image to the next; 0 where they share
   void* y;
   int32_t seqlen, d_inner, directions, width;
-  int32_t packs;   // of channels, in a row of x
-  int32_t groups;  // blocks that share a row of x
-  int32_t tiles;   // blocks that share the tokens of an image
+  int32_t grid_width, side;  // 0 where the tokens are a line
+  int32_t packs;             // of channels, in a row of x
+  int32_t groups;            // blocks that share a row of x
+  int32_t tiles;             // blocks that share the tokens of an image
   bool activation;
 };
 
-/// The tokens that a block's taps read.
+/// The tokens that a block's taps read: for each of its own those of a direction, side by side.
 struct Sources {
-  int32_t token[kMaxConvDirections][kTokens][kMaxConvWidth];
+  static constexpr int kTaps = kMaxConvDirections * kMaxConvWidth;
+  int32_t token[kTokens][kTaps];
 };
+static_assert(kMaxTaps <= Sources::kTaps);
 
+template <bool kOnGrid>
 __device__ __forceinline__ void find_sources(const ConvParams& p, int64_t image, int32_t first,
                                              int32_t count, Sources& sources) {
   const int32_t* position = p.position == nullptr ? nullptr : p.position + image * p.position_image;
   const int32_t each = count * p.width;
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < p.directions * each;
+  const int32_t units = kOnGrid ? count * p.side : p.directions * each;
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < units;
        i += static_cast<int32_t>(blockDim.x)) {
-    const int32_t k = i / each, t = i % each / p.width, j = i % p.width;
-    const int32_t away = p.width - 1 - j;
-    sources.token[k][t][j] = token_at(position, p.seqlen, first + t, k == 0 ? -away : away);
+    if constexpr (kOnGrid) {
+      const int32_t t = i / p.side, row = i % p.side;
+      tokens_on_grid(position, p.seqlen, first + t, p.grid_width, p.side, row - p.side / 2,
+                     sources.token[t] + row * p.side);
+    } else {
+      const int32_t k = i / each, t = i % each / p.width, j = i % p.width;
+      const int32_t away = p.width - 1 - j;
+      sources.token[t][k * p.width + j] =
+          token_at(position, p.seqlen, first + t, k == 0 ? -away : away);
+    }
   }
 }
 
@@ -96,14 +109,14 @@ class ChannelConv {
   float taps_[kWidth > 0 ? kWidth : 1][kPack];
 };
 
-template <typename T, int kPack, int kWidth>
+template <typename T, int kPack, int kWidth, bool kOnGrid>
 __global__ void __launch_bounds__(kMaxThreads) conv_kernel(const __grid_constant__ ConvParams p) {
   auto& sources = shared_memory<Sources>();
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   const int32_t group = block % p.groups, tile = block / p.groups % p.tiles;
   const int64_t image = block / p.groups / p.tiles;
   const int32_t first = tile * kTokens, count = min(kTokens, p.seqlen - first);
-  find_sources(p, image, first, count, sources);
+  find_sources<kOnGrid>(p, image, first, count, sources);
   __syncthreads();
   const int32_t pack = group * static_cast<int32_t>(blockDim.x) + static_cast<int32_t>(threadIdx.x);
   if (pack >= p.packs) return;
@@ -114,7 +127,7 @@ __global__ void __launch_bounds__(kMaxThreads) conv_kernel(const __grid_constant
     const int64_t row = (image * p.directions + k) * p.seqlen + first;
     T* y = static_cast<T*>(p.y) + row * p.d_inner + channel;
     for (int32_t t = 0; t < count; ++t) {
-      conv.run(x, sources.token[k][t], y + int64_t{t} * p.d_inner);
+      conv.run(x, sources.token[t] + k * p.width, y + int64_t{t} * p.d_inner);
     }
   }
 }
@@ -126,7 +139,7 @@ bool is_wide(const TokenConvArgs& args, const TokenConvShape& shape) {
   return shape.d_inner % kPack == 0 && all % (sizeof(T) * kPack) == 0;
 }
 
-template <typename T, int kPack, int kWidth>
+template <typename T, int kPack, int kWidth, bool kOnGrid>
 Status launch_conv(const TokenConvArgs& args, const TokenConvShape& shape, cudaStream_t stream) {
   ConvParams p = {};
   p.x = args.x.data;
@@ -139,6 +152,8 @@ Status launch_conv(const TokenConvArgs& args, const TokenConvShape& shape, cudaS
   p.d_inner = static_cast<int32_t>(shape.d_inner);
   p.directions = static_cast<int32_t>(shape.directions);
   p.width = static_cast<int32_t>(shape.width);
+  p.grid_width = static_cast<int32_t>(args.grid_width);
+  p.side = static_cast<int32_t>(shape.side);
   p.activation = args.activation != 0;
   p.packs = p.d_inner / kPack;
   const int32_t threads = channel_threads(p.packs, kMaxThreads);
@@ -150,14 +165,20 @@ Status launch_conv(const TokenConvArgs& args, const TokenConvShape& shape, cudaS
                          ", what one launch takes; split the batch");
   }
   const dim3 grid(static_cast<unsigned>(shape.batch * blocks));
-  return launch(args.name, conv_kernel<T, kPack, kWidth>,
+  return launch(args.name, conv_kernel<T, kPack, kWidth, kOnGrid>,
                 {grid, dim3(static_cast<unsigned>(threads))}, stream, p);
 }
 
 template <typename T, int kPack>
 Status launch_packs(const TokenConvArgs& args, const TokenConvShape& shape, cudaStream_t stream) {
-  if (shape.width == 4) return launch_conv<T, kPack, 4>(args, shape, stream);
-  return launch_conv<T, kPack, 0>(args, shape, stream);
+  if (args.on_grid) {
+    if (shape.width == 9) return launch_conv<T, kPack, 9, true>(args, shape, stream);
+    // So many taps of more than one channel would not fit in a thread's registers.
+    if (shape.width == 49) return launch_conv<T, 1, 49, true>(args, shape, stream);
+    return launch_conv<T, kPack, 0, true>(args, shape, stream);
+  }
+  if (shape.width == 4) return launch_conv<T, kPack, 4, false>(args, shape, stream);
+  return launch_conv<T, kPack, 0, false>(args, shape, stream);
 }
 
 }  // namespace

@@ -557,11 +557,12 @@ void call_scatter(Random& random) {
 }
 
 /// Gradients of a convolution whose inputs keep the contract, on one thread and on several.
-void run_conv_backward(Random& random, const std::vector<Tensor>& inputs,
+void run_conv_backward(Random& random, const char* op, const std::vector<Tensor>& inputs,
                        const std::vector<vssm_tensor>& given,
                        const vssm_conv_attributes& attributes) {
   const std::vector<int64_t>&x = inputs[0].dims, &weight = inputs[1].dims;
-  Tensor dy(VSSM_FLOAT32, {x[0], weight[0], x[1], x[2]});
+  Tensor dy(VSSM_FLOAT32,
+            attributes.group > 0 ? x : std::vector<int64_t>{x[0], weight[0], x[1], x[2]});
   fill(random, dy, -1, 1, false);
   std::vector<std::vector<Tensor>> results(2);
   for (int round = 0; round < 2; ++round) {
@@ -573,8 +574,8 @@ void run_conv_backward(Random& random, const std::vector<Tensor>& inputs,
     char error[512] = "";
     const vssm_tensor upstream = dy.describe();
     const auto threads = static_cast<int32_t>(round == 0 ? 1 : 2 + random.below(3));
-    if (vssm_token_conv_backward("TokenConv", given.data(), 4, &upstream, gradients.data(), 3,
-                                 &attributes, threads, error, sizeof(error)) != 0) {
+    if (vssm_token_conv_backward(op, given.data(), 4, &upstream, gradients.data(), 3, &attributes,
+                                 threads, error, sizeof(error)) != 0) {
       fail(error);
     }
   }
@@ -600,11 +601,11 @@ void call_conv(Random& random) {
     const auto step = static_cast<int32_t>(steps.one_in(3) ? 1 + steps.below(40) : 1);
     position[i] = i % seqlen == 0 ? -3 : position[i - 1] + step;
   }
-  vssm_conv_attributes attributes = {random.below(2), random.below(2)};
+  vssm_conv_attributes attributes = {random.below(2), random.below(2), 0, 0, 0};
   std::vector<vssm_tensor> given;
   for (const Tensor& tensor : inputs) given.push_back(tensor.describe());
   if (dtype == VSSM_FLOAT32 && random.one_in(3)) {
-    return run_conv_backward(random, inputs, given, attributes);
+    return run_conv_backward(random, "TokenConv", inputs, given, attributes);
   }
   const bool broken = random.one_in(8);
   if (broken && seqlen > 1 && inputs[3].count() > 0 && random.one_in(2)) {
@@ -644,6 +645,80 @@ void call_conv(Random& random) {
   }
 }
 
+/// The place of a token on a grid, from its row of positions; its index where there is none.
+int64_t place_of(const int32_t* row, int64_t token) { return row == nullptr ? token : row[token]; }
+
+/// A convolution over a grid against a sum over all pairs of its tokens, in float64.
+void call_grid(Random& random) {
+  const int64_t batch = random.below(4), height = random.of({1, 2, 5, 9});
+  const int64_t width = random.of({1, 3, 4, 7, 14}), places = height * width;
+  const int64_t d_inner = random.of({1, 5, 16, 17, 33, 130}), side = random.of({1, 3, 3, 5, 7, 7});
+  const auto dtype = static_cast<int32_t>(random.below(3));
+  const bool special = random.one_in(6), whole = random.one_in(3);
+  const int64_t seqlen = whole ? places : 1 + random.below(places);
+  std::vector<Tensor> inputs;
+  inputs.emplace_back(dtype, std::vector<int64_t>{batch, seqlen, d_inner});
+  inputs.emplace_back(VSSM_FLOAT32, std::vector<int64_t>{d_inner, side, side});
+  inputs.emplace_back(VSSM_FLOAT32, std::vector<int64_t>{d_inner});
+  for (Tensor& tensor : inputs) fill(random, tensor, -1, 1, special);
+  inputs.emplace_back(VSSM_INT32, std::vector<int64_t>{random.one_in(2) ? 1 : batch, seqlen});
+  int32_t* position = inputs[3].ints();
+  Random steps = random.many();
+  for (int64_t i = 0; i < inputs[3].count(); ++i) {
+    const int64_t t = i % seqlen, first = t == 0 ? 0 : position[i - 1] + 1;
+    const int64_t spare = places - seqlen - (first - t);  // places that may still be left empty
+    position[i] = static_cast<int32_t>(first + (steps.one_in(2) ? steps.below(spare + 1) : 0));
+  }
+  vssm_conv_attributes attributes = {whole ? random.below(2) : 1, random.below(2), height, width,
+                                     d_inner};
+  std::vector<vssm_tensor> given;
+  for (const Tensor& tensor : inputs) given.push_back(tensor.describe());
+  if (dtype == VSSM_FLOAT32 && random.one_in(3)) {
+    return run_conv_backward(random, "TokenConv2D", inputs, given, attributes);
+  }
+  const bool broken = random.one_in(8);
+  if (broken && attributes.by_position != 0 && inputs[3].count() > 0 && random.one_in(2)) {
+    position[0] = static_cast<int32_t>(random.of({-1, places, INT32_MIN, INT32_MAX}));
+  } else if (broken && random.one_in(2)) {
+    int64_t* const values[] = {&attributes.grid_height, &attributes.grid_width, &attributes.group};
+    *values[random.below(3)] = random.of({0, -1, INT64_MIN, INT64_MAX});
+  } else if (broken) {
+    given[static_cast<size_t>(random.below(4))].rank -= 1;
+  }
+  const Tensor y(dtype, {batch, seqlen, d_inner});
+  const vssm_tensor result = y.describe();
+  char error[512] = "";
+  const auto threads = static_cast<int32_t>(1 + random.below(4));
+  const int failed = vssm_token_conv_on_threads("TokenConv2D", given.data(), 4, &result,
+                                                &attributes, threads, error, sizeof(error));
+  y.check("y of a convolution over a grid");
+  if (broken != (failed != 0)) fail(broken ? "a breach of the contract was taken" : error);
+  if (failed != 0 && !y.untouched()) fail("a refused convolution wrote");
+  if (failed != 0 || special || batch == 0) return;
+  const int64_t image = random.below(batch), c = random.below(d_inner);
+  const int32_t* row = position + (inputs[3].dims[0] > 1 ? image * seqlen : 0);
+  if (attributes.by_position == 0) row = nullptr;
+  for (int64_t t = 0; t < seqlen; ++t) {
+    double sum = inputs[2].at(c), terms = std::fabs(sum);
+    for (int64_t s = 0; s < seqlen; ++s) {
+      const int64_t own = place_of(row, t), other = place_of(row, s);
+      const int64_t down = other / width - own / width + side / 2;
+      const int64_t right = other % width - own % width + side / 2;
+      if (std::min(down, right) < 0 || std::max(down, right) >= side) continue;
+      const double term = inputs[1].at((c * side + down) * side + right) *
+                          inputs[0].at((image * seqlen + s) * d_inner + c);
+      sum += term;
+      terms += std::fabs(term);
+    }
+    if (attributes.activation != 0) sum /= 1 + std::exp(-sum);
+    const double tolerance = dtype == VSSM_FLOAT32 ? 2e-6 : dtype == VSSM_FLOAT16 ? 6e-4 : 4.5e-3;
+    const double got = y.at((image * seqlen + t) * d_inner + c);
+    if (std::fabs(got - sum) <= tolerance * terms + 1e-7) continue;
+    fail("y of a convolution over a grid is " + std::to_string(got) + ", not " +
+         std::to_string(sum));
+  }
+}
+
 /// Instruction sets that this processor and this build have; VSSM_CPU_ISA's alone where it is set.
 std::vector<std::string> instruction_sets() {
   if (const char* wanted = std::getenv("VSSM_CPU_ISA")) return {wanted};
@@ -674,7 +749,8 @@ void call_any(Random& random) {
   setenv("VSSM_CPU_ISA", isas[static_cast<size_t>(isa)].c_str(), 1);
   if (random.one_in(6)) return call_gather(random);
   if (random.one_in(8)) return call_scatter(random);
-  random.one_in(5) ? call_conv(random) : call_scan(random);
+  if (random.one_in(6)) return call_conv(random);
+  random.one_in(6) ? call_grid(random) : call_scan(random);
 }
 
 }  // namespace

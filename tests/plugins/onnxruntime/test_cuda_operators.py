@@ -18,6 +18,7 @@ from cases import (
     TOGETHER_SIZES,
     conv_case,
     gather_case,
+    grid_case,
     scan_case,
     scan_reference_arguments,
     scatter_case,
@@ -163,6 +164,14 @@ def test_conv_matches_the_oracle(host, dtype):
         (y,) = _run(host, "TokenConv", case, **attributes)
         want = reference.token_conv(**scan_reference_arguments(case), **attributes)
         assert float((y.double() - want).abs().max() / want.abs().max()) <= SCAN_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conv_over_a_grid_matches_the_oracle(host, dtype):
+    case, attributes = grid_case(batch=2, seqlen=30, d_inner=20, dtype=dtype)
+    (y,) = _run(host, "TokenConv2D", case, **attributes)
+    want = reference.token_conv2d(**scan_reference_arguments(case), **attributes)
+    assert float((y.double() - want).abs().max() / want.abs().max()) <= SCAN_TOLERANCE[dtype]
 
 
 def test_defaults_of_attributes_are_the_tables(host):

@@ -16,6 +16,7 @@ from cases import (
     SCATTER_SIZES,
     conv_case,
     gather_case,
+    grid_case,
     scan_case,
     scan_reference_arguments,
     scatter_case,
@@ -273,6 +274,19 @@ def test_convolutions_match_the_oracle(dtype, device, mode, tmp_path):
     harness().run(_library_with_kernels(device), "run", device, mode, str(file))
     got = _read_outputs(tmp_path / "case", "TokenConv", case, attributes)["y"].double()
     want = reference.token_conv(**scan_reference_arguments(case), **attributes)
+    assert float((got - want).abs().max() / want.abs().max()) <= SCAN_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("device", "mode"), MODES)
+@pytest.mark.parametrize("dtype", SCAN_TOLERANCE, ids=str)
+def test_convolutions_over_a_grid_match_the_oracle(dtype, device, mode, tmp_path):
+    # The harness's profile reaches to twice as many tokens.
+    case, attributes = grid_case(grid=(8, 8), seqlen=29, d_inner=20, batch=3, dtype=dtype)
+    attributes["activation"] = 0
+    file = _write_case(tmp_path / "case", "TokenConv2D", case, attributes)
+    harness().run(_library_with_kernels(device), "run", device, mode, str(file))
+    got = _read_outputs(tmp_path / "case", "TokenConv2D", case, attributes)["y"].double()
+    want = reference.token_conv2d(**scan_reference_arguments(case), **attributes)
     assert float((got - want).abs().max() / want.abs().max()) <= SCAN_TOLERANCE[dtype]
 
 

@@ -21,7 +21,7 @@ REFUSALS = (
 
 def _check(shown: str, name: str) -> None:
     assert f"TensorRT {name.removeprefix('lean-')}." in shown
-    assert ": 14 plugins" in shown
+    assert ": 16 plugins" in shown
     assert [line for line in REFUSALS if line not in shown] == []
 
 
