@@ -16,8 +16,9 @@ ORT_LIBRARY = "vssm_onnxruntime"
 def find_library(name: str) -> Path:
     """Path of the native library `name`, without prefix and suffix.
 
-    Looks in `lib` of the installed package, then, in a source checkout, for the newest one in
-    `build`.
+    Looks in `lib` of the installed package, then, in a source checkout, for the newest one that was
+    built in `build` or in a folder of it. What lies deeper, such as builds for fuzzing, is for
+    another machine or with checks.
 
     Raises:
         RuntimeUnavailableError: there is none.
@@ -39,7 +40,8 @@ def find_library(name: str) -> Path:
 
 def _built(checkout: Path, file: str) -> Iterator[Path]:
     if (checkout / "CMakeLists.txt").is_file():
-        yield from (checkout / "build").glob(f"**/{file}")
+        for folder in ("", "*/"):
+            yield from (checkout / "build").glob(f"{folder}plugins/**/{file}")
 
 
 def _build_folders(folders: list[Path]) -> list[str]:
