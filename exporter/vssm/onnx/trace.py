@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Final
 
 import torch
 from torch.fx import config as fx_config
+
+_NO_LINES: Final = "do_not_emit_stack_traces"
 
 
 @contextmanager
@@ -33,10 +36,10 @@ def quick_traces() -> Iterator[None]:
     Lines take a tenth of a trace. The cache saves little where the batch is a symbol: what it holds
     is made anew for each symbol's value, checked against itself, and costs more than the operators.
     """
-    lines = fx_config.do_not_emit_stack_traces
-    fx_config.do_not_emit_stack_traces = True
-    try:
-        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
-            yield
-    finally:
-        fx_config.do_not_emit_stack_traces = lines
+    with ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch(fake_tensor_cache_enabled=False))
+        if hasattr(fx_config, _NO_LINES):  # torch 2.11 cannot leave them out
+            lines = getattr(fx_config, _NO_LINES)
+            stack.callback(setattr, fx_config, _NO_LINES, lines)
+            setattr(fx_config, _NO_LINES, True)
+        yield

@@ -2,7 +2,7 @@
 
 `torch.onnx.export` reads the sources of its 500 translations anew at each call, and runs every node
 of the program once more to see where types have to be promoted. That was half the time of a small
-export. The parts have no public names; these are the same in torch 2.11 to 2.13.
+export. The parts have no public names; torch 2.11 and 2.13 have them alike.
 """
 
 from __future__ import annotations
