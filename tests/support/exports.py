@@ -20,7 +20,6 @@ import torch
 import vssm
 from vssm.artifact.directory import Artifact, open_artifact
 from vssm.models.base import VisionModel
-from vssm.onnx.export import build_proto
 from vssm.types import Steps
 
 # 37 tokens, the class token in the middle; odd widths everywhere.
@@ -141,18 +140,22 @@ def shared_traces() -> Iterator[None]:
 
     A trace takes seconds, and does not see options such as labels, `inline` or `force`.
     """
-    with mock.patch("vssm.onnx.export.build_proto", _traced):
+    # Not on import: the tests for a GPU do without its packages.
+    from vssm.onnx.export import build_proto
+
+    def traced(
+        model: VisionModel, *, dtype: str, opset: int, outputs: str | None, progress: Steps
+    ) -> onnx.ModelProto:
+        with _once(f"{_key(model, dtype, opset, outputs)}.onnx") as made:
+            if not made.exists():
+                proto = build_proto(
+                    model, dtype=dtype, opset=opset, outputs=outputs, progress=progress
+                )
+                made.write_bytes(proto.SerializeToString())
+            return onnx.load_from_string(made.read_bytes())
+
+    with mock.patch("vssm.onnx.export.build_proto", traced):
         yield
-
-
-def _traced(
-    model: VisionModel, *, dtype: str, opset: int, outputs: str | None, progress: Steps
-) -> onnx.ModelProto:
-    with _once(f"{_key(model, dtype, opset, outputs)}.onnx") as made:
-        if not made.exists():
-            proto = build_proto(model, dtype=dtype, opset=opset, outputs=outputs, progress=progress)
-            made.write_bytes(proto.SerializeToString())
-        return onnx.load_from_string(made.read_bytes())
 
 
 @contextmanager
