@@ -184,6 +184,13 @@ def changed(path: str, value) -> str:
             {"a": [{"b": -(10**400)}]},
             r"config\.a\[0\]\.b is a number that 64 bits cannot",
         ),
+        (
+            "config",
+            {"module": "a.B", "rounding": 0.5},
+            r"config\.rounding=0\.5 must be in \[0, 0\.01",
+        ),
+        ("config", {"module": "a.B", "rounding": "1"}, r"config\.rounding='1' must be a number"),
+        ("config", {"module": "a.B", "rounding": None}, None),
         ("preprocessing/mean/0", "0.5", r"preprocessing\.mean\[0\]='0.5' must be a number"),
         ("preprocessing/fit", "stretch", "preprocessing.fit='stretch' must be one"),
         ("preprocessing/interpolation", "cubic", "preprocessing.interpolation='cubic' must be one"),

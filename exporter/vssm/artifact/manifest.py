@@ -409,6 +409,9 @@ def _parse(root: Node) -> Manifest:
         sizes=sizes,
         format_version=version,
     )
+    if MODULE_KEY in manifest.config and ROUNDING_KEY in manifest.config:
+        # A module whose two answers are further apart is not exported.
+        root.at("config").at(ROUNDING_KEY).optional(lambda node: node.number(0.0, 1e-2))
     _check_together(manifest)
     return manifest
 
