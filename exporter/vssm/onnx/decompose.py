@@ -40,7 +40,7 @@ def decomposed(program: ExportedProgram, table: _Table) -> ExportedProgram:
         table: what operators without a translation are, by operator.
     """
     graph = program.graph_module.graph
-    _open_detached(graph)
+    open_detached(graph)
     graph.eliminate_dead_code()
     calls = [node for node in graph.nodes if node.op == "call_function"]
     others = _Others(program, table)
@@ -161,7 +161,7 @@ def rename_outputs(program: ExportedProgram) -> None:
         spec.arg.name = value.name
 
 
-def _open_detached(graph: Graph) -> None:
+def open_detached(graph: Graph) -> None:
     """Read what a constant of the forward pass is made of: detached or not, it has no gradient."""
     for node in graph.find_nodes(op="call_function", target=_ATEN.detach_.default):
         node.replace_all_uses_with(node.args[0])

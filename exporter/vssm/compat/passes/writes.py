@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from vssm.compat.passes.graph import ATEN, PassReport, Rewriter, is_call, is_tensor, rank
-from vssm.onnx.decompose import rename_outputs
+from vssm.onnx.decompose import open_detached, rename_outputs
 
 _SELECT, _SLICE, _PERMUTE = ATEN.select.int, ATEN.slice.Tensor, ATEN.permute.default
 _TRANSPOSE: Final = ATEN.transpose.int
@@ -30,8 +30,6 @@ _ITSELF: Final = (
     *(ATEN.contiguous.default, ATEN.alias.default, ATEN.detach.default, ATEN.dropout.default),
     *(ATEN.to.dtype, ATEN.expand.default),
 )
-# These take on the type of what they write to, whatever they are given.
-_CASTING: Final = (ATEN.copy_.default, ATEN.fill_.Scalar, ATEN.zero_.default)
 
 
 def without_mutation(program: ExportedProgram) -> ExportedProgram:
@@ -39,6 +37,7 @@ def without_mutation(program: ExportedProgram) -> ExportedProgram:
 
     `x += y` would reach a copy that a pass takes out, or a twin that it shares.
     """
+    open_detached(program.graph)
     writes = [node for node in program.graph.nodes if _writes(node)]
     if not writes:
         return program
@@ -101,10 +100,7 @@ class _Memory:
         into: Any = self._parent.get(node)
         if into is None or _returning(node) is None:
             return False
-        place, kind = self._place[into], into.meta["val"].dtype
-        tensors = [n for n in node.all_input_nodes if is_tensor(n)]
-        if node.target not in _CASTING and any(n.meta["val"].dtype != kind for n in tensors):
-            return False  # in place keeps the type where the other form would promote it
+        place = self._place[into]
         first = self._first[place]
         shown = [n for n, other in self._place.items() if other == place and n is not first]
         if first.op != "call_function" or not all(n in self._parent for n in shown):
@@ -133,6 +129,9 @@ class _Memory:
                     node.replace_input_with(source, now)
             if _writes(node):
                 value = self._r.emit(node, _returning(node), *node.args, **node.kwargs)
+                kind = node.meta["val"].dtype
+                if value.meta["val"].dtype != kind:  # which a write keeps, whatever it is given
+                    value = self._r.emit(node, ATEN.to.dtype, value, kind)
                 place = self._place[node]
                 self._states[place] = _State(self._parent[node], value, self._states.get(place))
             elif node in self._parent and (state := self._states.get(self._place[node])):
@@ -196,7 +195,7 @@ def _returning(node: Node) -> Any:
     schema = target._schema
     written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
     space, _, name = schema.name.partition("::")
-    turns = torch.Tag.inplace_view in target.tags and target is not ATEN.detach_.default
+    turns = torch.Tag.inplace_view in target.tags
     if written != [True, *[False] * (len(written) - 1)] or len(schema.returns) != 1 or turns:
         return None
     packet = getattr(ATEN, name[:-1], None) if space == "aten" and name.endswith("_") else None
