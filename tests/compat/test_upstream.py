@@ -154,7 +154,7 @@ def test_pruned_vim_is_ours(name: str) -> None:
     model = _build(name)
     data = fixture("pruned/vim_tiny_gap")
     x = images("vim_tiny", seed=int(data["input_seed"]))[:1]
-    schedule = vssm.PruneSchedule({10: 0.8})
+    schedule = vssm.PruneSchedule({10: 0.8}, conv="compact")
     pruned = vssm.prune(model, schedule, x)
     found = exact_outputs(pruned, x, module_outputs(scores=True)).outputs
     assert relative_error(found["logits"], torch.from_numpy(data["logits"])[:1]) < 1e-9
