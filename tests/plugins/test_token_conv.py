@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CONV_SIZES, conv_case, scan_reference_arguments
+from conv_checks import check_convolution, relative
 from cuda_device import DEVICES, HOST, OperatorError
 from cuda_device import run_operator as run_through_c
 from native import ONNX_TYPES, isa_parameters, make_session, output_types
 from native import run_operator as run_in_onnxruntime
-from tolerances import HALF_FACTOR, SCAN_TOLERANCE
 
 from vssm.ops import operators as ops
 from vssm.ops import reference
@@ -20,18 +20,9 @@ FLAGS = [{"by_position": b, "activation": a} for b in (0, 1) for a in (0, 1)]
 SIZES = [*CONV_SIZES, {"seqlen": 20, "d_inner": 300, "width": 9, "kept": 0.9}]
 
 
-def _error(got, want):
-    return float((got.double() - want).abs().max() / want.abs().max())
-
-
 def _check(run, index, dtype):
     case = conv_case(**SIZES[index], dtype=dtype, seed=index)
-    for flags in FLAGS:
-        want = reference.token_conv(**scan_reference_arguments(case), **flags)
-        error = _error(run(case, flags), want)
-        assert error <= SCAN_TOLERANCE[dtype], flags
-        if dtype != torch.float32:
-            assert error <= HALF_FACTOR * _error(reference.token_conv(**case, **flags), want)
+    check_convolution(run, reference.token_conv, case, FLAGS)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -67,7 +58,7 @@ def test_a_torch_operator_runs_it_on_any_number_of_threads(by_position):
         torch.set_num_threads(threads)
     assert torch.equal(several, alone)
     assert (
-        _error(
+        relative(
             alone, reference.token_conv(**scan_reference_arguments(case), by_position=by_position)
         )
         < 6e-7
@@ -123,7 +114,7 @@ def test_positions_that_do_not_ascend(values):
     with pytest.raises(ValueError, match="must ascend from token to token"):
         ops.token_conv(**case, by_position=True, backend="reference")
     by_list = run_in_onnxruntime("TokenConv", case)["y"]
-    assert _error(by_list, reference.token_conv(**scan_reference_arguments(case))) < 6e-7
+    assert relative(by_list, reference.token_conv(**scan_reference_arguments(case))) < 6e-7
     assert run_through_c(DEVICES[0], "TokenConv", case, by_position=1)["y"].isfinite().all()
 
 

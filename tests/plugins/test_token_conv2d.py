@@ -8,11 +8,12 @@ import pytest
 import torch
 from backward_calls import largest_error
 from cases import GRID_SIZES, grid_case, scan_reference_arguments
+from conv_checks import check_convolution, relative
 from cuda_device import DEVICES, HOST, OperatorError
 from cuda_device import run_operator as run_through_c
 from native import ONNX_TYPES, isa_parameters, make_session, output_types
 from native import run_operator as run_in_onnxruntime
-from tolerances import GRADIENT_TOLERANCE, HALF_FACTOR, SCAN_TOLERANCE
+from tolerances import GRADIENT_TOLERANCE
 
 import vssm
 from vssm.ops import operators as ops
@@ -26,18 +27,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("x", "weight", "bias")
 
 
-def _error(got, want):
-    return float((got.double() - want).abs().max() / want.abs().max())
-
-
 def _check(run, index, dtype):
     case, attributes = grid_case(**GRID_SIZES[index], dtype=dtype, seed=index)
-    for flags in ({**attributes, "activation": a} for a in (0, 1)):
-        want = reference.token_conv2d(**scan_reference_arguments(case), **flags)
-        error = _error(run(case, flags), want)
-        assert error <= SCAN_TOLERANCE[dtype], flags
-        if dtype != torch.float32:
-            assert error <= HALF_FACTOR * _error(reference.token_conv2d(**case, **flags), want)
+    flags = ({**attributes, "activation": a} for a in (0, 1))
+    check_convolution(run, reference.token_conv2d, case, flags)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -75,7 +68,7 @@ def test_it_is_conv2d_among_zeros(kept):
         y = ops.token_conv2d(
             **case, grid=(6, 9), by_position=kept < 54, activation=False, backend=backend
         )
-        assert _error(y, want) < 6e-7
+        assert relative(y, want) < 6e-7
 
 
 def test_a_torch_operator_runs_it_on_any_number_of_threads():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from command import Run
 from compat_cases import SlowPath, built
-from quantized import COUNT, graph_of, pictures, sqnr
+from quantized import COUNT, graph_of, in_every_way, pictures, sqnr
 from torch import Tensor, nn
 
 import vssm
@@ -89,11 +89,7 @@ def fixed(source: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifac
 def made(
     source: Artifact, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Artifact]:
-    out = tmp_path_factory.mktemp("quantised")
-    return {
-        name: vssm.quantize(source, folder if r.method == "static" else None, out / name, r)
-        for name, r in WAYS.items()
-    }
+    return in_every_way(source, folder, tmp_path_factory.mktemp("quantised"), WAYS)
 
 
 @pytest.mark.parametrize("way", WAYS)

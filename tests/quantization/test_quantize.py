@@ -14,7 +14,7 @@ import onnx
 import pytest
 from command import Run
 from exports import images, micro, shared_traces
-from quantized import COUNT, constants, graph_of, micro_export, pictures, sqnr
+from quantized import COUNT, constants, graph_of, in_every_way, micro_export, pictures, sqnr
 
 import vssm
 from vssm.artifact.directory import Artifact, open_artifact
@@ -62,11 +62,7 @@ def made(
     source: Artifact, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Artifact]:
     """The export quantised in every way."""
-    out = tmp_path_factory.mktemp("quantised")
-    return {
-        name: vssm.quantize(source, folder if r.method == "static" else None, out / name, r)
-        for name, r in TARGETS.items()
-    }
+    return in_every_way(source, folder, tmp_path_factory.mktemp("quantised"), TARGETS)
 
 
 def _logits(artifact: Artifact, backend: str = "kernel") -> np.ndarray:

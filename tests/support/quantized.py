@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from exports import exported, micro
 from onnx import numpy_helper
 from PIL import Image
 
+import vssm
 from vssm.artifact.directory import Artifact
 
 COUNT = 6  # images that are calibrated on
@@ -29,6 +31,16 @@ def pictures(folder: Path, count: int, *, seed: int = 0) -> Path:
 def micro_export(folder: Path, **options: object) -> Artifact:
     """The pruned micro Vim, one trace of a few seconds."""
     return exported(folder, micro(), labels=[f"class{i}" for i in range(7)], **options)
+
+
+def in_every_way(
+    source: Artifact, folder: Path, out: Path, ways: Mapping[str, vssm.QuantizeRequest]
+) -> dict[str, Artifact]:
+    """An export quantised by each request; those that measure nothing get no images."""
+    return {
+        name: vssm.quantize(source, folder if r.method == "static" else None, out / name, r)
+        for name, r in ways.items()
+    }
 
 
 def graph_of(artifact: Artifact) -> onnx.GraphProto:
