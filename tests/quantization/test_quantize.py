@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -426,3 +428,13 @@ def test_command(source: Artifact, folder: Path, tmp_path: Path, cli: Run) -> No
     assert "contradict each other" in cli.out
     assert cli("engine", out, "--rtx") == 2
     assert "quantise the float export with --target tensorrt or portable" in cli.out
+
+
+def test_four_bits_leave_the_loggers_alone() -> None:
+    """The library's module sets up logging where it is imported: its notes fill a terminal."""
+    code = (
+        "import logging, vssm.quantization.quantize as q; q._four_bit_quantizer()\n"
+        "assert logging.getLogger().level == logging.WARNING, logging.getLogger().level\n"
+        "assert not logging.getLogger().handlers"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from vssm.artifact.directory import (
     INLINED_FILE,
@@ -197,7 +197,7 @@ def _in_blocks(
 ) -> onnx.ModelProto:
     progress(_QUANTIZING, 0, 1)
     names = {product.name for product in with_own_weights(proto.graph, products)}
-    made = MatMulNBitsQuantizer(
+    made = _four_bit_quantizer()(
         proto,
         bits=4,
         block_size=_BLOCK,
@@ -213,3 +213,14 @@ def _in_blocks(
             node.name = node.name.removesuffix("_Q4")  # the name that the float file has
     progress(_QUANTIZING, 1, 1)
     return model
+
+
+def _four_bit_quantizer() -> Any:
+    """The library's class; its module has every logger of the process write, unless one does."""
+    kept = logging.NullHandler()
+    logging.getLogger().addHandler(kept)
+    try:
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    finally:
+        logging.getLogger().removeHandler(kept)
+    return MatMulNBitsQuantizer
