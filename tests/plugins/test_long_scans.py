@@ -45,7 +45,7 @@ def test_a_block_of_channels_is_as_alone_on_any_number_of_threads(index, isa, mo
     monkeypatch.setenv("VSSM_CPU_ISA", isa)
     name, case = CASES[index][0], _case(index)
     found = run_operator(name, case)["y"]
-    for threads in (2, 3, 8):
+    for threads in (2, 5, 16):  # of 13 blocks
         assert torch.equal(run_operator(name, case, threads=threads)["y"], found)
     for start in (0, 112, 192):
         channels = slice(start, start + 16)

@@ -57,11 +57,11 @@ struct ScanPlan {
   }
 };
 
-/// Some steps of one direction of one block of channels: those from `from`, which is 0 or the `to`
-/// of the part before.
+/// Some steps of one direction of neighbouring blocks of channels, one block after the other: those
+/// from `from`, which is 0 or the `to` of the part before.
 struct ScanPart {
-  int64_t image, block, direction, from, to;
-  float* memory;  // of the block, floats_of_part(d_state), aligned
+  int64_t image, first, blocks, direction, from, to;
+  float* memory;  // of the first block, aligned; floats_of_part(d_state) for each
 };
 
 constexpr int64_t floats_of_part(int64_t d_state) { return (2 * d_state + 2) * kChannels; }

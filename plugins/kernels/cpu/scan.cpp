@@ -1,7 +1,7 @@
 // Runs a checked scan over units of (image, block of channels), or a long list part by part.
 #include <algorithm>
-#include <atomic>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
 
@@ -51,43 +51,129 @@ bool is_long(const SelectiveScanShape& shape) {
   return shape.seqlen >= kLong / ((shape.Ku + shape.Kd + 1) * shape.d_inner);
 }
 
+/// Who runs which blocks of an image. `threads` is how many have come, less those that found no
+/// share; `turns` counts the parts of each block that are done, in all directions, and is ~turn
+/// while a thread is at the next one.
+class LongImage {
+ public:
+  struct Run {
+    int64_t first, blocks, turn;
+  };
+
+  void begin(int64_t* turns, int64_t blocks, int64_t end) {
+    turns_ = turns;
+    blocks_ = unfinished_ = blocks;
+    end_ = end;
+    std::fill(turns, turns + blocks, 0);
+  }
+
+  /// -1 where all is done.
+  int64_t threads() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return unfinished_ == 0 ? -1 : threads_;
+  }
+
+  /// The number of a new thread.
+  int64_t join() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return threads_++;
+  }
+
+  /// Puts back `run`, which is done, and takes the next part of blocks that lie side by side in
+  /// this thread's share: no blocks if it has to wait. Returns false where there is no share for
+  /// it; for the thread with the number 0 there is one until all is done.
+  bool next(int64_t thread, Run* run) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const int64_t turn = run->turn + 1;
+    for (int64_t i = 0; i < run->blocks; ++i) turns_[run->first + i] = turn;
+    if (turn == end_) unfinished_ -= run->blocks;
+    *run = {};
+    if (unfinished_ == 0) return false;
+    const int64_t share = (unfinished_ + threads_ - 1) / threads_;
+    if (thread * share >= unfinished_) {
+      threads_ = std::min(threads_, thread);
+      return false;
+    }
+    int64_t place = 0;  // among those that are not finished
+    for (int64_t block = 0; block < blocks_; ++block) {
+      if (turns_[block] == end_) continue;
+      const bool own = place++ / share == thread;
+      if (!own || turns_[block] < 0) continue;
+      const bool beside = run->blocks > 0 && block == run->first + run->blocks;
+      if (beside && turns_[block] == run->turn) {
+        ++run->blocks;
+      } else if (run->blocks == 0 || turns_[block] < run->turn) {
+        *run = {block, 1, turns_[block]};
+      }
+    }
+    for (int64_t i = 0; i < run->blocks; ++i) turns_[run->first + i] = ~run->turn;
+    return true;
+  }
+
+ private:
+  std::mutex mutex_;
+  int64_t threads_ = 0, unfinished_ = 0, blocks_ = 0, end_ = 0;
+  int64_t* turns_ = nullptr;
+};
+
 /// A long list goes through memory once a direction: part by part, and in each one block of
 /// channels after the other. If each block went through the whole list, it would read one line of a
-/// token where many lie side by side, and go through all pages anew. Whoever is free takes the next
-/// block, so that any number of threads shares an image, and memory gives rows of tokens to all of
-/// them together; no number depends on who takes what. The scratch does not depend on the length.
+/// token where many lie side by side, and go through all pages anew. Several threads at an image
+/// share its blocks and keep those that they have: a line that another core has written or called
+/// for comes more slowly than one from memory. No number depends on who takes what, and the scratch
+/// does not depend on the length.
 /// us a token (D 384, N 16, K 2; Xeon, model 207, AVX-512, one thread) with 1,024, 4,096, 16,384
 /// and 262,144 tokens: 2.5, 3.0, 3.3 and 3.4 by units, four blocks wide from 8,192 on;
 /// so 2.5, 2.6, 2.8 and 2.6. One state, 65,536 tokens: 2.3 and 1.1.
 struct LongJob {
   const CpuKernels* kernels;
   const ScanPlan* plan;
-  int64_t blocks, steps, parts;                   // of an image; of a part; of a direction
-  float* memory;                                  // of each block of each image
-  std::unique_ptr<std::atomic<int64_t>[]> taken;  // of each image: turns of blocks
-  std::unique_ptr<std::atomic<int64_t>[]> done;   // of each block of each image: parts
+  int64_t blocks, steps, parts;  // of an image; of a part; of a direction
+  float* memory;                 // of each block of each image
+  std::mutex joining;
+  std::unique_ptr<LongImage[]> images;
+
+  /// The unfinished image with the fewest threads, or -1; one without threads if there is one.
+  int64_t join(int64_t* thread) {
+    const std::lock_guard<std::mutex> lock(joining);
+    int64_t best = -1, fewest = 0;
+    for (int64_t i = 0; i < plan->batch; ++i) {
+      const int64_t threads = images[i].threads();
+      if (threads < 0 || (best >= 0 && threads >= fewest)) continue;
+      best = i;
+      fewest = threads;
+    }
+    if (best >= 0) *thread = images[best].join();
+    return best;
+  }
+
+  void scan(int64_t image, const LongImage::Run& run) const {
+    ScanPart part = {};
+    part.image = image;
+    part.first = run.first;
+    part.blocks = run.blocks;
+    part.direction = run.turn / parts;
+    part.from = run.turn % parts * steps;
+    part.to = std::min(part.from + steps, plan->seqlen);
+    part.memory = memory + (image * blocks + run.first) * floats_of_part(plan->d_state);
+    kernels->scan_part(*plan, part);
+  }
 };
 
-/// One of the threads at an image. There are no more than blocks.
-void run_parts(void* argument, size_t index) {
+/// One of the threads; whoever finds no share in the emptiest image is not needed at all.
+void run_parts(void* argument, size_t) {
   LongJob& job = *static_cast<LongJob*>(argument);
-  const ScanPlan& plan = *job.plan;
-  const size_t image = index % static_cast<size_t>(plan.batch);
-  const int64_t end = plan.directions * job.parts * job.blocks;
-  for (int64_t item = job.taken[image]++; item < end; item = job.taken[image]++) {
-    const int64_t block = item % job.blocks, turn = item / job.blocks;
-    const size_t place = image * static_cast<size_t>(job.blocks) + static_cast<size_t>(block);
-    // Whoever took the part before is at work on it, or waits for one that was taken still earlier.
-    while (job.done[place].load(std::memory_order_acquire) != turn) std::this_thread::yield();
-    ScanPart part = {};
-    part.image = static_cast<int64_t>(image);
-    part.block = block;
-    part.direction = turn / job.parts;
-    part.from = turn % job.parts * job.steps;
-    part.to = std::min(part.from + job.steps, plan.seqlen);
-    part.memory = job.memory + static_cast<int64_t>(place) * floats_of_part(plan.d_state);
-    job.kernels->scan_part(plan, part);
-    job.done[place].store(turn + 1, std::memory_order_release);
+  int64_t thread = 0;
+  for (int64_t i = job.join(&thread); i >= 0; i = job.join(&thread)) {
+    LongImage::Run run = {0, 0, -1};
+    while (job.images[i].next(thread, &run)) {
+      if (run.blocks > 0) {
+        job.scan(i, run);
+      } else {  // what has become this thread's share is still another's
+        std::this_thread::yield();
+      }
+    }
+    if (job.images[i].threads() >= 0) return;
   }
 }
 
@@ -104,14 +190,15 @@ Status scan_long(const CpuKernels* kernels, const ScanPlan& plan, const char* na
   const int64_t floats = static_cast<int64_t>(places) * floats_of_part(plan.d_state);
   const Floats memory = allocate(floats);
   job.memory = memory.get();
-  job.taken.reset(new (std::nothrow) std::atomic<int64_t>[images]);
-  job.done.reset(new (std::nothrow) std::atomic<int64_t>[places]);
-  if (memory == nullptr || job.taken == nullptr || job.done == nullptr) {
+  job.images.reset(new (std::nothrow) LongImage[images]);
+  const std::unique_ptr<int64_t[]> turns(new (std::nothrow) int64_t[places]);
+  if (memory == nullptr || job.images == nullptr || turns == nullptr) {
     return Status::error(name, ": no memory for ", floats * 4,
                          " bytes of states; run smaller batches");
   }
-  for (size_t i = 0; i < images; ++i) job.taken[i] = 0;
-  for (size_t i = 0; i < places; ++i) job.done[i] = 0;
+  for (int64_t i = 0; i < plan.batch; ++i) {
+    job.images[i].begin(turns.get() + i * job.blocks, job.blocks, plan.directions * job.parts);
+  }
   parallel_for(run_parts, places, &job);
   return {};
 }

@@ -140,19 +140,20 @@ class DirectionScan {
 
   VSSM_INLINE void keep(float* memory) const { tile_.keep(memory, rows()); }
 
-  /// Makes prefetch() look beyond the steps from `from` to `to`: near their end to the first ones
-  /// of the block that comes next, and all along to all blocks of the steps behind them, token by
+  /// Makes prefetch() look beyond the steps of a part: near their end to the first ones of the
+  /// block that comes next, and all along to the part's blocks of the steps behind them, token by
   /// token, which memory gives faster than the lines of one block: each block calls for a share.
-  VSSM_INLINE void look_ahead(int64_t from, int64_t to) {
-    const int64_t blocks = (plan_.d_inner + kChannels - 1) / kChannels;
-    const bool last = block_ + 1 == blocks;
-    end_ = to;
-    next_steps_ = last ? 0 : from - to;
-    next_block_ = last ? 0 : block_ + 1;
-    const int64_t share = block_ * (to - from);
-    far_step_ = to + share / blocks;
-    far_block_ = share % blocks;
-    far_blocks_ = blocks;
+  VSSM_INLINE void look_ahead(const ScanPart& part) {
+    const int64_t steps = part.to - part.from, place = block_ - part.first;
+    const bool last = place + 1 == part.blocks;
+    end_ = part.to;
+    next_steps_ = last ? 0 : -steps;
+    next_block_ = last ? part.first : block_ + 1;
+    const int64_t share = place * steps;
+    far_step_ = part.to + share / part.blocks;
+    far_block_ = far_first_ = part.first;
+    far_block_ += share % part.blocks;
+    far_end_ = part.first + part.blocks;
   }
 
   VSSM_INLINE void clear(Row* h) const {
@@ -286,8 +287,8 @@ class DirectionScan {
   VSSM_INLINE void prefetch_far() {
     if (far_step_ >= plan_.seqlen) return;
     call<2>(far_step_, far_block_);
-    if (++far_block_ < far_blocks_) return;
-    far_block_ = 0;
+    if (++far_block_ < far_end_) return;
+    far_block_ = far_first_;
     ++far_step_;
   }
 
@@ -636,7 +637,8 @@ class DirectionScan {
 
   const ScanPlan& plan_;
   const int64_t block_;
-  int64_t end_, next_steps_, next_block_, far_step_, far_block_, far_blocks_;  // by look_ahead()
+  // By look_ahead().
+  int64_t end_, next_steps_, next_block_, far_step_, far_block_, far_first_, far_end_;
   const bool first_, last_;
   const typename Isa::Part part_;
   const int64_t u_stride_, delta_stride_;

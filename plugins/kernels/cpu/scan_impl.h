@@ -57,21 +57,23 @@ void scan_steps(const ScanPlan& plan, const ScanPart& part) {
   using L = Lanes<Isa>;
   const typename Isa::Decay decay;
   const int64_t N = Scan::kFixedStates == 0 ? plan.d_state : Scan::kFixedStates;
-  float *states = part.memory, *kept = states + N * kChannels;
   const bool first = part.from == 0;
-  Scan scan(plan, part.image, part.block, part.direction, first ? nullptr : kept);
-  typename Scan::Row h[kRows];
-  if (first) {
-    scan.keep(kept);
-    scan.clear(h);
-  } else {
-    for (int64_t n = 0; n < N; ++n) h[n] = L::load(states + n * kChannels);
+  for (int64_t i = 0; i < part.blocks; ++i) {
+    float *states = part.memory + i * floats_of_part(N), *kept = states + N * kChannels;
+    Scan scan(plan, part.image, part.first + i, part.direction, first ? nullptr : kept);
+    typename Scan::Row h[kRows];
+    if (first) {
+      scan.keep(kept);
+      scan.clear(h);
+    } else {
+      for (int64_t n = 0; n < N; ++n) h[n] = L::load(states + n * kChannels);
+    }
+    scan.look_ahead(part);
+    for (int64_t t = part.from; t < part.to; t += Scan::kSteps) {
+      scan.template advance_block<true>(decay, t, h);
+    }
+    for (int64_t n = 0; n < N; ++n) L::store(states + n * kChannels, h[n]);
   }
-  scan.look_ahead(part.from, part.to);
-  for (int64_t t = part.from; t < part.to; t += Scan::kSteps) {
-    scan.template advance_block<true>(decay, t, h);
-  }
-  for (int64_t n = 0; n < N; ++n) L::store(states + n * kChannels, h[n]);
 }
 
 template <class Isa, DType kType>
