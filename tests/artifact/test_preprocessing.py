@@ -350,6 +350,15 @@ def test_truncated_images(tmp_path, kind):
     assert refused > 20
 
 
+def test_an_image_that_pillow_has_not_decoded_yet(tmp_path):
+    """Image.open looks at the header alone; what is wrong behind it comes up here."""
+    Image.fromarray(picture(64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    refused = pytest.raises(ValueError, match=r"image cannot be read as an image .*truncated")
+    with Image.open(tmp_path / "cut.png") as cut, refused:
+        preprocess(cut, SMALL)
+
+
 @pytest.mark.parametrize(
     "array",
     [
@@ -394,6 +403,12 @@ def test_labels(tmp_path, text):
     assert read_labels(tmp_path / "labels", 2) == ("cat", "dog")
 
 
+@pytest.mark.parametrize("names", [["1 star", "2 stars"], ["0", "1"], ["7,5", "9,5"]])
+def test_names_may_have_numbers(tmp_path, names):
+    (tmp_path / "labels").write_text("\n".join(names))
+    assert read_labels(tmp_path / "labels", 2) == tuple(names)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -406,6 +421,11 @@ def test_labels(tmp_path, text):
         (b'{"0": "cat", "2": "dog"}', "no key '1'"),
         (b'{"0": "cat", "1": []}', r"holds \[\], which is no text"),
         (b'["cat"', "cannot be read"),
+        (b"1,cat\n0,dog\n", "a table with a number in every line, such as '1,cat'"),
+        (b"\xef\xbb\xbf2;cat\r\n1;dog\r\n", "a table with a number"),
+        (b'"0"\t"cat"\n"1"\t"dog"\n', "a table with a number"),
+        (b"cat,n01,1\ndog,n02,0\n", "a table with a number"),
+        (b"0: cat\n1: dog\n", "a table with a number"),
     ],
 )
 def test_bad_labels(tmp_path, content, message):

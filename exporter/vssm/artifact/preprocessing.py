@@ -5,11 +5,13 @@ Not named after its function: a submodule `vssm.preprocess` would hide `vssm.pre
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
@@ -40,6 +42,11 @@ _INTERPOLATION: Final = {
     "nearest": Image.Resampling.NEAREST,
 }
 _MAX_LABELS: Final = 64 << 20  # bytes of a file of class names
+# A class's number as the first or the last cell of a line.
+_NUMBERED: Final = (
+    re.compile(r"^[\"']?(\d{1,9})[\"']?\s*[,;:|\t]"),
+    re.compile(r"[,;:|\t]\s*[\"']?(\d{1,9})[\"']?$"),
+)
 # What Pillow's decoders end in where bytes are damaged: no one class covers them.
 _DAMAGED: Final = (
     OSError,
@@ -138,7 +145,8 @@ def read_labels(
     """Class names from a file: one a line, a JSON list, or a JSON object keyed "0", "1", ...
 
     In an object a value may be a list that ends with the name, as in ImageNet's class index
-    ({"0": ["n01440764", "tench"], ...}). Text is UTF-8.
+    ({"0": ["n01440764", "tench"], ...}). Text is UTF-8. Lines that have the number of their class
+    beside the name are refused, as they may be in another order.
 
     Args:
         path: the file.
@@ -151,7 +159,8 @@ def read_labels(
     try:
         # "-sig": editors on Windows put a byte order mark in front.
         text = read_regular(path, limit=_MAX_LABELS).decode("utf-8-sig")
-        parsed = json.loads(text) if text.lstrip()[:1] in {"[", "{"} else text.splitlines()
+        is_json = text.lstrip()[:1] in {"[", "{"}
+        parsed = json.loads(text) if is_json else text.splitlines()
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{name}={path} cannot be read ({error}); give a UTF-8 text file, one class name a line"
@@ -164,12 +173,28 @@ def read_labels(
             f"{name}={path} names {sum(map(bool, names))} classes on {len(names)} lines, but the "
             f"model has {num_classes}; give the file of the data set that it was trained on"
         )
+    if not is_json:
+        _refuse_numbered(names, f"{name}={path}")
     if foreign := [n for n in names if not is_plain(n)]:
         raise ValueError(
             f"{name}={path} has the class {shown(repr(foreign[0]), limit=80)}, which holds control "
             "or invisible characters; take them out"
         )
     return tuple(names)
+
+
+def _refuse_numbered(lines: Sequence[str], file: str) -> None:
+    """Refuse a table with the number of each class: its lines may be in any order."""
+    count = len(lines)
+    for numbered in _NUMBERED:
+        found = [numbered.search(line) for line in lines]
+        numbers = sorted(int(match[1]) for match in found if match)
+        if count > 1 and numbers in (list(range(count)), list(range(1, count + 1))):
+            raise ValueError(
+                f"{file} is a table with a number in every line, such as {shown(lines[0])!r}; give "
+                "the names alone, one a line in the order of the classes, or a JSON object keyed "
+                'by class index, {"0": "NAME", ...}'
+            )
 
 
 def _label_list(parsed: Any, file: str) -> list[str]:
@@ -281,8 +306,10 @@ def open_rgb(image: ImageInput, spec: Preprocessing | None = None) -> Image.Imag
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Image.Image):
-        _check_pixels(image, "image")
-        return _to_rgb(image, "image")
+        # Image.open decodes only when the pixels are asked for, which is here.
+        with _refusing("image"):
+            _check_pixels(image, "image")
+            return _to_rgb(image, "image")
     if not isinstance(image, str | os.PathLike):
         raise TypeError(
             f"image={type(image).__name__} is no path, PIL image or uint8 array; pass one of these"
@@ -335,20 +362,29 @@ def _decoded(
     # Formats are known only once their plugins are loaded. AVIF came with Pillow 11.3, and to
     # name one that Pillow does not have is a KeyError.
     Image.init()
+    with (
+        _refusing(name),
+        Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as opened,
+    ):
+        _check_pixels(opened, name)
+        _check_effort(opened, name, file)
+        if spec is not None:
+            _resized(opened.size, spec)
+        return take(opened, name)
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Say of whatever Pillow ends in that this image cannot be read, and why."""
     try:
-        with Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as opened:
-            _check_pixels(opened, name)
-            _check_effort(opened, name, file)
-            if spec is not None:
-                _resized(opened.size, spec)
-            return take(opened, name)
+        yield
     # The warning is an error only where the caller has made warnings errors.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} is too large to decode safely ({error}); {_REMEDY}") from error
     except UnidentifiedImageError as error:
         # Pillow's text has the address of the file's object, another one in each run.
         raise ValueError(
-            f"{name} cannot be read as an image (its format is none that is known here); {_REMEDY}"
+            f"{name} cannot be read as an image (its format is not known here); {_REMEDY}"
         ) from error
     except _DAMAGED as error:
         # Our own refusals, which name the image already.
