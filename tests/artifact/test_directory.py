@@ -8,7 +8,7 @@ import os
 import pytest
 from crashes import tree
 
-from vssm.artifact.directory import EXPORT_FILES, staged_export
+from vssm.artifact.directory import EXPORT_FILES, check_target, staged_export
 from vssm.errors import ArtifactError
 
 
@@ -109,6 +109,8 @@ def test_the_users_file_of_the_same_name_is_refused(tmp_path, force):
     before = tree(tmp_path)
     with pytest.raises(ArtifactError, match=r"holds model\.onnx, which is not ours to overwrite"):
         write_export(tmp_path / "out", force=force, model_onnx=b"new")
+    with pytest.raises(ArtifactError, match=r"holds model\.onnx, which is not ours"):
+        check_target(tmp_path / "out", force=force)  # before the work, too
     assert tree(tmp_path) == before
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from command import MODEL, SHALLOW, Run
 from exports import exported, micro, shared_traces
+from finetune_cases import write_pictures
 
 
 def test_what_cannot_be_written_is_refused_at_once(
@@ -25,6 +26,31 @@ def test_what_cannot_be_written_is_refused_at_once(
         assert cli("check", tmp_path, "--json", path) == 2
         assert reason in cli.out
     assert link.is_symlink()
+
+
+def test_nothing_is_written_among_the_images(cli: Run, tmp_path: Path) -> None:
+    """The next run, or a stopped one that goes on, would take it for a class or an image."""
+    out = exported(tmp_path, micro()).directory
+    data = write_pictures(tmp_path / "data")
+    link = tmp_path / "link"
+    link.symlink_to(data)
+    before = sorted(data.rglob("*"))
+    results = [str(tmp_path / f"{n}.csv") for n in "ab"]
+    for file in results:
+        Path(file).write_text("")
+    cases: dict[str, list[object]] = {
+        "source": ["predict", out, data, "-o", data / "n1" / "found.parquet"],
+        "data": ["finetune", *MODEL, "--data", data, "-o", link / "trained"],
+        "val": ["finetune", *MODEL, "--data", out, "--val", data, "-o", data / "trained"],
+        "images": ["ablate", out, data, "-o", data / "ablation"],
+        "train": ["ablate", out, out, "--train", data, "-o", data / "new" / "ablation"],
+    }
+    compare = ["compare", *results, "--images", data, "-o", data]
+    quantize = ["quantize", out, data, "-o", data / "int8"]
+    for name, arguments in [*cases.items(), ("images", compare), ("images", quantize)]:
+        assert cli(*arguments) == 2
+        assert f"is inside {name}={data}, so that the next run" in cli.out, cli.out
+    assert sorted(data.rglob("*")) == before
 
 
 def test_a_check_shows_its_result_where_it_cannot_be_kept(cli: Run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 import vssm
 from vssm.errors import ArtifactError
+from vssm.evaluation.predict import _columns
 from vssm.evaluation.sources import open_source
 
 pyarrow = pytest.importorskip("pyarrow", reason="the extra `predict` is not installed")
@@ -221,6 +223,13 @@ def test_sources_that_are_refused(sources, tmp_path):
         open_source(tmp_path / "two.parquet", column="c")
 
 
+def test_a_tensor_without_an_entry_for_each_image_is_refused(export):
+    manifest = export.manifest
+    table = replace(manifest.outputs[0], name="table", shape=(5, 12))
+    with pytest.raises(ValueError, match=r"tensors='table' of shape \[5, 12\] has no entry for"):
+        _columns(replace(manifest, outputs=(*manifest.outputs, table)), 5, ["table"])
+
+
 def test_the_command(export, sources, tmp_path, cli: Run):
     target, report = tmp_path / "out.parquet", tmp_path / "report.json"
     arguments = (export.directory, sources / "shards", "-o", target, "--top=2", "--workers=0")
@@ -234,7 +243,7 @@ def test_the_command(export, sources, tmp_path, cli: Run):
     arguments = (export.directory, tmp_path / "none", "-o", target, "--workers=0")
     assert cli("predict", *arguments) == 2
     assert "none of the 1 images can be read" in cli.out
-    assert "its format is none that is known here" in cli.out
+    assert "its format is not known here" in cli.out
     assert len(_rows(target)) == 1
     assert cli("predict", export.directory, sources, "-o", tmp_path / "out.csv") == 2
     assert "is to be a Parquet file" in cli.out

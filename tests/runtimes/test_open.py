@@ -17,6 +17,7 @@ import vssm
 from vssm.artifact.directory import Artifact
 from vssm.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError
 from vssm.runtimes.ort import OrtCpuSession, sum_node_times
+from vssm.runtimes.session import run_any
 
 RUNS = [
     ("ort-cpu", "kernel"),
@@ -53,6 +54,24 @@ def test_all_runtimes_agree_and_say_what_ran(artifact: Artifact) -> None:
         for name in ("kept_positions_0", "kept_positions_1"):
             assert got[name].dtype == np.int64
             np.testing.assert_array_equal(got[name], want[name])
+
+
+@pytest.mark.parametrize(
+    ("batches", "ran"), [((4, 4), [4, 4]), ((2, 3), [3, 2]), ((1, 1), [1] * 5), ((8, 16), [8])]
+)
+def test_any_number_of_images_in_the_batches_that_a_session_takes(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, batches: tuple[int, int], ran: list[int]
+) -> None:
+    x, sizes = images(micro(), 5), []
+    with vssm.open_session(artifact, threads=1) as session:
+        whole, run = session.run(x), session.run
+        monkeypatch.setattr(OrtCpuSession, "batches", property(lambda _: batches))
+        monkeypatch.setattr(session, "run", lambda some: sizes.append(len(some)) or run(some))
+        found = run_any(session, x)
+    assert sizes == ran
+    assert found.keys() == whole.keys()
+    for name, value in whole.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=SAME * np.abs(value).max())
 
 
 def test_a_body_in_place_of_the_kernel_is_an_error(artifact: Artifact) -> None:

@@ -172,8 +172,6 @@ def test_plan():
     assert merged == {"merge": MergeSchedule(3), "merge+size": MergeSchedule(3, alignment="size")}
     assert {v.baseline for v in merging.variants if v.key in merged} == {"none"}
     assert [line.keys[0] for line in merging.lines if line.table == "methods"][-2:] == [*merged]
-    with pytest.raises(ValueError, match=r"seeds=0 is below 1"):
-        make_plan(schedule, seeds=0, ratios=[])
     with pytest.raises(ValueError, match=r"ratio=2 after block 1 is outside"):
         make_plan(schedule, seeds=1, ratios=["2"])
 
@@ -361,6 +359,14 @@ def test_refusals(cli, tmp_path, pictures):
         "finetuned='gup' is no variant": (pruned, ("--finetuned=gup=x.safetensors",)),
         "is not VARIANT=FILE": (pruned, ("--finetuned=gap",)),
         "batch=0 is below 1": (pruned, ("--batch=0",)),
+        "seeds=0 is below 1": (pruned, ("--seeds=0",)),
+        "ratios=0.8 is named twice": (pruned, ("--ratios=0.8,0.5,0.80",)),
+        "ratio=1.2 is outside (0, 1]": (pruned, ("--ratios=0.8,1.2",)),
+        "ratio='' is not a number": (pruned, ("--ratios=0.8,",)),
+        "x.safetensors is named twice; several files of a variant are": (
+            pruned,
+            ("--finetuned=gap=x.safetensors", "--finetuned=gap=./x.safetensors"),
+        ),
         "workers=-1 is below 0": (pruned, ("--workers=-1",)),
         "device='tpu' is not one of": (pruned, ("--device=tpu",)),
         "backend='fast' is not one of": (pruned, ("--backend=fast",)),

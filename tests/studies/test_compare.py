@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command import MODEL, Run
@@ -16,6 +20,7 @@ from safetensors.torch import save_file
 import vssm
 from vssm.evaluation.evaluate import COLUMNS
 from vssm.files.table import table_bytes
+from vssm.studies.compare import _noise
 from vssm.studies.paired import holm, own_names, paired_interval, share_interval
 
 
@@ -103,14 +108,21 @@ def test_refusals(cli: Run, tmp_path: Path) -> None:
     torn.write_text("image,class\nx,1\n")
     file = tmp_path / "w.safetensors"
     save_file({"x": torch.zeros(1)}, file)
+    link = tmp_path / "link.csv"
+    link.symlink_to(a)
     moved = tmp_path / "moved.csv"
-    moved.write_text(a.read_text().replace("n0/001.png,0", "n0/001.png,1"))
+    moved.write_text(a.read_text().replace("n0/002.png,0", "n0/002.png,2"))
     cases: dict[str, list[object]] = {
         "contestants=1 is not two or more": [a],
-        "is named twice": [a, a],
+        "a.csv is named twice": [a, a],
+        "link.csv is named twice": [link, a],
+        "images=nowhere is no folder": [a, b, "--images", "nowhere"],
+        "comparing answers image by image is for classification": [
+            *(a, b, "--model=vim_tiny_upernet_ade20k"),
+        ],
         "no.csv is not there": [a, tmp_path / "no.csv"],
         "lacks n0/000.png": [a, other],
-        "moved.csv: n0/001.png is class 1 there and 0": [a, moved],
+        "moved.csv: n0/002.png is class 2 there and 0": [a, moved],
         "is no result of a classifier's evaluation": [a, torn],
         "has no results yet; give --images": [a, tmp_path],
         "is a checkpoint, which does not say of what": [a, file, "--images", tmp_path],
@@ -122,3 +134,37 @@ def test_refusals(cli: Run, tmp_path: Path) -> None:
         assert cli("compare", *arguments, "-o", tmp_path / "out") == 2
         assert message in cli.out, cli.out
     assert cli("compare", a, b, "-o", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: text.rindex(",0,1,")], "row 3 below the header: class '0'"),
+        (lambda text: text[: text.rindex(",1,1,")] + "\n", "row 4 below the header"),
+        (lambda text: text + text.splitlines()[1] + "\n", "row 5 below the header: its image has"),
+        (lambda text: text.replace("0 1,1,1,0.75", "0 1,yes,1,0.75", 1), "correct 'yes'"),
+        (lambda text: text.replace("0.75", "0,75", 1), "row 1 below the header: it has more cells"),
+        (lambda text: text.replace("0.75", "75 %", 1), "probability '75 %' is not in"),
+        (lambda text: text.replace("n0/001.png,0", "n0/001.png,cat"), "row 2 below the header: it"),
+        (lambda text: text.replace(",", ";"), "separated by commas"),
+    ],
+)
+def test_results_that_were_cut_or_changed(tmp_path: Path, change: Any, message: str) -> None:
+    a, b = (results(tmp_path / f"{n}.csv", "1101") for n in "ab")
+    b.write_text(change(a.read_text()))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        vssm.compare([a, b], tmp_path / "out")
+
+
+def test_results_that_a_spreadsheet_saved(tmp_path: Path) -> None:
+    a, b = (results(tmp_path / f"{n}.csv", "1101") for n in "ab")
+    b.write_bytes(b"\xef\xbb\xbf" + a.read_bytes().replace(b"\n", b"\r\n"))
+    assert vssm.compare([a, b], tmp_path / "out").pairs[0].difference == 0
+
+
+def test_times_of_an_export_with_open_sizes(tmp_path: Path) -> None:
+    """Its images have the size that they were cropped to."""
+    artifact = exported(tmp_path, micro())
+    images = replace(artifact.manifest.inputs[0], shape=("batch", 3, "height", "width"))
+    opened = replace(artifact, manifest=replace(artifact.manifest, inputs=(images,)))
+    assert _noise(np.random.default_rng(0), opened, 2).shape == (2, 3, 48, 48)

@@ -559,6 +559,11 @@ def test_refusals_of_what_is_asked_together(cli, data, checkpoints, tmp_path, mo
     assert cli("ablate", *given[:-1], tmp_path / "no", *train, "--backend=fast") == 2
     assert "backend='fast' is not one of" in cli.out
     assert not (tmp_path / "no" / "finetuned").exists()
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(checkpoints[0].read_bytes())
+    again = (f"--checkpoint={checkpoints[0]}", f"--checkpoint={copy}", "--average")
+    assert cli("ablate", *given, *again) == 2
+    assert f"checkpoints={copy} has the weights of {checkpoints[0]}, tensor by tensor" in cli.out
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli("ablate", *given, *train) == 2
     assert "train with several processes: ablate runs in one; train each variant" in cli.out

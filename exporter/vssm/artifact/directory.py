@@ -255,15 +255,22 @@ def check_target(target: str | os.PathLike[str], *, force: bool = False) -> None
     """Refuse a directory that cannot take an export, before the work that makes one.
 
     Raises:
-        ArtifactError: it is no directory, or holds an export and not `force`.
+        ArtifactError: it is no directory, holds an export and not `force`, or a model.onnx of
+            others.
     """
     final = Path(target).absolute()
     if os.path.lexists(final) and not final.is_dir():
         raise ArtifactError(f"output={final} is not a directory; name another path")
-    if os.path.lexists(final / MANIFEST_NAME) and not force:
+    is_export = os.path.lexists(final / MANIFEST_NAME)
+    if is_export and not force:
         raise ArtifactError(
             f"output={final} already holds an export ({MANIFEST_NAME}), which is not overwritten "
             "unasked; name another directory, or pass force=True (--force) to replace it"
+        )
+    if not is_export and os.path.lexists(final / MODEL_FILE):
+        raise ArtifactError(
+            f"output={final} holds {MODEL_FILE}, which is not ours to overwrite; move it away, or "
+            "name another directory"
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from vssm.evaluation.classify import class_probabilities
 from vssm.evaluation.data import Loaded, Picture
 from vssm.evaluation.journal import ImageResult
-from vssm.runtimes.session import Session
+from vssm.runtimes.session import Session, run_any
 from vssm.types import Array
 
 TOP: Final = 5
@@ -66,7 +66,7 @@ def image_results(
     session: Session, pictures: Sequence[Picture], loaded: Loaded
 ) -> Iterator[ImageResult]:
     """A row for each picture; what cannot be read takes no part in the run."""
-    scores = iter(session.run(loaded.images)["logits"] if len(loaded.images) else ())
+    scores = iter(run_any(session, loaded.images)["logits"] if len(loaded.images) else ())
     for picture, error in zip(pictures, loaded.errors, strict=True):
         yield ImageResult(error=error) if error is not None else _row(picture, next(scores))
 

@@ -12,7 +12,7 @@ from vssm.artifact.directory import MODEL_FILE, open_artifact
 from vssm.artifact.preprocessing import preprocessing_of, read_labels
 from vssm.evaluation.data import load
 from vssm.runtimes.open import check_runtime, open_session
-from vssm.runtimes.session import RuntimeInfo
+from vssm.runtimes.session import RuntimeInfo, run_any
 from vssm.types import Array, Steps
 
 _RUN_BATCH = 16  # images a run of `classify`
@@ -50,12 +50,11 @@ def classify(
     names = manifest.labels if labels is None else read_labels(labels, classes)
     results: list[dict[str, Any]] = []
     with open_session(artifact, runtime, backend=backend, threads=threads, trust=trust) as session:
-        step = min(_RUN_BATCH, session.batches[1])
-        for start in range(0, len(files), step):
+        for start in range(0, len(files), _RUN_BATCH):
             progress("classifying images", start, len(files))
-            some = files[start : start + step]
+            some = files[start : start + _RUN_BATCH]
             loaded = load([str(file) for file in some], spec)
-            scores = iter(session.run(loaded.images)["logits"] if len(loaded.images) else ())
+            scores = iter(run_any(session, loaded.images)["logits"] if len(loaded.images) else ())
             # `scores` has no entry for a file that could not be read: next() only for the others.
             for file, error in zip(some, loaded.errors, strict=True):
                 best = [] if error else _predictions(file, next(scores), names, top)

@@ -21,10 +21,10 @@ from vssm.evaluation.scorers import check_ray, open_scorer
 from vssm.evaluation.scoring import RayOptions, Scoring
 from vssm.evaluation.sources import ImageSource, open_source
 from vssm.extras import require
-from vssm.files.atomic import check_writable, discard_unfinished, sha256_of
+from vssm.files.atomic import check_apart, check_writable, discard_unfinished, sha256_of
 from vssm.files.progress import automatic, shows_progress
 from vssm.runtimes.open import ENGINE_RUNTIMES, check_runtime
-from vssm.runtimes.session import RuntimeInfo, Session, share_cores
+from vssm.runtimes.session import RuntimeInfo, Session, run_any, share_cores
 from vssm.types import Array, Steps
 
 SUFFIX: Final = ".parquet"
@@ -110,7 +110,7 @@ class Columns:
         """
         import pyarrow
 
-        outputs = session.run(loaded.images) if len(loaded.images) else {}
+        outputs = run_any(session, loaded.images) if len(loaded.images) else {}
         readable = [i for i, error in enumerate(loaded.errors) if error is None]
         rows: list[dict[str, Any]] = [
             {"image": name, "error": error}
@@ -195,6 +195,7 @@ def predict(
     source, target = Path(source).absolute(), Path(output).absolute()
     require("pyarrow")
     _check_target(target)
+    check_apart(target, source=source)
     opened = open_artifact(artifact, only=(MODEL_FILE,))
     columns = _columns(opened.manifest, top, tensors)
     preprocessing_of(opened)  # refused now if it says nothing
@@ -253,12 +254,18 @@ def _header(scoring: Scoring, info: RuntimeInfo, found: ImageSource, block: int)
 def _columns(manifest: Manifest, top: int, tensors: Sequence[str]) -> Columns:
     if top > manifest.num_classes:
         raise ValueError(f"top={top} is above {manifest.num_classes}, the classes of the model")
-    names = [tensor.name for tensor in manifest.outputs]
+    shapes = {tensor.name: tensor.shape for tensor in manifest.outputs}
+    names = [*shapes]
     kept = tuple(name for name in names if name.startswith(_KEPT))
     for i, name in enumerate(tensors):
         if name not in names:
             raise ValueError(
                 f"tensors={name!r} is no output of this export; it has {', '.join(names)}"
+            )
+        if shapes[name][:1] != (manifest.batch,):
+            raise ValueError(
+                f"tensors={name!r} of shape {list(shapes[name])} has no entry for each image: "
+                "leave it out"
             )
         if name in {*kept, *tensors[:i], *_OWN}:
             raise ValueError(f"tensors={name!r} is the name of another column: leave it out")

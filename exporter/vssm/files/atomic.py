@@ -96,6 +96,22 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise unwritable(target, OSError(0, reason))
 
 
+def check_apart(output: str | os.PathLike[str], **folders: Path | None) -> None:
+    """Refuse an output inside a folder of images: the next run would take it for some of them.
+
+    Raises:
+        ValueError: it is in one, or is it; the message has the option that named the folder.
+    """
+    # Links resolved, as they lead out of a folder or into it.
+    place = Path(output).resolve()
+    for name, folder in folders.items():
+        if folder is not None and folder.is_dir() and place.is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"output={output} is inside {name}={folder}, so that the next run would take what "
+                "is written for images; name a place outside"
+            )
+
+
 def check_files(**files: Path | None) -> None:
     """Refuse files that are not there, before the work that would read them last.
 

@@ -179,7 +179,7 @@ class PruneSchedule:
         Raises:
             ValueError: `ratio` is not in (0, 1].
         """
-        exact = _checked_ratio(ratio)
+        exact = checked_ratio(ratio)
         patches = seqlen - (0 if layout.cls_index is None else 1)
         # Apart, because the count below is of patches: ratio 1 of 49
         # patches and a class token would be 49 of 50.
@@ -557,7 +557,16 @@ def _left(schedule: MergeSchedule, layout: TokenLayout, seqlen: int, *, last: bo
     return left
 
 
-def _checked_ratio(ratio: Ratio, where: str = "") -> Decimal:
+def checked_ratio(ratio: Ratio, where: str = "") -> Decimal:
+    """A keep ratio as the exact number that its text is.
+
+    Args:
+        ratio: in (0, 1].
+        where: what errors say behind it.
+
+    Raises:
+        ValueError: it is no number, or outside.
+    """
     try:
         # By way of str: Decimal(0.8) would be the binary number, a little above 0.8.
         exact = Decimal(str(ratio))
@@ -583,5 +592,5 @@ def _checked_ratios(ratios: Mapping[int, Ratio]) -> dict[int, Decimal]:
         # bool is a subclass of int, and True would pass as block 1.
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:
             raise ValueError(f"block={block!r} is not an integer from 1; blocks are counted from 1")
-        checked[block] = _checked_ratio(ratio, f" after block {block}")
+        checked[block] = checked_ratio(ratio, f" after block {block}")
     return dict(sorted(checked.items()))

@@ -31,7 +31,7 @@ from vssm.artifact.directory import (
 from vssm.artifact.manifest import CalibrationInfo, QuantizationInfo, write_manifest
 from vssm.artifact.preprocessing import preprocessing_of
 from vssm.artifact.reference import REFERENCE_FILE
-from vssm.files.atomic import sha256_of
+from vssm.files.atomic import check_apart, sha256_of
 from vssm.files.progress import automatic, shows_progress
 from vssm.onnx.save import EXTERNAL_DATA_ABOVE, save_model
 from vssm.quantization.calibrate import CalibrationSet, choose_images, feeds_of, ranges
@@ -78,6 +78,7 @@ def quantize(
     request = request or QuantizeRequest()
     check_request(request, images=images is not None)
     check_target(directory, force=force)
+    check_apart(directory, images=None if images is None else Path(images))
     source = open_artifact(artifact)
     check_source(source, request)
     found: CalibrationSet | None = None

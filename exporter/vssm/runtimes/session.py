@@ -149,6 +149,35 @@ def by_name(manifest: Manifest, images: Array | Mapping[str, Array]) -> Mapping[
     return {names[0]: images}
 
 
+def run_any(session: Session, images: Array) -> dict[str, Array]:
+    """The outputs for any number of images, whatever batches the session takes.
+
+    A session of a fixed batch, or an engine, runs more in parts, and fewer filled up with copies of
+    the last image, whose outputs are dropped: what is said of one image does not depend on others.
+
+    Args:
+        session: of a model with one input.
+        images: (count, ...), as for `Session.run`; one image at least.
+
+    Returns:
+        By name, the outputs that have an entry for each image.
+
+    Raises:
+        TypeError, ValueError: as `Session.run`.
+    """
+    least, most = session.batches
+    found: list[dict[str, Array]] = []
+    for start in range(0, len(images), min(most, len(images))):
+        part = images[start : start + most]
+        copies = np.repeat(part[-1:], max(0, least - len(part)), axis=0)
+        batch = np.concatenate([part, copies]) if len(copies) else part
+        outputs = session.run(batch).items()
+        found.append({k: v[: len(part)] for k, v in outputs if v.shape[:1] == (len(batch),)})
+    if len(found) == 1:
+        return found[0]
+    return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+
+
 class Session(abc.ABC):
     """A model that runs. Use it as a context manager, or call `close`.
 

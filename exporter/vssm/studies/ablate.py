@@ -13,7 +13,13 @@ from vssm._version import __version__
 from vssm.errors import UnsupportedError
 from vssm.evaluation.data import ImageFolder, load_in_order, open_images
 from vssm.extras import require
-from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory, sha256_of
+from vssm.files.atomic import (
+    atomic_write_bytes,
+    check_apart,
+    check_writable,
+    make_directory,
+    sha256_of,
+)
 from vssm.files.json import write_json
 from vssm.files.progress import automatic, shows_progress
 from vssm.pruning.schedule import MergeSchedule
@@ -79,6 +85,8 @@ def ablate(
     for package in ("matplotlib", "jinja2"):  # before anything is measured: it is drawn at the end
         require(package)
     options = options or AblationOptions()
+    train = None if options.training is None else options.training.data
+    check_apart(output, images=Path(images), train=train)
     with torch_threads(options.threads, options.workers) as (threads, workers):
         options = replace(options, threads=threads, workers=workers)
         return _ablate(source, Path(images), Path(output), options, progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 import os
 import statistics
 import time
@@ -16,16 +17,18 @@ from typing import Any, Final
 import numpy as np
 
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
-from vssm.artifact.preprocessing import open_rgb
+from vssm.artifact.preprocessing import open_rgb, preprocessing_of
 from vssm.checkpoints.hub import check_checkpoint, hub_file
 from vssm.evaluation.evaluate import COLUMNS, evaluate
 from vssm.extras import require
-from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory
+from vssm.files.atomic import atomic_write_bytes, check_apart, check_writable, make_directory
 from vssm.files.json import write_json
 from vssm.files.page import Illustration, Section, Table, render
 from vssm.files.progress import automatic, shows_progress
 from vssm.files.table import table_bytes
+from vssm.models.registry import check_task
 from vssm.runtimes.open import check_runtime, open_session
+from vssm.runtimes.session import run_any
 from vssm.studies.paired import (
     holm,
     mcnemar,
@@ -39,7 +42,9 @@ from vssm.types import Steps
 
 PAGE, NUMBERS, PAIRS, IMAGES = "index.html", "compare.json", "pairs.csv", "disagreements.csv"
 _ROUNDS: Final = 11
+_WHAT: Final = "comparing answers image by image"
 _THUMBNAIL: Final = 160  # pixels
+_REST: Final = "more"  # what a row has beyond the header
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,7 @@ def compare(
     options, output = options or CompareOptions(), Path(output)
     paths = [Path(one) for one in contestants]
     _check(paths, options)
+    check_apart(output, images=options.images)
     make_directory(output)
     check_writable(output / PAGE)
     names = own_names([str(path.resolve()) for path in paths])
@@ -198,8 +204,14 @@ def _check(paths: Sequence[Path], options: CompareOptions) -> None:
         require(package)
     if len(paths) < 2:
         raise ValueError(f"contestants={len(paths)} is not two or more; give what to compare with")
-    if twice := [path for path in paths if paths.count(path) > 1]:
-        raise ValueError(f"contestants={twice[0]} is named twice; name each once")
+    places = [path.resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:  # by another way to write it, too
+            raise ValueError(f"contestants={path} is named twice; name each once")
+    if options.images is not None and not options.images.is_dir():
+        raise ValueError(
+            f"images={options.images} is no folder; give the one that holds a folder for each class"
+        )
     check_runtime(options.runtime, threads=options.threads)
     for path in paths:
         if hub_file(path) is not None:
@@ -221,6 +233,7 @@ def _check(paths: Sequence[Path], options: CompareOptions) -> None:
         if options.model.checkpoint is not None:
             raise ValueError("model: it has a checkpoint already; leave that out, and compare it")
         options.model.checked()
+        check_task(options.model.name, "classification", _WHAT)
 
 
 def _open(
@@ -228,7 +241,9 @@ def _open(
 ) -> _Opened:
     if path.is_dir():
         results = output / f"{number}_{path.resolve().name}.csv"
-        return _Opened(path, results, open_artifact(path, only=(MODEL_FILE,)))
+        artifact = open_artifact(path, only=(MODEL_FILE,))
+        check_task(artifact.manifest.name, "classification", _WHAT)
+        return _Opened(path, results, artifact)
     if path.suffix == ".csv":
         return _Opened(path, path)
     assert options.model is not None
@@ -267,17 +282,46 @@ def _evaluate(name: str, one: _Opened, options: CompareOptions, progress: Steps)
 def _read(results: Path) -> dict[str, dict[str, str]]:
     """Rows of an evaluation by image."""
     try:
-        with results.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        # "-sig": spreadsheets put a byte order mark in front.
+        with results.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, restkey=_REST, restval=""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"contestants={results} cannot be read as CSV ({error})") from error
-    needed = {*COLUMNS}
-    if not rows or not needed <= set(rows[0]):
+    if not rows or not {*COLUMNS} <= set(rows[0]):
         raise ValueError(
             f"contestants={results} is no result of a classifier's evaluation, which has the "
-            f"columns {', '.join(COLUMNS)}; give what `vssm evaluate` wrote"
+            f"columns {', '.join(COLUMNS)}, separated by commas; give what `vssm evaluate` wrote"
         )
-    return {row["image"]: row for row in rows}
+    found: dict[str, dict[str, str]] = {}
+    for number, row in enumerate(rows, start=1):
+        if reason := _wrong(row) or (row["image"] in found and "its image has a row already"):
+            raise ValueError(
+                f"contestants={results}, row {number} below the header: {reason}; the file was cut "
+                "or changed, so give what `vssm evaluate` wrote"
+            )
+        found[row["image"]] = row
+    return found
+
+
+def _wrong(row: Mapping[str, str]) -> str:
+    """What shows that a row is not as `evaluate` wrote it; nothing where it may be."""
+    if _REST in row:
+        return "it has more cells than the header"
+    if not row["image"] or not row["class"].isdecimal():
+        return "it does not name an image and the number of its class"
+    if row["error"]:
+        return ""
+    right = str(int(row["predicted"] == row["class"]))
+    if row["correct"] != right:
+        return (
+            f"class {row['class']!r} and predicted {row['predicted']!r} do not go with correct "
+            f"{row['correct']!r}"
+        )
+    try:
+        share = float(row["probability"])
+    except ValueError:
+        share = math.nan
+    return "" if 0 <= share <= 1 else f"probability {row['probability']!r} is not in [0, 1]"
 
 
 def _same_images(names: Sequence[str], opened: Sequence[_Opened]) -> tuple[list[str], int]:
@@ -319,7 +363,7 @@ def _times(
             progress("measuring times, rounds", turn, _ROUNDS + 1)
             for session, images, some in zip(sessions, feeds, seconds, strict=True):
                 start = time.perf_counter()
-                session.run(images)
+                run_any(session, images)
                 if turn:  # the first warms up
                     some.append(time.perf_counter() - start)
         progress("measuring times, rounds", _ROUNDS + 1, _ROUNDS + 1)
@@ -332,8 +376,8 @@ def _times(
 
 
 def _noise(make: np.random.Generator, artifact: Artifact, batch: int) -> Any:
-    _, *shape = artifact.manifest.inputs[0].shape
-    return make.standard_normal((batch, *map(int, shape)), np.float32)
+    # Not the size of the input, which may be open: it is that of the images.
+    return make.standard_normal((batch, 3, *preprocessing_of(artifact).crop), np.float32)
 
 
 def _facts(options: CompareOptions, images: Sequence[str], unread: int) -> dict[str, str]:

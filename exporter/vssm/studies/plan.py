@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
 from vssm.errors import check_choice
 from vssm.models.family import Published
 from vssm.models.registry import check_name
-from vssm.pruning.schedule import ALIGNMENTS, CONVS, MergeSchedule, PruneSchedule, Schedule
+from vssm.pruning.schedule import (
+    ALIGNMENTS,
+    CONVS,
+    MergeSchedule,
+    PruneSchedule,
+    Schedule,
+    checked_ratio,
+)
 from vssm.training.recipe import Recipe
 from vssm.training.request import Resources
 
@@ -75,7 +81,7 @@ class AblationOptions:
         restart: measure anew, whatever a stopped ablation has left; trained weights stay.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range, or a ratio or a file is named twice.
     """
 
     seeds: int = 3
@@ -96,12 +102,25 @@ class AblationOptions:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} is below 0; give the first seed")
+        if self.seeds < 1:
+            raise ValueError(f"seeds={self.seeds} is below 1; the random choice needs one at least")
         if self.batch < 1:
             raise ValueError(f"batch={self.batch} is below 1; give the number of images of a run")
         from vssm.runtimes.session import share_cores  # needs numpy, which --help does not wait for
 
         share_cores(self.threads, self.workers)  # which checks both
         check_choice("device", self.device, DEVICES)
+        # Twice the same would be shown as two runs that agree, without any deviation.
+        exact = [checked_ratio(ratio) for ratio in self.ratios]
+        if twice := [str(ratio) for ratio in exact if exact.count(ratio) > 1]:
+            raise ValueError(f"ratios={twice[0]} is named twice; name each keep ratio once")
+        for key, files in self.finetuned.items():
+            places = [Path(file).resolve() for file in files]
+            if again := [str(place) for place in places if places.count(place) > 1]:
+                raise ValueError(
+                    f"finetuned={key}={again[0]} is named twice; several files of a variant are "
+                    "trainings with several seeds, so name each once"
+                )
 
 
 METRICS: Final = ("clip", "sum", "l1", "l2")
@@ -210,10 +229,8 @@ def make_plan(
         merging: compare with it too, and with its sizes as gaps.
 
     Raises:
-        ValueError: there is no seed, or a ratio is not in (0, 1].
+        ValueError: a ratio is not in (0, 1].
     """
-    if seeds < 1:
-        raise ValueError(f"seeds={seeds} is below 1; the random choice needs one at least")
     # One reference for all rows: of the given schedule, only blocks and ratios count.
     base = schedule.changed(alignment="gap", importance="clip", score_direction="sum", gated=False)
     plain = base.changed(alignment="none")
@@ -257,8 +274,7 @@ def make_plan(
 
 def _at_ratio(ratio: str, base: PruneSchedule, plain: PruneSchedule) -> list[Variant]:
     return [
-        # By way of Decimal: as a binary float, 0.7 could keep another number of tokens.
-        Variant(f"{key}@{ratio}", s.changed(ratios=dict.fromkeys(s.ratios, Decimal(ratio))))
+        Variant(f"{key}@{ratio}", s.changed(ratios=dict.fromkeys(s.ratios, ratio)))
         for key, s in (("none", plain), ("gap", base))
     ]
 

@@ -28,7 +28,7 @@ def open_checkpoints(source: ModelSource, more: Sequence[Path]) -> list[LoadedSo
     """The model with each of its checkpoints, the first its own.
 
     Raises:
-        ValueError: there are further checkpoints, but no first one.
+        ValueError: there are further checkpoints, but no first one, or two have equal weights.
         ValueError, VssmError: as `load_source`.
     """
     if more and source.checkpoint is None:
@@ -36,6 +36,7 @@ def open_checkpoints(source: ModelSource, more: Sequence[Path]) -> list[LoadedSo
             f"checkpoints={more[0]} and no checkpoint before them; give the first as the model's"
         )
     opened = [load_source(one) for one in _with_checkpoints(source, more)]
+    _check_distinct(opened)
     for one in opened[1:]:
         if one.labels != opened[0].labels:
             raise ValueError(
@@ -44,6 +45,23 @@ def open_checkpoints(source: ModelSource, more: Sequence[Path]) -> list[LoadedSo
                 "trained on the same classes"
             )
     return opened
+
+
+def _check_distinct(opened: Sequence[LoadedSource]) -> None:
+    """Refuse equal weights: they would count as two trainings that agree in everything."""
+    if len(opened) == 1:
+        return  # and nothing to hash
+    from vssm.checkpoints.load import state_digest
+
+    first: dict[str, str] = {}
+    for one in opened:
+        digest = state_digest(one.state)
+        if digest in first:
+            raise ValueError(
+                f"checkpoints={one.weights} has the weights of {first[digest]}, tensor by tensor, "
+                "so it would add a run that agrees in everything; give each training once"
+            )
+        first[digest] = one.weights
 
 
 def zero_shot_runs(plan: Plan, checkpoints: int) -> list[Run]:

@@ -18,7 +18,7 @@ from vssm.errors import ArtifactError
 from vssm.evaluation.data import open_images
 from vssm.evaluation.scenes import check_class_count, open_scenes
 from vssm.extras import is_installed
-from vssm.files.atomic import make_directory, sha256_of
+from vssm.files.atomic import check_apart, make_directory, sha256_of
 from vssm.files.json import write_json
 from vssm.files.progress import automatic, shows_progress
 from vssm.models import create_model
@@ -294,9 +294,10 @@ def _log(request: FinetuneRequest, group: Group) -> Iterator[RunLog | None]:
 
 
 def _check_output(request: FinetuneRequest) -> None:
-    """A run that is there goes on only if asked to, and one that is not there cannot."""
+    """A run that is there goes on only if asked to; images are not written among."""
     from vssm.training.loop import STATE_FILE
 
+    check_apart(request.output, data=request.data, val=request.val)
     if not request.resume and (request.output / STATE_FILE).exists():
         raise ArtifactError(
             f"output={request.output} holds a training run; go on with it by --resume, or name "
