@@ -35,6 +35,9 @@ def onnx_bytes() -> bytes:
         (b"\x89PNG\r\n\x1a\n" + bytes(60), "PNG"),
         (b"\x89HDF\r\n\x1a\n" + bytes(60), "HDF5"),
         (b"\x1f\x8b" + bytes(60), "gzip"),
+        (b"\x93NUMPY\x01\x00" + bytes(60), "a NumPy array"),
+        (b"GGUF" + bytes(60), "GGUF"),
+        (b"model.pth".ljust(257, b"\0") + b"ustar" + bytes(250), "a tar archive; unpack it"),
         (b"\x80\x04K\x01.", "pickle"),
         (onnx_bytes(), "ONNX"),
         (bytes(range(200, 250)), "no checkpoint format"),
@@ -49,7 +52,15 @@ def test_foreign_files_are_named(tmp_path, content, word):
 
 def test_foreign_zips_are_named(tmp_path):
     np.savez(tmp_path / "a.npz", weight=np.ones(3))
-    assert_refused(Bare(), tmp_path / "a.npz", "not torch's")
+    assert_refused(Bare(), tmp_path / "a.npz", "it is NumPy arrays (.npz); save plain tensors:")
+    for name, words in (
+        ("models/model.json", "a program of torch.export"),
+        ("w/model.pth", "a zip with w/model.pth in it; unpack it first"),
+        ("readme.txt", "a zip, but not torch's"),
+    ):
+        with zipfile.ZipFile(tmp_path / "b.pt", "w") as file:
+            file.writestr(name, b"N.")
+        assert_refused(Bare(), tmp_path / "b.pt", words)
     with zipfile.ZipFile(tmp_path / "b.pt", "w") as file:
         file.writestr("b/data.pkl", b"N.")
         file.writestr("b/constants.pkl", b"N.")
@@ -71,9 +82,18 @@ def test_missing_files_directories_and_wrong_names(tmp_path):
         ([1, 2], "list"),
         ({"model": "vim"}, "holds model"),
         ({}, "nothing"),
-        ({"model": nn.Linear(1, 1)}, "holds model"),
+        ({"model": nn.Linear(1, 1)}, "under model it holds a torch.nn.modules.linear.Linear"),
+        ({"model": None, "ema": nn.Linear(1, 1), "epoch": 1}, "save its state_dict()"),
         (nn.Linear(1, 1), "Linear"),
-        ({3: torch.ones(1)}, "key 3"),
+        (torch.ones(1), "holds a tensor, not a state dict"),
+        ({"model": {"epoch": 3}}, "holds model (a mapping)"),
+        ({3: torch.ones(1)}, "key 3 is a number, not a text"),
+        ({"a": np.ones(1)}, "a is a NumPy array; save plain tensors: torch.save({k:"),
+        ({"model": {"a": np.ones(1)}, "epoch": 3}, "a is a NumPy array"),
+        ({"a": torch.ones(1, dtype=torch.complex64)}, "a is a tensor of complex"),
+        ({"a": torch.ones(1, device="meta")}, "a is a tensor without values"),
+        ({"a": torch.ones(2), "b": torch.eye(2).to_sparse()}, "'b' is a sparse tensor"),
+        ({"a": torch.ones(1).to(torch.float8_e4m3fn)}, "float8_e4m3fn, whose values need a scale"),
         ({"model": {"a": torch.ones(1), "b": Hook()}}, "Hook"),
     ],
 )

@@ -198,6 +198,14 @@ def test_casts_are_reported(tmp_path, stored, target, change):
     assert not load_checkpoint(model, save(model.state_dict(), tmp_path / "a.pth")).casts
 
 
+@pytest.mark.parametrize("stored", [torch.int8, torch.uint8, torch.bool])
+def test_weights_of_8_bits_are_refused(tmp_path, stored):
+    """Without the scales that they were divided by they would be other weights."""
+    state = weights(Bare())
+    state["head.weight"] = state["head.weight"].to(stored)
+    assert_refused(Bare(), save(state, tmp_path / "a.pth"), f"head.weight: {stored}", "scales")
+
+
 def test_a_count_stored_as_a_fraction_is_refused(tmp_path):
     state = weights(Bare())
     state["norm.num_batches_tracked"] = torch.tensor(7.0)

@@ -41,6 +41,8 @@ _FOREIGN: Final = {
     b"\x89PNG": "a PNG image",
     b"GIF8": "a GIF image",
     b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array (.npy), not the tensors of a model",
+    b"GGUF": "a GGUF file",
     b"\x1f\x8b": "a gzip archive; unpack it first",
     b"BZh": "a bzip2 archive; unpack it first",
     b"\x80": "a pickle that torch.save did not write",
@@ -124,7 +126,7 @@ def _contents(path: Path, limit: int) -> bytes:
 
 
 def _read_bytes(path: Path, data: bytes, weights: str, key: str | None) -> RawCheckpoint:
-    head = data[:64]
+    head = data[:512]
     form = "safetensors" if _is_safetensors(head) else "torch"
     stubs: tuple[str, ...] = ()
     metadata: dict[str, str] = {}
@@ -135,7 +137,8 @@ def _read_bytes(path: Path, data: bytes, weights: str, key: str | None) -> RawCh
             entries = dict(selection.entries)
         elif path.suffix == ".safetensors":
             raise CheckpointError(
-                "it is damaged or no safetensors file, as its name says; download or save it again"
+                "it is damaged, or no safetensors file although its name says so; download or save "
+                "it again"
             )
         # The legacy magic number is pickled, so a few bytes of opcodes come before it.
         elif head.startswith(ZIP_MAGIC) or _LEGACY_BYTES in head[:24]:
@@ -148,7 +151,7 @@ def _read_bytes(path: Path, data: bytes, weights: str, key: str | None) -> RawCh
     except (safetensors.SafetensorError, *MALFORMED) as error:
         reason = text(str(error) or type(error).__name__, 200)
         if isinstance(error, LookupError):
-            reason = f"it names {reason}, which it has not"
+            reason = f"it names {reason}, which is not in it"
         raise CheckpointError(
             f"checkpoint={path} cannot be read as a {form} file ({reason}), it may be truncated or "
             "damaged; download or save it again"
@@ -166,6 +169,8 @@ def _describe(head: bytes) -> str:
     for magic, name in _FOREIGN.items():
         if head.lstrip().startswith(magic):
             return name
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it first"
     # As a ModelProto begins: ir_version, then producer_name, graph or opset_import.
     if head[0] == 0x08 and len(head) > 2 and head[2] in {0x12, 0x3A, 0x42}:
         return "an ONNX model, which is exported already"

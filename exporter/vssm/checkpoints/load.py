@@ -256,6 +256,12 @@ def _cast(
         if value.is_complex() != expected[key].is_complex():
             bad.append(key)
             continue
+        narrow = not value.is_floating_point() and value.dtype.itemsize == 1
+        if narrow and expected[key].is_floating_point():
+            raise CheckpointError(
+                f"checkpoint={path} has weights of 8 bits ({some([key], 1)}: {value.dtype}), which "
+                "mean nothing without their scales; use the float weights that were quantised"
+            )
         cast = value.to(expected[key].dtype)
         if not bool(torch.isfinite(cast).all()):
             bad.append(key)

@@ -30,6 +30,25 @@ _METADATA: Final = frozenset(
         *("optimizer", "lr_scheduler", "scheduler", "scaler"),
     }
 )
+# What tensors of other kinds are in a pickle, by the end of a name: in words, and the remedy.
+_PLAIN: Final = "torch.save({k: torch.as_tensor(v) for k, v in state.items()}, FILE)"
+_UNUSUAL: Final = {
+    "multiarray._reconstruct": ("a NumPy array", f"save plain tensors: {_PLAIN}"),
+    "_rebuild_sparse_tensor": ("a sparse tensor", "save dense ones, each by its to_dense()"),
+    "_rebuild_qtensor": ("a quantised tensor", "take the float model that was quantised"),
+    "_rebuild_meta_tensor_no_storage": (
+        "a tensor without values (device meta)",
+        "save the model once its weights are loaded",
+    ),
+    "tensor of a storage type without weights": (
+        "a tensor of complex or packed numbers",
+        "save weights of real numbers",
+    ),
+}
+_WORDS: Final[dict[type, str]] = {
+    **{dict: "a mapping", int: "a number", float: "a number", str: "a text", type(None): "nothing"},
+    **{TensorRecord: "a tensor", Tensor: "a tensor"},
+}
 _DEPTH: Final = 4
 _SHOWN: Final = 6
 _LOOKED_AT: Final = 1000
@@ -94,9 +113,18 @@ def some(names: Iterable[str], count: int) -> str:
 
 def kind(value: object) -> str:
     """What an entry is, for people."""
+    if (unusual := _unusual(value)) is not None:
+        return unusual[0]
     if isinstance(value, Stub):
         return f"a {text(value.name, 100)}"
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    return _WORDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _unusual(value: object) -> tuple[str, str] | None:
+    """What a tensor of another kind is, and the remedy; None for everything else."""
+    if not isinstance(value, Stub):
+        return None
+    return next((found for end, found in _UNUSUAL.items() if value.name.endswith(end)), None)
 
 
 def _by_key(root: dict[Any, Any], key: str) -> Selection:
@@ -154,22 +182,34 @@ def _nothing_found(root: dict[Any, Any], weights: str) -> str:
     if weights == "ema" and (_find(root, WRAPPERS["model"]) or _is_state(root)):
         names = ", ".join(WRAPPERS["ema"])
         return f"it has no averaged weights ({names}); use weights='model' (leave out --ema)"
+    for name in (*WRAPPERS["model"], *WRAPPERS["ema"]):
+        if isinstance(root.get(name), Stub) and _unusual(root[name]) is None:
+            return (
+                f"under {name} it holds {kind(root[name])}, a pickled object, not a state dict; "
+                "save its state_dict()"
+            )
     return f"no weights are under {', '.join(WRAPPERS[weights])}; {_places(root)}"
 
 
 def _places(root: dict[Any, Any]) -> str:
     """Where a file has tensors, and the option that names one of these places."""
     found: list[str] = []
+    unusual: list[tuple[str, tuple[str, str]]] = []
     seen = {id(root)}
     todo: list[tuple[str, dict[Any, Any]]] = [("", root)]
     for path, node in todo:  # which grows meanwhile
         if path and _is_state(node):
             found.append(path)
         for name, value in islice(node.items(), _LOOKED_AT):
+            if (answer := _unusual(value)) is not None:
+                unusual.append((text(name), answer))
             is_new = isinstance(value, dict) and id(value) not in seen
             if is_new and isinstance(name, str) and len(todo) < _LOOKED_AT:
                 seen.add(id(value))
                 todo.append((f"{path}.{name}"[-_LOOKED_AT:] if path else name, value))
+    if not found and unusual:
+        name, (other, remedy) = unusual[0]
+        return f"in place of tensors it holds others: {name} is {other}; {remedy}"
     if not found:
         what = [f"{text(k)} ({kind(v)})" for k, v in islice(root.items(), _SHOWN)]
         return f"it holds {', '.join(what) or 'nothing'} and no state dict; {REMEDY}"
@@ -183,7 +223,7 @@ def _texts(entries: Mapping[Any, object]) -> dict[str, object]:
     for key in entries:
         if not isinstance(key, str):
             raise CheckpointError(
-                f"the key {text(key)} is a {type(key).__name__}, no text; save model.state_dict()"
+                f"the key {text(key)} is {kind(key)}, not a text; save model.state_dict()"
             )
     return dict(entries)
 

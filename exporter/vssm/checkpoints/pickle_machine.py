@@ -200,6 +200,8 @@ _DTYPES: Final = {
     for name in (
         *("float64", "float32", "float16", "bfloat16", "bool"),
         *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+        # Refused in the end, by a name that says why.
+        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
     )
 }
 
@@ -322,7 +324,7 @@ class PickleMachine:
             case ("storage", Stub(kind), *_):
                 self.push(Stub(kind))
             case ("module", *_):
-                self.push(Stub("module source"))
+                self.push(Stub("pickled module with its source"))
             case _:
                 raise ValueError("pickle names a storage in an unknown form")
 

@@ -13,7 +13,7 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from io import BytesIO
 from typing import Final, Protocol
 
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from vssm.checkpoints.pickle_machine import PickleMachine, StorageRef, TensorRecord
+from vssm.errors import CheckpointError
+from vssm.files.text import shown
 
 ZIP_MAGIC: Final = b"PK\x03\x04"
 LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
@@ -29,6 +31,14 @@ _LEGACY_PROTOCOL: Final = 1001
 _DIRECTORY_ENTRY: Final = b"PK\x01\x02"
 _MAX_RECORDS: Final = 1 << 16
 _ENCRYPTED: Final = 1
+# Zips that are no files of torch.save, by the end of a record's name, the surest first.
+_ZIPS: Final = {
+    ("/constants.pkl",): "it is a TorchScript program, not weights; save its state_dict()",
+    ("models/model.json",): "it is a program of torch.export, not weights; save its state_dict",
+    (".npy",): "it is NumPy arrays (.npz); save plain tensors: torch.save({{k: torch.as_tensor(v) "
+    "for k, v in numpy.load(FILE).items()}}, NEW)",
+    (".pth", ".pt", ".ckpt", ".bin", ".safetensors"): "it is a zip with {} in it; unpack it first",
+}
 # What damaged bytes end in.
 MALFORMED: Final = (
     ValueError,
@@ -67,6 +77,7 @@ def read_torch(data: bytes, select: Select) -> tuple[dict[str, object], tuple[st
     Raises:
         MALFORMED: the file is damaged, or describes a tensor outside its storage; and whatever
             `select` raises.
+        CheckpointError: it is a zip of another kind.
     """
     archive: _Archive = _ZipArchive(data) if data.startswith(ZIP_MAGIC) else _Legacy(data)
     tensors = _Tensors(archive)
@@ -93,9 +104,8 @@ class _ZipArchive:
         # torch.serialization.set_crc32_options(False) leaves all of them 0.
         self._has_sums = any(info.CRC for info in self._infos.values())
         pickles = [name for name in self._infos if name.endswith("/data.pkl")]
-        if any(name.endswith("/constants.pkl") for name in self._infos):
-            raise ValueError("a TorchScript program, not weights; save its state_dict()")
-        if len(pickles) != 1:
+        if len(pickles) != 1 or any(name.endswith("/constants.pkl") for name in self._infos):
+            _refuse_foreign(self._infos)
             raise ValueError(f"a zip, but not torch's: {len(pickles)} data.pkl in it, not one")
         self._prefix = pickles[0].removesuffix("data.pkl")
         if f"{self._prefix}byteorder" in self._infos:
@@ -124,6 +134,14 @@ class _ZipArchive:
         if self._has_sums and zlib.crc32(record) != info.CRC:
             raise ValueError(f"record {name!r} does not match its checksum")
         return record
+
+
+def _refuse_foreign(names: Iterable[str]) -> None:
+    """Say what a zip is that other programs write, and what to do with it."""
+    listed = sorted(names)
+    for ends, answer in _ZIPS.items():
+        if found := [name for name in listed if name.endswith(ends)]:
+            raise CheckpointError(answer.format(shown(found[0], limit=100)))
 
 
 def _records(data: bytes) -> dict[str, zipfile.ZipInfo]:
