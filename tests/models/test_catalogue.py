@@ -72,7 +72,7 @@ def test_a_foreign_name_names_ours(asked: str, ours: str) -> None:
 
 
 def test_a_name_like_nothing_gets_the_list() -> None:
-    with pytest.raises(ValueError, match=r"name='resnet50' is not a model; choose one of vim_tiny"):
+    with pytest.raises(ValueError, match=r"name='resnet50' is not a model \(`vssm models` lists"):
         vssm.create_model("resnet50")
 
 

@@ -94,6 +94,8 @@ def test_recipes_are_checked():
         with pytest.raises(TypeError, match=r"epochs=.* is not of type int"):
             Recipe.of({"epochs": value})
     assert isinstance(Recipe.of({"mixup": 1}).mixup, float)
+    with pytest.raises(ValueError, match=r"lr=1000.* must be 0 or more"):
+        Recipe(lr=10**400)  # no float holds it
     with pytest.raises(ValueError, match="batch=512 is more than the 42 images"):
         Recipe().steps(42)
 

@@ -69,6 +69,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         with explain_missing():
+            _refuse_empty(sys.argv[1:])
             app()
     except (VssmError, ValueError, TypeError, OSError, MemoryError) as error:
         # A MemoryError has no text.
@@ -79,6 +80,17 @@ def main() -> None:
         rest = ": unexpected; unless memory ran out, please report it"
         say(("fault", "bold red"), rest, to=errors)
         sys.exit(3)
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Refuse an argument of no letters: as a path it would be where the command runs."""
+    for before, argument in zip(["vssm", *arguments], arguments, strict=False):
+        bare = argument.startswith("--") and argument.find("=") == len(argument) - 1
+        if bare or not argument:
+            name = argument if bare else f"the argument behind {before}"
+            raise ValueError(
+                f"{name} is empty; give a value (perhaps a variable of your shell is not set)"
+            )
 
 
 def _terminate(number: int, _: object) -> None:
@@ -123,7 +135,7 @@ def check(
     trust: Trust = False,
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="Image file, or folder of them, repeatable; noise without."),
+        typer.Option(help="Image file, or folder of them, repeatable. Default: noise."),
     ] = None,
     per_block: Annotated[
         bool, typer.Option("--per-block", help="Compare every block's output.")

@@ -55,6 +55,7 @@ Json = Annotated[
         help="Also write the result to this file; - is standard output, tables then go to stderr.",
     ),
 ]
+_DIGITS = 18  # of an integer, so that 64 bits hold it
 _OTHERS = ("ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx")
 Runtime = Annotated[
     str,
@@ -74,7 +75,7 @@ Backend = Annotated[
         **words("kernel", "body", "reference"),
     ),
 ]
-Labels = Annotated[Path | None, typer.Option(help="Class names, one a line or JSON.")]
+Labels = Annotated[Path | None, typer.Option(help="Class names, one per line or JSON.")]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -103,7 +104,7 @@ Trust = Annotated[
 Name = Annotated[str, typer.Argument(help="One of `vssm models`.", autocompletion=_models)]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(help="Weights: a file or hf://OWNER/REPO/FILE; the seeded initial ones without."),
+    typer.Option(help="Weights: a file or hf://OWNER/REPO/FILE. Default: seeded initial ones."),
 ]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the checkpoint's EMA weights.")]
 Key = Annotated[
@@ -115,7 +116,7 @@ NewHead = Annotated[
 ]
 Schedule = Annotated[
     str | None,
-    typer.Option(help="BLOCK:RATIO,..., such as 5:0.8,10:0.8, or default; dense without."),
+    typer.Option(help="BLOCK:RATIO,..., such as 5:0.8,10:0.8, or default. Without it: dense."),
 ]
 Merge = Annotated[
     str | None,
@@ -175,7 +176,7 @@ Model = Annotated[
     typer.Argument(help="What `vssm export` wrote, or a model's name.", autocompletion=_models),
 ]
 OwnSchedule = Annotated[
-    str | None, typer.Option(help="BLOCK:RATIO,..., or default; without it the export's own.")
+    str | None, typer.Option(help="BLOCK:RATIO,..., or default. Without it: the export's own.")
 ]
 # None, unlike `NumClasses`: an export has a width of its own.
 HeadWidth = Annotated[int | None, typer.Option(help="Classes of a named model, 1000 by default.")]
@@ -250,7 +251,7 @@ def options(pairs: list[str], name: str = "--set") -> dict[str, Any]:
     `name` is the option that has them, for errors.
 
     Raises:
-        ValueError: a pair is malformed.
+        ValueError: a pair is malformed, or its integer has more than 18 digits.
     """
     example = "image_size=384" if name == "--set" else "seed=1"
     found: dict[str, Any] = {}
@@ -260,10 +261,20 @@ def options(pairs: list[str], name: str = "--set") -> dict[str, Any]:
             raise ValueError(f"{name} {pair}: is not KEY=VALUE; write for example {example}")
         try:
             # So 224 is a number, true a flag and gap a text, without quotes that a shell would eat.
-            found[key] = json.loads(value)
+            found[key] = json.loads(value, parse_int=_integer)
         except json.JSONDecodeError:
             found[key] = value
     return found
+
+
+def _integer(digits: str) -> int:
+    # What computes with it would overflow, or go on with it for ever.
+    if len(digits) > _DIGITS:
+        raise ValueError(
+            f"{digits[:_DIGITS]}... is an integer of {len(digits):,} digits; give one of "
+            f"{_DIGITS} at most"
+        )
+    return int(digits)
 
 
 def model_source(

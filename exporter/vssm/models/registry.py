@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import types
 from collections.abc import Collection, Mapping
@@ -168,9 +169,14 @@ def check_name(name: str) -> ModelCard:
             f"name={name!r} is not a model here; did you mean {official!r}? What else an official "
             "name says is an option: vssm.create_model(name, image_size=...), or --set KEY=VALUE"
         )
-    hint = did_you_mean(name, known) or f"; choose one of {', '.join(known)}"
+    if os.sep in name:
+        raise ValueError(
+            f"name={name!r} is a path, but this takes the name of a model (`vssm models` lists "
+            "them); give a file of weights, such as the weights.safetensors of an export, as "
+            "--checkpoint FILE"
+        )
     raise ValueError(
-        f"name={name!r} is not a model{hint} (`vssm models` lists them; "
+        f"name={name!r} is not a model{did_you_mean(name, known)} (`vssm models` lists them; "
         "vssm.register_family adds a family of your own)"
     )
 

@@ -37,12 +37,17 @@ def named_schedule(
 def named_pruning(name: str, schedule: str | Schedule | None, **rules: Any) -> PruneSchedule | None:
     """What a command's --schedule means where nothing merges; the same arguments and errors."""
     if isinstance(schedule, MergeSchedule):
-        raise TypeError(f"schedule={schedule!r} is none of pruning; give a PruneSchedule")
+        raise TypeError(f"schedule={schedule!r} does not prune; give a PruneSchedule")
     if schedule is None or isinstance(schedule, PruneSchedule):
         return schedule
     given: dict[str, Any] = {rule: value for rule, value in rules.items() if value is not None}
     if schedule == "default":
         return default_schedule(name, **given)
+    if schedule.isalpha():
+        raise ValueError(
+            f"schedule={schedule!r} is neither BLOCK:RATIO pairs nor 'default'; write "
+            "5:0.8,10:0.8, or default"
+        )
     return PruneSchedule.parse(schedule, **given)
 
 

@@ -9,6 +9,7 @@ a run that goes on after a stop draws what it would have drawn.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,7 +47,8 @@ class Numbers:
 
     def _check(self, name: str, holds: bool, rule: str) -> None:
         value = getattr(self, name)
-        if not holds or not math.isfinite(value):
+        # Not math.isfinite, which makes a float of an integer and so fails for a large one.
+        if not holds or not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name}={value} must be {rule}; see docs/finetune.md")
 
     @classmethod
