@@ -197,7 +197,7 @@ def test_verify_finds_an_edited_manifest(
     bundle: Path, changes: dict[str, Any], message: str
 ) -> None:
     _edited(bundle, changes, own=False)
-    with pytest.raises(ArtifactError, match="its content has not the sha256 that it gives"):
+    with pytest.raises(ArtifactError, match="its content does not have the sha256 that it gives"):
         verify_bundle(bundle)
     _edited(bundle, changes, own=True)
     (failure,) = verify_bundle(bundle).failures

@@ -279,8 +279,8 @@ def test_a_class_without_a_category_is_in_no_result(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"category_id": 99}, r"an object \(id 2\) of category 99, which is none of its 2"),
-        ({"image_id": 6}, r"an object \(id 2\) in image 6, which is none of its 2"),
+        ({"category_id": 99}, r"an object \(id 2\) of category 99, which is not one of its 2"),
+        ({"image_id": 6}, r"an object \(id 2\) in image 6, which is not one of its 2"),
         ({"bbox": [1, 2, -3, 4]}, r"an object \(id 2\) with the box \[1, 2, -3, 4\], which is not"),
         ({"bbox": [1, 2, 3]}, r"with the box \[1, 2, 3\], which is not x, y and a width"),
         ({"bbox": [1, float("nan"), 3, 4]}, r"with the box \[1, nan, 3, 4\]"),
@@ -374,7 +374,7 @@ def test_an_export_in_two_runtimes(export, tmp_path, cli: Run):
     # This model's masks are empty where nothing was trained.
     assert written["mask"]["ap50"] is not None
     assert cli("evaluate", export.directory, root, "--batch", 4) == 2
-    assert "batch=4 is nothing that a detector takes" in cli.out
+    assert "batch=4: a detector does not take it" in cli.out
     assert cli("evaluate", export.directory, root, "--split", "train2017") == 2
     assert "is not laid out as COCO: there is no" in cli.out
 
@@ -392,7 +392,7 @@ def test_bad_input_ends_with_2(export, tmp_path, cli: Run):
     found = tmp_path / "found.csv"
     given = ("evaluate", export.directory, root, "--results", found, "--threads", 1)
     assert cli(*given) == 2
-    assert "an object (id 1) of category 99, which is none of its 7" in cli.out
+    assert "an object (id 1) of category 99, which is not one of its 7" in cli.out
     _write(root, [_annotation(1, 5, 1, CAT)], categories=categories)
     with pytest.raises(KeyboardInterrupt):
         vssm.evaluate(export, root, results=found, workers=0, threads=1, progress=_stop)

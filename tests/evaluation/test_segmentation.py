@@ -318,8 +318,8 @@ def test_an_export_in_two_runtimes(export, pictures, tmp_path, cli: Run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--batch", 4), "batch=4 is nothing that a segmenter takes"),
-        (("--classes", "text"), "classes=text is nothing that a segmenter takes"),
+        (("--batch", 4), "batch=4: a segmenter does not take it"),
+        (("--classes", "text"), "classes=text: a segmenter does not take it"),
         (("--split", "training"), "training is no folder"),
     ],
 )

@@ -176,7 +176,7 @@ def test_a_schedule_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": (8, 8, 8)}, r"image_size=\(8, 8, 8\) has not two sides"),
+        ({"image_size": (8, 8, 8)}, r"image_size=\(8, 8, 8\) does not have two sides"),
         ({"image_size": 0}, r"height=0 is below 1"),
         ({"widths": (64, 128)}, r"widths=\(64, 128\), depths=.* have not one entry a stage"),
         ({"widths": (64, 128, 350, 448)}, r"350 is not a multiple of 4"),

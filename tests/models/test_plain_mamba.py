@@ -203,7 +203,7 @@ def test_configuration_survives_json():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": (32, 32, 3)}, r"image_size=\(32, 32, 3\) has not two sides"),
+        ({"image_size": (32, 32, 3)}, r"image_size=\(32, 32, 3\) does not have two sides"),
         ({"image_size": (0, 3)}, r"image_size=\(0, 3\) is smaller than patch_size=16"),
         ({"patch_size": 7}, r"patch_size=7 is odd"),
         ({"conv_size": 6}, r"conv_size=6 is even"),

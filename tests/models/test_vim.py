@@ -209,7 +209,7 @@ def test_create_model():
             r"img_size=32: .* called 'image_size' here",
         ),
         ({"image_size": 8}, r"image_size=8 is smaller than patch_size=16"),
-        ({"image_size": (32, 32, 3)}, r"image_size=\(32, 32, 3\) has not two sides"),
+        ({"image_size": (32, 32, 3)}, r"image_size=\(32, 32, 3\) does not have two sides"),
         ({"class_token": "tail"}, r"class_token='tail' is not one of middle, head, double, none"),
         ({"pool": "avg"}, r"pool='avg' is not one of mean, max, last"),
         ({"bimamba": "v3"}, r"bimamba='v3' is not one of v2, v1, none"),

@@ -242,7 +242,7 @@ def test_ablations_walk_less():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": (4, 8, 8)}, r"image_size=\(4, 8, 8\) has not two sides"),
+        ({"image_size": (4, 8, 8)}, r"image_size=\(4, 8, 8\) does not have two sides"),
         ({"image_size": (3, 16)}, r"image_size=\(3, 16\) is smaller than patch_size=4"),
         ({"image_size": 16, "downsample": "v2"}, r"image_size=16 leaves no token in the last of 4"),
         ({"scan": "zigzag"}, r"scan='zigzag' is not one of cross, unidi, bidi"),

@@ -93,7 +93,7 @@ def test_softplus_at_the_ends(isa):
 
 
 def test_exp2_rate_names_what_it_does_not_know():
-    with pytest.raises(ValueError, match=r"isa='sse9' is none of baseline, avx2, avx512"):
+    with pytest.raises(ValueError, match=r"isa='sse9' is not one of baseline, avx2, avx512"):
         exp2_rate("sse9")
 
 

@@ -313,7 +313,7 @@ def test_the_driver_is_asked_what_is_there(monkeypatch):
     assert found.cuda == (13, 2)
     assert [str(gpu) for gpu in found.gpus] == ["NVIDIA H100 (sm_90)"] * 2
     assert cuda_driver.find_gpu(1).ordinal == 1
-    with pytest.raises(ValueError, match=r"device=2 is none of the GPUs here \(0: NVIDIA H100"):
+    with pytest.raises(ValueError, match=r"device=2 is not one of the GPUs here \(0: NVIDIA H100"):
         cuda_driver.find_gpu(2)
     monkeypatch.setattr(cuda_driver, "_load", lambda: _Driver(status=100))
     message = r"cuInit failed with 100 \(no CUDA-capable device is detected\)"

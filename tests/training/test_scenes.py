@@ -334,7 +334,7 @@ def test_requests_that_do_not_fit(tmp_path):
         FinetuneRequest(classifier, tmp_path, tmp_path, recipe)
     with pytest.raises(ValueError, match="annotations have numbers, and no folders"):
         FinetuneRequest(segmenter, tmp_path, tmp_path, recipe, "text")
-    with pytest.raises(ValueError, match="nothing that a classifier's folder has"):
+    with pytest.raises(ValueError, match="a classifier's folder has none"):
         FinetuneRequest(classifier, tmp_path, tmp_path, Recipe(), split="training")
     fused = ModelSource(NAME, schedule="2:0.8", tokens="fused")
     with pytest.raises(ValueError, match="a dense head needs what stands at pruned positions"):

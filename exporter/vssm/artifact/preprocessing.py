@@ -142,7 +142,7 @@ def _normalised(image: Image.Image, spec: Preprocessing) -> FloatArray:
 def read_labels(
     path: str | os.PathLike[str], num_classes: int, *, name: str = "labels"
 ) -> tuple[str, ...]:
-    """Class names from a file: one a line, a JSON list, or a JSON object keyed "0", "1", ...
+    """Class names from a file: one per line, a JSON list, or a JSON object keyed "0", "1", ...
 
     In an object a value may be a list that ends with the name, as in ImageNet's class index
     ({"0": ["n01440764", "tench"], ...}). Text is UTF-8. Lines that have the number of their class
@@ -162,8 +162,10 @@ def read_labels(
         is_json = text.lstrip()[:1] in {"[", "{"}
         parsed = json.loads(text) if is_json else text.splitlines()
     except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"{name}={path} cannot be read ({error}); give a UTF-8 text file, one class name a line"
+            f"{name}={path} cannot be read ({reason}); give a UTF-8 text file with one class name "
+            "per line"
         ) from error
     names = _label_list(parsed, f"{name}={path}")
     while names and names[-1] == "":
@@ -192,7 +194,7 @@ def _refuse_numbered(lines: Sequence[str], file: str) -> None:
         if count > 1 and numbers in (list(range(count)), list(range(1, count + 1))):
             raise ValueError(
                 f"{file} is a table with a number in every line, such as {shown(lines[0])!r}; give "
-                "the names alone, one a line in the order of the classes, or a JSON object keyed "
+                "the names alone, one per line in the order of the classes, or a JSON object keyed "
                 'by class index, {"0": "NAME", ...}'
             )
 

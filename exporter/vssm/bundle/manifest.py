@@ -122,7 +122,7 @@ def _parse(root: Node) -> BundleManifest:
         format_version=version,
     )
     if root.at(_SHA256).sha256() != _own_sha256(root.mapping()):
-        raise FieldError("its content has not the sha256 that it gives for itself")
+        raise FieldError("its content does not have the sha256 that it gives for itself")
     return manifest
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Checkpoints = Annotated[
     list[Path] | None,
-    typer.Option(help="Weights of a named model, repeatable; seeded initial ones without."),
+    typer.Option(help="Weights of a named model, repeatable. Default: seeded initial ones."),
 ]
 Seeds = Annotated[int, typer.Option(help="Seeds of the random choice.")]
 Seed = Annotated[
@@ -61,7 +61,7 @@ Numbers = Annotated[
 MicroBatch = Annotated[
     int | None, typer.Option(help="Images at a time, where a training step needs too much memory.")
 ]
-Batch = Annotated[int, typer.Option(help="Images a batch.")]
+Batch = Annotated[int, typer.Option(help="Images per batch.")]
 Choice = Annotated[
     str, typer.Option(help="auto, kernel or reference (slow), in PyTorch; auto: kernel.")
 ]

@@ -37,7 +37,7 @@ def compare(
     option: ModelOptions = None,
     runtime: Runtime = "ort-cpu",
     threads: Threads = None,
-    batch: Annotated[int, typer.Option(help="Images a batch.")] = 32,
+    batch: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     workers: Annotated[
         int | None, typer.Option(help="Processes that load images; by default by the cores.")
     ] = None,

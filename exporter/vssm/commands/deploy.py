@@ -33,11 +33,11 @@ def engine(
     batch: Annotated[str, typer.Option(help="Batch sizes MIN,OPT,MAX.")] = "1,8,32",
     backend: EngineBackend = None,
     memory: Annotated[
-        int | None, typer.Option(help="Workspace limit in MiB; TensorRT's own without.")
+        int | None, typer.Option(help="Workspace limit in MiB. Default: TensorRT's own.")
     ] = None,
     level: Annotated[
         int | None,
-        typer.Option(help="How long to search for kernels, 0 to 5; TensorRT's own without."),
+        typer.Option(help="How long to search for kernels, 0 to 5. Default: TensorRT's own."),
     ] = None,
     timing_cache: Annotated[
         Path | None, typer.Option(help="File of timings; beside the model by default.")
@@ -107,7 +107,7 @@ def bundle(
     ] = False,
     ort_web: Annotated[
         str | None,
-        typer.Option(help="With --web: address of onnxruntime-web, which else npm brings."),
+        typer.Option(help="With --web: address of onnxruntime-web. Default: npm downloads it."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle there.")] = False,
     json_file: Json = None,

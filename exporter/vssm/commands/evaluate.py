@@ -46,7 +46,7 @@ def evaluate(
     backend: Backend = None,
     threads: Threads = None,
     batch: Annotated[
-        int | None, typer.Option(help="Images a batch of a classifier, 32 by default.")
+        int | None, typer.Option(help="Images per batch of a classifier, 32 by default.")
     ] = None,
     workers: Workers = None,
     classes: Classes = None,
@@ -55,7 +55,7 @@ def evaluate(
         typer.Option(help="Part of ADE20K (by default validation) or COCO (val2017)."),
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(help="CSV file, a row an image; DIR/evaluate.csv by default.")
+        Path | None, typer.Option(help="CSV file, one row per image. Default: DIR/evaluate.csv.")
     ] = None,
     ray: RayAddress = None,
     ray_actors: RayActors = None,

@@ -69,7 +69,7 @@ Paths = Annotated[
 Imagenet = Annotated[
     bool, typer.Option("--imagenet", help="Images: resize, crop and normalise as ImageNet's.")
 ]
-Weights = Annotated[Path | None, typer.Option(help="Weights; the factory's own without.")]
+Weights = Annotated[Path | None, typer.Option(help="Weights. Default: the factory's own.")]
 Scans = Annotated[
     list[str] | None,
     typer.Option(
@@ -103,7 +103,7 @@ Prefer = Annotated[
     str, typer.Option(help="Functions of upstream's packages: ours, or those installed.")
 ]
 ModuleSchedule = Annotated[
-    str | None, typer.Option(help="BLOCK:RATIO,..., such as 5:0.8,10:0.8; dense without.")
+    str | None, typer.Option(help="BLOCK:RATIO,..., such as 5:0.8,10:0.8. Default: dense.")
 ]
 ModuleImportance = Annotated[
     str | None, typer.Option(help="clip (the default), sum, l1, l2 or random.")

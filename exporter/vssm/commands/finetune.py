@@ -64,7 +64,7 @@ Epochs = Annotated[
 ]
 Batch = Annotated[
     int | None,
-    typer.Option(help=f"Images a step, {Recipe.batch} by default; of a segmenter as published."),
+    typer.Option(help=f"Images per step, {Recipe.batch} by default; of a segmenter as published."),
 ]
 Rate = Annotated[
     float | None,

@@ -31,14 +31,16 @@ def predict(
         ),
     ],
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Parquet file, a row an image.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Parquet file, one row per image.")
+    ],
     runtime: Runtime = "ort-cpu",
     backend: Backend = None,
     threads: Threads = None,
-    batch: Annotated[int, typer.Option(help="Images a batch.")] = 32,
+    batch: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     block: Annotated[int, typer.Option(help="Images that are written at once.")] = 1024,
     workers: Workers = None,
-    top: Annotated[int, typer.Option(help="Classes of a row.")] = 5,
+    top: Annotated[int, typer.Option(help="Classes per row.")] = 5,
     tensor: Annotated[
         list[str] | None,
         typer.Option(help="Also write this output of the model, such as features; repeatable."),

@@ -33,7 +33,7 @@ def visualize(
     output: Folder,
     *,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights of a named model; the seeded initial ones without.")
+        Path | None, typer.Option(help="Weights of a named model. Default: seeded initial ones.")
     ] = None,
     ema: Ema = False,
     key: Key = None,

@@ -418,7 +418,7 @@ def _check_directions(schedule: PruneSchedule, dense: PrunedModule) -> None:
     if backward and dense.state.directions == 1:
         raise UnsupportedError(
             "score_direction='backward' and importance='as_released' score by a backward "
-            "scan, which this model has not; use score_direction='sum' and another importance"
+            "scan, which this model does not have; use score_direction='sum' and another importance"
         )
 
 

@@ -239,9 +239,9 @@ def _fault(truth: COCO, annotation: Mapping[str, Any]) -> str | None:
     box, _ = annotation["bbox"], (annotation["area"], annotation["iscrowd"])
     told = f"an object (id {annotation['id']})"
     if category not in truth.cats:
-        return f"{told} of category {category}, which is none of its {len(truth.cats)}"
+        return f"{told} of category {category}, which is not one of its {len(truth.cats)}"
     if image not in truth.imgs:
-        return f"{told} in image {image}, which is none of its {len(truth.imgs):,}"
+        return f"{told} in image {image}, which is not one of its {len(truth.imgs):,}"
     if len(box) != 4 or not np.isfinite(box).all() or min(box[2:]) < 0:
         return f"{told} with the box {box}, which is not x, y and a width and height from 0 on"
     return None

@@ -397,7 +397,7 @@ def _refuse(model: str, **options: object) -> None:
     """Refuse what the model has no use for, rather than leave it out."""
     for option, value in options.items():
         if value is not None:
-            raise ValueError(f"{option}={value} is nothing that {model} takes; leave it out")
+            raise ValueError(f"{option}={value}: {model} does not take it; leave it out")
 
 
 def _measure_of(

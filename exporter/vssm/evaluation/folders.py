@@ -151,7 +151,7 @@ def _by_label(root: str, folders: Sequence[str], labels: Sequence[str]) -> Folde
     like = f", much like the label {spelled[_simple(wrong)]!r}" if near else ""
     raise ValueError(
         f"{root}: {known} of its {len(folders)} folders have the name of one of the model's "
-        f"{len(labels)} labels, but {wrong!r} has not{like}; give each folder the exact name of "
+        f"{len(labels)} labels, but {wrong!r} does not{like}; give each folder the exact name of "
         f"its label, or {_ASK}"
     )
 

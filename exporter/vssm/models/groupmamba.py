@@ -67,7 +67,7 @@ class GroupMambaConfig(ImageSized):
             object.__setattr__(self, "image_size", tuple(self.image_size))
             if len(self.image_size) != 2:
                 raise ValueError(
-                    f"image_size={self.image_size} has not two sides; give (height, width)"
+                    f"image_size={self.image_size} does not have two sides; give (height, width)"
                 )
         if not len(self.widths) == len(self.depths) == len(self.mlp_ratios) > 0:
             raise ValueError(

@@ -75,7 +75,7 @@ class PlainMambaConfig(ImageSized):
             object.__setattr__(self, "image_size", tuple(self.image_size))
             if len(self.image_size) != 2:
                 raise ValueError(
-                    f"image_size={self.image_size} has not two sides; give (height, width)"
+                    f"image_size={self.image_size} does not have two sides; give (height, width)"
                 )
         for name in (*_POSITIVE, *(() if self.dt_rank is None else ("dt_rank",))):
             if getattr(self, name) < 1:

@@ -80,7 +80,7 @@ class VimConfig(ImageSized):
             object.__setattr__(self, "image_size", tuple(self.image_size))
             if len(self.image_size) != 2:
                 raise ValueError(
-                    f"image_size={self.image_size} has not two sides; give (height, width)"
+                    f"image_size={self.image_size} does not have two sides; give (height, width)"
                 )
         for name, allowed in (("class_token", CLASS_TOKENS), ("pool", POOLS)):
             if getattr(self, name) not in allowed:

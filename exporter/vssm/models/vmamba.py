@@ -82,7 +82,7 @@ class VMambaConfig(ImageSized):
             object.__setattr__(self, "image_size", tuple(self.image_size))
             if len(self.image_size) != 2:
                 raise ValueError(
-                    f"image_size={self.image_size} has not two sides; give (height, width)"
+                    f"image_size={self.image_size} does not have two sides; give (height, width)"
                 )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:

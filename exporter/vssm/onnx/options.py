@@ -30,8 +30,8 @@ def checked_dtype(dtype: object) -> str:
     name = _ALIASES.get(name, name)
     if name in {"int8", "uint8", "qint8", "int4", "fp8"}:
         raise ValueError(
-            f"dtype={dtype!r}: an export holds floating-point weights; export float16, or quantise "
-            "the finished model.onnx with onnxruntime.quantization"
+            f"dtype={dtype!r}: an export holds floating-point weights; export float16, or export "
+            "float32 and quantise that with `vssm quantize`"
         )
     check_choice("dtype", name, DTYPE_NAMES)
     return name

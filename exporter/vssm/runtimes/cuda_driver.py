@@ -106,5 +106,5 @@ def find_gpu(ordinal: int) -> Gpu:
         )
     if not 0 <= ordinal < len(gpus):
         found = ", ".join(f"{g.ordinal}: {g}" for g in gpus)
-        raise ValueError(f"device={ordinal} is none of the GPUs here ({found}); choose one")
+        raise ValueError(f"device={ordinal} is not one of the GPUs here ({found}); choose one")
     return gpus[ordinal]

@@ -145,7 +145,7 @@ def softplus_rate(isa: str | None = None, seconds: float = 0.2) -> float:
 def _rate(function: str, isa: str | None, seconds: float) -> float:
     isa = isa or library_info().cpu_isa
     if isa not in ISA_NAMES:
-        raise ValueError(f"isa={isa!r} is none of {', '.join(ISA_NAMES)}; choose one of these")
+        raise ValueError(f"isa={isa!r} is not one of {', '.join(ISA_NAMES)}; choose one of these")
     call = load_library(find_library(C_LIBRARY))[function]
     call.restype = ctypes.c_double
     # Without these, ctypes refuses a Python float.

@@ -294,7 +294,7 @@ class FinetuneRequest:
                 "image one class; give a Recipe"
             )
         if self.split is not None:
-            raise ValueError(f"split={self.split!r} is nothing that a classifier's folder has")
+            raise ValueError(f"split={self.split!r}: a classifier's folder has none; leave it out")
         if self.source.backbone:
             raise ValueError(
                 f"backbone=True for {self.source.name!r}: a segmenter's backbone alone is begun "

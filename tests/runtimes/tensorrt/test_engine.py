@@ -87,7 +87,7 @@ def test_the_command_says_what_the_bodies_cost(cli: Run, tmp_path: Path) -> None
     assert info["compute_capability"] == ["8.6", "12.0"]
     assert f"{info['nodes']:,} nodes became {info['layers']:,} layers" in cli.out
     assert cli("engine", out, "--rtx", "--compute-capability=9.0") == 2
-    assert "compute_capability='9.0' is none that TensorRT for RTX" in cli.out
+    assert "compute_capability='9.0' is not one that TensorRT for RTX" in cli.out
     # A new export takes the engine of the old one away.
     with shared_traces():
         assert cli("export", *SHALLOW, "-o", out, "--force") == 0
@@ -372,7 +372,7 @@ QUOTED = [
     " cannot load the engine: ",
     " was not made by this TensorRT on this GPU",
     "could not build an ",
-    " is none that TensorRT for RTX ",
+    " is not one that TensorRT for RTX ",
     " compiles for",
     "is missing or does ",
     "the package cuda-bindings (of cuda-python) is missing",

@@ -119,7 +119,7 @@ def _refuse(function: str, A: Tensor, operands: dict[str, Tensor]) -> None:
         if x.dim() == 2:
             raise UnsupportedError(
                 f"{function}: {name}.shape={tuple(x.shape)} is one {name} for all tokens and its "
-                "own for each channel, which the operator has not; use a model whose B and C "
+                "own for each channel, which the operator does not have; use a model whose B and C "
                 "depend on the token: (batch, d_state, seqlen)"
             )
         if x.dim() not in {3, 4}:

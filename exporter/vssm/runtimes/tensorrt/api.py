@@ -152,7 +152,7 @@ def set_compute_capabilities(package: Any, config: Any, wanted: tuple[str, ...])
         if name not in known or not config.set_compute_capability(known[name], index):
             listed = ", ".join(f"{k[2:-1]}.{k[-1]}" for k in known if k.startswith("SM"))
             raise UnsupportedError(
-                f"compute_capability={capability!r} is none that TensorRT for RTX "
+                f"compute_capability={capability!r} is not one that TensorRT for RTX "
                 f"{package.__version__} compiles for; choose from {listed}"
             )
 

@@ -217,8 +217,8 @@ def _refuse_unsigned(artifact: Artifact) -> None:
     if quantization is not None and not quantization.in_tensorrt:
         raise UnsupportedError(
             f"{artifact.directory} is quantised as {quantization}, with unsigned activations or "
-            "ranges measured in every run, which TensorRT has not; quantise the float export with "
-            "--target tensorrt or portable"
+            "ranges measured in every run, which TensorRT does not do; quantise the float export "
+            "with --target tensorrt or portable"
         )
 
 
