@@ -27,10 +27,10 @@ from vssm.commands.options import (
 from vssm.commands.tables import say, show, table, working, write_result
 from vssm.studies.plan import TRAINED, AblationOptions, AblationTraining
 from vssm.training.recipe import Recipe
+from vssm.training.request import ModelSource
 
 if TYPE_CHECKING:
     from vssm.studies.report import AblationReport
-    from vssm.training.request import ModelSource
 
 Checkpoints = Annotated[
     list[Path] | None,

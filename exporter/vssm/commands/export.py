@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from vssm.artifact.directory import check_target
+from vssm.artifact.directory import Artifact, check_target
 from vssm.artifact.manifest import MODULE_KEY
 from vssm.commands.options import (
     Alignment,
@@ -45,11 +45,8 @@ from vssm.commands.user_module import (
     export_user_module,
     read_inputs,
 )
-
-if TYPE_CHECKING:
-    from vssm.artifact.directory import Artifact
-    from vssm.training.request import ModelSource
-
+from vssm.models.registry import check_name
+from vssm.training.request import ModelSource
 
 Shapes = Annotated[
     list[str] | None,
@@ -209,7 +206,6 @@ def _export(
     force: bool,
 ) -> tuple[Artifact, str | None]:
     """The export, and what was loaded, in words."""
-    from vssm.models.registry import check_name
     from vssm.onnx.options import check_opset, checked_dtype, checked_outputs
 
     dtype = checked_dtype(dtype)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vssm._version import __version__
+from vssm.artifact.directory import MODEL_FILE, open_artifact
+from vssm.artifact.manifest import read_manifest
 from vssm.commands.ablate import ablate
 from vssm.commands.compare import compare
 from vssm.commands.deploy import bundle, engine
@@ -48,6 +50,7 @@ from vssm.commands.tables import (
 from vssm.commands.visualize import visualize
 from vssm.errors import ArtifactError, VssmError
 from vssm.extras import explain_missing
+from vssm.files.json import write_json
 
 if TYPE_CHECKING:
     from vssm.runtimes.session import Session
@@ -143,8 +146,6 @@ def check(
     json_file: Json = None,
 ) -> None:
     """Compare a runtime with the float64 oracle; exit code 1 if they differ."""
-    from vssm.artifact.directory import open_artifact
-    from vssm.files.json import write_json
     from vssm.runtimes.open import check_runtime
 
     # Before the export is hashed and the slow oracle runs.
@@ -201,7 +202,6 @@ def run(
     json_file: Json = None,
 ) -> None:
     """Classify image files, segment them or find objects; exit code 1 if one cannot be read."""
-    from vssm.artifact.manifest import read_manifest
     from vssm.evaluation.classify import classify
     from vssm.evaluation.label_maps import is_segmenter
 
@@ -261,7 +261,6 @@ def _to_draw(
     why: str,
 ) -> Iterator[tuple[Session, Sequence[str] | None, Steps, Path]]:
     """A session, the names of its classes, a progress, and the directory for what is drawn."""
-    from vssm.artifact.directory import MODEL_FILE, open_artifact
     from vssm.artifact.preprocessing import read_labels
     from vssm.runtimes.open import check_runtime, open_session
 

@@ -8,18 +8,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from vssm.artifact.directory import check_target
+from vssm.artifact.directory import Artifact, check_target
+from vssm.artifact.manifest import CheckpointInfo, Preprocessing
 from vssm.checkpoints.hub import check_checkpoint
 from vssm.commands.options import sizes
 from vssm.errors import check_choice
 from vssm.files.atomic import check_files
+from vssm.models.schedules import named_pruning
+from vssm.pruning.schedule import PruneSchedule
+from vssm.training.request import refuse_unused_options
 
 if TYPE_CHECKING:
-    from vssm.artifact.directory import Artifact
-    from vssm.artifact.manifest import CheckpointInfo, Preprocessing
     from vssm.compat.export import DryRun
     from vssm.compat.packages.context import UpstreamReport
-    from vssm.pruning.schedule import PruneSchedule
     from vssm.types import Steps
 
 DEFAULT_INPUT: Final = "1x3x224x224"
@@ -234,7 +235,6 @@ def _load(request: ModuleRequest, model: Any) -> tuple[CheckpointInfo | None, st
     """Load the checkpoint, if there is one: its name and hash, and what was done, in words."""
     if request.checkpoint is None:
         return None, None
-    from vssm.artifact.manifest import CheckpointInfo
     from vssm.checkpoints.load import load_checkpoint
 
     found = load_checkpoint(
@@ -249,10 +249,8 @@ def _load(request: ModuleRequest, model: Any) -> tuple[CheckpointInfo | None, st
 
 def _check(request: ModuleRequest) -> PruneSchedule | None:
     """Refuse what will not do before the user's code runs; the schedule comes back."""
-    from vssm.models.schedules import named_pruning
     from vssm.onnx.options import check_opset
     from vssm.runtimes.session import checked_threads
-    from vssm.training.request import refuse_unused_options
 
     names = ("alignment", "importance", "conv", "seed")
     rules = {name: getattr(request, name) for name in names}
@@ -328,6 +326,4 @@ def _preprocessing(request: ModuleRequest) -> Preprocessing | None:
             f"--imagenet with input {', '.join(map(str, shapes))}: it is for one input, images of "
             "batch x 3 x height x width"
         )
-    from vssm.artifact.manifest import Preprocessing
-
     return Preprocessing.for_image_size((shapes[0][2], shapes[0][3]))

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from vssm.extras import explain_missing
+from vssm.models.family import Figures
 from vssm.models.registry import cards, check_name, check_options, family_of
 from vssm.pruning.schedule import Schedule
 
 if TYPE_CHECKING:
     from vssm.models.base import VisionModel
-    from vssm.models.family import Figures
 
 _SEED: Final = 0
 

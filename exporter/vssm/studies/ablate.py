@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vssm._version import __version__
+from vssm.checkpoints.load import state_digest
 from vssm.errors import UnsupportedError
 from vssm.evaluation.data import ImageFolder, load_in_order, open_images
 from vssm.extras import require
@@ -22,10 +23,17 @@ from vssm.files.atomic import (
 )
 from vssm.files.json import write_json
 from vssm.files.progress import automatic, shows_progress
-from vssm.pruning.schedule import MergeSchedule
+from vssm.models import standard_config
+from vssm.models.cost import merging_of_equal_cost
+from vssm.models.family import Published
+from vssm.pruning.schedule import MergeSchedule, PruneSchedule
 from vssm.runtimes.torch import torch_threads
-from vssm.studies.measure import AblationJournal
-from vssm.studies.plan import AblationOptions
+from vssm.studies import tables
+from vssm.studies.measure import AblationJournal, VariantCost, machine, measure, prepare
+from vssm.studies.paired import own_names
+from vssm.studies.plan import AblationOptions, Plan, Run, make_plan, published
+from vssm.studies.plot import draw, element, picture
+from vssm.studies.report import AblationReport, Measured, Setting, VariantRow, make_row
 from vssm.studies.runs import (
     Trainer,
     check_training,
@@ -38,12 +46,6 @@ from vssm.studies.source import LoadedSource
 from vssm.training.recipe import Recipe
 from vssm.training.request import ModelSource
 from vssm.types import Steps
-
-if TYPE_CHECKING:
-    from vssm.pruning.schedule import PruneSchedule
-    from vssm.studies.measure import VariantCost
-    from vssm.studies.plan import Plan, Run
-    from vssm.studies.report import AblationReport, Measured, Setting, VariantRow
 
 TABLES, NUMBERS = "ablation.md", "ablation.json"
 PLOTS = {"accuracy_flops": "flops", "accuracy_time": "time"}
@@ -95,9 +97,6 @@ def ablate(
 def _ablate(
     source: ModelSource, images: Path, output: Path, options: AblationOptions, progress: Steps
 ) -> AblationReport:
-    from vssm.studies.measure import measure
-    from vssm.studies.report import AblationReport, Measured
-
     opened = open_checkpoints(source, options.checkpoints)
     schedule = _schedule(source, opened)
     plan = _plan(opened[0], schedule, options)
@@ -156,9 +155,6 @@ def _schedule(source: ModelSource, opened: Sequence[LoadedSource]) -> PruneSched
 
 
 def _plan(source: LoadedSource, schedule: PruneSchedule, options: AblationOptions) -> Plan:
-    from vssm.models.cost import merging_of_equal_cost
-    from vssm.studies.plan import make_plan
-
     dense = source.variant(None)
     # The other families refuse it, and the report says why.
     merging = merging_of_equal_cost(dense, schedule) if dense.merges else MergeSchedule()
@@ -194,8 +190,6 @@ def _models(
     options: AblationOptions,
     progress: Steps,
 ) -> _Ready:
-    from vssm.studies.measure import prepare
-
     ready = _Ready({}, {}, {})
     for number, run in enumerate(runs):
         progress("building the variants", number, len(runs), run.key)
@@ -219,9 +213,6 @@ def _header(
     folder: ImageFolder,
 ) -> dict[str, str]:
     """What must be the same when a stopped ablation goes on."""
-    from vssm.checkpoints.load import state_digest
-    from vssm.studies.measure import machine
-
     tuned = (f"{run.key}: {sha256_of(run.weights)}" for run in runs if run.weights is not None)
     return {
         "model": opened[0].name,
@@ -264,11 +255,6 @@ def _batches(
 def _rows(
     plan: Plan, opened: Sequence[LoadedSource], measured: Measured, *, average: bool
 ) -> list[VariantRow]:
-    from vssm.models.family import Published
-    from vssm.studies.paired import own_names
-    from vssm.studies.plan import published
-    from vssm.studies.report import make_row
-
     standard = _is_standard(opened[0])  # of other sizes of a model nothing is published
     schedules = {variant.key: variant.schedule for variant in plan.variants}
     apart = len(opened) > 1 and not average
@@ -292,8 +278,6 @@ def _rows(
 
 
 def _setting(source: LoadedSource, options: AblationOptions, folder: ImageFolder) -> Setting:
-    from vssm.studies.report import Setting
-
     dense = source.variant(None)
     return Setting(
         source.name,
@@ -305,14 +289,10 @@ def _setting(source: LoadedSource, options: AblationOptions, folder: ImageFolder
 
 
 def _ran(options: AblationOptions) -> str:
-    from vssm.studies.measure import machine
-
     return f"{machine(options.device)}, backend {options.backend}, batch {options.batch}"
 
 
 def _is_standard(source: LoadedSource) -> bool:
-    from vssm.models import standard_config
-
     return dict(source.config) == standard_config(source.name)
 
 
@@ -365,9 +345,6 @@ def _training_facts(
 
 
 def _write(output: Path, report: AblationReport) -> AblationReport:
-    from vssm.studies import tables
-    from vssm.studies.plot import draw, element, picture
-
     figures = {name: draw(report, against=against) for name, against in PLOTS.items()}
     made = {
         f"{name}.{kind}": picture(figure, kind)

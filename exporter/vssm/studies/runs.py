@@ -6,18 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from vssm.checkpoints.load import load_checkpoint, save_safetensors
 from vssm.errors import UnsupportedError
 from vssm.evaluation.data import ImageFolder, open_images
-from vssm.studies.plan import AblationOptions, AblationTraining
+from vssm.models import model_from_config
+from vssm.studies.plan import AblationOptions, AblationTraining, Plan, Run
 from vssm.studies.source import LoadedSource, load_source
 from vssm.training.request import FinetuneRequest, ModelSource, Resources
 from vssm.training.run import finetune, has_run
 from vssm.types import Steps
-
-if TYPE_CHECKING:
-    from vssm.studies.plan import Plan, Run
 
 FOLDER: Final = "finetuned"
 _TUNED = "fine-tuned "  # before the key of a variant with weights of its own
@@ -66,8 +65,6 @@ def _check_distinct(opened: Sequence[LoadedSource]) -> None:
 
 def zero_shot_runs(plan: Plan, checkpoints: int) -> list[Run]:
     """Every variant with every checkpoint."""
-    from vssm.studies.plan import Run
-
     return [
         Run(v.key if checkpoints == 1 else f"{v.key}, checkpoint {c}", v, False, c, checkpoint=c)
         for v in plan.variants
@@ -81,8 +78,6 @@ def given_runs(plan: Plan, files: Mapping[str, Sequence[Path]]) -> list[Run]:
     Raises:
         ValueError: there is no such variant.
     """
-    from vssm.studies.plan import Run
-
     _check_keys("finetuned", files, plan)
     named = {v.key: v for v in plan.variants}
     return [
@@ -168,8 +163,6 @@ class Trainer:
         Raises:
             ValueError, VssmError: as `finetune`.
         """
-        from vssm.studies.plan import Run
-
         found: list[Run] = []
         left_out: dict[str, str] = {}
         training = self.options.training
@@ -216,8 +209,6 @@ class Trainer:
         ]
 
     def _start_file(self) -> Path:
-        from vssm.checkpoints.load import save_safetensors
-
         file = self.output / FOLDER / _START
         file.parent.mkdir(parents=True, exist_ok=True)
         save_safetensors(self.opened[0].state, file, labels=self.opened[0].labels)
@@ -262,9 +253,6 @@ def model_of_run(run: Run, opened: Sequence[LoadedSource]) -> Any:
     """
     if run.weights is None:
         return opened[run.number].variant(run.variant.schedule)
-    from vssm.checkpoints.load import load_checkpoint
-    from vssm.models import model_from_config
-
     model = model_from_config(opened[0].name, opened[0].config, run.variant.schedule)
     load_checkpoint(model, run.weights)
     return model

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from vssm.artifact.directory import open_artifact
 from vssm.artifact.manifest import Preprocessing
 from vssm.checkpoints.hub import hub_file
+from vssm.models import list_models, model_from_config
+from vssm.models.base import VisionModel
 from vssm.models.registry import check_task
+from vssm.models.schedules import named_schedule
+from vssm.pruning.schedule import Schedule
+from vssm.runtimes.torch import model_of, schedule_of
 from vssm.training.request import ModelSource
-
-if TYPE_CHECKING:
-    from vssm.models.base import VisionModel
-    from vssm.pruning.schedule import Schedule
-
+from vssm.training.run import build_model
 
 _WHAT: Final = "this comparison of prunings"
 _IMAGES: Final = ("classification",)
@@ -52,8 +53,6 @@ class LoadedSource:
         Raises:
             ValueError, UnsupportedError: the schedule does not fit the model.
         """
-        from vssm.models import model_from_config
-
         model = model_from_config(self.name, self.config, schedule)
         # `assign`: the tensors themselves, so that all variants take the memory of one.
         model.load_state_dict(self.state, assign=True)
@@ -67,8 +66,6 @@ def load_source(source: ModelSource, tasks: Sequence[str] = _IMAGES) -> LoadedSo
         ValueError: the name is neither, or an option does not belong to it.
         ArtifactError, CheckpointError: the export or the checkpoint cannot be used.
     """
-    from vssm.models import list_models
-
     if source.tokens != "gather":
         raise ValueError(
             f"tokens={source.tokens!r} is a way to train; leave it out, and give it to finetune"
@@ -79,8 +76,6 @@ def load_source(source: ModelSource, tasks: Sequence[str] = _IMAGES) -> LoadedSo
 
 
 def _by_name(source: ModelSource) -> LoadedSource:
-    from vssm.training.run import build_model
-
     # Dense, as each variant brings its own schedule.
     model = build_model(source, None)
     return LoadedSource(
@@ -102,8 +97,6 @@ def _weights(checkpoint: Path | None) -> str:
 
 
 def _from_export(source: ModelSource, tasks: Sequence[str]) -> LoadedSource:
-    from vssm.runtimes.torch import model_of, schedule_of
-
     given = {
         "checkpoint": source.checkpoint,
         "num_classes": source.num_classes,
@@ -136,6 +129,4 @@ def _from_export(source: ModelSource, tasks: Sequence[str]) -> LoadedSource:
 
 
 def _schedule(source: ModelSource, name: str) -> Schedule | None:
-    from vssm.models.schedules import named_schedule
-
     return named_schedule(name, source.schedule, merge=source.merge, **source.rules)

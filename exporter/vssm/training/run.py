@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 
 from vssm._version import __version__
 from vssm.artifact.data_sets import names_of
-from vssm.checkpoints.load import load_checkpoint
+from vssm.checkpoints.load import load_checkpoint, save_safetensors
 from vssm.errors import ArtifactError
 from vssm.evaluation.data import open_images
 from vssm.evaluation.scenes import check_class_count, open_scenes
@@ -28,17 +28,14 @@ from vssm.models.schedules import named_schedule
 from vssm.pruning.schedule import MergeSchedule, Schedule
 from vssm.runtimes.torch import torch_threads
 from vssm.training.lessons import Pictures, Scenes
-from vssm.training.loop import Group, TrainingRun
+from vssm.training.log import RunLog, remove_leftovers
+from vssm.training.loop import LOG_FILE, STATE_FILE, Group, Trained, TrainingRun, train
 from vssm.training.recipe import Recipe
 from vssm.training.request import FinetuneRequest, ModelSource
 from vssm.training.scene_recipe import SceneRecipe
+from vssm.training.state import State
 from vssm.training.validate import BEST_FILE, best_of, open_validation
 from vssm.types import Steps
-
-if TYPE_CHECKING:
-    from vssm.training.log import RunLog
-    from vssm.training.loop import Trained
-    from vssm.training.state import State
 
 
 def build_models(request: FinetuneRequest, group: Group) -> tuple[VisionModel, VisionModel | None]:
@@ -251,8 +248,6 @@ def finetune(request: FinetuneRequest, *, progress: Steps = automatic) -> Finetu
     Raises:
         ValueError, VssmError: a file, a number or the model does not fit; the message says which.
     """
-    from vssm.training.loop import Group, train
-
     group = Group(request.resources.device)
     if group.world == 1:
         _check_output(request)  # before models are built, which takes seconds
@@ -270,8 +265,6 @@ def finetune(request: FinetuneRequest, *, progress: Steps = automatic) -> Finetu
 
 def has_run(output: Path) -> bool:
     """Whether a training run was begun in `output`; its log is the first file that it makes."""
-    from vssm.training.loop import LOG_FILE, STATE_FILE
-
     # A run that was killed before its first state has a log alone.
     return (output / STATE_FILE).exists() or (output / LOG_FILE).exists()
 
@@ -279,9 +272,6 @@ def has_run(output: Path) -> bool:
 @contextmanager
 def _log(request: FinetuneRequest, group: Group) -> Iterator[RunLog | None]:
     """The log of the process that writes, whose lock keeps a second run out of the directory."""
-    from vssm.training.log import RunLog, remove_leftovers
-    from vssm.training.loop import LOG_FILE
-
     if not group.leads:
         yield None
         return
@@ -295,8 +285,6 @@ def _log(request: FinetuneRequest, group: Group) -> Iterator[RunLog | None]:
 
 def _check_output(request: FinetuneRequest) -> None:
     """A run that is there goes on only if asked to; images are not written among."""
-    from vssm.training.loop import STATE_FILE
-
     check_apart(request.output, data=request.data, val=request.val)
     if not request.resume and (request.output / STATE_FILE).exists():
         raise ArtifactError(
@@ -314,8 +302,6 @@ def _write(
     state: State, trained: Trained, run: TrainingRun, directory: Path, *, tensorboard: bool
 ) -> FinetuneReport:
     """The weights under official keys, and the report beside them."""
-    from vssm.checkpoints.load import save_safetensors
-
     weights, ema = directory / WEIGHTS_FILE, directory / EMA_FILE
     # Whoever evaluates or trains on matches folders by these names, not by their order.
     labels = state.model.labels or run.lesson.labels
