@@ -42,9 +42,7 @@ def _plain_file(name: str, *facts: Any) -> OfficialCheckpoint:
 
 
 def _vim(changes: dict[str, Any], *figures: int, tokens: int = 197, **paper: Any) -> ModelCard:
-    parameters, published, true = figures
-    # Vim alone has two counts: the published rule leaves its second direction out.
-    return ModelCard(changes, Figures(parameters, (tokens,), published, true), **paper)
+    return ModelCard(changes, _counted(figures, (tokens,), (224, 224)), **paper)
 
 
 def _plain(changes: dict[str, Any], parameters: int, flops: int, **paper: Any) -> ModelCard:
@@ -79,8 +77,7 @@ def _detector(
     tokens: tuple[int, ...] = (4200,),
     image_size: tuple[int, int] = (800, 1344),
 ) -> ModelCard:
-    parameters, published, true = figures
-    counted = Figures(parameters, tokens, published, true, image_size)
+    counted = _counted(figures, tokens, image_size)
     return ModelCard(changes, counted, task="detection", num_classes=80, checkpoint=official)
 
 
@@ -90,9 +87,16 @@ def _segmenter(
     official: OfficialCheckpoint | None = None,
     tokens: tuple[int, ...] = (1024,),
 ) -> ModelCard:
-    parameters, published, true = figures
-    counted = Figures(parameters, tokens, published, true, image_size=(512, 512))
+    counted = _counted(figures, tokens, (512, 512))
     return ModelCard(changes, counted, task="segmentation", num_classes=150, checkpoint=official)
+
+
+def _counted(
+    figures: tuple[int, ...], tokens: tuple[int, ...], image_size: tuple[int, int]
+) -> Figures:
+    # Vim alone has two counts: the published rule leaves its second direction out.
+    parameters, published, true = figures if len(figures) == 3 else (*figures, figures[1])
+    return Figures(parameters, tokens, published, true, image_size)
 
 
 # Schedules of Vim: Zhan et al., arXiv:2409.18962. Those of PlainMamba are ours: that paper prints
@@ -113,6 +117,46 @@ _REGIONS: Final[dict[str, Any]] = {
     "level_proposals": int,
     "proposals": int,
     "proposal_overlap": float,
+}
+# What the classifiers, segmenters and detectors of a kind have all.
+_VIM: Final[dict[str, Any]] = {
+    "image_size": _SIZE,
+    "patch_size": int,
+    "depth": int,
+    "d_model": int,
+    "d_state": int,
+    "d_conv": int,
+    "expand": int,
+    "dt_rank": int | None,
+    "divide_out": bool,
+    "rope": bool,
+    "rope_grid": int,
+}
+_PLAIN: Final[dict[str, Any]] = {
+    "image_size": _SIZE,
+    "patch_size": int,
+    "depth": int,
+    "d_model": int,
+    "d_state": int,
+    "conv_size": int,
+    "expand": int,
+    "dt_rank": int | None,
+    "stem_width": int,
+    "stem_convs": int,
+    "layers_with_dwconv": _SIZES,
+}
+_VMAMBA: Final[dict[str, Any]] = {
+    "image_size": _SIZE,
+    "depths": _SIZES,
+    "d_model": int,
+    "d_state": int,
+    "expand": float,
+    "dt_rank": int | None,
+    "conv_bias": bool,
+    "gate": bool,
+    "mlp_ratio": float,
+    "patch_embed": str,
+    "downsample": str,
 }
 # Classes by name, so that only those of a model that is made bring torch; then the models, and the
 # fields of the configuration with their types.
@@ -196,26 +240,16 @@ FAMILIES: Final = (
             ),
         },
         {
-            "image_size": _SIZE,
-            "patch_size": int,
+            **_VIM,
             "stride": int,
-            "depth": int,
-            "d_model": int,
-            "d_state": int,
-            "d_conv": int,
-            "expand": int,
-            "dt_rank": int | None,
             "num_classes": int,
             "class_token": str,
             "pool": str,
             "bimamba": str,
             "bidirectional_layers": bool,
-            "divide_out": bool,
             "rms_norm": bool,
             "norm_eps": float,
-            "rope": bool,
             "rope_residual": bool,
-            "rope_grid": int,
             "layer_scale": float | None,
         },
     ),
@@ -253,20 +287,7 @@ FAMILIES: Final = (
                 checkpoint=_plain_file("l3", 204),
             ),
         },
-        {
-            "image_size": _SIZE,
-            "patch_size": int,
-            "depth": int,
-            "d_model": int,
-            "d_state": int,
-            "conv_size": int,
-            "expand": int,
-            "dt_rank": int | None,
-            "num_classes": int,
-            "stem_width": int,
-            "stem_convs": int,
-            "layers_with_dwconv": _SIZES,
-        },
+        {**_PLAIN, "num_classes": int},
     ),
     ModelFamily(
         "vmamba",
@@ -329,20 +350,10 @@ FAMILIES: Final = (
             ),
         },
         {
-            "image_size": _SIZE,
+            **_VMAMBA,
             "patch_size": int,
-            "depths": _SIZES,
-            "d_model": int,
-            "d_state": int,
-            "expand": float,
-            "dt_rank": int | None,
-            "conv_bias": bool,
-            "gate": bool,
             "scan": str,
-            "mlp_ratio": float,
             "gated_mlp": bool,
-            "patch_embed": str,
-            "downsample": str,
             "pos_embed": bool,
             "num_classes": int,
         },
@@ -413,18 +424,8 @@ FAMILIES: Final = (
             ),
         },
         {
-            "image_size": _SIZE,
+            **_VIM,
             "table_size": int,
-            "patch_size": int,
-            "depth": int,
-            "d_model": int,
-            "d_state": int,
-            "d_conv": int,
-            "expand": int,
-            "dt_rank": int | None,
-            "divide_out": bool,
-            "rope": bool,
-            "rope_grid": int,
             "taps": _SIZES,
             "tap_stream": str,
             **_HEADS,
@@ -439,13 +440,11 @@ FAMILIES: Final = (
                 _PLAIN_SIZES["l1"],
                 35_455_596,
                 43_615_911_936,
-                43_615_911_936,
                 official=_plain_file("segmentation/l1_upernet"),
             ),
             "plain_mamba_l2_upernet_ade20k": _segmenter(
                 _PLAIN_SIZES["l2"],
                 55_874_156,
-                71_282_589_696,
                 71_282_589_696,
                 official=_plain_file(
                     "segmentation/l2_upernet",
@@ -457,26 +456,10 @@ FAMILIES: Final = (
                 {**_PLAIN_SIZES["l3"], "taps": (9, 18, 27, 36)},
                 81_292_908,
                 104_919_400_448,
-                104_919_400_448,
                 official=_plain_file("segmentation/l3_upernet"),
             ),
         },
-        {
-            "image_size": _SIZE,
-            "table_size": int,
-            "patch_size": int,
-            "depth": int,
-            "d_model": int,
-            "d_state": int,
-            "conv_size": int,
-            "expand": int,
-            "dt_rank": int | None,
-            "stem_width": int,
-            "stem_convs": int,
-            "layers_with_dwconv": _SIZES,
-            "taps": _SIZES,
-            **_HEADS,
-        },
+        {**_PLAIN, "table_size": int, "taps": _SIZES, **_HEADS},
     ),
     ModelFamily(
         "vmamba_segmenter",
@@ -487,7 +470,6 @@ FAMILIES: Final = (
                 {},
                 61_902_572,
                 236_832_030_720,
-                236_832_030_720,
                 tokens=_MAPS_512,
                 official=_vmamba_file(
                     "v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_tiny_s_iter_160000.pth"
@@ -496,7 +478,6 @@ FAMILIES: Final = (
             "vmamba_small_upernet_ade20k": _segmenter(
                 {"depths": (2, 2, 15, 2), "expand": 2.0},
                 81_801_260,
-                256_641_859_584,
                 256_641_859_584,
                 tokens=_MAPS_512,
                 official=_vmamba_file(
@@ -507,27 +488,13 @@ FAMILIES: Final = (
                 {"depths": (2, 2, 15, 2), "d_model": 128, "expand": 2.0},
                 122_069_292,
                 292_042_047_488,
-                292_042_047_488,
                 tokens=_MAPS_512,
                 official=_vmamba_file(
                     "v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_base_iter_160000.pth"
                 ),
             ),
         },
-        {
-            "image_size": _SIZE,
-            "depths": _SIZES,
-            "d_model": int,
-            "d_state": int,
-            "expand": float,
-            "dt_rank": int | None,
-            "conv_bias": bool,
-            "gate": bool,
-            "mlp_ratio": float,
-            "patch_embed": str,
-            "downsample": str,
-            **_HEADS,
-        },
+        {**_VMAMBA, **_HEADS},
     ),
     ModelFamily(
         "vim_detector",
@@ -551,21 +518,7 @@ FAMILIES: Final = (
                 image_size=(1024, 1024),
             ),
         },
-        {
-            "image_size": _SIZE,
-            "table_size": int,
-            "patch_size": int,
-            "depth": int,
-            "d_model": int,
-            "d_state": int,
-            "d_conv": int,
-            "expand": int,
-            "dt_rank": int | None,
-            "divide_out": bool,
-            "rope": bool,
-            "rope_grid": int,
-            **_REGIONS,
-        },
+        {**_VIM, "table_size": int, **_REGIONS},
     ),
     ModelFamily(
         "plain_mamba_detector",
@@ -576,13 +529,11 @@ FAMILIES: Final = (
                 _PLAIN_SIZES["l1"],
                 31_212_128,
                 217_524_670_272,
-                217_524_670_272,
                 official=_plain_file("detection/maskrcnn/l1_1x"),
             ),
             "plain_mamba_adapter_l1_retinanet_coco": _detector(
                 {**_PLAIN_SIZES["l1"], "head": "retinanet"},
                 19_360_356,
-                266_358_657_600,
                 266_358_657_600,
                 official=_plain_file("detection/retinanet/l1_1x"),
             ),
@@ -590,13 +541,11 @@ FAMILIES: Final = (
                 _PLAIN_SIZES["l2"],
                 53_202_496,
                 378_972_300_672,
-                378_972_300_672,
                 official=_plain_file("detection/maskrcnn/l2_1x"),
             ),
             "plain_mamba_adapter_l2_retinanet_coco": _detector(
                 {**_PLAIN_SIZES["l2"], "head": "retinanet"},
                 41_301_572,
-                424_503_273_600,
                 424_503_273_600,
                 official=_plain_file("detection/retinanet/l2_1x"),
             ),
@@ -604,30 +553,18 @@ FAMILIES: Final = (
                 _L3_ADAPTER,
                 79_781_520,
                 541_376_119_872,
-                541_376_119_872,
                 official=_plain_file("detection/maskrcnn/l3_1x"),
             ),
             "plain_mamba_adapter_l3_retinanet_coco": _detector(
                 {**_L3_ADAPTER, "head": "retinanet"},
                 67_864_212,
                 585_806_088_000,
-                585_806_088_000,
                 official=_plain_file("detection/retinanet/l3_1x"),
             ),
         },
         {
-            "image_size": _SIZE,
+            **_PLAIN,
             "table_size": int,
-            "patch_size": int,
-            "depth": int,
-            "d_model": int,
-            "d_state": int,
-            "conv_size": int,
-            "expand": int,
-            "dt_rank": int | None,
-            "stem_width": int,
-            "stem_convs": int,
-            "layers_with_dwconv": _SIZES,
             "groups": _SIZES,
             "attention_heads": int,
             "prior_width": int,
@@ -646,14 +583,12 @@ FAMILIES: Final = (
                 {},
                 49_755_312,
                 213_350_844_672,
-                213_350_844_672,
                 tokens=_MAPS_COCO,
                 official=_vmamba_file("v2det/mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth"),
             ),
             "vmamba_small_maskrcnn_coco": _detector(
                 {"depths": (2, 2, 15, 2), "expand": 2.0},
                 69_654_000,
-                294_602_095_872,
                 294_602_095_872,
                 tokens=_MAPS_COCO,
                 official=_vmamba_file("v2det/mask_rcnn_vssm_fpn_coco_small_epoch_11.pth"),
@@ -662,24 +597,10 @@ FAMILIES: Final = (
                 {"depths": (2, 2, 15, 2), "d_model": 128, "expand": 2.0},
                 107_931_376,
                 437_638_102_272,
-                437_638_102_272,
                 tokens=_MAPS_COCO,
                 official=_vmamba_file("v2det/mask_rcnn_vssm_fpn_coco_base_epoch_11.pth"),
             ),
         },
-        {
-            "image_size": _SIZE,
-            "depths": _SIZES,
-            "d_model": int,
-            "d_state": int,
-            "expand": float,
-            "dt_rank": int | None,
-            "conv_bias": bool,
-            "gate": bool,
-            "mlp_ratio": float,
-            "patch_embed": str,
-            "downsample": str,
-            **_REGIONS,
-        },
+        {**_VMAMBA, **_REGIONS},
     ),
 )
