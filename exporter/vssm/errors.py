@@ -54,6 +54,17 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:_LONGEST]}" if first else type(error).__name__
 
 
+def check_least(least: float, **values: float | None) -> None:
+    """Refuse numbers below `least`; None, which stands for a default, passes.
+
+    Raises:
+        ValueError: one is below it; the message has its name.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} is below {least}; give {least} or more")
+
+
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
     """Refuse a value that is not one of those allowed.
 

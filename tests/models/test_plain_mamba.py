@@ -209,7 +209,7 @@ def test_configuration_survives_json():
         ({"conv_size": 6}, r"conv_size=6 is even"),
         ({"d_state": 0}, r"d_state=0 is below 1"),
         ({"dt_rank": 0}, r"dt_rank=0 is below 1"),
-        ({"stem_convs": -1}, r"stem_convs=-1 is negative"),
+        ({"stem_convs": -1}, r"stem_convs=-1 is below 0"),
         ({"layers_with_dwconv": (2,)}, r"layers_with_dwconv=\(2,\) names 2, outside .* 0 to 1"),
         ({"class_token": "middle"}, r"plain_mamba_l1 has no such option.*layers_with_dwconv"),
     ],

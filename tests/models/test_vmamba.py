@@ -249,7 +249,7 @@ def test_ablations_walk_less():
         ({"downsample": "v4"}, r"downsample='v4' is not one of v1, v2, v3"),
         ({"depths": ()}, r"depths=\(\) has no stage"),
         ({"depths": (1, 0)}, r"depths\[1\]=0 is below 1"),
-        ({"mlp_ratio": -1.0}, r"mlp_ratio=-1\.0 is negative"),
+        ({"mlp_ratio": -1.0}, r"mlp_ratio=-1\.0 is below 0"),
         ({"expand": 0.0}, r"d_inner=0 is below 1"),
         ({"dt_rank": 0}, r"dt_rank=0 is below 1"),
         ({"patch_size": 8}, r"patch_size=8 with patch_embed='v2'"),

@@ -18,7 +18,7 @@ from vssm.artifact.manifest import BATCH, LOGITS, Manifest, write_manifest
 from vssm.artifact.preprocessing import read_labels
 from vssm.bundle.manifest import BundleManifest, hash_files, staged_bundle, write_bundle_manifest
 from vssm.bundle.triton import ServingOptions, onnxruntime_config, tensorrt_config, unserved
-from vssm.errors import RuntimeUnavailableError, UnsupportedError
+from vssm.errors import RuntimeUnavailableError, UnsupportedError, check_least
 from vssm.native_library import ORT_LIBRARY
 from vssm.runtimes.library import TENSORRT_LIBRARY, find_library, find_sources
 from vssm.runtimes.tensorrt.engine import check_batch
@@ -65,12 +65,8 @@ def check_request(request: BundleRequest) -> None:
             raise ValueError(
                 f"batch={low},{opt},{high}: a server may send a single image; let MIN be 1"
             )
-    for name, value, least in (
-        ("queue_us", serving.queue_us, 0),
-        ("instances", serving.instances, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value} is below {least}; give a larger number")
+    check_least(0, queue_us=serving.queue_us)
+    check_least(1, instances=serving.instances)
 
 
 def make_bundle(artifact: Artifact, output: Path, request: BundleRequest) -> BundleManifest:

@@ -10,6 +10,7 @@ import numpy as np
 
 from vssm.artifact.directory import MODEL_FILE, open_artifact
 from vssm.artifact.preprocessing import preprocessing_of, read_labels
+from vssm.errors import check_least
 from vssm.evaluation.data import load
 from vssm.runtimes.open import check_runtime, open_session
 from vssm.runtimes.session import RuntimeInfo, run_any
@@ -41,8 +42,7 @@ def classify(
         ValueError: no file is an image, logits are not finite, the labels do not fit, or `top` is
             below 1.
     """
-    if top < 1:
-        raise ValueError(f"top={top} is below 1; give the number of classes to print")
+    check_least(1, top=top)
     check_runtime(runtime, backend=backend, threads=threads, trust=trust)
     artifact = open_artifact(directory, only=(MODEL_FILE,))
     manifest, spec = artifact.manifest, preprocessing_of(artifact)

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vssm.artifact.data_sets import COCO, COCO_CATEGORIES, voc_colours
 from vssm.artifact.manifest import BOXES
 from vssm.artifact.preprocessing import ImageInput, open_rgb, padded, preprocessing_of
+from vssm.errors import check_least
 from vssm.evaluation.label_maps import png, refuse_same_names
 from vssm.files.atomic import atomic_write_bytes, make_directory
 from vssm.runtimes.session import Session
@@ -203,8 +204,7 @@ def write_detections(
             is an image.
         ArtifactError: the directory cannot be written.
     """
-    if top < 1:
-        raise ValueError(f"top={top} is below 1; give the number of detections to print")
+    check_least(1, top=top)
     if not 0 <= least <= 1:
         raise ValueError(f"score={least} is outside [0, 1]; give the least score to draw")
     refuse_same_names(files)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from vssm.artifact.directory import EXPORT_FILES, MODEL_FILE, Artifact, open_artifact
 from vssm.artifact.manifest import MANIFEST_NAME, Manifest, Preprocessing
+from vssm.errors import check_least
 from vssm.evaluation.blocks import BlockFiles, BlockHeader, cut, held_folder
 from vssm.evaluation.class_rows import ClassRows, image_results, results_of
 from vssm.evaluation.data import (
@@ -308,8 +309,7 @@ def evaluate(
     check_runtime(runtime, backend=backend, threads=threads)
     check_ray(ray, workers)
     cores, workers = share_cores(threads, 0 if ray is not None else workers)
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch={batch} is below 1; give the number of images of a run")
+    check_least(1, batch=batch)
     opened = open_artifact(artifact, only=(MODEL_FILE,))
     target = opened.directory / RESULTS_FILE if results is None else Path(results)
     summary = _summary_of(target, opened)

@@ -13,6 +13,7 @@ from PIL import Image
 from vssm.artifact.data_sets import palette_of
 from vssm.artifact.manifest import LOGITS, Manifest
 from vssm.artifact.preprocessing import normalised, open_rgb, preprocessing_of
+from vssm.errors import check_least
 from vssm.evaluation.segment import best_classes, segment
 from vssm.files.atomic import atomic_write_bytes, make_directory
 from vssm.runtimes.session import Session
@@ -96,8 +97,7 @@ def refuse_same_names(files: Sequence[Path]) -> None:
 
 
 def _refuse(manifest: Manifest, files: Sequence[Path], top: int) -> int:
-    if top < 1:
-        raise ValueError(f"top={top} is below 1; give the number of classes to print")
+    check_least(1, top=top)
     refuse_same_names(files)
     classes = int(manifest.main_output.shape[1])
     if classes > _MOST:

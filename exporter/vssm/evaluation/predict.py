@@ -14,6 +14,7 @@ import numpy as np
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
 from vssm.artifact.manifest import LOGITS, MANIFEST_NAME, Manifest
 from vssm.artifact.preprocessing import preprocessing_of
+from vssm.errors import check_least
 from vssm.evaluation.blocks import BlockFiles, BlockHeader, cut, held_folder
 from vssm.evaluation.classify import class_probabilities
 from vssm.evaluation.data import Loaded
@@ -185,9 +186,7 @@ def predict(
         VssmError: the cluster cannot be reached, or cannot hold an actor.
         RuntimeUnavailableError, UnsupportedError: as for `open_session`.
     """
-    for name, value in (("batch", batch), ("block", block), ("top", top)):
-        if value < 1:
-            raise ValueError(f"{name}={value} is below 1; give a number from 1")
+    check_least(1, batch=batch, block=block, top=top)
     check_runtime(runtime, backend=backend, threads=threads)
     check_ray(ray, workers)
     cores, workers = share_cores(threads, 0 if ray is not None else workers)

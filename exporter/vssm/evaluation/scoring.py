@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from vssm.artifact.directory import Artifact
 from vssm.artifact.preprocessing import preprocessing_of
+from vssm.errors import check_least
 from vssm.evaluation.blocks import BlockFiles, ImageBlock
 from vssm.evaluation.data import Loaded, load_in_order
 from vssm.runtimes.open import open_session
@@ -108,8 +109,7 @@ class RayOptions:
         Raises:
             ValueError: a number is out of its range.
         """
-        if self.actors is not None and self.actors < 1:
-            raise ValueError(f"actors={self.actors} is below 1; give the number of sessions")
+        check_least(1, actors=self.actors)
         if self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
             raise ValueError(f"gpus={self.gpus} is neither in [0, 1] nor a whole number")
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from vssm.artifact.manifest import CheckpointInfo, Preprocessing
-from vssm.errors import UnsupportedError
-from vssm.ops.operators import checked_choice
+from vssm.errors import UnsupportedError, check_choice, check_least
+from vssm.ops.operators import BACKENDS
 from vssm.pruning.merge import MergeResult
 from vssm.pruning.schedule import MergeStage, PruneSchedule, Schedule, Stage, TokenLayout
 from vssm.pruning.select import StageResult, prune
@@ -74,6 +74,39 @@ class ImageSized:
     """A configuration whose image is square where `image_size` is one number."""
 
     image_size: int | tuple[int, int]
+
+    def __post_init__(self) -> None:
+        for name, value in [*vars(self).items()]:
+            # JSON knows lists only, and a list would make two equal configurations differ.
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
+            raise ValueError(
+                f"image_size={self.image_size} does not have two sides; give (height, width)"
+            )
+
+    def check_positive(self, *names: str) -> None:
+        """Refuse sizes below 1, each of those in a tuple too; None, a default, passes.
+
+        Raises:
+            ValueError: one is.
+        """
+        for name in names:
+            value = getattr(self, name)
+            parts = enumerate(value) if isinstance(value, tuple) else ()
+            check_least(1, **{f"{name}[{i}]": part for i, part in parts} or {name: value})
+
+    def check_patch(self, side: int) -> None:
+        """Refuse an image that is smaller than a patch.
+
+        Raises:
+            ValueError: it is.
+        """
+        if min(self.image_height_width) < side:
+            raise ValueError(
+                f"image_size={self.image_size} is smaller than patch_size={side}; give a larger "
+                "image"
+            )
 
     @property
     def image_height_width(self) -> tuple[int, int]:
@@ -180,7 +213,7 @@ class VisionModel(nn.Module):
         Raises:
             ValueError: it is not one of the three.
         """
-        checked_choice(backend)
+        check_choice("backend", backend, BACKENDS)
         for module in self.modules():
             # The models and their mixers declare it on the class; plain layers do not have it.
             if hasattr(type(module), "backend"):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vssm.errors import check_least
 from vssm.models.base import (
     BlockCost,
     ForwardDetails,
@@ -61,27 +62,16 @@ class GroupMambaConfig(ImageSized):
     num_classes: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("widths", "depths", "mlp_ratios"):  # JSON knows lists only
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not isinstance(self.image_size, int):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-            if len(self.image_size) != 2:
-                raise ValueError(
-                    f"image_size={self.image_size} does not have two sides; give (height, width)"
-                )
+        super().__post_init__()
         if not len(self.widths) == len(self.depths) == len(self.mlp_ratios) > 0:
             raise ValueError(
                 f"widths={self.widths}, depths={self.depths}, mlp_ratios={self.mlp_ratios} have "
                 "not one entry a stage each; give as many of each"
             )
-        sizes = {"height": self.image_height_width[0], "width": self.image_height_width[1]}
-        sizes |= {name: getattr(self, name) for name in ("stem_width", "d_state", "num_classes")}
-        sizes |= {} if self.dt_rank is None else {"dt_rank": self.dt_rank}
-        for name in ("widths", "depths", "mlp_ratios"):
-            sizes |= {f"{name}[{i}]": size for i, size in enumerate(getattr(self, name))}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}={size} is below 1; give a positive size")
+        height, width = self.image_height_width
+        check_least(1, height=height, width=width)
+        self.check_positive("stem_width", "d_state", "dt_rank", "num_classes")
+        self.check_positive("widths", "depths", "mlp_ratios")
         for width in self.widths:
             if width % GROUPS:
                 raise ValueError(

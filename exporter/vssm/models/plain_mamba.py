@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vssm.errors import CheckpointError, UnsupportedError
+from vssm.errors import CheckpointError, UnsupportedError, check_least
 from vssm.models.base import (
     BlockCost,
     ForwardDetails,
@@ -39,11 +39,6 @@ from vssm.ops import operators as ops
 from vssm.pruning.schedule import Schedule, Stage, TokenLayout, plan_stages
 from vssm.pruning.select import ScanOutputs, ScoreRule, StageResult, Tokens, score_rule
 from vssm.pruning.walks import Steps
-
-_POSITIVE = (
-    *("depth", "d_model", "d_state", "conv_size", "expand", "num_classes", "stem_width"),
-    "patch_size",
-)
 
 
 @dataclass(frozen=True)
@@ -68,24 +63,11 @@ class PlainMambaConfig(ImageSized):
     layers_with_dwconv: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        # The way round a frozen dataclass: a list from JSON would
-        # make two equal configurations differ.
-        object.__setattr__(self, "layers_with_dwconv", tuple(self.layers_with_dwconv))
-        if not isinstance(self.image_size, int):  # JSON knows lists only
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-            if len(self.image_size) != 2:
-                raise ValueError(
-                    f"image_size={self.image_size} does not have two sides; give (height, width)"
-                )
-        for name in (*_POSITIVE, *(() if self.dt_rank is None else ("dt_rank",))):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is below 1; give a positive size")
+        super().__post_init__()
+        self.check_positive("depth", "d_model", "d_state", "conv_size", "expand", "dt_rank")
+        self.check_positive("num_classes", "stem_width", "patch_size")
         # The stem would pad it, and the model see next to nothing.
-        if min(self.image_height_width) < self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
-                "give a larger image"
-            )
+        self.check_patch(self.patch_size)
         if self.patch_size % 2:
             raise ValueError(
                 f"patch_size={self.patch_size} is odd, but the stem halves the image before it is "
@@ -96,8 +78,7 @@ class PlainMambaConfig(ImageSized):
                 f"conv_size={self.conv_size} is even, so that the grid convolution has no centre; "
                 "give an odd size"
             )
-        if self.stem_convs < 0:
-            raise ValueError(f"stem_convs={self.stem_convs} is negative; give 0 or more")
+        check_least(0, stem_convs=self.stem_convs)
         outside = [layer for layer in self.layers_with_dwconv if not 0 <= layer < self.depth]
         if outside:
             raise ValueError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vssm.errors import CheckpointError, UnsupportedError
+from vssm.errors import CheckpointError, UnsupportedError, check_choice
 from vssm.models.base import BlockCost, ForwardDetails, ImageSized, VisionModel, details
 from vssm.models.layers import (
     LayerNorm,
@@ -43,6 +43,7 @@ from vssm.pruning.walks import LineWalks
 
 CLASS_TOKENS = ("middle", "head", "double", "none")
 POOLS = ("mean", "max", "last")
+BIMAMBA = ("v2", "v1", "none")
 
 
 @dataclass(frozen=True)
@@ -76,37 +77,15 @@ class VimConfig(ImageSized):
     layer_scale: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):  # JSON knows lists only
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-            if len(self.image_size) != 2:
-                raise ValueError(
-                    f"image_size={self.image_size} does not have two sides; give (height, width)"
-                )
-        for name, allowed in (("class_token", CLASS_TOKENS), ("pool", POOLS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}; choose one"
-                )
+        super().__post_init__()
+        check_choice("class_token", self.class_token, CLASS_TOKENS)
+        check_choice("pool", self.pool, POOLS)
+        check_choice("bimamba", self.bimamba, BIMAMBA)
         # torch takes a width of 0 with a warning and refuses a
         # negative one without naming the option.
-        for name in (
-            "patch_size",
-            "stride",
-            "depth",
-            "d_model",
-            "d_state",
-            "d_conv",
-            "expand",
-            "num_classes",
-            *(() if self.dt_rank is None else ("dt_rank",)),
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is below 1; give a positive size")
-        if min(self.image_height_width) < self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
-                "give a larger image"
-            )
+        self.check_positive("patch_size", "stride", "depth", "d_model", "d_state", "d_conv")
+        self.check_positive("expand", "dt_rank", "num_classes")
+        self.check_patch(self.patch_size)
         if self.rope and self.class_token == "double":
             raise ValueError("rope=True with class_token='double': no released model; use another")
         if self.rope and self.d_model % 4:
@@ -242,9 +221,6 @@ class Rotation:
         return hidden, residual
 
 
-BIMAMBA = ("v2", "v1", "none")
-
-
 @dataclass(frozen=True)
 class VimMixerConfig:
     """Sizes of one mixer.
@@ -260,12 +236,6 @@ class VimMixerConfig:
     bimamba: str
     divide_out: bool
     layer_scale: float | None
-
-    def __post_init__(self) -> None:
-        if self.bimamba not in BIMAMBA:
-            raise ValueError(
-                f"bimamba={self.bimamba!r} is not one of {', '.join(BIMAMBA)}; choose one of these"
-            )
 
     @property
     def scale(self) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vssm.errors import CheckpointError
+from vssm.errors import CheckpointError, check_choice, check_least
 from vssm.models.base import (
     BlockCost,
     ForwardDetails,
@@ -43,11 +43,6 @@ SCANS: Final = {
     "cross": WALKS,
     "unidi": ("rows",) * 4,
     "bidi": ("rows", "rows", "rows_back", "rows_back"),
-}
-_CHOICES: Final = {
-    "patch_embed": ("v1", "v2"),
-    "downsample": ("v1", "v2", "v3"),
-    "scan": tuple(SCANS),
 }
 
 
@@ -77,40 +72,22 @@ class VMambaConfig(ImageSized):
     num_classes: int = 1000
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "depths", tuple(self.depths))  # JSON knows lists only
-        if not isinstance(self.image_size, int):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-            if len(self.image_size) != 2:
-                raise ValueError(
-                    f"image_size={self.image_size} does not have two sides; give (height, width)"
-                )
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}; choose one"
-                )
-        sizes = {name: getattr(self, name) for name in ("d_model", "d_state", "num_classes")}
-        sizes |= {f"depths[{i}]": depth for i, depth in enumerate(self.depths)}
-        # `expand` may be a fraction: what counts is the width it comes to.
-        sizes |= {"d_inner": int(self.expand * self.d_model)}
-        sizes |= {} if self.dt_rank is None else {"dt_rank": self.dt_rank}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}={size} is below 1; give a positive size")
+        super().__post_init__()
+        check_choice("patch_embed", self.patch_embed, ("v1", "v2"))
+        check_choice("downsample", self.downsample, ("v1", "v2", "v3"))
+        check_choice("scan", self.scan, SCANS)
         if not self.depths:
             raise ValueError("depths=() has no stage; give the blocks of each")
-        if self.mlp_ratio < 0:
-            raise ValueError(f"mlp_ratio={self.mlp_ratio} is negative; 0 leaves the MLP out")
+        self.check_positive("d_model", "d_state", "dt_rank", "depths", "num_classes")
+        # `expand` may be a fraction: what counts is the width it comes to.
+        check_least(1, d_inner=int(self.expand * self.d_model))
+        check_least(0, mlp_ratio=self.mlp_ratio)  # 0 leaves the MLP out
         if self.patch_size < 1 or (self.patch_embed == "v2" and self.patch_size != 4):
             raise ValueError(
                 f"patch_size={self.patch_size} with patch_embed={self.patch_embed!r}: v2 halves "
                 "the image twice, v1 takes any size from 1; use 4, or v1"
             )
-        if min(self.image_height_width) < self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
-                "give a larger image"
-            )
+        self.check_patch(self.patch_size)
         if min(min(grid) for grid in self.grids) < 1:
             raise ValueError(
                 f"image_size={self.image_size} leaves no token in the last of "

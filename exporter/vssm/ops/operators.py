@@ -19,6 +19,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
+from vssm.errors import check_choice
 from vssm.ops import gradients as ops_gradients
 from vssm.ops import reference
 from vssm.ops.kernels import kernels, runs_on_kernels
@@ -56,21 +57,10 @@ _TORCH_NAMES = {
 BACKENDS: Final = {"auto": "default", "reference": "reference", "kernel": "kernel"}
 
 
-def checked_choice(backend: str) -> str:
-    """The argument, if it is one of `BACKENDS`.
-
-    Raises:
-        ValueError: it is not one of them.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}; choose one")
-    return backend
-
-
 def torch_op(op: OperatorSpec, backend: str = "auto") -> Any:
     """The callable `torch.ops.vssm.*` overload of an operator."""
-    packet = getattr(torch.ops.vssm, _TORCH_NAMES[op.name])
-    return getattr(packet, BACKENDS[checked_choice(backend)])
+    check_choice("backend", backend, BACKENDS)
+    return getattr(getattr(torch.ops.vssm, _TORCH_NAMES[op.name]), BACKENDS[backend])
 
 
 def selective_scan(

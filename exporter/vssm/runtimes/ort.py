@@ -85,11 +85,12 @@ class OrtSession(Session):
         model: bytes | None = None,
         profile: bool = False,
     ) -> None:
+        check_choice("backend", backend, BACKENDS)
         options = _options(target, threads)
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
         for key, value in _quantization_options(artifact).items():
             options.add_session_config_entry(key, value)
-        library = _library(artifact) if checked_backend(backend) == "kernel" else None
+        library = _library(artifact) if backend == "kernel" else None
         if library is not None:
             # Before the file is opened: without a library its operators run as their bodies,
             # without a word.
@@ -161,7 +162,6 @@ class OrtCpuSession(OrtSession):
     """`ort-cpu`: arguments and errors as `OrtSession`'s; bfloat16 models are unsupported."""
 
     def __init__(self, artifact: Artifact, **options: Any) -> None:
-        checked_backend(options.get("backend", "kernel"))
         if artifact.manifest.dtype == "bfloat16":
             raise UnsupportedError(
                 "dtype=bfloat16: ONNX Runtime's CPU provider has no bfloat16 kernels for MatMul "
@@ -213,16 +213,6 @@ def _quantization_options(artifact: Artifact) -> dict[str, str]:
     # folded to float weights when the file is opened, not multiplied out in every run.
     literal = quantization.method == "weights" or not quantization.in_ort
     return {"session.disable_quant_qdq": "1"} if literal else {}
-
-
-def checked_backend(backend: str) -> str:
-    """The argument, if it is one.
-
-    Raises:
-        ValueError: it is neither "kernel" nor "body".
-    """
-    check_choice("backend", backend, BACKENDS)
-    return backend
 
 
 @contextmanager

@@ -14,13 +14,13 @@ import onnxruntime
 
 from vssm.artifact.directory import Artifact
 from vssm.artifact.manifest import Manifest, TensorInfo
-from vssm.errors import RuntimeUnavailableError, UnsupportedError
+from vssm.errors import RuntimeUnavailableError, UnsupportedError, check_choice
 from vssm.ops.spec import DOMAIN
 from vssm.runtimes.cuda_driver import find_gpu
 from vssm.runtimes.cuda_memory import TimedStream
 from vssm.runtimes.library import cuda_kernel_calls, library_info
-from vssm.runtimes.ort import OrtSession, Target, checked_backend, ort_errors
-from vssm.runtimes.session import CLOSED, plural
+from vssm.runtimes.ort import OrtSession, Target, ort_errors
+from vssm.runtimes.session import BACKENDS, CLOSED, plural
 from vssm.types import Array
 
 PROVIDER: Final = "CUDAExecutionProvider"
@@ -65,7 +65,8 @@ class OrtCudaSession(OrtSession):
         # machine without a GPU too.
         fixed = _fixed_sizes(artifact.manifest, cuda_graph_batch)
         _require_provider()
-        if checked_backend(backend) == "kernel":
+        check_choice("backend", backend, BACKENDS)
+        if backend == "kernel":
             _require_kernels()
         gpu = find_gpu(device)
         self.device = device

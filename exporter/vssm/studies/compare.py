@@ -19,6 +19,7 @@ import numpy as np
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
 from vssm.artifact.preprocessing import open_rgb, preprocessing_of
 from vssm.checkpoints.hub import check_checkpoint, hub_file
+from vssm.errors import check_least
 from vssm.evaluation.evaluate import COLUMNS, evaluate
 from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_apart, check_writable, make_directory
@@ -75,9 +76,8 @@ class CompareOptions:
     show: int = 48
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("show", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is below {least}; give more")
+        check_least(1, batch=self.batch)
+        check_least(0, show=self.show)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from vssm.errors import check_choice
+from vssm.errors import check_choice, check_least
 from vssm.models.family import Published
 from vssm.models.registry import check_name
 from vssm.pruning.schedule import (
@@ -51,8 +51,7 @@ class AblationTraining:
     save_every: int = Resources.save_every
 
     def __post_init__(self) -> None:
-        if self.seeds is not None and self.seeds < 1:
-            raise ValueError(f"finetune_seeds={self.seeds} is below 1; train once at least")
+        check_least(1, finetune_seeds=self.seeds)
         if twice := [key for key in self.variants if self.variants.count(key) > 1]:
             raise ValueError(f"finetune={twice[0]!r} is named twice; name each variant once")
 
@@ -100,12 +99,8 @@ class AblationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} is below 0; give the first seed")
-        if self.seeds < 1:
-            raise ValueError(f"seeds={self.seeds} is below 1; the random choice needs one at least")
-        if self.batch < 1:
-            raise ValueError(f"batch={self.batch} is below 1; give the number of images of a run")
+        check_least(0, seed=self.seed)
+        check_least(1, seeds=self.seeds, batch=self.batch)
         from vssm.runtimes.session import share_cores  # needs numpy, which --help does not wait for
 
         share_cores(self.threads, self.workers)  # which checks both

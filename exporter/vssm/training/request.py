@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vssm.checkpoints.hub import check_checkpoint
-from vssm.errors import check_choice, did_you_mean
+from vssm.errors import check_choice, check_least, did_you_mean
 from vssm.models.registry import cards, check_options, check_task
 from vssm.models.schedules import named_schedule
 from vssm.pruning.schedule import MergeSchedule, PruneSchedule, Schedule
@@ -244,10 +244,9 @@ class Resources:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 0), ("micro_batch", 1), ("save_every", 1), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} is below {least}; give a larger one")
+        check_least(0, workers=self.workers)
+        check_least(1, micro_batch=self.micro_batch, save_every=self.save_every)
+        check_least(1, threads=self.threads)
 
 
 @dataclass(frozen=True)

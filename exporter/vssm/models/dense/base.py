@@ -6,7 +6,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,17 +69,6 @@ def check_taps(taps: tuple[int, ...], depth: int, name: str = "taps") -> None:
             f"{name}={list(taps)} are not four of the blocks 1 to {depth} in order, the last being "
             f"{depth}; give them, counted from 1"
         )
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Refuse sizes below 1.
-
-    Raises:
-        ValueError: one is.
-    """
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} is below 1; give a positive size")
 
 
 def check_restoring(schedule: Schedule | None) -> None:

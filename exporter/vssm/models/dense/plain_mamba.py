@@ -18,7 +18,6 @@ from vssm.models.base import BlockCost, ImageSized
 from vssm.models.dense.adapter import Interaction, SpatialPrior, centres
 from vssm.models.dense.base import (
     Levels,
-    check_positive,
     check_taps,
     classifier_positions,
     only_pruning,
@@ -66,10 +65,8 @@ class PlainMambaBackboneConfig(ImageSized):
     layers_with_dwconv: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):  # JSON knows lists only
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-        object.__setattr__(self, "layers_with_dwconv", tuple(self.layers_with_dwconv))
-        check_positive(self, "table_size")
+        super().__post_init__()
+        self.check_positive("table_size")
         # For its errors alone.
         _ = self.plain_mamba
 
@@ -103,9 +100,8 @@ class PlainMambaSegmenterConfig(PlainMambaBackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "taps", tuple(self.taps))  # JSON knows lists only
         check_taps(self.taps, self.depth)
-        check_positive(self, "head_width", "auxiliary_width", "num_classes")
+        self.check_positive("head_width", "auxiliary_width", "num_classes")
 
 
 class PlainMambaTrunk(nn.Module):
@@ -293,10 +289,9 @@ class PlainMambaDetectorConfig(PlainMambaBackboneConfig, DetectionRules):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_rules()
-        object.__setattr__(self, "groups", tuple(self.groups))  # JSON knows lists only
         check_taps(self.groups, self.depth, "groups")
-        names = ("attention_heads", "prior_width", "neck_width", "head_convs", "region_width")
-        check_positive(self, *names, "num_classes")
+        self.check_positive("attention_heads", "prior_width", "neck_width", "head_convs")
+        self.check_positive("region_width", "num_classes")
         check_choice("head", self.head, HEADS)
         check_choice("injector", self.injector, INJECTORS)
         if self.d_model % self.attention_heads:

@@ -14,6 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from vssm.errors import check_least
 from vssm.models.dense.heads import Size
 
 RATIOS: Final = (0.5, 1.0, 2.0)  # height over width of the anchors at a place
@@ -70,9 +71,8 @@ class DetectionRules:
         for name in ("score", "overlap", "proposal_overlap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]; give a share")
-        for name in ("most", "level_proposals", "proposals"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is below 1; give a number of boxes")
+        check_least(1, most=self.most, proposals=self.proposals)
+        check_least(1, level_proposals=self.level_proposals)
 
 
 def anchors(size: Size, stride: int, sides: Sequence[float], like: Tensor) -> Tensor:

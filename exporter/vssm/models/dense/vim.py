@@ -21,7 +21,6 @@ from vssm.models.base import BlockCost, ImageSized
 from vssm.models.dense.base import (
     DenseModel,
     Levels,
-    check_positive,
     check_restoring,
     check_taps,
     classifier_positions,
@@ -87,9 +86,8 @@ class VimBackboneConfig(ImageSized):
     rope_grid: int = 14
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):  # JSON knows lists only
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-        check_positive(self, "table_size", "patch_size")
+        super().__post_init__()
+        self.check_positive("table_size", "patch_size")
         if self.table_size % self.patch_size:
             raise ValueError(
                 f"table_size={self.table_size} is not a multiple of patch_size={self.patch_size}; "
@@ -132,9 +130,8 @@ class VimSegmenterConfig(VimBackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "taps", tuple(self.taps))  # JSON knows lists only
         check_taps(self.taps, self.depth)
-        check_positive(self, "head_width", "auxiliary_width", "num_classes")
+        self.check_positive("head_width", "auxiliary_width", "num_classes")
         check_choice("tap_stream", self.tap_stream, TAPPED_STREAMS)
         if self.patch_size not in _PATCH_SIZES:
             raise ValueError(
@@ -402,7 +399,7 @@ class VimDetectorConfig(VimBackboneConfig, DetectionRules):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_rules()
-        check_positive(self, "neck_width", "region_width", "num_classes")
+        self.check_positive("neck_width", "region_width", "num_classes")
         if min(self.vim.grid) < 2:
             raise ValueError(
                 f"image_size={self.image_size} leaves no place in level p5, which halves the grid "

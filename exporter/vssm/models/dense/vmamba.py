@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from torch import Tensor, nn
 
 from vssm.models.base import BlockCost, ImageSized, blocks_of_stages, refuse_schedule
-from vssm.models.dense.base import Levels, check_positive
+from vssm.models.dense.base import Levels
 from vssm.models.dense.detector import BoxHead, CocoDetector
 from vssm.models.dense.regions import DetectionRules
 from vssm.models.dense.segmenter import Segmenter
@@ -50,9 +50,7 @@ class VMambaBackboneConfig(ImageSized):
     downsample: str = "v3"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):  # JSON knows lists only
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-        object.__setattr__(self, "depths", tuple(self.depths))
+        super().__post_init__()
         if len(self.depths) != 4:
             raise ValueError(
                 f"depths={list(self.depths)} are not four stages, whose ends the head reads; give "
@@ -78,7 +76,7 @@ class VMambaSegmenterConfig(VMambaBackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "head_width", "auxiliary_width", "num_classes")
+        self.check_positive("head_width", "auxiliary_width", "num_classes")
 
 
 class VMambaBackbone(nn.Module):
@@ -205,7 +203,7 @@ class VMambaDetectorConfig(VMambaBackboneConfig, DetectionRules):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_rules()
-        check_positive(self, "neck_width", "region_width", "num_classes")
+        self.check_positive("neck_width", "region_width", "num_classes")
 
 
 class VMambaDetector(CocoDetector):

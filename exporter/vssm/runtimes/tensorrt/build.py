@@ -13,7 +13,7 @@ from typing import Any, Final
 from vssm._version import __version__
 from vssm.artifact.directory import MODEL_FILE, Artifact
 from vssm.artifact.manifest import BATCH
-from vssm.errors import RuntimeUnavailableError, UnsupportedError
+from vssm.errors import RuntimeUnavailableError, UnsupportedError, check_least
 from vssm.files.atomic import atomic_write_bytes, check_writable, sha256_of
 from vssm.files.regular import ENGINE, read_regular
 from vssm.files.staging import staged_directory
@@ -89,8 +89,7 @@ def check_request(request: EngineRequest) -> None:
     if request.backend not in {None, "kernel", "body"}:
         raise ValueError(f"backend={request.backend!r} is not kernel or body; choose one")
     check_batch(request.batch)
-    if request.memory_mib is not None and request.memory_mib < 1:
-        raise ValueError(f"memory_mib={request.memory_mib} is below 1; give MiB of GPU memory")
+    check_least(1, memory_mib=request.memory_mib)
     if request.level is not None and not 0 <= request.level <= 5:
         raise ValueError(f"level={request.level} is outside [0, 5]; 3 is TensorRT's own")
     checked_threads(request.threads)
