@@ -42,15 +42,14 @@ from vssm.models.dense.regions import (
 )
 from vssm.models.dense.segmenter import Segmenter
 from vssm.models.layers import RMSNorm, fold_batch_norm, resize_grid, to_map, wide
+from vssm.models.rotary import Rotation, rope_tables
 from vssm.models.vim import (
     PatchEmbed,
-    Rotation,
     VimBlock,
     VimConfig,
     block_cost,
     patch_cost,
     refuse_schedule,
-    rope_tables,
     run_blocks,
     stays_wide,
 )
