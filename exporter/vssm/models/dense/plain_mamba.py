@@ -17,6 +17,7 @@ from vssm.errors import UnsupportedError, check_choice
 from vssm.models.base import BlockCost, ImageSized
 from vssm.models.dense.adapter import Interaction, SpatialPrior, centres
 from vssm.models.dense.base import (
+    DenseModel,
     Levels,
     check_taps,
     classifier_positions,
@@ -143,7 +144,40 @@ class PlainMambaSegmenterBackbone(PlainMambaTrunk):
         return to_map(self.get_submodule(self._norms[block])(x), self.grid)
 
 
-class PlainMambaSegmenter(Segmenter):
+class PlainMambaDense(DenseModel):
+    """What a PlainMamba with a dense head is, whatever the head; it cannot merge."""
+
+    config: PlainMambaBackboneConfig
+    schedule: PruneSchedule | None
+    stages: dict[int, Stage]
+    residual_stream = False
+    published_directions = DIRECTIONS
+
+    def __init__(
+        self, config: PlainMambaBackboneConfig, schedule: Schedule | None, *, name: str
+    ) -> None:
+        super().__init__()
+        pruning = only_pruning(schedule)
+        _refuse_late_convolutions(config, pruning)
+        self.name, self.config, self.schedule = name, config, pruning
+        self.image_size, self.traced_blocks = config.image_height_width, config.depth
+        self.layout = TokenLayout(
+            config.plain_mamba.seqlen,
+            None,
+            keep_odd=False,
+            directional=False,
+            restores=True,
+            full_parameters=True,
+        )
+        self.stages = plan_stages(pruning, self.layout, config.depth)
+        self.walks = GridWalks(config.plain_mamba.grid)
+
+    def block_cost(self) -> BlockCost:
+        """Cost of any block, by token."""
+        return block_cost(self.config.plain_mamba)
+
+
+class PlainMambaSegmenter(PlainMambaDense, Segmenter):
     """PlainMamba with UPerNet, under the keys of the official segmentation code.
 
     Args:
@@ -157,10 +191,6 @@ class PlainMambaSegmenter(Segmenter):
     """
 
     config: PlainMambaSegmenterConfig
-    schedule: PruneSchedule | None
-    stages: dict[int, Stage]
-    residual_stream = False
-    published_directions = DIRECTIONS
     auxiliary_level = 3
     own_parts = ("norm_layer",)
     classifier_parts = ("head.",)
@@ -172,26 +202,12 @@ class PlainMambaSegmenter(Segmenter):
         *,
         name: str = "plain_mamba_segmenter",
     ) -> None:
-        super().__init__()
-        pruning = only_pruning(schedule)
-        self.name, self.config, self.schedule = name, config, pruning
-        self.image_size, self.num_classes = config.image_height_width, config.num_classes
-        self.traced_blocks = config.depth
-        _refuse_late_convolutions(config, pruning)
-        self.layout = TokenLayout(
-            config.plain_mamba.seqlen,
-            None,
-            keep_odd=False,
-            directional=False,
-            restores=True,
-            full_parameters=True,
-        )
-        self.stages = plan_stages(pruning, self.layout, config.depth)
+        super().__init__(config, schedule, name=name)
+        self.num_classes = config.num_classes
         self.feature_names = tuple(f"level{i}" for i in range(len(config.taps)))
         # Four levels of one stride.
         self.level_sizes = (config.plain_mamba.grid,) * len(config.taps)
         self.backbone = PlainMambaSegmenterBackbone(config)
-        self.walks = GridWalks(config.plain_mamba.grid)
         self._add_heads((config.d_model,) * 4, config.head_width, config.auxiliary_width)
 
     def stays_wide(self, name: str) -> bool:
@@ -238,10 +254,6 @@ class PlainMambaSegmenter(Segmenter):
     def fixed_cost(self) -> int:
         """Multiply-adds of the stem, the depthwise convolutions of some layers and the head."""
         return stem_cost(self.config.plain_mamba) + self.head_cost()
-
-    def block_cost(self) -> BlockCost:
-        """Cost of any block, by token."""
-        return block_cost(self.config.plain_mamba)
 
 
 def _refuse_late_convolutions(
@@ -427,7 +439,7 @@ class PlainMambaAdapter(PlainMambaTrunk):
         return total + areas[1] * self.up.weight.numel()
 
 
-class PlainMambaDetector(CocoDetector):
+class PlainMambaDetector(PlainMambaDense, CocoDetector):
     """PlainMamba in its adapter, with Mask R-CNN or RetinaNet, under mmdetection's keys.
 
     Args:
@@ -441,10 +453,6 @@ class PlainMambaDetector(CocoDetector):
     """
 
     config: PlainMambaDetectorConfig
-    schedule: PruneSchedule | None
-    stages: dict[int, Stage]
-    residual_stream = False
-    published_directions = DIRECTIONS
 
     def __init__(
         self,
@@ -453,28 +461,14 @@ class PlainMambaDetector(CocoDetector):
         *,
         name: str = "plain_mamba_detector",
     ) -> None:
-        super().__init__()
-        pruning = only_pruning(schedule)
-        self.name, self.config, self.schedule = name, config, pruning
-        self.image_size, self.num_classes = config.image_height_width, config.num_classes
-        self.traced_blocks = config.depth
-        _refuse_late_convolutions(config, pruning)
-        if pruning is not None and pruning.restore != "frozen":
+        super().__init__(config, schedule, name=name)
+        self.num_classes = config.num_classes
+        if self.schedule is not None and self.schedule.restore != "frozen":
             raise UnsupportedError(
-                f"restore={pruning.restore!r}: between the adapter's groups the tokens that left "
-                "stand as they were; use restore='frozen'"
+                f"restore={self.schedule.restore!r}: between the adapter's groups the tokens that "
+                "left stand as they were; use restore='frozen'"
             )
-        self.layout = TokenLayout(
-            config.plain_mamba.seqlen,
-            None,
-            keep_odd=False,
-            directional=False,
-            restores=True,
-            full_parameters=True,
-        )
-        self.stages = plan_stages(pruning, self.layout, config.depth)
         self.backbone = PlainMambaAdapter(config)
-        self.walks = GridWalks(config.plain_mamba.grid)
         widths, convs = (config.d_model,) * 4, config.head_convs
         if config.head == "retinanet":
             self._add_retinanet(widths[1:], config.pyramid_sizes[1:], config.neck_width, convs)
@@ -508,7 +502,3 @@ class PlainMambaDetector(CocoDetector):
         """Multiply-adds of the stem, the adapter, the neck and the dense head."""
         stem = stem_cost(self.config.plain_mamba) + self.backbone.cost()
         return stem + self.neck_cost() + self.head_cost()
-
-    def block_cost(self) -> BlockCost:
-        """Cost of any block, by token."""
-        return block_cost(self.config.plain_mamba)

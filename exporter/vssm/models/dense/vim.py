@@ -227,6 +227,30 @@ class VimTrunk(nn.Module):
         return residual if turned is None else residual + turned
 
 
+class VimDense(DenseModel):
+    """What a Vim with a dense head is, whatever the head."""
+
+    config: VimBackboneConfig
+
+    def __init__(self, config: VimBackboneConfig, schedule: Schedule | None, *, name: str) -> None:
+        super().__init__()
+        check_restoring(schedule)
+        refuse_schedule(config.vim, schedule)
+        self.name, self.config, self.schedule = name, config, schedule
+        self.image_size, self.traced_blocks = config.image_height_width, config.depth
+        # Without a class token there is none that would make the count odd.
+        self.layout = TokenLayout(config.vim.patches, None, keep_odd=False, restores=True)
+        self.stages = plan_stages(schedule, self.layout, config.depth)
+
+    def fixed_cost(self) -> int:
+        """Multiply-adds of the patch embedding, the neck and the head."""
+        return patch_cost(self.config.vim) + self.neck_cost() + self.head_cost()
+
+    def block_cost(self) -> BlockCost:
+        """Cost of any block, by token."""
+        return block_cost(self.config.vim)
+
+
 class Double(nn.ModuleDict):
     """Twice the sides: one transposed convolution, entry 0 of the official Sequential."""
 
@@ -290,7 +314,7 @@ class VimSegmenterBackbone(VimTrunk):
         return area * square * (4 + 16 + 4 if isinstance(self.fpn1, Enlarge) else 4)
 
 
-class VimSegmenter(Segmenter):
+class VimSegmenter(VimDense, Segmenter):
     """Vim with UPerNet, under the keys of the official segmentation code.
 
     Args:
@@ -315,15 +339,8 @@ class VimSegmenter(Segmenter):
         *,
         name: str = "vim_segmenter",
     ) -> None:
-        super().__init__()
-        check_restoring(schedule)
-        self.name, self.config, self.schedule = name, config, schedule
-        self.image_size, self.num_classes = config.image_height_width, config.num_classes
-        self.traced_blocks = config.depth
-        refuse_schedule(config.vim, schedule)
-        # Without a class token there is none that would make the count odd.
-        self.layout = TokenLayout(config.vim.patches, None, keep_odd=False, restores=True)
-        self.stages = plan_stages(schedule, self.layout, config.depth)
+        super().__init__(config, schedule, name=name)
+        self.num_classes = config.num_classes
         self.level_sizes = config.level_sizes
         self.feature_names = tuple(f"neck{i}" for i in range(len(config.taps)))
         self.backbone = VimSegmenterBackbone(config)
@@ -371,14 +388,6 @@ class VimSegmenter(Segmenter):
         """Multiply-adds between the taps and the head."""
         return self.backbone.neck_cost()
 
-    def fixed_cost(self) -> int:
-        """Multiply-adds of the patch embedding, the neck and the head."""
-        return patch_cost(self.config.vim) + self.neck_cost() + self.head_cost()
-
-    def block_cost(self) -> BlockCost:
-        """Cost of any block, by token."""
-        return block_cost(self.config.vim)
-
 
 @dataclass(frozen=True)
 class VimDetectorConfig(VimBackboneConfig, DetectionRules):
@@ -414,7 +423,7 @@ class VimDetectorBackbone(SimpleFeaturePyramid):
         self.net = VimTrunk(config)
 
 
-class VimDetector(Detector):
+class VimDetector(VimDense, Detector):
     """Vim with a simple feature pyramid and Cascade Mask R-CNN, under detectron2's keys.
 
     Args:
@@ -438,14 +447,8 @@ class VimDetector(Detector):
         *,
         name: str = "vim_detector",
     ) -> None:
-        super().__init__()
-        check_restoring(schedule)
-        self.name, self.config, self.schedule = name, config, schedule
-        self.image_size, self.num_classes = config.image_height_width, config.num_classes
-        self.traced_blocks = config.depth
-        refuse_schedule(config.vim, schedule)
-        self.layout = TokenLayout(config.vim.patches, None, keep_odd=False, restores=True)
-        self.stages = plan_stages(schedule, self.layout, config.depth)
+        super().__init__(config, schedule, name=name)
+        self.num_classes = config.num_classes
         rows, columns = config.vim.grid
         finest = tuple((rows * 4 // s, columns * 4 // s) for s in (1, 2, 4, 8))
         self.level_sizes = halved(finest, 1)
@@ -505,11 +508,3 @@ class VimDetector(Detector):
     def neck_cost(self) -> int:
         """Multiply-adds of the pyramid."""
         return self.backbone.cost(self.config.vim.grid)
-
-    def fixed_cost(self) -> int:
-        """Multiply-adds of the patch embedding, the pyramid and the proposals' head."""
-        return patch_cost(self.config.vim) + self.neck_cost() + self.head_cost()
-
-    def block_cost(self) -> BlockCost:
-        """Cost of any block, by token."""
-        return block_cost(self.config.vim)

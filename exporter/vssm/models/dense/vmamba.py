@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from torch import Tensor, nn
 
 from vssm.models.base import BlockCost, ImageSized, blocks_of_stages, refuse_schedule
-from vssm.models.dense.base import Levels
+from vssm.models.dense.base import DenseModel, Levels
 from vssm.models.dense.detector import BoxHead, CocoDetector
 from vssm.models.dense.regions import DetectionRules
 from vssm.models.dense.segmenter import Segmenter
@@ -105,7 +105,44 @@ class VMambaBackbone(nn.Module):
         return Levels(levels, [], blocks)
 
 
-class VMambaSegmenter(Segmenter):
+class VMambaDense(DenseModel):
+    """What a VMamba with a dense head is, whatever the head; it cannot be pruned."""
+
+    config: VMambaBackboneConfig
+    residual_stream = False
+    published_directions = 4
+
+    def __init__(
+        self, config: VMambaBackboneConfig, schedule: Schedule | None, *, name: str
+    ) -> None:
+        super().__init__()
+        refuse_schedule("VMamba", schedule)
+        self.name, self.config, self.schedule = name, config, None
+        self.image_size, self.traced_blocks = config.image_height_width, config.vmamba.depth
+        self.layout, self.stages = None, {}
+        self.backbone = VMambaBackbone(config.vmamba)
+
+    def stays_wide(self, name: str) -> bool:
+        """Norms, what the scan takes as float32, and what is folded with a norm."""
+        return super().stays_wide(name) or stays_wide(self, name)
+
+    def block_costs(self) -> list[tuple[int, BlockCost]]:
+        """Tokens and cost by token of every block; gate and norms are not counted."""
+        return block_costs(self.config.vmamba)
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Old names in the backbone, and 1x1 convolutions as linears.
+
+        Raises:
+            CheckpointError: two entries come to one name.
+        """
+        inner = {k.removeprefix(_BACKBONE): v for k, v in state.items() if k.startswith(_BACKBONE)}
+        outer = {key: value for key, value in state.items() if not key.startswith(_BACKBONE)}
+        adapted = adapt_keys(inner, self.config.vmamba.grids[0])
+        return {**{_BACKBONE + key: value for key, value in adapted.items()}, **outer}
+
+
+class VMambaSegmenter(VMambaDense, Segmenter):
     """VMamba with UPerNet, under the keys of the official segmentation code.
 
     Args:
@@ -118,8 +155,6 @@ class VMambaSegmenter(Segmenter):
     """
 
     config: VMambaSegmenterConfig
-    residual_stream = False
-    published_directions = 4
     auxiliary_level = 2
     own_parts = ("outnorm",)
     classifier_parts = ("classifier.", "head.", "norm.")  # the last two in older files
@@ -131,25 +166,16 @@ class VMambaSegmenter(Segmenter):
         *,
         name: str = "vmamba_segmenter",
     ) -> None:
-        super().__init__()
-        refuse_schedule("VMamba", schedule)
-        sizes = config.vmamba
-        self.name, self.config, self.schedule = name, config, None
-        self.image_size, self.num_classes = config.image_height_width, config.num_classes
-        self.layout, self.stages, self.traced_blocks = None, {}, sizes.depth
+        super().__init__(config, schedule, name=name)
+        sizes, self.num_classes = config.vmamba, config.num_classes
         self.feature_names = tuple(f"level{i}" for i in range(len(config.depths)))
         self.level_sizes = sizes.grids
-        self.backbone = VMambaBackbone(sizes)
         widths = tuple(map(sizes.width, range(len(config.depths))))
         self._add_heads(widths, config.head_width, config.auxiliary_width)
 
     def blocks_on_maps(self) -> list[tuple[nn.Module, tuple[int, int]]]:
         """The blocks of every stage on the grid of that stage."""
         return blocks_of_stages(self, VMambaBlock, self.config.vmamba.grids, self.config.depths)
-
-    def stays_wide(self, name: str) -> bool:
-        """Norms, what the scan takes as float32, and what is folded with a norm."""
-        return super().stays_wide(name) or stays_wide(self, name)
 
     def _levels(self, images: Tensor, with_blocks: bool) -> Levels:
         return self.backbone.levels(images, with_blocks)
@@ -158,18 +184,6 @@ class VMambaSegmenter(Segmenter):
         """Multiply-adds of the patch embedding, the downsampling and the head."""
         return map_cost(self.config.vmamba) + self.head_cost()
 
-    def block_costs(self) -> list[tuple[int, BlockCost]]:
-        """Tokens and cost by token of every block; gate and norms are not counted."""
-        return block_costs(self.config.vmamba)
-
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Old names in the backbone, and 1x1 convolutions as linears.
-
-        Raises:
-            CheckpointError: two entries come to one name.
-        """
-        return adapt_backbone(state, self.config.vmamba)
-
     def adapt_classifier(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Old names, and 1x1 convolutions as linears.
 
@@ -177,18 +191,6 @@ class VMambaSegmenter(Segmenter):
             CheckpointError: two entries come to one name.
         """
         return adapt_keys(state, self.config.vmamba.grids[0])
-
-
-def adapt_backbone(state: dict[str, Tensor], config: VMambaConfig) -> dict[str, Tensor]:
-    """`adapt_keys` of what a checkpoint has under `backbone.`; the rest stays as it is.
-
-    Raises:
-        CheckpointError: two entries come to one name.
-    """
-    inner = {k.removeprefix(_BACKBONE): v for k, v in state.items() if k.startswith(_BACKBONE)}
-    outer = {key: value for key, value in state.items() if not key.startswith(_BACKBONE)}
-    adapted = adapt_keys(inner, config.grids[0])
-    return {**{_BACKBONE + key: value for key, value in adapted.items()}, **outer}
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ class VMambaDetectorConfig(VMambaBackboneConfig, DetectionRules):
         self.check_positive("neck_width", "region_width", "num_classes")
 
 
-class VMambaDetector(CocoDetector):
+class VMambaDetector(VMambaDense, CocoDetector):
     """VMamba with Mask R-CNN, under the keys of the official detection code.
 
     Args:
@@ -219,8 +221,6 @@ class VMambaDetector(CocoDetector):
     """
 
     config: VMambaDetectorConfig
-    residual_stream = False
-    published_directions = 4
 
     def __init__(
         self,
@@ -229,13 +229,8 @@ class VMambaDetector(CocoDetector):
         *,
         name: str = "vmamba_detector",
     ) -> None:
-        super().__init__()
-        refuse_schedule("VMamba", schedule)
-        sizes = config.vmamba
-        self.name, self.config, self.schedule = name, config, None
-        self.image_size, self.num_classes = config.image_height_width, config.num_classes
-        self.layout, self.stages, self.traced_blocks = None, {}, sizes.depth
-        self.backbone = VMambaBackbone(sizes)
+        super().__init__(config, schedule, name=name)
+        sizes, self.num_classes = config.vmamba, config.num_classes
         box = BoxHead(
             config.neck_width,
             convs=0,
@@ -246,10 +241,6 @@ class VMambaDetector(CocoDetector):
         widths = tuple(map(sizes.width, range(len(config.depths))))
         self._add_mask_rcnn(widths, sizes.grids, box, norm=False)
 
-    def stays_wide(self, name: str) -> bool:
-        """Norms, what the scan takes as float32, and what is folded with a norm."""
-        return super().stays_wide(name) or stays_wide(self, name)
-
     def _levels(self, images: Tensor, with_blocks: bool) -> Levels:
         found = self.backbone.levels(images, with_blocks)
         maps = list(found.tensors.values())
@@ -258,15 +249,3 @@ class VMambaDetector(CocoDetector):
     def fixed_cost(self) -> int:
         """Multiply-adds of the patch embedding, the downsampling, the neck and the dense head."""
         return map_cost(self.config.vmamba) + self.neck_cost() + self.head_cost()
-
-    def block_costs(self) -> list[tuple[int, BlockCost]]:
-        """Tokens and cost by token of every block; gate and norms are not counted."""
-        return block_costs(self.config.vmamba)
-
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Old names in the backbone, and 1x1 convolutions as linears.
-
-        Raises:
-            CheckpointError: two entries come to one name.
-        """
-        return adapt_backbone(state, self.config.vmamba)
