@@ -21,7 +21,6 @@ from vssm.commands.options import (
     OwnSchedule,
     Threads,
     Workers,
-    model_source,
     options,
 )
 from vssm.commands.tables import say, show, table, working, write_result
@@ -109,8 +108,15 @@ def ablate(
     """Compare alignments, importances, keep ratios, merging and EViT's way on a data set."""
     # The first is the model's; every row runs with the others too.
     first, more = (checkpoint[0], checkpoint[1:]) if checkpoint else (None, [])
-    source = model_source(
-        model, first, ema, key, new_head, schedule=schedule, num_classes=num_classes, option=option
+    source = ModelSource(
+        model,
+        first,
+        weights="ema" if ema else "model",
+        key=key,
+        new_head=new_head,
+        schedule=schedule,
+        num_classes=num_classes,
+        options=options(option),
     )
     training = _training(train, finetune, finetune_seeds, recipe, micro_batch)
     asked = AblationOptions(

@@ -16,9 +16,10 @@ from vssm.commands.options import (
     Runtime,
     Schedule,
     Threads,
-    model_source,
+    options,
 )
 from vssm.commands.tables import say, show, table, working, write_result
+from vssm.training.request import ModelSource
 
 
 def compare(
@@ -63,11 +64,8 @@ def compare(
         raise ValueError(f"--{named[0]} without --model says nothing of checkpoints; give both")
     source = None
     if model is not None:
-        source = model_source(
-            *(model, None, False, None, False),
-            schedule=schedule,
-            num_classes=num_classes,
-            option=option,
+        source = ModelSource(
+            model, schedule=schedule, num_classes=num_classes, options=options(option)
         )
     asked = CompareOptions(images, source, runtime, threads, batch, workers, classes, show_images)
     with working("opening what is compared", leaves="the same command goes on") as tell:

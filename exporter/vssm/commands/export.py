@@ -33,7 +33,6 @@ from vssm.commands.options import (
     Schedule,
     Switches,
     Threads,
-    model_source,
     options,
 )
 from vssm.commands.tables import say, working, write_result
@@ -158,12 +157,12 @@ def export(
     json_file: Json = None,
 ) -> None:
     """Export a model, pruned, merged or dense, to model.onnx and model.json."""
-    source = model_source(
+    source = ModelSource(
         name,
         checkpoint,
-        ema,
-        key,
-        new_head,
+        weights="ema" if ema else "model",
+        key=key,
+        new_head=new_head,
         schedule=schedule,
         merge=merge,
         alignment=alignment,
@@ -171,7 +170,7 @@ def export(
         conv=conv,
         restore=restore,
         num_classes=num_classes,
-        option=option,
+        options=options(option),
         seed=seed,
     )
     artifact, loaded = _export(
@@ -320,7 +319,7 @@ def export_module(
         inputs=read_inputs(shapes or [DEFAULT_INPUT], tokens),
         checkpoint=checkpoint,
         weights="ema" if ema else "model",
-        options=options(option or []),
+        options=options(option),
         key=key,
         new_head=new_head,
         paths=tuple(path or ()),

@@ -25,13 +25,12 @@ from vssm.commands.options import (
     Switches,
     Threads,
     Workers,
-    model_source,
     options,
 )
 from vssm.commands.tables import say, say_folders, show, table, working, write_result
 from vssm.extras import install_command
 from vssm.training.recipe import Recipe
-from vssm.training.request import FinetuneRequest, Resources, is_segmenter
+from vssm.training.request import FinetuneRequest, ModelSource, Resources, is_segmenter
 from vssm.training.scene_recipe import SceneRecipe
 
 if TYPE_CHECKING:
@@ -129,12 +128,12 @@ def finetune(
     json_file: Json = None,
 ) -> None:
     """Train a model, pruned, merged or dense; after a kill, --resume goes on bit for bit."""
-    source = model_source(
+    source = ModelSource(
         name,
         checkpoint,
-        ema,
-        key,
-        new_head,
+        weights="ema" if ema else "model",
+        key=key,
+        new_head=new_head,
         schedule=schedule,
         merge=merge,
         alignment=alignment,
@@ -144,11 +143,11 @@ def finetune(
         tokens=tokens,
         backbone=backbone,
         num_classes=num_classes,
-        option=option,
+        options=options(option),
         seed=seed if importance == "random" else None,
     )
     named = {"epochs": epochs, "batch": batch, "lr": lr, "seed": seed}
-    recipe = _recipe(name, numbers or [], named)
+    recipe = _recipe(name, numbers, named)
     resources = Resources(workers, micro_batch, save_every, device, threads)
     request = FinetuneRequest(source, data, output, recipe, classes, resume, resources, split, val)
     _run(request, json_file)
@@ -171,7 +170,7 @@ def _run(request: FinetuneRequest, json_file: Path | None) -> None:
         write_result(json_file, report)
 
 
-def _recipe(name: str, pairs: list[str], named: dict[str, Any]) -> Recipe | SceneRecipe:
+def _recipe(name: str, pairs: list[str] | None, named: dict[str, Any]) -> Recipe | SceneRecipe:
     """The recipe from KEY=VALUE pairs, and the numbers that have options of their own."""
     given = options(pairs, "--recipe")
     # Neither could win without the other being ignored.

@@ -1,7 +1,7 @@
 """Options that several commands have, and option texts to values.
 
-No command imports more than this at its top: `vssm --help` and a wrong option are answered before
-numpy, torch or ONNX Runtime are there.
+No command imports numpy, torch or ONNX Runtime at its top: `vssm --help` and a wrong option are
+answered before they are there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import typer
 from vssm.commands.tables import STDOUT, console
 from vssm.files.atomic import check_writable
 from vssm.models.registry import cards
-from vssm.training.request import ModelSource
 
 if TYPE_CHECKING:  # it needs numpy
     from vssm.evaluation.scoring import RayOptions
@@ -245,7 +244,7 @@ def sizes(name: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def options(pairs: list[str], name: str = "--set") -> dict[str, Any]:
+def options(pairs: list[str] | None, name: str = "--set") -> dict[str, Any]:
     """Read KEY=VALUE pairs; a value is JSON, or else a text; the last of a key counts.
 
     `name` is the option that has them, for errors.
@@ -255,7 +254,7 @@ def options(pairs: list[str], name: str = "--set") -> dict[str, Any]:
     """
     example = "image_size=384" if name == "--set" else "seed=1"
     found: dict[str, Any] = {}
-    for pair in pairs:
+    for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"{name} {pair}: is not KEY=VALUE; write for example {example}")
@@ -275,47 +274,3 @@ def _integer(digits: str) -> int:
             f"{_DIGITS} at most"
         )
     return int(digits)
-
-
-def model_source(
-    name: str,
-    checkpoint: Path | None,
-    ema: bool,
-    key: str | None,
-    new_head: bool,
-    *,
-    schedule: str | None,
-    merge: str | None = None,
-    num_classes: int | None,
-    option: list[str] | None,
-    alignment: str | None = None,
-    importance: str | None = None,
-    conv: str | None = None,
-    restore: str | None = None,
-    tokens: str = "gather",
-    backbone: bool = False,
-    seed: int | None = None,
-) -> ModelSource:
-    """The model that a command's options describe.
-
-    Raises:
-        ValueError: two of them contradict each other, or a pair of --set is malformed.
-    """
-    return ModelSource(
-        name,
-        checkpoint,
-        weights="ema" if ema else "model",
-        schedule=schedule,
-        merge=merge,
-        alignment=alignment,
-        importance=importance,
-        conv=conv,
-        restore=restore,
-        tokens=tokens,
-        num_classes=num_classes,
-        options=options(option or []),
-        key=key,
-        new_head=new_head,
-        backbone=backbone,
-        seed=seed,
-    )

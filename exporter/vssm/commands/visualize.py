@@ -22,9 +22,10 @@ from vssm.commands.options import (
     OwnSchedule,
     Threads,
     integers,
-    model_source,
+    options,
 )
 from vssm.commands.tables import say, working, write_result
+from vssm.training.request import ModelSource
 
 
 def visualize(
@@ -58,19 +59,19 @@ def visualize(
     json_file: Json = None,
 ) -> None:
     """Draw kept tokens, importance, attention and walks: dense, plain removal, aligned."""
-    source = model_source(
+    source = ModelSource(
         model,
         checkpoint,
-        ema,
-        key,
-        new_head,
+        weights="ema" if ema else "model",
+        key=key,
+        new_head=new_head,
         schedule=schedule,
         merge=merge,
         alignment=alignment,
         importance=importance,
         conv=conv,
         num_classes=num_classes,
-        option=option,
+        options=options(option),
         seed=seed,
     )
     source.checked(exports=True)
