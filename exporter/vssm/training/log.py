@@ -5,17 +5,14 @@ The CSV file has no times, so a run that was stopped leaves the same bytes as on
 
 from __future__ import annotations
 
-import fcntl
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import Self
-
 from vssm.errors import ArtifactError
 from vssm.extras import is_installed
 from vssm.files.atomic import discard_unfinished
+from vssm.files.journal import HeldFile
 
 COLUMNS = ("step", "epoch", "lr", "loss")
 _HEAD = (",".join(COLUMNS) + "\n").encode()
@@ -35,7 +32,7 @@ class LogRow:
         return f"{self.step},{self.epoch},{self.lr!r},{self.loss!r}\n".encode()
 
 
-class RunLog:
+class RunLog(HeldFile):
     """The log of one run; a context manager that holds its directory against other processes.
 
     Args:
@@ -45,33 +42,20 @@ class RunLog:
         ArtifactError: it is in use, is no such log, or cannot be written.
     """
 
+    _board: Any = None
+
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._board: Any = None
-        try:
-            # O_APPEND: reading moves the offset, and a row must go to the end all the same.
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            raise ArtifactError(
-                f"log={path} cannot be written ({error.strerror}); name another directory"
-            ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check_head()
-        except BaseException as error:
-            os.close(self._file)
-            # Raised by the lock alone: somebody else has it.
-            if isinstance(error, BlockingIOError):
-                raise ArtifactError(
-                    f"log={path} is in use by another run; wait for it, or name another directory"
-                ) from error
-            raise
+        elsewhere = "name another directory"
+        super().__init__(path, name="log", what="run", elsewhere=elsewhere, again=", then --resume")
+        text = self.read()
+        # A kill may have left a part of the first line.
+        if text and not text.startswith(_HEAD) and not _HEAD.startswith(text):
+            self.close()
+            raise ArtifactError(f"log={path} is no log of a training run; {elsewhere}")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        os.close(self._file)
+    def close(self) -> None:
+        """Let go of the file, and of TensorBoard's."""
+        super().close()
         if self._board is not None:
             self._board.close()
 
@@ -89,9 +73,9 @@ class RunLog:
             )
         # Cut, not written anew: a kill between the two would lose rows that a state relies on.
         keep = len(_HEAD) + sum(map(len, rows[:done])) if self._lines() else 0
-        os.ftruncate(self._file, keep)
+        self.cut(keep)
         if keep == 0:
-            self._write(_HEAD)
+            self.write(_HEAD)
         if is_installed("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -105,7 +89,7 @@ class RunLog:
         Raises:
             ArtifactError: the disk is full.
         """
-        self._write(row.line())
+        self.write(row.line())
         if self._board is not None:
             for name in ("lr", "loss", "epoch"):
                 self._board.add_scalar(f"train/{name}", getattr(row, name), row.step)
@@ -118,7 +102,7 @@ class RunLog:
 
     def sync(self) -> None:
         """Bring all rows to the disk, before a state is written that relies on them."""
-        os.fsync(self._file)
+        super().sync()
         if self._board is not None:
             self._board.flush()
 
@@ -126,34 +110,9 @@ class RunLog:
         """Of the last steps, so many."""
         return [float(line.split(b",")[-1]) for line in self._lines()[1:][-last:]]
 
-    def _check_head(self) -> None:
-        text = self._read()
-        # A kill may have left a part of the first line.
-        if text and not text.startswith(_HEAD) and not _HEAD.startswith(text):
-            raise ArtifactError(
-                f"log={self.path} is no log of a training run; name another directory"
-            )
-
     def _lines(self) -> list[bytes]:
         """Whole lines; the part of one that a kill may leave is none."""
-        return [line for line in self._read().splitlines(keepends=True) if line.endswith(b"\n")]
-
-    def _read(self) -> bytes:
-        # A second descriptor: the file object closes its own, and ours holds the lock.
-        with os.fdopen(os.dup(self._file), "rb") as file:
-            file.seek(0)
-            return file.read()
-
-    def _write(self, data: bytes) -> None:
-        try:
-            written = os.write(self._file, data)
-        except OSError as error:
-            raise ArtifactError(
-                f"log={self.path} cannot be written ({error.strerror}); make room, then --resume"
-            ) from error
-        # A full disk may take a part of a row and report no error until the next one.
-        if written != len(data):
-            raise ArtifactError(f"log={self.path}: the disk is full; make room, then --resume")
+        return [line for line in self.read().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def remove_leftovers(directory: Path) -> None:
