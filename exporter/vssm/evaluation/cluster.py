@@ -25,7 +25,7 @@ from vssm.artifact.directory import MODEL_FILE, open_artifact
 from vssm.artifact.manifest import MANIFEST_NAME
 from vssm.errors import ArtifactError, VssmError
 from vssm.evaluation.blocks import BlockFiles, ImageBlock, block_file, write_block
-from vssm.evaluation.scoring import Pace, RayOptions, Scorer, Scoring
+from vssm.evaluation.scoring import RayOptions, Scorer, Scoring, counted
 from vssm.files.atomic import sha256_of
 from vssm.runtimes.open import ENGINE_RUNTIMES
 from vssm.runtimes.session import RuntimeInfo, Session
@@ -182,12 +182,12 @@ class _BlockSink(Datasink):  # type: ignore[misc]
 @contextlib.contextmanager
 def _watched(folder: Path, left: Sequence[ImageBlock], progress: Steps) -> Iterator[None]:
     """Tell now and then how many images of the blocks that were left are done."""
-    pace, over = Pace(left, progress), threading.Event()
+    tell, over = counted(left, progress), threading.Event()
 
     def watch() -> None:
         while not over.wait(_SECONDS):
             there = (b for b in left if block_file(folder, b.number).exists())
-            pace.tell(sum(len(b.names) for b in there))
+            tell(sum(len(b.names) for b in there))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -24,7 +24,7 @@ from vssm.evaluation.detection import Detection, DetectionReport
 from vssm.evaluation.folders import ClassesGiven
 from vssm.evaluation.journal import ImageResult, Journal
 from vssm.evaluation.label_maps import is_segmenter
-from vssm.evaluation.pace import EVALUATING
+from vssm.evaluation.pace import Pace, refuse_unreadable, take_all
 from vssm.evaluation.scorers import check_ray, open_scorer
 from vssm.evaluation.scoring import RayOptions, Scoring
 from vssm.evaluation.segmentation import Segmentation, SegmentationReport
@@ -124,36 +124,31 @@ class Classification:
             ValueError: logits are not finite, or no image can be read.
             ArtifactError: a file cannot be written.
         """
-        folder, batch, workers = self.folder, self.batch, self.workers
-        pictures = folder.pictures
-        batches = [pictures[i : i + batch] for i in range(0, len(pictures), batch)]
-        tally = _Tally()
-        # Not strict: an interrupted run's journal is shorter than the list of batches.
-        for some, rows in zip(batches, journal.done, strict=False):
-            tally.add(some, rows)
-        left, resumed = batches[len(journal.done) :], tally.images
-        progress(EVALUATING, resumed, len(pictures))
-        start = time.perf_counter()
-        files = [folder.places(some) for some in left]
-        for some, loaded in zip(
-            left, load_in_order(files, self.spec, workers=workers), strict=True
-        ):
-            # Before it is counted: what the journal holds is done, whatever happens next.
-            journal.append(rows := list(image_results(session, some, loaded)))
-            tally.add(some, rows)
-            progress(EVALUATING, tally.images, len(pictures), str(tally))
-        seconds = time.perf_counter() - start
+        pictures, batch, tally = self.folder.pictures, self.batch, _Tally()
+        left = [pictures[i : i + batch] for i in range(0, len(pictures), batch)]
+        left = left[len(journal.done) :]
+        files = [self.folder.places(some) for some in left]
+        loads = load_in_order(files, self.spec, workers=self.workers)
+        entries = (
+            list(image_results(session, some, loaded))
+            for some, loaded in zip(left, loads, strict=True)
+        )
+
+        def add(rows: Sequence[ImageResult]) -> str:
+            tally.add(pictures[tally.images : tally.images + len(rows)], rows)
+            return str(tally)
+
+        pace = take_all(entries, journal, len(pictures), add, progress, size=len)
         done = [row for entry in journal.done for row in entry]
-        return self.report(session.info, done, results, resumed=resumed, seconds=seconds)
+        return self.report(session.info, done, results, pace)
 
     def report(
         self,
         info: RuntimeInfo,
         rows: Sequence[ImageResult],
         results: Path,
+        pace: Pace,
         *,
-        resumed: int,
-        seconds: float,
         actors: int = 0,
     ) -> EvaluationReport:
         """Write the rows of all pictures, and count them.
@@ -167,7 +162,6 @@ class Classification:
         pairs = zip(pictures, rows, strict=True)
         atomic_write_bytes(results, table_bytes(COLUMNS, (_columns(*pair) for pair in pairs)))
         first, five = tally.shares()
-        new = len(rows) - resumed
         return EvaluationReport(
             info=info,
             classes=self.folder.rule,
@@ -176,9 +170,9 @@ class Classification:
             unreadable=tuple(tally.unreadable),
             top1=first,
             top5=five,
-            resumed=resumed,
-            seconds=seconds,
-            images_per_s=new / seconds if new else None,
+            resumed=pace.resumed,
+            seconds=pace.seconds,
+            images_per_s=pace.images_per_s,
             batch=self.batch,
             workers=self.workers,
             actors=actors,
@@ -204,11 +198,8 @@ class _Tally:
 
     def shares(self) -> tuple[float, float]:
         """Top-1 and top-5 over the readable images."""
+        refuse_unreadable(self.unreadable, self.images)
         readable = self.images - len(self.unreadable)
-        if readable == 0:
-            raise ValueError(
-                f"none of the {self.images} images can be read; the first: {self.unreadable[0][1]}"
-            )
         return self.first / readable, self.five / readable
 
     def __str__(self) -> str:
@@ -381,14 +372,9 @@ def _on_cluster(
             scorer.score(files, left, progress)
             seconds = time.perf_counter() - start
             rows = [row for table in files.tables() for row in results_of(table)]
-            report = what.report(
-                scorer.info,
-                rows,
-                results,
-                resumed=len(rows) - sum(len(block.names) for block in left),
-                seconds=seconds,
-                actors=scorer.actors,
-            )
+            resumed = len(rows) - sum(len(block.names) for block in left)
+            pace = Pace(len(rows), resumed, seconds)
+            report = what.report(scorer.info, rows, results, pace, actors=scorer.actors)
             write_json(summary, report)
     return report
 

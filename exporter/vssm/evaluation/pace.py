@@ -1,17 +1,17 @@
-"""The loop of an evaluation that goes image by image: what it has done, and how fast."""
+"""The loop of an evaluation: what it has done, and how fast."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from vssm.files.journal import JsonJournal
 from vssm.types import Steps
 
 Entry = TypeVar("Entry")
-EVALUATING = "evaluating images"
+_PHASE: Final = "evaluating images"
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,20 @@ class Pace:
     """How an evaluation went.
 
     Attributes:
-        resumed: images whose results an interrupted run before had left.
+        images: in all.
+        resumed: of these, the ones whose results an interrupted run before had left.
         seconds: spent on the others, loading included.
-        images_per_s: over these seconds; None where nothing was left to do.
     """
 
+    images: int
     resumed: int
     seconds: float
-    images_per_s: float | None
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Over these seconds; None where nothing was left to do."""
+        new = self.images - self.resumed
+        return new / self.seconds if new else None
 
 
 def take_all(
@@ -35,6 +41,8 @@ def take_all(
     images: int,
     add: Callable[[Entry], str],
     progress: Steps,
+    *,
+    size: Callable[[Entry], int] = lambda _: 1,
 ) -> Pace:
     """Put each entry into the journal, and then count it.
 
@@ -43,21 +51,23 @@ def take_all(
         journal: what is done; its entries are counted first.
         images: how many there are in all.
         add: counts an entry, and gives what is to be told so far.
-        progress: called after every image.
+        progress: called after every entry.
+        size: images of an entry.
     """
     for entry in journal.done:
         add(entry)
-    resumed, start = len(journal.done), time.perf_counter()
-    progress(EVALUATING, resumed, images)
+    done = resumed = sum(map(size, journal.done))
+    start = time.perf_counter()
+    progress(_PHASE, done, images)
     for entry in entries:
         # Before it is counted: what the journal holds is done, whatever happens next.
         journal.append(entry)
-        progress(EVALUATING, len(journal.done), images, add(entry))
-    seconds, new = time.perf_counter() - start, len(journal.done) - resumed
-    return Pace(resumed, seconds, new / seconds if new else None)
+        done += size(entry)
+        progress(_PHASE, done, images, add(entry))
+    return Pace(images, resumed, time.perf_counter() - start)
 
 
-def refuse_unreadable(unreadable: tuple[tuple[str, str], ...], images: int) -> None:
+def refuse_unreadable(unreadable: Sequence[tuple[str, str]], images: int) -> None:
     """Refuse an evaluation of nothing.
 
     Raises:

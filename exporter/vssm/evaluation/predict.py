@@ -18,6 +18,7 @@ from vssm.errors import check_least
 from vssm.evaluation.blocks import BlockFiles, BlockHeader, cut, held_folder
 from vssm.evaluation.classify import class_probabilities
 from vssm.evaluation.data import Loaded
+from vssm.evaluation.pace import Pace, refuse_unreadable
 from vssm.evaluation.scorers import check_ray, open_scorer
 from vssm.evaluation.scoring import RayOptions, Scoring
 from vssm.evaluation.sources import ImageSource, open_source
@@ -216,20 +217,18 @@ def predict(
             scorer.score(files, left, progress)
             seconds = time.perf_counter() - start
             unreadable = files.join(target)
-    if len(unreadable) == len(found.names):
-        raise ValueError(
-            f"none of the {len(unreadable)} images can be read; the first: {unreadable[0][1]}"
-        )
-    todo = sum(len(one.names) for one in left)
+    refuse_unreadable(unreadable, len(found.names))
+    resumed = len(found.names) - sum(len(one.names) for one in left)
+    pace = Pace(len(found.names), resumed, seconds)
     return PredictionReport(
         info=scorer.info,
         source=found.kind,
         notes=found.notes,
         images=len(found.names),
         unreadable=tuple(unreadable),
-        resumed=len(found.names) - todo,
-        seconds=seconds,
-        images_per_s=todo / seconds if todo else None,
+        resumed=pace.resumed,
+        seconds=pace.seconds,
+        images_per_s=pace.images_per_s,
         batch=batch,
         block=block,
         workers=workers,

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from vssm.evaluation.blocks import BlockFiles, ImageBlock, write_block
-from vssm.evaluation.scoring import Pace, RayOptions, Scorer, Scoring
+from vssm.evaluation.scoring import RayOptions, Scorer, Scoring, counted
 from vssm.extras import require
 from vssm.runtimes.session import Session
 from vssm.types import Steps
@@ -53,9 +53,9 @@ class _Here:
         self._scoring, self._session, self._workers = scoring, session, workers
 
     def score(self, files: BlockFiles, left: Sequence[ImageBlock], progress: Steps) -> None:
-        pace, done = Pace(left, progress), 0
-        tables = self._scoring.tables(self._session, left, workers=self._workers, tell=pace.tell)
+        tell, done = counted(left, progress), 0
+        tables = self._scoring.tables(self._session, left, workers=self._workers, tell=tell)
         for block, table in tables:
             write_block(files.folder, block.number, table)
             done += len(block.names)
-            pace.tell(done)
+            tell(done)

@@ -114,17 +114,15 @@ class RayOptions:
             raise ValueError(f"gpus={self.gpus} is neither in [0, 1] nor a whole number")
 
 
-class Pace:
-    """Tells how many of some images are done."""
+def counted(blocks: Sequence[ImageBlock], progress: Steps) -> Callable[[int], None]:
+    """What is told how many images of some blocks are done; none are at first."""
+    images = sum(len(block.names) for block in blocks)
 
-    def __init__(self, blocks: Sequence[ImageBlock], progress: Steps) -> None:
-        self._todo = sum(len(block.names) for block in blocks)
-        self._progress = progress
-        self.tell(0)
+    def tell(done: int) -> None:
+        progress("scoring images", done, images)
 
-    def tell(self, done: int) -> None:
-        """`done` images are."""
-        self._progress("scoring images", done, self._todo)
+    tell(0)
+    return tell
 
 
 class Scorer(Protocol):

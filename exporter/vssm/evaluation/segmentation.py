@@ -273,7 +273,7 @@ class Tally:
         )
 
     def __str__(self) -> str:
-        return f", mIoU {self.means()[0]:.2%}" if self._areas[:, 2].any() else ""
+        return f"mIoU {self.means()[0]:.2%}" if self._areas[:, 2].any() else ""
 
 
 def _share(part: int, whole: int) -> float | None:
