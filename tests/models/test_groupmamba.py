@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fill
 import pytest
 import torch
-from official_data import filled_model, images, manifest
+from official_data import check_keys, filled_model, images, manifest, shapes, wanted_shapes
 from official_hierarchical import (
     case_images,
     micro_error,
@@ -28,22 +27,10 @@ CASES = manifest("micro_groupmamba")["cases"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-4}
 
 
-def _shapes(state):
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def _wanted_shapes(document):
-    return {key: tuple(entry["shape"]) for key, entry in document["keys"].items()}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_official_keys_and_shapes(name):
-    document = manifest(name)
     with torch.device("meta"):
-        model = vssm.create_model(name)
-    assert _shapes(model.state_dict()) == _wanted_shapes(document)
-    assert sum(p.numel() for p in model.parameters()) == document["n_params"]
-    assert all(fill.rule(k, e["shape"]) == e["fill"] for k, e in document["keys"].items())
+        check_keys(vssm.create_model(name), name)
 
 
 def test_three_models():
@@ -84,7 +71,7 @@ def test_official_numbers(tiny, tensor):
 @pytest.mark.parametrize("case", CASES)
 def test_every_case(case):
     model = micro_groupmamba(case)
-    assert _shapes(model.state_dict()) == _wanted_shapes(CASES[case])
+    assert shapes(model.state_dict()) == wanted_shapes(CASES[case])
     seen = record({"block0.mixer": model.block1[0].attn})
     for dtype, tolerance in TOLERANCE.items():
         x = case_images("groupmamba", case).to(dtype)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from official_data import (
+    check_keys,
+    error_of,
     filled_model,
     fixture,
     images,
@@ -19,6 +21,8 @@ from official_data import (
     plain_mamba_config,
     plain_mamba_images,
     relative_error,
+    shapes,
+    wanted_shapes,
 )
 
 import vssm
@@ -26,7 +30,7 @@ from vssm import PruneSchedule
 from vssm.checkpoints.load import load_checkpoint, save_safetensors
 from vssm.errors import CheckpointError
 from vssm.models import model_from_config
-from vssm.models.plain_mamba import PlainMamba, PlainMambaConfig, grid_walks
+from vssm.models.plain_mamba import PlainMamba, grid_walks
 from vssm.models.registry import families
 
 # Of the largest value. Measured: float64 9e-15 on plain_mamba_l1, 2e-14 on the micro models;
@@ -36,25 +40,11 @@ MICRO = manifest("micro_plain_mamba")["cases"]
 GRIDS = sorted({key.partition("/")[0] for key in fixture("plain_mamba_scan_orders")})
 
 
-def _shapes(state):
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def _wanted_shapes(document):
-    return {key: tuple(entry["shape"]) for key, entry in document["keys"].items()}
-
-
 @pytest.mark.parametrize("name", families()["plain_mamba"].cards)
 @pytest.mark.parametrize("schedule", [None, PruneSchedule({5: 0.8})], ids=["dense", "pruned"])
 def test_official_keys_and_shapes(name, schedule):
-    document = manifest(name)
     with torch.device("meta"):
-        model = PlainMamba(
-            PlainMambaConfig(**families()["plain_mamba"].cards[name].changes), schedule
-        )
-    assert _shapes(model.state_dict()) == _wanted_shapes(document)
-    assert sum(p.numel() for p in model.parameters()) == document["n_params"]
-    assert all(fill.rule(k, e["shape"]) == e["fill"] for k, e in document["keys"].items())
+        check_keys(vssm.create_model(name, schedule=schedule), name)
 
 
 # The whole reference in float64 takes seconds: test_plain_mamba_pruning has one, and it alone in
@@ -96,19 +86,14 @@ def plain_mamba_l1(request):
 )
 def test_official_numbers(plain_mamba_l1, tensor):
     dtype, seen = plain_mamba_l1
-    wanted, got = fixture("plain_mamba_l1"), seen[tensor].numpy()
-    assert got.shape == tuple(wanted[f"{tensor}.shape"])
-    stored = wanted.get(f"{tensor}.f64")
-    if stored is None:
-        got, stored = fill.sample(got), wanted[f"{tensor}.f64.samples"]
-    assert relative_error(got, stored) < TOLERANCE[dtype]
+    assert error_of("plain_mamba_l1", tensor, seen[tensor]) < TOLERANCE[dtype]
 
 
 def _micro_with_its_table(case, dtype):
     """The model of a case; its position table is made for the grid of img_size, then resized."""
     official = MICRO[case]["config"]
     trained = micro_plain_mamba(case, image_size=official["img_size"]).to(dtype)
-    assert _shapes(trained.backbone.state_dict()) == _wanted_shapes(MICRO[case])
+    assert shapes(trained.backbone.state_dict()) == wanted_shapes(MICRO[case])
     model = micro_plain_mamba(case).to(dtype)
     model.load_state_dict(model.adapt_state_dict(trained.state_dict()))
     return model

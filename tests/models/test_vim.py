@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from official_data import (
+    check_keys,
+    error_of,
     filled_model,
     fixture,
     images,
@@ -14,6 +16,8 @@ from official_data import (
     micro_config,
     micro_vim,
     relative_error,
+    shapes,
+    wanted_shapes,
 )
 from torch.nn import functional
 
@@ -21,7 +25,7 @@ import vssm
 from vssm import PruneSchedule
 from vssm.errors import CheckpointError
 from vssm.models.registry import families
-from vssm.models.vim import Vim, VimConfig
+from vssm.models.vim import Vim
 
 # Of the largest value, as the fixtures' README asks. Measured on vim_tiny: float64 5e-15, float32
 # 2.5e-6; on the micro models: 1.1e-15 and 9e-7.
@@ -29,23 +33,11 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 MICRO = manifest("micro_vim")["cases"]
 
 
-def _shapes(state):
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def _wanted_shapes(document):
-    return {key: tuple(entry["shape"]) for key, entry in document["keys"].items()}
-
-
 @pytest.mark.parametrize("name", families()["vim"].cards)
 @pytest.mark.parametrize("schedule", [None, PruneSchedule({5: 0.8})], ids=["dense", "pruned"])
 def test_official_keys_and_shapes(name, schedule):
-    document = manifest(name)
     with torch.device("meta"):
-        model = Vim(VimConfig(**families()["vim"].cards[name].changes), schedule)
-    assert _shapes(model.state_dict()) == _wanted_shapes(document)
-    assert sum(p.numel() for p in model.parameters()) == document["n_params"]
-    assert all(fill.rule(k, e["shape"]) == e["fill"] for k, e in document["keys"].items())
+        check_keys(vssm.create_model(name, schedule=schedule), name)
 
 
 # The whole reference in float64 takes seconds: tests/pruning/test_select.py has one, and it alone
@@ -84,12 +76,7 @@ def vim_tiny(request):
 )
 def test_official_numbers(vim_tiny, tensor):
     dtype, seen = vim_tiny
-    wanted, got = fixture("vim_tiny"), seen[tensor].numpy()
-    assert got.shape == tuple(wanted[f"{tensor}.shape"])
-    stored = wanted.get(f"{tensor}.f64")
-    if stored is None:
-        got, stored = fill.sample(got), wanted[f"{tensor}.f64.samples"]
-    assert relative_error(got, stored) < TOLERANCE[dtype]
+    assert error_of("vim_tiny", tensor, seen[tensor]) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("case", MICRO)
@@ -97,7 +84,7 @@ def test_every_switch(case):
     model, prefix = micro_vim(case), case + "/"
     arrays = fixture("micro_vim").items()
     wanted = {k.removeprefix(prefix): v for k, v in arrays if k.startswith(prefix)}
-    assert _shapes(model.state_dict()) == _wanted_shapes(MICRO[case])
+    assert shapes(model.state_dict()) == wanted_shapes(MICRO[case])
     for key in (k for k in wanted if k.startswith("kept.")):
         kept = model.state_dict()[key.removeprefix("kept.")]
         assert relative_error(kept, wanted[key]) < 1e-6
@@ -117,7 +104,7 @@ def test_every_switch(case):
 @pytest.mark.parametrize("case", sorted(set(MICRO) - {"double_cls", "if_bidirectional"}))
 def test_schedule_leaves_the_keys_alone(case):
     pruned = micro_vim(case, PruneSchedule({1: 0.5}))
-    assert _shapes(pruned.state_dict()) == _wanted_shapes(MICRO[case])
+    assert shapes(pruned.state_dict()) == wanted_shapes(MICRO[case])
 
 
 def _cubic(x):

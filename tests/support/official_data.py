@@ -127,6 +127,34 @@ def plain_mamba_images(case: str) -> Tensor:
     return torch.from_numpy(fill.make_input(shape, key=document["input_key"]))
 
 
+def shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Sizes of tensors by their keys."""
+    return {key: list(value.shape) for key, value in state.items()}
+
+
+def wanted_shapes(document: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The same of what has "keys" in a manifest."""
+    return {key: entry["shape"] for key, entry in document["keys"].items()}
+
+
+def check_keys(model: nn.Module, name: str) -> None:
+    """A model has the official keys and sizes, and they are filled as they were there."""
+    document = manifest(name)
+    assert shapes(model.state_dict()) == wanted_shapes(document)
+    assert sum(p.numel() for p in model.parameters()) == document["n_params"]
+    assert all(fill.rule(k, e["shape"]) == e["fill"] for k, e in document["keys"].items())
+
+
+def error_of(name: str, tensor: str, got: Tensor) -> float:
+    """Relative error of a tensor of a model, of the official shape."""
+    wanted, array = fixture(name), got.numpy()
+    assert array.shape == tuple(wanted[f"{tensor}.shape"])
+    stored = wanted.get(f"{tensor}.f64")
+    if stored is None:
+        array, stored = fill.sample(array), wanted[f"{tensor}.f64.samples"]
+    return relative_error(array, stored)
+
+
 def relative_error(got: Tensor | np.ndarray, want: Tensor | np.ndarray) -> float:
     """Largest difference over the largest magnitude wanted, in float64."""
     got, want = (np.asarray(x.detach() if isinstance(x, Tensor) else x, float) for x in (got, want))

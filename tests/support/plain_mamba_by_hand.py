@@ -9,26 +9,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from vim_by_hand import Outcome
 
 from vssm.models.plain_mamba import PlainMambaConfig
 from vssm.pruning.schedule import PruneSchedule
 
 RIGHT, LEFT, UP, DOWN = 1, 2, 3, 4
-
-
-@dataclass
-class Outcome:
-    """Logits (classes,), and per stage the kept places and the scores of the tokens present."""
-
-    logits: Tensor
-    kept: list[list[int]] = field(default_factory=list)
-    scores: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
