@@ -69,38 +69,18 @@ def selective_scan(
     if direction_axis == 1:
         u, delta, B, C = (x.transpose(1, 2) for x in (u, delta, B, C))
     compute = torch.promote_types(u.dtype, torch.float32)
-    directions = order.shape[1]
-    token = order.long().expand(u.shape[0], -1, -1)
-
-    def in_token_steps(x: Tensor) -> Tensor:
-        return _take(x.to(compute).expand(-1, -1, directions, -1), token)
-
-    def in_param_steps(x: Tensor) -> Tensor:
-        if params_by_step:
-            return x.to(compute).expand(-1, -1, directions, -1)
-        return in_token_steps(x)
-
-    u_step, dt = in_token_steps(u), in_param_steps(delta) + delta_bias.to(compute)
+    u_dtype, (u, delta, A, B, C, D) = u.dtype, (x.to(compute) for x in (u, delta, A, B, C, D))
+    token = order.long().expand(u.shape[0], -1, -1).transpose(1, 2)[..., None]
+    owner = _steps(token) if params_by_step else token  # of delta, B and C
+    x, dt = _rows(u, token), _rows(delta, owner) + delta_bias.to(compute)
     if delta_softplus:
         dt = functional.softplus(dt)
-    extra = gap.transpose(1, 2)[..., None].to(compute) - 1  # (1 or batch, seqlen, K, 1)
-    extra = torch.cat([torch.zeros_like(extra[:, :1]), extra[:, 1:]], dim=1)  # h = 0 before it
-    span = _span(dt, extra, delta0)
-    y_step = (
-        _recurrence(span, A.to(compute), dt * u_step, in_param_steps(B), in_param_steps(C))
-        + D.to(compute) * u_step
-    )
-    index = token.transpose(1, 2)[..., None].expand_as(y_step)
-    y = torch.zeros_like(y_step).scatter(1, index, y_step).sum(2) * scale
+    _, span = _spans(dt, token, gap, delta0)
+    y = _recurrence(span, A, dt * x, _rows(B, owner), _rows(C, owner)) + D * x
+    y = _put(y, token, shared=True)[:, :, 0] * scale
     if z is not None:
         y = y * functional.silu(z.to(compute))
-    return y.to(u.dtype)
-
-
-def _take(x: Tensor, token: Tensor) -> Tensor:
-    """Rows of x (batch, seqlen, K, width) in the steps' order token (batch, K, seqlen)."""
-    index = token.transpose(1, 2)[..., None].expand(-1, -1, -1, x.shape[-1])
-    return x.gather(1, index)
+    return y.to(u_dtype)
 
 
 def _recurrence(span: Tensor, A: Tensor, inject: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -226,16 +206,8 @@ def token_conv_backward(
 ) -> dict[str, Tensor]:
     """The gradients of `token_conv` by its x, weight and bias, by name.
 
-    Written out, because inside an operator of its own autograd records nothing.
-
-    Args:
-        dy: (batch, 1 or 2, seqlen, d_inner), the gradient by y.
-        x: as for `token_conv`, like all that follow.
-        weight: (1 or 2, d_inner, width).
-        bias: (1 or 2, d_inner).
-        position: (1 or batch, seqlen).
-        by_position: what the taps count.
-        activation: whether y went through silu.
+    Written out, because inside an operator of its own autograd records nothing. `dy` (batch, 1 or
+    2, seqlen, d_inner) is the gradient by y; what follows is as `token_conv` takes it.
 
     Returns:
         The gradients, each of its input's shape, in float32 or, of float64 inputs, float64.
@@ -311,17 +283,7 @@ def token_conv2d_backward(
 ) -> dict[str, Tensor]:
     """The gradients of `token_conv2d` by its x, weight and bias, by name.
 
-    Args:
-        dy: (batch, seqlen, d_inner), the gradient by y.
-        x: as for `token_conv2d`, like all that follow.
-        weight: (d_inner, side, side).
-        bias: (d_inner,).
-        position: (1 or batch, seqlen).
-        grid_height: rows of the grid.
-        grid_width: columns of it.
-        group: d_inner.
-        by_position: where the tokens are.
-        activation: whether y went through silu.
+    `dy` (batch, seqlen, d_inner) is the gradient by y; what follows is as `token_conv2d` takes it.
 
     Returns:
         The gradients, each of its input's shape, in float32 or, of float64 inputs, float64.
@@ -415,25 +377,9 @@ def selective_scan_backward(
     scale: float = 1.0,
     direction_axis: int = 2,
 ) -> dict[str, Tensor]:
-    """The gradients of a loss by every floating-point input of `reference.selective_scan`.
+    """The gradients of a loss by every floating-point input of `selective_scan`.
 
-    Args:
-        dy: (batch, seqlen, d_inner), its gradient by the output.
-        u: as in `reference.selective_scan`, which says it of all others too.
-        delta: likewise.
-        A: likewise.
-        B: likewise.
-        C: likewise.
-        D: likewise.
-        delta_bias: likewise.
-        order: likewise.
-        gap: likewise.
-        z: likewise.
-        delta0: likewise.
-        delta_softplus: likewise.
-        params_by_step: likewise.
-        scale: likewise.
-        direction_axis: likewise.
+    `dy` (batch, seqlen, d_inner) is the gradient by its output; what follows is as it takes it.
 
     Returns:
         By the name of the input its gradient, of its shape, in float32 or wider.
