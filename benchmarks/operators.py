@@ -37,15 +37,10 @@ from rich.console import Console
 from vssm.commands.tables import table
 from vssm.errors import RuntimeUnavailableError
 from vssm.files.atomic import atomic_write_bytes
+from vssm.native_library import find_library
 from vssm.onnx.bodies import build_functions
 from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES
-from vssm.runtimes.library import (
-    ISA_NAMES,
-    exp2_rate,
-    find_library,
-    product_rate,
-    softplus_rate,
-)
+from vssm.runtimes.library import ISA_NAMES, exp2_rate, product_rate, softplus_rate
 from vssm.runtimes.ort import cpu_name
 
 _ISA = "VSSM_CPU_ISA"  # read by the library at every run

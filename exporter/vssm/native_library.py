@@ -13,7 +13,7 @@ from vssm.errors import RuntimeUnavailableError
 ORT_LIBRARY = "vssm_onnxruntime"
 
 
-def find_library(name: str) -> Path:
+def find_library(name: str = ORT_LIBRARY) -> Path:
     """Path of the native library `name`, without prefix and suffix.
 
     Looks in `lib` of the installed package, then, in a source checkout, for the newest one that was

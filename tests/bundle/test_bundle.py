@@ -35,7 +35,8 @@ from vssm.bundle.triton import (
 )
 from vssm.bundle.verify import verify_bundle
 from vssm.errors import ArtifactError, UnsupportedError
-from vssm.runtimes.library import find_library, find_sources
+from vssm.native_library import find_library
+from vssm.runtimes.library import find_sources
 
 NAME = "vim_tiny"
 

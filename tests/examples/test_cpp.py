@@ -16,7 +16,7 @@ from PIL import Image
 import vssm
 from vssm.artifact.data_sets import voc_colours
 from vssm.artifact.directory import Artifact
-from vssm.runtimes.library import find_library
+from vssm.native_library import find_library
 
 SOURCES = ROOT / "examples/cpp"
 # Printed with six decimals; float32 by two programs.

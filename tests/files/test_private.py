@@ -10,7 +10,8 @@ import shutil
 import pytest
 
 from vssm.files.private import library_copy, private_path
-from vssm.runtimes.library import find_library, library_version
+from vssm.native_library import find_library
+from vssm.runtimes.library import library_version
 
 
 def test_the_bytes_are_there_and_nobody_changes_them():

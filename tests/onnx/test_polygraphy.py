@@ -17,7 +17,7 @@ from polygraphy.comparator import Comparator, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from vssm.artifact.directory import Artifact
-from vssm.runtimes.library import find_library
+from vssm.native_library import find_library
 
 CHECK = """
 import sys

@@ -16,8 +16,8 @@ from quantized import COUNT, pictures
 import vssm
 from vssm.artifact.directory import Artifact
 from vssm.errors import UnsupportedError
+from vssm.native_library import find_library
 from vssm.ops.spec import DOMAIN, OPERATORS
-from vssm.runtimes.library import find_library
 from vssm.runtimes.ort import run_once
 
 FILES = ("model.onnx", "model.inlined.onnx")

@@ -30,8 +30,8 @@ from cuda_device import (
 from tolerances import SCAN_TOLERANCE
 
 from vssm import __version__
+from vssm.native_library import find_library
 from vssm.ops import reference, spec
-from vssm.runtimes.library import find_library
 
 EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
 

@@ -9,13 +9,8 @@ import pytest
 from native import isa_parameters
 from tolerances import DECAY_TOLERANCE, ONE_MINUS_DECAY_TOLERANCE, SOFTPLUS_TOLERANCE
 
-from vssm.runtimes.library import (
-    ISA_NAMES,
-    exp2_rate,
-    find_library,
-    product_rate,
-    softplus_rate,
-)
+from vssm.native_library import find_library
+from vssm.runtimes.library import ISA_NAMES, exp2_rate, product_rate, softplus_rate
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _TINY = np.finfo(np.float32).tiny

@@ -12,9 +12,10 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from vssm.errors import RuntimeUnavailableError
+from vssm.native_library import find_library
 from vssm.onnx.bodies import build_functions
 from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES, axes_of
-from vssm.runtimes.library import ISA_NAMES, exp2_rate, find_library
+from vssm.runtimes.library import ISA_NAMES, exp2_rate
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -16,7 +16,7 @@ import pytest
 from checkout import PYTHONPATH, ROOT
 
 from vssm.errors import RuntimeUnavailableError
-from vssm.runtimes.library import find_library
+from vssm.native_library import find_library
 
 SOURCES = ROOT / "tests" / "tensorrt_harness"
 # What the harness says that it is: the loggers of the two are different.

@@ -13,7 +13,7 @@ import onnxruntime
 from onnx import helper
 from tensorrt_standin import FakeCuda, _Builder, _Layer, _Level, _Parser
 
-from vssm.runtimes.library import find_library
+from vssm.native_library import find_library
 
 
 class FakeTensorRT(types.ModuleType):

@@ -19,8 +19,8 @@ from vssm.artifact.preprocessing import read_labels
 from vssm.bundle.manifest import BundleManifest, hash_files, staged_bundle, write_bundle_manifest
 from vssm.bundle.triton import ServingOptions, onnxruntime_config, tensorrt_config, unserved
 from vssm.errors import RuntimeUnavailableError, UnsupportedError, check_least
-from vssm.native_library import ORT_LIBRARY
-from vssm.runtimes.library import TENSORRT_LIBRARY, find_library, find_sources
+from vssm.native_library import ORT_LIBRARY, find_library
+from vssm.runtimes.library import TENSORRT_LIBRARY, find_sources
 from vssm.runtimes.tensorrt.engine import check_batch
 
 AUTOLOAD_LIBRARY: Final = "vssm_tensorrt_autoload"

@@ -17,8 +17,8 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, c
 from vssm.artifact.manifest import Preprocessing
 from vssm.artifact.preprocessing import image_files, preprocess
 from vssm.files.atomic import sha256_of
+from vssm.native_library import find_library
 from vssm.quantization.products import OPERATORS
-from vssm.runtimes.library import find_library
 from vssm.runtimes.session import checked_threads
 from vssm.types import Array, Steps
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vssm
-from vssm import native_library
 from vssm.errors import RuntimeUnavailableError
-from vssm.native_library import ORT_LIBRARY, load_library
+from vssm.native_library import find_library, load_library
 
 TENSORRT_LIBRARY = "vssm_tensorrt"
 C_LIBRARY = "vssm"
@@ -34,11 +33,6 @@ class LibraryInfo:
     cpu_isa: str
     operators: tuple[str, ...]
     cuda_architectures: tuple[str, ...] = ()
-
-
-def find_library(name: str = ORT_LIBRARY) -> Path:
-    """As `vssm.native_library.find_library`; the ONNX Runtime library where none is named."""
-    return native_library.find_library(name)
 
 
 def _text(library: ctypes.CDLL, function: str) -> str:

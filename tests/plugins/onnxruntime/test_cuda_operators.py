@@ -27,9 +27,9 @@ from checkout import PYTHONPATH
 from ort_host import Host, HostError
 from tolerances import SCAN_TOLERANCE
 
+from vssm.native_library import find_library
 from vssm.ops import reference
 from vssm.ops.spec import GATHER_OPERATORS, OPERATORS, SCAN_OPERATORS
-from vssm.runtimes.library import find_library
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
@@ -102,7 +102,7 @@ def test_what_may_take_the_memory_of_an_input(host):
 _OLD_HOSTS = """
 import os, sys
 from ort_host import Host, HostError
-from vssm.runtimes.library import find_library
+from vssm.native_library import find_library
 
 def found(version):
     try:

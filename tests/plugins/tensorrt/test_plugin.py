@@ -27,9 +27,9 @@ from tolerances import GPU_SCAN_TOLERANCE, SCAN_TOLERANCE
 
 from vssm import __version__
 from vssm.errors import RuntimeUnavailableError
+from vssm.native_library import find_library
 from vssm.ops import reference
 from vssm.ops.spec import OPERATORS, SCAN_OPERATORS, describe_table
-from vssm.runtimes.library import find_library
 
 EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
 TYPES = {t: str(t).removeprefix("torch.") for t in SCAN_TOLERANCE} | {torch.int32: "int32"}

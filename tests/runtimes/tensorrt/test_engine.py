@@ -23,9 +23,10 @@ import vssm
 from vssm.artifact.directory import Artifact
 from vssm.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError
 from vssm.files.atomic import sha256_of
+from vssm.native_library import find_library
 from vssm.runtimes import doctor
 from vssm.runtimes.graph_edit import count_nodes, strip_functions
-from vssm.runtimes.library import TENSORRT_LIBRARY, find_library
+from vssm.runtimes.library import TENSORRT_LIBRARY
 from vssm.runtimes.tensorrt.api import TENSORRT_RTX, forbid_tf32
 from vssm.runtimes.tensorrt.build import EngineRequest, build_engine, check_request
 from vssm.runtimes.tensorrt.engine import EngineInfo, PluginInfo, read_info, write_info
@@ -245,7 +246,7 @@ def test_a_missing_package(
 
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"runtime": "ort-cpu"}, "runtime='ort-cpu' builds no engines"),
-    ({"backend": "both"}, "backend='both' is not kernel or body"),
+    ({"backend": "both"}, "backend='both' is not one of kernel, body"),
     ({"batch": (0, 1, 2)}, "batch=0,1,2 must grow from 1"),
     ({"batch": (4, 2, 8)}, "batch=4,2,8 must grow"),
     ({"memory_mib": 0}, "memory_mib=0 is below 1"),

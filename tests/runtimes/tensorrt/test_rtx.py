@@ -18,7 +18,8 @@ from tensorrt_build import ROOT
 import vssm
 from vssm.artifact.directory import Artifact
 from vssm.errors import RuntimeUnavailableError
-from vssm.runtimes.library import TENSORRT_LIBRARY, find_library
+from vssm.native_library import find_library
+from vssm.runtimes.library import TENSORRT_LIBRARY
 from vssm.runtimes.tensorrt.build import EngineRequest, build_engine
 from vssm.runtimes.tensorrt.session import TensorRtSession
 

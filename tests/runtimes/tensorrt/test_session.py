@@ -26,7 +26,8 @@ from tensorrt_standin_engine import FakeTensorRT
 import vssm
 from vssm.artifact.directory import Artifact
 from vssm.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError
-from vssm.runtimes.library import TENSORRT_LIBRARY, find_library
+from vssm.native_library import find_library
+from vssm.runtimes.library import TENSORRT_LIBRARY
 from vssm.runtimes.tensorrt import build as tensorrt_build
 from vssm.runtimes.tensorrt import session as tensorrt_session
 from vssm.runtimes.tensorrt.build import EngineRequest

@@ -13,15 +13,16 @@ from typing import Any, Final
 from vssm._version import __version__
 from vssm.artifact.directory import MODEL_FILE, Artifact
 from vssm.artifact.manifest import BATCH
-from vssm.errors import RuntimeUnavailableError, UnsupportedError, check_least
+from vssm.errors import RuntimeUnavailableError, UnsupportedError, check_choice, check_least
 from vssm.files.atomic import atomic_write_bytes, check_writable, sha256_of
 from vssm.files.regular import ENGINE, read_regular
 from vssm.files.staging import staged_directory
+from vssm.native_library import find_library
 from vssm.ops.spec import OPERATORS
 from vssm.runtimes.cuda_memory import Cuda, GpuInfo
 from vssm.runtimes.graph_edit import count_nodes, strip_functions
-from vssm.runtimes.library import TENSORRT_LIBRARY, find_library, library_version
-from vssm.runtimes.session import checked_threads
+from vssm.runtimes.library import TENSORRT_LIBRARY, library_version
+from vssm.runtimes.session import BACKENDS, checked_threads
 from vssm.runtimes.tensorrt import api
 from vssm.runtimes.tensorrt.engine import (
     EngineInfo,
@@ -86,8 +87,8 @@ def check_request(request: EngineRequest) -> None:
         raise ValueError(
             f"runtime={request.runtime!r} builds no engines; choose from {', '.join(api.PRODUCTS)}"
         )
-    if request.backend not in {None, "kernel", "body"}:
-        raise ValueError(f"backend={request.backend!r} is not kernel or body; choose one")
+    if request.backend is not None:
+        check_choice("backend", request.backend, BACKENDS)
     check_batch(request.batch)
     check_least(1, memory_mib=request.memory_mib)
     if request.level is not None and not 0 <= request.level <= 5:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from vssm.artifact.directory import MODEL_FILE, Artifact
 from vssm.errors import ArtifactError, RuntimeUnavailableError
+from vssm.native_library import find_library
 from vssm.runtimes.cuda_memory import Cuda, GpuInfo
-from vssm.runtimes.library import TENSORRT_LIBRARY, find_library
+from vssm.runtimes.library import TENSORRT_LIBRARY
 from vssm.runtimes.session import RuntimeInfo, Session
 from vssm.runtimes.tensorrt import api
 from vssm.runtimes.tensorrt.engine import CheckedEngine, EngineInfo, check_engine
