@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vssm.files.json import json_text, write_json
-from vssm.files.progress import Stage, drawn
+from vssm.files.progress import Phase, drawn
 from vssm.files.terminal import Terminal
 from vssm.files.text import shown
 
@@ -86,7 +86,7 @@ def working(phase: str, *, leaves: str = "nothing was written") -> Iterator[Step
         phase: what is done first, before anything is told.
         leaves: what a stopped work leaves.
     """
-    last: Stage | None = None
+    last: Phase | None = None
     try:
         with drawn(console) as tell:
             tell(phase, 0, 0)
@@ -98,7 +98,7 @@ def working(phase: str, *, leaves: str = "nothing was written") -> Iterator[Step
         if last is not None:
             counted = last.total > 1 and last.done > 0
             where = f"at {last.done:,} of {last.total:,}" if counted else "before the first step"
-            say(("stopped", "yellow"), f" {where} ({last.phase}); {leaves}", to=errors)
+            say(("stopped", "yellow"), f" {where} ({last.name}); {leaves}", to=errors)
         if isinstance(stop, SystemExit):  # SIGTERM, which has a code of its own
             raise
         raise SystemExit(130) from None

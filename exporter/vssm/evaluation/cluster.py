@@ -38,7 +38,7 @@ _AHEAD: Final = 2  # blocks that an actor has, the one that it is at included
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Job:
     """What an actor needs to know."""
 
     scoring: Scoring
@@ -88,12 +88,12 @@ class _OnRay:
         if scoring.runtime not in ENGINE_RUNTIMES:
             # Every actor would take all cores of its node.
             scoring = replace(scoring, threads=scoring.threads or 1)
-        self._work = _Work(scoring, sha256_of(scoring.artifact.directory / MANIFEST_NAME))
+        self._job = _Job(scoring, sha256_of(scoring.artifact.directory / MANIFEST_NAME))
         self._needs = {"num_cpus": scoring.threads or 1, "num_gpus": options.gpus}
         room = self._room()
         self.actors = options.actors or room
         with _own_errors():
-            self.info: RuntimeInfo = ray.get(ray.remote(**self._needs)(_examine).remote(self._work))
+            self.info: RuntimeInfo = ray.get(ray.remote(**self._needs)(_examine).remote(self._job))
 
     def _room(self) -> int:
         """How many actors the nodes that are there can hold."""
@@ -132,7 +132,7 @@ class _OnRay:
                 compute=ActorPoolStrategy(
                     size=min(self.actors, len(left)), max_tasks_in_flight_per_actor=_AHEAD
                 ),
-                fn_constructor_args=(self._work,),
+                fn_constructor_args=(self._job,),
                 **self._needs,
             ).write_datasink(
                 _BlockSink(files.folder, files.schema),
@@ -143,16 +143,16 @@ class _OnRay:
             )
 
 
-def _examine(work: _Work) -> RuntimeInfo:
-    with work.open() as session:
+def _examine(job: _Job) -> RuntimeInfo:
+    with job.open() as session:
         return session.info
 
 
 class _Actor:
     """A session of a process of the cluster."""
 
-    def __init__(self, work: _Work) -> None:
-        self._scoring, self._session = work.scoring, work.open()
+    def __init__(self, job: _Job) -> None:
+        self._scoring, self._session = job.scoring, job.open()
 
     def __call__(self, batch: Any) -> Iterator[Any]:
         blocks = [pickle.loads(cell.as_py()) for cell in batch["block"]]

@@ -108,7 +108,7 @@ def open_images(
     """
     if not root.is_dir():
         raise ValueError(f"{name}={root} is no folder; give one that holds a folder for each class")
-    found = _Walk(f"{name}={root}", root)
+    found = _Listing(f"{name}={root}", root)
     match = match_folders(found.name, found.folders, num_classes, labels=labels, classes=classes)
     # After the match: a wrong folder is refused before thousands of files are listed.
     found.walk()
@@ -123,7 +123,7 @@ def open_images(
     return ImageFolder(root, tuple(pictures), match.names, match.rule, tuple(found.notes))
 
 
-class _Walk:
+class _Listing:
     """The files of class folders, and notes about what else is there."""
 
     def __init__(self, name: str, root: Path) -> None:

@@ -52,11 +52,11 @@ def shows_progress(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @dataclass
-class Stage:
-    """How far one phase is.
+class Phase:
+    """How far one phase of a work is.
 
     Attributes:
-        phase: its name.
+        name: what is being done.
         done: steps that are done.
         total: of how many; 0 and 1 for a phase that counts nothing.
         note: what else there is to say.
@@ -64,7 +64,7 @@ class Stage:
         began: when that was.
     """
 
-    phase: str
+    name: str
     done: int
     total: int
     note: str
@@ -98,22 +98,22 @@ class Shown:
     """
 
     def __init__(self) -> None:
-        self.last: Stage | None = None
-        self._stages: dict[str, Stage] = {}
+        self.last: Phase | None = None
+        self._phases: dict[str, Phase] = {}
         # A signal's handler may tell something while its own thread is at it.
         self._lock = threading.RLock()
 
     def __call__(self, phase: str, done: int, total: int, note: str = "", /) -> None:
         """Say that `done` of `total` steps of a phase are done."""
         with self._lock:
-            stage = self._stages.get(phase)
-            if stage is None or done < stage.done:
-                stage = Stage(phase, done, total, note, done, time.monotonic())
-                self._stages[phase] = stage
-            stage.done, stage.total, stage.note, self.last = done, total, note, stage
-            self.show(stage)
+            told = self._phases.get(phase)
+            if told is None or done < told.done:
+                told = Phase(phase, done, total, note, done, time.monotonic())
+                self._phases[phase] = told
+            told.done, told.total, told.note, self.last = done, total, note, told
+            self.show(told)
 
-    def show(self, stage: Stage) -> None:
+    def show(self, told: Phase) -> None:
         """Show it, or not now."""
         raise NotImplementedError
 
@@ -126,16 +126,16 @@ class _Log(Shown):
         self._console = console
         self._due: dict[str, float] = {}
 
-    def show(self, stage: Stage) -> None:
+    def show(self, told: Phase) -> None:
         """A phase is named at once, its steps now and then."""
-        now, name = time.monotonic(), shown(stage.phase)[: _WIDTH // 2]
-        if stage.phase not in self._due:
-            self._due[stage.phase] = now + _FIRST
+        now, name = time.monotonic(), shown(told.name)[: _WIDTH // 2]
+        if told.name not in self._due:
+            self._due[told.name] = now + _FIRST
             self._console.print(name, soft_wrap=True, highlight=False)
         # Not before there is a rate, or the time left would be told only the next time.
-        elif now >= self._due[stage.phase] and (stage.done > stage.start or stage.total <= 1):
-            self._due[stage.phase] = now + _SECONDS
-            text = stage.text(_WIDTH - cell_len(name) - 2)
+        elif now >= self._due[told.name] and (told.done > told.start or told.total <= 1):
+            self._due[told.name] = now + _SECONDS
+            text = told.text(_WIDTH - cell_len(name) - 2)
             self._console.print(f"{name}: {text}", soft_wrap=True, highlight=False)
 
 
@@ -147,17 +147,17 @@ class _Bars(Shown):
         self._console, self._bars = console, bars
         self._tasks: dict[str, Any] = {}
 
-    def show(self, stage: Stage) -> None:
+    def show(self, told: Phase) -> None:
         """Draw its bar; one that counts nothing goes when another phase begins."""
-        phase, name = stage.phase, shown(stage.phase)[: _WIDTH // 2]
-        for other in [k for k in self._tasks if k != phase and self._stages[k].total <= 1]:
+        phase, name = told.name, shown(told.name)[: _WIDTH // 2]
+        for other in [k for k in self._tasks if k != phase and self._phases[k].total <= 1]:
             self._bars.remove_task(self._tasks.pop(other))
         if phase not in self._tasks:
             self._tasks[phase] = self._bars.add_task(name, total=None, text="")
-        text = stage.text(min(self._console.width, 2 * _WIDTH) - cell_len(name) - _BAR - 6)
-        total = stage.total if stage.total > 1 else None  # None: something moves all the same
-        self._bars.update(self._tasks[phase], completed=stage.done, total=total, text=text)
-        if 0 < stage.total <= stage.done:
+        text = told.text(min(self._console.width, 2 * _WIDTH) - cell_len(name) - _BAR - 6)
+        total = told.total if told.total > 1 else None  # None: something moves all the same
+        self._bars.update(self._tasks[phase], completed=told.done, total=total, text=text)
+        if 0 < told.total <= told.done:
             # Gone when done, so that a phase which comes again has a bar of its own.
             self._bars.remove_task(self._tasks.pop(phase))
 

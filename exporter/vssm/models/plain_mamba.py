@@ -38,7 +38,7 @@ from vssm.models.layers import (
 from vssm.ops import operators as ops
 from vssm.pruning.schedule import Schedule, Stage, TokenLayout, plan_stages
 from vssm.pruning.select import ScanOutputs, ScoreRule, StageResult, Tokens, score_rule
-from vssm.pruning.walks import Steps
+from vssm.pruning.walks import WalkSteps
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,12 @@ class GridWalks(nn.Module):
             # and the grid alone determines them.
             self.register_buffer(name, table.int(), persistent=False)
 
-    def dense(self) -> Steps:
+    def dense(self) -> WalkSteps:
         """The steps over every position."""
         code = self.move.reshape(1, DIRECTIONS, self.positions).transpose(1, 2)
-        return Steps(self.order, torch.ones_like(self.order), code)
+        return WalkSteps(self.order, torch.ones_like(self.order), code)
 
-    def among(self, position: Tensor) -> Steps:
+    def among(self, position: Tensor) -> WalkSteps:
         """The steps over the tokens at `position`: each walk's own, in its own order."""
         entry = self.entry[position.long()]  # (batch, seqlen, 4)
         # topk of all of them is a sort: TopK is the operator of ONNX that sorts.
@@ -188,7 +188,7 @@ class GridWalks(nn.Module):
         # The first step minus itself: 0, which every operator ignores, as
         # there is no state to decay yet.
         gap = step - step.index_select(1, last.clamp(min=0))
-        return Steps(
+        return WalkSteps(
             order=index.int().transpose(1, 2),
             gap=gap.transpose(1, 2),
             # The moves of the full walk: after pruning, the step before may lie anywhere.

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from vssm.pruning.schedule import MergeStage
 from vssm.pruning.select import StageResult, Tokens
-from vssm.pruning.walks import Steps
+from vssm.pruning.walks import WalkSteps
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _with_class(stage: MergeStage, index: Tensor) -> Tensor:
     return torch.cat([index[:, :new], own, index[:, new:]], dim=1)
 
 
-def _steps(stage: MergeStage, tokens: Tokens, position: Tensor, size: Tensor) -> Steps:
+def _steps(stage: MergeStage, tokens: Tokens, position: Tensor, size: Tensor) -> WalkSteps:
     steps = tokens.walks.among(position)
     if stage.schedule.alignment == "gap":
         return steps

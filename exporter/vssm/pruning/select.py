@@ -19,7 +19,7 @@ from torch.nn import functional
 from vssm.ops import operators as ops
 from vssm.ops import reference
 from vssm.pruning.schedule import Stage
-from vssm.pruning.walks import Steps, Walks
+from vssm.pruning.walks import Walks, WalkSteps
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Tokens:
 
     position: Tensor
     walks: Walks
-    steps: Steps
+    steps: WalkSteps
     full_seqlen: int
     constant_gap: bool = False
     conv_on_grid: bool = False

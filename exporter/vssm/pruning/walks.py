@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Steps:
+class WalkSteps:
     """The steps of every direction over the tokens present; K directions.
 
     Attributes:
@@ -36,11 +36,11 @@ class Steps:
 class Walks(Protocol):
     """The directions in which a model's layers scan its tokens."""
 
-    def dense(self) -> Steps:
+    def dense(self) -> WalkSteps:
         """The steps over every position."""
         ...
 
-    def among(self, position: Tensor) -> Steps:
+    def among(self, position: Tensor) -> WalkSteps:
         """The steps over the tokens at `position` (batch, seqlen) int32, ascending positions.
 
         A first step's gap is 0, which every operator ignores.
@@ -56,15 +56,15 @@ class LineWalks:
     directions: int
     device: torch.device
 
-    def dense(self) -> Steps:
+    def dense(self) -> WalkSteps:
         """The steps over every position."""
         order = self._order(self.seqlen)
-        return Steps(order, torch.ones_like(order))
+        return WalkSteps(order, torch.ones_like(order))
 
-    def among(self, position: Tensor) -> Steps:
+    def among(self, position: Tensor) -> WalkSteps:
         """The steps over the tokens at `position`; every image walks its indices alike."""
         # Ascending positions keep the line's order, so only the gaps differ from image to image.
-        return Steps(self._order(position.shape[1]), self._gap(position))
+        return WalkSteps(self._order(position.shape[1]), self._gap(position))
 
     def _order(self, seqlen: int) -> Tensor:
         steps = torch.arange(seqlen, dtype=torch.int32, device=self.device)
