@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from vssm.artifact.directory import EXPORT_FILES, MODEL_FILE, Artifact, open_artifact
 from vssm.artifact.manifest import MANIFEST_NAME, Manifest, Preprocessing
+from vssm.artifact.preprocessing import preprocessing_of
 from vssm.errors import check_least
 from vssm.evaluation.blocks import BlockFiles, BlockHeader, cut, held_folder
 from vssm.evaluation.class_rows import ClassRows, image_results, results_of
@@ -405,7 +406,7 @@ def _measure_of(
         return Detection.of(manifest, root, split or _COCO_SPLIT, workers)
     _refuse_parts(manifest)
     _refuse("a classifier", split=split)
-    spec = _preprocessing(artifact)
+    spec = preprocessing_of(artifact)
     folder = open_images(root, manifest.num_classes, labels=manifest.labels, classes=classes)
     return Classification(folder, spec, batch or _BATCH, workers)
 
@@ -439,13 +440,3 @@ def _summary_of(results: Path, artifact: Artifact) -> Path:
                 f"results={results} would overwrite {path.name}, a file of the export; give another"
             )
     return summary
-
-
-def _preprocessing(artifact: Artifact) -> Preprocessing:
-    spec = artifact.manifest.preprocessing
-    if spec is None:
-        raise ValueError(
-            f"{artifact.directory / MANIFEST_NAME} has no preprocessing, so image files cannot be "
-            "turned into its input; export the model by its name"
-        )
-    return spec

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from vssm.artifact.directory import open_artifact
 from vssm.artifact.manifest import Preprocessing
+from vssm.artifact.preprocessing import preprocessing_of
 from vssm.checkpoints.hub import hub_file
 from vssm.models import list_models, model_from_config
 from vssm.models.base import VisionModel
@@ -110,11 +111,7 @@ def _from_export(source: ModelSource, tasks: Sequence[str]) -> LoadedSource:
         )
     artifact = open_artifact(source.name)
     manifest = artifact.manifest
-    if manifest.preprocessing is None:
-        raise ValueError(
-            f"model={source.name!r} has no preprocessing in its model.json, so image files "
-            "cannot be turned into its input; export the model by its name"
-        )
+    preprocessing = preprocessing_of(manifest)  # refused now if it says nothing
     check_task(manifest.name, tasks, _WHAT)
     model = model_of(artifact, dense=True)
     return LoadedSource(
@@ -123,7 +120,7 @@ def _from_export(source: ModelSource, tasks: Sequence[str]) -> LoadedSource:
         model.state_dict(),
         f"{source.name}, {manifest.weights}",
         _schedule(source, manifest.name) or schedule_of(artifact),
-        manifest.preprocessing,
+        preprocessing,
         manifest.labels,
     )
 
