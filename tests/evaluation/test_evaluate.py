@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from checkout import PYTHONPATH, ROOT
 from command import Run
+from crashes import running_in
 from exports import exported, micro
 from PIL import Image
 
@@ -207,19 +208,6 @@ if __name__ == "__main__":
 """
 
 
-def _running_in(folder):
-    """Processes whose working directory is this one."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.readlink(entry / "cwd") == str(folder):
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
-
-
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_kill_9_loses_nothing(export, pictures, tmp_path, workers):
     """Killed as soon as the journal has grown, again and again, until a run gets to its end."""
@@ -244,18 +232,16 @@ def test_kill_9_loses_nothing(export, pictures, tmp_path, workers):
     assert results.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not journal.exists()
     deadline = time.monotonic() + 20
-    while (left := _running_in(home)) and time.monotonic() < deadline:
+    while (left := running_in(home)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == [], "workers outlived their parent"
 
 
-# As in test_finetune: a child ends at its n-th call that changes a file, a write half done; then
-# one goes on.
 _CRASHES = """
-import os
 import sys
 from pathlib import Path
 import onnxruntime
+from crashes import torn
 from PIL import Image
 import vssm
 import vssm.evaluation.evaluate
@@ -264,45 +250,12 @@ Image.init()  # imports what every child would
 directory, pictures, output = map(Path, sys.argv[1:])
 
 
-def child(results, crash):
-    number = os.fork()
-    if number == 0:
-        try:
-            evaluate(results, crash)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-
-
-def evaluate(results, crash):
-    left = crash
-
-    def counted(real):
-        def call(*args, **rest):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                if real.__name__ == "write":
-                    real(args[0], args[1][: len(args[1]) // 2])
-                os._exit(9)
-            return real(*args, **rest)
-
-        return call
-
-    for name in ("write", "ftruncate", "fsync", "replace", "unlink"):
-        setattr(os, name, counted(getattr(os, name)))
+def evaluate(folder):
+    results = folder / "found.csv"
     vssm.evaluate(directory, pictures, batch=6, threads=1, workers=0, results=results)
 
 
-for crash in range(100):
-    (output / str(crash)).mkdir(parents=True)
-    results = output / str(crash) / "found.csv"
-    code = child(results, crash)
-    if code == 0 and crash:
-        break
-    assert code == (9 if crash else 0), (crash, code)
-    assert child(results, 0) == 0, crash
+torn(evaluate, output)
 """
 
 
@@ -320,7 +273,7 @@ def test_a_crash_at_every_change_of_a_file(export, pictures, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     runs = sorted((tmp_path / "runs").iterdir())
     assert len(runs) > 12
-    whole = (tmp_path / "runs" / "0" / "found.csv").read_bytes()
+    whole = (tmp_path / "runs" / "whole" / "found.csv").read_bytes()
     for run in runs:
         assert (run / "found.csv").read_bytes() == whole, run
         assert json.loads((run / "found.json").read_text())["images"] == CLASSES * PER_CLASS // 3

@@ -370,16 +370,15 @@ def _start(script, *arguments):
     )
 
 
-# Every child ends as by kill -9 at its n-th call that changes a file, a write half done; then one
-# goes on. Forked, as a process that imports torch takes seconds.
+# Forked, as a process that imports torch takes seconds.
 _CRASHES = """
-import os
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import torch
 import torch._dynamo
 from vssm import AblationOptions
+from crashes import torn
 from finetune_cases import model_source
 from test_runs import _rows, _same
 import vssm
@@ -388,47 +387,15 @@ torch.set_num_threads(1)
 data, checkpoint, output = map(Path, sys.argv[2:])
 
 
-def ablate(folder, crash):
-    left = crash
-
-    def counted(real):
-        def call(*args, **named):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                if real.__name__ == "write":
-                    real(args[0], args[1][: len(args[1]) // 2])
-                os._exit(9)
-            return real(*args, **named)
-
-        return call
-
-    for name in ("write", "ftruncate", "fsync", "replace", "unlink"):
-        setattr(os, name, counted(getattr(os, name)))
+def ablate(folder):
     options = AblationOptions(seeds=1, ratios=(), batch=21)
     vssm.ablate(model_source(checkpoint), data, folder, options)
-    os._exit(0)
 
 
-def child(folder, crash):
-    number = os.fork()
-    if number == 0:
-        try:
-            ablate(folder, crash)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-
-
-assert child(output / "whole", 0) == 0
-crash = 1
-while (code := child(output / str(crash), crash)) == 9:
-    assert child(output / str(crash), 0) == 0, crash
-    _same(output / str(crash), output / "whole")
-    assert not list((output / str(crash)).glob("*.journal"))
-    crash += 1
-assert code == 0, (crash, code)
-print(crash)
+print(torn(ablate, output))
+for folder in output.iterdir():
+    _same(folder, output / "whole")
+    assert not list(folder.glob("*.journal"))
 """
 
 

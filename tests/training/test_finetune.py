@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,19 +21,19 @@ import finetune_cases
 import numpy as np
 import pytest
 import torch
-from checkout import PYTHONPATH, ROOT
+from checkout import PYTHONPATH
 from command import MODEL, Run
+from crashes import running_in
 from exports import SCHEDULE
 from finetune_cases import CLASSES, OPTIONS, PLAIN, model_source, request, write_pictures
 from safetensors.torch import load_file, save_file
 
 import vssm
-from vssm import ModelSource, Resources
+from vssm import ModelSource
 from vssm.errors import ArtifactError, RuntimeUnavailableError, UnsupportedError, VssmError
 from vssm.evaluation.data import load, open_images
 from vssm.extras import is_installed
 from vssm.training.augment import Example, load_batch
-from vssm.training.log import RunLog
 from vssm.training.loop import Group
 from vssm.training.recipe import Recipe
 from vssm.training.run import build_models, plan_run
@@ -233,46 +232,6 @@ def test_ctrl_c_between_steps(ctrl_c):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_tensorboard_goes_on_where_the_state_is(data, tmp_path, monkeypatch):
-    """In place of the package, which is optional: what it is told."""
-    made = []
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            self.folder, self.purge_step, self.scalars = folder, purge_step, []
-            made.append(self)
-
-        def add_scalar(self, name, value, step):
-            self.scalars.append((name, value, step))
-
-        def flush(self):
-            self.flushed = len(self.scalars)
-
-        def close(self):
-            self.closed = True
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr("vssm.training.log.is_installed", lambda _: True)
-    asked = replace(request(data, tmp_path, resources={"save_every": 3}), val=data)
-    with pytest.raises(_StopError):
-        vssm.finetune(asked, progress=_stop_after(5))
-    assert vssm.finetune(replace(asked, resume=True)).tensorboard
-    first, second = made
-    assert first.folder == str(tmp_path / "tensorboard")
-    assert (first.purge_step, second.purge_step) == (1, 4)
-    assert first.flushed == 2 + 9  # before the first step, and all of the state's three
-    assert first.closed
-    assert second.closed
-    losses = [value for name, value, _ in second.scalars if name == "train/loss"]
-    log = np.loadtxt(tmp_path / "log.csv", delimiter=",", skiprows=1)
-    assert losses == log[3:, 3].tolist()
-    shares = [(value, step) for name, value, step in second.scalars if name == "val/top1"]
-    rows = np.loadtxt(tmp_path / "validation.csv", delimiter=",", skiprows=1)
-    assert shares == [(rows[1, 2], 7), (rows[2, 2], 14)]
-
-
 @pytest.fixture(scope="module")
 def validated(data, checkpoint, tmp_path_factory):
     """A run that is watched on images that it could learn from."""
@@ -362,7 +321,6 @@ def test_a_finished_run_goes_on_to_the_same(data, checkpoint, tmp_path, whole):
 _SCRIPT = """
 import json
 import sys
-sys.path.insert(0, sys.argv[1])
 import torch
 from finetune_cases import request, model_source
 from pathlib import Path
@@ -371,7 +329,7 @@ from vssm.training.run import has_run
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    data, checkpoint, output, workers, numbers = sys.argv[2:]
+    data, checkpoint, output, workers, numbers = sys.argv[1:]
     asked = request(
         Path(data),
         Path(output),
@@ -388,14 +346,7 @@ if __name__ == "__main__":
 def _start(tmp_path, data, checkpoint, output, *, workers=0, processes=1, numbers=None):
     script = tmp_path / "train.py"
     script.write_text(_SCRIPT)
-    arguments = [
-        ROOT / "tests/support",
-        data,
-        checkpoint,
-        output,
-        workers,
-        json.dumps(numbers or {}),
-    ]
+    arguments = [data, checkpoint, output, workers, json.dumps(numbers or {})]
     launch = [sys.executable]
     if processes > 1:
         port = 20000 + os.getpid() % 10000
@@ -411,22 +362,9 @@ def _start(tmp_path, data, checkpoint, output, *, workers=0, processes=1, number
     )
 
 
-def _running_in(folder):
-    """Processes whose working directory is this one; torchrun's are in sessions of their own."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.readlink(entry / "cwd") == str(folder):
-                    found.append(int(entry.name))
-            except OSError:
-                continue  # it has ended, or is another user's
-    return found
-
-
 def _kill(process, folder):
     os.kill(process.pid, signal.SIGKILL)
-    while left := _running_in(folder):
+    while left := running_in(folder):
         for number in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
@@ -447,32 +385,8 @@ def _kill_at_random(start, draw, folder, *, kills, within):
     assert process.returncode == 0, out + err
 
 
-def _run_to_its_end(script, *given):
-    done = subprocess.run(
-        [sys.executable, script, *given],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-# A crash at every change of a file, below, proves the same at more points.
 @pytest.mark.slow
 def test_kill_and_resume(data, checkpoint, tmp_path, whole):
-    def start():
-        return _start(tmp_path, data, checkpoint, tmp_path / "out")
-
-    _kill_at_random(start, random.Random(0), tmp_path, kills=3, within=0.05)
-    resumed = json.loads((tmp_path / "out" / "finetune.json").read_text())["trained"]["resumed"]
-    assert 3 <= resumed < 14
-    _same(tmp_path / "out", whole)
-
-
-@pytest.mark.slow
-def test_kill_and_resume_many_times(data, checkpoint, tmp_path, whole):
     draw = random.Random(1)
     for trial in range(8):
         output = tmp_path / str(trial)
@@ -481,6 +395,7 @@ def test_kill_and_resume_many_times(data, checkpoint, tmp_path, whole):
             return _start(tmp_path, data, checkpoint, output, workers=workers)
 
         _kill_at_random(start, draw, tmp_path, kills=4, within=0.3)
+        assert json.loads((output / "finetune.json").read_text())["trained"]["resumed"] >= 4
         _same(output, whole)
 
 
@@ -491,10 +406,11 @@ import json
 import os
 import signal
 import sys
-sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import torch
+from crashes import child, code_of, torn
 from finetune_cases import request, model_source
 from PIL import Image
 import vssm
@@ -507,64 +423,25 @@ torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
 Image.init()
 with contextlib.suppress(ImportError):
     import torch.utils.tensorboard
-data, checkpoint, output = map(Path, sys.argv[2:5])
-
-
-def fork(work, *given):
-    number = os.fork()
-    if number == 0:
-        try:
-            work(*given)
-        finally:
-            os._exit(1)
-    return number
-
-
-def code_of(number):
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+data, checkpoint, output = map(Path, sys.argv[1:4])
 """
 
-# Every child ends as by kill -9 at its n-th call that changes a file, a write half done; then one
-# goes on.
 _CRASHES = """
-def train(folder, crash):
-    left = crash
-
-    def counted(real):
-        def call(*args):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                if real.__name__ == "write":
-                    real(args[0], args[1][: len(args[1]) // 2])
-                os._exit(9)
-            return real(*args)
-
-        return call
-
-    for name in ("write", "ftruncate", "fsync", "replace"):
-        setattr(os, name, counted(getattr(os, name)))
+def train(folder):
     numbers = {"epochs": 1, "batch": 14}
     what = model_source(checkpoint)
     asked = request(data, folder, what=what, resources={"save_every": 2}, **numbers)
     vssm.finetune(replace(asked, resume=has_run(folder)))
-    os._exit(0)
 
 
-runs, every = output / "runs", int(sys.argv[5])
-assert code_of(fork(train, runs / "whole", 0)) == 0
-crash = 1
-while (code := code_of(fork(train, runs / str(crash), crash))) == 9:
-    assert code_of(fork(train, runs / str(crash), 0)) == 0, crash
-    crash += every
-assert code == 0, (crash, code)
+torn(train, output / "runs", int(sys.argv[4]))
 """
 
 
 # Two processes are killed behind their second step; then two go on, with the variables that
 # torchrun sets.
 _TWO = """
-def train(rank, port, kills):
+def train_two(rank, port, kills):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 
@@ -572,15 +449,14 @@ def train(rank, port, kills):
         if kills and (done, total) == (2, 6):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    what, numbers, each = model_source(checkpoint), json.loads(sys.argv[6]), {"save_every": 1}
+    what, numbers, each = model_source(checkpoint), json.loads(sys.argv[5]), {"save_every": 1}
     two = output / "two"
     asked = request(data, two, what=what, resources=each, resume=has_run(two), **numbers)
     vssm.finetune(asked, progress=progress)
-    os._exit(0)
 
 
-for kills, port in enumerate(sys.argv[7:]):
-    numbers = [fork(train, rank, port, kills == 0) for rank in range(2)]
+for kills, port in enumerate(sys.argv[6:]):
+    numbers = [child(partial(train_two, rank, port, kills == 0)) for rank in range(2)]
     codes = [code_of(number) for number in numbers]
     assert codes == ([-signal.SIGKILL] * 2, [0, 0])[kills], codes
 """
@@ -588,7 +464,15 @@ for kills, port in enumerate(sys.argv[7:]):
 
 def _run_forks(folder, work, data, checkpoint, *given):
     (folder / "forks.py").write_text(_FORKS + work)
-    _run_to_its_end(folder / "forks.py", ROOT / "tests/support", data, checkpoint, folder, *given)
+    done = subprocess.run(
+        [sys.executable, folder / "forks.py", data, checkpoint, folder, *given],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -823,48 +707,6 @@ def test_distillation(data, checkpoint, tmp_path, whole):
         request(data, tmp_path, distil=0.5)
 
 
-def test_refusals(data, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="tokens='masked' without a schedule prunes nothing"):
-        ModelSource("vim_tiny", tokens="masked")
-    with pytest.raises(ValueError, match="alignment='gap' with tokens='masked'"):
-        model_source(tokens="masked", alignment="gap")
-    with pytest.raises(ValueError, match="conv='position' with tokens='masked', whose convolution"):
-        model_source(tokens="masked", conv="position")
-    whole = vssm.PruneSchedule.parse(SCHEDULE)
-    with pytest.raises(ValueError, match="alignment='none' beside a PruneSchedule, which has its"):
-        model_source(schedule=whole, alignment="none")
-    with pytest.raises(ValueError, match="tokens='zero' is not one of gather, masked"):
-        model_source(tokens="zero")
-    with pytest.raises(ValueError, match="importance='l1' without a schedule"):
-        ModelSource("vim_tiny", importance="l1")
-    drawing = model_source(importance="random", seed=3).checked()
-    assert (drawing.importance, drawing.seed) == ("random", 3)
-    with pytest.raises(ValueError, match="seed=3 with importance='clip', which draws nothing"):
-        model_source(seed=3)
-    with pytest.raises(ValueError, match="weights='ema' without a checkpoint"):
-        ModelSource("vim_tiny", weights="ema")
-    with pytest.raises(ValueError, match="key='net' without a checkpoint"):
-        ModelSource("vim_tiny", key="net")
-    with pytest.raises(ValueError, match="new_head=True without a checkpoint"):
-        ModelSource("vim_tiny", new_head=True)
-    with pytest.raises(ValueError, match="key='net' with weights='ema': a key says which"):
-        model_source(checkpoint, weights="ema", key="net")
-    with pytest.raises(ValueError, match="the teacher's head would be untrained too"):
-        request(data, tmp_path, what=model_source(checkpoint, new_head=True), distil=0.5)
-    with pytest.raises(ValueError, match="save_every=0 is below 1"):
-        Resources(save_every=0)
-    with pytest.raises(ValueError, match="batch=44 is more than the 42 images"):
-        vssm.finetune(request(data, tmp_path, batch=44))
-    with pytest.raises(ValueError, match=r"data=.*nowhere is no folder; give one"):
-        vssm.finetune(request(tmp_path / "nowhere", tmp_path))
-    names = tmp_path / "names.txt"
-    names.write_text("a\nb\n")
-    with pytest.raises(ValueError, match=r"classes=.*names.txt names 2 classes on 2 lines"):
-        vssm.finetune(replace(request(data, tmp_path), classes=names))
-    with pytest.raises(ValueError, match="device='tpu' is neither cpu nor cuda"):
-        vssm.finetune(request(data, tmp_path, resources={"device": "tpu"}))
-
-
 def test_an_image_that_cannot_be_read_ends_the_run(data, tmp_path):
     copy = write_pictures(tmp_path / "data")
     (copy / "n3" / "bad.png").write_bytes(b"no image")
@@ -898,15 +740,6 @@ def test_a_damaged_state_is_refused(data, checkpoint, tmp_path):
     (tmp_path / "log.csv").write_bytes(b"step,epoch,lr,loss\n")
     with pytest.raises(ArtifactError, match="has 0 rows, but 7 steps are done"):
         vssm.finetune(replace(asked, resume=True))
-
-
-def test_a_run_in_use_and_a_foreign_log_are_refused(data, tmp_path):
-    with RunLog(tmp_path / "log.csv"), pytest.raises(ArtifactError, match="in use by another run"):
-        vssm.finetune(request(data, tmp_path))
-    (tmp_path / "log.csv").write_text("a diary\n")
-    with pytest.raises(ArtifactError, match="is no log of a training run"):
-        vssm.finetune(request(data, tmp_path))
-    assert (tmp_path / "log.csv").read_text() == "a diary\n"
 
 
 def test_weights_bring_the_names_of_their_classes(data, checkpoint, whole, tmp_path):
