@@ -74,16 +74,11 @@ def check_parity(
 
     # The weights beside the graph are looked at only where the oracle must be made from them.
     opened = open_artifact(artifact, only=None if model is None else (MODEL_FILE,))
-    if opened.manifest.quantization is not None and images is None and not is_module(opened):
-        raise ValueError(
-            f"images: {opened.directory} is quantised ({opened.manifest.quantization}), and noise "
-            "says nothing about that: give images of the kind that it is for, but not those of "
-            "the calibration (vssm check --image FILE or FOLDER)"
-        )
+    if images is None:
+        _refuse_noise(opened)
     known: OracleResult | None = None
     if model is None and is_module(opened):
-        # A user's module cannot be rebuilt from the export, so what it
-        # gave at the export is the oracle.
+        # A user's module cannot be rebuilt from the export: what it gave then is the oracle.
         images, known = _kept_reference(opened, images, per_block)
     progress(f"running {runtime}", 0, 1)
     with open_session(opened, runtime, backend=backend, threads=threads, trust=trust) as session:
@@ -97,7 +92,6 @@ def check_parity(
         with torch_threads(threads):
             exact = model_of(opened) if model is None else model
             known = oracle(exact, opened, feeds, progress=progress)
-    expected = known
     progress("comparing with the float64 oracle", 0, 1)
 
     def run_edited(graph: bytes, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -114,12 +108,22 @@ def check_parity(
     return compare(
         opened,
         feeds,
-        expected,
+        known,
         info=info,
         free=free,
         run_edited=run_edited,
         per_block=per_block,
     )
+
+
+def _refuse_noise(artifact: Artifact) -> None:
+    quantization = artifact.manifest.quantization
+    if quantization is not None and not is_module(artifact):
+        raise ValueError(
+            f"images: {artifact.directory} is quantised ({quantization}), and noise says nothing "
+            "about that: give images of the kind that it is for, but not those of the calibration "
+            "(vssm check --image FILE or FOLDER)"
+        )
 
 
 def held_out_images(paths: Sequence[Path], artifact: Artifact) -> Array:

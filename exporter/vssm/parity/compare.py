@@ -221,7 +221,6 @@ def compare(
     limits = None
     if quantized is not None:
         limits = QUANTIZED["int4" if quantized.type == "int4" else quantized.method]
-    if limits is not None:
         tolerance = _NOT_JUDGED
     streams = _block_names(artifact) if per_block or limits is not None else []
     outputs = {output.name for output in artifact.manifest.outputs}
@@ -260,11 +259,9 @@ def compare(
         limits=limits,
     )
     if limits is not None:
-        wanted = {name: oracle.blocks[name] for name in streams}
         report.signals.append(signal(main, forced[main], oracle.logits, limits.logits))
-        report.signals.extend(
-            signal(name, forced[name], want, limits.block) for name, want in wanted.items()
-        )
+        for name in streams:
+            report.signals.append(signal(name, forced[name], oracle.blocks[name], limits.block))
         report.failures.extend(_quantized_failures(report, limits))
     report.failures.extend(_failures(report, tolerance))
     return report

@@ -159,9 +159,7 @@ def build_engine(
         ArtifactError: the directory cannot be written, or its model was changed meanwhile.
     """
     check_request(request)
-    _refuse_unsigned(artifact)
-    _refuse_boxes(artifact)
-    _refuse_unbatched(artifact)
+    _check_buildable(artifact)
     product = request.product
     # What cannot be written is said now, and not after a build that may take hours.
     for name in (product.plan, product.info):
@@ -212,28 +210,23 @@ def build_engine(
     return info
 
 
-def _refuse_unsigned(artifact: Artifact) -> None:
-    quantization = artifact.manifest.quantization
+def _check_buildable(artifact: Artifact) -> None:
+    """Refuse exports that TensorRT cannot run, whatever is asked for."""
+    manifest, quantization = artifact.manifest, artifact.manifest.quantization
     if quantization is not None and not quantization.in_tensorrt:
         raise UnsupportedError(
             f"{artifact.directory} is quantised as {quantization}, with unsigned activations or "
             "ranges measured in every run, which TensorRT does not do; quantise the float export "
             "with --target tensorrt or portable"
         )
-
-
-def _refuse_boxes(artifact: Artifact) -> None:
-    if artifact.manifest.gives_boxes:
+    if manifest.gives_boxes:
         raise UnsupportedError(
             f"{artifact.directory} is a whole detector, which finds another number of objects in "
             "every image, and is made for ONNX Runtime; export it with --outputs dense, and find "
             "boxes in the engine's outputs"
         )
-
-
-def _refuse_unbatched(artifact: Artifact) -> None:
-    whole = [spec.name for spec in artifact.manifest.inputs if spec.shape[:1] != (BATCH,)]
-    if whole and len(artifact.manifest.inputs) > 1:
+    whole = [spec.name for spec in manifest.inputs if spec.shape[:1] != (BATCH,)]
+    if whole and len(manifest.inputs) > 1:
         raise UnsupportedError(
             f"{artifact.directory} has inputs without a batch ({', '.join(whole)}), and an engine "
             "takes every input in batches; give them a first axis of the batch's size in the module"
