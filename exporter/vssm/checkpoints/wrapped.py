@@ -71,7 +71,7 @@ def wrapper_part(module: nn.Module) -> str | None:
     return next((name for name, _ in module.named_children() if name in WRAPPER_PARTS), None)
 
 
-def refuse_wrapper(model: nn.Module, name: str = "model") -> None:
+def refuse_wrapper(model: nn.Module) -> None:
     """Refuse a wrapper around a model.
 
     Raises:
@@ -79,7 +79,7 @@ def refuse_wrapper(model: nn.Module, name: str = "model") -> None:
     """
     if (part := wrapper_part(model)) is not None:
         raise TypeError(
-            f"{name}={type(model).__name__} is a wrapper around the model; pass {name}.{part}"
+            f"model={type(model).__name__} is a wrapper around the model; pass model.{part}"
         )
 
 

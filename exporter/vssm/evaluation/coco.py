@@ -106,7 +106,7 @@ class Precision:
 
 
 def open_coco(
-    root: Path, split: str, num_classes: int, *, labels: Sequence[str] | None, name: str = "images"
+    root: Path, split: str, num_classes: int, *, labels: Sequence[str] | None
 ) -> CocoFolder:
     """The images of root/split with root/annotations/instances_split.json.
 
@@ -115,7 +115,6 @@ def open_coco(
         split: such as val2017.
         num_classes: classes of the model.
         labels: their names; None where it has none.
-        name: what errors call the root: the option that it was given by.
 
     Raises:
         ValueError: a file or folder is not there, is no such annotation, or it is not certain which
@@ -126,7 +125,7 @@ def open_coco(
     for path, there in ((root / split, Path.is_dir), (file, Path.is_file)):
         if not there(path):
             raise ValueError(
-                f"{name}={root} is not laid out as COCO: there is no {path}; give the folder that "
+                f"images={root} is not laid out as COCO: there is no {path}; give the folder that "
                 "holds SPLIT and annotations/instances_SPLIT.json, and the split with --split"
             )
     with explain_missing():
@@ -141,18 +140,18 @@ def open_coco(
         wrong = next(filter(None, map(partial(_fault, truth), truth.dataset["annotations"])), None)
     except _MALFORMED as error:
         raise ValueError(
-            f"{name}: {file} is no file of COCO's instances ({type(error).__name__}: {error}); "
+            f"images: {file} is no file of COCO's instances ({type(error).__name__}: {error}); "
             "give one with images, categories and annotations"
         ) from error
     if wrong is not None:
         raise ValueError(
-            f"{name}: {file} has {wrong}; mend it, or give the annotations of these images"
+            f"images: {file} has {wrong}; mend it, or give the annotations of these images"
         )
     missing = [image.path for image in images if not (root / image.path).is_file()]
     if missing or not images:
         shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise ValueError(
-            f"{name}={root}: {len(missing):,} of the {len(images):,} images of {file.name} are not "
+            f"images={root}: {len(missing):,} of the {len(images):,} images of {file.name} are not "
             f"there{f': {shown}' if missing else ''}; give the folder with the images"
         )
     matched, rule = match_categories(categories, num_classes, labels)

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vssm.models.base import BlockCost
-from vssm.models.layers import LayerNorm, initial_a_log, over_grid, to_dtype, wide
+from vssm.models.layers import (
+    LayerNorm,
+    initial_a_log,
+    initial_step_bias,
+    over_grid,
+    to_dtype,
+    wide,
+)
 from vssm.ops import operators as ops
 
 WALKS: Final = ("rows", "columns", "rows_back", "columns_back")
@@ -98,7 +105,7 @@ class CrossScanMixer(nn.Module):
         self.dt_projs_weight = nn.Parameter(
             torch.empty(c.directions, c.d_inner, c.dt_rank).uniform_(-bound, bound)
         )
-        self.dt_projs_bias = nn.Parameter(_initial_step_bias(c.directions, c.d_inner))
+        self.dt_projs_bias = nn.Parameter(initial_step_bias(c.directions, c.d_inner))
         # Flat over directions and channels, as the official keys A_logs
         # and Ds are; reshaped for the scan.
         self.A_logs = nn.Parameter(initial_a_log(c.directions * c.d_inner, c.d_state))
@@ -174,12 +181,3 @@ class CrossScanMixer(nn.Module):
             return weight[0]
         blocks = torch.eye(k, dtype=weight.dtype, device=weight.device)
         return (blocks[:, None, :, None] * weight[:, :, None]).reshape(k * rank, -1)
-
-
-def _initial_step_bias(directions: int, d_inner: int) -> Tensor:
-    """softplus(bias) log-uniform in [1e-3, 1e-1], as Mamba draws it."""
-    low, high = math.log(1e-3), math.log(1e-1)
-    # The floor is Mamba's dt_init_floor; with dt from 1e-3 up it never takes effect.
-    dt = torch.exp(torch.rand(directions, d_inner) * (high - low) + low).clamp(min=1e-4)
-    # The inverse of softplus; expm1 keeps the digits that 1 - exp(-dt) loses at dt near 1e-3.
-    return dt + torch.log(-torch.expm1(-dt))

@@ -197,15 +197,19 @@ def initial_a_log(d_inner: int, d_state: int) -> Tensor:
 
 
 def initial_dt_proj(dt_rank: int, d_inner: int) -> nn.Linear:
-    """Step sizes log-uniform in [1e-3, 1e-1] at the start, as Mamba draws them."""
+    """The projection to step sizes as Mamba draws it."""
     layer = nn.Linear(dt_rank, d_inner)
     bound = dt_rank**-0.5
     nn.init.uniform_(layer.weight, -bound, bound)
-    # The floor is Mamba's dt_init_floor; with dt from 1e-3 up it never takes effect.
-    dt = torch.exp(torch.rand(d_inner) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(
-        min=1e-4
-    )
     with torch.no_grad():
-        # The inverse of softplus; expm1 keeps the digits that 1 - exp(-dt) loses at dt near 1e-3.
-        layer.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        layer.bias.copy_(initial_step_bias(d_inner))
     return layer
+
+
+def initial_step_bias(*shape: int) -> Tensor:
+    """softplus(bias) log-uniform in [1e-3, 1e-1], as Mamba draws it."""
+    low, high = math.log(1e-3), math.log(1e-1)
+    # The floor is Mamba's dt_init_floor; with dt from 1e-3 up it never takes effect.
+    dt = torch.exp(torch.rand(*shape) * (high - low) + low).clamp(min=1e-4)
+    # The inverse of softplus; expm1 keeps the digits that 1 - exp(-dt) loses at dt near 1e-3.
+    return dt + torch.log(-torch.expm1(-dt))
