@@ -71,8 +71,8 @@ SCANS = {
     "slow path": {"GatedSelectiveScan": 1},
     "transformers": {"SelectiveScan": 1},
     "mambavision": {"SelectiveScan": 1},
-    "plain mamba": {"SelectiveScan": 1},
-    "mamba-2": {"SelectiveScan": 1},
+    "plain mamba": {"GatedSelectiveScan": 1},
+    "mamba-2": {"GatedSelectiveScan": 1},
     "mamba-2, both ways": {"SelectiveScan": 1},
     "mamba-2 block, groups": {"SelectiveScan": 2},
 }

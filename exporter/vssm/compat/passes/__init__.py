@@ -11,7 +11,15 @@ from vssm.compat.passes.convolutions import join_convolutions
 from vssm.compat.passes.graph import PassReport, Rewriter, run_pass
 from vssm.compat.passes.layouts import move_layouts
 from vssm.compat.passes.merge import absorb_orders, fold_scales, merge_scans
-from vssm.compat.passes.tidy import drop_copies, one_form, share, unfold_projections, unpack
+from vssm.compat.passes.pointwise import fold_biases, fold_gates, fold_softplus
+from vssm.compat.passes.tidy import (
+    drop_copies,
+    one_form,
+    share,
+    split_projections,
+    unfold_projections,
+    unpack,
+)
 from vssm.compat.passes.walks import follow_walks
 from vssm.onnx.decompose import rename_outputs
 
@@ -31,12 +39,19 @@ PASSES: Final[tuple[tuple[str, Callable[[Rewriter], None]], ...]] = (
     ("join convolutions", join_convolutions),
     ("move layouts behind them", move_layouts),
     ("share what reads them", share),
+    # Scans with the same attributes merge.
+    ("fold softplus", fold_softplus),
+    ("fold biases", fold_biases),
+    ("fold gates", fold_gates),
     # Each scan gets its own order while it is still one direction; then they can merge.
     ("absorb orders", absorb_orders),
     ("share what is equal now", share),
     ("merge scans", merge_scans),
     # The merged node's operands were stacked, which brought permutes of its own.
     ("move layouts again", move_layouts),
+    ("fold gates of sums", fold_gates),
+    # Parts that lie together were stacked as one till here.
+    ("split projections", split_projections),
     # Last: the factor of a sum is a factor of a scan only once the sum is one node.
     ("fold scales", fold_scales),
 )

@@ -19,6 +19,8 @@ _COPIES: Final = (
 )
 # What the tracer notes of types: it checks the trace, and no number depends on it.
 _NOTES: Final = (ATEN._assert_tensor_metadata.default, torch.ops.aten.promote_types.default)
+# Columns of a product from which on it is as fast as a part of a wider one.
+_WIDE: Final = 64
 _SHAPES: Final = (ATEN.reshape.default, ATEN.view.default, ATEN.expand.default)
 # Neither random nor written to: two equal calls of these are one value.
 _PURE: Final = (
@@ -252,6 +254,28 @@ def unfold_projections(r: Rewriter) -> None:
         weight, x = found
         y = r.emit(node, ATEN.linear.default, x, weight)
         r.replace(node, r.emit(node, ATEN.permute.default, y, [0, 2, 1]))
+
+
+def split_projections(r: Rewriter) -> None:
+    """Wide parts of `linear(x)` along its last axis as a projection each, which nothing copies."""
+    for node in list(r.graph.nodes):
+        product: Any = node.args[0] if is_call(node, ATEN.split_with_sizes.default) else None
+        if not is_call(product, ATEN.linear.default) or len(product.users) > 1:
+            continue
+        sizes: Any = node.args[1]
+        last = axis(product, argument(node, 2, "dim", 0)) == rank(product) - 1
+        if not last or min(sizes) < _WIDE:
+            continue
+        x, weight, bias = (*product.args, None)[:3]
+        starts = [sum(sizes[:place]) for place in range(len(sizes))]
+        for part in list(node.users):
+            start, size = starts[part.args[1]], sizes[part.args[1]]
+            rows = [
+                r.emit(product, ATEN.slice.Tensor, whole, 0, start, start + size)
+                for whole in (weight, bias)
+                if whole is not None
+            ]
+            r.replace(part, r.emit(product, ATEN.linear.default, x, *rows))
 
 
 def _source(apart: Any) -> tuple[Node, Node] | None:
