@@ -11,6 +11,7 @@ from vssm.artifact.manifest import (
     FORMAT_VERSION,
     BlockOutput,
     CheckpointInfo,
+    FreeSize,
     Manifest,
     Preprocessing,
     ScheduleInfo,
@@ -178,6 +179,17 @@ def changed(path: str, value) -> str:
             [65536, 65536],
             r"preprocessing\.crop\[0\]=65536 must be in \[1, 4096",
         ),
+        (
+            "preprocessing/crop",
+            [224, 160],
+            r"crop=\[224, 160\] makes float32 of 3 x 224 x 160 .* float32 of 3 x 224 x 224; give",
+        ),
+        (
+            "inputs/0/shape/1",
+            4,
+            r"of 3 x 224 x 224 .* images is float32 of 4 x 224 x 224; give the",
+        ),
+        ("inputs/0/dtype", "int64", "the input images is int64 of 3 x 224 x 224"),
         ("inputs/0/shape/2", 10**30, r"inputs\[0\]\.shape\[2\] is a number that 64 bits cannot"),
         (
             "config",
@@ -307,6 +319,21 @@ def test_official_preprocessing(size, resize, crop):
     assert (spec.resize, spec.crop, spec.interpolation) == (resize, crop, "bicubic")
     assert spec.mean == (0.485, 0.456, 0.406)
     assert spec.std == (0.229, 0.224, 0.225)
+
+
+def test_preprocessing_fits_the_one_input() -> None:
+    sizes = {name: FreeSize(224, multiple=32, minimum=64) for name in ("height", "width")}
+    tensor = TensorInfo("images", "float32", ("batch", 3, "height", "width"))
+    free = dataclasses.replace(MANIFEST, inputs=(tensor,), sizes=sizes)
+    assert manifest_from_json(manifest_to_json(free)) == free
+    other = dataclasses.replace(free, preprocessing=Preprocessing(256, (224, 200)))
+    with pytest.raises(
+        ValueError, match=r"3 x 224 x 200 .*width a multiple of 32 from 64 on; give"
+    ):
+        manifest_to_json(other)
+    two = dataclasses.replace(MANIFEST, inputs=(*MANIFEST.inputs, TensorInfo("mask", "bool", (1,))))
+    with pytest.raises(ValueError, match="makes one input of an image, but there are images, mask"):
+        manifest_to_json(two)
 
 
 def test_a_file_from_before_merging_and_dense_models_is_read() -> None:

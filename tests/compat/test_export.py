@@ -37,6 +37,7 @@ from torch._subclasses import FakeTensor
 
 import vssm
 from vssm.artifact.directory import Artifact
+from vssm.artifact.manifest import Preprocessing
 from vssm.artifact.reference import stored_reference
 from vssm.compat import upstream
 from vssm.compat.export import dry_run
@@ -224,6 +225,9 @@ def test_refusals(tmp_path: Path) -> None:
     bad.D.data[0] = torch.nan
     with pytest.raises(ValueError, match="not finite: D"):
         _export(tmp_path, bad, x)
+    spec = Preprocessing.for_image_size(8)
+    with pytest.raises(ValueError, match=r"crop=\[8, 8\] makes .* input is float32 of 9 x 12"):
+        _export(tmp_path, _Counting(), x, preprocessing=spec)  # untraced: that would fail
 
 
 class _Single(nn.Module):

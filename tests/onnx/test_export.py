@@ -16,6 +16,7 @@ from exports import AS_RELEASED, exported, images, micro, shared_traces
 
 import vssm
 from vssm.artifact.directory import Artifact, open_artifact
+from vssm.artifact.manifest import Preprocessing
 from vssm.errors import ArtifactError, UnsupportedError
 from vssm.onnx.export import DTYPES, _cast_copy
 from vssm.ops.spec import DOMAIN, PLUGIN_ATTRIBUTES
@@ -234,6 +235,15 @@ def test_refusals(tmp_path: Path) -> None:
         vssm.export(model, out, opset=17)
     with pytest.raises(ValueError, match=r"labels=2 for 7 classes"):
         vssm.export(model, out, labels=["a", "b"])
+    for spec, message in (
+        (
+            Preprocessing.for_image_size(32),
+            r"crop=\[32, 32\] makes .* of 3 x 48 x 48; give the crop",
+        ),
+        (Preprocessing(40, (48, 48)), r"preprocessing\.resize=40 must be in \[48, 8192\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vssm.export(model, out, preprocessing=spec)
     with pytest.raises(TypeError, match=r"Linear is not a model of this package"):
         vssm.export(torch.nn.Linear(1, 1), out)
     with pytest.raises(UnsupportedError, match=r"alignment='masked' .* PyTorch reference"):

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -38,6 +38,13 @@ class TensorInfo:
     dtype: str
     shape: tuple[int | str, ...]
 
+    def takes(self, shape: Sequence[int], sizes: Mapping[str, FreeSize]) -> bool:
+        """Whether an array has these sizes behind its first axis; `sizes` are the open ones."""
+        return len(shape) == len(self.shape) and all(
+            n == size if isinstance(size, int) else size in sizes and sizes[size].allows(n)
+            for n, size in zip(shape[1:], self.shape[1:], strict=True)
+        )
+
 
 @dataclass(frozen=True)
 class FreeSize:
@@ -56,6 +63,14 @@ class FreeSize:
     def allows(self, size: int) -> bool:
         """Whether the file is right at this size."""
         return size >= self.minimum and size % self.multiple == 0
+
+
+def rules_of(sizes: Mapping[str, FreeSize]) -> str:
+    """What open sizes may be, in words that go behind a shape."""
+    return "".join(
+        f", {name} a multiple of {size.multiple} from {size.minimum} on"
+        for name, size in sizes.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,27 @@ class Preprocessing:
         """
         crop = (size, size) if isinstance(size, int) else size
         return cls(resize=int(max(crop) / _CROP_RATIO), crop=crop)
+
+    def check(self, tensor: TensorInfo, sizes: Mapping[str, FreeSize]) -> None:
+        """Refuse what images become if that is not what a model takes.
+
+        Args:
+            tensor: the model's one input.
+            sizes: what its open sizes may be.
+
+        Raises:
+            ValueError: a value is out of its range, or the input has another size or type.
+        """
+        text = json.dumps({"preprocessing": dataclasses.asdict(self)})
+        _preprocessing(Node.parse(text).at("preprocessing"))
+        made = f"3 x {self.crop[0]} x {self.crop[1]}"
+        if tensor.dtype != "float32" or not tensor.takes((1, 3, *self.crop), sizes):
+            shape = " x ".join(map(str, tensor.shape[1:]))
+            raise FieldError(
+                f"preprocessing.crop={list(self.crop)} makes float32 of {made} of an image, but "
+                f"the input {tensor.name} is {tensor.dtype} of {shape}{rules_of(sizes)}; give the "
+                "crop the size that the model takes"
+            )
 
 
 @dataclass(frozen=True)
@@ -558,6 +594,11 @@ def _check_together(manifest: Manifest) -> None:
             f"quantization.method={quantized.method!r} and calibration="
             f"{quantized.calibration is not None} contradict each other"
         )
+    if manifest.preprocessing is not None:
+        if len(manifest.fed) > 1:
+            fed = ", ".join(tensor.name for tensor in manifest.fed)
+            raise FieldError(f"preprocessing makes one input of an image, but there are {fed}")
+        manifest.preprocessing.check(manifest.fed[0], manifest.sizes)
     main = manifest.main_output
     # Of maps (batch, classes, height, width) the second axis, else the last.
     axis = 1 if len(main.shape) == 4 else -1

@@ -26,6 +26,7 @@ from vssm.artifact.manifest import (
     Manifest,
     Preprocessing,
     ScheduleInfo,
+    TensorInfo,
     write_manifest,
 )
 from vssm.artifact.reference import REFERENCE_FILE
@@ -212,11 +213,8 @@ def export_module(
     example = _refuse(model, example_input, opset)
     module_outputs(outputs)  # refuses names that are none
     axes = _checked_axes(model, example, dynamic)
-    if preprocessing is not None and len(example.tensors) > 1:
-        raise ValueError(
-            f"preprocessing with the inputs {', '.join(example.tensors)}: image files become the "
-            "one input of a file; leave it out"
-        )
+    if preprocessing is not None:
+        _check_preprocessing(preprocessing, example, axes)
     with staged_export(directory, force=force) as staging:
         asked = None if outputs is None else tuple(outputs)
         options = _Options(opset, dynamic_batch, asked, axes)
@@ -477,6 +475,22 @@ def _exported(
             open_regions(traced())  # once more with the lines of the code, to name the one refused
             raise
         return without_mutation(opened), rules
+
+
+def _check_preprocessing(
+    preprocessing: Preprocessing, example: Inputs, axes: Sequence[FreeAxis]
+) -> None:
+    if len(example.tensors) > 1:
+        raise ValueError(
+            f"preprocessing with the inputs {', '.join(example.tensors)}: image files become the "
+            "one input of a file; leave it out"
+        )
+    dtype = str(example.only.dtype).removeprefix("torch.")
+    free = {axis.axis: axis.name for axis in axes}
+    shape = tuple(free.get(axis, size) for axis, size in enumerate(example.only.shape))
+    # Which sizes these may have, the trace will tell; model.json is held against that.
+    any_size = {axis.name: FreeSize(axis.example, multiple=1, minimum=1) for axis in axes}
+    preprocessing.check(TensorInfo(next(iter(example.tensors)), dtype, shape), any_size)
 
 
 def _checked_axes(

@@ -24,6 +24,7 @@ from vssm.artifact.manifest import (
     MERGED_PAIRS,
     SIZES,
     Preprocessing,
+    TensorInfo,
     write_manifest,
 )
 from vssm.checkpoints.load import save_safetensors
@@ -111,6 +112,8 @@ def export(
     dtype = checked_dtype(dtype)
     given, labels = labels, getattr(model, "labels", None) if labels is None else labels
     _refuse(model, opset, labels)
+    if preprocessing is not None:
+        preprocessing.check(TensorInfo(INPUT, "float32", (BATCH, 3, *model.image_size)), {})
     if labels is None:
         labels = names_of(model.name, model.num_classes)
     outputs = checked_outputs(model.task, outputs)

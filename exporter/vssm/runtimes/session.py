@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from vssm.artifact.manifest import BATCH, SIZES, Manifest, TensorInfo
+from vssm.artifact.manifest import BATCH, SIZES, Manifest, TensorInfo, rules_of
 from vssm.errors import RuntimeUnavailableError, check_least
 from vssm.types import Array
 
@@ -268,10 +268,7 @@ class Session(abc.ABC):
                 f"{spec.name}={kind} is no NumPy array of {spec.dtype}; use vssm.preprocess "
                 "for images, or .astype"
             )
-        fits = images.ndim == len(spec.shape) and all(
-            n == size if isinstance(size, int) else self.manifest.sizes[size].allows(n)
-            for n, size in zip(images.shape[1:], spec.shape[1:], strict=True)
-        )
+        fits = spec.takes(images.shape, self.manifest.sizes)
         first = images.shape[:1]
         other = spec.shape[:1] not in {(BATCH,), first}
         if fits and other and len(self.manifest.fed) == 1:
@@ -280,10 +277,7 @@ class Session(abc.ABC):
                 f"{spec.shape[0]} at a time; give as many, or export it with a batch of any size"
             )
         if not fits or 0 in first or other:
-            rules = "".join(
-                f", {name} a multiple of {size.multiple} from {size.minimum} on"
-                for name, size in self.manifest.sizes.items()
-            )
+            rules = rules_of(self.manifest.sizes)
             raise ValueError(
                 f"{spec.name}.shape={images.shape} is not {spec.shape}{rules}; resize the images, "
                 "or export the model with this image_size"
