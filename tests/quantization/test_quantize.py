@@ -206,7 +206,7 @@ def test_auto_keeps_the_noisiest_layers(
 
     def recorded(*arguments: Any, **options: Any) -> dict[str, float]:
         noise.update(real(*arguments, **options))
-        monkeypatch.setattr(quantizing, "SENSITIVE_DB", sorted(noise.values())[2])
+        monkeypatch.setitem(quantizing.SENSITIVE_DB, "int8", sorted(noise.values())[2])
         return noise
 
     monkeypatch.setattr(quantizing, "layer_sqnr", recorded)
@@ -233,6 +233,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fp8 for ort": ({"type": "fp8"}, "only TensorRT multiplies float8"),
     "fp8 of weights": ({"type": "fp8", "method": "weights", "target": "tensorrt"}, "float8"),
     "dynamic for tensorrt": ({"method": "dynamic", "target": "tensorrt"}, "every run"),
+    "seed": ({"seed": -1}, "seed=-1 is below 0"),
+    "count without images": ({"method": "dynamic", "count": 4}, "count=4 with method='dynamic'"),
+    "calibration without images": (
+        {"method": "weights", "calibration": "entropy"},
+        "calibration='entropy' with method='weights'.*leave it out",
+    ),
     "auto without images": ({"method": "weights", "keep_float": ("auto",)}, "calibration images"),
 }
 
@@ -420,7 +426,10 @@ def test_command(source: Artifact, folder: Path, tmp_path: Path, cli: Run) -> No
     assert cli("quantize", source.directory, folder, "-o", out, "--count", 2, "--json", "-") == 0
     assert "quantised 15 of 17 matrix products (int8 static for ort)" in cli.out
     assert "float: /patch_embed/proj/Conv, /head/Gemm" in cli.out
-    assert cli("quantize", source.directory, "-o", tmp_path / "w", "--weights-only") == 0
+    copy = shutil.copytree(source.directory, tmp_path / "w")
+    assert cli("quantize", copy, "-o", copy, "--weights-only", "--force") == 0
+    share = copy.joinpath("model.onnx").stat().st_size / source.model_path.stat().st_size
+    assert f"{share:.2f} of the float file" in cli.out
     assert cli("quantize", source.directory, "-o", tmp_path / "x") == 2
     assert "--dynamic or --weights-only" in cli.out
     both = ("--dynamic", "--weights-only")

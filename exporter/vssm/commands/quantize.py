@@ -84,6 +84,7 @@ def quantize(
         threads=threads,
     )
     check_request(request, images=images is not None)  # before onnx is imported
+    before = _bytes(directory)  # which `output` may be
     with working("opening the model") as progress:
         with explain_missing("quantize"):
             from vssm.quantization.quantize import quantize as quantize_export
@@ -91,12 +92,20 @@ def quantize(
         artifact = quantize_export(
             directory, images, output, request, force=force, progress=progress
         )
-    _print(directory, artifact)
+    _print(before, artifact)
     write_result(json_file, artifact.manifest)
 
 
-def _print(directory: Path, artifact: Artifact) -> None:
-    info, path = artifact.manifest.quantization, artifact.model_path
+def _bytes(directory: Path) -> int:
+    """Those of the model, with the weights that lie beside it."""
+    from vssm.artifact.directory import EXTERNAL_FILE, MODEL_FILE
+
+    files = (directory / MODEL_FILE, directory / EXTERNAL_FILE)
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def _print(before: int, artifact: Artifact) -> None:
+    info, after = artifact.manifest.quantization, _bytes(artifact.directory)
     if info is None:
         raise AssertionError("what was quantised says so")
     total = info.nodes + len(info.kept_float)
@@ -105,6 +114,5 @@ def _print(directory: Path, artifact: Artifact) -> None:
         more = len(info.kept_float) - _SHOWN
         names = ", ".join(info.kept_float[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
         say(f"float: {names}")
-    before, after = (folder / path.name for folder in (directory, artifact.directory))
-    share = after.stat().st_size / before.stat().st_size
-    say(f"wrote {path} ({after.stat().st_size:,} bytes, {share:.2f} of the float file)")
+    share = f"{after / before:.2f} of the float file"
+    say(f"wrote {artifact.model_path} ({after:,} bytes, {share})")

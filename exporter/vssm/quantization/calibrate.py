@@ -6,13 +6,15 @@ import contextlib
 import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import onnx
 import onnxruntime
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
+from onnxruntime.quantization import CalibrationDataReader, MinMaxCalibrater
+from onnxruntime.quantization.calibrate import EntropyCalibrater, PercentileCalibrater
 
 from vssm.artifact.manifest import Preprocessing
 from vssm.artifact.preprocessing import image_files, preprocess
@@ -22,12 +24,11 @@ from vssm.quantization.products import OPERATORS
 from vssm.runtimes.session import checked_threads
 from vssm.types import Array, Steps
 
-_METHODS: Final = {
-    "minmax": CalibrationMethod.MinMax,
-    "percentile": CalibrationMethod.Percentile,
-    "entropy": CalibrationMethod.Entropy,
+_CALIBRATORS: Final[Mapping[str, Any]] = {
+    "minmax": MinMaxCalibrater,
+    "percentile": partial(PercentileCalibrater, percentile=99.99, symmetric=True),
+    "entropy": EntropyCalibrater,
 }
-_OPTIONS: Final = {"percentile": {"percentile": 99.99}}
 _CALIBRATING: Final = "calibrating"
 _CHUNK: Final = 8  # images whose activations are in memory at once
 
@@ -139,13 +140,14 @@ def ranges(
     augmented = str(model.with_name("augmented.onnx"))
     # It prints what it does, line by line.
     with contextlib.redirect_stdout(io.StringIO()):
-        calibrator = create_calibrator(
+        # Not by `create_calibrator`, which opens a session of its own, on the bodies.
+        calibrator = _CALIBRATORS[method](
             model,
             list(OPERATORS),
-            augmented_model_path=augmented,
-            calibrate_method=_METHODS[method],
-            extra_options=_OPTIONS.get(method, {}),
+            augmented,
+            use_external_data_format=True,  # protobuf writes no file above 2 GiB
         )
+        calibrator.augment_graph()
         session = open_file(augmented, threads=threads)
         calibrator.infer_session = _FiniteSession(session, calibrator.model_original_outputs)
         tell(_CALIBRATING, 0, len(feeds))

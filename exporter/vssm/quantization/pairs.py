@@ -18,16 +18,17 @@ import onnx
 from onnx import numpy_helper
 from onnxruntime.quantization import QDQQuantizer, QuantType
 
-from vssm.quantization.products import OPERATORS, Product
+from vssm.quantization.products import OPERATORS, Product, names_in
 from vssm.quantization.request import TARGETS, QuantizeRequest
 
 _FP8_MAX: Final = 448.0  # the largest E4M3
 _SMALLEST: Final = 1e-12  # of a range: zeros alone would have the scale 0
 _ZERO_POINT: Final = "_zero_point"
+_DEQUANTIZED: Final = "_DequantizeLinear_Output"
 # How ONNX Runtime's quantiser ends the names of what it adds, and what stands in their place.
 _SHORT: Final = {
     "_QuantizeLinear_Output": ".q",
-    "_DequantizeLinear_Output": ".dq",
+    _DEQUANTIZED: ".dq",
     "_QuantizeLinear": "/Q",
     "_DequantizeLinear": "/DQ",
     "_quantized": ".q",
@@ -63,12 +64,13 @@ def insert_pairs(
     narrow = request.method == "static" and not target.signed
     quantizer = QDQQuantizer if request.method == "static" else _WeightsOnly
     names = [product.name for product in products]
-    known = _names(proto.graph)
+    known = names_in(proto.graph)
     options = {
         "ActivationSymmetric": target.signed,
         "WeightSymmetric": True,
         "OpTypesToExcludeOutputQuantization": list(OPERATORS),
         "QuantizeBias": False,
+        "QDQDisableWeightAdjustForInt32Bias": True,  # which makes scales larger for their sake
         "TensorQuantOverrides": _overrides(proto, products, request, found),
     }
     with silent():
@@ -86,8 +88,14 @@ def insert_pairs(
         )
         made.quantize_model()
         made.model.topological_sort()
-    _float_elsewhere(made.model.model.graph, names)
-    _tidy(made.model.model.graph, known)
+    graph = made.model.model.graph
+    _float_elsewhere(graph, names)
+    before = {node.name: node for node in proto.graph.node}
+    for node in graph.node:
+        if node.op_type == "Gemm":  # whose bias it takes to be quantised, and so counts in full
+            node.attribute.clear()
+            node.attribute.extend(before[node.name].attribute)
+    _tidy(graph, known)
     return made.model.model
 
 
@@ -119,13 +127,13 @@ def with_own_weights(graph: onnx.GraphProto, products: Sequence[Product]) -> lis
     return own
 
 
-def _names(graph: onnx.GraphProto) -> set[str]:
-    inner = {name for node in graph.node for name in (node.name, *node.output)}
-    return inner | {tensor.name for tensor in graph.initializer}
-
-
 def _float_elsewhere(graph: onnx.GraphProto, products: Collection[str]) -> None:
-    """Give every other node that reads a quantised value the float one: scans, gathers, norms."""
+    """Give all that reads a quantised value but these products the float one.
+
+    Scans, gathers and norms do, and whoever reads an output of the model: of a value that is an
+    output, ONNX Runtime gives the name to the quantised one.
+    """
+    outputs = {value.name for value in graph.output}
     quantized = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "QuantizeLinear"}
     pairs = {
         node.output[0]: quantized[node.input[0]]
@@ -136,6 +144,11 @@ def _float_elsewhere(graph: onnx.GraphProto, products: Collection[str]) -> None:
         if node.name not in products:
             for index, name in enumerate(node.input):
                 node.input[index] = pairs.get(name, name)
+    names = {pairs[name]: name for name in outputs & pairs.keys()}
+    names |= {name: f"{name}{_DEQUANTIZED}" for name in names.values()}
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
 
 
 def _overrides(

@@ -36,15 +36,17 @@ from vssm.files.progress import automatic, shows_progress
 from vssm.onnx.save import EXTERNAL_DATA_ABOVE, save_model
 from vssm.quantization.calibrate import CalibrationSet, choose_images, feeds_of, ranges
 from vssm.quantization.pairs import insert_pairs, silent, with_own_weights
-from vssm.quantization.products import Product, chosen, find_products
+from vssm.quantization.products import Product, check_operands, chosen, find_products
 from vssm.quantization.request import AUTO, QuantizeRequest, check_request, check_source
 from vssm.quantization.sensitive import layer_sqnr
 from vssm.types import Steps
 
 _QUANTIZING: Final = "quantising"
-SENSITIVE_DB: Final = 30.0  # below this, quantising one layer alone already shows in the logits
+# Below this, quantising one layer alone already shows in the logits. E4M3's own rounding leaves 28.
+SENSITIVE_DB: Final = {"int8": 30.0, "fp8": 20.0}
 _MEASURED: Final = 16  # runs that layers are measured in, of an image each as a rule
 _BLOCK: Final = 32  # inputs of an output channel that share a scale and a zero point in INT4
+_HIDDEN: Final = "Gemm of float"  # an operator that ONNX Runtime does not know
 _FLOAT32: Final = 1  # what MatMulNBits computes in, by its `accuracy_level`
 
 
@@ -70,7 +72,7 @@ def quantize(
 
     Raises:
         ValueError: the request contradicts itself, the folder has too few images or a file that is
-            none, or a pattern fits no node.
+            none, a pattern fits no node, or a weight is not finite.
         ArtifactError: it is quantised already, was changed, or `directory` cannot be written.
         UnsupportedError: its precision or opset does not fit.
         RuntimeUnavailableError: there is no native library.
@@ -142,9 +144,10 @@ def _quantized(
     progress: Steps,
 ) -> tuple[onnx.ModelProto, list[Product]]:
     """The quantised model, and the products that are quantised in it."""
-    if request.method == "dynamic":
-        return _dynamic(model, products, progress), products
     proto = onnx.load(str(model))
+    check_operands(proto.graph, products)
+    if request.method == "dynamic":
+        return _dynamic(proto, products, model.with_name("dynamic.onnx"), progress), products
     if request.type == "int4":
         return _in_blocks(proto, products, progress), products
     feeds = [] if calibration is None else feeds_of(proto.graph, calibration.images)
@@ -164,11 +167,12 @@ def _quantized(
             threads=request.threads,
             progress=progress,
         )
-        left = [product for product in products if noise[product.name] >= SENSITIVE_DB]
+        least = SENSITIVE_DB[request.type]
+        left = [product for product in products if noise[product.name] >= least]
         if not left:
             raise ValueError(
-                f"keep_float='auto': every layer is below {SENSITIVE_DB:g} dB, so all would stay "
-                "float; calibrate on images that the model was made for"
+                f"keep_float='auto': every layer is below {least:g} dB, so all would stay float; "
+                "calibrate on images that the model was made for"
             )
         if len(left) < len(products):
             products = left
@@ -177,20 +181,31 @@ def _quantized(
     return quantized, products
 
 
-def _dynamic(model: Path, products: Sequence[Product], progress: Steps) -> onnx.ModelProto:
-    target = model.with_name("dynamic.onnx")
+def _dynamic(
+    proto: onnx.ModelProto, products: Sequence[Product], target: Path, progress: Steps
+) -> onnx.ModelProto:
     progress(_QUANTIZING, 0, 1)
+    # ONNX Runtime makes MatMul and Add of every Gemm, those that stay float too, and transposes its
+    # weight in place, whoever else reads it.
+    _rename(proto, "Gemm", _HIDDEN)
     with silent():
-        names = [product.name for product in products]
         quantize_dynamic(
-            model,
+            proto,
             target,
-            nodes_to_quantize=names,
+            nodes_to_quantize=[product.name for product in products],
             weight_type=QuantType.QInt8,
             reduce_range=True,  # seven bits, as for static files with unsigned activations
         )
+    made = onnx.load(str(target))
+    _rename(made, _HIDDEN, "Gemm")
     progress(_QUANTIZING, 1, 1)
-    return onnx.load(str(target))
+    return made
+
+
+def _rename(proto: onnx.ModelProto, operator: str, other: str) -> None:
+    for node in proto.graph.node:
+        if node.op_type == operator:
+            node.op_type = other
 
 
 def _in_blocks(

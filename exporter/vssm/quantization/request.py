@@ -13,7 +13,7 @@ from vssm.artifact.manifest import (
     QUANTIZATION_TARGETS,
     QUANTIZATION_TYPES,
 )
-from vssm.errors import ArtifactError, UnsupportedError, check_choice
+from vssm.errors import ArtifactError, UnsupportedError, check_choice, check_least
 
 AUTO: Final = "auto"  # among `keep_float`: find the sensitive layers by measurement
 
@@ -91,8 +91,8 @@ def check_request(request: QuantizeRequest, *, images: bool) -> None:
     from vssm.runtimes.session import checked_threads  # needs numpy, which --help does not wait for
 
     checked_threads(request.threads)
-    if request.count < 1:
-        raise ValueError(f"count={request.count} is below 1; give the number of images")
+    check_least(1, count=request.count)
+    check_least(0, seed=request.seed)
     static = request.method == "static"
     if static != images:
         raise ValueError(
@@ -101,6 +101,7 @@ def check_request(request: QuantizeRequest, *, images: bool) -> None:
             if static
             else f"images are given, but method={request.method!r} uses none; leave them out"
         )
+    _refuse_unused(request)
     if AUTO in request.keep_float and not static:
         raise ValueError(
             f"keep_float='auto' with method={request.method!r}: sensitive layers are found on the "
@@ -123,6 +124,19 @@ def check_request(request: QuantizeRequest, *, images: bool) -> None:
             f"type='fp8' with target={request.target!r} and method={request.method!r}: only "
             "TensorRT multiplies float8, with calibrated ranges; use --target tensorrt and images"
         )
+
+
+def _refuse_unused(request: QuantizeRequest) -> None:
+    """Refuse what is said of calibration images where none are used."""
+    if request.method == "static":
+        return
+    for name in ("calibration", "count", "seed"):
+        value = getattr(request, name)
+        if value != getattr(QuantizeRequest, name):  # the default
+            raise ValueError(
+                f"{name}={value!r} with method={request.method!r}: it says how to calibrate on "
+                "images, and this method uses none; leave it out"
+            )
 
 
 def check_source(artifact: Artifact, request: QuantizeRequest) -> None:

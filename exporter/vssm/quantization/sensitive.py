@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def layer_sqnr(
     threads: int | None,
     progress: Steps,
 ) -> dict[str, float]:
-    """Signal to quantisation noise of each product's result, in dB.
+    """Signal to quantisation noise of each product's result, in dB; infinite without noise.
 
     All are measured in one run: beside each float product stands its quantised twin, which reads
     the float activation and whose result nobody reads.
@@ -42,7 +43,9 @@ def layer_sqnr(
     """
     results = _results(proto, products)
     path = folder / "twins.onnx"
-    onnx.save(_with_twins(proto, quantized, results), path)
+    twins = _with_twins(proto, quantized, results)
+    # Protobuf writes no file above 2 GiB, and this one has all weights twice.
+    onnx.save(twins, path, save_as_external_data=True, location="twins.data")
     # Literally, whatever the target: scales by channel too.
     session = open_file(str(path), threads=threads, config={"session.disable_quant_qdq": "1"})
     signal, noise = np.zeros(len(results)), np.zeros(len(results))
@@ -54,8 +57,13 @@ def layer_sqnr(
             signal[i] += np.square(exact).sum()
             noise[i] += np.square(exact - other).sum()
     progress(_MEASURING, len(feeds), len(feeds))
-    decibels = 10 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, 1e-30))
-    return dict(zip(results, map(float, decibels), strict=True))
+    return dict(zip(results, map(_decibels, signal, noise), strict=True))
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0.0:  # exact, as a layer of zeros is
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0.0 else -math.inf
 
 
 def _results(proto: onnx.ModelProto, products: Sequence[Product]) -> dict[str, str]:

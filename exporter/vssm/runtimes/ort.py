@@ -212,7 +212,12 @@ def _quantization_options(artifact: Artifact) -> dict[str, str]:
     # Taken literally, what its own products refuse runs in float32; and pairs of weights alone are
     # folded to float weights when the file is opened, not multiplied out in every run.
     literal = quantization.method == "weights" or not quantization.in_ort
-    return {"session.disable_quant_qdq": "1"} if literal else {}
+    options = {"session.disable_quant_qdq": "1"} if literal else {}
+    if quantization.type == "fp8":
+        # They take out a Relu or Clip in front of a QuantizeLinear whose zero point is 0, as if
+        # that were the least number of every type.
+        options["optimization.disable_specified_optimizers"] = "ReluQuantRewrite;ClipQuantRewrite"
+    return options
 
 
 @contextmanager
