@@ -65,6 +65,17 @@ def check_least(least: float, **values: float | None) -> None:
             raise ValueError(f"{name}={value} is below {least}; give {least} or more")
 
 
+def check_most(most: float, **values: float | None) -> None:
+    """Refuse numbers above `most`, with which a machine would be busy for ever.
+
+    Raises:
+        ValueError: one is above it; the message has its name.
+    """
+    for name, value in values.items():
+        if value is not None and value > most:
+            raise ValueError(f"{name}={value} is above {most}; give {most} or less")
+
+
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
     """Refuse a value that is not one of those allowed.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command import MODEL, SHALLOW, Run
 from exports import exported, micro, shared_traces
 from finetune_cases import write_pictures
@@ -112,6 +113,16 @@ def test_a_fault_is_no_failed_check(cli: Run, monkeypatch: pytest.MonkeyPatch) -
     assert cli("models") == 3
     assert "loose screw" in cli.out
     assert "please report it" in cli.out
+
+
+def test_memory_that_ran_out_is_no_fault(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr("vssm.models.describe_models", fails)
+    assert cli("models") == 2
+    assert "error: not enough memory (RuntimeError: [enforce fail" in cli.out
+    assert "take a smaller model" in cli.out
 
 
 @shared_traces()

@@ -40,6 +40,15 @@ def test_a_log_has_lines_of_count_rate_and_time_left(monkeypatch: pytest.MonkeyP
     assert all(len(line) <= 80 for line in log.getvalue().splitlines())
 
 
+@pytest.mark.parametrize("total", [2**63, 10**400], ids=["64 bits", "no float"])
+def test_a_time_beyond_any_calendar_is_left_out(
+    total: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _clock(monkeypatch).now = 4.0
+    stage = progress.Phase("measuring", 1, total, "kernel", 0, 0.0)
+    assert stage.text(9999).endswith(", 4.0 s each, kernel")
+
+
 def test_the_first_figures_have_a_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the first step takes; and of a long note its beginning stays."""
     clock, log = _clock(monkeypatch), io.StringIO()

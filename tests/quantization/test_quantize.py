@@ -225,6 +225,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "type": ({"type": "int2"}, "type='int2' is not one of int8, int4, fp8"),
     "calibration": ({"calibration": "max"}, "calibration='max' is not one of minmax"),
     "count": ({"count": 0}, "count=0 is below 1"),
+    "seed": ({"seed": -1}, "seed=-1 is below 0"),
     "int4 of activations": ({"type": "int4"}, "weights of four bits"),
     "int4 for others": (
         {"type": "int4", "method": "weights", "target": "portable"},
@@ -233,7 +234,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fp8 for ort": ({"type": "fp8"}, "only TensorRT multiplies float8"),
     "fp8 of weights": ({"type": "fp8", "method": "weights", "target": "tensorrt"}, "float8"),
     "dynamic for tensorrt": ({"method": "dynamic", "target": "tensorrt"}, "every run"),
-    "seed": ({"seed": -1}, "seed=-1 is below 0"),
     "count without images": ({"method": "dynamic", "count": 4}, "count=4 with method='dynamic'"),
     "calibration without images": (
         {"method": "weights", "calibration": "entropy"},

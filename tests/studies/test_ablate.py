@@ -367,7 +367,9 @@ def test_refusals(cli, tmp_path, pictures):
             pruned,
             ("--finetuned=gap=x.safetensors", "--finetuned=gap=./x.safetensors"),
         ),
+        "seeds=9999999999 is above 1000": (pruned, ("--seeds=9999999999",)),
         "workers=-1 is below 0": (pruned, ("--workers=-1",)),
+        "workers=9999999999 is above 1024": (pruned, ("--workers=9999999999",)),
         "device='tpu' is not one of": (pruned, ("--device=tpu",)),
         "backend='fast' is not one of": (pruned, ("--backend=fast",)),
     }

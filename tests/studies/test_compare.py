@@ -128,6 +128,7 @@ def test_refusals(cli: Run, tmp_path: Path) -> None:
         "is a checkpoint, which does not say of what": [a, file, "--images", tmp_path],
         "--schedule without --model": [a, b, "--schedule", "1:0.7"],
         "batch=0 is below 1": [a, b, "--batch=0"],
+        "batch=99999 is above 4096": [a, b, "--batch=99999"],
         "did you mean 'vim_tiny'": [a, b, "--model=vim_tinny"],
     }
     for message, arguments in cases.items():

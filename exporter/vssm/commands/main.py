@@ -48,13 +48,16 @@ from vssm.commands.tables import (
     write_result,
 )
 from vssm.commands.visualize import visualize
-from vssm.errors import ArtifactError, VssmError
+from vssm.errors import ArtifactError, VssmError, reason
 from vssm.extras import explain_missing
 from vssm.files.json import write_json
 
 if TYPE_CHECKING:
     from vssm.runtimes.session import Session
     from vssm.types import Steps
+
+# How torch and ONNX Runtime say it, who do not raise MemoryError.
+_NO_MEMORY = ("can't allocate memory", "Failed to allocate memory", "bad allocation", "bad_alloc")
 
 app = typer.Typer(
     name="vssm",
@@ -78,7 +81,11 @@ def main() -> None:
         # A MemoryError has no text.
         say(("error", "bold red"), f": {error or type(error).__name__}", to=errors)
         sys.exit(2)
-    except Exception:  # not 1: a script would take it for a failed check
+    except Exception as error:  # not 1: a script would take it for a failed check
+        if any(words in str(error) for words in _NO_MEMORY):
+            rest = f": not enough memory ({reason(error)}); take a smaller model, image or batch"
+            say(("error", "bold red"), rest, to=errors)
+            sys.exit(2)
         errors.print(traceback.format_exc(), highlight=False, soft_wrap=True)
         rest = ": unexpected; unless memory ran out, please report it"
         say(("fault", "bold red"), rest, to=errors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import sys
@@ -79,7 +80,8 @@ class Phase:
         if made > 0 and seconds > 0 and self.total > 1:
             speed = made / seconds
             rate = f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
-            left = f"{timedelta(seconds=round((self.total - self.done) / speed))} left"
+            with contextlib.suppress(OverflowError):  # longer than any calendar
+                left = f"{timedelta(seconds=round((self.total - self.done) / speed))} left"
         notes = shown(self.note).split(", ")
         parts = [part for part in (count, rate, left, *notes) if part]
         # The rate can be done without first, then the end of the note, and the count last.

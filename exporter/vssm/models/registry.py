@@ -9,11 +9,13 @@ import types
 from collections.abc import Collection, Mapping
 from typing import Any, Final, Union, get_args, get_origin
 
+from vssm.artifact.manifest import MAX_CROP
 from vssm.errors import VssmError, did_you_mean
 from vssm.models.catalogue import FAMILIES
 from vssm.models.family import ModelCard, ModelFamily
 
 ENTRY_POINTS: Final = "vssm.families"
+_LARGEST: Final = 1 << 24  # of a size; a model of less does not fit into any memory
 
 _families: Final[dict[str, ModelFamily]] = {family.name: family for family in FAMILIES}
 
@@ -215,7 +217,8 @@ def check_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a model, an `image_size` such as "224x320" as (224, 320).
 
     Raises:
-        ValueError: the model has no such option; the message says what it is called here.
+        ValueError: the model has no such option; the message says what it is called here. Or a
+            number is not finite, or larger than that of any model.
         TypeError: a value is of another type than its option.
     """
     allowed = family_of(name).fields()
@@ -258,3 +261,11 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
         raise TypeError(f"{key}={value!r} is not of type {names}; give one (true, 16, [32, 48])")
+    numbers = value if isinstance(value, list | tuple) else [value]
+    inner = {kind for part in parts for kind in get_args(part) or (part,)}
+    if any(isinstance(number, float) for number in numbers) and float not in inner:
+        raise TypeError(f"{key}={value!r} holds a fraction; give whole numbers")
+    most = MAX_CROP if key == "image_size" else _LARGEST
+    # NaN is not at most anything. What is far too large would be built for minutes, and then fail.
+    if not all(abs(n) <= most for n in numbers if isinstance(n, int | float)):
+        raise ValueError(f"{key}={value!r} is not a number up to {most:,}; give one that is")

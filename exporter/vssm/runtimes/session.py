@@ -14,7 +14,7 @@ from typing import NoReturn
 import numpy as np
 
 from vssm.artifact.manifest import BATCH, SIZES, Manifest, TensorInfo, rules_of
-from vssm.errors import RuntimeUnavailableError, check_least
+from vssm.errors import RuntimeUnavailableError, check_least, check_most
 from vssm.types import Array
 
 BACKENDS = ("kernel", "body")
@@ -119,10 +119,11 @@ def share_cores(threads: int | None, workers: int | None, *, processes: int = 1)
 
     Raises:
         TypeError: `threads` is no integer.
-        ValueError: `threads` is outside [1, 1024], or `workers` is below 0.
+        ValueError: `threads` is outside [1, 1024], or `workers` outside [0, 1024].
     """
     given = None if threads is None else checked_threads(threads)
     check_least(0, workers=workers)  # 0 loads images in this process
+    check_most(_MAX_THREADS, workers=workers)
     cores = max(1, usable_cores() // processes)
     if workers is None:
         # Measured on two busy cores: 40.5 and 51.5 images/s without workers, 35.7 and 51.7 with

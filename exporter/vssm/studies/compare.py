@@ -19,7 +19,7 @@ import numpy as np
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
 from vssm.artifact.preprocessing import open_rgb, preprocessing_of
 from vssm.checkpoints.hub import check_checkpoint, hub_file
-from vssm.errors import check_least
+from vssm.errors import check_least, check_most
 from vssm.evaluation.evaluate import COLUMNS, evaluate
 from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_apart, check_writable, make_directory
@@ -43,6 +43,7 @@ from vssm.types import Steps
 
 PAGE, NUMBERS, PAIRS, IMAGES = "index.html", "compare.json", "pairs.csv", "disagreements.csv"
 _ROUNDS: Final = 11
+_MOST_IMAGES: Final = 4096
 _WHAT: Final = "comparing answers image by image"
 _THUMBNAIL: Final = 160  # pixels
 _REST: Final = "more"  # what a row has beyond the header
@@ -78,6 +79,7 @@ class CompareOptions:
     def __post_init__(self) -> None:
         check_least(1, batch=self.batch)
         check_least(0, show=self.show)
+        check_most(_MOST_IMAGES, batch=self.batch)  # so much noise is made for the times
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from vssm.errors import check_choice, check_least
+from vssm.errors import check_choice, check_least, check_most
 from vssm.models.family import Published
 from vssm.models.registry import check_name
 from vssm.pruning.schedule import (
@@ -24,6 +24,7 @@ from vssm.training.request import Resources
 
 TRAINED: Final = ("dense", "evit", "none", "gap", "merge")
 DEVICES: Final = ("cpu", "cuda")
+_MOST_SEEDS: Final = 1000  # a model is built for each before anything is measured
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class AblationTraining:
 
     def __post_init__(self) -> None:
         check_least(1, finetune_seeds=self.seeds)
+        check_most(_MOST_SEEDS, finetune_seeds=self.seeds)
         if twice := [key for key in self.variants if self.variants.count(key) > 1]:
             raise ValueError(f"finetune={twice[0]!r} is named twice; name each variant once")
 
@@ -101,6 +103,7 @@ class AblationOptions:
     def __post_init__(self) -> None:
         check_least(0, seed=self.seed)
         check_least(1, seeds=self.seeds, batch=self.batch)
+        check_most(_MOST_SEEDS, seeds=self.seeds)
         from vssm.runtimes.session import share_cores  # needs numpy, which --help does not wait for
 
         share_cores(self.threads, self.workers)  # which checks both
