@@ -203,6 +203,7 @@ def test_several_checkpoints(data, checkpoints, tmp_path, whole, no_plots):
     options = _options(data, checkpoints=checkpoints[1:], training=training, average=True)
     report = vssm.ablate(model_source(checkpoints[0]), data, tmp_path / "both", options)
     assert report.facts["checkpoints"].startswith("2, averaged: a row is the mean over them")
+    assert f"images in {data}, which are those to measure on; the" in report.facts["fine-tuned"]
     apart = vssm.ablate(
         model_source(checkpoints[0]),
         data,
@@ -483,7 +484,7 @@ def test_refusals(cli, data, checkpoints, tmp_path):
         "--recipe without --train trains nothing": ["--recipe=epochs=1"],
         "finetune='gup' is no variant of this ablation": [*train, "--finetune=gap,gup"],
         "finetune='gap' is named twice": [*train, "--finetune=gap,gap"],
-        "finetune_seeds=0 is below 1": [*train, "--finetune-seeds=0"],
+        "finetune_seeds=0 is outside [1, 1000]": [*train, "--finetune-seeds=0"],
         "finetune='gap' is trained here and given by --finetuned": [*train, "--finetuned=gap=x"],
         "--recipe seed: each training has its own": [*train, "--recipe=seed=1"],
         "--recipe epochs: is not KEY=VALUE; write for example seed=1": [

@@ -607,6 +607,7 @@ def test_command(data, checkpoint, tmp_path, cli: Run):
     assert "finetuned_best.safetensors (best on the validation images)" in cli.out
     loss = "the training loss is that of mixed images, smoothed classes, altered images, so it"
     assert loss in cli.out
+    assert "the validation images are those of the training, and say nothing of" in cli.out
     assert "finetuned_ema.safetensors (averaged)" in cli.out
     assert ("no TensorBoard log" in cli.out) == (not is_installed("tensorboard"))
     assert cli("finetune", *MODEL, *given) == 2

@@ -337,9 +337,12 @@ def _training_facts(
     numbers, usual = asdict(training.recipe), asdict(Recipe())
     # The seed is each training's own.
     changed = [f"{k}={v}" for k, v in numbers.items() if k != "seed" and v != usual[k]]
+    same = training.data.resolve() == tested.root.resolve()
+    seen = ", which are those to measure on" if same else ""
     return {
         "fine-tuned": f"{', '.join(training.variants)}: {training.seeds or len(opened)} each, on "
-        f"{images:,} images in {training.data}; the weights of the last step, not their average",
+        f"{images:,} images in {training.data}{seen}; the weights of the last step, not their "
+        "average",
         "recipe": f"published, but {', '.join(changed)}" if changed else "published",
     }
 

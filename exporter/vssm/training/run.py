@@ -260,7 +260,7 @@ def finetune(request: FinetuneRequest, *, progress: Steps = automatic) -> Finetu
             if log is None:
                 return None
             board = is_installed("tensorboard")
-            return _write(state, trained, run, request.output, tensorboard=board)
+            return _write(state, trained, run, request, tensorboard=board)
 
 
 def has_run(output: Path) -> bool:
@@ -298,10 +298,26 @@ def _check_output(request: FinetuneRequest) -> None:
         )
 
 
+def _notes(run: TrainingRun, request: FinetuneRequest) -> tuple[str, ...]:
+    notes, val = run.lesson.notes, request.val
+    if val is not None and val.resolve() == request.data.resolve():
+        return (
+            *notes,
+            "the validation images are those of the training, and say nothing of others",
+        )
+    return notes
+
+
 def _write(
-    state: State, trained: Trained, run: TrainingRun, directory: Path, *, tensorboard: bool
+    state: State,
+    trained: Trained,
+    run: TrainingRun,
+    request: FinetuneRequest,
+    *,
+    tensorboard: bool,
 ) -> FinetuneReport:
     """The weights under official keys, and the report beside them."""
+    directory = request.output
     weights, ema = directory / WEIGHTS_FILE, directory / EMA_FILE
     # Whoever evaluates or trains on matches folders by these names, not by their order.
     labels = state.model.labels or run.lesson.labels
@@ -320,7 +336,7 @@ def _write(
         run=run.header,
         classes=run.lesson.labels or (),
         loaded=state.model.loaded or "seeded initial weights",
-        notes=run.lesson.notes,
+        notes=_notes(run, request),
         tensorboard=tensorboard,
     )
     write_json(directory / REPORT_FILE, report)
