@@ -1,7 +1,7 @@
 // The C ABI over the CPU kernels on several threads, and over the backward pass.
 #include "plugins/c/vssm_training.h"
 
-#include "plugins/c/read.h"
+#include "plugins/c/call.h"
 #include "plugins/c/threads.h"
 #include "plugins/kernels/selective_scan_backward.h"
 
@@ -13,7 +13,7 @@ Status check_threads(const char* op, int32_t threads) {
   return Status::error(op, ": threads=", threads, " is below 1; count the calling thread");
 }
 
-/// The memory of an output or a gradient, which must have the type and shape of `like`.
+/// The memory of a gradient, which must have the type and shape of `like`.
 Status read_target(const OperatorSpec& spec, std::string_view name, const vssm_tensor& tensor,
                    const Operand& like, void** data) {
   Operand given;
@@ -27,33 +27,14 @@ Status read_target(const OperatorSpec& spec, std::string_view name, const vssm_t
                        name, "; give it those of the operator table");
 }
 
-Status run_scan(const char* op, const vssm_tensor* inputs, int32_t count, const vssm_tensor* y,
-                const vssm_scan_attributes* attributes, int32_t threads) {
-  const OperatorSpec* spec = nullptr;
-  SelectiveScanArgs args;
-  Status status = read_scan(op, inputs, count, attributes, true, &spec, &args);
-  SelectiveScanShape shape;
-  if (status.ok()) status = check(args, &shape);
+template <class F, class Attributes>
+Status run(const char* op, const vssm_tensor* inputs, int32_t count, const vssm_tensor* y,
+           const Attributes* attributes, int32_t threads) {
+  typename F::Args args;
+  Status status = read_call<F>(op, inputs, count, y, 1, attributes, &args);
   if (status.ok()) status = check_threads(op, threads);
   if (!status.ok()) return status;
-  if (y == nullptr) return Status::error(op, ": y is missing; give its memory");
-  const Operand like = {nullptr, args.u.dtype, 3, {shape.batch, shape.seqlen, shape.d_inner}};
-  status = read_target(*spec, "y", *y, like, &args.y);
-  return status.ok() ? selective_scan_cpu(args, on_threads(&threads)) : status;
-}
-
-Status run_conv(const char* op, const vssm_tensor* inputs, int32_t count, const vssm_tensor* y,
-                const vssm_conv_attributes* attributes, int32_t threads) {
-  const OperatorSpec* spec = nullptr;
-  TokenConvArgs args;
-  Status status = read_conv(op, inputs, count, attributes, true, &spec, &args);
-  TokenConvShape shape;
-  if (status.ok()) status = check(args, &shape);
-  if (status.ok()) status = check_threads(op, threads);
-  if (!status.ok()) return status;
-  if (y == nullptr) return Status::error(op, ": y is missing; give its memory");
-  status = read_target(*spec, "y", *y, y_of(args, shape), &args.y);
-  return status.ok() ? token_conv_cpu(args, on_threads(&threads)) : status;
+  return run_on_cpu<F>(args, variant_of(*attributes), on_threads(&threads));
 }
 
 /// A gradient: the input it belongs to, its row in the operator table, and where it is written.
@@ -90,7 +71,7 @@ Status run_backward(const char* op, const vssm_tensor* inputs, int32_t input_cou
   const OperatorSpec* spec = nullptr;
   SelectiveScanBackwardArgs args;
   SelectiveScanArgs& scan = args.forward;
-  Status status = read_scan(op, inputs, input_count, attributes, true, &spec, &scan);
+  Status status = read<ScanFamily>(op, inputs, input_count, attributes, true, &spec, &scan);
   if (status.ok()) status = read_dy(*spec, dy, &args.dy);
   SelectiveScanShape shape;
   if (status.ok()) status = check(args, &shape);
@@ -119,7 +100,7 @@ Status run_conv_backward(const char* op, const vssm_tensor* inputs, int32_t inpu
   const OperatorSpec* spec = nullptr;
   TokenConvBackwardArgs args;
   TokenConvArgs& conv = args.forward;
-  Status status = read_conv(op, inputs, input_count, attributes, true, &spec, &conv);
+  Status status = read<ConvFamily>(op, inputs, input_count, attributes, true, &spec, &conv);
   if (status.ok()) status = read_dy(*spec, dy, &args.dy);
   TokenConvShape shape;
   if (status.ok()) status = check(args, &shape);
@@ -135,7 +116,7 @@ Status measure_backward(const char* op, const vssm_tensor* inputs, int32_t count
                         const vssm_scan_attributes* attributes, int64_t* bytes) {
   const OperatorSpec* spec = nullptr;
   SelectiveScanArgs args;
-  Status status = read_scan(op, inputs, count, attributes, false, &spec, &args);
+  Status status = read<ScanFamily>(op, inputs, count, attributes, false, &spec, &args);
   SelectiveScanShape shape;
   if (status.ok()) status = check(args, &shape);
   if (!status.ok()) return status;
@@ -148,41 +129,43 @@ Status measure_backward(const char* op, const vssm_tensor* inputs, int32_t count
 }  // namespace
 }  // namespace vssm::c
 
+namespace c = vssm::c;
+
 int vssm_selective_scan_on_threads(const char* op, const vssm_tensor* inputs, int32_t input_count,
                                    const vssm_tensor* y, const vssm_scan_attributes* attributes,
                                    int32_t threads, char* error, size_t error_bytes) {
-  return vssm::c::report(vssm::c::run_scan(op, inputs, input_count, y, attributes, threads), error,
-                         error_bytes);
+  return c::report(c::run<vssm::ScanFamily>(op, inputs, input_count, y, attributes, threads), error,
+                   error_bytes);
 }
 
 int vssm_token_conv_on_threads(const char* op, const vssm_tensor* inputs, int32_t input_count,
                                const vssm_tensor* y, const vssm_conv_attributes* attributes,
                                int32_t threads, char* error, size_t error_bytes) {
-  return vssm::c::report(vssm::c::run_conv(op, inputs, input_count, y, attributes, threads), error,
-                         error_bytes);
+  return c::report(c::run<vssm::ConvFamily>(op, inputs, input_count, y, attributes, threads), error,
+                   error_bytes);
 }
 
 int vssm_selective_scan_backward(const char* op, const vssm_tensor* inputs, int32_t input_count,
                                  const vssm_tensor* dy, const vssm_tensor* gradients,
                                  int32_t gradient_count, const vssm_scan_attributes* attributes,
                                  int32_t threads, char* error, size_t error_bytes) {
-  return vssm::c::report(vssm::c::run_backward(op, inputs, input_count, dy, gradients,
-                                               gradient_count, attributes, threads),
-                         error, error_bytes);
+  return c::report(
+      c::run_backward(op, inputs, input_count, dy, gradients, gradient_count, attributes, threads),
+      error, error_bytes);
 }
 
 int vssm_token_conv_backward(const char* op, const vssm_tensor* inputs, int32_t input_count,
                              const vssm_tensor* dy, const vssm_tensor* gradients,
                              int32_t gradient_count, const vssm_conv_attributes* attributes,
                              int32_t threads, char* error, size_t error_bytes) {
-  return vssm::c::report(vssm::c::run_conv_backward(op, inputs, input_count, dy, gradients,
-                                                    gradient_count, attributes, threads),
-                         error, error_bytes);
+  return c::report(c::run_conv_backward(op, inputs, input_count, dy, gradients, gradient_count,
+                                        attributes, threads),
+                   error, error_bytes);
 }
 
 int vssm_selective_scan_backward_memory(const char* op, const vssm_tensor* inputs,
                                         int32_t input_count, const vssm_scan_attributes* attributes,
                                         int64_t* bytes, char* error, size_t error_bytes) {
-  return vssm::c::report(vssm::c::measure_backward(op, inputs, input_count, attributes, bytes),
-                         error, error_bytes);
+  return c::report(c::measure_backward(op, inputs, input_count, attributes, bytes), error,
+                   error_bytes);
 }

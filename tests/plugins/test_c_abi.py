@@ -74,6 +74,7 @@ class Raw:
         case = scan_case(extra=EXTRA[name]) if self.scan else gather_case()
         attributes = {} if self.scan else {"num_keep": 5}
         self.call = prepare(backend, name, case, **attributes)
+        self.function = "vssm_selective_scan" if self.scan else "vssm_token_gather"
         self.op = name.encode()
         self.inputs = [describe(memory) for memory in self.call.inputs.values()]
         self.outputs = [describe(memory) for memory in self.call.outputs.values()]
@@ -86,8 +87,7 @@ class Raw:
         count = () if self.scan else (len(self.outputs),)
         error = ctypes.create_string_buffer(512)
         attributes = ctypes.byref(self.attributes) if self.attributes else None
-        function = "vssm_selective_scan" if self.scan else "vssm_token_gather"
-        failed = self.call.backend.load()[function](
+        failed = self.call.backend.load()[self.function](
             self.op,
             inputs,
             len(inputs),
@@ -147,6 +147,26 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "spoil", "message"), REFUSED, ids=[row[2] for row in REFUSED])
 def test_what_is_wrong_is_refused_and_nothing_written(name, spoil, message):
     raw = Raw(name)
+    spoil(raw)
+    failed, text = raw.run()
+    assert failed == 1
+    assert re.search(message, text)
+    for memory in raw.call.outputs.values():
+        assert (memory.buffer == 0xFF).all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_give("op", None), r"op=\(null\) is no scan operator"),
+        (_give("attributes", CScanAttributes(1, 0, 1.0, 1)), r"variant=1 is for CUDA; use 0"),
+        (_dims("outputs", 0, 1, 63), r"y must be float32 \(1, 64, \.\.\.\)"),
+        (_give("launch", 0), r"threads=0 is below 1"),
+    ],
+)
+def test_several_threads_refuse_what_one_refuses(spoil, message):
+    raw = Raw("SelectiveScan")
+    raw.function, raw.launch = "vssm_selective_scan_on_threads", 2  # threads, in place of a launch
     spoil(raw)
     failed, text = raw.run()
     assert failed == 1
