@@ -23,26 +23,11 @@ struct Implementation {
   decltype(CustomOp::KernelComputeV2) compute_cuda;  // null where the build has no CUDA
   decltype(CustomOp::KernelDestroy) destroy;
   decltype(CustomOp::InferOutputShapeFn) infer;
-  decltype(CustomOp::GetMayInplace) may_inplace = nullptr;
+  decltype(CustomOp::GetMayInplace) may_inplace;  // or null
 };
 
-extern const Implementation kSelectiveScan;
-extern const Implementation kTokenGather;
-extern const Implementation kTokenConv;
-extern const Implementation kTokenScatter;
-
-[[nodiscard]] inline const Implementation& implementation_of(const OperatorSpec& spec) {
-  switch (spec.family) {
-    case Family::kTokenGather:
-      return kTokenGather;
-    case Family::kTokenConv:
-      return kTokenConv;
-    case Family::kTokenScatter:
-      return kTokenScatter;
-    default:
-      return kSelectiveScan;
-  }
-}
+/// That of the operator's family.
+[[nodiscard]] Implementation implementation_of(const OperatorSpec& spec);
 
 }  // namespace vssm::ort
 

@@ -51,8 +51,9 @@ vssm::Status describe(const TensorInfo* info, Operand* operand) {
 }
 
 /// Missing is not the same as of another type, but the runtime says both with one error.
+template <typename T>
 vssm::Status use_default(const KernelInfo* info, const OperatorSpec& spec, const char* name,
-                         double* value) {
+                         T* value) {
   const AttributeSpec& attribute = spec_of(spec, name);
   float real = 0;
   int64_t integer = 0;
@@ -70,7 +71,7 @@ vssm::Status use_default(const KernelInfo* info, const OperatorSpec& spec, const
     return vssm::Status::error(spec.name, ": attribute ", name,
                                " is missing and has no default; export the file again");
   }
-  *value = attribute.default_value;
+  *value = static_cast<T>(attribute.default_value);
   return {};
 }
 
@@ -143,19 +144,13 @@ vssm::Status make_output(KernelContext* context, size_t index, const int64_t* di
 vssm::Status read_attribute(const KernelInfo* info, const OperatorSpec& spec, const char* name,
                             int64_t* value) {
   if (succeeded(api().KernelInfoGetAttribute_int64(info, name, value))) return {};
-  double number = 0;
-  const vssm::Status status = use_default(info, spec, name, &number);
-  *value = static_cast<int64_t>(number);
-  return status;
+  return use_default(info, spec, name, value);
 }
 
 vssm::Status read_attribute(const KernelInfo* info, const OperatorSpec& spec, const char* name,
                             float* value) {
   if (succeeded(api().KernelInfoGetAttribute_float(info, name, value))) return {};
-  double number = 0;
-  const vssm::Status status = use_default(info, spec, name, &number);
-  *value = static_cast<float>(number);
-  return status;
+  return use_default(info, spec, name, value);
 }
 
 int64_t static_size(const KernelInfo* info, size_t index, size_t axis) {

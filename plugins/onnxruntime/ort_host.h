@@ -2,8 +2,6 @@
 #ifndef VSSM_PLUGINS_ONNXRUNTIME_ORT_HOST_H_
 #define VSSM_PLUGINS_ONNXRUNTIME_ORT_HOST_H_
 
-#include <new>
-
 #include "plugins/kernels/op_table.h"
 #include "plugins/kernels/types.h"
 #include "plugins/onnxruntime/custom_op.h"
@@ -59,25 +57,6 @@ struct SymbolicShape {
 bool read_shape(const ShapeContext* context, size_t index, size_t rank, SymbolicShape* shape);
 
 ort::Status* set_output_shape(ShapeContext* context, size_t index, const SymbolicShape& shape);
-
-/// A node of ONNX Runtime's with its attributes, which `read` puts into it.
-template <typename Node, vssm::Status (*read)(const BoundOp&, const KernelInfo*, Node*)>
-ort::Status* create_node(const CustomOp* op, const Api*, const KernelInfo* info, void** kernel) {
-  auto* node = new (std::nothrow) Node;
-  if (node == nullptr) return api().CreateStatus(kFail, "no memory for a kernel");
-  const vssm::Status status = read(*static_cast<const BoundOp*>(op), info, node);
-  if (!status.ok()) {
-    delete node;
-    return to_ort(status);
-  }
-  *kernel = node;
-  return nullptr;
-}
-
-template <typename Node>
-void destroy_node(void* kernel) {
-  delete static_cast<Node*>(kernel);
-}
 
 }  // namespace vssm::ort
 

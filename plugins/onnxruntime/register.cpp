@@ -31,7 +31,7 @@ void compute_v1(void*, KernelContext*) {}
 
 BoundOp make_op(const OperatorSpec& spec, const TypeBinding& binding, Provider provider,
                 uint32_t version) {
-  const Implementation& implementation = implementation_of(spec);
+  const Implementation implementation = implementation_of(spec);
   BoundOp op = {};
   op.spec = &spec;
   op.binding = &binding;
