@@ -20,23 +20,8 @@ struct Kernel {
   Status (*launch)(const Node& node, const Call& call, int32_t tactic, const CudaLaunch& launch);
 };
 
-extern const Kernel kSelectiveScan;
-extern const Kernel kTokenGather;
-extern const Kernel kTokenConv;
-extern const Kernel kTokenScatter;
-
-[[nodiscard]] inline const Kernel& kernel_of(const OperatorSpec& spec) {
-  switch (spec.family) {
-    case Family::kTokenGather:
-      return kTokenGather;
-    case Family::kTokenConv:
-      return kTokenConv;
-    case Family::kTokenScatter:
-      return kTokenScatter;
-    default:
-      return kSelectiveScan;
-  }
-}
+/// That of the operator's family.
+[[nodiscard]] const Kernel& kernel_of(const OperatorSpec& spec);
 
 }  // namespace vssm::trt
 

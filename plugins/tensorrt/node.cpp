@@ -9,19 +9,11 @@ namespace {
 /// More than any operator has: a count beyond it is no collection of ours.
 constexpr int32_t kMaxFields = 64;
 
-size_t index_of(const OperatorSpec& spec, std::string_view name) {
-  size_t i = 0;
-  while (spec.attributes[i].name != name) ++i;
-  return i;
-}
-
 /// Position among the row's attributes; attribute_count where there is none.
-int find_attribute(const OperatorSpec& spec, const char* name) {
-  int i = 0;
-  while (i < spec.attribute_count &&
-         std::strcmp(spec.attributes[static_cast<size_t>(i)].name, name) != 0) {
-    ++i;
-  }
+size_t find_attribute(const OperatorSpec& spec, std::string_view name) {
+  const auto count = static_cast<size_t>(spec.attribute_count);
+  size_t i = 0;
+  while (i < count && spec.attributes[i].name != name) ++i;
   return i;
 }
 
@@ -43,8 +35,8 @@ Status unknown_field(const OperatorSpec& spec, const char* name) {
                        ", in version 1 of the operator");
 }
 
-Status read_field(const OperatorSpec& spec, int i, const PluginField& field, Node* node) {
-  const AttributeSpec& attribute = spec.attributes[static_cast<size_t>(i)];
+Status read_field(const OperatorSpec& spec, size_t i, const PluginField& field, Node* node) {
+  const AttributeSpec& attribute = spec.attributes[i];
   if (field.type != field_type(attribute)) {
     return Status::error(spec.name, ": type(", attribute.name,
                          ")=", static_cast<int32_t>(field.type), ", but it must be ",
@@ -57,11 +49,10 @@ Status read_field(const OperatorSpec& spec, int i, const PluginField& field, Nod
                          "give it one value");
   }
   // Data of a deserialised engine need not be aligned.
-  const auto slot = static_cast<size_t>(i);
   if (attribute.kind == AttributeKind::kInt) {
-    std::memcpy(&node->integers[slot], field.data, sizeof(int32_t));
+    std::memcpy(&node->integers[i], field.data, sizeof(int32_t));
   } else {
-    std::memcpy(&node->reals[slot], field.data, sizeof(float));
+    std::memcpy(&node->reals[i], field.data, sizeof(float));
   }
   return {};
 }
@@ -87,12 +78,12 @@ Status use_defaults(const OperatorSpec& spec, TensorRTPhase phase,
 
 }  // namespace
 
-int32_t integer_of(const Node& node, std::string_view name) {
-  return node.integers[index_of(*node.spec, name)];
+void read(const Node& node, std::string_view name, int64_t* value) {
+  *value = node.integers[find_attribute(*node.spec, name)];
 }
 
-float real_of(const Node& node, std::string_view name) {
-  return node.reals[index_of(*node.spec, name)];
+void read(const Node& node, std::string_view name, float* value) {
+  *value = node.reals[find_attribute(*node.spec, name)];
 }
 
 PluginFieldType field_type(const AttributeSpec& attribute) {
@@ -116,12 +107,12 @@ Status read_fields(const OperatorSpec& spec, const PluginFieldCollection* collec
     if (field.name == nullptr) {
       return Status::error(spec.name, ": field ", f, " has no name; name the attribute");
     }
-    const int i = find_attribute(spec, field.name);
-    if (i == spec.attribute_count) return unknown_field(spec, field.name);
-    if (given[static_cast<size_t>(i)]) {
+    const size_t i = find_attribute(spec, field.name);
+    if (i == static_cast<size_t>(spec.attribute_count)) return unknown_field(spec, field.name);
+    if (given[i]) {
       return Status::error(spec.name, ": attribute ", field.name, " is there twice; give it once");
     }
-    given[static_cast<size_t>(i)] = true;
+    given[i] = true;
     const Status status = read_field(spec, i, field, node);
     if (!status.ok()) return status;
   }

@@ -22,8 +22,8 @@ struct Node {
 };
 
 /// The attribute of that name, which the row must have.
-[[nodiscard]] int32_t integer_of(const Node& node, std::string_view name);
-[[nodiscard]] float real_of(const Node& node, std::string_view name);
+void read(const Node& node, std::string_view name, int64_t* value);
+void read(const Node& node, std::string_view name, float* value);
 
 /// The type in which an attribute travels.
 [[nodiscard]] PluginFieldType field_type(const AttributeSpec& attribute);

@@ -62,7 +62,6 @@ class Plugin final : public IPluginV3,
   Status check_static(const DimsExprs* inputs) const;
   const IDimensionExpr* output_axis(std::string_view axis, const DimsExprs* inputs,
                                     IExprBuilder& builder) const;
-  const TypeBinding* binding_of(const DataType* input_types) const;
   Status largest_workspace(const DynamicPluginTensorDesc* inputs, int64_t* bytes) const;
   Status run(const PluginTensorDesc* descriptions, const void* const* inputs, void* const* outputs,
              CudaLaunch launch) const;

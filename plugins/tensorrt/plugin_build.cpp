@@ -10,13 +10,16 @@ const OperandSpec& operand_at(const OperatorSpec& spec, int32_t pos) {
   return spec.outputs[static_cast<size_t>(pos - spec.input_count)];
 }
 
-/// Whether the types of the first `count` operands are those of one binding.
+/// The first binding that has the types of the first `count` operands; null where there is none.
 template <typename TypeAt>
-bool fits(const OperatorSpec& spec, const TypeBinding& binding, int32_t count, TypeAt type_at) {
-  for (int32_t i = 0; i < count; ++i) {
-    if (dtype_of(type_at(i)) != resolve(operand_at(spec, i).type, binding)) return false;
+const TypeBinding* find_binding(const OperatorSpec& spec, int32_t count, TypeAt type_at) {
+  for (size_t b = 0; b < static_cast<size_t>(spec.binding_count); ++b) {
+    const TypeBinding& binding = spec.bindings[b];
+    int32_t i = 0;
+    while (i < count && dtype_of(type_at(i)) == resolve(operand_at(spec, i).type, binding)) ++i;
+    if (i == count) return &binding;
   }
-  return true;
+  return nullptr;
 }
 
 Status no_binding(const OperatorSpec& spec, const DataType* types) {
@@ -58,7 +61,8 @@ int32_t Plugin::getOutputDataTypes(DataType* outputTypes, int32_t nbOutputs,
                                    const DataType* inputTypes, int32_t nbInputs) const noexcept {
   const Status status = check_counts(nbInputs, nbOutputs);
   if (!status.ok()) return report(name_, status);
-  const TypeBinding* const binding = binding_of(inputTypes);
+  const TypeBinding* const binding =
+      find_binding(*node_.spec, nbInputs, [inputTypes](int32_t i) { return inputTypes[i]; });
   if (binding == nullptr) return report(name_, no_binding(*node_.spec, inputTypes));
   for (int32_t i = 0; i < nbOutputs; ++i) {
     outputTypes[i] = data_type(resolve(node_.spec->outputs[static_cast<size_t>(i)].type, *binding));
@@ -100,12 +104,8 @@ bool Plugin::supportsFormatCombination(int32_t pos, const DynamicPluginTensorDes
   for (int32_t i = 0; i <= pos; ++i) {
     if (inOut[i].desc.format != TensorFormat::kLINEAR) return false;
   }
-  for (size_t b = 0; b < static_cast<size_t>(spec.binding_count); ++b) {
-    if (fits(spec, spec.bindings[b], pos + 1, [inOut](int32_t i) { return inOut[i].desc.type; })) {
-      return true;
-    }
-  }
-  return false;
+  const auto type_at = [inOut](int32_t i) { return inOut[i].desc.type; };
+  return find_binding(spec, pos + 1, type_at) != nullptr;
 }
 
 size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t nbInputs,
@@ -156,18 +156,9 @@ const IDimensionExpr* Plugin::output_axis(std::string_view axis, const DimsExprs
       if (axis_of(operand, j) == axis) return inputs[i].d[j];
     }
   }
-  return builder.constant(integer_of(node_, axis));
-}
-
-const TypeBinding* Plugin::binding_of(const DataType* input_types) const {
-  const OperatorSpec& spec = *node_.spec;
-  for (size_t b = 0; b < static_cast<size_t>(spec.binding_count); ++b) {
-    if (fits(spec, spec.bindings[b], spec.input_count,
-             [input_types](int32_t i) { return input_types[i]; })) {
-      return &spec.bindings[b];
-    }
-  }
-  return nullptr;
+  int64_t size = 0;
+  read(node_, axis, &size);
+  return builder.constant(size);
 }
 
 /// TensorRT asks once, for whatever variant it will choose.

@@ -4,12 +4,9 @@ set(
   creator.cpp
   exports.cpp
   host.cpp
+  kernel.cpp
   node.cpp
   plugin.cpp
   plugin_build.cpp
-  selective_scan_plugin.cpp
-  token_conv_plugin.cpp
-  token_gather_plugin.cpp
-  token_scatter_plugin.cpp
 )
 list(TRANSFORM VSSM_TENSORRT_SOURCES PREPEND "${CMAKE_CURRENT_LIST_DIR}/")
