@@ -153,7 +153,7 @@ else
   skip mamba "MAMBA_SSM_SOURCE names no checkout of state-spaces/mamba"
 fi
 table scans 20 150
-table gathers 15 20
+table gathers 20 30
 table models 20 140
 ours=()
 if command -v compute-sanitizer > /dev/null; then

@@ -28,3 +28,7 @@ class VariantKernels(Kernels):
     def gathered(self, given: Sequence[Tensor], num_keep: int) -> list[Tensor]:
         """TokenGather of (score, position, x0, x1): kept positions, then the rows of each."""
         return list(self.run(OPERATORS["TokenGather"], (*given, num_keep, -1)))
+
+    def scattered(self, given: Sequence[Tensor]) -> Tensor:
+        """TokenScatter of (base, x, position)."""
+        return self.run(OPERATORS["TokenScatter"], tuple(given))[0]

@@ -112,9 +112,12 @@ def targets(rows: Sequence[Row], ceilings: Row | None) -> Iterator[Target]:
     faster = _ratio(apart, time("scans", AUTO, **plain))
     yield _at_least("plain_mamba_l3 layer: four calls' time", faster, FASTER_LAYER)
     yield _at_least("vim_small: dense over pruned", _pruned(rows), FASTER_PRUNED)
-    ours, copy = time("gathers", "vssm"), time("gathers", "copy of the kept rows")
-    limit = None if copy is None else OVER_COPY * copy + EXTRA_US
-    yield _at_most("gather: over 1.3 copies and 3 us", _ratio(ours, limit), 1.0)
+    for name, rows_copied in (("Gather", "the kept"), ("Scatter", "all")):
+        ours = time("gathers", "vssm", operator=f"Token{name}")
+        copy = time("gathers", f"copy of {rows_copied} rows")
+        limit = None if copy is None else OVER_COPY * copy + EXTRA_US
+        yield _at_most(f"{name.lower()}: over 1.3 copies and 3 us", _ratio(ours, limit), 1.0)
+    ours = time("gathers", "vssm", operator="TokenGather")
     by_torch = _ratio(time("gathers", "torch.topk, sort, gather"), ours)
     yield _at_least("gather: torch.topk, sort and gather's time", by_torch, FASTER_GATHER)
 

@@ -128,15 +128,28 @@ def test_wrong_numbers_have_no_time(clock: HostClock, report: Recorded) -> None:
 
 def test_gathers(clock: HostClock, report: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     gathers.run(report, clock, host_kernels(), (3, 9, 4, 5))
-    assert report.subjects == {gathers.OURS, gathers.TORCH, gathers.COPY}
-    # scores and positions, kept positions, and the kept rows read and written once
-    moved = 3 * 9 * 4 + 9 * 4 + 3 * 5 * 4 + 2 * 2 * 3 * 5 * 4 * 2
-    assert report.found[0]["work"] == {"exps": 0, "specials": 0, "bytes": moved}
+    timed = {(row["case"]["operator"], row["subject"]) for row in report.found}
+    assert timed == {
+        (operator, subject)
+        for operator in (gathers.GATHER, gathers.SCATTER)
+        for subject in (gathers.OURS, gathers.TORCH[operator], gathers.COPY[operator])
+    }
+    # Scores and positions, kept positions, and the kept rows read and written once; positions, and
+    # all rows read, from one of the two, and written.
+    moved = {
+        gathers.GATHER: 3 * 9 * 4 + 9 * 4 + 3 * 5 * 4 + 2 * 2 * 3 * 5 * 4 * 2,
+        gathers.SCATTER: 3 * 5 * 4 + 2 * 3 * 9 * 4 * 2,
+    }
+    for row in report.found:
+        work = {"exps": 0, "specials": 0, "bytes": moved[row["case"]["operator"]]}
+        assert row["work"] == work
     report.lines.clear()
     monkeypatch.setattr(gathers, "by_topk", lambda given, keep: [g[:, :keep] for g in given[1:]])
+    monkeypatch.setattr(gathers, "by_scatter", lambda given: given[0])
     gathers.run(report, clock, host_kernels(), (2, 9, 4, 5))
-    assert report.subjects == {gathers.OURS, gathers.COPY}
-    assert {name.partition(",")[0] for name in report.absent_ones} == {"torch.topk"}
+    assert report.subjects == {gathers.OURS, *gathers.COPY.values()}
+    wrong = {name.partition(",")[0] for name in report.absent_ones}
+    assert wrong == {"torch.topk", "torch.scatter"}
     assert not report.failures
 
 
