@@ -99,6 +99,15 @@ def test_copies_go() -> None:
     assert len([t for t in _targets(program) if t is not ATEN.sym_size.int]) <= 1 + 1
 
 
+def test_pairs_are_complex_numbers_without_a_copy() -> None:
+    def turns(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.transpose(1, 2).contiguous().unflatten(2, (-1, 2)))
+        return torch.view_as_real(pairs * pairs).flatten(2)
+
+    program, _ = _changed(_Function(turns), _x(), drop_copies, one_form)
+    assert not {ATEN.contiguous.default, ATEN.view_as_complex.default} & set(_targets(program))
+
+
 def test_one_form() -> None:
     def forms(x: Tensor) -> Tensor:
         a, b = x.transpose(1, 2).contiguous().view(x.shape[0], D, L).chunk(2, dim=2)

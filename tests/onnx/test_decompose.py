@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.functional import interpolate
 
+from vssm.errors import UnsupportedError
 from vssm.models.base import VisionModel
 from vssm.onnx.export import build_proto
 from vssm.onnx.program import program_to_proto
@@ -74,6 +75,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "a constant": constant,
     "pooled": pooled,
     "resized": resized,
+    "named results": lambda x: torch.nn.functional.adaptive_max_pool2d(x, 1),
+    "checks of values": lambda x: torch.nn.functional.one_hot(x.argmax(1), 3).float(),
     "an output that is an input": lambda x: x.to(torch.float32).reshape(x.shape),
 }
 
@@ -119,6 +122,15 @@ def test_the_file_computes_the_function(
         ):
             np.testing.assert_allclose(got, want, 1e-6, 1e-6, err_msg=name)
     assert bool(second_traces) == again
+
+
+def test_operators_without_a_form_are_refused_by_name() -> None:
+    model = Calls([lambda x: x.cummax(2)[0], lambda x: x.median(3)[0]]).eval()
+    program = torch.export.export(model, (torch.zeros(2, 3, 4, 6),))
+    with pytest.raises(
+        UnsupportedError, match=r"aten\.cummax\.default.*aten\.median\.dim.*forward"
+    ):
+        program_to_proto(program, 18, inputs=["images"], names=["a", "b"], public=2)
 
 
 def test_two_sizes_are_open(second_traces: list[ExportedProgram]) -> None:

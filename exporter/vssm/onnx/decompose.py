@@ -93,13 +93,16 @@ class _Others:
         def call(_: Tensor, *operands: Any) -> Any:
             filled = dict(enumerate(flat)) | dict(zip(places, operands, strict=True))
             args, kwargs = pytree.tree_unflatten(list(filled.values()), layout)
-            return self._table.get(target, target)(*args, **kwargs)
+            found = self._table.get(target, target)(*args, **kwargs)
+            # Torch's own classes of named results would be calls in the graph.
+            return tuple(found) if isinstance(found, tuple) else found
 
         operands = [flat[i].meta["val"] for i in places]
         traced = make_fx(call, decomposition_table=self._table, tracing_mode="symbolic")
         with torch.no_grad():
             inner: GraphModule = traced(self._example, *operands)
         _drop_restrides(inner.graph)
+        _drop_checks(inner.graph)
         _leave_open(inner.graph)
         unknown = any(n.op == "get_attr" or n.target is _NUMBER for n in inner.graph.nodes)
         calls = [n for n in inner.graph.nodes if n.op == "call_function"]
@@ -126,6 +129,13 @@ def _drop_restrides(graph: Graph) -> None:
         # The stride of an axis of one element is never used.
         if old.shape == new.shape and all(size == 1 or a == b for size, a, b in strides):
             node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _drop_checks(graph: Graph) -> None:
+    """Leave out what only looks at values, as one_hot does: it has no result."""
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta and not node.users:
             graph.erase_node(node)
 
 

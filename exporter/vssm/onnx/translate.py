@@ -18,9 +18,10 @@ from onnxscript import version_converter
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental import _config
-from torch.onnx._internal.exporter import _core, _decomp, _registration
+from torch.onnx._internal.exporter import _core, _decomp, _dispatching, _registration
 from torch.onnx._internal.fx.passes import type_promotion
 
+from vssm.errors import UnsupportedError
 from vssm.onnx.decompose import decomposed
 from vssm.onnx.trace import quiet
 
@@ -61,10 +62,28 @@ def translated(
             for node in module.graph.nodes:
                 if node.target in _NOTES:
                     module.graph.erase_node(node)
+        _refuse_unknown(program, registry)
         exported = _core._exported_program_to_onnx_program(program, registry=registry)
     model: ir.Model = exported.model
     version_converter.convert_version(model, opset, fallback=True)
     return model
+
+
+def _refuse_unknown(program: ExportedProgram, registry: Any) -> None:
+    """Refuse operators that have no form in ONNX, all of them at once."""
+    unknown: dict[str, str] = {}
+    for node in program.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if _dispatching.dispatch(node, registry)[0] is None:
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            place = f" in {stack[-1][0].rpartition('.')[2] or 'the model'}" if stack else ""
+            unknown.setdefault(f"{node.target}", place)
+    if unknown:
+        raise UnsupportedError(
+            f"{', '.join(name + place for name, place in unknown.items())}: torch's exporter "
+            "writes no such operator in ONNX; compute it from others in the forward pass"
+        )
 
 
 @functools.cache

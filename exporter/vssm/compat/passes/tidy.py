@@ -88,10 +88,16 @@ def _is_full(node: Node, source: Node) -> bool:
 
 
 def one_form(r: Rewriter) -> None:
-    """Write transpose and t as permute, chunk and split as split_with_sizes, view as reshape."""
+    """Write transpose and t as permute, chunk and split as split_with_sizes, view as reshape.
+
+    And what reads pairs of numbers as they lie in memory, by the numbers: copies are gone.
+    """
     for node in list(r.graph.nodes):
         if is_call(node, ATEN.rot90.default):
             r.replace(node, _turned(r, node))
+        elif is_call(node, ATEN.view_as_complex.default):
+            parts = [r.emit(node, ATEN.select.int, node.args[0], -1, i) for i in (0, 1)]
+            r.replace(node, r.emit(node, ATEN.complex.default, *parts))
         elif is_call(node, ATEN.transpose.int, ATEN.t.default, ATEN.numpy_T.default):
             source: Any = node.args[0]
             order = list(range(rank(source)))
