@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import vssm
 from vssm.compat.exact import FLOAT64, FLOAT64_SCANS, _apart, exact_outputs
 from vssm.compat.outputs import module_outputs
+from vssm.compat.packages import scan
 from vssm.errors import UnsupportedError
 from vssm.parity.compare import TOLERANCES
 
@@ -76,6 +77,34 @@ def test_checks_of_the_user_do_not_stop_float64(check, monkeypatch) -> None:
     assert precision == FLOAT64
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_what_was_computed_from_parameters_is_copied_too() -> None:
+    model = _Around(_same, _same)
+    want, _ = _exact(model)
+    model.body.in_proj = nn.utils.weight_norm(model.body.in_proj)
+    got, precision = _exact(model)
+    assert precision == FLOAT64
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)  # g / norm(v) * v, in float32
+
+
+def test_scans_of_streams_in_half_precision_are_exact_too() -> None:
+    def scans(x: Tensor) -> Tensor:
+        u, rows = x.transpose(1, 2).half(), x[:, :, :2].transpose(1, 2).half()
+        y = scan.selective_scan_fn(u, u, -torch.ones(12, 2), rows, rows, delta_softplus=True)
+        return y.float()
+
+    got, precision = _exact(_Around(_same, scans))
+    assert precision == FLOAT64_SCANS
+    assert bool(got.isfinite().all())
+
+
+def test_a_module_in_training_mode_is_run_in_eval_mode() -> None:
+    model = _Around(nn.Dropout(0.5), _same).train()
+    first, again = (exact_outputs(model, X, module_outputs()).outputs["logits"] for _ in range(2))
+    assert torch.equal(first, again)
+    assert model.before.training
 
 
 def test_the_module_stays_as_it_is() -> None:

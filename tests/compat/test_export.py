@@ -70,7 +70,7 @@ SCANS = {
     "vim v1": {"GatedSelectiveScan": 1},
     "vim none": {"GatedSelectiveScan": 1},
     "slow path": {"GatedSelectiveScan": 1},
-    "transformers": {"SelectiveScan": 1},
+    "transformers": {"GatedSelectiveScan": 1},
     "mambavision": {"SelectiveScan": 1},
     "plain mamba": {"GatedSelectiveScan": 1},
     "mamba-2": {"GatedSelectiveScan": 1},
@@ -250,6 +250,11 @@ def test_reference_must_be_the_same_function(tmp_path: Path) -> None:
     artifact = _export(tmp_path, _Single("rounding"), x, reference=False)
     with pytest.raises(ArtifactError, match="without reference"):
         vssm.check_parity(None, artifact)
+
+
+def test_a_lazy_module_has_no_weights_to_export(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"weight has no size yet.*call the model once"):
+        vssm.export_module(nn.LazyLinear(3), torch.ones(1, 2), tmp_path / "out")
 
 
 def test_fixed_batch(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from vssm.compat.inputs import Example, Inputs
 from vssm.compat.passes.graph import SCANS
-from vssm.compat.surroundings import OnTheCpu
+from vssm.compat.surroundings import OnTheCpu, uncompiled
 from vssm.errors import UnsupportedError, reason
 
 FLOAT64: Final = "float64"
@@ -161,8 +161,12 @@ class _WideScans(_Mode):
         """In float64 where it is a scan."""
         if func not in SCANS:
             return func(*args, **kwargs)
-        wide = tree_map(lambda x: x.double() if _is_float32(x) else x, (args, kwargs))
-        return func(*wide[0], **wide[1]).float()
+        wide = tree_map(lambda x: x.double() if _is_float(x) else x, (args, kwargs))
+        return func(*wide[0], **wide[1]).to(args[0].dtype)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _is_float32(value: Any) -> bool:
@@ -176,7 +180,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     set_eval(model)
     try:
-        with OnTheCpu():
+        with OnTheCpu(), uncompiled():
             yield
     finally:
         for module, mode in modes.items():
@@ -196,7 +200,7 @@ def exact_outputs(model: nn.Module, x: Example | Inputs, outputs: Outputs) -> Ex
     scans in float64.
 
     Args:
-        model: in eval mode, float32, on the CPU; it stays as it is.
+        model: float32, on the CPU; it runs in eval mode, and stays as it is.
         x: the inputs.
         outputs: what gives the outputs by name.
 
@@ -204,7 +208,7 @@ def exact_outputs(model: nn.Module, x: Example | Inputs, outputs: Outputs) -> Ex
         UnsupportedError: it runs in neither way, or is another function in float64.
     """
     inputs = Inputs.of(model, x)
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         # A module that branches on its dtype, or draws random numbers, would otherwise give a
         # reference that no export of it can meet.
         plain = outputs(model, inputs)
@@ -228,8 +232,15 @@ def exact_outputs(model: nn.Module, x: Example | Inputs, outputs: Outputs) -> Ex
 
 
 def _in_float64(model: nn.Module, x: Inputs, outputs: Outputs) -> dict[str, Tensor]:
+    # Torch copies no tensor that was computed from parameters, as weight_norm leaves one.
+    known = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     # A copy, since its parameters are exchanged for what is no parameter.
-    twin: Any = copy.deepcopy(model).cpu()
+    twin: Any = copy.deepcopy(model, known).cpu()
     for module in twin.modules():
         for held in (module._parameters, module._buffers):
             # Into the dicts themselves: a module takes nothing but a Parameter under a parameter's

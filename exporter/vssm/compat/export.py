@@ -15,6 +15,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn.parameter import is_lazy
 
 from vssm._version import __version__
 from vssm.artifact.directory import MODEL_FILE, Artifact, staged_export
@@ -223,9 +224,7 @@ def export_module(
         exact = None
         if reference:  # first, as the trace takes long and this may be refused
             given = _reference_inputs(example, dynamic_batch=dynamic_batch)
-            with evaluating(model):
-                named = module_outputs(outputs, scores=True)
-                exact = exact_outputs(model, given, named)
+            exact = exact_outputs(model, given, module_outputs(outputs, scores=True))
             save_safetensors({**given.tensors, **exact.outputs}, staging / REFERENCE_FILE)
         traced = trace_module(model, example, options, names, progress)
         proto = traced.proto
@@ -354,6 +353,11 @@ def _refuse(model: Any, example: Any, opset: int) -> Inputs:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__} is no torch.nn.Module; give the module")
     refuse_wrapper(model)
+    if lazy := [key for key, value in model.state_dict().items() if is_lazy(value)]:
+        raise ValueError(
+            f"model: {lazy[0]} has no size yet, as of a lazy module before its first call; call "
+            "the model once on an input before it is exported (in the factory, for a command)"
+        )
     refuse_packed(model)
     inputs = Inputs.of(model, example).map(lambda x: x.detach().cpu())
     if not inputs.batched:
@@ -456,7 +460,8 @@ def _exported(
     batch = {0: torch.export.Dim(BATCH)} if options.dynamic_batch else {}
     shapes = tuple({**free, **(batch if n in inputs.batched else {})} for n in inputs.tensors)
     torch.compiler.reset()  # a torch.cond that ran before was compiled, and cannot be traced
-    with torch.no_grad(), quiet(), as_if_run():
+    # Where all that is compiled runs as it is, the branches of a cond could not be traced.
+    with torch.no_grad(), quiet(), as_if_run(), torch.compiler.set_stance("default"):
         given = tuple(split(x, options.axes) for x in inputs.tensors.values())
 
         def traced() -> ExportedProgram:

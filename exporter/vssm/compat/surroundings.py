@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _ASKED: Final = ("is_compiling", "is_dynamo_compiling", "is_exporting")
@@ -36,6 +36,52 @@ def _here(value: Any) -> Any:
         return torch.device("cpu")
     is_name = isinstance(value, str) and (value == "cuda" or value.startswith("cuda:"))
     return "cpu" if is_name else value
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what torch.compile made as the Python that it is made of: the same function, at once."""
+    # Nothing was compiled where the compiler is not loaded, which takes a second.
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def as_python() -> Iterator[None]:
+    """Let torch.compile and torch.jit.script give back what they are given.
+
+    A function in another language cannot be known for a scan, or traced; compiled for one size, it
+    takes longer than the whole export.
+    """
+    patched: tuple[tuple[Any, str, Any, Any], ...] = (
+        (torch, "compile", torch.compile, _given),
+        (nn.Module, "compile", nn.Module.compile, lambda *_, **__: None),
+        (torch.jit, "script", torch.jit.script, _given),
+    )
+
+    def calling(theirs: Any, ours: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            caller = str(sys._getframe(1).f_globals.get("__name__"))
+            # Torch itself compiles the branches of a cond.
+            return (theirs if caller.partition(".")[0] == "torch" else ours)(*args, **kwargs)
+
+        return call
+
+    for owner, name, theirs, ours in patched:
+        setattr(owner, name, calling(theirs, ours))
+    try:
+        yield
+    finally:
+        for owner, name, theirs, _ in patched:
+            setattr(owner, name, theirs)
+
+
+def _given(function: Any = None, *_: Any, **__: Any) -> Any:
+    """What is compiled, or as `@torch.compile(mode=...)` what gives back what it decorates."""
+    return _given if function is None else function
 
 
 @contextmanager
