@@ -13,7 +13,6 @@ operators.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import subprocess
@@ -92,8 +91,9 @@ def use_naive_scans() -> None:
     """Let what stands in for upstream's scans be the loops above, in this process."""
     from vssm.compat.packages import blocks, provided, scan, ssd
 
-    # An object: `upstream` would know the function for a scan, and put ours in its place.
-    naive, ours = functools.partial(naive_scan), scan.selective_scan_fn
+    # Of no module: `upstream` would know it for a scan of this one, and put ours in its place.
+    naive_scan.__module__ = ""
+    naive, ours = naive_scan, scan.selective_scan_fn
     for names in (*provided.FUNCTIONS.values(), *provided.PACKAGES.values()):
         for name in [name for name, found in names.items() if found is ours]:
             names[name] = naive

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from vssm.compat.packages import scan
 from vssm.errors import UnsupportedError
+from vssm.ops.record import record_backends
 
 CASES = [str(name) for name in fixture("selective_scan_ref")["cases"]]
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -74,6 +75,16 @@ def test_groups_are_consecutive_channels(groups: int) -> None:
     step = functional.softplus(o["delta"] + o["delta_bias"][:, None])
     want = _by_hand(o["u"], step, o["A"], o["B"], o["C"], o["D"])
     torch.testing.assert_close(scan.selective_scan_fn(**o, delta_softplus=True), want, **EXACT)
+
+
+def test_a_row_that_is_expanded_to_groups_is_one_node() -> None:
+    o = _operands(4)
+    rows = {name: o[name][:, :1].expand(-1, 4, -1, -1) for name in ("B", "C")}
+    want = scan.selective_scan_fn(**{**o, **{k: x.contiguous() for k, x in rows.items()}})
+    with record_backends() as ran:
+        got, _ = scan.selective_scan_fn(**{**o, **rows}, return_last_state=True)
+    assert sum(ran.values()) == 1
+    torch.testing.assert_close(got, want, **EXACT)
 
 
 def test_last_state_without_softplus() -> None:

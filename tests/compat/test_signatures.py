@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from compat_cases import MinimalLike
 from torch import Tensor
+from torch.nn import functional
 
 from vssm.compat import upstream
 from vssm.compat.packages import scan
@@ -115,14 +117,13 @@ def test_copy_that_computes_the_scan_is_ours(load: Callable[..., ModuleType]) ->
 
 def test_what_computes_something_else_is_left(load: Callable[..., ModuleType]) -> None:
     text = REFERENCE.format(name="selective_scan_fn", decay="2 * step * A")
+    o = _operands()
     with upstream() as report:
         module = load("copied_changed", text)
-    assert not [name for name in report.patched if name.startswith("copied")]
-    assert "copied_changed.selective_scan_fn takes the operands of a scan and computes" in str(
-        report
-    )
-    o = _operands()
-    assert not torch.allclose(module.selective_scan_fn(**o), scan.selective_scan_fn(**o))
+        found = module.selective_scan_fn(**o)
+    note = "copied_changed.selective_scan_fn does not compute a scan: left as it is"
+    assert note in report.notes
+    assert not torch.allclose(found, scan.selective_scan_fn(**o))
 
 
 def test_wrappers_of_compiled_kernels_are_known_by_their_parameters(
@@ -130,10 +131,11 @@ def test_wrappers_of_compiled_kernels_are_known_by_their_parameters(
 ) -> None:
     with upstream() as report:
         module = load("kernels", KERNELS)
-    patched = [name.partition(".")[2] for name in report.patched if name.startswith("kernels")]
-    assert patched == ["Nrows.apply", "States.apply"]
-    assert "kernels.Fake takes the operands of a scan and computes something else" in str(report)
-    o = _operands(groups=2)
+        patched = [name.partition(".")[2] for name in report.patched if name.startswith("kernels")]
+        assert patched == ["Nrows.apply", "States.apply", "Fake.apply", "combined"]
+        o = _operands(groups=2)
+        assert torch.equal(module.Fake.apply(*o.values()), o["u"])
+    assert "kernels.Fake does not compute a scan: left as it is" in report.notes
     positional = [o[n] for n in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
     want = scan.selective_scan_fn(**o)
     torch.testing.assert_close(module.Nrows.apply(*positional, True, 4), want)
@@ -221,9 +223,8 @@ def test_directions_of_one_method_are_judged_apart() -> None:
         first, then = run(), run()
     for found in (first, then):
         torch.testing.assert_close(found, want)
-    place = f"{__name__}._Turning.scan"
-    assert f"{place} computes our scan" in report.notes
-    assert f"{place} does not compute a scan: left as it is" in report.notes
+    assert f"{__name__}._Turning.scan computes our scan" in report.notes
+    assert not [note for note in report.notes if note.endswith("left as it is")]
 
 
 def test_scan_with_a_choice_of_algorithms_is_ours_in_each(
@@ -289,3 +290,206 @@ def test_package_carried_inside_another_gets_our_functions(load: Callable[..., M
     assert user.f is scan.selective_scan_fn
     assert local.mine() == 1
     assert "own_copy.mamba_ssm.ops.selective_scan_interface" in report.provided
+
+
+HELD = """
+import functools
+import torch
+
+def _loop(u, delta, A, B, C, D=None):
+    state, rows = u.new_zeros(*u.shape[:2], A.shape[1]), []
+    for step, x, b, c in zip(*(t.unbind(-1) for t in (delta, u, B, C))):
+        state = torch.exp(step[..., None] * A) * state + (step * x)[..., None] * b[:, None]
+        rows.append((state @ c[..., None]).squeeze(-1))
+    y = torch.stack(rows, -1)
+    return y if D is None else y + D[:, None] * u
+
+class Old(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D):
+        return _loop(u, delta, A, B, C, D)
+
+class New(torch.autograd.Function):
+    @staticmethod
+    def forward(u, delta, A, B, C, D):
+        return _loop(u, delta, A, B, C, D)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+def _through(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+    return call
+
+@_through
+def decorated(u, delta, A, B, C, D):
+    return _loop(u, delta, A, B, C, D)
+
+@torch.jit.script
+def scripted(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
+             C: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+    rows = torch.jit.annotate(list[torch.Tensor], [])
+    state = torch.zeros(u.shape[0], u.shape[1], A.shape[1])
+    for t in range(u.shape[2]):
+        step = delta[:, :, t, None]
+        state = torch.exp(step * A) * state + step * u[:, :, t, None] * B[:, None, :, t]
+        rows.append((state * C[:, None, :, t]).sum(-1))
+    return torch.stack(rows, -1) + D[:, None] * u
+
+@torch.compile(fullgraph=True)
+def compiled(u, delta, A, B, C, D):
+    return _loop(u, delta, A, B, C, D)
+
+old, new = Old.apply, New.apply
+part = functools.partial(decorated)
+TABLE = {"scripted": scripted, "compiled": compiled}
+
+def by_default(*operands, scan=_loop):
+    return scan(*operands)
+
+def partly(u, delta, A, B, C, D):
+    return functools.partial(_loop, D=D)(u, delta, A, B, C)
+"""
+
+
+def test_scans_are_ours_wherever_they_are_held(load: Callable[..., ModuleType]) -> None:
+    o = _operands()
+    o["delta"] = functional.softplus(o["delta"])
+    row = [o[name] for name in ("u", "delta", "A", "B", "C", "D")]
+    want = scan.selective_scan_fn(*row)
+    with upstream():
+        module = load("held", HELD)
+        held = [module.old, module.new, module.part, *module.TABLE.values()]
+        for call in (*held, module.by_default, module.partly, module.Old.apply):
+            for _ in range(2):  # the first call may judge
+                with record_backends() as ran:
+                    torch.testing.assert_close(call(*row), want)
+                assert sum(ran.values()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_function_that_was_there_before_is_itself_again(load: Callable[..., ModuleType]) -> None:
+    module = load("held_before", HELD)
+    o = _operands()
+    row = [o[name] for name in ("u", "delta", "A", "B", "C", "D")]
+    want = [call(*row) for call in (module._loop, module.old, module.new)]
+    compiled = dict(torch._dynamo.utils.counters["frames"])
+    with upstream(), record_backends() as ran:
+        for call in (module._loop, module.old, module.new, module.compiled):
+            call(*row)
+    assert sum(ran.values()) == 4
+    assert torch._dynamo.utils.counters["frames"] == compiled
+    with record_backends() as ran:
+        for call, before in zip((module._loop, module.old, module.new), want, strict=True):
+            assert torch.equal(call(*row), before)
+    assert not ran
+
+
+# A loop over operands of some layout; `body` says what is done with the step sizes and A.
+WAY = """
+import torch
+from torch.nn import functional
+
+def scan({parameters}):
+    {body}
+    steps = range(x.shape[{dim}])
+    state, rows = 0, [None] * len(steps)
+    for t in {steps}:
+        step, b, c, u = (v.select({dim}, t) for v in (dt, B, C, x))
+        state = torch.exp(step[..., None] * A) * state + (step * u)[..., None] * b[..., None, :]
+        rows[t] = (state * c[..., None, :]).sum(-1)
+    return {result}
+"""
+TOKENS = {
+    "parameters": "x, dt, A, B, C, D",
+    "body": "pass",
+    "dim": 1,
+    "steps": "steps",
+    "result": "torch.stack(rows, 1) + D * x",
+}
+WAYS = {
+    "tokens": {},
+    "the kernel's names": {"parameters": "u, delta, A, B, C, D", "body": "x, dt = u, delta"},
+    "another order": {"parameters": "x, A, B, C, D, dt"},
+    "softplus inside": {"body": "dt = functional.softplus(dt)"},
+    "a logarithm": {"parameters": "x, dt, A_log, B, C, D", "body": "A = -torch.exp(A_log)"},
+    "from the end": {"steps": "reversed(steps)"},
+    "the state too": {"result": "(torch.stack(rows, 1) + D * x, state)"},
+    "all of it": {
+        "parameters": "us, dts, As, Bs, Cs, Ds",
+        "body": "x, dt, A, B, C, D = us, functional.softplus(dts), -As.exp(), Bs, Cs, Ds",
+        "steps": "reversed(steps)",
+        "result": "(torch.stack(rows, 1) + D * x, state)",
+    },
+    "heads": {"dim": 2, "result": "torch.stack(rows, 2) + D[:, None] * x"},
+    "heads behind the sequence": {},
+    "steps of heads": {"body": "dt, A = dt[..., None], A[:, None, None]"},
+    # As Mamba-2 by chunks has it: x holds the steps already, and A is the decay of each.
+    "no steps": {
+        "parameters": "x, A, B, C, block_len",
+        "body": "dt, A, x = A[..., None], 1, x / A[..., None]",
+        "result": "(torch.stack(rows, 1), state)",
+    },
+}
+
+
+def _of_way(way: str) -> dict[str, Tensor | int]:
+    torch.manual_seed(0)
+    heads = (3,) if "heads" in way or way == "no steps" else ()
+    lengths = (*heads, 5) if way == "heads" else (5, *heads)
+    x, dt = torch.randn(2, *lengths, 4), torch.rand(2, *lengths, 4)
+    B, C = torch.randn(2, 2, *lengths, 2)
+    A, D = -torch.rand(*heads, 4, 2), torch.randn(*heads, 4)
+    if way == "steps of heads":
+        dt, A = dt[..., 0], A[:, 0, 0]
+    if way == "no steps":
+        A = -dt[..., 0]
+    given = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "A_log": A, "u": x, "delta": dt}
+    return {
+        **given,
+        **{f"{name}s": given[name] for name in ("u", "dt", "A", "B", "C", "D")},
+        "block_len": 5,
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_way_of_a_scan_is_found_out(load: Callable[..., ModuleType], way: str) -> None:
+    module = load(f"way_{list(WAYS).index(way)}", WAY.format(**{**TOKENS, **WAYS[way]}))
+    operands = {name: _of_way(way)[name] for name in inspect.signature(module.scan).parameters}
+    want = module.scan(**operands)
+    with upstream() as report:
+        for _ in range(2):
+            with record_backends() as ran:
+                torch.testing.assert_close(module.scan(**operands), want)
+            assert ran
+    assert f"{module.__name__}.scan computes our scan" in report.notes
+
+
+class _Recurrence(torch.nn.Module):
+    """A scan that is a module, and methods without an object."""
+
+    def forward(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        return _Own().scan_wrong(x, dt, A, B, C) + self.ssm(x, A, B, C, dt)
+
+    @staticmethod
+    def ssm(x: Tensor, A: Tensor, B: Tensor, C: Tensor, dt: Tensor) -> Tensor:
+        state, rows = 0, []
+        for t in range(x.shape[1]):
+            step = dt[:, t, :, None]
+            state = torch.exp(step * A) * state + step * B[:, t, None] * x[:, t, :, None]
+            rows.append((state * C[:, t, None]).sum(-1))
+        return torch.stack(rows, 1)
+
+
+def test_methods_of_any_name_are_looked_at() -> None:
+    x, A, B = torch.randn(2, 5, 4), -torch.ones(4, 2), torch.randn(2, 5, 2)
+    module = _Recurrence()
+    want = module(x, x.abs(), A, B, B)
+    with upstream() as report, record_backends() as ran:
+        torch.testing.assert_close(module(x, x.abs(), A, B, B), want)
+    assert sum(ran.values()) == 1
+    place = f"{__name__}._Recurrence"
+    assert f"{place}.ssm computes our scan" in report.notes
+    assert f"{place}.forward does not compute a scan: left as it is" in report.notes

@@ -70,7 +70,7 @@ Scans = Annotated[
     list[str] | None,
     typer.Option(
         "--scan",
-        help="A scan that is not known by itself: MODULE:NAME=channels or =tokens, repeatable.",
+        help="A scan not known by itself: MODULE:NAME=channels, =tokens or =heads, repeatable.",
     ),
 ]
 Dynamic = Annotated[

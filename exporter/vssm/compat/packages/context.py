@@ -32,7 +32,7 @@ from vssm.compat.packages.provided import (
 )
 from vssm.compat.packages.signatures import Signature
 from vssm.compat.packages.stand_in_table import ABSENT, SHELLS, STAND_INS
-from vssm.compat.surroundings import OnTheCpu
+from vssm.compat.surroundings import OnTheCpu, as_python, uncompiled
 from vssm.errors import UnsupportedError
 
 # Marks a name that its owner only inherits: to put it back is to delete ours.
@@ -169,12 +169,14 @@ def upstream(
     # In front, or the path finder would take an installed package before the tables are asked.
     sys.meta_path.insert(0, finder)
     try:
-        if prefer == "ours":
-            _patch_loaded(report)
-        for module in list(before.values()):
-            finder.look_at(module, undo=True)
-        with OnTheCpu() if finder.ours else nullcontext(), _naming_missed(report):
-            yield report
+        where = OnTheCpu() if finder.ours else nullcontext()
+        with as_python(), uncompiled():
+            if prefer == "ours":
+                _patch_loaded(report)
+            for module in list(before.values()):
+                finder.look_at(module, undo=True)
+            with where, _naming_missed(report):
+                yield report
         if named:
             raise ValueError(
                 f"scans={', '.join(named)}: no module of that name was imported; write it as "
@@ -474,9 +476,9 @@ def _patch_named(
             "defines, such as models.block:selective_scan or models.block:Mixer.scan"
         )
     if _is_class(found, Function):
-        ours = signature.adapt(found.forward, skip=1)
+        ours = signature.adapt(found.forward, skip=_contexts(found))
         _replace_everywhere(found, module, "apply", ours, report, undo=undo)
-    elif isinstance(owner, type):
+    elif isinstance(owner, type) and not isinstance(vars(owner).get(name), staticmethod):
         ours = signature.adapt(found, skip=1)
         _replace(report, owner, name, lambda self, *o, **named: ours(*o, **named), undo=undo)
     else:
@@ -485,15 +487,15 @@ def _patch_named(
 
 def _patch_scans(module: ModuleType, report: UpstreamReport, *, undo: bool) -> None:
     """Replace the selective scans that a module defines, known by what they take and compute."""
-    for name, found in list(getattr(module, "__dict__", {}).items()):
+    for found in list(getattr(module, "__dict__", {}).values()):
         if getattr(found, "__module__", None) != getattr(module, "__name__", None):
             continue
         if _is_class(found, Function):
-            # Behind `ctx`; torch gives every Function the same `apply`.
+            # Torch gives every Function the same `apply`.
             _patch_function(found, module, "apply", report, undo=undo)
         elif isinstance(found, type):
             _patch_methods(found, report, undo=undo)
-        elif isinstance(found, FunctionType) and name == found.__name__:
+        elif isinstance(found, FunctionType):
             _patch_function(found, module, "", report, undo=undo)
 
 
@@ -502,33 +504,60 @@ def _patch_function(
 ) -> None:
     """Replace a function, or a Function's `apply`, by our scan if it is one."""
     plain = found.forward if method else found
-    names = signatures.parameters(plain)[bool(method) :]
+    skip = _contexts(found) if method else 0
     place = f"{module.__name__}.{found.__qualname__}"
-    if signatures.is_named_scan(names):
-        skip = int(bool(method))
-        ours = Signature().adapt(plain, skip=skip)
+    by_name, is_scan = None, None
+    if signatures.is_named_scan(signatures.parameters(plain)[skip:]):
         theirs = found.apply if method else found
-        if signatures.computes_a_scan(theirs, plain, skip=skip) is False:
-            report.notes.append(
-                f"{place} takes the operands of a scan and computes something else: left as it is"
-            )
-            return
-    elif not method and signatures.may_be_scan(found, skip=0):
-        ours = signatures.proving(found, skip=0, settled=_noting(report, place))
+        is_scan = signatures.computes_a_scan(theirs, plain, skip=skip)
+        by_name = None if is_scan is False else Signature().adapt(plain, skip=skip)
+    if not is_scan and signatures.may_be_scan(plain, skip=skip):
+        plain = plain if method else _copied(plain)
+        theirs = _twin(found).apply if method else plain
+        settled = _noting(report, place)
+        ours = signatures.proving(theirs, plain, skip=skip, by_name=by_name, settled=settled)
+    elif by_name is not None:
+        ours = by_name
     else:
         return
     _replace_everywhere(found, module, method, ours, report, undo=undo)
 
 
+def _contexts(function: type[Function]) -> int:
+    """How many parameters a Function's `forward` has in front of the operands: its `ctx`, or none.
+
+    Newer ones set their context up in a method of its own.
+    """
+    return int(function.setup_context is Function.setup_context)
+
+
+def _twin(function: type[Function]) -> type[Function]:
+    """The same Function, which stays as it is when the user's is replaced."""
+    made: Any = type(function)
+    twin: type[Function] = made(function.__name__, function.__bases__, dict(vars(function)))
+    return twin
+
+
+def _copied(function: FunctionType) -> FunctionType:
+    """The same function, which stays as it is when the user's is redirected."""
+    parts = (function.__name__, function.__defaults__, function.__closure__)
+    twin = FunctionType(function.__code__, function.__globals__, *parts)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    vars(twin).update(vars(function))
+    return twin
+
+
 def _patch_methods(owner: type, report: UpstreamReport, *, undo: bool) -> None:
     """Let the methods of a class that may be scans prove it, when they are first called."""
-    for name, method in list(vars(owner).items()):
-        if not isinstance(method, FunctionType) or "scan" not in name:
+    for name, entry in list(vars(owner).items()):
+        method = entry.__func__ if isinstance(entry, staticmethod | classmethod) else entry
+        skip = int(not isinstance(entry, staticmethod))
+        if not isinstance(method, FunctionType) or not signatures.may_be_scan(method, skip=skip):
             continue
-        if signatures.may_be_scan(method, skip=1):
-            place = f"{owner.__module__}.{owner.__qualname__}.{name}"
-            ours = signatures.proving(method, skip=1, settled=_noting(report, place))
-            _replace(report, owner, name, ours, undo=undo)
+        plain = _copied(method)
+        settled = _noting(report, f"{owner.__module__}.{owner.__qualname__}.{name}")
+        ours = signatures.proving(plain, plain, skip=skip, settled=settled)
+        _redirect(method, ours, report, undo=undo)
 
 
 def _is_class(found: object, base: type) -> bool:
@@ -586,9 +615,15 @@ def _replace_everywhere(
     *,
     undo: bool,
 ) -> None:
-    """Replace what `module` defines wherever it is bound, or a method of it in its class."""
+    """Replace what `module` defines wherever it is held, or a method of it in its class."""
     if method:
+        # `scan = Scan.apply` of a module is bound to torch's own, which calls `forward`.
+        skip = _contexts(found)
+        _put(report, found, "forward", staticmethod(lambda *o: ours(*o[skip:])), undo=undo)
         _replace(report, found, method, staticmethod(ours), undo=undo)
+        return
+    if isinstance(found, FunctionType):
+        _redirect(found, ours, report, undo=undo)
         return
     # A file that was loaded by its path alone is not in sys.modules.
     for other in {id(m): m for m in (module, *sys.modules.values())}.values():
@@ -597,11 +632,39 @@ def _replace_everywhere(
                 _replace(report, other, key, ours, undo=undo)
 
 
+def _redirect(found: FunctionType, ours: Any, report: UpstreamReport, *, undo: bool) -> None:
+    """Let a function of the user's run ours.
+
+    By what it executes, not by its names: tables, partials and defaults hold it as well.
+    """
+    signature = inspect.signature(found)
+    # As many free variables as its closure has: Python takes no other code for it.
+    code = _calling_ours.__code__.replace(co_freevars=found.__code__.co_freevars)
+    _put(report, found, "__signature__", signature, undo=undo)
+    _put(report, found, "__kwdefaults__", {"_vssm_ours": ours}, undo=undo)
+    _put(report, found, "__code__", code, undo=undo)
+    report.patched.append(f"{found.__module__}.{found.__qualname__}")
+
+
+def _calling_ours(*args: Any, _vssm_ours: Any, **kwargs: Any) -> Any:
+    return _vssm_ours(*args, **kwargs)
+
+
 def _replace(report: UpstreamReport, owner: Any, name: str, ours: Any, *, undo: bool) -> None:
     kept = list(report._undo)
     report.replace(owner, name, ours)
     if not undo:  # first imported inside: it never had another
         report._undo[:] = kept
+
+
+def _put(report: UpstreamReport, owner: Any, name: str, value: Any, *, undo: bool) -> None:
+    """Set an attribute that the report need not name."""
+    if undo:
+        # Of a class the raw entry; what a function is made of is no entry of it.
+        found = vars(owner).get(name, _INHERITED) if isinstance(owner, type) else None
+        before = getattr(owner, name, _INHERITED) if found is None else found
+        report._undo.append((owner, name, before))
+    setattr(owner, name, value)
 
 
 def _canonical(name: str) -> str:

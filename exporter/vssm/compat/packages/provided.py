@@ -56,6 +56,12 @@ _COMPILED_HERE = (
     "vssm knows; if the function around it is one, say so with --scan MODULE:NAME=channels"
 )
 
+
+def _applied(function: Any) -> Any:
+    """What files call as the `apply` of an autograd Function."""
+    return type(function.__name__, (), {"apply": staticmethod(function)})
+
+
 _SCAN: Final = {
     "selective_scan_fn": scan.selective_scan_fn,
     "selective_scan_ref": scan.selective_scan_fn,
@@ -64,6 +70,10 @@ _SCAN: Final = {
     "mamba_inner_fn_no_out_proj": blocks.mamba_inner_fn_no_out_proj,
     "bimamba_inner_fn": blocks.bimamba_inner_fn,
     "bimamba_inner_ref": blocks.bimamba_inner_fn,
+    "SelectiveScanFn": _applied(scan.selective_scan_fn),
+    "MambaInnerFn": _applied(blocks.mamba_inner_fn),
+    "MambaInnerFnNoOutProj": _applied(blocks.mamba_inner_fn_no_out_proj),
+    "BiMambaInnerFn": _applied(blocks.bimamba_inner_fn),
 }
 _NORMS: Final = {
     "RMSNorm": norms.RMSNorm,
@@ -91,6 +101,7 @@ _GATED_NORMS: Final = {
 }
 _CONV: Final = {
     "causal_conv1d_fn": blocks.causal_conv1d_fn,
+    "causal_conv1d_ref": blocks.causal_conv1d_fn,
     "causal_conv1d_update": not_supported("causal_conv1d_update", _PREFILL),
 }
 _UPDATE: Final = {
@@ -198,6 +209,7 @@ BY_NAME: Final[dict[str, tuple[Any, tuple[str, ...], tuple[int, ...]]]] = {
 LATER: Final = {
     ("mamba_ssm", "Mamba"): "mamba_ssm.modules.mamba_simple:Mamba",
     ("mamba_ssm", "Mamba2"): "mamba_ssm.modules.mamba2:Mamba2",
+    ("mamba_ssm", "MambaLMHeadModel"): "mamba_ssm.models.mixer_seq_simple:MambaLMHeadModel",
 }
 
 

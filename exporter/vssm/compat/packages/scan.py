@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from vssm.errors import UnsupportedError
 from vssm.ops import operators as ops
+from vssm.ops.record import unrecorded
 
 # exp(-1e4) is 0 in every type: a step of this size leaves the state as it is.
 NO_STEP: Final = -1e4
@@ -55,12 +56,12 @@ def selective_scan_fn(
     """
     _refuse("selective_scan_fn", A, {"B": B, "C": C})
     B, C = (x[:, None] if x.dim() == 3 else x for x in (B, C))
-    operands = (u, delta, A, B, C, D, delta_bias)
-    if return_last_state:
-        y, state = _with_last_state(*operands, delta_softplus=delta_softplus)
-        # Gated out here: the added steps have to give the state without a gate.
-        return (y if z is None else y * functional.silu(z)), state
-    return _scan_groups(*operands, z=z, delta_softplus=delta_softplus)
+    y = _scan_groups(u, delta, A, B, C, D, delta_bias, z=z, delta_softplus=delta_softplus)
+    if not return_last_state:
+        return y
+    # A scan of its own, which is gone from a file that does not use the state.
+    with unrecorded():
+        return y, _last_state(u, delta, A, B, delta_bias, delta_softplus=delta_softplus)
 
 
 def ungated_scan_fn(
@@ -142,6 +143,7 @@ def _scan_groups(
     delta_softplus: bool,
 ) -> Tensor:
     """The y of B and C (batch, groups, d_state, seqlen): one node a group."""
+    B, C = (shared(x, 1) for x in (B, C))
     groups, channels = max(B.shape[1], C.shape[1]), u.shape[1]
     for name, x in (("B", B), ("C", C)):
         if x.shape[1] not in {1, groups} or channels % groups:
@@ -175,40 +177,39 @@ def _scan_groups(
     return pieces[0] if groups == 1 else torch.cat(pieces, dim=1)
 
 
-def _with_last_state(
+def _last_state(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
     B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
     delta_bias: Tensor | None,
     *,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """Ungated y, and the last state: d_state more steps that leave the state and read it out.
+) -> Tensor:
+    """The last state: d_state more steps that leave the state and read it out.
 
     Their C is one row of the unit matrix each, their u zero and their step size zero.
     """
-    states, seqlen = A.shape[-1], u.shape[-1]
+    states, seqlen = B.shape[2], u.shape[-1]
     bias = None if delta_bias is None else delta_bias.to(delta.dtype)[:, None]
     # With softplus, -1e4 swallows the bias. Without it nothing does, so there the bias goes into
     # delta first, and the added steps stay zero.
     stop = delta.new_full((1, 1, states), NO_STEP if delta_softplus else 0.0)
     if not delta_softplus and bias is not None:
         delta, delta_bias = delta + bias, None
-    unit = torch.eye(states, dtype=C.dtype, device=C.device).expand(*C.shape[:2], -1, -1)
+    unit = torch.eye(states, dtype=B.dtype, device=B.device)
+    read = functional.pad(unit, (seqlen, 0)).expand(*B.shape[:2], -1, -1)
     y = _scan_groups(
         functional.pad(u, (0, states)),
         torch.cat([delta, stop.expand(*delta.shape[:2], -1)], dim=-1),
         A,
         functional.pad(B, (0, states)),
-        torch.cat([C, unit], dim=-1),
-        D,
+        read,
+        None,
         delta_bias,
         delta_softplus=delta_softplus,
     )
-    return y[..., :seqlen], y[..., seqlen:]
+    return y[..., seqlen:]
 
 
 def scan_node(
@@ -250,6 +251,13 @@ def _token_major(x: Any) -> Tensor:
     """(batch, width, seqlen) to (batch, seqlen, width)."""
     swapped: Tensor = x.transpose(1, 2)
     return swapped
+
+
+def shared(x: Tensor, axis: int) -> Tensor:
+    """One group of B or C where all are one that was expanded."""
+    stride = x.stride(axis)
+    # A stride that is a symbol is not zero, and comparing it would be a condition on sizes.
+    return x.narrow(axis, 0, 1) if isinstance(stride, int) and stride == 0 else x
 
 
 def wide_type(x: Tensor) -> torch.dtype:

@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from vssm.compat.packages.blocks import causal_conv1d_fn, initial_steps, undecayed
 from vssm.compat.packages.norms import GatedRMSNorm, gated_rms_norm
-from vssm.compat.packages.scan import NO_STEP, scan_node, wide_type
+from vssm.compat.packages.scan import NO_STEP, scan_node, shared, wide_type
 from vssm.errors import UnsupportedError
+from vssm.ops.record import unrecorded
 
 _NO_LIMIT: Final = (0.0, math.inf)
 
@@ -107,10 +108,8 @@ def mamba_chunk_scan_combined(
     gate = None if z is None else z.flatten(2)
     scan = _Scan(x.flatten(2), dt, A, B, C, D, gate, dt_bias, dt_softplus)
     scan = _limited(scan, dt_limit)
-    if not return_final_states:
-        return _run(scan).unflatten(2, heads)
-    y, states = _with_final_states(scan)
-    return y.unflatten(2, heads), states.unflatten(1, heads)
+    y = _run(scan).unflatten(2, heads)
+    return (y, _final_states(scan).unflatten(1, heads)) if return_final_states else y
 
 
 def mamba_split_conv1d_scan_combined(
@@ -191,7 +190,7 @@ def mamba_split_conv1d_scan_combined(
     gate_first = rmsnorm_weight is None or not norm_before_gate
     scan = _Scan(x, dt, A, B, C, D, z if gate_first else None, dt_bias, softplus=True)
     scan = _limited(scan, dt_limit)
-    y, states = _with_final_states(scan) if return_final_states else (_run(scan), None)
+    y, states = _run(scan), _final_states(scan) if return_final_states else None
     if rmsnorm_weight is not None:
         y = gated_rms_norm(
             y,
@@ -271,11 +270,11 @@ def _limited(scan: _Scan, limit: tuple[float, float]) -> _Scan:
     return replace(scan, dt=dt, dt_bias=None, softplus=False)
 
 
-def _with_final_states(scan: _Scan) -> tuple[Tensor, Tensor]:
-    """The y, and the states (batch, nheads * headdim, d_state) behind the last step.
+def _final_states(scan: _Scan) -> Tensor:
+    """The states (batch, nheads * headdim, d_state) behind the last step.
 
     d_state more steps, of size zero, leave the states as they are and read them out: their C is one
-    row of the unit matrix each.
+    row of the unit matrix each. A scan of its own, which is gone from a file that does not use it.
     """
     states, seqlen, batch = scan.B.shape[-1], scan.u.shape[1], scan.u.shape[0]
     stop = scan.dt.new_full((1, states, 1), NO_STEP if scan.softplus else 0.0)
@@ -286,17 +285,17 @@ def _with_final_states(scan: _Scan) -> tuple[Tensor, Tensor]:
         dt=torch.cat([scan.dt, stop.expand(batch, -1, scan.dt.shape[2])], dim=1),
         B=functional.pad(scan.B, (0, 0, 0, 0, 0, states)),
         C=torch.cat([scan.C, unit.expand(batch, -1, scan.C.shape[2], -1)], dim=1),
-        # The added steps have to give the states without a gate: it comes behind them.
+        D=None,
         z=None,
     )
-    y = _run(longer)
-    y, read = y[:, :seqlen], y[:, seqlen:].transpose(1, 2)
-    return (y if scan.z is None else y * functional.silu(scan.z)), read
+    with unrecorded():
+        return _run(longer)[:, seqlen:].transpose(1, 2)
 
 
 def _run(scan: _Scan) -> Tensor:
     """The y (batch, seqlen, nheads * headdim): one node a group."""
-    groups, nheads = scan.B.shape[2], scan.A.shape[0]
+    scan = replace(scan, B=shared(scan.B, 2), C=shared(scan.C, 2))
+    groups, nheads = max(scan.B.shape[2], scan.C.shape[2]), scan.A.shape[0]
     width, own_heads = scan.u.shape[2] // nheads, nheads // groups
     # One type for the node; a dt that was computed in float32 keeps its digits.
     kind = torch.promote_types(scan.u.dtype, scan.dt.dtype)
@@ -319,8 +318,8 @@ def _run(scan: _Scan) -> Tensor:
                 own(u, 2, own_heads * width, g),
                 _to_channels(own(dt, 2, own_heads, g), width),
                 A[:, None],  # one decay for all states
-                B[:, :, g],
-                C[:, :, g],
+                B[:, :, g if B.shape[2] > 1 else 0],
+                C[:, :, g if C.shape[2] > 1 else 0],
                 None if D is None else D.flatten(),
                 None if bias is None else _to_channels(bias, width),
                 z=None if z is None else own(z, 2, own_heads * width, g),
