@@ -101,6 +101,31 @@ def test_json_of_a_run_on_standard_output(out: Path, picture: Path) -> None:
     assert "probability" in done.stderr
 
 
+def test_letters_that_the_terminal_lacks_are_escaped(
+    out: Path, picture: Path, tmp_path: Path, cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "Übung.png"
+    odd.write_bytes(picture.read_bytes())
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert cli("run", out, odd) == 0
+    sys.stdout.flush()
+    assert rb"\xdcbung.png" in written.getvalue()
+
+
+@pytest.mark.parametrize("more", [(), ("--json", "-")], ids=["tables", "JSON"])
+def test_a_reader_that_left_changes_no_exit_code(
+    cli: Run, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    """As `vssm models | head -1` under `set -o pipefail`: 1 would be a check that failed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(tables.console, "quiet", False)  # put back at the end
+        assert cli("models", *more) == 0
+
+
 @pytest.mark.parametrize(
     "name",
     ["", *[c.name or c.callback.__name__.replace("_", "-") for c in app.registered_commands]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import traceback
@@ -73,6 +74,10 @@ def main() -> None:
     """Run the command; exit code 0 success, 1 a check failed, 2 bad usage or input, 3 a fault."""
     # By default it ends a process without any `finally`, and leaves what was being written.
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A letter that the terminal's encoding lacks must not cost the result of the work.
+            stream.reconfigure(errors="backslashreplace")
     try:
         with explain_missing():
             _refuse_empty(sys.argv[1:])

@@ -71,7 +71,11 @@ def write_result(path: Path | None, value: Any) -> None:
     """
     if path == STDOUT:
         # Past the console, which speaks to stderr then and could break lines.
-        sys.stdout.write(json_text(value))
+        try:
+            sys.stdout.write(json_text(value))
+            sys.stdout.flush()
+        except BrokenPipeError:
+            Terminal().on_broken_pipe()
     elif path is not None:
         write_json(path, value)
 

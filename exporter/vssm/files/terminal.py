@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,14 @@ class Terminal(Console):
     def __init__(self, **options: Any) -> None:
         # Here "[red]" and ":tada:" are parts of a name, not orders.
         super().__init__(markup=False, emoji=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more, as behind `| head`: the work goes on, and ends as it would."""
+        # rich would end here with exit code 1, which is that of a check that failed.
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())  # for what is still buffered
+        os.close(nowhere)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """The text with escapes, so that a column is as wide as what it shows."""
