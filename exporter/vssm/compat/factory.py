@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 import vssm
-from vssm.errors import MissingPackageError, UnsupportedError, reason
+from vssm.errors import MissingPackageError, UnsupportedError, did_you_mean, reason
 from vssm.extras import explain_missing
 
+_REMEDY: Final = "; name a factory of that module, as in repo/model.py:build"
 _NOT_THEIRS: Final = tuple(
     [*(sysconfig.get_paths()[k] for k in ("stdlib", "purelib", "platlib")), "<frozen "]
     + [str(Path(module.__file__ or "").parent) for module in (torch, vssm)]
@@ -40,6 +41,7 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: the target is malformed, or there is no such file or factory, or another module
             of that name is imported.
+        TypeError: what has the factory's name cannot be called, or is a model already.
         MissingPackageError: the user's code imports a package that one of our extras brings.
         UnsupportedError: what it makes is no torch module, or the user's code fails.
     """
@@ -58,12 +60,17 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
     except AttributeError as error:
         if module in sys.modules:  # it ran, and has no such name
             _check_place(target, module, folder)
-            remedy = "name a factory of that module, as in repo/model.py:build"
-            raise ValueError(f"target={target!r}: {error}; {remedy}") from error
+            close = did_you_mean(factory, _factories(sys.modules[module]))
+            raise ValueError(f"target={target!r}: {error}{close or _REMEDY}") from error
         raise UnsupportedError(f"target={target!r}: importing {module}: {said(error)}") from error
     except (Exception, SystemExit) as error:
         raise UnsupportedError(f"target={target!r}: importing {module}: {said(error)}") from error
     _check_place(target, module, folder)
+    if not callable(function) or isinstance(function, nn.Module):
+        raise TypeError(
+            f"target={target!r}: {factory} is a {type(function).__name__}, not a function or class "
+            f"that makes the model{_REMEDY}"
+        )
     try:
         model = function(**options)
     except (Exception, SystemExit) as error:
@@ -81,6 +88,12 @@ def build_from(target: str, options: Mapping[str, Any]) -> nn.Module:
             "function or class that returns the model"
         )
     return model
+
+
+def _factories(module: Any) -> list[str]:
+    """What a module defines that can be called."""
+    found = ((name, value) for name, value in vars(module).items() if not name.startswith("_"))
+    return [n for n, v in found if callable(v) and getattr(v, "__module__", "") == module.__name__]
 
 
 def _takes(function: Any, options: Mapping[str, Any], said: str) -> bool:
