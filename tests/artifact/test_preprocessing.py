@@ -297,7 +297,7 @@ def test_a_crop_beyond_any_model_is_refused():
 
 def test_labels_are_of_a_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match=r"labels=.*pipe cannot be read .* a named pipe, not a"):
+    with pytest.raises(ValueError, match=r"labels=.*pipe cannot be read \(a named pipe, not a"):
         read_labels(tmp_path / "pipe", 2)
 
 
@@ -396,6 +396,8 @@ def test_other_bad_arguments():
         json.dumps(["cat", "dog"]),
         json.dumps({"1": "dog", "0": "cat"}),
         json.dumps({"0": ["n02", "cat"], "1": ["n01", "dog"]}),
+        json.dumps({"dog": 1, "cat": 0}),
+        json.dumps({"id2label": {"0": "cat", "1": "dog"}, "label2id": {"cat": 0, "dog": 1}}),
     ],
 )
 def test_labels(tmp_path, text):
@@ -426,6 +428,11 @@ def test_names_may_have_numbers(tmp_path, names):
         (b'"0"\t"cat"\n"1"\t"dog"\n', "a table with a number"),
         (b"cat,n01,1\ndog,n02,0\n", "a table with a number"),
         (b"0: cat\n1: dog\n", "a table with a number"),
+        (b"1 cat\n0 dog\n", "a table with a number"),
+        (b"name\ncat\ndog\n", "trained on, without a heading"),
+        (b'{"cat": 0, "dog": 2}', "no key '0'"),
+        (b'{"cat": 0, "dog": 0}', "no key '0'"),
+        (b'{"id2label": 3}', "no key"),
     ],
 )
 def test_bad_labels(tmp_path, content, message):

@@ -43,7 +43,9 @@ _INTERPOLATION: Final = {
 }
 _MAX_LABELS: Final = 64 << 20  # bytes of a file of class names
 # A class's number as the first or the last cell of a line.
+_SPACED: Final = re.compile(r"^(\d{1,9})\s+\S")
 _NUMBERED: Final = (
+    _SPACED,
     re.compile(r"^[\"']?(\d{1,9})[\"']?\s*[,;:|\t]"),
     re.compile(r"[,;:|\t]\s*[\"']?(\d{1,9})[\"']?$"),
 )
@@ -145,8 +147,10 @@ def read_labels(
     """Class names from a file: one per line, a JSON list, or a JSON object keyed "0", "1", ...
 
     In an object a value may be a list that ends with the name, as in ImageNet's class index
-    ({"0": ["n01440764", "tench"], ...}). Text is UTF-8. Lines that have the number of their class
-    beside the name are refused, as they may be in another order.
+    ({"0": ["n01440764", "tench"], ...}). The other way round will do, as torchvision's class_to_idx
+    ({"tench": 0, ...}), and so will id2label in a config.json of transformers. Text is UTF-8. Lines
+    that have the number of their class beside the name are refused, as they may be in another
+    order.
 
     Args:
         path: the file.
@@ -174,6 +178,7 @@ def read_labels(
         raise ValueError(
             f"{name}={path} names {sum(map(bool, names))} classes on {len(names)} lines, but the "
             f"model has {num_classes}; give the file of the data set that it was trained on"
+            + (", without a heading" if len(names) == num_classes + 1 else "")
         )
     if not is_json:
         _refuse_numbered(names, f"{name}={path}")
@@ -190,8 +195,11 @@ def _refuse_numbered(lines: Sequence[str], file: str) -> None:
     count = len(lines)
     for numbered in _NUMBERED:
         found = [numbered.search(line) for line in lines]
-        numbers = sorted(int(match[1]) for match in found if match)
-        if count > 1 and numbers in (list(range(count)), list(range(1, count + 1))):
+        numbers = [int(match[1]) for match in found if match]
+        # "1 star", "2 stars" may well be names; "3 cat", "1 dog" are hardly.
+        if numbered is _SPACED and numbers == sorted(numbers):
+            continue
+        if count > 1 and sorted(numbers) in (list(range(count)), list(range(1, count + 1))):
             raise ValueError(
                 f"{file} is a table with a number in every line, such as {shown(lines[0])!r}; give "
                 "the names alone, one per line in the order of the classes, or a JSON object keyed "
@@ -201,6 +209,10 @@ def _refuse_numbered(lines: Sequence[str], file: str) -> None:
 
 def _label_list(parsed: Any, file: str) -> list[str]:
     if isinstance(parsed, dict):
+        inner = parsed.get("id2label")  # of a config.json of transformers
+        parsed = inner if isinstance(inner, dict) else parsed
+        if sorted(map(str, parsed.values())) == sorted(map(str, range(len(parsed)))):
+            parsed = {str(index): name for name, index in parsed.items()}  # class_to_idx
         try:
             parsed = [parsed[str(i)] for i in range(len(parsed))]
         except KeyError as error:
