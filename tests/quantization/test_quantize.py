@@ -398,6 +398,7 @@ def test_bench_has_the_float_twin(made: dict[str, Artifact], tmp_path: Path) -> 
         ("ort", {"onnxruntime"}),
         ("tensorrt", {"tensorrt"}),
         ("portable", {"tensorrt", "onnxruntime"}),
+        ("int4", {"onnxruntime"}),
     ],
 )
 def test_a_bundle_has_the_variants_that_run(
@@ -421,6 +422,14 @@ def test_evaluate_and_run_take_it(made: dict[str, Artifact], held_out: Path, cli
     assert cli("run", folders, held_out / "class0/0.png") == 0
 
 
+@pytest.mark.parametrize("name", ["ort", "int4", "dynamic"])
+def test_no_engine_of_what_tensorrt_does_not_multiply(
+    name: str, made: dict[str, Artifact], cli: Run
+) -> None:
+    assert cli("engine", made[name].directory, "--rtx") == 2
+    assert "quantise the float export with --target tensorrt or portable" in cli.out
+
+
 def test_command(source: Artifact, folder: Path, tmp_path: Path, cli: Run) -> None:
     out = tmp_path / "out"
     assert cli("quantize", source.directory, folder, "-o", out, "--count", 2, "--json", "-") == 0
@@ -435,8 +444,6 @@ def test_command(source: Artifact, folder: Path, tmp_path: Path, cli: Run) -> No
     both = ("--dynamic", "--weights-only")
     assert cli("quantize", source.directory, "-o", tmp_path / "x", *both) == 2
     assert "contradict each other" in cli.out
-    assert cli("engine", out, "--rtx") == 2
-    assert "quantise the float export with --target tensorrt or portable" in cli.out
 
 
 def test_four_bits_leave_the_loggers_alone() -> None:

@@ -227,8 +227,11 @@ class QuantizationInfo:
 
     @property
     def in_tensorrt(self) -> bool:
-        """Whether TensorRT takes the file: it knows signed pairs around 0 alone."""
-        return self.method == "weights" or self.target != "ort"
+        """Whether TensorRT takes the file.
+
+        It knows signed pairs around 0 alone, and weights of four bits beside float16 alone.
+        """
+        return self.type != "int4" and (self.method == "weights" or self.target != "ort")
 
     @property
     def in_ort(self) -> bool:

@@ -215,9 +215,9 @@ def _check_buildable(artifact: Artifact) -> None:
     manifest, quantization = artifact.manifest, artifact.manifest.quantization
     if quantization is not None and not quantization.in_tensorrt:
         raise UnsupportedError(
-            f"{artifact.directory} is quantised as {quantization}, with unsigned activations or "
-            "ranges measured in every run, which TensorRT does not do; quantise the float export "
-            "with --target tensorrt or portable"
+            f"{artifact.directory} is quantised as {quantization}, with unsigned activations, "
+            "ranges measured in every run, or four bits beside float32, which TensorRT does not "
+            "do; quantise the float export with --target tensorrt or portable"
         )
     if manifest.gives_boxes:
         raise UnsupportedError(
