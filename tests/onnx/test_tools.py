@@ -53,12 +53,23 @@ def test_checker_and_strict_shape_inference(
     onnx.shape_inference.infer_shapes(onnx.load(str(path)), strict_mode=True, data_prop=True)
 
 
-def _slim(source: Path, target: Path, **options: Any) -> None:
+def _tool(name: str) -> Any:
     wheels = "tests/tensorrt_harness/wheels/tools.txt"
-    onnxslim = pytest.importorskip(
-        "onnxslim", reason=f"no onnxslim; pip install --no-deps -r {wheels}"
-    )
-    onnx.save(onnxslim.slim(str(source), **options), target)
+    return pytest.importorskip(name, reason=f"no {name}; pip install --no-deps -r {wheels}")
+
+
+def _slim(source: Path, target: Path, **options: Any) -> None:
+    onnx.save(_tool("onnxslim").slim(str(source), **options), target)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_onnxsim_keeps_our_operators(file: str, artifact: Artifact, tmp_path: Path) -> None:
+    source, out = artifact.directory / file, tmp_path / "out.onnx"
+    made, checked = _tool("onnxsim").simplify(onnx.load(str(source)))
+    onnx.save(made, out)
+    assert checked
+    assert _ours(out) == _ours(source)
+    np.testing.assert_array_equal(_logits(out), _logits(source))
 
 
 @pytest.mark.parametrize("kind", ["artifact", "quantized"])
