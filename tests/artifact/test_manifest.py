@@ -14,6 +14,7 @@ from vssm.artifact.manifest import (
     FreeSize,
     Manifest,
     Preprocessing,
+    QuantizationInfo,
     ScheduleInfo,
     TensorInfo,
     manifest_from_json,
@@ -334,6 +335,14 @@ def test_preprocessing_fits_the_one_input() -> None:
     two = dataclasses.replace(MANIFEST, inputs=(*MANIFEST.inputs, TensorInfo("mask", "bool", (1,))))
     with pytest.raises(ValueError, match="makes one input of an image, but there are images, mask"):
         manifest_to_json(two)
+
+
+def test_names_of_layers_may_be_long() -> None:
+    kept = ("/" + "/".join(["a_name_of_a_module"] * 40),)
+    quantized = dataclasses.replace(
+        MANIFEST, quantization=QuantizationInfo("dynamic", "int8", "ort", 1, kept)
+    )
+    assert manifest_from_json(manifest_to_json(quantized)) == quantized
 
 
 def test_a_file_from_before_merging_and_dense_models_is_read() -> None:

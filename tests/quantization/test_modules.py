@@ -17,7 +17,7 @@ from quantized import COUNT, graph_of, in_every_way, pictures, sqnr
 from torch import Tensor, nn
 
 import vssm
-from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
+from vssm.artifact.directory import EXTERNAL_FILE, MODEL_FILE, Artifact, open_artifact
 from vssm.artifact.manifest import Preprocessing, TensorInfo, write_manifest
 from vssm.artifact.preprocessing import preprocessing_of
 from vssm.artifact.reference import stored_reference
@@ -79,7 +79,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     out = tmp_path_factory.mktemp("float") / "out"
     example = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     spec = Preprocessing.for_image_size(32)
-    return vssm.export_module(built(Twice), example, out, preprocessing=spec, opset=19)
+    options = {"preprocessing": spec, "opset": 19, "external_data_above": 0}
+    return vssm.export_module(built(Twice), example, out, **options)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,7 @@ def _reads_integers(node: onnx.NodeProto, makers: dict[str, str]) -> bool:
 def test_it_is_near_the_module(way: str, source: Artifact, made: dict[str, Artifact]) -> None:
     report = vssm.check_parity(None, made[way])
     assert report.passed, report.failures
+    assert set(source.manifest.files) - set(made[way].manifest.files) == {EXTERNAL_FILE}, "small"
     proto = onnx.load(str(made[way].model_path))
     onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
     feeds, exact = stored_reference(source)

@@ -565,7 +565,7 @@ def _quantization(root: Node) -> QuantizationInfo | None:
             type=node.at("type").choice(QUANTIZATION_TYPES),
             target=node.at("target").choice(QUANTIZATION_TARGETS),
             nodes=node.at("nodes").integer(1),
-            kept_float=tuple(n.text(_LONGEST_NAME) for n in node.at("kept_float").items()),
+            kept_float=tuple(n.text() for n in node.at("kept_float").items()),
             calibration=node.at("calibration").optional(_calibration),
         )
     )

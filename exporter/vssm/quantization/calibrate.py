@@ -37,7 +37,6 @@ _CHUNK: Final = 8  # images whose activations are in memory at once
 class CalibrationSet:
     """The images that ranges are measured on, and the SHA-256 of each file."""
 
-    files: tuple[Path, ...]
     hashes: tuple[str, ...]
     images: Array
 
@@ -59,7 +58,7 @@ def choose_images(folder: Path, spec: Preprocessing, *, count: int, seed: int) -
     order = np.random.default_rng(seed).permutation(len(files))[:count]
     taken = [files[index] for index in sorted(order)]
     images = preprocess(taken, spec)
-    return CalibrationSet(tuple(taken), tuple(map(sha256_of, taken)), images)
+    return CalibrationSet(tuple(map(sha256_of, taken)), images)
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
