@@ -306,7 +306,7 @@ def test_what_may_be_replaced(cli: Run, bundle: Path, artifact: Artifact, tmp_pa
     mine.mkdir()
     (mine / "file").write_text("mine")
     assert cli("bundle", artifact.directory, "-o", mine, "--force") == 2
-    assert "it is no bundle and is not replaced" in cli.out
+    assert "it is not a bundle and is not replaced" in cli.out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "mine"]
 
 

@@ -190,8 +190,8 @@ def test_options_are_refused_before_any_work(
     none, out = tmp_path / "none", tmp_path / "page"  # neither is there
     for options, message in (
         (["--web"], "npm is not on PATH; it downloads onnxruntime-web 1.30.0"),
-        (["--web", "--ort-web=cdn"], "ort_web='cdn' is no address of a folder; write https://"),
-        (["--web", "--ort-web=https://a;b"], "is no address of a folder"),
+        (["--web", "--ort-web=cdn"], "ort_web='cdn' is not an address of a folder; write https://"),
+        (["--web", "--ort-web=https://a;b"], "is not an address of a folder"),
         (["--web", "--batch=1,2,4"], "batch=1,2,4 with --web, which has no server"),
         (["--ort-web=https://a/b"], "without --web, which makes the page that loads it"),
     ):

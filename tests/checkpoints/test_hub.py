@@ -43,7 +43,7 @@ def test_addresses(text, parts):
 
 @pytest.mark.parametrize("text", ["hf://o", "hf://o/r@/f", "hf://o/r/../f", "hf:///o/r", "hf://"])
 def test_what_is_no_address(text):
-    with pytest.raises(ValueError, match="is no address of a hub; write hf://OWNER/REPO/FILE"):
+    with pytest.raises(ValueError, match="is not an address of a hub; write hf://OWNER/REPO/FILE"):
         hub_file(text)
 
 
@@ -199,7 +199,7 @@ def test_the_command_takes_an_address(cache, cli: Run, tmp_path, monkeypatch):
     assert f"error: {pinned} and " in cli.out
     assert f"tensors from {pinned} (safetensors)" in cli.out
     assert cli("export", *SHALLOW, "--checkpoint=hf://open", "-o", tmp_path / "out") == 2
-    assert "is no address of a hub" in cli.out
+    assert "is not an address of a hub" in cli.out
 
 
 def test_studies_take_addresses(cache, state, tmp_path):
@@ -212,7 +212,7 @@ def test_studies_take_addresses(cache, state, tmp_path):
     assert loaded.weights == "hf://open/both"
     assert all(torch.equal(state[key], value) for key, value in loaded.state.items())
     for address, options, message in (
-        ("hf://open", CompareOptions(images=tmp_path), "is no address of a hub"),
+        ("hf://open", CompareOptions(images=tmp_path), "is not an address of a hub"),
         ("hf://open/both", CompareOptions(images=tmp_path), "is a checkpoint, which does not say"),
         ("hf://open/both", CompareOptions(), "has no results yet; give --images"),
     ):

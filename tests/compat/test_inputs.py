@@ -197,7 +197,7 @@ def test_dry_run_names_the_inputs(change: nn.Module) -> None:
         ),
         ({"before": 1.0, "after": 2.0}, {}, TypeError, "before is float, and only tensors"),
         ({"before": [], "after": 1.0}, {}, ValueError, "before is empty"),
-        ({"before": {"a.b": 1}, "after": 1}, {}, ValueError, r"key 'a.b' of before is no text"),
+        ({"before": {"a.b": 1}, "after": 1}, {}, ValueError, r"key 'a.b' of before is not a text"),
         ({**_images(1), "extra": torch.zeros(1)}, {}, UnsupportedError, "unexpected keyword"),
         (
             {"before": torch.zeros(1, dtype=torch.float64), "after": torch.zeros(1)},

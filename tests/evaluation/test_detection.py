@@ -299,8 +299,8 @@ def test_folders_that_do_not_fit(coco, tmp_path, spoil):
     message = {
         "split": "there is no .*train2017; give the folder that holds SPLIT",
         "file": "there is no .*instances_val2017.json",
-        "json": r"instances_val2017.json is no file of COCO's instances \(JSONDecodeError",
-        "annotation": r"no file of COCO's instances \(KeyError: 'bbox'\)",
+        "json": r"instances_val2017.json is not a file of COCO's instances \(JSONDecodeError",
+        "annotation": r"not a file of COCO's instances \(KeyError: 'bbox'\)",
         "image": r"1 of the 2 images of instances_val2017.json are not there: val2017/012\.png",
         "size": r"012\.png has 9x9 pixels, but its annotation says 48x32",
     }[spoil]

@@ -302,7 +302,7 @@ def test_journal_refuses_a_second_writer_and_damage(tmp_path):
     with pytest.raises(ArtifactError, match=r"is damaged .*; begin anew with --restart"):
         Journal(path, {"batch": "2"})
     path.write_text("[1]\n")
-    with pytest.raises(ArtifactError, match=r"is damaged \(its first line is no object\)"):
+    with pytest.raises(ArtifactError, match=r"is damaged \(its first line is not an object\)"):
         Journal(path, {"batch": "2"})
     with Journal(path, {"batch": "2"}, restart=True) as journal:
         assert journal.done == []
@@ -317,7 +317,7 @@ def test_pictures_of_folders(pictures, tmp_path):
         f"n{i:03}": i for i in range(CLASSES)
     }
     assert found.notes == ("folders inside class folders count for the class: n003/more",)
-    with pytest.raises(ValueError, match=r"is no folder; give one that holds"):
+    with pytest.raises(ValueError, match=r"is not a folder; give one that holds"):
         open_images(tmp_path / "absent", CLASSES)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no files in its folders"):

@@ -114,7 +114,7 @@ def test_classes_says_which_order(tmp_path):
         == "--classes numeric: the folders in order of number"
     )
     assert list(match(["c10", "c9"], classes="numeric").names) == ["c9", "c10"]
-    with pytest.raises(ValueError, match=r"the folder 'cat' is no number; say --classes text"):
+    with pytest.raises(ValueError, match=r"the folder 'cat' is not a number; say --classes text"):
         match(["cat", "1"], classes="numeric")
     with pytest.raises(ValueError, match=r"'01' and '1' are the same number"):
         match(["1", "01"], classes="numeric")
@@ -137,7 +137,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"names 2 classes on 2 lines, but the model has 3"):
         given(["a", "b"], ["a", "b", "c"])
     with pytest.raises(
-        ValueError, match=r"'Cat', which is no class of .*\(the file has 'cat'\); 1 of 2"
+        ValueError, match=r"'Cat', which is not a class of .*\(the file has 'cat'\); 1 of 2"
     ):
         given(["cat", "dog"], ["Cat", "dog"])
     with pytest.raises(ValueError, match=r"folder 'a' is named for the classes 1 and 2; name"):

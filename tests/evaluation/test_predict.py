@@ -186,7 +186,7 @@ def test_blocks_of_nobody_are_not_taken(export, sources, whole, tmp_path):
         ({"batch": 0}, "batch=0 is below 1"),
         ({"block": 0}, "block=0 is below 1"),
         ({"top": 8}, "top=8 is above 7, the classes"),
-        ({"tensors": ["features"]}, "is no output of this export; it has logits, kept_positions_0"),
+        ({"tensors": ["features"]}, "is not an output of this export; it has logits, kept_pos"),
         ({"tensors": ["kept_positions_0"]}, "is the name of another column"),
         ({"column": "image"}, "no Parquet: leave it out"),
     ],

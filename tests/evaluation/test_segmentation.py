@@ -236,9 +236,9 @@ def test_numbers_in_the_file(tmp_path):
 
 
 def test_folders_that_do_not_fit(scenes, tmp_path):
-    with pytest.raises(ValueError, match=r"validation is no folder, and .* holds no folders"):
+    with pytest.raises(ValueError, match=r"validation is not a folder, and .* holds no folders"):
         open_scenes(tmp_path, "validation")
-    with pytest.raises(ValueError, match=r"training is no folder, and .* holds validation; give"):
+    with pytest.raises(ValueError, match=r"training is not a folder, and .* holds validation;"):
         open_scenes(scenes, "training")
     (scenes / "annotations" / "validation" / "b.png").unlink()
     with pytest.raises(ValueError, match=r"has no annotation for 1 of 3 images: b\.png; put the"):
@@ -320,7 +320,7 @@ def test_an_export_in_two_runtimes(export, pictures, tmp_path, cli: Run):
     [
         (("--batch", 4), "batch=4: a segmenter does not take it"),
         (("--classes", "text"), "classes=text: a segmenter does not take it"),
-        (("--split", "training"), "training is no folder"),
+        (("--split", "training"), "training is not a folder"),
     ],
 )
 def test_wrong_options_end_with_2(export, pictures, cli: Run, options, message):

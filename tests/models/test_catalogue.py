@@ -106,5 +106,5 @@ def test_image_size_as_text() -> None:
 
 
 def test_a_schedule_of_another_kind_is_named() -> None:
-    with pytest.raises(TypeError, match=r"schedule=\{1: 0.7\} is no schedule; write for example"):
+    with pytest.raises(TypeError, match=r"schedule=\{1: 0.7\} is not a schedule; write for"):
         vssm.create_model("vim_tiny", schedule={1: 0.7})  # type: ignore[arg-type]

@@ -215,7 +215,7 @@ def test_registering(toy: Path) -> None:
         vssm.register_family(replace(family, name="other"))
     with pytest.raises(ValueError, match="cards='A/b' is not of small letters, digits and _"):
         vssm.register_family(replace(family, name="other", cards={"A/b": vssm.ModelCard()}))
-    with pytest.raises(TypeError, match="family='toy' is no family"):
+    with pytest.raises(TypeError, match="family='toy' is not a family"):
         vssm.register_family("toy")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model='toy' is not module:Class"):
         replace(family, model="toy")

@@ -178,7 +178,7 @@ def test_a_fixed_batch_is_calibrated_in_its_batches(
     assert info is not None
     assert "/zero/MatMul" not in info.kept_float, "what is exact is not sensitive"
     request = dataclasses.replace(request, count=5)
-    with pytest.raises(ValueError, match=r"count=5 is no multiple of 2, .* give --count 6"):
+    with pytest.raises(ValueError, match=r"count=5 is not a multiple of 2, .* give --count 6"):
         vssm.quantize(fixed, folder, tmp_path / "odd", request)
     assert not (tmp_path / "odd").exists()
 

@@ -267,8 +267,8 @@ def test_a_folder_that_cannot_calibrate_is_refused(
     empty.mkdir()
     for images_of, message in (
         (empty, "holds 0 files, fewer than count=6"),
-        (tmp_path / "nowhere", "is no folder"),
-        (folder / "class0/0.png", "is no folder"),
+        (tmp_path / "nowhere", "is not a folder"),
+        (folder / "class0/0.png", "is not a folder"),
     ):
         with pytest.raises(ValueError, match=message):
             vssm.quantize(source, images_of, tmp_path / "out", STATIC)

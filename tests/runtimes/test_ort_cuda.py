@@ -45,7 +45,7 @@ def test_a_missing_provider_names_the_package_and_the_command(artifact):
 
 def test_bad_arguments(artifact):
     for batch in (0, -1, True, "8"):
-        with pytest.raises(ValueError, match=r"cuda_graph_batch=.* is no batch size"):
+        with pytest.raises(ValueError, match=r"cuda_graph_batch=.* is not a batch size"):
             vssm.open_session(artifact, "ort-cuda", cuda_graph_batch=batch)
     with pytest.raises(ValueError, match=r"device=1 with runtime='ort-cpu': only ort-cuda"):
         vssm.open_session(artifact, "ort-cpu", device=1)
@@ -193,7 +193,7 @@ def test_a_cuda_graph_holds_one_batch_size(stand_in, artifact):
                 x = images(micro(), 2, seed=seed)
                 got, want = session.run(x), cpu.run(x)
                 np.testing.assert_array_equal(got["logits"], want["logits"])
-        with pytest.raises(ValueError, match=r"is no batch of cuda_graph_batch=2, which"):
+        with pytest.raises(ValueError, match=r"is not a batch of cuda_graph_batch=2, which"):
             session.run(images(micro(), 3))
 
 

@@ -482,9 +482,9 @@ def test_refusals(cli, data, checkpoints, tmp_path):
         "--finetune without --train trains nothing": ["--finetune=gap"],
         "--finetune-seeds without --train trains": ["--finetune-seeds=2"],
         "--recipe without --train trains nothing": ["--recipe=epochs=1"],
-        "finetune='gup' is no variant of this ablation": [*train, "--finetune=gap,gup"],
+        "finetune='gup' is not a variant of this ablation": [*train, "--finetune=gap,gup"],
         "finetune='gap' is named twice": [*train, "--finetune=gap,gap"],
-        "finetune_seeds=0 is outside [1, 1000]": [*train, "--finetune-seeds=0"],
+        "finetune_seeds=0 is below 1": [*train, "--finetune-seeds=0"],
         "finetune='gap' is trained here and given by --finetuned": [*train, "--finetuned=gap=x"],
         "--recipe seed: each training has its own": [*train, "--recipe=seed=1"],
         "--recipe epochs: is not KEY=VALUE; write for example seed=1": [
@@ -494,7 +494,7 @@ def test_refusals(cli, data, checkpoints, tmp_path):
         "recipe: distil=1.0 makes the dense model the teacher": [*train, "--recipe=distil=1"],
         "recipe: batch=512 is more than the 42 images of train=": ["--train", data],
         f"train={tmp_path / 'one'} holds 1 folders, but the model": ["--train", tmp_path / "one"],
-        f"train={tmp_path / 'none'} is no folder": ["--train", tmp_path / "none"],
+        f"train={tmp_path / 'none'} is not a folder": ["--train", tmp_path / "none"],
         f"train={tmp_path / 'others'}: the folder of class 0 is 'm0' there and 'n0' in images=": [
             "--train",
             tmp_path / "others",
@@ -504,7 +504,7 @@ def test_refusals(cli, data, checkpoints, tmp_path):
             tmp_path / "numbers",
         ],
         f"classes={tmp_path / 'names.txt'} names 2 classes": ["--classes", tmp_path / "names.txt"],
-        "finetune_seeds=3 is no multiple of the 2 checkpoints": [
+        "finetune_seeds=3 is not a multiple of the 2 checkpoints": [
             *[*train, "--finetune-seeds=3"],
             *(f"--checkpoint={file}" for file in checkpoints),
         ],

@@ -73,6 +73,6 @@ def test_a_run_in_use_and_a_foreign_log_are_refused(data, tmp_path):
     with RunLog(tmp_path / "log.csv"), pytest.raises(ArtifactError, match="in use by another run"):
         vssm.finetune(request(data, tmp_path))
     (tmp_path / "log.csv").write_text("a diary\n")
-    with pytest.raises(ArtifactError, match="is no log of a training run"):
+    with pytest.raises(ArtifactError, match="is not a log of a training run"):
         vssm.finetune(request(data, tmp_path))
     assert (tmp_path / "log.csv").read_text() == "a diary\n"

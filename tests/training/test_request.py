@@ -45,7 +45,7 @@ def test_refusals(tmp_path):
         Resources(save_every=0)
     with pytest.raises(ValueError, match="batch=44 is more than the 42 images"):
         vssm.finetune(request(data, tmp_path, batch=44))
-    with pytest.raises(ValueError, match=r"data=.*nowhere is no folder; give one"):
+    with pytest.raises(ValueError, match=r"data=.*nowhere is not a folder; give one"):
         vssm.finetune(request(tmp_path / "nowhere", tmp_path))
     names = tmp_path / "names.txt"
     names.write_text("a\nb\n")

@@ -352,7 +352,7 @@ COMMAND = [
     ("options", "message"),
     [
         (("--epochs", 3), "a segmenter's run is counted in steps; give --recipe iterations=N"),
-        (("--split", "validation"), "validation is no folder, and"),
+        (("--split", "validation"), "validation is not a folder, and"),
         (("--batch", 9), "batch=9 is more than the 8 images"),
         (("--recipe", "mixup=1"), "recipe='mixup'"),
     ],

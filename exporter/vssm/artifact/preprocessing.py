@@ -221,7 +221,7 @@ def _label_list(parsed: Any, file: str) -> list[str]:
             ) from error
         parsed = [entry[-1] if isinstance(entry, list) and entry else entry for entry in parsed]
     if foreign := [entry for entry in parsed if not isinstance(entry, str)]:
-        raise ValueError(f"{file} holds {foreign[0]!r}, which is no text; give names only")
+        raise ValueError(f"{file} holds {foreign[0]!r}, which is not text; give names only")
     return [entry.strip() for entry in parsed]
 
 
@@ -326,7 +326,8 @@ def open_rgb(image: ImageInput, spec: Preprocessing | None = None) -> Image.Imag
             return _to_rgb(image, "image")
     if not isinstance(image, str | os.PathLike):
         raise TypeError(
-            f"image={type(image).__name__} is no path, PIL image or uint8 array; pass one of these"
+            f"image={type(image).__name__} is not a path, PIL image or uint8 array; pass "
+            "one of these"
         )
     name = f"image={os.fspath(image)}"
     with _open(image, name) as file:

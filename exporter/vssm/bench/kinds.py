@@ -161,7 +161,7 @@ def _at_batch_one(symbol: str) -> int:
     factors = symbol.split("*")
     if not all(f.isdecimal() or f.isidentifier() for f in factors if symbol):
         raise UnsupportedError(
-            f"size={symbol!r} in the graph is no multiple of the batch, so its work cannot be "
+            f"size={symbol!r} in the graph is not a multiple of the batch, so its work cannot be "
             "counted; export with dynamic_batch=False to measure it"
         )
     return math.prod(int(f) for f in factors if f.isdecimal())

@@ -131,7 +131,7 @@ def _refuse_outside(name: str) -> None:
     # "a//b" and "./a" would be second names of a file.
     if path.is_absolute() or ".." in path.parts or path.as_posix() != name:
         raise FieldError(
-            f"files has the key {shown(repr(name))}, which is no plain path inside the bundle"
+            f"files has the key {shown(repr(name))}, which is not a plain path inside the bundle"
         )
 
 
@@ -218,8 +218,8 @@ def _refuse_loss(final: Path, force: bool) -> None:
         )
     if not (final / BUNDLE_MANIFEST).is_file():
         raise ArtifactError(
-            f"output={final} holds no {BUNDLE_MANIFEST}, so it is no bundle and is not replaced; "
-            "name another directory"
+            f"output={final} holds no {BUNDLE_MANIFEST}, so it is not a bundle and is not "
+            "replaced; name another directory"
         )
     # `working`: what we or another process are just writing into it is no change of the bundle.
     if changed := compare_files(final, read_bundle_manifest(final), working=True):

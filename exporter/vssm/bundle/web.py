@@ -72,7 +72,7 @@ def check_web_request(request: WebRequest) -> None:
         return
     if not re.fullmatch(r"https?://[^\s/;,'\"]+(/[^\s;,'\"?#]*)?", request.ort_web):
         raise ValueError(
-            f"ort_web={shown(request.ort_web)!r} is no address of a folder; write "
+            f"ort_web={shown(request.ort_web)!r} is not an address of a folder; write "
             f"https://HOST/FOLDER, of the package's folder dist, which holds {_SCRIPT}"
         )
 

@@ -194,7 +194,7 @@ def parse_safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"its header has {length:,} bytes, more than {_MAX_HEADER:,}")
     header: Any = json.loads(data[8 : 8 + length], parse_int=_count, object_pairs_hook=_distinct)
     if not isinstance(header, dict):
-        raise TypeError("its header is no mapping")
+        raise TypeError("its header is not a mapping")
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     if len(entries) > MAX_TENSORS:
         raise ValueError(f"it has {len(entries):,} tensors, more than {MAX_TENSORS:,}")
@@ -315,7 +315,7 @@ def _parse_index(path: Path, content: bytes) -> dict[str, set[str]]:
         listed = json.loads(content, parse_int=_count)["weight_map"].items()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"checkpoint={path} is no index of shards: it has no weight_map; name the file of "
+            f"checkpoint={path} is not an index of shards: it has no weight_map; name the file of "
             "weights itself"
         ) from error
     shards: dict[str, set[str]] = {}

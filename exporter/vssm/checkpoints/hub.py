@@ -57,7 +57,7 @@ def hub_file(path: str | os.PathLike[str]) -> HubFile | None:
     file = None if found is None else found["file"]
     if found is None or ".." in (file or "").split("/"):
         raise ValueError(
-            f"checkpoint={shown(text)} is no address of a hub; write hf://OWNER/REPO/FILE, or "
+            f"checkpoint={shown(text)} is not an address of a hub; write hf://OWNER/REPO/FILE, or "
             "hf://OWNER/REPO@REVISION/FILE"
         )
     revision = found["revision"]

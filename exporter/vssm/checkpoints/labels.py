@@ -45,7 +45,7 @@ def stored_labels(
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise CheckpointError(
-            f"checkpoint={path} has metadata {_KEY!r} that is no list of class names; take it out, "
-            "or save the weights again"
+            f"checkpoint={path} has metadata {_KEY!r} that is not a list of class names; take it "
+            "out, or save the weights again"
         )
     return tuple(names)

@@ -115,7 +115,9 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise ValueError(f"survey={file} cannot be read as JSON: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise ValueError(f"survey={file}: it is no list of objects; write [{{'name': ...}}, ...]")
+        raise ValueError(
+            f"survey={file}: it is not a list of objects; write [{{'name': ...}}, ...]"
+        )
     for entry in entries:
         if unknown := sorted(entry.keys() - _KEYS):
             raise ValueError(

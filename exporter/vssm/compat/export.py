@@ -351,7 +351,7 @@ class _Wrapper(nn.Module):
 def _refuse(model: Any, example: Any, opset: int) -> Inputs:
     """Refuse what is no module to export, or no example of its inputs; those come back."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model={type(model).__name__} is no torch.nn.Module; give the module")
+        raise TypeError(f"model={type(model).__name__} is not a torch.nn.Module; give the module")
     refuse_wrapper(model)
     if lazy := [key for key, value in model.state_dict().items() if is_lazy(value)]:
         raise ValueError(

@@ -121,7 +121,9 @@ def search_path(target: str, further: Sequence[Path] = ()) -> Iterator[None]:
     folder, _, _ = _resolve(target)
     for path in further:
         if not path.is_dir():
-            raise ValueError(f"path={path} is no directory; give the folder that holds a package")
+            raise ValueError(
+                f"path={path} is not a directory; give the folder that holds a package"
+            )
     added = [str(path.resolve()) for path in (folder, *further)]
     before = list(sys.path)
     # In front: the user's folder wins over an installed package of the same name.

@@ -229,7 +229,7 @@ def _collect(name: str, value: Any, tensors: dict[str, Tensor], tuples: set[str]
         for key, entry in value.items():
             if not isinstance(key, str) or "." in key or key.isdecimal():
                 raise ValueError(
-                    f"example_input: the key {key!r} of {name} is no text without dots that is "
+                    f"example_input: the key {key!r} of {name} is not a text without dots that is "
                     "more than a number; wrap the module in one that renames it"
                 )
             _collect(f"{name}.{key}", entry, tensors, tuples)

@@ -242,7 +242,7 @@ def stack_of(model: nn.Module, blocks: str) -> nn.ModuleList:
     if not isinstance(stack, nn.ModuleList) or not len(stack):
         lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
         raise UnsupportedError(
-            f"blocks={blocks!r} is no list of blocks in {type(model).__name__}, which has "
+            f"blocks={blocks!r} is not a list of blocks in {type(model).__name__}, which has "
             f"{', '.join(lists) or 'none'}; name the plain stack whose blocks hand tokens on"
         )
     return stack

@@ -99,7 +99,7 @@ def free_axes(dynamic: Sequence[str], shape: Sequence[int]) -> tuple[FreeAxis, .
             )
         axis = _IMAGE_AXES[name] if not equals else int(place) if place.isdecimal() else -1
         if not name.isidentifier() or not is_name(name) or name == BATCH:
-            raise ValueError(f"dynamic={text!r}: {name!r} is no name of a size; use letters")
+            raise ValueError(f"dynamic={text!r}: {name!r} is not a name of a size; use letters")
         if not 1 <= axis < len(shape):
             raise ValueError(
                 f"dynamic={text!r}: the axes of an input of shape {tuple(shape)} behind "

@@ -49,7 +49,7 @@ class BlockHeader(JsonJournal[None]):
     @staticmethod
     def from_json(document: Any) -> None:
         """There are no entries."""
-        raise ValueError(f"it holds {document!r}, which is no header")
+        raise ValueError(f"it holds {document!r}, which is not a header")
 
     def begun(self) -> bool:
         """Whether there is a block that another run would lose."""

@@ -140,7 +140,7 @@ def open_coco(
         wrong = next(filter(None, map(partial(_fault, truth), truth.dataset["annotations"])), None)
     except _MALFORMED as error:
         raise ValueError(
-            f"images: {file} is no file of COCO's instances ({type(error).__name__}: {error}); "
+            f"images: {file} is not a file of COCO's instances ({type(error).__name__}: {error}); "
             "give one with images, categories and annotations"
         ) from error
     if wrong is not None:

@@ -107,7 +107,9 @@ def open_images(
             cannot be read, or a name cannot be written down.
     """
     if not root.is_dir():
-        raise ValueError(f"{name}={root} is no folder; give one that holds a folder for each class")
+        raise ValueError(
+            f"{name}={root} is not a folder; give one that holds a folder for each class"
+        )
     found = _Listing(f"{name}={root}", root)
     match = match_folders(found.name, found.folders, num_classes, labels=labels, classes=classes)
     # After the match: a wrong folder is refused before thousands of files are listed.

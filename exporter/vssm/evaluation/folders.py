@@ -95,7 +95,7 @@ def _as_given(
         near = [name for name in named if _simple(name) == _simple(unknown[0])]
         hint = f" (the file has {near[0]!r})" if near else ""
         raise ValueError(
-            f"{root} holds the folder {unknown[0]!r}, which is no class of the file {classes}"
+            f"{root} holds the folder {unknown[0]!r}, which is not a class of the file {classes}"
             f"{hint}; {len(unknown)} of {len(folders)} folders are not in it: name all folders "
             "there, or move them away"
         )
@@ -226,8 +226,8 @@ def _in_number_order(root: str, folders: Sequence[str]) -> list[str]:
     if key is None:
         odd = next((n for n in sorted(folders) if not _NUMBER.fullmatch(n)), "")
         raise ValueError(
-            f"{root}: classes='numeric', but the folder {odd!r} is no number; say --classes text, "
-            f"or {_ASK}"
+            f"{root}: classes='numeric', but the folder {odd!r} is not a number; say --classes "
+            f"text, or {_ASK}"
         )
     ordered = sorted(folders, key=key)
     for one, other in itertools.pairwise(ordered):

@@ -258,7 +258,7 @@ def _columns(manifest: Manifest, top: int, tensors: Sequence[str]) -> Columns:
     for i, name in enumerate(tensors):
         if name not in names:
             raise ValueError(
-                f"tensors={name!r} is no output of this export; it has {', '.join(names)}"
+                f"tensors={name!r} is not an output of this export; it has {', '.join(names)}"
             )
         if shapes[name][:1] != (manifest.batch,):
             raise ValueError(

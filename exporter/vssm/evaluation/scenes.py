@@ -141,6 +141,6 @@ def _not_there(name: str, root: Path, folder: Path) -> str:
     beside = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
     found = f"{folder.parent} holds {', '.join(beside) or 'no folders'}"
     return (
-        f"{name}={root} is not laid out as ADE20K: {folder} is no folder, and {found}; give the "
+        f"{name}={root} is not laid out as ADE20K: {folder} is not a folder, and {found}; give the "
         "folder that holds images/SPLIT and annotations/SPLIT, and the split with --split"
     )

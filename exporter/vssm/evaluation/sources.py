@@ -153,8 +153,8 @@ def open_source(source: Path, *, column: str | None = None) -> ImageSource:
     }
     if kind not in readers:
         raise ValueError(
-            f"source={source} is no folder, list (.txt, .lst), .tar or .parquet file; for single "
-            "images use `vssm run`, or name them in a list"
+            f"source={source} is not a folder, list (.txt, .lst), .tar or .parquet file; for "
+            "single images use `vssm run`, or name them in a list"
         )
     found = readers[kind]()
     _check(source, found)

@@ -168,7 +168,7 @@ class JsonJournal(HeldFile, ABC, Generic[Entry]):
             found, *entries = [json.loads(line) for line in whole.splitlines()]
             self.done = [self.from_json(entry) for entry in entries]
             if not isinstance(found, dict):
-                raise TypeError("its first line is no object")
+                raise TypeError("its first line is not an object")
         except (ValueError, TypeError, LookupError) as error:
             raise ArtifactError(
                 f"path={self.path} is damaged ({error}); begin anew with --restart"

@@ -91,7 +91,7 @@ def model_from_config(
     checked = check_options(name, config)
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(
-            f"schedule={schedule!r} is no schedule; write for example "
+            f"schedule={schedule!r} is not a schedule; write for example "
             "vssm.PruneSchedule({5: 0.8, 10: 0.8}) or vssm.MergeSchedule(r=5)"
         )
     build, config_class = family_of(name).classes()

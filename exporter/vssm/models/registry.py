@@ -31,7 +31,7 @@ def register_family(family: ModelFamily) -> None:
         ValueError: a name is not of small letters, digits and _, or another family has it.
     """
     if not isinstance(family, ModelFamily):
-        raise TypeError(f"family={family!r} is no family; give a vssm.ModelFamily")
+        raise TypeError(f"family={family!r} is not a family; give a vssm.ModelFamily")
     if _families.get(family.name) == family:
         return
     taken = {model: other.name for other in _families.values() for model in other.cards}

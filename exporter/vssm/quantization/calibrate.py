@@ -48,7 +48,7 @@ def choose_images(folder: Path, spec: Preprocessing, *, count: int, seed: int) -
         ValueError: the folder has fewer files, or one of those chosen is no image.
     """
     if not folder.is_dir():
-        raise ValueError(f"images={folder} is no folder; give one with images to calibrate on")
+        raise ValueError(f"images={folder} is not a folder; give one with images to calibrate on")
     files = image_files(folder)
     if len(files) < count:
         raise ValueError(

@@ -182,6 +182,6 @@ def _check_images(artifact: Artifact, request: QuantizeRequest) -> None:
     if isinstance(batch, int) and request.count % batch:
         fitting = -(-request.count // batch) * batch
         raise ValueError(
-            f"count={request.count} is no multiple of {batch}, the images that "
+            f"count={request.count} is not a multiple of {batch}, the images that "
             f"{artifact.directory} takes at a time; give --count {fitting}"
         )

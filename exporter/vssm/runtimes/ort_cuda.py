@@ -135,8 +135,9 @@ class OrtCudaSession(OrtSession):
         checked = super()._checked(images, spec)
         if self._graph_batch not in (None, len(images)):
             raise ValueError(
-                f"images.shape={images.shape} is no batch of cuda_graph_batch={self._graph_batch}, "
-                "which the CUDA graph was recorded for; pad the batch, or open another session"
+                f"images.shape={images.shape} is not a batch of "
+                f"cuda_graph_batch={self._graph_batch}, which the CUDA graph was recorded for; pad "
+                "the batch, or open another session"
             )
         return checked
 
@@ -246,7 +247,7 @@ def _fixed_sizes(manifest: Manifest, batch: int | None) -> dict[str, int]:
         return {}
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(
-            f"cuda_graph_batch={batch!r} is no batch size; give one from 1, or None for no graph"
+            f"cuda_graph_batch={batch!r} is not a batch size; give one from 1, or None for no graph"
         )
     if manifest.gives_boxes:
         raise UnsupportedError(

@@ -212,7 +212,7 @@ def _check(paths: Sequence[Path], options: CompareOptions) -> None:
             raise ValueError(f"contestants={path} is named twice; name each once")
     if options.images is not None and not options.images.is_dir():
         raise ValueError(
-            f"images={options.images} is no folder; give the one that holds a folder for each class"
+            f"images={options.images} is not a folder; give one that holds a folder for each class"
         )
     check_runtime(options.runtime, threads=options.threads)
     for path in paths:
@@ -291,7 +291,7 @@ def _read(results: Path) -> dict[str, dict[str, str]]:
         raise ValueError(f"contestants={results} cannot be read as CSV ({error})") from error
     if not rows or not {*COLUMNS} <= set(rows[0]):
         raise ValueError(
-            f"contestants={results} is no result of a classifier's evaluation, which has the "
+            f"contestants={results} is not a result of a classifier's evaluation, which has the "
             f"columns {', '.join(COLUMNS)}, separated by commas; give what `vssm evaluate` wrote"
         )
     found: dict[str, dict[str, str]] = {}

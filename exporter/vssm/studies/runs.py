@@ -111,8 +111,8 @@ def check_training(
         )
     if training.seeds is not None and training.seeds % len(subjects):
         raise ValueError(
-            f"finetune_seeds={training.seeds} is no multiple of the {len(subjects)} checkpoints, "
-            "each of which is trained from as often; give one"
+            f"finetune_seeds={training.seeds} is not a multiple of the {len(subjects)} "
+            "checkpoints, each of which is trained from as often; give one"
         )
     num_classes = int(subjects[0].config["num_classes"])
     if training.recipe.distil > 0 and "dense" in training.variants:
@@ -266,6 +266,6 @@ def _check_keys(option: str, keys: Any, plan: Plan) -> None:
     known = [v.key for v in plan.variants]
     if unknown := sorted(set(keys) - set(known)):
         raise ValueError(
-            f"{option}={unknown[0]!r} is no variant of this ablation; name one of "
+            f"{option}={unknown[0]!r} is not a variant of this ablation; name one of "
             f"{', '.join(known)}"
         )

@@ -51,7 +51,7 @@ class RunLog(HeldFile):
         # A kill may have left a part of the first line.
         if text and not text.startswith(_HEAD) and not _HEAD.startswith(text):
             self.close()
-            raise ArtifactError(f"log={path} is no log of a training run; {elsewhere}")
+            raise ArtifactError(f"log={path} is not a log of a training run; {elsewhere}")
 
     def close(self) -> None:
         """Let go of the file, and of TensorBoard's."""

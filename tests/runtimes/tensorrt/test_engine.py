@@ -253,14 +253,14 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"level": 6}, r"level=6 is outside \[0, 5\]"),
     ({"threads": 0}, r"threads=0 is outside \[1, 1024\]"),
     ({"backend": "body", "plugins_inside": True}, "plugins_inside=True with backend='body'"),
-    ({"compute_capabilities": ("8.6",)}, "compute_capabilities=.* is no option of TensorRT;"),
-    ({"runtime": "tensorrt-rtx", "plugins_inside": True}, "plugins_inside=True is no option of"),
+    ({"compute_capabilities": ("8.6",)}, "compute_capabilities=.* is not an option of TensorRT;"),
+    ({"runtime": "tensorrt-rtx", "plugins_inside": True}, "plugins_inside=True is not an option"),
     *(
         ({"runtime": "tensorrt-rtx", "compute_capabilities": wrong}, "give each once, such as 8.6")
         for wrong in (("86",), ("8.6", "8.6"), ("8.6", ""), ("8.6", " 8.9"))
     ),
     ({"runtime": "tensorrt-rtx", "backend": "kernel"}, "runs no plugin layers"),
-    ({"runtime": "tensorrt-rtx", "timing_cache": Path("x")}, "timing_cache=.* is no option of"),
+    ({"runtime": "tensorrt-rtx", "timing_cache": Path("x")}, "timing_cache=.* is not an option of"),
     ({"runtime": "tensorrt-rtx", "version_compatible": True}, "version_compatible=True is no"),
 ]
 

@@ -106,8 +106,8 @@ def _check_capabilities(wanted: tuple[str, ...]) -> None:
         # Written "86", the engine was built and then foreign to every session.
         if not re.fullmatch(r"\d+\.\d", capability) or wanted.count(capability) > 1:
             raise ValueError(
-                f"compute_capability={capability!r} is no capability, or is there twice; give each "
-                "once, such as 8.6,8.9"
+                f"compute_capability={capability!r} is not a capability, or is there twice; give "
+                "each once, such as 8.6,8.9"
             )
 
 
@@ -127,7 +127,7 @@ def _check_product(request: EngineRequest) -> None:
         )
     for option, value in (rtx_only if request.product.plugins else full_only).items():
         if value:
-            raise ValueError(f"{option}={value!r} is no option of {name}; leave it out")
+            raise ValueError(f"{option}={value!r} is not an option of {name}; leave it out")
 
 
 _MIB: Final = 1 << 20
