@@ -56,7 +56,7 @@ def test_time_by_kind_of_work(tmp_path: Path) -> None:
 
 def test_sizes_at_batch_one() -> None:
     assert [_at_batch_one(s) for s in ("", "batch", "9*batch", "s77*3*2")] == [1, 1, 9, 6]
-    with pytest.raises(UnsupportedError, match="no multiple of the batch"):
+    with pytest.raises(UnsupportedError, match="not a multiple of the batch"):
         _at_batch_one("batch + 1")
 
 

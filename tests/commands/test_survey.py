@@ -98,7 +98,7 @@ def test_survey_tells_every_model_apart(cli: Run, repository: Path, tmp_path: Pa
     ("text", "message"),
     [
         ("{", "cannot be read as JSON"),
-        ("{}", "no list of objects"),
+        ("{}", "not a list of objects"),
         ('[{"name": "a"}]', "has no ['target']"),
         ('[{"name": "a", "target": "b:c", "size": 3}]', "'a' has ['size']; the keys are"),
         ('[{"name": "a", "target": "b:c"}, {"name": "a", "target": "b:c"}]', "have one name"),

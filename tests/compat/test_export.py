@@ -213,7 +213,7 @@ def test_refusals(tmp_path: Path) -> None:
     x = torch.randn(2, 9, 12)
     with pytest.raises(UnsupportedError, match=r"cannot trace _Counting: .*test_export.py:\d+\)"):
         _export(tmp_path, _Counting(), x)
-    with pytest.raises(TypeError, match=r"no torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"not a torch.nn.Module"):
         _export(tmp_path, "model", x)
     with pytest.raises(TypeError, match="no tensor"):
         _export(tmp_path, built(SlowPath), [x])
@@ -457,7 +457,7 @@ def test_command_refuses(
         (f"{file}:nothing", (), "returns int"),
         (f"{file}:build", ("--set", "size=3"), "give its arguments"),
         (f"{file}:build", ("--input", "1x3xlarge"), "joined by x"),
-        (f"{file}:build", ("--path", str(tmp_path / "absent")), "no directory"),
+        (f"{file}:build", ("--path", str(tmp_path / "absent")), "is not a directory"),
         (f"{file}:build", ("--input", "1x3x24", "--imagenet"), "batch x 3"),
         (f"{file}:build", ("--schedule", "1:0.5", "--input", "1x3x24x24"), "if_cls_token"),
         (f"{file}:build", ("--alignment", "none"), "without a schedule prunes nothing"),

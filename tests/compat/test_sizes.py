@@ -230,7 +230,7 @@ def test_what_is_made_of_a_size_is_refused_by_its_line(
     ("names", "message"),
     [
         (["depth"], "only images .* have height and width; say NAME=AXIS"),
-        (["batch=2"], "no name of a size"),
+        (["batch=2"], "not a name of a size"),
         (["length=0"], "behind the batch are 1 to 3"),
         (["height", "rows=2"], "twice"),
     ],

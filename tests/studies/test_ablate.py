@@ -356,7 +356,7 @@ def test_refusals(cli, tmp_path, pictures):
     pruned = exported(tmp_path / "pruned", micro())
     cases = {
         "has no schedule to ablate": (artifact, ()),
-        "finetuned='gup' is no variant": (pruned, ("--finetuned=gup=x.safetensors",)),
+        "finetuned='gup' is not a variant": (pruned, ("--finetuned=gup=x.safetensors",)),
         "is not VARIANT=FILE": (pruned, ("--finetuned=gap",)),
         "batch=0 is below 1": (pruned, ("--batch=0",)),
         "seeds=0 is below 1": (pruned, ("--seeds=0",)),
