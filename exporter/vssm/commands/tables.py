@@ -265,7 +265,7 @@ def bench_tables(report: BenchReport) -> list[ReportTable]:
         groups.setdefault((row.batch, row.threads, row.samples), []).append(row)
     times = [
         table(
-            f"batch {batch}, {plural(threads, 'thread')}: ms a batch, {samples} samples",
+            f"batch {batch}, {plural(threads, 'thread')}: ms per batch, {samples} samples",
             columns,
             (
                 (

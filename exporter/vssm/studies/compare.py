@@ -439,7 +439,7 @@ def _report(
     return ComparisonReport(facts, tuple(found), tuple(pairs), odd)
 
 
-ACCURACY_COLUMNS: Final = ("", "top-1 %", "95 % interval", "ms an image")
+ACCURACY_COLUMNS: Final = ("", "top-1 %", "95 % interval", "ms per image")
 PAIR_COLUMNS: Final = (
     *("", "difference, points", "95 % interval", "better", "worse", "p", "p, adjusted"),
 )
@@ -540,5 +540,5 @@ def _plot(report: ComparisonReport) -> str | None:
         (one.name, one.ms_per_image or 0.0, 100 * one.top1, [100 * end for end in one.interval])
         for one in measured
     ]
-    figure = scatter(points, x="milliseconds an image", y="top-1 %; bars: 95 % interval")
+    figure = scatter(points, x="milliseconds per image", y="top-1 %; bars: 95 % interval")
     return element(picture(figure, "svg"))

@@ -36,11 +36,11 @@ _STYLES: Final[dict[str, tuple[str, Any]]] = {
     "gap@": ("#cc6677", (6, 1, 0)),
 }
 _LINES: Final = {"none@": "--", "gap@": "-"}
-_DRAWN: Final = {"flops": "GFLOPs, published rule", "time": "milliseconds an image, measured"}
+_DRAWN: Final = {"flops": "GFLOPs, published rule", "time": "milliseconds per image, measured"}
 
 
 def draw(report: AblationReport, *, against: str) -> Figure:
-    """Top-1 over "flops" (published rule) or "time" (milliseconds an image).
+    """Top-1 over "flops" (published rule) or "time" (milliseconds per image).
 
     Every variant is drawn once with a mark and colour of its own, and once more fine-tuned: filled
     then, and the others hollow. The axes say what their bars are.

@@ -46,7 +46,7 @@ class VariantRow:
         images_per_s: the median's; the mean over the runs.
         timed_batches: behind it.
         speed_up: over the dense model of the same call.
-        ms_quartiles: milliseconds an image that a quarter and three quarters of the timed batches
+        ms_quartiles: milliseconds per image that a quarter and three quarters of the timed batches
             took at most; None for a single batch.
         flops: multiply-adds of an image.
         reduction: share of the dense model's FLOPs that is gone, by the published rule.
