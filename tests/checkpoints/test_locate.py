@@ -41,6 +41,7 @@ def test_usual_names_at_any_depth(tmp_path, path):
     [
         *("model_ema", "state_dict_ema", "params_ema", "ema", "ema_state_dict", "ema_model"),
         *("ema.module", "checkpoint.model_ema", "ema.state_dict", "model_ema.module"),
+        *("shadow", "ema.shadow", "model_ema.shadow"),
     ],
 )
 def test_averaged_weights_by_choice_only(tmp_path, path):

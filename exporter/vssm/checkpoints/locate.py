@@ -20,7 +20,10 @@ WRAPPERS: Final = {
         *("model", "state_dict", "model_state_dict", "model_state", "params", "net", "network"),
         *("weights", "module", "checkpoint"),
     ),
-    "ema": ("model_ema", "state_dict_ema", "params_ema", "ema", "ema_state_dict", "ema_model"),
+    "ema": (
+        *("model_ema", "state_dict_ema", "params_ema", "ema", "ema_state_dict", "ema_model"),
+        "shadow",
+    ),
 }
 # What may stand beside tensors in an unwrapped file without being a weight.
 _METADATA: Final = frozenset(

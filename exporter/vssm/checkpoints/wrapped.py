@@ -60,7 +60,7 @@ def explain_keys(keys: Iterable[str]) -> str | None:
     for pattern, name, remedy in _REPLACED:
         # The end tells, and the time that a pattern takes must not grow with a stranger's key.
         if found := [key for key in listed if re.search(pattern, key[-200:])]:
-            return f"{name} is in place of weights ({found[0][:200]!r}); {remedy}"
+            return f"it has {name} in place of weights ({found[0][:200]!r}); {remedy}"
     return None
 
 
