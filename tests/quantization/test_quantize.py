@@ -27,6 +27,7 @@ from vssm.bench.subjects import BODY, FLOAT, KERNEL, slower_than_float
 from vssm.bundle.make import BundleRequest, make_bundle
 from vssm.bundle.verify import verify_bundle
 from vssm.errors import ArtifactError, UnsupportedError
+from vssm.files.atomic import sha256_of
 from vssm.parity.check import held_out_images
 from vssm.parity.compare import QUANTIZED, QuantizedLimits, signal
 from vssm.quantization import quantize as quantizing
@@ -180,6 +181,9 @@ def test_the_seed_chooses_the_images(source: Artifact, folder: Path) -> None:
 
     assert chosen(0) == chosen(0)
     assert len({chosen(seed) for seed in range(4)}) > 1
+    classes = {sha256_of(path): path.parent.name for path in folder.rglob("*.png")}
+    hashes = choose_images(folder, spec, count=9, seed=0).hashes
+    assert len({classes[one] for one in hashes[:4]}) == 2, "the first are not of one folder"
 
 
 def test_the_same_request_gives_the_same_file(

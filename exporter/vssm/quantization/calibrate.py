@@ -55,8 +55,8 @@ def choose_images(folder: Path, spec: Preprocessing, *, count: int, seed: int) -
             f"images={folder} holds {len(files)} files, fewer than count={count}; give more "
             "images, or a smaller --count"
         )
-    order = np.random.default_rng(seed).permutation(len(files))[:count]
-    taken = [files[index] for index in sorted(order)]
+    # Not sorted: layers are measured on the first, which would be those of one class.
+    taken = [files[index] for index in np.random.default_rng(seed).permutation(len(files))[:count]]
     images = preprocess(taken, spec)
     return CalibrationSet(tuple(map(sha256_of, taken)), images)
 
