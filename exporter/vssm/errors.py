@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from typing import Final
@@ -74,6 +75,17 @@ def check_most(most: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and value > most:
             raise ValueError(f"{name}={value} is above {most}; give {most} or less")
+
+
+def check_several(**values: object) -> None:
+    """Refuse one text or path where several are taken: a text would be read letter by letter.
+
+    Raises:
+        TypeError: one is given; the message has its name.
+    """
+    for name, value in values.items():
+        if isinstance(value, str | os.PathLike):
+            raise TypeError(f"{name}={value!r} is one text; give a list")
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,29 @@ def test_json_of_a_run_on_standard_output(out: Path, picture: Path) -> None:
     done = subprocess.run([*command, "--json", "-"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["images"][0]["file"] == str(picture)
     assert "probability" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, out: vssm.export(model, out, labels="classes"),
+        lambda model, out: vssm.predict(out, out, "found.parquet", tensors="logits"),
+        lambda model, out: vssm.compare("a.csv", out),
+        lambda model, out: vssm.visualize(vssm.ModelSource("vim_tiny"), "cat.jpg", out),
+        lambda model, out: vssm.visualize(vssm.ModelSource("vim_tiny"), Path("cat.jpg"), out),
+        lambda model, out: vssm.AblationOptions(ratios="0.5"),
+        lambda model, out: vssm.AblationOptions(checkpoints=Path("vim.pth")),
+        lambda model, out: vssm.AblationOptions(finetuned={"gap": "gap.safetensors"}),
+        lambda model, out: vssm.AblationTraining(out, variants="gap"),
+        lambda model, out: vssm.quantize(
+            out, None, out, vssm.QuantizeRequest(method="weights", keep_float="*/out_proj/*")
+        ),
+    ],
+)
+def test_one_text_where_several_are_taken(call: Any, out: Path, tmp_path: Path) -> None:
+    """It would be read letter by letter."""
+    with pytest.raises(TypeError, match=r"=.* is one text; give a list"):
+        call(micro(), tmp_path)
 
 
 def test_letters_that_the_terminal_lacks_are_escaped(

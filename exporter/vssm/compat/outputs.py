@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vssm.artifact.manifest import LOGITS
 from vssm.compat.inputs import Example, Inputs
 from vssm.compat.prune import PrunedModule
-from vssm.errors import UnsupportedError
+from vssm.errors import UnsupportedError, check_several
 from vssm.files.json import is_name
 
 # Inputs of the file, and what a pruned module adds.
@@ -56,8 +56,7 @@ def module_outputs(asked: Sequence[str] | None = None, *, scores: bool = False) 
 
 def _read(asked: Sequence[str]) -> list[tuple[str, str]]:
     """(new, name) of each; the same where it is not renamed."""
-    if isinstance(asked, str):
-        raise TypeError(f"outputs={asked!r} is one text; give a list of names")
+    check_several(outputs=asked)
     pairs = []
     for text in asked:
         new, equals, name = text.partition("=")

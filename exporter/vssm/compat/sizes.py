@@ -29,7 +29,7 @@ from vssm.artifact.manifest import BATCH, FreeSize
 from vssm.compat.batch import user_line
 from vssm.compat.exact import Outputs, evaluating
 from vssm.compat.passes.graph import ATEN
-from vssm.errors import RuntimeUnavailableError, UnsupportedError
+from vssm.errors import RuntimeUnavailableError, UnsupportedError, check_several
 from vssm.files.json import is_name
 from vssm.native_library import ORT_LIBRARY, find_library
 
@@ -86,8 +86,7 @@ def free_axes(dynamic: Sequence[str], shape: Sequence[int]) -> tuple[FreeAxis, .
         TypeError: it is one text.
         ValueError: a name or an axis is none, or is there twice.
     """
-    if isinstance(dynamic, str):
-        raise TypeError(f"dynamic={dynamic!r} is one text; give a list of names")
+    check_several(dynamic=dynamic)
     found: list[FreeAxis] = []
     for text in dynamic:
         name, equals, place = text.partition("=")

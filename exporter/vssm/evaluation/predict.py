@@ -14,7 +14,7 @@ import numpy as np
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
 from vssm.artifact.manifest import LOGITS, MANIFEST_NAME, Manifest
 from vssm.artifact.preprocessing import preprocessing_of
-from vssm.errors import check_least
+from vssm.errors import check_least, check_several
 from vssm.evaluation.blocks import BlockFiles, BlockHeader, cut, held_folder
 from vssm.evaluation.classify import class_probabilities
 from vssm.evaluation.data import Loaded
@@ -180,6 +180,7 @@ def predict(
         progress: called with how far it is; a bar in a terminal or a notebook by default.
 
     Raises:
+        TypeError: `tensors` is one text.
         ValueError: an argument does not fit, or no image can be read; their rows are written then.
         ArtifactError: the export was changed, a file cannot be written, or what an interrupted
             prediction left is of another one.
@@ -188,6 +189,7 @@ def predict(
         RuntimeUnavailableError, UnsupportedError: as for `open_session`.
     """
     check_least(1, batch=batch, block=block, top=top)
+    check_several(tensors=tensors)
     check_runtime(runtime, backend=backend, threads=threads)
     check_ray(ray, workers)
     cores, workers = share_cores(threads, 0 if ray is not None else workers)

@@ -29,7 +29,7 @@ from vssm.artifact.manifest import (
 )
 from vssm.checkpoints.load import save_safetensors
 from vssm.checkpoints.wrapped import refuse_packed, refuse_replaced, refuse_wrapper
-from vssm.errors import UnsupportedError
+from vssm.errors import UnsupportedError, check_several
 from vssm.files.atomic import sha256_of
 from vssm.files.progress import automatic, shows_progress
 from vssm.files.text import is_plain, shown
@@ -234,6 +234,7 @@ def _refuse(model: VisionModel, opset: int, labels: Sequence[str] | None) -> Non
             "alignment='gap', 'constant' or 'none'"
         )
     _refuse_merging(model.schedule)
+    check_several(labels=labels)
     if labels is not None and len(labels) != model.num_classes:
         raise ValueError(
             f"labels={len(labels)} for {model.num_classes} classes; give one label a class"

@@ -13,7 +13,7 @@ from vssm.artifact.manifest import (
     QUANTIZATION_TARGETS,
     QUANTIZATION_TYPES,
 )
-from vssm.errors import ArtifactError, UnsupportedError, check_choice, check_least
+from vssm.errors import ArtifactError, UnsupportedError, check_choice, check_least, check_several
 
 AUTO: Final = "auto"  # among `keep_float`: find the sensitive layers by measurement
 
@@ -91,6 +91,7 @@ def check_request(request: QuantizeRequest, *, images: bool) -> None:
     from vssm.runtimes.session import checked_threads  # needs numpy, which --help does not wait for
 
     checked_threads(request.threads)
+    check_several(keep_float=request.keep_float)
     check_least(1, count=request.count)
     check_least(0, seed=request.seed)
     static = request.method == "static"

@@ -19,7 +19,7 @@ import numpy as np
 from vssm.artifact.directory import MODEL_FILE, Artifact, open_artifact
 from vssm.artifact.preprocessing import open_rgb, preprocessing_of
 from vssm.checkpoints.hub import check_checkpoint, hub_file
-from vssm.errors import check_least, check_most
+from vssm.errors import check_least, check_most, check_several
 from vssm.evaluation.evaluate import COLUMNS, evaluate
 from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_apart, check_writable, make_directory
@@ -176,10 +176,12 @@ def compare(
         progress: called with how far it is; a bar in a terminal or a notebook by default.
 
     Raises:
+        TypeError: `contestants` is one text.
         ValueError: there are not two, an argument does not fit, or they saw other images.
         VssmError: a package, file or runtime is missing or cannot be used.
     """
     options, output = options or CompareOptions(), Path(output)
+    check_several(contestants=contestants)
     paths = [Path(one) for one in contestants]
     _check(paths, options)
     check_apart(output, images=options.images)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from vssm.errors import check_choice, check_least, check_most
+from vssm.errors import check_choice, check_least, check_most, check_several
 from vssm.models.family import Published
 from vssm.models.registry import check_name
 from vssm.pruning.schedule import (
@@ -54,6 +54,7 @@ class AblationTraining:
     def __post_init__(self) -> None:
         check_least(1, finetune_seeds=self.seeds)
         check_most(_MOST_SEEDS, finetune_seeds=self.seeds)
+        check_several(variants=self.variants)
         if twice := [key for key in self.variants if self.variants.count(key) > 1]:
             raise ValueError(f"finetune={twice[0]!r} is named twice; name each variant once")
 
@@ -82,6 +83,7 @@ class AblationOptions:
         restart: measure anew, whatever a stopped ablation has left; trained weights stay.
 
     Raises:
+        TypeError: one text or path stands where several are taken.
         ValueError: a number is out of its range, or a ratio or a file is named twice.
     """
 
@@ -108,11 +110,13 @@ class AblationOptions:
 
         share_cores(self.threads, self.workers)  # which checks both
         check_choice("device", self.device, DEVICES)
+        check_several(ratios=self.ratios, checkpoints=self.checkpoints)
         # Twice the same would be shown as two runs that agree, without any deviation.
         exact = [checked_ratio(ratio) for ratio in self.ratios]
         if twice := [str(ratio) for ratio in exact if exact.count(ratio) > 1]:
             raise ValueError(f"ratios={twice[0]} is named twice; name each keep ratio once")
         for key, files in self.finetuned.items():
+            check_several(**{f"finetuned[{key!r}]": files})
             places = [Path(file).resolve() for file in files]
             if again := [str(place) for place in places if places.count(place) > 1]:
                 raise ValueError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vssm.artifact.preprocessing import preprocess
+from vssm.errors import check_several
 from vssm.extras import require
 from vssm.files.atomic import atomic_write_bytes, check_writable, make_directory
 from vssm.files.json import write_json
@@ -318,11 +319,13 @@ def visualize(
 
     Raises:
         VssmError: matplotlib is missing, or the model cannot be shown.
+        TypeError: `images` is one path.
         ValueError: an argument does not fit, or an image cannot be read.
         ArtifactError: a file cannot be written.
     """
     require("matplotlib")
     require("jinja2")
+    check_several(images=images)
     output, files = Path(output), [Path(file) for file in images]
     if not files:
         raise ValueError("images=[] holds no image; give one at least")
