@@ -65,7 +65,10 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
     node = helper.make_node("MatMul", ["x", "w"], ["y"], "/mix")
     graph = _graph([node], [("x", (4, 4))], [("w", (4, 4))], w=value)
     with pytest.raises(ValueError, match=r"weight 'w' of '/mix' is not finite.*keep_float='/mix'"):
-        check_operands(graph, find_products(graph))
+        check_operands(graph, find_products(graph), vssm.QuantizeRequest())
+
+
+WEIGHTS = vssm.QuantizeRequest(method="weights")
 
 
 @pytest.mark.parametrize("taken", ["w_scale", "x_zero_point"])
@@ -76,19 +79,19 @@ def test_names_that_a_quantiser_would_take_for_its_own_are_refused(taken: str) -
     ]
     graph = _graph(nodes, [("x", (4, 4))], [("w", (4, 4)), (taken, ())])
     with pytest.raises(ValueError, match=f"value '{taken}'.*adds to '/mix'.*keep_float='/mix'"):
-        check_operands(graph, find_products(graph))
+        check_operands(graph, find_products(graph), vssm.QuantizeRequest())
 
 
 def test_an_input_keeps_its_name() -> None:
-    """Also one that ends as what ONNX Runtime's quantiser adds."""
+    """Also one that ends as what ONNX Runtime's quantiser would add to an activation."""
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"], "/mix"),
-        helper.make_node("Mul", ["a", "image_scale"], ["y"], "/times"),
+        helper.make_node("Mul", ["a", "x_scale"], ["y"], "/times"),
     ]
-    graph = _graph(nodes, [("x", (4, 4)), ("image_scale", (4,))], [("w", (4, 4))])
+    graph = _graph(nodes, [("x", (4, 4)), ("x_scale", (4,))], [("w", (4, 4))])
     products = find_products(graph)
-    check_operands(graph, products)
+    check_operands(graph, products, WEIGHTS)
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    made = insert_pairs(proto, products, vssm.QuantizeRequest(method="weights"), None)
+    made = insert_pairs(proto, products, WEIGHTS, None)
     onnx.checker.check_model(made, full_check=True)
-    assert list(made.graph.node[-1].input) == ["a", "image_scale"]
+    assert list(made.graph.node[-1].input) == ["a", "x_scale"]

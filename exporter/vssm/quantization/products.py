@@ -162,12 +162,15 @@ def _runs(product: Product, request: QuantizeRequest) -> bool:
     return request.method != "dynamic" or (product.operator == "MatMul" and product.right)
 
 
-def check_operands(graph: onnx.GraphProto, products: Sequence[Product]) -> None:
+def check_operands(
+    graph: onnx.GraphProto, products: Sequence[Product], request: QuantizeRequest
+) -> None:
     """Refuse weights that integers cannot hold, and names that would be taken for others.
 
     Args:
         graph: of the float model, with the values of its weights.
         products: those to quantise.
+        request: how.
 
     Raises:
         ValueError: a weight is not finite, or the graph has a name that is to be added.
@@ -180,7 +183,8 @@ def check_operands(graph: onnx.GraphProto, products: Sequence[Product]) -> None:
                 f"the weight {product.weight!r} of {product.name!r} is not finite, so it has no "
                 f"range to divide; mend it, or give keep_float={product.name!r}"
             )
-        operands = (product.weight, product.activation)
+        activations = () if request.method == "weights" else (product.activation,)
+        operands = (product.weight, *activations)
         added = [operand + suffix for operand in operands for suffix in _ADDED]
         if taken := [name for name in added if name in known]:
             # It would be used as the scale, say, without a word.

@@ -145,7 +145,7 @@ def _quantized(
 ) -> tuple[onnx.ModelProto, list[Product]]:
     """The quantised model, and the products that are quantised in it."""
     proto = onnx.load(str(model))
-    check_operands(proto.graph, products)
+    check_operands(proto.graph, products, request)
     if request.method == "dynamic":
         return _dynamic(proto, products, model.with_name("dynamic.onnx"), progress), products
     if request.type == "int4":
