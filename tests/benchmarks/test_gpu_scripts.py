@@ -23,6 +23,8 @@ from benchmarks.gpu.report import label
 from benchmarks.gpu.scans import Contender
 from benchmarks.gpu.shapes import ScanShape
 from benchmarks.gpu.timing import HostClock
+from fake_cuda import FakeCuda
+from fake_tensorrt import FakeTensorRT
 from gpu_check_cases import (
     CROSS,
     GROUP,
@@ -33,8 +35,6 @@ from gpu_check_cases import (
     mamba_extension,
     micro_oracle,
 )
-from tensorrt_standin import FakeCuda
-from tensorrt_standin_engine import FakeTensorRT
 from torch import Tensor
 
 import vssm

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from tensorrt_standin import FakeCuda
+from fake_cuda import FakeCuda
 
 from vssm.errors import RuntimeUnavailableError
 from vssm.runtimes.cuda_memory import Cuda, TimedStream

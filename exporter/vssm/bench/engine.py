@@ -16,14 +16,11 @@ from vssm.bench.measure import BenchReport, Contender, check_arguments, measure
 from vssm.bench.subjects import asked_outputs
 from vssm.models.cost import count
 from vssm.onnx.export import export
-from vssm.runtimes.session import Session
+from vssm.runtimes.session import Session, compare_outputs
 from vssm.runtimes.tensorrt.build import EngineRequest, build_engine
 from vssm.runtimes.tensorrt.session import TensorRtSession
 from vssm.runtimes.torch import TorchSession, model_of
 from vssm.types import Array, Steps
-
-# Far above the error of any dtype: two programs that should be one model, or a broken kernel.
-_SAME = 0.2
 
 
 def bench_engine(
@@ -153,11 +150,11 @@ def _check_logits(session: Session, artifact: Artifact, batch: int) -> None:
     # By name: the session's default is our own kernels, and this is to be the oracle.
     with TorchSession(artifact, backend="reference") as oracle:
         want: Array = oracle.run(images)["logits"]
-    difference = float(np.abs(got - want).max() / np.abs(want).max())
+    difference, same = compare_outputs(got, want)
     # Ranges that were calibrated on images do not hold for noise: of it only NaN says something.
     if artifact.manifest.quantization is not None and np.isfinite(got).all():
         return
-    if not difference <= _SAME:  # NaN counts
+    if not same:
         raise ValueError(
             f"the engine's logits differ from the oracle's by {difference:.1e} of the largest; a "
             f"timing of wrong numbers says nothing: run vssm check --runtime {session.info.runtime}"

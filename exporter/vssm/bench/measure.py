@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 
 from vssm.runtimes.library import exp2_rate, library_info, product_rate
-from vssm.runtimes.session import Session, checked_threads, plural
+from vssm.runtimes.session import Session, checked_threads, compare_outputs, plural
 from vssm.types import Array, Steps
 
 # The inputs of a batch, as `Session.run` takes them.
@@ -324,19 +324,13 @@ def _compared(session: Session, outputs: Mapping[str, Array]) -> Array:
     return np.pad(scores, (0, most - len(scores)))
 
 
-# Far above the error of any dtype: two programs that should be one model, or a broken kernel.
-_SAME = 0.2
-
-
 def _difference(subjects: Sequence[Contender], logits: Sequence[Array], index: int) -> float | None:
     subject = subjects[index]
     if subject.same_as is None:
         return None
     reference = next(x for s, x in zip(subjects, logits, strict=True) if s.name == subject.same_as)
-    largest = float(np.abs(reference).max()) or 1.0  # a detector may find nothing
-    difference = float(np.abs(logits[index] - reference).max() / largest)
-    # Not ">": NaN must count as a difference.
-    if not difference <= _SAME:
+    difference, same = compare_outputs(logits[index], reference)
+    if not same:
         raise ValueError(
             f"logits of {subject.name!r} differ from {subject.same_as!r} by {difference:.1e} of "
             "the largest; a timing of wrong numbers says nothing: run vssm check"

@@ -25,10 +25,9 @@ from vssm.files.messages import message_types
 from vssm.files.private import library_copy
 from vssm.files.staging import settle
 from vssm.runtimes.ort import run_once
+from vssm.runtimes.session import compare_outputs
 
 _LIBRARY: Final = "lib/libvssm_onnxruntime.so"
-# Far above the error of any dtype: two programs that should be one model (as in benchmark.py).
-_SAME: Final = 0.2
 # What a whole detector's dense head says of the anchors of its finest level (docs/detection.md).
 _DENSE: Final = frozenset({b"rpn.logits0", b"rpn.cls0", b"head.cls0"})
 # What is read and added of an ONNX file here, numbered as in onnx.proto.
@@ -148,12 +147,12 @@ def _run(artifact: Artifact, library: Path, name: str, files: int) -> BundleRepo
         ran = run_once(Path(model), images, library)
         # Without the library the functions in the file run: another program for the same model.
         bodies = run_once(Path(model), images, None).outputs[compared]
-    difference = float(np.abs(ran.outputs[compared] - bodies).max() / np.abs(bodies).max())
+    difference, same = compare_outputs(ran.outputs[compared], bodies)
     failures = []
     # A user's own module may have none of our operators, and then no kernel has to run.
     if not ran.kernels and artifact.manifest.operators:
         failures.append(f"{Path(_LIBRARY).name} was loaded, but none of its kernels ran")
-    if not difference <= _SAME:  # NaN counts
+    if not same:
         failures.append(
             f"{compared} with {Path(_LIBRARY).name} differ from the fallback bodies' by "
             f"{difference:.1e} of the largest; the library and the model do not belong together"

@@ -23,11 +23,20 @@ CLOSED = "session=closed: open another one to run again"
 # A bound for slips of the keyboard: a runtime starts as many threads as it is told, and hangs.
 _MAX_THREADS = 1024
 _MAX_WORKERS = 4  # by default: more than a model on a few cores can use
+# Far above the error of any dtype: two programs that should be one model, or a broken kernel.
+_SAME = 0.2
 
 
 def plural(count: int, noun: str) -> str:
     """The count and the noun, as in "2 threads"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def compare_outputs(got: Array, want: Array) -> tuple[float, bool]:
+    """Their difference over the largest value wanted, and whether both can be of one model."""
+    largest = float(np.abs(want).max()) or 1.0  # a detector may find nothing
+    difference = float(np.abs(got - want).max()) / largest
+    return difference, difference <= _SAME  # NaN is not
 
 
 @dataclass(frozen=True)

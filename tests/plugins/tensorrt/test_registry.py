@@ -10,7 +10,7 @@ from tensorrt_build import LEAN, ROOT, SOURCES, harness, lean_folder, real_libra
 
 from vssm.ops.spec import OPERATORS
 
-SCRIPT = (ROOT / "tests/support/tensorrt_registry.py").read_text(encoding="utf-8")
+SCRIPT = (ROOT / "tests/tensorrt_harness/registry.py").read_text(encoding="utf-8")
 REFUSALS = (
     "node a.node: TokenGather: num_keep=0 is outside [1, seqlen]",
     "node a.node: TokenGather1: length(num_keep)=2",

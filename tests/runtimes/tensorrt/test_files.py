@@ -18,7 +18,7 @@ import vssm
 from vssm.models.base import VisionModel
 from vssm.ops.spec import DOMAIN, OPERATORS, PLUGIN_ATTRIBUTES
 
-SCRIPT = (ROOT / "tests/support/tensorrt_parser.py").read_text(encoding="utf-8")
+SCRIPT = (ROOT / "tests/tensorrt_harness/parser.py").read_text(encoding="utf-8")
 PRUNED = vssm.PruneSchedule({5: 0.8, 10: 0.8, 15: 0.8})
 # The export that tests/onnx/test_merging.py makes too.
 MERGED = vssm.MergeSchedule(5, start=1, every=1, final_tokens=20, alignment="size")

@@ -13,7 +13,7 @@ from tensorrt_build import ROOT, rtx_path, run_python
 import vssm
 from vssm.artifact.directory import Artifact
 
-SCRIPT = (ROOT / "tests/support/tensorrt_parser.py").read_text(encoding="utf-8")
+SCRIPT = (ROOT / "tests/tensorrt_harness/parser.py").read_text(encoding="utf-8")
 LONG = pytest.mark.slow
 REQUESTS = [
     pytest.param(vssm.QuantizeRequest(target="tensorrt", count=COUNT), id="int8"),

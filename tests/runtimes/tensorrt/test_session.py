@@ -1,6 +1,6 @@
 """Sessions on TensorRT: logic on stand-ins for the GPU, refusals on real files.
 
-What runs here is our side of every call, on host memory (tensorrt_standin.py). That TensorRT itself
+What runs here is our side of every call, on host memory (fake_tensorrt.py). That TensorRT itself
 accepts the calls is for a machine with a GPU.
 """
 
@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from command import Run
 from exports import exported, images, micro, shared_traces
-from tensorrt_standin import OUT_OF_MEMORY, FakeCuda
-from tensorrt_standin_engine import FakeTensorRT
+from fake_cuda import OUT_OF_MEMORY, FakeCuda
+from fake_tensorrt import FakeTensorRT
 
 import vssm
 from vssm.artifact.directory import Artifact

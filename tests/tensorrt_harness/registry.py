@@ -1,6 +1,6 @@
-"""Drives the plugin libraries through a real plugin registry; run by test_tensorrt_registry.py.
+"""Drives the plugin libraries through a real plugin registry; run by test_registry.py.
 
-Usage: python tensorrt_registry.py MODE LIBRARY, with a lean runtime of TensorRT on the path. The
+Usage: python registry.py MODE LIBRARY, with a lean runtime of TensorRT on the path. The
 process ends without TensorRT's own clean-up, which wants a GPU.
 """
 

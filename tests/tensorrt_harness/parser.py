@@ -1,6 +1,6 @@
 """NVIDIA's own ONNX parser and builder over a file; run by test_tensorrt_files.py.
 
-Usage: python tensorrt_parser.py build MODEL | probe LIBRARY MODEL, with TensorRT for RTX on the
+Usage: python parser.py build MODEL | probe LIBRARY MODEL, with TensorRT for RTX on the
 path. Prints one JSON line last. The process ends without TensorRT's clean-up, which wants a GPU.
 """
 

@@ -1,19 +1,26 @@
-"""The running half of the stand-in for TensorRT: engines that compute in ONNX Runtime."""
+"""A stand-in for TensorRT's builder and runtime, on a `FakeCuda`.
+
+It follows the parser's rules for plugins and bodies of the version it claims to be, and its engines
+run the file in ONNX Runtime, on the addresses that they are given. It shows that our calls fit
+together, not that TensorRT accepts them.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import types
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+from fake_cuda import FakeCuda
 from onnx import helper
-from tensorrt_standin import FakeCuda, _Builder, _Layer, _Level, _Parser
 
 from vssm.native_library import find_library
+from vssm.ops.spec import DOMAIN
 
 
 class FakeTensorRT(types.ModuleType):
@@ -64,6 +71,144 @@ class FakeTensorRT(types.ModuleType):
 
     def Runtime(self, log: Any) -> _Runtime:
         return _Runtime(self, log)
+
+
+class _Layer(IntEnum):
+    OTHER = 0
+    PLUGIN_V3 = 1
+
+
+class _Level(IntEnum):
+    NONE = 0
+    AMPERE_PLUS = 1
+    SAME_COMPUTE_CAPABILITY = 2
+
+
+class _Network:
+    def __init__(self) -> None:
+        self.layers: list[_Layer] = []
+        self.model: Any = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def get_layer(self, index: int) -> Any:
+        return types.SimpleNamespace(type=self.layers[index])
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.model.graph.input)
+
+    def get_input(self, index: int) -> Any:
+        value = self.model.graph.input[index]
+        shape = tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim)
+        return types.SimpleNamespace(name=value.name, shape=shape)
+
+
+class _Parser:
+    """The rules of the version: before 10.7 a body hides the plugin."""
+
+    def __init__(self, trt: FakeTensorRT, network: _Network) -> None:
+        self.trt, self.network, self.errors = trt, network, []
+
+    def parse(self, data: bytes, path: str) -> bool:
+        model = onnx.load_from_string(data)
+        bodies = {f.name for f in model.functions}
+        for node in model.graph.node:
+            plugin = node.domain == DOMAIN and bool(self.trt.loaded)
+            if plugin and not (self.trt.version < (10, 7) and node.op_type in bodies):
+                self.network.layers.append(_Layer.PLUGIN_V3)
+            elif node.domain != DOMAIN or node.op_type in bodies:
+                self.network.layers.append(_Layer.OTHER)
+            else:
+                self.errors.append(node)
+        self.network.model = model
+        return not self.errors
+
+    def parse_from_file(self, path: str) -> bool:
+        with open(path, "rb") as file:
+            return self.parse(file.read(), path)
+
+    @property
+    def num_errors(self) -> int:
+        return len(self.errors)
+
+    def get_error(self, index: int) -> Any:
+        node = self.errors[index]
+        return types.SimpleNamespace(
+            node_name=lambda: node.name,
+            node=lambda: index,
+            node_operator=lambda: node.op_type,
+            local_function_stack=list,
+            desc=lambda: "plugin not found",
+        )
+
+
+class _Profile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, Any] = {}
+
+    def set_shape(self, name: str, low: Any, opt: Any, high: Any) -> None:
+        self.shapes[name] = [low, opt, high]
+
+
+class _Config:
+    def __init__(self, trt: FakeTensorRT) -> None:
+        self.trt, self.cache, self.limits = trt, None, {}
+        self.flags = ["TF32"]  # as every TensorRT begins
+        self.profile = _Profile()
+        self.plugins_to_serialize: list[str] = []
+
+    def set_memory_pool_limit(self, pool: str, size: int) -> None:
+        self.limits[pool] = size
+
+    def set_flag(self, flag: str) -> None:
+        self.flags.append(flag)
+
+    def clear_flag(self, flag: str) -> None:
+        self.flags.remove(flag)
+
+    def add_optimization_profile(self, profile: _Profile) -> int:
+        self.profile = profile
+        return 0
+
+    def create_timing_cache(self, data: bytes) -> Any:
+        return types.SimpleNamespace(data=data, serialize=lambda: self.trt.cache_mark)
+
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+        self.cache = cache
+        return ignore_mismatch or cache.data in (b"", self.trt.cache_mark)
+
+    def get_timing_cache(self) -> Any:
+        return self.cache
+
+
+class _Builder:
+    def __init__(self, trt: FakeTensorRT, log: Any) -> None:
+        self.trt, self.log = trt, log
+
+    def create_network(self, flags: int) -> _Network:
+        assert flags == 1 << 1, "not strongly typed"
+        return _Network()
+
+    def create_builder_config(self) -> _Config:
+        self.trt.configs.append(_Config(self.trt))
+        return self.trt.configs[-1]
+
+    def create_optimization_profile(self) -> _Profile:
+        return _Profile()
+
+    def build_serialized_network(self, network: _Network, config: _Config) -> bytes | None:
+        monitor = config.progress_monitor
+        monitor.phase_start("Building engine", None, 2)
+        assert monitor.step_complete("Building engine", 0)
+        monitor.phase_finish("Building engine")
+        if self.trt.fail_build:
+            self.log.log(self.trt.ILogger.Severity.ERROR, "could not find any implementation")
+            return None
+        head = json.dumps({"profile": config.profile.shapes, "version": self.trt.__version__})
+        return head.encode() + b"\n" + network.model.SerializeToString()
 
 
 class _Runtime:
