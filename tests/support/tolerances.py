@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-# Against the float64 oracle on the same (rounded) inputs. Measured over test_ort_operators.py, all
-# instruction sets: float32 3.3e-7, float16 4.6e-4, bfloat16 3.1e-3; rounding the output alone costs
-# a half type up to 4.9e-4 and 3.9e-3.
+# Against the float64 oracle on the same (rounded) inputs. Measured over plugins/onnxruntime's
+# test_operators.py, all instruction sets: float32 3.3e-7, float16 4.6e-4, bfloat16 3.1e-3; rounding
+# the output alone costs a half type up to 4.9e-4 and 3.9e-3.
 SCAN_TOLERANCE = {torch.float32: 6e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 # Half precision must be as good as PyTorch's own: error at most this many times that of the
@@ -21,9 +21,9 @@ SOFTPLUS_TOLERANCE = 3.5e-7  # measured 3.3e-7 (AVX-512), 2.9e-7
 
 # The CUDA scans keep SCAN_TOLERANCE in emulation (measured there: float32 3.6e-7, float16 4.6e-4,
 # bfloat16 3.5e-3), where exp2 is exact. A GPU's ex2 errs by up to two units in the last place of
-# every decay. Measured in emulation over test_cuda_scan.py with such errors put in, float32: 1.3e-6
-# where they are drawn, 2.2e-6 and 3.8e-6 where every ex2 is one unit and two too large, the worst
-# that may be; half types as without. To be set anew from the first run on a GPU.
+# every decay. Measured in emulation over plugins/cuda/test_scan.py with such errors put in,
+# float32: 1.3e-6 where they are drawn, 2.2e-6 and 3.8e-6 where every ex2 is one unit and two too
+# large, the worst that may be; half types as without. To be set anew from the first run on a GPU.
 GPU_SCAN_TOLERANCE = SCAN_TOLERANCE | {torch.float32: 4e-6}
 
 # Gradients against float64 autograd of the oracle, over the largest magnitude of each. Measured

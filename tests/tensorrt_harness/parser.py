@@ -1,7 +1,7 @@
-"""NVIDIA's own ONNX parser and builder over a file; run by test_tensorrt_files.py.
+"""NVIDIA's own ONNX parser and builder over a file; run by tests/runtimes/tensorrt.
 
-Usage: python parser.py build MODEL | probe LIBRARY MODEL, with TensorRT for RTX on the
-path. Prints one JSON line last. The process ends without TensorRT's clean-up, which wants a GPU.
+Usage: python parser.py build MODEL | probe LIBRARY MODEL, with TensorRT for RTX on the path. Prints
+one JSON line last. The process ends without TensorRT's clean-up, which wants a GPU.
 """
 
 from __future__ import annotations

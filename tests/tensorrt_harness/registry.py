@@ -1,7 +1,7 @@
 """Drives the plugin libraries through a real plugin registry; run by test_registry.py.
 
-Usage: python registry.py MODE LIBRARY, with a lean runtime of TensorRT on the path. The
-process ends without TensorRT's own clean-up, which wants a GPU.
+Usage: python registry.py MODE LIBRARY, with a lean runtime of TensorRT on the path. The process
+ends without TensorRT's own clean-up, which wants a GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The CUDA side of the ONNX Runtime adapter, without a GPU.
 
 The adapter's own code runs, over the emulated CUDA kernels; a stand-in plays ONNX Runtime's host
-side (tests/support/ort_host.py). What only a GPU can show is in test_ort_cuda_session.py.
+side (tests/support/ort_host.py). What only a GPU can show is in tests/runtimes/test_ort_cuda.py.
 """
 
 from __future__ import annotations
