@@ -39,6 +39,7 @@ from vssm.evaluation.segmentation import Tally, image_areas
 from vssm.models.base import ForwardDetails, VisionModel
 from vssm.models.cost import count
 from vssm.models.registry import families
+from vssm.pruning.schedule import RESTORES
 from vssm.training.run import REPORT_FILE, WEIGHTS_FILE, has_run
 from vssm.types import Array
 
@@ -51,7 +52,6 @@ _SIZES: Final[dict[str, Any]] = {
 # As the published schedules lie: after the first three of four taps.
 _BLOCKS: Final = (1, 2, 3)
 _RATIOS: Final = ("0.7", "0.5")
-_RESTORES: Final = ("frozen", "zero", "nearest")
 # What a scene shows is where it is and what: no mirrors, and small changes of size.
 _LIGHT: Final[dict[str, Any]] = {
     **{
@@ -117,7 +117,7 @@ def variants(ratios: Sequence[str]) -> list[Variant]:
     """Dense, then every ratio with every way to restore, and with plain removal."""
     found = [DENSE]
     for ratio in ratios:
-        found += [Variant(ratio, restore, "gap") for restore in _RESTORES]
+        found += [Variant(ratio, restore, "gap") for restore in RESTORES]
         found.append(Variant(ratio, "frozen", "none"))
     return found
 
@@ -379,7 +379,7 @@ def draw(options: argparse.Namespace) -> None:
     images = scenes.images[:_DRAWN]
     ratio = options.ratios[len(options.ratios) // 2]
     maps = {"truth": list(scenes.classes[:_DRAWN])}
-    for variant in (DENSE, *(Variant(ratio, restore, "gap") for restore in _RESTORES)):
+    for variant in (DENSE, *(Variant(ratio, restore, "gap") for restore in RESTORES)):
         folder = _run_folder(options.output, 0, variant, tuned=variant != DENSE)
         found = _forward(_loaded(variant, folder / WEIGHTS_FILE), images)
         maps[_name(variant).replace("`", "")] = _guesses(found)

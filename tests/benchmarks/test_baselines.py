@@ -78,6 +78,7 @@ def test_triton_baseline() -> None:
     pytest.importorskip("triton", reason="triton is not installed: it comes with torch for CUDA")
     code = """
 import torch
+from tolerances import relative_error
 from benchmarks.gpu import shapes, triton_scan
 from benchmarks.gpu.timing import relative_error
 from checkout import PYTHONPATH

@@ -17,7 +17,8 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from official_data import fill_weights, fixture, images, relative_error
+from official_data import fill_weights, fixture, images
+from tolerances import relative_error
 from torch import Tensor, nn
 
 import vssm

@@ -20,10 +20,10 @@ from official_data import (
     micro_plain_mamba,
     plain_mamba_config,
     plain_mamba_images,
-    relative_error,
     shapes,
     wanted_shapes,
 )
+from tolerances import relative_error
 
 import vssm
 from vssm import PruneSchedule

@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from official_data import filled_model, fixture, images, micro_plain_mamba, relative_error
+from official_data import filled_model, fixture, images, micro_plain_mamba
 from plain_mamba_by_hand import PlainMambaByHand
+from tolerances import relative_error
 
 import vssm
 from vssm import PruneSchedule

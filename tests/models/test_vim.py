@@ -15,10 +15,10 @@ from official_data import (
     manifest,
     micro_config,
     micro_vim,
-    relative_error,
     shapes,
     wanted_shapes,
 )
+from tolerances import relative_error
 from torch.nn import functional
 
 import vssm

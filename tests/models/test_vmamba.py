@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from official_data import (
-    check_keys,
-    filled_model,
-    images,
-    manifest,
-    relative_error,
-    shapes,
-    wanted_shapes,
-)
+from official_data import check_keys, filled_model, images, manifest, shapes, wanted_shapes
 from official_hierarchical import (
     case_images,
     case_of,
@@ -22,6 +14,7 @@ from official_hierarchical import (
     record,
     stage_ends,
 )
+from tolerances import relative_error
 
 import vssm
 from vssm import PruneSchedule

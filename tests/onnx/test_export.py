@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from exports import AS_RELEASED, exported, images, micro, shared_traces
+from tolerances import relative_error
 
 import vssm
 from vssm.artifact.directory import Artifact, open_artifact
@@ -31,10 +32,6 @@ def run_bodies(path: Path, x: np.ndarray) -> list[np.ndarray]:
     return session.run(None, {"images": x})
 
 
-def relative(got: np.ndarray, want: np.ndarray) -> float:
-    return float(np.abs(got - want).max() / np.abs(want).max())
-
-
 def oracle(model: torch.nn.Module, x: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return copy.deepcopy(model).double()(torch.from_numpy(x).double()).numpy()
@@ -50,7 +47,7 @@ def test_bodies_give_the_oracles_numbers_at_any_batch(pruned: Artifact, batch: i
     model = micro()
     x = images(model, batch)
     logits, *kept = run_bodies(pruned.model_path, x)
-    assert relative(logits, oracle(model, x)) <= FLOAT32
+    assert relative_error(logits, oracle(model, x)) <= FLOAT32
     with torch.no_grad():
         details = copy.deepcopy(model).double().forward_details(torch.from_numpy(x).double())
     for got, want in zip(kept, details.kept_positions, strict=True):
@@ -99,7 +96,7 @@ def test_every_rule_and_configuration_exports(
     model = micro(rules=rules, **config)
     artifact = exported(tmp_path, model)
     x = images(model, 3)
-    assert relative(run_bodies(artifact.model_path, x)[0], oracle(model, x)) <= FLOAT32
+    assert relative_error(run_bodies(artifact.model_path, x)[0], oracle(model, x)) <= FLOAT32
 
 
 @pytest.mark.parametrize(
@@ -116,7 +113,7 @@ def test_configurations_that_cannot_prune_export_dense(
     model = micro(None, **config)
     artifact = exported(tmp_path, model)
     x = images(model, 3)
-    assert relative(run_bodies(artifact.model_path, x)[0], oracle(model, x)) <= FLOAT32
+    assert relative_error(run_bodies(artifact.model_path, x)[0], oracle(model, x)) <= FLOAT32
 
 
 @pytest.mark.parametrize("opset", [18, 20, pytest.param(19, marks=pytest.mark.slow)])
@@ -126,7 +123,7 @@ def test_opsets(tmp_path: Path, opset: int) -> None:
     imports = {o.domain: o.version for o in onnx.load(artifact.model_path).opset_import}
     assert imports == {"": opset, DOMAIN: 1}
     x = images(model)
-    assert relative(run_bodies(artifact.model_path, x)[0], oracle(model, x)) <= FLOAT32
+    assert relative_error(run_bodies(artifact.model_path, x)[0], oracle(model, x)) <= FLOAT32
 
 
 def test_float16_is_as_good_as_torch_in_float16(tmp_path: Path) -> None:
@@ -138,7 +135,7 @@ def test_float16_is_as_good_as_torch_in_float16(tmp_path: Path) -> None:
         half = _cast_copy(model, torch.float16)(torch.from_numpy(x)).numpy()
     logits = run_bodies(artifact.model_path, x)[0]
     assert logits.dtype == np.float32
-    assert relative(logits, want) <= 2 * relative(half, want)
+    assert relative_error(logits, want) <= 2 * relative_error(half, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

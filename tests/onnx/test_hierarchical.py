@@ -12,6 +12,7 @@ import pytest
 import torch
 from exports import exported, images
 from hierarchical_cases import SMALL, small
+from tolerances import relative_error
 
 import vssm
 from vssm.artifact.directory import Artifact, open_artifact
@@ -47,10 +48,6 @@ def half(
     return model, exported(tmp_path_factory.mktemp("half"), model, dtype="float16")
 
 
-def relative(got: np.ndarray, want: np.ndarray) -> float:
-    return float(np.abs(got - want).max() / np.abs(want).max())
-
-
 def oracle(model: VisionModel, x: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return copy.deepcopy(model).double()(torch.from_numpy(x).double()).numpy()
@@ -62,7 +59,7 @@ def test_numbers_at_any_batch(whole: tuple[VisionModel, Artifact], backend: str)
     with vssm.open_session(artifact, "ort-cpu", backend=backend, threads=1) as session:
         for batch in (1, 2, 3):
             x = images(model, batch)
-            assert relative(session.run(x)["logits"], oracle(model, x)) <= FLOAT32[model.name]
+            assert relative_error(session.run(x)["logits"], oracle(model, x)) <= FLOAT32[model.name]
 
 
 def test_every_block_is_checked(whole: tuple[VisionModel, Artifact]) -> None:
@@ -87,7 +84,7 @@ def test_float16_is_as_good_as_torch_in_float16(half: tuple[VisionModel, Artifac
         with vssm.open_session(artifact, "ort-cpu", backend=backend, threads=1) as session:
             logits = session.run(x)["logits"]
         assert logits.dtype == np.float32
-        assert relative(logits, want) <= 2 * relative(torch_half, want)
+        assert relative_error(logits, want) <= 2 * relative_error(torch_half, want)
 
 
 def _check_islands(graph: onnx.GraphProto, narrow: int) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vssm.onnx.options import DTYPE_NAMES, check_opset, checked_dtype
+from vssm.onnx.options import check_opset, checked_dtype
+from vssm.ops.spec import FLOAT_TYPES
 
 
 @pytest.mark.parametrize(
     ("given", "name"),
     [
-        *((name, name) for name in DTYPE_NAMES),
+        *((name, name) for name in FLOAT_TYPES),
         *((dtype, str(dtype).removeprefix("torch.")) for dtype in (torch.float32, torch.bfloat16)),
         *(("fp16", "float16"), ("half", "float16"), (torch.half, "float16")),
         *(("bf16", "bfloat16"), ("fp32", "float32")),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from command import Run
 from exports import MICRO_PLAIN, SCHEDULE, exported, images, micro_plain
+from tolerances import relative_error
 
 import vssm
 from vssm.artifact.directory import Artifact
@@ -26,10 +27,6 @@ from vssm.parity.compare import TOLERANCES
 # Largest error over the largest logit of a micro export, measured (float32 9e-7); twice of that.
 FLOAT32 = 2e-6
 ROWS = {"Gather", "GatherND", "GatherElements", "ScatterND", "ScatterElements", "TokenScatter"}
-
-
-def relative(got: np.ndarray, want: np.ndarray) -> float:
-    return float(np.abs(got - want).max() / np.abs(want).max())
 
 
 def oracle(model: torch.nn.Module, x: np.ndarray) -> vssm.ForwardDetails:
@@ -54,7 +51,7 @@ def test_sessions_give_the_oracles_numbers(artifact: Artifact, backend: str, bat
     with vssm.open_session(artifact, backend=backend) as session:
         outputs = session.run(x)
     want = oracle(model_of(artifact), x)
-    assert relative(outputs["logits"], want.logits.numpy()) <= FLOAT32
+    assert relative_error(outputs["logits"], want.logits.numpy()) <= FLOAT32
     for stage, kept in enumerate(want.kept_positions):
         np.testing.assert_array_equal(outputs[f"kept_positions_{stage}"], kept.numpy())
 
@@ -85,7 +82,7 @@ def test_every_rule_exports(tmp_path: Path, rules: dict[str, object]) -> None:
     x = images(model, 3)
     with vssm.open_session(exported(tmp_path, model), backend="body") as session:
         logits = session.run(x)["logits"]
-    assert relative(logits, oracle(model, x).logits.numpy()) <= FLOAT32
+    assert relative_error(logits, oracle(model, x).logits.numpy()) <= FLOAT32
 
 
 def test_float16_is_as_good_as_torch_in_float16(tmp_path: Path) -> None:
@@ -99,8 +96,8 @@ def test_float16_is_as_good_as_torch_in_float16(tmp_path: Path) -> None:
         with vssm.open_session(artifact, backend=backend) as session:
             logits = session.run(x)["logits"]
         assert logits.dtype == np.float32
-        error = relative(logits, want)
-        assert error <= 2 * relative(half, want)
+        error = relative_error(logits, want)
+        assert error <= 2 * relative_error(half, want)
         assert TOLERANCES["float32"].logits < error < TOLERANCES["float16"].logits
     assert_islands(onnx.load(artifact.model_path), onnx.TensorProto.FLOAT16)
 

@@ -6,9 +6,17 @@ import copy
 
 import pytest
 import torch
-from cases import SCAN_SIZES, TOGETHER_SIZES, gather_case, scan_case, scan_reference_arguments
+from cases import (
+    DTYPES,
+    EXTRA,
+    SCAN_SIZES,
+    TOGETHER_SIZES,
+    gather_case,
+    scan_case,
+    scan_reference_arguments,
+)
 from exports import images, micro, micro_plain
-from tolerances import GPU_SCAN_TOLERANCE, HALF_FACTOR
+from tolerances import GPU_SCAN_TOLERANCE, HALF_FACTOR, relative_error
 
 from vssm.ops import operators as ops
 from vssm.ops import reference
@@ -16,8 +24,6 @@ from vssm.ops.spec import GATHER_OPERATORS
 
 pytestmark = pytest.mark.gpu
 
-EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = SCAN_SIZES + TOGETHER_SIZES
 GATHERS = [(op.name, types) for op in GATHER_OPERATORS for types in op.types]
 # float32 products by cuBLAS against float64: the sums are as long as on the CPU.
@@ -37,10 +43,6 @@ def _to(case, device="cuda"):
     return {name: tensor.to(device) for name, tensor in case.items()}
 
 
-def _error(got, want):
-    return float((got.double().cpu() - want).abs().max() / want.abs().max())
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", EXTRA)
 @pytest.mark.parametrize("index", range(len(SHAPES)))
@@ -49,11 +51,11 @@ def test_scan_matches_the_oracle(index, name, dtype):
     attributes = {"params_by_step": bool(index % 2), "scale": 0.5 if index % 3 == 0 else 1.0}
     got = ops.selective_scan(**_to(case), **attributes)
     want = reference.selective_scan(**scan_reference_arguments(case), **attributes)
-    error = _error(got, want)
+    error = relative_error(got, want)
     assert error <= GPU_SCAN_TOLERANCE[dtype]
     if dtype != torch.float32:
         by_torch = reference.selective_scan(**_to(case), **attributes)
-        assert error <= HALF_FACTOR * _error(by_torch, want)
+        assert error <= HALF_FACTOR * relative_error(by_torch, want)
 
 
 @pytest.mark.parametrize(("name", "types"), GATHERS, ids=str)
@@ -79,7 +81,7 @@ def test_gather_is_the_oracle(name, types):
 def test_float64_is_the_oracles_formula():
     case = scan_reference_arguments(scan_case(seqlen=30))
     got = ops.selective_scan(**_to(case))
-    assert _error(got, reference.selective_scan(**case)) <= 1e-13
+    assert relative_error(got, reference.selective_scan(**case)) <= 1e-13
 
 
 def test_gradients_are_the_oracles():
@@ -90,7 +92,7 @@ def test_gradients_are_the_oracles():
         leaves["u"].requires_grad_()
         ops.selective_scan(**leaves, backend=backend).square().sum().backward()
         gradients.append(leaves["u"].grad)
-    assert _error(gradients[1], gradients[0].double().cpu()) <= 1e-5
+    assert relative_error(gradients[1], gradients[0].double().cpu()) <= 1e-5
 
 
 def test_a_cuda_graph_replays_on_new_values():
@@ -117,14 +119,14 @@ def test_a_pruned_model_replays_in_a_cuda_graph(family):
         want = copy.deepcopy(model).double()(x.double())
         model.cuda()
         static = x.cuda()
-        assert _error(model(static), want) <= LOGITS
+        assert relative_error(model(static), want) <= LOGITS
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = model(static)
         logits.zero_()
         graph.replay()
-    assert _error(logits, want) <= LOGITS
+    assert relative_error(logits, want) <= LOGITS
 
 
 def test_a_model_compiles_in_one_graph():
@@ -136,7 +138,7 @@ def test_a_model_compiles_in_one_graph():
         compiled = torch.compile(model.cuda(), fullgraph=True, mode="reduce-overhead")
         for _ in range(3):
             got = compiled(x.cuda()).clone()
-    assert _error(got, want) <= LOGITS
+    assert relative_error(got, want) <= LOGITS
 
 
 def test_two_streams_at_once():

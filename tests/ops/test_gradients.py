@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from backward_calls import EXTRA, largest_error, oracle_gradients, upstream
-from cases import scan_case
+from backward_calls import largest_error, oracle_gradients, upstream
+from cases import EXTRA, scan_case
 from checkout import PYTHONPATH
 from tolerances import GRADIENT_TOLERANCE
 

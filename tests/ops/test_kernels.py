@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import SCAN_SIZES, TOGETHER_SIZES, gather_case, scan_case, scan_reference_arguments
+from cases import (
+    DTYPES,
+    EXTRA,
+    SCAN_SIZES,
+    TOGETHER_SIZES,
+    gather_case,
+    scan_case,
+    scan_reference_arguments,
+)
 from emulated import EmulatedKernels
 from exports import micro, micro_plain
-from tolerances import SCAN_TOLERANCE
+from tolerances import SCAN_TOLERANCE, relative_error
 
 import vssm
 from vssm.errors import RuntimeUnavailableError, UnsupportedError
@@ -20,8 +28,6 @@ from vssm.ops import operators as ops
 from vssm.ops import reference
 from vssm.ops.spec import GATHER_OPERATORS, OPERATORS, SCAN_OPERATORS, SELECTIVE_SCAN
 
-EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [*SCAN_SIZES[:6], *TOGETHER_SIZES[:3]]
 GATHERS = [(op.name, types) for op in GATHER_OPERATORS for types in op.types]
 
@@ -40,10 +46,6 @@ def _use(monkeypatch, library):
     return found
 
 
-def _error(got, want):
-    return float((got.double() - want).abs().max() / want.abs().max())
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", EXTRA)
 @pytest.mark.parametrize("index", range(len(SHAPES)))
@@ -54,7 +56,7 @@ def test_scan_matches_the_oracle(backend, index, name, dtype):
     want = reference.selective_scan(**scan_reference_arguments(case), **attributes)
     assert got.dtype == dtype
     assert got.is_contiguous()
-    assert _error(got, want) <= SCAN_TOLERANCE[dtype]
+    assert relative_error(got, want) <= SCAN_TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("name", "types"), GATHERS, ids=str)
@@ -237,7 +239,7 @@ def test_gradients_are_the_oracles():
             leaves[name].requires_grad_()
         ops.selective_scan(**leaves, backend=backend).square().sum().backward()
         gradients.append(torch.cat([leaves[n].grad.flatten() for n in ("u", "delta", "A", "z")]))
-    assert _error(gradients[1], gradients[0].double()) <= 1e-5
+    assert relative_error(gradients[1], gradients[0].double()) <= 1e-5
 
 
 MODELS = {
@@ -255,7 +257,7 @@ def test_a_model_runs_on_the_kernels(backend, family):
         want = model.forward_details(x)
         got = model.use_backend("kernel").forward_details(x)
     assert {m.backend for m in model.modules() if hasattr(type(m), "backend")} == {"kernel"}
-    assert _error(got.logits, want.logits.double()) <= 2e-5
+    assert relative_error(got.logits, want.logits.double()) <= 2e-5
     for kept, kept_wanted in zip(got.kept_positions, want.kept_positions, strict=True):
         assert torch.equal(kept, kept_wanted)
 
@@ -267,7 +269,7 @@ def test_a_model_compiles_in_one_graph(backend):
         want = model(x)
         torch._dynamo.reset()
         got = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-    assert _error(got, want.double()) <= 1e-5
+    assert relative_error(got, want.double()) <= 1e-5
 
 
 def test_create_model_takes_the_choice():

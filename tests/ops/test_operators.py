@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import (
+    EXTRA,
     conv_case,
     gather_case,
     grid_case,
@@ -19,11 +20,6 @@ from vssm.ops import operators as ops
 from vssm.ops import reference
 from vssm.ops.spec import GATHER_OPERATORS, OPERATORS
 
-EXTRA = {
-    "SelectiveScan": "",
-    "GatedSelectiveScan": "z",
-    "SelectiveScanConstantGap": "delta0",
-}
 # test_aot_dispatch_dynamic asks torch.autograd for gradients of every output, the gather's integer
 # kept_position among them, and fails in torch itself; the gradients have a test of their own.
 SCAN_UTILS = (

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from cases import gather_case, scan_case
-from official_data import fixture, relative_error
+from official_data import fixture
+from tolerances import relative_error
 
 from vssm.ops import reference
 

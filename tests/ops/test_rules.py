@@ -6,13 +6,12 @@ import re
 
 import pytest
 import torch
-from cases import gather_case, scan_case, scatter_case
+from cases import EXTRA, gather_case, scan_case, scatter_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vssm.ops import operators as ops
 from vssm.ops.spec import OPERATORS
 
-SCANS = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
 FIRST = (torch.arange(5) == 0).int()
 # What is wrong: an operand, how it goes wrong, what the message says.
 BAD_SCANS = {
@@ -76,8 +75,8 @@ BAD_ATTRIBUTES = {
 
 
 def _case(name):
-    if name in SCANS:
-        return scan_case(seqlen=5, d_inner=3, d_state=2, batch=2, extra=SCANS[name])
+    if name in EXTRA:
+        return scan_case(seqlen=5, d_inner=3, d_state=2, batch=2, extra=EXTRA[name])
     return gather_case(seqlen=5, widths=(3, 2)[: 2 - name.endswith("1")])
 
 
@@ -95,7 +94,7 @@ def _assert_refused(name, case, message, *attributes, tracing):
 
 
 @pytest.mark.parametrize("bad", [*BAD_SCANS, *BAD_VALUES])
-@pytest.mark.parametrize("name", SCANS)
+@pytest.mark.parametrize("name", EXTRA)
 def test_bad_scan_input(name, bad):
     operand, spoil, message = (BAD_SCANS | BAD_VALUES)[bad]
     case = _case(name)

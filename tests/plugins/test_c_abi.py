@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cuda_device
 import pytest
 import torch
-from cases import gather_case, scan_case, scan_reference_arguments
+from cases import EXTRA, gather_case, scan_case, scan_reference_arguments
 from checkout import ROOT
 from cuda_device import (
     DTYPE_CODES,
@@ -32,8 +32,6 @@ from tolerances import SCAN_TOLERANCE
 from vssm import __version__
 from vssm.native_library import find_library
 from vssm.ops import reference, spec
-
-EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
 
 
 @pytest.mark.parametrize("backend", [HOST, EMULATED], ids=str)

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from backward_calls import backward
+from cases import DTYPES
 from cuda_device import DEVICES, EMULATED, HOST
 from cuda_device import run_operator as run_kernel
 from native import isa_parameters, run_operator
@@ -16,7 +17,6 @@ from tolerances import EXPONENT_GRADIENT_TOLERANCE, EXPONENT_TOLERANCE, GPU_EXPO
 from vssm.ops import reference
 from vssm.ops.spec import GATHER_OPERATORS, OPERATORS, SCAN_OPERATORS
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ISAS = isa_parameters()
 FLOATS = [(spec.name, o.name) for spec in SCAN_OPERATORS for o in spec.inputs if o.dtype != "int32"]
 _LARGE = 1e30  # a gradient beyond has products beyond float32's range on its way

@@ -7,7 +7,6 @@ import functools
 import pytest
 import torch
 from backward_calls import (
-    EXTRA,
     backward,
     call_backward,
     exact_case,
@@ -15,7 +14,7 @@ from backward_calls import (
     oracle_gradients,
     upstream,
 )
-from cases import SCAN_SIZES, TOGETHER_SIZES, scan_case
+from cases import EXTRA, SCAN_SIZES, TOGETHER_SIZES, scan_case
 from cuda_device import OperatorError, describe
 from guarded import Memory
 from native import isa_parameters

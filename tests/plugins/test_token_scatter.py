@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from cases import SCATTER_SIZES, gather_case, scatter_case
+from cases import DTYPES, SCATTER_SIZES, gather_case, scatter_case
 from cuda_device import (
     DEVICES,
     EMULATED,
@@ -31,7 +31,6 @@ from vssm.ops import operators as ops
 from vssm.ops import reference
 from vssm.ops.spec import DOMAIN
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = torch.float16
 
 

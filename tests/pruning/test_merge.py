@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from exports import MICRO_PLAIN, micro
-from official_data import fill_weights, filled_model, fixture, manifest, relative_error
+from official_data import fill_weights, filled_model, fixture, manifest
+from tolerances import relative_error
 
 import vssm
 from vssm import MergeSchedule, PruneSchedule

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from official_data import filled_model, fixture, images, micro_vim, relative_error
+from official_data import filled_model, fixture, images, micro_vim
+from tolerances import relative_error
 from vim_by_hand import VimByHand
 
 from vssm import PruneSchedule

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from cases import scan_case, scan_reference_arguments
+from cases import EXTRA, scan_case, scan_reference_arguments
 from cuda_device import CScanAttributes, CTensor, OperatorError, describe
 from guarded import Memory
 from native import found_library
@@ -17,8 +17,6 @@ from vssm.native_library import load_library
 from vssm.ops import reference
 from vssm.ops.kernels import LIBRARY, differentiable
 from vssm.ops.spec import OPERATORS
-
-EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
 
 
 def upstream(case: Mapping[str, Tensor], seed: int = 0) -> Tensor:

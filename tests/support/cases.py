@@ -7,6 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vssm.ops.spec import GATHER_OPERATORS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What each scan takes beside the operands that all have.
+EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
+GATHERS = [
+    (spec.name, tuple(getattr(torch, name) for name in types))
+    for spec in GATHER_OPERATORS
+    for types in spec.types
+]
+
 # Sizes of scans that hurt: 1, primes, an edge of the blocks of 16 channels or steps and one past
 # it, several blocks; every shared axis; every d_state with a kernel of its own, and the largest.
 SCAN_SIZES: list[dict[str, Any]] = [

@@ -11,6 +11,7 @@ import fill
 import numpy as np
 import torch
 from checkout import ROOT
+from tolerances import relative_error
 from torch import Tensor, nn
 
 import vssm
@@ -153,13 +154,6 @@ def error_of(name: str, tensor: str, got: Tensor) -> float:
     if stored is None:
         array, stored = fill.sample(array), wanted[f"{tensor}.f64.samples"]
     return relative_error(array, stored)
-
-
-def relative_error(got: Tensor | np.ndarray, want: Tensor | np.ndarray) -> float:
-    """Largest difference over the largest magnitude wanted, in float64."""
-    got, want = (np.asarray(x.detach() if isinstance(x, Tensor) else x, float) for x in (got, want))
-    assert got.shape == want.shape
-    return float(np.abs(got - want).max() / np.abs(want).max())
 
 
 def _class_token(official: Mapping[str, Any]) -> str:

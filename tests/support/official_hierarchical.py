@@ -7,7 +7,8 @@ from typing import Any
 import fill
 import numpy as np
 import torch
-from official_data import fill_weights, fixture, manifest, relative_error
+from official_data import fill_weights, fixture, manifest
+from tolerances import relative_error
 from torch import Tensor
 
 from vssm.models.base import VisionModel

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch import Tensor
 
 # Against the float64 oracle on the same (rounded) inputs. Measured over plugins/onnxruntime's
 # test_operators.py, all instruction sets: float32 3.3e-7, float16 4.6e-4, bfloat16 3.1e-3; rounding
@@ -37,3 +39,13 @@ GRADIENT_TOLERANCE = {torch.float32: 6e-6, torch.float16: 6e-4, torch.bfloat16: 
 EXPONENT_TOLERANCE = SCAN_TOLERANCE | {torch.float32: 8e-7}
 GPU_EXPONENT_TOLERANCE = GPU_SCAN_TOLERANCE
 EXPONENT_GRADIENT_TOLERANCE = 1e-5
+
+
+def relative_error(got: Tensor | np.ndarray, want: Tensor | np.ndarray) -> float:
+    """Largest difference over the largest magnitude wanted, in float64."""
+    found, wanted = (
+        np.asarray(x.detach().double().cpu() if isinstance(x, Tensor) else x, np.float64)
+        for x in (got, want)
+    )
+    assert found.shape == wanted.shape
+    return float(np.abs(found - wanted).max() / np.maximum(np.abs(wanted).max(), 1e-30))

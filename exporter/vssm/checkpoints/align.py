@@ -19,7 +19,7 @@ from vssm.checkpoints.locate import some
 from vssm.checkpoints.wrapped import WRAPPER_PARTS, explain_keys
 from vssm.errors import CheckpointError, VssmError
 
-_BACKBONE: Final = "backbone."
+BACKBONE: Final = "backbone."
 _EMA: Final = "ema_"  # mmcv's hook copies every parameter under such a name
 # Counters that stand among the weights: AveragedModel's, thop's, and what loops save beside them.
 _COUNTERS: Final = frozenset({"n_averaged", "total_ops", "total_params"})
@@ -96,8 +96,8 @@ class _Change:
         """The new key of one that is without the parts already."""
         new = bare.removeprefix(self.prefix).removeprefix(self.partial)
         # Only where that names a key of the model: the head lies outside the backbone.
-        longer = self.added and new not in expected and _BACKBONE + new in expected
-        return _BACKBONE + new if longer else new
+        longer = self.added and new not in expected and BACKBONE + new in expected
+        return BACKBONE + new if longer else new
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _aligned(fit: _Fit, state: Shapes, expected: Shapes) -> Aligned:
     return Aligned(
         state={key: value for key, value in fit.after.items() if key not in fit.head},
         prefix_stripped=stripped,
-        prefix_added=_BACKBONE if added else "",
+        prefix_added=BACKBONE if added else "",
         unwrapped=unwrapped,
         ignored=fit.ignored,
         adapted=tuple(adapted),

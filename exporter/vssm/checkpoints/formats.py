@@ -15,6 +15,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from vssm.checkpoints.hub import INDEX
 from vssm.checkpoints.locate import REMEDY, WRAPPERS, Selection, kind, select, some, text
 from vssm.checkpoints.torch_file import (
     LEGACY_MAGIC,
@@ -34,7 +35,6 @@ _MAX_KEY: Final = 256
 _MAX_INDEX: Final = 8 << 20
 _MAX_SHARDS: Final = 1000
 _LEGACY_BYTES: Final = LEGACY_MAGIC.to_bytes(10, "little")
-_INDEX: Final = ".index.json"
 # First bytes of what people pass by mistake.
 _FOREIGN: Final = {
     b"\xff\xd8\xff": "a JPEG image",
@@ -104,7 +104,7 @@ def read_file(
     if path.is_dir():
         path = _index_of(path)
     try:
-        if path.name.endswith(_INDEX):
+        if path.name.endswith(INDEX):
             return _read_shards(path, weights, key)
         return _read_bytes(path, _contents(path, MAX_FILE), weights, key)
     except MemoryError as error:
@@ -263,7 +263,7 @@ def _index_of(folder: Path) -> Path:
         raise CheckpointError(
             f"checkpoint={folder} cannot be read ({error.strerror}); check the path"
         ) from error
-    found = [name for name in names if name.endswith(_INDEX)]
+    found = [name for name in names if name.endswith(INDEX)]
     if len(found) == 1:
         return folder / found[0]
     what = f"{len(found)} indices of shards" if found else "no index of shards (*.index.json)"
@@ -327,7 +327,7 @@ def _parse_index(path: Path, content: bytes) -> dict[str, set[str]]:
                 "folder; put all shards beside the index"
             )
         shards.setdefault(name, set()).add(key)
-    if not 0 < len(shards) <= _MAX_SHARDS or any(name.endswith(_INDEX) for name in shards):
+    if not 0 < len(shards) <= _MAX_SHARDS or any(name.endswith(INDEX) for name in shards):
         raise CheckpointError(
             f"checkpoint={path} names {len(shards)} shards; a checkpoint has 1 to {_MAX_SHARDS} "
             "files of weights"

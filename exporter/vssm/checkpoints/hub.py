@@ -25,9 +25,9 @@ _NAME: Final = r"[\w.-]+"
 _ADDRESS: Final = re.compile(
     rf"(?P<repo>{_NAME}/{_NAME})(@(?P<revision>[\w.%-]+))?(/(?P<file>[^\0]+))?"
 )
-_INDEX: Final = ".index.json"
+INDEX: Final = ".index.json"
 # By what is sought first where the address names no file.
-_KINDS: Final = ((f".safetensors{_INDEX}", ".safetensors"), (".pth", ".pt", ".bin"))
+_KINDS: Final = ((f".safetensors{INDEX}", ".safetensors"), (".pth", ".pt", ".bin"))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def download(wanted: HubFile) -> tuple[Path, HubFile]:
     if wanted.file is None:
         wanted = replace(wanted, file=_choose(wanted))
     path, found = _fetch(wanted)
-    if path.name.endswith(_INDEX):
+    if path.name.endswith(INDEX):
         for shard in _shards(path):
             # By the commit: a branch may have moved since the index was read.
             _fetch(replace(found, file=(Path(str(found.file)).parent / shard).as_posix()))
@@ -135,7 +135,7 @@ def _choose(wanted: HubFile) -> str:
 def _of_kind(names: Sequence[str], endings: Sequence[str]) -> list[str]:
     """Files with these endings; an index stands for the shards beside it."""
     found = [name for name in names if name.endswith(tuple(endings))]
-    return [name for name in found if name.endswith(_INDEX)] or found
+    return [name for name in found if name.endswith(INDEX)] or found
 
 
 def _shards(index: Path) -> list[str]:

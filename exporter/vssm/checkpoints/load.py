@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vssm.artifact.manifest import CheckpointInfo
-from vssm.checkpoints.align import Fitted, align
+from vssm.checkpoints.align import BACKBONE, Fitted, align
 from vssm.checkpoints.formats import read_file
 from vssm.checkpoints.hub import download, hub_file
 from vssm.checkpoints.labels import stored_labels, with_labels
@@ -26,7 +26,6 @@ from vssm.errors import CheckpointError
 from vssm.files.atomic import atomic_path
 from vssm.files.text import shown
 
-_BACKBONE: Final = "backbone."
 _SHARD: Final = re.compile(r"-\d+-of-\d+\.")
 
 
@@ -150,7 +149,7 @@ def load_checkpoint(
     # All that can fail comes before the model is touched.
     cast, casts = _cast(found.state, part.state_dict(), path)
     if backbone:
-        cast = {f"{_BACKBONE}{key}": value for key, value in cast.items()}
+        cast = {f"{BACKBONE}{key}": value for key, value in cast.items()}
     labels = stored_labels(raw.metadata, path)
     # The model's own values stand in for a new head, so that `strict` still holds for the rest.
     model.load_state_dict({**own, **cast}, strict=True)
@@ -194,7 +193,7 @@ def _shared(model: nn.Module, *, new_head: bool) -> Fitted:
 
 def _parts(keys: Iterable[str]) -> tuple[str, ...]:
     """The modules that keys lie in: those in the backbone by their own names."""
-    return tuple(dict.fromkeys(".".join(k.split(".")[: 1 + k.startswith(_BACKBONE)]) for k in keys))
+    return tuple(dict.fromkeys(".".join(k.split(".")[: 1 + k.startswith(BACKBONE)]) for k in keys))
 
 
 def _tell(model: nn.Module, report: LoadReport, labels: tuple[str, ...] | None) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from vssm.commands.options import (
     Classes,
+    Device,
     Ema,
     Folder,
     HeadWidth,
@@ -18,6 +19,7 @@ from vssm.commands.options import (
     Model,
     ModelOptions,
     NewHead,
+    Numbers,
     OwnSchedule,
     Threads,
     Workers,
@@ -53,10 +55,6 @@ Finetune = Annotated[
 FinetuneSeeds = Annotated[
     int | None, typer.Option(help="Trainings of each variant; by default one for each checkpoint.")
 ]
-Numbers = Annotated[
-    list[str] | None,
-    typer.Option("--recipe", help="KEY=VALUE of docs/finetune.md's table, repeatable."),
-]
 MicroBatch = Annotated[
     int | None, typer.Option(help="Images at a time, where a training step needs too much memory.")
 ]
@@ -64,7 +62,6 @@ Batch = Annotated[int, typer.Option(help="Images per batch.")]
 Choice = Annotated[
     str, typer.Option(help="auto, kernel or reference (slow), in PyTorch; auto: kernel.")
 ]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Average = Annotated[
     bool,
     typer.Option("--average", help="Several checkpoints: their mean, in place of a row for each."),

@@ -12,6 +12,7 @@ from vssm.commands.options import (
     Checkpoint,
     Classes,
     Conv,
+    Device,
     Ema,
     Importance,
     Json,
@@ -19,6 +20,7 @@ from vssm.commands.options import (
     Merge,
     Name,
     NewHead,
+    Numbers,
     NumClasses,
     Restore,
     Schedule,
@@ -76,10 +78,6 @@ Seed = Annotated[
     int,
     typer.Option(help="Of everything random: order, augmentation, mixing, importance random."),
 ]
-Numbers = Annotated[
-    list[str] | None,
-    typer.Option("--recipe", help="KEY=VALUE of docs/finetune.md's table, repeatable."),
-]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run was stopped.")]
 MicroBatch = Annotated[
     int | None, typer.Option(help="Images at a time, where a step needs too much memory.")
@@ -87,7 +85,6 @@ MicroBatch = Annotated[
 SaveEvery = Annotated[
     int, typer.Option(help="Steps between saved states; each epoch's end is saved too.")
 ]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
 def finetune(

@@ -95,6 +95,11 @@ Workers = Annotated[
     int | None,
     typer.Option(help="Processes that load images; by default none to four, by the cores."),
 ]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Numbers = Annotated[
+    list[str] | None,
+    typer.Option("--recipe", help="KEY=VALUE of docs/finetune.md's table, repeatable."),
+]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Run an engine that is not of this machine, or was changed.")
 ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from vssm.errors import check_choice
+from vssm.ops.spec import FLOAT_TYPES
 
 SUPPORTED_OPSETS: Final = (18, 19, 20)
-DTYPE_NAMES: Final = ("float32", "float16", "bfloat16")
 # What an export can be asked for, by the model's task.
 OUTPUTS: Final = {
     "classification": ("logits",),
@@ -33,7 +33,7 @@ def checked_dtype(dtype: object) -> str:
             f"dtype={dtype!r}: an export holds floating-point weights; export float16, or export "
             "float32 and quantise that with `vssm quantize`"
         )
-    check_choice("dtype", name, DTYPE_NAMES)
+    check_choice("dtype", name, FLOAT_TYPES)
     return name
 
 

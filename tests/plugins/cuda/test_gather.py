@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from cases import gather_case
+from cases import GATHERS, gather_case
 from cuda_device import (
     DEVICES,
     EMULATED,
@@ -20,13 +20,7 @@ from cuda_device import (
 )
 
 from vssm.ops import reference
-from vssm.ops.spec import GATHER_OPERATORS
 
-GATHERS = [
-    (spec.name, tuple(getattr(torch, t) for t in types))
-    for spec in GATHER_OPERATORS
-    for types in spec.types
-]
 HALF = (torch.float16, torch.float16)
 # Tokens and images: 1, primes, the edges of a warp, of one key a thread, of four.
 SIZES = [(1, 1), (2, 33), (31, 3), (32, 2), (33, 2), (197, 3), (256, 2), (257, 2)]

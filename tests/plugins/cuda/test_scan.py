@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from cases import SCAN_SIZES, TOGETHER_SIZES, scan_case, scan_reference_arguments
+from cases import DTYPES, EXTRA, SCAN_SIZES, TOGETHER_SIZES, scan_case, scan_reference_arguments
 from cuda_device import (
     DEVICES,
     EMULATED,
@@ -23,23 +23,17 @@ from cuda_device import (
     prepare,
     run_operator,
 )
-from tolerances import GPU_SCAN_TOLERANCE, HALF_FACTOR, SCAN_TOLERANCE
+from tolerances import GPU_SCAN_TOLERANCE, HALF_FACTOR, SCAN_TOLERANCE, relative_error
 
 from vssm.ops import reference
 from vssm.ops.spec import SCAN_OPERATORS
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
 SCANS = [spec.name for spec in SCAN_OPERATORS]
 SHAPES = SCAN_SIZES + TOGETHER_SIZES
 THROUGHPUT, LATENCY = VARIANTS["throughput"], VARIANTS["latency"]
 TOGETHER = {"directions": 4, "shared": "udACD"}
 each_variant = pytest.mark.parametrize("variant", [THROUGHPUT, LATENCY], ids=["many", "few"])
 pytestmark = pytest.mark.parametrize("backend", DEVICES, ids=str)
-
-
-def relative_error(got, expected):
-    return float((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def tolerance(backend, dtype):

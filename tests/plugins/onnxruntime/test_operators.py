@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from cases import (
+    DTYPES,
+    EXTRA,
+    GATHERS,
     SCAN_SIZES,
     TOGETHER_SIZES,
     gather_case,
@@ -17,15 +20,13 @@ from cases import (
     small_case,
 )
 from native import ONNX_TYPES, isa_parameters, make_session, run_operator
-from tolerances import HALF_FACTOR, SCAN_TOLERANCE
+from tolerances import HALF_FACTOR, SCAN_TOLERANCE, relative_error
 
 from vssm.ops import reference
-from vssm.ops.spec import OPERATORS, SCAN_OPERATORS, TOKEN_GATHER, TOKEN_GATHER1
+from vssm.ops.spec import OPERATORS, SCAN_OPERATORS
 from vssm.runtimes.library import kernel_calls
 
 ISAS = isa_parameters()
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
 SCANS = [spec.name for spec in SCAN_OPERATORS]
 SHAPES = SCAN_SIZES + TOGETHER_SIZES
 TOGETHER = {"directions": 4, "shared": "udACD"}
@@ -42,10 +43,6 @@ def _oracle(index, extra, dtype, attributes):
     return reference.selective_scan(**case, **dict(attributes))
 
 
-def _error(got, expected):
-    return float((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCANS)
@@ -56,11 +53,11 @@ def test_scan_matches_oracle(index, name, dtype, isa, monkeypatch):
     by_step = index % 2 if index < len(SCAN_SIZES) else 1
     attributes = (("params_by_step", by_step), ("scale", 0.5 if index % 3 == 0 else 1.0))
     expected = _oracle(index, EXTRA[name], dtype, attributes)
-    error = _error(run_operator(name, case, **dict(attributes))["y"], expected)
+    error = relative_error(run_operator(name, case, **dict(attributes))["y"], expected)
     assert error <= SCAN_TOLERANCE[dtype]
     if dtype != torch.float32:
         by_torch = reference.selective_scan(**case, **dict(attributes))
-        assert error <= HALF_FACTOR * _error(by_torch, expected)
+        assert error <= HALF_FACTOR * relative_error(by_torch, expected)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -76,7 +73,7 @@ def test_scan_without_softplus_and_with_growing_states(together, name, isa, monk
     attributes = {"delta_softplus": 0, "params_by_step": int(together)}
     got = run_operator(name, case, **attributes)["y"]
     expected = reference.selective_scan(**scan_reference_arguments(case), **attributes)
-    assert _error(got, expected) <= SCAN_TOLERANCE[torch.float32]
+    assert relative_error(got, expected) <= SCAN_TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -88,7 +85,7 @@ def test_scan_survives_spikes_of_delta(together, spike, isa, monkeypatch):
     case["delta"][:, ::7] += spike
     attributes = {"params_by_step": int(together)}
     expected = reference.selective_scan(**scan_reference_arguments(case), **attributes)
-    assert _error(run_operator("SelectiveScan", case, **attributes)["y"], expected) <= 2e-6
+    assert relative_error(run_operator("SelectiveScan", case, **attributes)["y"], expected) <= 2e-6
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -174,13 +171,6 @@ def test_unknown_instruction_set_is_refused(isa, monkeypatch):
     monkeypatch.setenv("VSSM_CPU_ISA", isa)
     with pytest.raises(Exception, match=f"VSSM_CPU_ISA={isa} is none of avx512, avx2, baseline"):
         run_operator("SelectiveScan", case)
-
-
-GATHERS = [
-    (spec.name, tuple(getattr(torch, t) for t in types))
-    for spec in (TOKEN_GATHER, TOKEN_GATHER1)
-    for types in spec.types
-]
 
 
 @pytest.mark.parametrize(("name", "dtypes"), GATHERS, ids=str)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import onnxruntime
 import pytest
 import torch
-from cases import gather_case, scan_case
+from cases import EXTRA, gather_case, scan_case
 from native import ONNX_TYPES, make_session, run_operator
 
 from vssm.ops.spec import OPERATORS
-
-EXTRA = {"SelectiveScan": "", "GatedSelectiveScan": "z", "SelectiveScanConstantGap": "delta0"}
 
 
 def _types(name):

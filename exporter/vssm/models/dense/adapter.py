@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vssm.models.dense.detector import conv_weights
-from vssm.models.dense.heads import Size
+from vssm.models.dense.heads import Size, conv_weights
 from vssm.models.layers import LayerNorm, Linear, fold_batch_norm, wide
 
 NORM_EPS: Final = 1e-6

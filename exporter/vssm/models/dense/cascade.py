@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vssm.models.dense.detector import ANCHORS, REGION, conv_weights
-from vssm.models.dense.heads import Size
+from vssm.models.dense.detector import ANCHORS, REGION
+from vssm.models.dense.heads import Size, conv_weights
 from vssm.models.layers import LayerNorm, Linear, wide
 
 _EPS: Final = 1e-6

@@ -20,7 +20,7 @@ from torch.nn import functional
 from vssm.artifact.manifest import Preprocessing
 from vssm.models.base import ForwardDetails, details
 from vssm.models.dense.base import DenseModel
-from vssm.models.dense.heads import ConvNorm, Size
+from vssm.models.dense.heads import ConvNorm, Size, conv_weights
 from vssm.models.dense.regions import (
     RATIOS,
     DetectionRules,
@@ -397,11 +397,6 @@ class RegionHeads(nn.Module):
     def __init__(self, bbox_head: BoxHead, mask_head: MaskHead) -> None:
         super().__init__()
         self.bbox_head, self.mask_head = bbox_head, mask_head
-
-
-def conv_weights(module: nn.Module) -> int:
-    """Elements of the convolutions below a module: its multiply-adds at one place."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Conv2d))
 
 
 class CocoDetector(Detector):

@@ -135,11 +135,11 @@ class UPerHead(nn.Module):
     def cost(self, sizes: Sequence[Size]) -> int:
         """Multiply-adds for levels of these sizes, finest first."""
         areas = [math.prod(size) for size in sizes]
-        pools = sum(side**2 for side in POOL_SCALES) * _weights(self.psp_modules[0])
-        total = pools + areas[-1] * _weights(self.bottleneck)
+        pools = sum(side**2 for side in POOL_SCALES) * conv_weights(self.psp_modules[0])
+        total = pools + areas[-1] * conv_weights(self.bottleneck)
         for area, lateral, conv in zip(areas, self.lateral_convs, self.fpn_convs, strict=False):
-            total += area * (_weights(lateral) + _weights(conv))
-        return total + areas[0] * (_weights(self.fpn_bottleneck) + self.conv_seg.weight.numel())
+            total += area * (conv_weights(lateral) + conv_weights(conv))
+        return total + areas[0] * (conv_weights(self.fpn_bottleneck) + self.conv_seg.weight.numel())
 
 
 class AuxiliaryHead(nn.Module):
@@ -174,6 +174,6 @@ def _size(x: Tensor) -> Size:
     return x.shape[2], x.shape[3]
 
 
-def _weights(module: nn.Module) -> int:
+def conv_weights(module: nn.Module) -> int:
     """Elements of the convolutions below a module: its multiply-adds at one place."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Conv2d))

@@ -21,10 +21,10 @@ from vssm.files.atomic import atomic_write_bytes, sha256_of
 from vssm.files.json import FieldError, Node, read_json
 from vssm.files.regular import ENGINE, read_regular
 from vssm.runtimes.cuda_memory import GpuInfo
+from vssm.runtimes.session import BACKENDS
 from vssm.runtimes.tensorrt.api import Product
 
 FORMAT_VERSION: Final = 1
-_BACKENDS: Final = ("kernel", "body")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _parse(root: Node) -> EngineInfo:
         gpu=root.at("gpu").optional(Node.text),
         compute_capability=tuple(n.text() for n in root.at("compute_capability").items()),
         cuda=root.at("cuda").optional(Node.text),
-        backend=root.at("backend").choice(_BACKENDS),
+        backend=root.at("backend").choice(BACKENDS),
         plugin=root.at("plugin").optional(_plugin),
         batch=(low, opt, high),
         options=root.at("options").mapping(),
