@@ -111,13 +111,16 @@ def test_pairs_are_complex_numbers_without_a_copy() -> None:
 def test_one_form() -> None:
     def forms(x: Tensor) -> Tensor:
         a, b = x.transpose(1, 2).contiguous().view(x.shape[0], D, L).chunk(2, dim=2)
-        return a * b
+        turned = x.mT.movedim(0, -1).swapaxes(0, 2).moveaxis((0, 1), (1, 2)).swapdims(1, 2)
+        return a * b + turned.sum()
 
     program, _ = _changed(_Function(forms), _x(), one_form)
     found = _targets(program)
     assert ATEN.permute.default in found
     assert ATEN.split_with_sizes.default in found
-    assert not {ATEN.transpose.int, ATEN.chunk.default, ATEN.view.default} & set(found)
+    gone = {ATEN.transpose.int, ATEN.chunk.default, ATEN.view.default, ATEN.mT.default}
+    gone |= {ATEN.movedim.int, ATEN.swapaxes.default, ATEN.swapdims.default}
+    assert not (gone | {ATEN.moveaxis.intlist}) & set(found)
 
 
 def test_size_to_infer_beside_a_symbolic_one_is_a_number() -> None:

@@ -135,6 +135,14 @@ def _picked(y: Tensor) -> Tensor:
     return (y[:, 0] + y[:, 1].flip(-1))[..., steps] + y[:, 2] + y[:, 3].flip(-1)
 
 
+def _averaged(y: Tensor) -> Tensor:
+    """The mean of all results, each a map again, by the short spellings of a transpose."""
+    back = torch.cat([y[:, :2], y[:, 2:].flip(-1)], dim=1).unflatten(-1, (HEIGHT, WIDTH))
+    upright = back[:, 1::2].reshape(*y[:, :2].shape[:3], WIDTH, HEIGHT).mT
+    maps = torch.stack([back[:, 0], upright[:, 0], back[:, 2], upright[:, 1]], dim=1)
+    return maps.movedim(1, 0).mean(0).flatten(2)
+
+
 _TABLES = _Tables()
 STYLES = {
     "turned": (_turned, _turned_back),
@@ -143,6 +151,7 @@ STYLES = {
     "stacked": (_stacked, _unstacked),
     "written": (_written, _added_in_pairs),
     "windows": (_windows, _from_windows),
+    "averaged": (_stacked, _averaged),
 }
 
 

@@ -195,8 +195,8 @@ def _channels_first(given: dict[str, Any], layout: str) -> dict[str, Any]:
     channels = found["u"].shape[1]
 
     def spread(x: Tensor, axis: int) -> Tensor:
-        """A number of each head for each of its channels."""
-        times = channels // x.shape[axis] if u.dim() == 4 else 1
+        """A number of each head, or the one of all, for each of its channels."""
+        times = channels // x.shape[axis] if u.dim() == 4 or x.shape[axis] == 1 else 1
         return x.repeat_interleave(times, dim=axis) if times > 1 else x
 
     found["delta"] = spread(found["delta"], 1)

@@ -22,6 +22,11 @@ _NOTES: Final = (ATEN._assert_tensor_metadata.default, torch.ops.aten.promote_ty
 # Columns of a product from which on it is as fast as a part of a wider one.
 _WIDE: Final = 64
 _SHAPES: Final = (ATEN.reshape.default, ATEN.view.default, ATEN.expand.default)
+_TRANSPOSES: Final = (
+    *(ATEN.transpose.int, ATEN.t.default, ATEN.numpy_T.default, ATEN.mT.default),
+    *(ATEN.swapaxes.default, ATEN.swapdims.default),
+    *(ATEN.movedim.int, ATEN.movedim.intlist, ATEN.moveaxis.int, ATEN.moveaxis.intlist),
+)
 # Neither random nor written to: two equal calls of these are one value.
 _PURE: Final = (
     ATEN.unsqueeze.default,
@@ -98,16 +103,12 @@ def one_form(r: Rewriter) -> None:
         elif is_call(node, ATEN.view_as_complex.default):
             parts = [r.emit(node, ATEN.select.int, node.args[0], -1, i) for i in (0, 1)]
             r.replace(node, r.emit(node, ATEN.complex.default, *parts))
-        elif is_call(node, ATEN.transpose.int, ATEN.t.default, ATEN.numpy_T.default):
+        elif is_call(node, *_TRANSPOSES):
             source: Any = node.args[0]
-            order = list(range(rank(source)))
-            swapped: Any = node.args[1:]
-            if swapped:
-                a, b = (axis(source, d) for d in swapped)
-                order[a], order[b] = order[b], order[a]
-            else:  # numpy's T turns all axes round
-                order.reverse()
-            _say(r, node, ATEN.permute.default, source, order)
+            target: Any = node.target
+            # Each axis as long as its place: the result's shape is the order.
+            order = target(torch.empty(*range(rank(source)), device="meta"), *node.args[1:])
+            _say(r, node, ATEN.permute.default, source, list(order.shape))
         elif is_call(node, ATEN.view.default, ATEN._unsafe_view.default, ATEN.reshape.default):
             sizes = _inferred(node)
             # A view's operand may have lost its contiguous().

@@ -444,6 +444,7 @@ def follow_walks(r: Rewriter) -> None:
     the table, is the scan in that order.
     """
     scans = [node for node in r.graph.nodes if node.target in SCANS]
+    _write_means_as_sums(r, _made_of(r, scans))
     made = _made_of(r, scans)
     sums = frozenset(filter(_is_sum, made))
     back = [Places(r, probe, sums=sums) for probe in r.probes]
@@ -484,6 +485,22 @@ def _made_of(r: Rewriter, scans: list[Node]) -> dict[Node, None]:
             made[node] = None
             inside.add(node)
     return made
+
+
+def _write_means_as_sums(r: Rewriter, made: Mapping[Node, None]) -> None:
+    """Write the mean of scans' results as their sum, divided: the passes know sums and factors."""
+    for node in list(r.graph.nodes):
+        if not is_call(node, ATEN.mean.dim) or node.args[0] not in made:
+            continue
+        source: Any = node.args[0]
+        dims: Any = node.args[1]
+        if len(node.args) > 2 or node.kwargs or len(dims) != 1:
+            continue
+        count = shape(source)[dims[0]]
+        if isinstance(count, int):
+            total = r.emit(node, ATEN.sum.dim_IntList, source, list(dims))
+            node.replace_all_uses_with(r.emit(node, ATEN.div.Tensor, total, count))
+            r.graph.erase_node(node)  # what no walk is made of would be another reader
 
 
 def _asks_for_size(node: Node) -> bool:
