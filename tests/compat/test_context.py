@@ -285,6 +285,7 @@ def test_absent_packages_in_their_old_and_new_paths() -> None:
         from fvcore.nn import flop_count_table
         from mmengine.registry import HOOKS
         from mmengine.runner.checkpoint import load_checkpoint
+        from thop import profile
         from timm.data import IMAGENET_DEFAULT_MEAN
         from timm.layers import PatchEmbed
         from timm.models import build_model_with_cfg, register_model
@@ -294,6 +295,7 @@ def test_absent_packages_in_their_old_and_new_paths() -> None:
         from timm.models.layers.helpers import to_2tuple
         from timm.models.vision_transformer import PatchEmbed as Oldest
         from timm.optim import create_optimizer  # nothing of timm.optim is listed
+        from torchvision.models import VisionTransformer
 
         assert not hasattr(sys.modules["timm"], "layers_of_another_release")
     assert PatchEmbed is Older is Oldest
@@ -302,7 +304,7 @@ def test_absent_packages_in_their_old_and_new_paths() -> None:
     assert len(IMAGENET_DEFAULT_MEAN) == 3
     assert HOOKS.register_module()(Oldest) is Oldest
     assert drop_path(torch.ones(1), 0.5).item() == 1
-    for later in (flop_count_table, load_checkpoint, create_optimizer):
+    for later in (flop_count_table, load_checkpoint, create_optimizer, profile, VisionTransformer):
         with pytest.raises(UnsupportedError, match="is not installed; install it"):
             later()
     patches = PatchEmbed(8, 4, 3, 6, norm_layer=torch.nn.LayerNorm)

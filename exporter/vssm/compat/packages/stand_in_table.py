@@ -55,7 +55,13 @@ _MMCLS_UTILS: Final[dict[str, Any]] = {
     "to_2tuple": stand_ins.to_2tuple,
 }
 # The packages that may be absent; each of their modules that is not listed below has no names.
-ABSENT: Final = frozenset({"timm", "fvcore", "triton", "mmcv", "mmengine", "huggingface_hub"})
+ABSENT: Final = frozenset(
+    {
+        *("timm", "torchvision", "fvcore", "triton", "mmcv", "mmengine", "huggingface_hub"),
+        # Files of models import these to count what they cost.
+        *("thop", "ptflops", "calflops", "torchinfo", "torchsummary"),
+    }
+)
 # timm moved its layers, its registry and its builder: 0.4 and newer releases have other names.
 STAND_INS: Final[dict[str, dict[str, Any]]] = {
     **dict.fromkeys(("timm.layers", "timm.models.layers"), _LAYERS),
