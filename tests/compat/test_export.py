@@ -252,6 +252,26 @@ def test_reference_must_be_the_same_function(tmp_path: Path) -> None:
         vssm.check_parity(None, artifact)
 
 
+class _Chooses(nn.Module):
+    """Its output has as many rows as are positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = MinimalLike()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x)
+        return y[y.sum(-1) > 0]
+
+
+def test_an_output_of_no_known_size_is_refused(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UnsupportedError, match=r"output 'logits' has as many entries as the values"),
+        upstream(),
+    ):
+        vssm.export_module(_Chooses(), torch.ones(1, 3, 12), tmp_path / "out")
+
+
 def test_a_lazy_module_has_no_weights_to_export(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"weight has no size yet.*call the model once"):
         vssm.export_module(nn.LazyLinear(3), torch.ones(1, 2), tmp_path / "out")

@@ -15,6 +15,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.nn.parameter import is_lazy
 
 from vssm._version import __version__
@@ -280,6 +281,7 @@ def trace_module(
     wrapper = _Wrapper(model, example, options)
     with evaluating(wrapper), counted_blocks(model, progress, TRACING):
         program, rules = _trace(wrapper, example, options)
+    _refuse_open_outputs(program, names)
     scans = {torch_op(spec) for spec in SCAN_OPERATORS}
     if not any(node.target in scans for node in program.graph.nodes):
         raise UnsupportedError(
@@ -300,6 +302,18 @@ def trace_module(
         progress=progress,
     )
     return Traced(proto, reports, rules)
+
+
+def _refuse_open_outputs(program: ExportedProgram, names: Sequence[str]) -> None:
+    """Refuse outputs of a size that only the values tell, as `x[mask]` has."""
+    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
+    for name, node in zip(names, output.args[0], strict=True):
+        if free_unbacked_symbols(node.meta["val"].shape):
+            raise UnsupportedError(
+                f"output {name!r} has as many entries as the values say (a mask as an index, "
+                "nonzero), and outputs of a file have sizes that their inputs tell; return all "
+                "entries, and the mask beside them"
+            )
 
 
 def _run_once(
@@ -520,7 +534,8 @@ def _no_scan(model: nn.Module) -> str:
         f"{type(model).__name__}: it calls no selective scan of vssm.compat, so "
         "its scan, if it has one, would become a loop of plain operators. Import and build the "
         "model inside vssm.compat.upstream(), or replace its own scan function with "
-        "upstream(scans={'module:name': 'channels'}) (--scan module:name=channels; docs/compat.md)"
+        "upstream(scans={'module:name': 'channels'}) (--scan module:name=channels); a loop inside "
+        "a forward pass first has to be a function of u, delta, A, B and C (docs/compat.md)"
     )
 
 
