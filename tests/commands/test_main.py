@@ -143,7 +143,7 @@ BAD_EXPORTS: list[tuple[list[str], str]] = [
     ([*MODEL, "--schedule=0:0.8"], "block=0 is not an integer from 1"),
     ([*MODEL, "--schedule="], "--schedule= is empty; give a value (perhaps a variable of your"),
     ([*MODEL, "--labels", ""], "the argument behind --labels is empty; give a value"),
-    ([*MODEL, "--schedule=defualt"], "is neither BLOCK:RATIO pairs nor 'default'"),
+    ([*MODEL, "--schedule=defaults"], "is neither BLOCK:RATIO pairs nor 'default'"),
     (["exports/out"], "name='exports/out' is a path, but this takes the name of a model"),
     ([*MODEL, "--schedule=1:0.8,1:0.7"], "block 1 is named twice"),
     ([*MODEL, "--schedule=1:0.8", "--alignment=foo"], "alignment='foo' is not one of"),

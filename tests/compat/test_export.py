@@ -472,7 +472,7 @@ def test_command_refuses(
         (f"{repository}:build", (), "folder without __init__.py"),
         (f"{repository / 'absent'}:build", (), "neither a folder nor a .py file"),
         (f"{file}:absent", (), "name a factory"),
-        (f"{file}:buildd", (), "did you mean 'build'?"),
+        (f"{file}:builds", (), "did you mean 'build'?"),
         (f"{file}:torch", (), "torch is a module, not a function or class that makes the model"),
         (f"{file}:nothing", (), "returns int"),
         (f"{file}:build", ("--set", "size=3"), "give its arguments"),

@@ -164,6 +164,9 @@ def test_from_python(tmp_path, picture):
     assert json.loads((tmp_path / "out" / "visualize.json").read_text()) == found
     with pytest.raises(ValueError, match="tokens='masked' is a way to train; leave it out"):
         vssm.visualize(replace(subject, tokens="masked"), [picture], tmp_path)
+    with pytest.raises(ValueError, match=r"block=4 is outside the model's blocks 1 to 3"):
+        vssm.visualize(subject, [picture], tmp_path / "none", blocks=[1, 4])
+    assert not (tmp_path / "none").exists()
 
 
 def test_merged_patches_are_shown_as_one(tmp_path, picture):

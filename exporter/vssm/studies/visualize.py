@@ -333,6 +333,8 @@ def visualize(
     # All of them before the first is drawn: a file that is no image is said at once.
     arrays = [preprocess(file, opened.preprocessing) for file in files]
     models = variants(opened)
+    for model in models.values():
+        _checked(blocks or (), model.traced_blocks)
     make_directory(output)
     check_writable(output / PAGE)
     found, sections = [], []
