@@ -11,7 +11,7 @@ from exports import exported, micro
 
 import vssm
 from vssm.models.base import VisionModel
-from vssm.onnx.describe import NodeCount, count_nodes
+from vssm.onnx.describe import NodeCount, count_by_module
 
 
 def spoilt(key: str, value: float) -> VisionModel:
@@ -69,5 +69,5 @@ def test_blocks_are_entries_that_hold_mixers(tmp_path: Path) -> None:
     others = [onnx.helper.make_node("Add", [], [], name="/stages.2/blocks.0/Add")]
     graph = onnx.helper.make_graph([*scans, *others], "named", [], [])
     onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
-    found = count_nodes(tmp_path / "model.onnx")
+    found = count_by_module(tmp_path / "model.onnx")
     assert found == NodeCount(scans=6, mixers=5, blocks=4, nodes=7)

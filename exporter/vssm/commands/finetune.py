@@ -32,7 +32,7 @@ from vssm.commands.options import (
 from vssm.commands.tables import say, say_folders, show, table, working, write_result
 from vssm.extras import install_command
 from vssm.training.recipe import Recipe
-from vssm.training.request import FinetuneRequest, ModelSource, Resources, is_segmenter
+from vssm.training.request import FinetuneRequest, ModelSource, Resources, names_segmenter
 from vssm.training.scene_recipe import SceneRecipe
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _recipe(name: str, pairs: list[str] | None, named: dict[str, Any]) -> Recipe
     if twice := sorted(set(given) & set(named)):
         raise ValueError(f"--recipe {twice[0]}: this number has an option of its own; --{twice[0]}")
     values = {**{key: value for key, value in named.items() if value is not None}, **given}
-    if not is_segmenter(name):
+    if not names_segmenter(name):
         return Recipe.of(values)
     if "epochs" in values:
         raise ValueError(

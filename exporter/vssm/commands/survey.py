@@ -198,10 +198,10 @@ def _work(
         request = replace(_request(entry, folder), threads=threads)
         row["commit"] = _commit(Path(request.target.rpartition(":")[0]), request.paths)
         artifact = export_user_module(request, place, force=True, progress=progress).artifact
-        from vssm.onnx.describe import count_nodes
+        from vssm.onnx.describe import count_by_module
 
         spent = _spent()
-        passed(STEPS[2], **asdict(count_nodes(artifact.model_path)), **spent)
+        passed(STEPS[2], **asdict(count_by_module(artifact.model_path)), **spent)
         if request.reference:
             from vssm.parity.check import check_parity
 

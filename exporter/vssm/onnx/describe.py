@@ -154,7 +154,7 @@ class NodeCount:
     nodes: int
 
 
-def count_nodes(path: Path) -> NodeCount:
+def count_by_module(path: Path) -> NodeCount:
     """Count a file's nodes by the modules that their names say."""
     nodes = onnx.load(str(path), load_external_data=False).graph.node
     names = {op.name for op in SCAN_OPERATORS}

@@ -283,7 +283,7 @@ class FinetuneRequest:
     val: Path | None = None
 
     def __post_init__(self) -> None:
-        if is_segmenter(self.source.name):
+        if names_segmenter(self.source.name):
             self._check_scenes()
             return
         check_task(self.source.name, "classification", "training on folders of classes")
@@ -338,7 +338,7 @@ class FinetuneRequest:
             )
 
 
-def is_segmenter(name: str) -> bool:
+def names_segmenter(name: str) -> bool:
     """Whether a model's name is that of a segmenter."""
     card = cards().get(name)
     return card is not None and card.task == "segmentation"

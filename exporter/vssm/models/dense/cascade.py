@@ -128,7 +128,7 @@ def _own(module: nn.Module) -> int:
     return module.weight.numel() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) else 0
 
 
-class ProposalHead(nn.Module):
+class CascadeProposalHead(nn.Module):
     """Two convolutions, and for each anchor whether it holds something and how to move it."""
 
     def __init__(self, width: int) -> None:
@@ -147,7 +147,7 @@ class ProposalHead(nn.Module):
         return wide(self.objectness_logits(x)), wide(self.anchor_deltas(x))
 
 
-class BoxHead(nn.Module):
+class CascadeBoxHead(nn.Module):
     """Four convolutions and a linear layer on a region's features."""
 
     def __init__(self, channels: int, width: int) -> None:
@@ -177,7 +177,7 @@ class BoxPredictor(nn.Module):
         return wide(self.cls_score(features)), wide(self.bbox_pred(features))
 
 
-class MaskHead(nn.Module):
+class CascadeMaskHead(nn.Module):
     """A region's features to a mask of twice their size for each class."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
@@ -201,6 +201,6 @@ class CascadeHeads(nn.Module):
 
     def __init__(self, channels: int, width: int, num_classes: int) -> None:
         super().__init__()
-        self.box_head = nn.ModuleList(BoxHead(channels, width) for _ in range(STAGES))
+        self.box_head = nn.ModuleList(CascadeBoxHead(channels, width) for _ in range(STAGES))
         self.box_predictor = nn.ModuleList(BoxPredictor(width, num_classes) for _ in range(STAGES))
-        self.mask_head = MaskHead(channels, num_classes)
+        self.mask_head = CascadeMaskHead(channels, num_classes)

@@ -28,7 +28,7 @@ from vssm.models.dense.base import (
 from vssm.models.dense.cascade import (
     CASCADE_WEIGHTS,
     CascadeHeads,
-    ProposalHead,
+    CascadeProposalHead,
     SimpleFeaturePyramid,
 )
 from vssm.models.dense.detector import REGION, STRIDES, Detector, final, halved, of_label
@@ -453,7 +453,9 @@ class VimDetector(VimDense, Detector):
         finest = tuple((rows * 4 // s, columns * 4 // s) for s in (1, 2, 4, 8))
         self.level_sizes = halved(finest, 1)
         self.backbone = VimDetectorBackbone(config)
-        self.proposal_generator = nn.ModuleDict({"rpn_head": ProposalHead(config.neck_width)})
+        self.proposal_generator = nn.ModuleDict(
+            {"rpn_head": CascadeProposalHead(config.neck_width)}
+        )
         self.roi_heads = CascadeHeads(config.neck_width, config.region_width, config.num_classes)
 
     def stays_wide(self, name: str) -> bool:
