@@ -189,8 +189,37 @@ def test_strided_convolution_keeps_its_flip() -> None:
 def test_projection_is_a_linear_layer() -> None:
     model = built(SlowPath)
     program, reports = _changed(model, _x(2, 5, 12), drop_copies, one_form, unfold_projections)
-    assert reports[-1].applied == 1
-    assert ATEN.linear.default in _targets(program)
+    assert reports[-1].applied >= 4
+    assert not {ATEN.matmul.default, ATEN.mm.default} & set(_targets(program))
+    assert _targets(program).count(ATEN.linear.default) == 4  # in, x, dt and out
+
+
+def test_both_ways_with_the_batch_folded_in_are_one_node() -> None:
+    """The path of mamba_ssm's Mamba without its kernels, which repositories copy, both ways."""
+
+    def way(u: Tensor, low: Tensor, high: Tensor, **weights: Tensor) -> Tensor:
+        rows = functional.silu(functional.linear(u.transpose(1, 2).reshape(-1, D), low))
+        dt, B, C = rows.split([2, N, N], dim=-1)
+        dt = (high @ dt.t()).reshape(D, -1, L).permute(1, 0, 2)
+        B, C = (t.reshape(-1, L, N).transpose(1, 2).contiguous() for t in (B, C))
+        w = weights
+        return scan.selective_scan_fn(u, dt, w["A_"], B, C, w["skip"], None, w["bias"], True)
+
+    def both(x: Tensor, **weights: Tensor) -> Tensor:
+        u = x.transpose(1, 2)
+        y = way(u, **weights) + way(u.flip(-1), **weights).flip(-1)
+        return y.transpose(1, 2)
+
+    weights = {**_weights(), "low": torch.randn(2 + 2 * N, D), "high": torch.randn(D, 2)}
+    program = _traced(_Function(both, **weights), _x())
+    x = _x(5, L, D)
+    want = program.module()(x)
+    simplify(program)
+    torch.testing.assert_close(program.module()(x), want, **EXACT)
+    (node,) = _scans(program)
+    assert node["order"].meta["val"].shape == (1, 2, L)
+    assert node["u"].meta["val"].shape[2] == 1  # x itself, shared by the directions
+    assert not {ATEN.permute.default, ATEN.matmul.default} & set(_targets(program))
 
 
 def test_forward_and_flipped_scans_are_one_node() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from vssm.compat.passes.graph import ATEN, Rewriter, argument, axis, is_call, is_tensor, rank, shape
+from vssm.compat.passes.layouts import UNARY
 
 _COPIES: Final = (
     ATEN.contiguous.default,
@@ -248,10 +249,17 @@ def _is_view(node: Node) -> bool:
     return is_call(node, *_VIEWS)
 
 
-# mamba_ssm's in_proj is written so, to come out channels first for its CUDA kernels; the batch,
-# folded into the sequence, would keep the scans' layouts from meeting.
+# mamba_ssm's projections are written so, to come out channels first for its CUDA kernels; the
+# batch, folded into the sequence, would keep the scans' layouts from meeting.
 def unfold_projections(r: Rewriter) -> None:
-    """permute(reshape(weight @ reshape(permute(x)))) over (batch, seqlen, width) as linear(x)."""
+    """Products over (batch * seqlen, width) become linear layers over (batch, seqlen, width).
+
+    So does permute(reshape(weight @ reshape(permute(x)))). Each token is multiplied by itself:
+    whether the axes in front of it are folded changes nothing.
+    """
+    for node in list(r.graph.nodes):
+        if node.op == "call_function" and (new := _unfolded(r, node)) is not None:
+            r.replace(node, new)
     for node in list(r.graph.nodes):
         if not is_call(node, ATEN.permute.default) or _plan(node) != (1, 0, 2):
             continue
@@ -283,6 +291,62 @@ def split_projections(r: Rewriter) -> None:
                 if whole is not None
             ]
             r.replace(part, r.emit(product, ATEN.linear.default, x, *rows))
+
+
+def _unfolded(r: Rewriter, node: Node) -> Node | None:
+    """What a node that reads a folded value is, the fold behind it or gone; else None."""
+    if is_call(node, operator.getitem):
+        return _part_of_folded(r, node)
+    if is_call(node, ATEN.matmul.default, ATEN.mm.default):
+        weight, turned = node.args
+        x = _inside(turned.args[0]) if _is_t(turned) else None  # type: ignore[union-attr]
+        if x is None or not is_tensor(weight) or rank(weight) != 2:  # type: ignore[arg-type]
+            return None
+        y = r.emit(node, ATEN.linear.default, x, weight)
+        return r.emit(node, ATEN.permute.default, _fold(r, node, y), [1, 0])
+    source: Any = node.args[0] if node.args else None
+    if is_call(node, ATEN.reshape.default) and _is_t(source):
+        x = _inside(source.args[0])
+        apart = x is not None and shape(node) == (shape(x)[2], *shape(x)[:2])
+        return r.emit(node, ATEN.permute.default, x, [2, 0, 1]) if apart else None
+    x = _inside(source)
+    if x is None:
+        return None
+    if is_call(node, ATEN.linear.default, *UNARY):
+        return _fold(r, node, r.emit(node, node.target, x, *node.args[1:], **node.kwargs))
+    return x if is_call(node, ATEN.reshape.default) and shape(node) == shape(x) else None
+
+
+def _part_of_folded(r: Rewriter, node: Node) -> Node | None:
+    split: Any = node.args[0]
+    if not is_call(split, ATEN.split_with_sizes.default):
+        return None
+    x = _inside(split.args[0])
+    if x is None or axis(split.args[0], argument(split, 2, "dim", 0)) != 1:
+        return None
+    inner = split.meta.get("unfolded")  # all parts share the new split
+    if inner is None:
+        inner = r.emit(split, ATEN.split_with_sizes.default, x, split.args[1], 2)
+        split.meta["unfolded"] = inner
+    return _fold(r, node, r.emit(node, operator.getitem, inner, node.args[1]))
+
+
+def _inside(node: Any) -> Node | None:
+    """The value (batch, seqlen, width) that a node folds to (batch * seqlen, width)."""
+    if not is_call(node, ATEN.reshape.default) or rank(node) != 2:
+        return None
+    source: Any = node.args[0]
+    width = shape(node)[1]
+    folds = isinstance(width, int) and rank(source) == 3 and shape(source)[2] == width
+    return source if folds else None
+
+
+def _fold(r: Rewriter, before: Node, x: Node) -> Node:
+    return r.emit(before, ATEN.reshape.default, x, [-1, shape(x)[2]])
+
+
+def _is_t(node: Any) -> bool:
+    return is_call(node, ATEN.permute.default) and _plan(node) == (1, 0)
 
 
 def _source(apart: Any) -> tuple[Node, Node] | None:
