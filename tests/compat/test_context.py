@@ -374,6 +374,26 @@ def test_what_installed_packages_try_for_is_not_named(
     assert report.missed == []
 
 
+def test_installed_packages_do_without_torchvision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "installed_one-1.dist-info").mkdir()
+    (tmp_path / "installed_one.py").write_text(
+        "import importlib.util\nhas = importlib.util.find_spec('torchvision') is not None\n"
+    )
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "with_torchvision.py").write_text("from torchvision import ops\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path / "theirs"))
+    with upstream():
+        import with_torchvision
+
+        assert with_torchvision.ops
+        import installed_one
+
+        assert not installed_one.has
+
+
 def test_torch_sees_no_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "with_triton.py").write_text(
         "import triton\nimport triton.language as tl\n"

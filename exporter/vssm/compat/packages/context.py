@@ -31,7 +31,7 @@ from vssm.compat.packages.provided import (
     compiled,
 )
 from vssm.compat.packages.signatures import Signature
-from vssm.compat.packages.stand_in_table import ABSENT, SHELLS, STAND_INS
+from vssm.compat.packages.stand_in_table import ABSENT, LOOKED_FOR, SHELLS, STAND_INS
 from vssm.compat.surroundings import OnTheCpu, as_python, uncompiled
 from vssm.errors import UnsupportedError
 
@@ -278,7 +278,11 @@ class _Finder(MetaPathFinder):
         root = name.partition(".")[0]
         # Never a part of an installed package: a timm that has no such module must say so itself.
         absent = name == root or isinstance(sys.modules.get(root), Provided)
-        if root not in ABSENT or not absent or _package(_asker()) in _NEIGHBOURS:
+        asker = _asker()
+        if root not in ABSENT or not absent or _package(asker) in _NEIGHBOURS:
+            return None
+        # Installed packages, such as transformers, do without it where it is not there.
+        if root == "torchvision" and asker and _is_installed(asker.f_code.co_filename):
             return None
         # Of `from timm.layers import x`, x is a name, unless it is a module that has names.
         return STAND_INS.get(name, None if _of_an_import_list() else {})
@@ -305,7 +309,7 @@ class _Finder(MetaPathFinder):
                 self._report.provided.append(name)
                 self._report.notes.append(f"{name} is installed but cannot be imported: {error}")
             finally:
-                _hide_triton()
+                _hide_looked_for()
             self.look_at(module, undo=False)
 
         loader.exec_module = run
@@ -396,13 +400,13 @@ def _has_packages(folder: str) -> bool:
     return bool(folder) and any(Path(folder).glob("*.dist-info"))
 
 
-def _hide_triton() -> None:
+def _hide_looked_for() -> None:
     """Files that were just imported hold the stand-in; torch would take it for the real one."""
-    # Its parts are there with it alone, and this is asked after every import.
-    if not isinstance(sys.modules.get("triton"), Provided):
+    # Their parts are there with them alone, and this is asked after every import.
+    if not any(isinstance(sys.modules.get(root), Provided) for root in LOOKED_FOR):
         return
     for name in list(sys.modules):
-        if name.partition(".")[0] == "triton" and isinstance(sys.modules[name], Provided):
+        if name.partition(".")[0] in LOOKED_FOR and isinstance(sys.modules[name], Provided):
             del sys.modules[name]
 
 

@@ -62,6 +62,8 @@ ABSENT: Final = frozenset(
         *("thop", "ptflops", "calflops", "torchinfo", "torchsummary"),
     }
 )
+# Installed packages look for these, and would go on to call them.
+LOOKED_FOR: Final = frozenset({"triton", "torchvision"})
 # timm moved its layers, its registry and its builder: 0.4 and newer releases have other names.
 STAND_INS: Final[dict[str, dict[str, Any]]] = {
     **dict.fromkeys(("timm.layers", "timm.models.layers"), _LAYERS),
