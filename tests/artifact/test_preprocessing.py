@@ -379,7 +379,7 @@ def test_arrays_that_are_no_images(array):
 def test_other_bad_arguments():
     with pytest.raises(ValueError, match="holds no image"):
         preprocess([], SMALL)
-    with pytest.raises(TypeError, match="image=int is no path"):
+    with pytest.raises(TypeError, match="image=int is not a path"):
         preprocess(3, SMALL)
     with pytest.raises(ValueError, match="resize=10 is shorter than the crop 32x32"):
         preprocess(picture(8, 8), Preprocessing(resize=10, crop=(32, 32)))

@@ -152,7 +152,7 @@ def test_stacks_that_are_not_plain_are_refused() -> None:
         vssm.prune(built(_Reversed), _schedule(), x)
     with pytest.raises(UnsupportedError, match=r"block 2 .*computes something else"):
         vssm.prune(built(_Forked), _schedule(), x)
-    with pytest.raises(UnsupportedError, match=r"blocks='stages' is no list.* which has layers"):
+    with pytest.raises(UnsupportedError, match=r"blocks='stages' is not a list.* which has layers"):
         vssm.prune(_theirs(), _schedule(), x, blocks="stages")
     stack = nn.Module()
     stack.layers = nn.ModuleList([built(MambaVisionLike)])
