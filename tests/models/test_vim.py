@@ -203,6 +203,7 @@ def test_create_model():
         ({"num_classes": 0}, r"num_classes=0 is below 1"),
         ({"expand": 0}, r"expand=0 is below 1"),
         ({"dt_rank": 0}, r"dt_rank=0 is below 1"),
+        ({"norm_eps": -1e-5}, r"norm_eps=-1e-05 is below 0"),
         ({"rope": True, "d_model": 6}, r"d_model=6 with rope=True is not a multiple of 4"),
         ({"rope": True, "class_token": "double"}, r"rope=True with class_token='double'"),
         ({"bidirectional_layers": True}, r"needs bimamba='none' and an even depth"),

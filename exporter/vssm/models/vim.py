@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vssm.errors import CheckpointError, UnsupportedError, check_choice
+from vssm.errors import CheckpointError, UnsupportedError, check_choice, check_least
 from vssm.models.base import BlockCost, ForwardDetails, ImageSized, VisionModel, details
 from vssm.models.layers import (
     LayerNorm,
@@ -86,6 +86,7 @@ class VimConfig(ImageSized):
         # negative one without naming the option.
         self.check_positive("patch_size", "stride", "depth", "d_model", "d_state", "d_conv")
         self.check_positive("expand", "dt_rank", "num_classes")
+        check_least(0, norm_eps=self.norm_eps)
         self.check_patch(self.patch_size)
         if self.rope and self.class_token == "double":
             raise ValueError("rope=True with class_token='double': no released model; use another")
