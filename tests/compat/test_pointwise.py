@@ -14,6 +14,7 @@ from vssm.compat.passes import simplify
 from vssm.compat.passes.graph import ATEN, SCANS, PassReport, scan_arguments
 from vssm.compat.passes.writes import without_mutation
 from vssm.onnx.trace import quiet
+from vssm.ops import operators as ops
 
 LENGTH, WIDTH, INNER, STATES = 5, 6, 64, 2
 # torch's softplus gives x from 20 on, the operator's the 2e-9 that are missing.
@@ -188,11 +189,28 @@ def _bias_of_two(m: _Layer, u: Tensor, z: Tensor) -> Tensor:
     return m.scan(u, delta) * z + delta
 
 
+def _one_channel(m: _Layer, u: Tensor, z: Tensor) -> Tensor:
+    """The axis of directions is the projection's, and the one added is that of channels."""
+    delta = functional.linear(u, m.dt_proj.weight[:1], m.bias[:1]).unsqueeze(3)
+    rows = m.bc_proj(u)[:, :, None].split(STATES, -1)
+    y = ops.selective_scan(
+        u[:, :, None, :1],
+        delta,
+        m.A[None, :1],
+        *rows,
+        D=torch.zeros(1, 1).double(),
+        delta_bias=torch.zeros(1, 1).double(),
+        order=torch.arange(LENGTH, dtype=torch.int32)[None, None],
+        gap=torch.ones(1, 1, LENGTH, dtype=torch.int32),
+    )
+    return y * z
+
+
 def _bias_of_each_token(m: _Layer, u: Tensor, z: Tensor) -> Tensor:
     return m.scan(u, (u @ m.dt_proj.weight.T) + z)
 
 
-@pytest.mark.parametrize("mix", [_bias_of_two, _bias_of_each_token])
+@pytest.mark.parametrize("mix", [_bias_of_two, _bias_of_each_token, _one_channel])
 def test_another_bias_stays(mix: Callable[..., Tensor]) -> None:
     _, reports, _ = _simplified(mix)
     assert reports["fold biases"].applied == 0

@@ -16,6 +16,7 @@ from vssm.compat.passes.graph import (
     SCANS,
     Rewriter,
     argument,
+    axis,
     is_call,
     is_tensor,
     rank,
@@ -104,8 +105,8 @@ def fold_biases(r: Rewriter) -> None:
         if given is None or any(value.any() for value in given):
             continue
         value = delta = named["delta"]
-        if is_call(delta, ATEN.unsqueeze.default):  # an axis of one direction
-            value = delta.args[0]
+        if is_call(delta, ATEN.unsqueeze.default) and axis(delta, delta.args[1]) < 3:
+            value = delta.args[0]  # an axis of one direction, in front of the channels
         bias = _bias(value)
         if bias is None or len(value.users) > 1 or len(delta.users) > 1:
             continue

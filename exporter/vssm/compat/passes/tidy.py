@@ -279,7 +279,7 @@ def split_projections(r: Rewriter) -> None:
             continue
         sizes: Any = node.args[1]
         last = axis(product, argument(node, 2, "dim", 0)) == rank(product) - 1
-        if not last or min(sizes) < _WIDE:
+        if not last or not all(isinstance(size, int) and size >= _WIDE for size in sizes):
             continue
         x, weight, bias = (*product.args, None)[:3]
         starts = [sum(sizes[:place]) for place in range(len(sizes))]
