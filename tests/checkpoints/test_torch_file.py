@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_cases import LEGACY, save
 from torch import nn
 
 from vssm.checkpoints.pickle_machine import StorageRef, Stub, TensorRecord
 from vssm.checkpoints.torch_file import MALFORMED, read_torch, view_storage
-
-LEGACY = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 
 
 class Call:
@@ -34,11 +33,6 @@ class Meta:
 
     def __init__(self, **values):
         self.__dict__.update(values)
-
-
-def save(obj, path: Path, *, legacy: bool = False) -> Path:
-    torch.save(obj, path, _use_new_zipfile_serialization=not legacy)
-    return path
 
 
 def state() -> dict[str, torch.Tensor]:
