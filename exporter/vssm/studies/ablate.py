@@ -28,11 +28,10 @@ from vssm.models.cost import merging_of_equal_cost
 from vssm.models.family import Published
 from vssm.pruning.schedule import MergeSchedule, PruneSchedule
 from vssm.runtimes.torch import torch_threads
-from vssm.studies import tables
+from vssm.studies import plot, tables
 from vssm.studies.measure import AblationJournal, VariantCost, machine, measure, prepare
 from vssm.studies.paired import own_names
 from vssm.studies.plan import AblationOptions, Plan, Run, make_plan, published
-from vssm.studies.plot import draw, element, picture
 from vssm.studies.report import AblationReport, Measured, Setting, VariantRow, make_row
 from vssm.studies.runs import (
     Trainer,
@@ -348,14 +347,14 @@ def _training_facts(
 
 
 def _write(output: Path, report: AblationReport) -> AblationReport:
-    figures = {name: draw(report, against=against) for name, against in PLOTS.items()}
+    figures = {name: plot.draw(report, against=against) for name, against in PLOTS.items()}
     made = {
-        f"{name}.{kind}": picture(figure, kind)
+        f"{name}.{kind}": plot.picture(figure, kind)
         for name, figure in figures.items()
         for kind in FORMATS
     }
     elements = {
-        f"{report.setting.caption} ({name})": element(made[f"{name}.svg"]) for name in figures
+        f"{report.setting.caption} ({name})": plot.element(made[f"{name}.svg"]) for name in figures
     }
     made["ablation.csv"] = tables.csv(report)
     made["ablation.tex"] = tables.latex(report).encode()
