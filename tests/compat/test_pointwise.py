@@ -206,11 +206,15 @@ def _one_channel(m: _Layer, u: Tensor, z: Tensor) -> Tensor:
     return y * z
 
 
+def _wider(m: _Layer, u: Tensor, z: Tensor) -> Tensor:
+    return m.scan(u, (u @ m.dt_proj.weight.T).float() + m.bias) * z
+
+
 def _bias_of_each_token(m: _Layer, u: Tensor, z: Tensor) -> Tensor:
     return m.scan(u, (u @ m.dt_proj.weight.T) + z)
 
 
-@pytest.mark.parametrize("mix", [_bias_of_two, _bias_of_each_token, _one_channel])
+@pytest.mark.parametrize("mix", [_bias_of_two, _bias_of_each_token, _one_channel, _wider])
 def test_another_bias_stays(mix: Callable[..., Tensor]) -> None:
     _, reports, _ = _simplified(mix)
     assert reports["fold biases"].applied == 0

@@ -88,22 +88,22 @@ def _why_not(r: Rewriter, node: Node, scans: list[Node]) -> str | None:
     if argument(node, 1, "beta", 1) != 1 or argument(node, 2, "threshold", 20) < _THRESHOLD:
         return f"a softplus has another beta than 1, or a threshold below {_THRESHOLD}"
     for scan in scans:
-        named = scan_arguments(scan)
-        bias = r.constants(named["delta_bias"])
-        if named["delta_softplus"] or bias is None or any(value.any() for value in bias):
+        if scan_arguments(scan)["delta_softplus"] or not _has_no_bias(r, scan):
             return "a scan adds to the step sizes behind their softplus"
     return None
+
+
+def _has_no_bias(r: Rewriter, scan: Node) -> bool:
+    given = r.constants(scan_arguments(scan)["delta_bias"])
+    return given is not None and not any(value.any() for value in given)
 
 
 def fold_biases(r: Rewriter) -> None:
     """A bias that is added to what only a scan reads, as its delta, is the scan's."""
     for scan in list(r.graph.nodes):
-        if not is_call(scan, *SCANS):
+        if not is_call(scan, *SCANS) or not _has_no_bias(r, scan):
             continue
         named = scan_arguments(scan)
-        given = r.constants(named["delta_bias"])
-        if given is None or any(value.any() for value in given):
-            continue
         value = delta = named["delta"]
         if is_call(delta, ATEN.unsqueeze.default) and axis(delta, delta.args[1]) < 3:
             value = delta.args[0]  # an axis of one direction, in front of the channels
@@ -125,7 +125,9 @@ def _bias(value: Any) -> Node | None:
     if is_call(value, ATEN.add.Tensor) and argument(value, 2, "alpha", 1) == 1:
         x, y = value.args
         if is_tensor(x) and is_tensor(y) and (rank(x), rank(y)) == (3, 1):
-            return y if shape(x)[2:] == shape(y) else None
+            # Without a bias of a wider type the sum would be narrower.
+            alike = shape(x)[2:] == shape(y) and x.meta["val"].dtype == value.meta["val"].dtype
+            return y if alike else None
     return None
 
 
